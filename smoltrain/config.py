@@ -3,12 +3,14 @@
 Every field says its unit. Nothing here touches torch, the network or the data; `load` is pure but for reading files.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from smoltrain.contradictions import contradictions
 from smoltrain.errors import Problem, UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -24,10 +26,12 @@ class Section(BaseModel):
 class RunSection(Section):
     """Where the run lives and how far it goes."""
 
-    name: str = Field("", description="folder under run.folder; empty takes the recipe's name")
-    folder: Path = Field(Path("runs"), description="parent folder of all runs")
-    seed: int = Field(1234, ge=0, description="seeds initial weights, dropout and data order")
-    stop_after: str | None = Field(None, description="name of the phase after which this process ends; null runs all")
+    name: str = Field(default="", description="folder under run.folder; empty takes the recipe's name")
+    folder: Path = Field(default=Path("runs"), description="parent folder of all runs")
+    seed: int = Field(default=1234, ge=0, description="seeds initial weights, dropout and data order")
+    stop_after: str | None = Field(
+        default=None, description="name of the phase after which this process ends; null runs all"
+    )
 
 
 class ModelSection(Section):
@@ -40,25 +44,27 @@ class ModelSection(Section):
     num_key_value_heads: int = Field(gt=0, description="key and value heads per block (fewer than queries: GQA)")
     intermediate_size: int = Field(gt=0, description="width inside the MLP")
     max_position_embeddings: int = Field(gt=0, description="longest sequence, tokens")
-    norm: Literal["rmsnorm", "layernorm"] = Field("rmsnorm", description="layernorm has weight and bias")
-    rms_norm_eps: float = Field(1e-5, gt=0, description="added to the variance, in either norm")
-    positions: Literal["rope", "learned"] = Field("rope", description="rotary, or a table of learned positions")
-    rope_theta: float = Field(10000.0, gt=0, description="base of the rotary frequencies")
-    mlp: Literal["swiglu", "gelu"] = Field("swiglu", description="gelu is the tanh form of GPT-2")
-    attention_bias: bool = Field(False, description="biases on the q, k, v and o projections")
-    mlp_bias: bool = Field(False, description="biases in the MLP")
-    tie_word_embeddings: bool = Field(True, description="the output head is the embedding table")
-    dropout: float = Field(0.0, ge=0, lt=1, description="probability, on embeddings and both residual branches")
-    attention_dropout: float = Field(0.0, ge=0, lt=1, description="probability, on attention weights")
-    initializer_range: float = Field(0.02, gt=0, description="standard deviation of initial weights")
+    norm: Literal["rmsnorm", "layernorm"] = Field(default="rmsnorm", description="layernorm has weight and bias")
+    rms_norm_eps: float = Field(default=1e-5, gt=0, description="added to the variance, in either norm")
+    positions: Literal["rope", "learned"] = Field(default="rope", description="rotary, or a table of learned positions")
+    rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies")
+    mlp: Literal["swiglu", "gelu"] = Field(default="swiglu", description="gelu is the tanh form of GPT-2")
+    attention_bias: bool = Field(default=False, description="biases on the q, k, v and o projections")
+    mlp_bias: bool = Field(default=False, description="biases in the MLP")
+    tie_word_embeddings: bool = Field(default=True, description="the output head is the embedding table")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="probability, on embeddings and both residual branches")
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1, description="probability, on attention weights")
+    initializer_range: float = Field(default=0.02, gt=0, description="standard deviation of initial weights")
 
 
 class TokenizerSection(Section):
     """Where token ids come from. `tokenizer=NAME` on the command line is short for `tokenizer.name=NAME`."""
 
     name: str = Field(description="'bpe' trains a byte-level BPE on the data once; else a folder with tokenizer.json")
-    vocab_size: int | None = Field(None, gt=256, description="ids of the trained BPE; only with name 'bpe'")
-    separator: str = Field("<|endoftext|>", description="special token between documents and at the end of a text")
+    vocab_size: int | None = Field(default=None, gt=256, description="ids of the trained BPE; only with name 'bpe'")
+    separator: str = Field(
+        default="<|endoftext|>", description="special token between documents and at the end of a text"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -69,11 +75,13 @@ class TokenizerSection(Section):
 class DataSection(Section):
     """The documents: the text files of an installed Python package, or local files. Exactly one of the two."""
 
-    package: str | None = Field(None, description="installed Python package whose files are the documents")
-    path: str | None = Field(None, description="a .txt, .md, .jsonl or .parquet file, a folder of them, or a glob")
-    pattern: str = Field("**/*", description="which files of the package or folder, as a glob")
-    text_field: str = Field("text", description="field or column of the text in .jsonl and .parquet")
-    validation_share: float = Field(0.05, gt=0, lt=0.5, description="share of the documents held out, by hash")
+    package: str | None = Field(default=None, description="installed Python package whose files are the documents")
+    path: str | None = Field(
+        default=None, description="a .txt, .md, .jsonl or .parquet file, a folder of them, or a glob"
+    )
+    pattern: str = Field(default="**/*", description="which files of the package or folder, as a glob")
+    text_field: str = Field(default="text", description="field or column of the text in .jsonl and .parquet")
+    validation_share: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents held out, by hash")
 
 
 class BatchSection(Section):
@@ -81,28 +89,36 @@ class BatchSection(Section):
 
     sequence_length: int = Field(gt=1, description="targets per row, tokens")
     micro_batch: int = Field(gt=0, description="rows of one forward and backward on one rank")
-    accumulation: int | None = Field(None, gt=0, description="micro-batches per step and rank at the first start")
-    rows_per_step: int | None = Field(None, gt=0, description="rows per step over all ranks; instead of accumulation")
+    accumulation: int | None = Field(
+        default=None, gt=0, description="micro-batches per step and rank at the first start"
+    )
+    rows_per_step: int | None = Field(
+        default=None, gt=0, description="rows per step over all ranks; instead of accumulation"
+    )
 
 
 class EngineSection(Section):
     """How a step is computed; nothing here changes what is learned, beyond rounding."""
 
-    ds_config: str = Field("zero2", description="a name in ds_configs/ or a path to DeepSpeed JSON")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field("auto", description="of weights and activations")
+    ds_config: str = Field(default="zero2", description="a name in ds_configs/ or a path to DeepSpeed JSON")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto", description="of weights and activations")
     gradient_checkpointing: Literal["none", "full"] | int = Field(
-        "none", description="recompute no block, every block, or every n-th block in the backward pass"
+        default="none", description="recompute no block, every block, or every n-th block in the backward pass"
     )
-    attention: Literal["auto", "flash", "sdpa", "math"] = Field("auto", description="kernel; auto takes the fastest")
+    attention: Literal["auto", "flash", "sdpa", "math"] = Field(
+        default="auto", description="kernel; auto takes the fastest"
+    )
 
 
 class OptimizerSection(Section):
     """AdamW (Loshchilov & Hutter 2019). Matrices decay; vectors (norms, biases) do not."""
 
-    beta1: float = Field(0.9, ge=0, lt=1, description="decay of the first moment, per step")
-    beta2: float = Field(0.95, ge=0, lt=1, description="decay of the second moment, per step")
-    eps: float = Field(1e-8, gt=0, description="added to the root of the second moment")
-    gradient_clipping: float = Field(1.0, ge=0, description="largest global L2 norm of the gradient; 0 never clips")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment, per step")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment, per step")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    gradient_clipping: float = Field(
+        default=1.0, ge=0, description="largest global L2 norm of the gradient; 0 never clips"
+    )
 
 
 class PhaseSection(Section):
@@ -110,57 +126,61 @@ class PhaseSection(Section):
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$", description="letters, digits, - and _")
     steps: int = Field(gt=0, description="optimizer steps")
-    lr: float | None = Field(None, gt=0, description="peak learning rate; null only with schedule continue")
-    weight_decay: float = Field(0.1, ge=0, description="decoupled decay, times lr per step")
+    lr: float | None = Field(default=None, gt=0, description="peak learning rate; null only with schedule continue")
+    weight_decay: float = Field(default=0.1, ge=0, description="decoupled decay, times lr per step")
     schedule: Literal["constant", "linear", "cosine", "wsd", "continue"] = Field(
-        "constant", description="shape of the learning rate after warm-up"
+        default="constant", description="shape of the learning rate after warm-up"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps of linear rise to lr, within this phase")
-    decay_steps: int = Field(0, ge=0, description="steps of wsd's final linear fall; only with wsd")
-    final_lr: float = Field(0.0, ge=0, description="learning rate that linear, cosine and wsd fall to")
-    optimizer_state: Literal["keep", "reset"] = Field("keep", description="AdamW's moments when the phase begins")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear rise to lr, within this phase")
+    decay_steps: int = Field(default=0, ge=0, description="steps of wsd's final linear fall; only with wsd")
+    final_lr: float = Field(default=0.0, ge=0, description="learning rate that linear, cosine and wsd fall to")
+    optimizer_state: Literal["keep", "reset"] = Field(
+        default="keep", description="AdamW's moments when the phase begins"
+    )
 
 
 class EvaluateSection(Section):
     """Loss on the held-out documents."""
 
-    every: int = Field(0, ge=0, description="steps; 0 never evaluates")
-    rows: int = Field(64, gt=0, description="rows of validation data, the same ones each time")
+    every: int = Field(default=0, ge=0, description="steps; 0 never evaluates")
+    rows: int = Field(default=64, gt=0, description="rows of validation data, the same ones each time")
 
 
 class GenerationSection(Section):
     """How text is sampled from the model, during training and by `smoltrain generate`."""
 
-    max_tokens: int = Field(100, gt=0, description="new tokens at most")
-    temperature: float = Field(1.0, gt=0, description="divides the logits")
-    top_k: int = Field(0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
-    top_p: float = Field(1.0, gt=0, le=1, description="keep the likeliest tokens that hold this probability")
+    max_tokens: int = Field(default=100, gt=0, description="new tokens at most")
+    temperature: float = Field(default=1.0, gt=0, description="divides the logits")
+    top_k: int = Field(default=0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="keep the likeliest tokens that hold this probability")
 
 
 class SampleSection(Section):
     """Text samples during training."""
 
-    every: int = Field(0, ge=0, description="steps; 0 never samples")
-    prompts: tuple[str, ...] = Field(("",), description="one sample each; empty starts from the separator")
+    every: int = Field(default=0, ge=0, description="steps; 0 never samples")
+    prompts: tuple[str, ...] = Field(default=("",), description="one sample each; empty starts from the separator")
 
 
 class CheckpointSection(Section):
     """When a checkpoint is written and which are kept. The last step of a phase is always saved and always kept."""
 
-    every: int = Field(500, ge=0, description="steps; 0 saves at the ends of phases only")
-    keep_last: int = Field(2, gt=0, description="newest checkpoints kept beside the ends of phases")
+    every: int = Field(default=500, ge=0, description="steps; 0 saves at the ends of phases only")
+    keep_last: int = Field(default=2, gt=0, description="newest checkpoints kept beside the ends of phases")
 
 
 class TrackSection(Section):
     """What is written down. metrics.jsonl gets every step, whatever stands here."""
 
-    print_every: int = Field(10, gt=0, description="steps between lines on the console")
-    gradients_every: int = Field(0, ge=0, description="steps between per-layer gradient norms and histograms; 0 never")
-    wandb: Literal["auto", "online", "offline", "off"] = Field(
-        "auto", description="auto: online if a key is set and the server answers, else offline"
+    print_every: int = Field(default=10, gt=0, description="steps between lines on the console")
+    gradients_every: int = Field(
+        default=0, ge=0, description="steps between per-layer gradient norms and histograms; 0 never"
     )
-    wandb_project: str = Field("smoltrain", description="W&B project")
-    wandb_timeout_s: float = Field(15.0, gt=0, description="seconds to wait for the W&B server before offline")
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        default="auto", description="auto: online if a key is set and the server answers, else offline"
+    )
+    wandb_project: str = Field(default="smoltrain", description="W&B project")
+    wandb_timeout_s: float = Field(default=15.0, gt=0, description="seconds to wait for the W&B server before offline")
 
 
 class Config(Section):
@@ -207,7 +227,7 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     except ValidationError as error:
         problems += [_problem(e, tree, path) for e in error.errors()]
         raise UserError(*problems) from None
-    problems += _contradictions(config)
+    problems += contradictions(config)
     if problems:
         raise UserError(*problems)
     return config
@@ -256,10 +276,8 @@ def _apply(tree: dict[str, Any], override: str) -> Problem | None:
     except yaml.YAMLError:
         return Problem(f"the value of {key} is not YAML", repr(text), "a plain value", f"{key} on the command line")
     if isinstance(value, str):
-        try:
-            value = float(value) if value[:1] in "0123456789.-+" else value  # YAML 1.1 reads 3e-4 as text
-        except ValueError:
-            pass
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 3e-4 as text
+            value = float(value) if value[:1] in "0123456789.-+" else value
     node: Any = tree
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):
@@ -311,125 +329,3 @@ def _keys_beside(parts: list[Any]) -> list[str]:
         return list(PhaseSection.model_fields)
     section = Config.model_fields[parts[0]].annotation
     return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
-
-
-def _contradictions(c: Config) -> list[Problem]:
-    """What no single field can see."""
-    found: list[Problem] = []
-
-    def unless(holds: bool, what: str, saw: object, want: str, change: str) -> None:
-        if not holds:
-            found.append(Problem(what, str(saw), want, change))
-
-    m, b = c.model, c.batch
-    unless(
-        m.hidden_size % m.num_attention_heads == 0,
-        "the heads do not divide the width",
-        m.hidden_size,
-        f"a multiple of model.num_attention_heads = {m.num_attention_heads}",
-        "model.hidden_size",
-    )
-    unless(
-        m.num_attention_heads % m.num_key_value_heads == 0,
-        "the key-value heads do not divide the heads",
-        m.num_key_value_heads,
-        f"a divisor of model.num_attention_heads = {m.num_attention_heads}",
-        "model.num_key_value_heads",
-    )
-    unless(
-        m.positions != "rope" or (m.hidden_size // m.num_attention_heads) % 2 == 0,
-        "rotary positions need an even head width",
-        m.hidden_size // m.num_attention_heads,
-        "an even number",
-        "model.hidden_size",
-    )
-    unless(
-        b.sequence_length <= m.max_position_embeddings,
-        "the sequence is longer than the positions",
-        b.sequence_length,
-        f"at most model.max_position_embeddings = {m.max_position_embeddings}",
-        "batch.sequence_length",
-    )
-    unless(
-        (b.accumulation is None) != (b.rows_per_step is None),
-        "the batch is not said once",
-        f"accumulation={b.accumulation}, rows_per_step={b.rows_per_step}",
-        "exactly one of the two",
-        "batch.accumulation or batch.rows_per_step",
-    )
-    unless(
-        (c.data.package is None) != (c.data.path is None),
-        "the data is not said once",
-        f"package={c.data.package}, path={c.data.path}",
-        "exactly one of the two",
-        "data.package or data.path",
-    )
-    unless(
-        (c.tokenizer.vocab_size is not None) == (c.tokenizer.name == "bpe"),
-        "tokenizer.vocab_size does not fit",
-        f"name={c.tokenizer.name}, vocab_size={c.tokenizer.vocab_size}",
-        "a vocab_size with name 'bpe' and only there",
-        "tokenizer.vocab_size",
-    )
-    n = c.engine.gradient_checkpointing
-    unless(
-        not isinstance(n, int) or n > 0,
-        "gradient checkpointing of every n-th block",
-        n,
-        "n of at least 1",
-        "engine.gradient_checkpointing",
-    )
-    names = [p.name for p in c.phases]
-    unless(len(set(names)) == len(names), "two phases share a name", names, "distinct names", "phases")
-    unless(
-        c.run.stop_after is None or c.run.stop_after in names,
-        "run.stop_after names no phase",
-        c.run.stop_after,
-        nearest(str(c.run.stop_after), names),
-        "run.stop_after",
-    )
-    for i, p in enumerate(c.phases):
-        key = f"phases.{p.name}"
-        unless(
-            (p.lr is None) == (p.schedule == "continue"),
-            f"{key} and its learning rate",
-            p.lr,
-            "no lr with schedule continue, an lr with any other",
-            f"{key}.lr",
-        )
-        unless(
-            p.schedule != "continue" or i > 0,
-            f"{key} continues nothing",
-            "continue",
-            "a schedule of its own in the first phase",
-            f"{key}.schedule",
-        )
-        unless(
-            p.schedule != "continue" or not (p.warmup_steps or p.decay_steps),
-            f"{key} continues, so it has no shape",
-            f"warmup_steps={p.warmup_steps}, decay_steps={p.decay_steps}",
-            "0 and 0",
-            f"{key}.warmup_steps",
-        )
-        unless(
-            (p.decay_steps > 0) == (p.schedule == "wsd"),
-            f"{key}.decay_steps does not fit its schedule",
-            p.decay_steps,
-            "above 0 with wsd, 0 with any other",
-            f"{key}.decay_steps",
-        )
-        unless(
-            p.warmup_steps + p.decay_steps <= p.steps,
-            f"{key} is shorter than its warm-up and decay",
-            p.warmup_steps + p.decay_steps,
-            f"at most its steps = {p.steps}",
-            f"{key}.warmup_steps",
-        )
-        unless(
-            p.lr is None or p.final_lr <= p.lr,
-            f"{key} falls to more than its lr",
-            p.final_lr,
-            f"at most lr = {p.lr}",
-            f"{key}.final_lr",
-        )
-    return found

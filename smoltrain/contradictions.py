@@ -1,0 +1,84 @@
+"""The checks of a config that no single field can make: each row is a rule, and a broken rule becomes a Problem."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from smoltrain.errors import Problem, nearest
+
+if TYPE_CHECKING:
+    from smoltrain.config import Config, PhaseSection
+
+
+def contradictions(c: "Config") -> list[Problem]:
+    """Every rule that the config breaks."""
+    return [*_model(c), *_batch_and_data(c), *_phases(c)]
+
+
+def _model(c: "Config") -> Iterator[Problem]:
+    m = c.model
+    heads, head_width = m.num_attention_heads, m.hidden_size // m.num_attention_heads
+    if m.hidden_size % heads:
+        want = f"a multiple of model.num_attention_heads = {heads}"
+        yield Problem("the heads do not divide the width", str(m.hidden_size), want, "model.hidden_size")
+    if heads % m.num_key_value_heads:
+        want = f"a divisor of model.num_attention_heads = {heads}"
+        saw = str(m.num_key_value_heads)
+        yield Problem("the key-value heads do not divide the heads", saw, want, "model.num_key_value_heads")
+    if m.positions == "rope" and head_width % 2:
+        what = "rotary positions need an even width per head"
+        yield Problem(what, str(head_width), "an even number", "model.hidden_size")
+    n = c.engine.gradient_checkpointing
+    if isinstance(n, int) and n < 1:
+        what = "gradient checkpointing of every n-th block"
+        yield Problem(what, str(n), "n of at least 1", "engine.gradient_checkpointing")
+
+
+def _batch_and_data(c: "Config") -> Iterator[Problem]:
+    b, d, t = c.batch, c.data, c.tokenizer
+    if b.sequence_length > c.model.max_position_embeddings:
+        want = f"at most model.max_position_embeddings = {c.model.max_position_embeddings}"
+        what = "the sequence is longer than the positions"
+        yield Problem(what, str(b.sequence_length), want, "batch.sequence_length")
+    if (b.accumulation is None) == (b.rows_per_step is None):
+        saw = f"accumulation={b.accumulation}, rows_per_step={b.rows_per_step}"
+        keys = "batch.accumulation or batch.rows_per_step"
+        yield Problem("the batch is not said exactly once", saw, "one of the two", keys)
+    if (d.package is None) == (d.path is None):
+        saw = f"package={d.package}, path={d.path}"
+        yield Problem("the data is not said exactly once", saw, "one of the two", "data.package or data.path")
+    if (t.vocab_size is None) == (t.name == "bpe"):
+        saw = f"name={t.name}, vocab_size={t.vocab_size}"
+        want = "a vocab_size with name 'bpe', null with any other"
+        yield Problem("tokenizer.vocab_size does not fit its name", saw, want, "tokenizer.vocab_size")
+
+
+def _phases(c: "Config") -> Iterator[Problem]:
+    names = [p.name for p in c.phases]
+    if len(set(names)) < len(names):
+        yield Problem("two phases share a name", ", ".join(names), "distinct names", "phases")
+    stop = c.run.stop_after
+    if stop is not None and stop not in names:
+        yield Problem("run.stop_after names no phase", repr(stop), nearest(stop, names), "run.stop_after")
+    if c.phases[0].schedule == "continue":
+        want, key = "a schedule of its own", f"phases.{names[0]}.schedule"
+        yield Problem("the first phase has nothing to continue", "continue", want, key)
+    for phase in c.phases:
+        yield from _phase(phase)
+
+
+def _phase(p: "PhaseSection") -> Iterator[Problem]:
+    key = f"phases.{p.name}"
+    if (p.lr is None) != (p.schedule == "continue"):
+        want = "null with schedule continue, a number with any other"
+        yield Problem(f"{key}.lr does not fit its schedule", f"{p.lr} with {p.schedule}", want, f"{key}.lr")
+    if p.schedule == "continue" and p.warmup_steps:
+        yield Problem(f"{key} continues, so it cannot warm up", str(p.warmup_steps), "0", f"{key}.warmup_steps")
+    if (p.decay_steps > 0) != (p.schedule == "wsd"):
+        saw, want = f"{p.decay_steps} with {p.schedule}", "above 0 with wsd, 0 with any other"
+        yield Problem(f"{key}.decay_steps does not fit its schedule", saw, want, f"{key}.decay_steps")
+    if p.warmup_steps + p.decay_steps > p.steps:
+        saw, want = f"{p.warmup_steps} + {p.decay_steps}", f"at most {key}.steps = {p.steps}"
+        yield Problem(f"{key} is shorter than its warm-up and decay", saw, want, f"{key}.steps")
+    if p.lr is not None and p.final_lr > p.lr:
+        want = f"at most {key}.lr = {p.lr}"
+        yield Problem(f"{key} ends above its peak", str(p.final_lr), want, f"{key}.final_lr")
