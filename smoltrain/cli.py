@@ -1,0 +1,177 @@
+"""The `smoltrain` command: one verb, one function call."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from smoltrain.errors import BAD_INPUT, FAULT, TrainingStopped, UserError, report
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from smoltrain.config import Config
+    from smoltrain.plan import Plan
+
+app = typer.Typer(
+    name="smoltrain",
+    help="Pretrains small language models on one to many GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a path to a .yaml file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to use instead of the recipe's.")
+]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command and exit: a mistake of the user's ends with readable lines and a code, never a traceback."""
+    try:
+        app(arguments)
+    except UserError as error:
+        print(report(error), file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except TrainingStopped as error:
+        print(report(error), file=sys.stderr)
+        sys.exit(FAULT)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command(epilog="Example: smoltrain recipes")
+def recipes() -> None:
+    """List the shipped recipes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from smoltrain import config
+
+    table = Table("recipe", "what it trains")
+    for name, path in config.recipes().items():
+        table.add_row(name, config.headline(path))
+    Console(markup=False, highlight=False).print(table)
+
+
+@app.command(epilog="Example: smoltrain show quickstart phases.main.lr=1e-3 --plan")
+def show(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="The phases and their learning rates instead.")] = False,
+) -> None:
+    """Print a recipe in full: every default, every override, and the exact number of parameters."""
+    from smoltrain import config
+
+    resolved = config.load(recipe, overrides or [])
+    if plan:
+        _show_plan(resolved)
+    else:
+        print(config.to_yaml(resolved) + _facts(resolved))
+
+
+@app.command(epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2")
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default one per GPU, or two on a CPU.")
+    ] = None,
+) -> None:
+    """Train a recipe, or go on where its run folder stands."""
+    from smoltrain.supervise import supervise
+
+    raise typer.Exit(supervise(recipe, overrides or [], ranks))
+
+
+@app.command(epilog="Example: smoltrain generate quickstart --prompt '**ROMEO**' --temperature 0.8 --top-k 50")
+def generate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.")],
+    *,
+    prompt: Annotated[str, typer.Option(help="Text to go on from; empty begins a new document.")] = "",
+    temperature: Annotated[float | None, typer.Option(help="Divides the logits.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this probability.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="New tokens at most.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws; by default the run's.")] = None,
+    checkpoint: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None,
+) -> None:
+    """Write text with a trained model; options that are not given are the recipe's."""
+    from smoltrain import config
+    from smoltrain.generate import generate as new_ids
+    from smoltrain.loading import load_run
+
+    loaded = load_run(run, checkpoint)
+    tokenizer = loaded.tokenizer
+    settings = config.revise(
+        loaded.config.generation, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
+    )
+    ids = tokenizer.encode(prompt) or [tokenizer.separator_id]
+    new = new_ids(
+        loaded.model,
+        ids,
+        settings,
+        stop_id=tokenizer.separator_id,
+        banned_ids=sorted(tokenizer.special_ids),
+        greedy=greedy,
+        seed=loaded.config.run.seed if seed is None else seed,
+    )
+    print(prompt, end="", flush=True)
+    for piece in spoken(ids, new, tokenizer.decode):
+        print(piece, end="", flush=True)
+    print()
+
+
+def spoken(prompt_ids: list[int], new_ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """The text of new ids as they come. A character whose bytes are not all there yet waits for the rest of them."""
+    ids = list(prompt_ids)
+    told = len(decode(ids))
+    for new in new_ids:
+        ids.append(new)
+        text = decode(ids).rstrip("\ufffd")
+        if len(text) > told:
+            yield text[told:]
+            told = len(text)
+    yield decode(ids)[told:]
+
+
+def _facts(config: "Config") -> str:
+    """What follows from a config before any process starts, as YAML comments."""
+    from smoltrain.model import build, parameter_count
+
+    batch = config.batch
+    rows, ranks = batch.rows_per_step, "over all ranks"
+    if batch.accumulation is not None:
+        rows, ranks = batch.micro_batch * batch.accumulation, "on each rank"
+    assert rows is not None, "one of the two is given, or the config is refused"
+    parameters = parameter_count(build(config.model, device="meta"))
+    return f"# {parameters:,} parameters\n# {rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}"
+
+
+def _show_plan(config: "Config") -> None:
+    from rich.console import Console
+
+    from smoltrain.plan import Plan
+    from smoltrain.plots import plan_png
+
+    plan, path = Plan(config.phases), config.run_folder / "plots" / "plan.png"
+    plan_png(plan, path)
+    Console(markup=False, highlight=False).print(_plan_table(plan))
+    print(path)
+
+
+def _plan_table(plan: "Plan") -> "Table":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    heads = ("phase", "steps", "schedule", "warm\nup", "lr at\nfirst", "\npeak", "\nlast", "weight\ndecay", "moments")
+    table = Table(*heads, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    for phase in plan.phases:
+        rates = [plan.lr(step) for step in range(phase.first, phase.last + 1)]
+        lrs = [f"{rate:.3g}" for rate in (rates[0], max(rates), rates[-1])]
+        spec, steps, decay = phase.spec, f"{phase.first}..{phase.last}", f"{phase.spec.weight_decay:g}"
+        table.add_row(phase.name, steps, spec.schedule, str(spec.warmup_steps), *lrs, decay, spec.optimizer_state)
+    return table

@@ -1,0 +1,112 @@
+"""Text to token ids and back, over the `tokenizers` library."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from smoltrain.errors import Problem, UserError
+
+FILE = "tokenizer.json"
+SEAM = re.compile(r"(?<=\w)(?= \w)")  # before a space between two words, where byte-level pre-tokenizers cut anyway
+
+
+def pieces(text: str, size: int) -> Iterator[str]:
+    """The text cut into pieces of `size` characters or a little more, only at seams.
+
+    The library needs some 100 bytes per character at work, so a long text must not go in whole. Byte-level BPE gives
+    the pieces the very ids of the whole; so do most others.
+    """
+    start = 0
+    while (seam := SEAM.search(text, start + size)) is not None:
+        yield text[start : seam.start()]
+        start = seam.start()
+    yield text[start:]
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` and the special token that ends each document.
+
+    Text is only ever text: where it spells out a special token it is encoded like any other characters, so that no
+    document can forge an end of document.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, separator: str) -> None:
+        """Takes over `inner`. Errors: UserError if `separator` is none of its special tokens."""
+        inner.encode_special_tokens = True
+        inner.no_truncation()  # some published files cut at 512 tokens, or pad: both would falsify the data
+        inner.no_padding()
+        special = {t.content: i for i, t in inner.get_added_tokens_decoder().items() if t.special}
+        if separator not in special:
+            want = "one of " + ", ".join(list(special)[:8]) if special else "a tokenizer with special tokens"
+            what = "the separator is not a special token of the tokenizer"
+            raise UserError(Problem(what, repr(separator), want, "tokenizer.separator"))
+        self._inner = inner
+        self.separator = separator
+        self.separator_id = special[separator]
+        self.special_ids = frozenset(special.values())
+        self.num_ids = 1 + max(inner.get_vocab(with_added_tokens=True).values())  # ids may have gaps: the largest + 1
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, separator: str) -> "Tokenizer":
+        """That of FOLDER/tokenizer.json. Errors: UserError if it is missing, unreadable or lacks `separator`."""
+        file = Path(folder).expanduser() / FILE
+        if not file.is_file():
+            saw = f"no {FILE} in {folder}" if file.parent.is_dir() else f"no folder {folder}"
+            want = f"a folder with {FILE}, or 'bpe' to train one"
+            raise UserError(Problem("the tokenizer is missing", saw, want, "tokenizer.name"))
+        try:
+            inner = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing more precise
+            reason = " ".join(str(error).split())
+            raise UserError(Problem("the tokenizer cannot be read", reason, f"a valid {FILE}", str(file))) from None
+        return cls(inner, separator)
+
+    @classmethod
+    def train_bpe(cls, texts: Iterable[str], vocab_size: int, separator: str) -> "Tokenizer":
+        """A byte-level BPE (Sennrich 2016, Radford 2019) of at most `vocab_size` ids; `separator` is id 0.
+
+        All 256 bytes are in the alphabet, so any text has ids. Equal texts in equal order give an equal tokenizer.
+        """
+        inner = tokenizers.Tokenizer(models.BPE())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[separator],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        inner.train_from_iterator((piece for text in texts for piece in pieces(text, 4096)), trainer)
+        return cls(inner, separator)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special ones."""
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, on all cores (or RAYON_NUM_THREADS of them)."""
+        return [e.ids for e in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special ones are left out, bytes that are no UTF-8 become U+FFFD."""
+        return self._inner.decode(list(ids), skip_special_tokens=True)
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of the bytes that `save` writes to tokenizer.json."""
+        return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and what transformers' PreTrainedTokenizerFast.from_pretrained needs beside it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        about = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": self.separator,
+            "clean_up_tokenization_spaces": False,  # true would delete spaces before punctuation when decoding
+        }
+        (folder / FILE).write_text(self._inner.to_str(), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,156 @@
+"""The world of data-parallel ranks: who am I, how do we add up numbers, does anybody want to stop.
+
+The only importer of torch.distributed. Plain numbers travel over gloo on the host, so that counting never waits for
+a GPU; tensors are DeepSpeed's business.
+"""
+
+import datetime
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+from smoltrain.errors import TrainingStopped, UserError
+
+T = TypeVar("T")
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of one run. All methods but the properties are collective: every rank must call them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    group: Any = None  # a gloo group for host numbers; None is the default group, gloo itself on the CPU
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that writes and prints."""
+        return self.rank == 0
+
+    def sum_ints(self, *values: int) -> list[int]:
+        """Each value summed over the ranks, modulo 2^64 in two's complement (what int64 addition does)."""
+        return self._reduce(values, torch.int64, torch_dist.ReduceOp.SUM)
+
+    def sum_floats(self, *values: float) -> list[float]:
+        """Each value summed over the ranks in fp64."""
+        return self._reduce(values, torch.float64, torch_dist.ReduceOp.SUM)
+
+    def max_floats(self, *values: float) -> list[float]:
+        """The largest of each value over the ranks."""
+        return self._reduce(values, torch.float64, torch_dist.ReduceOp.MAX)
+
+    def _reduce(self, values: tuple[Any, ...], dtype: torch.dtype, op: Any) -> list[Any]:
+        tensor = torch.tensor(values, dtype=dtype)
+        torch_dist.all_reduce(tensor, op=op, group=self.group)
+        return tensor.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.size
+        torch_dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.sum_ints(0)
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 alone and give every rank its result, or raise its error on every rank."""
+        outcome: list[Any] = [None]
+        if self.is_first:
+            try:
+                outcome = [work()]
+            except (UserError, TrainingStopped) as error:
+                outcome = [error]
+        torch_dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
+
+
+def open() -> World:
+    """Join the process group that the launcher's environment describes; a bare `python` is a world of one."""
+    rendezvous = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()) if "MASTER_PORT" not in os.environ else "",
+    }
+    for key, value in rendezvous.items():
+        os.environ.setdefault(key, value)
+    rank, size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.set_num_threads(int(os.environ.get("SMOLTRAIN_THREADS") or max(1, num_cores() // local_size)))
+    torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    group = torch_dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if cuda else None
+    return World(rank, size, local_rank, local_size, device, group)
+
+
+def num_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class StopFlag:
+    """Remembers that this rank was asked to stop; the loop adds the flags of all ranks up at each step.
+
+    Launchers signal their ranks one after another, seconds apart, so no rank may act on its own flag alone. A rank
+    whose launcher has died will never be signalled: a changed parent, or a dead supervisor, counts as a request.
+    """
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self._parent = os.getppid()
+        self._supervisor = int(os.environ.get("SMOLTRAIN_SUPERVISOR", "0"))
+        launched = "LOCAL_RANK" in os.environ  # a bare `nohup python` may outlive its shell
+        self._watched = launched
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if number == signal.SIGINT and self.reason == name:
+            os._exit(128 + number)  # the second Ctrl-C: leave at once; a checkpoint in the making stays a .tmp
+        self.reason = name
+
+    def is_raised(self) -> bool:
+        """Whether this rank has a reason to stop."""
+        if not self.reason and self._watched:
+            if os.getppid() != self._parent:
+                self.reason = "its launcher is gone"
+            elif self._supervisor and not _is_alive(self._supervisor):
+                self.reason = "its supervisor is gone"
+        return bool(self.reason)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,93 @@
+"""DeepSpeed's JSON, filled from the recipe: "auto" takes the recipe's value, anything else must agree with it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from smoltrain.config import DS_CONFIGS, Config
+from smoltrain.errors import Problem, UserError, nearest
+
+# The recipe's side of each value that DeepSpeed's JSON must leave "auto" or repeat.
+RECIPE_KEYS = {
+    "train_micro_batch_size_per_gpu": "batch.micro_batch",
+    "gradient_accumulation_steps": "batch.accumulation",
+    "train_batch_size": "batch.rows_per_step",
+    "gradient_clipping": "optimizer.gradient_clipping",
+    "bf16.enabled": "engine.precision",
+    "fp16.enabled": "engine.precision",
+}
+
+
+def fill(config: Config, *, precision: str, accumulation: int, world_size: int) -> dict[str, Any]:
+    """The dict for deepspeed.initialize.
+
+    Errors: UserError for an unknown file, a value that contradicts the recipe (both named), a section that the
+    recipe owns, and bf16 under ZeRO-0, which DeepSpeed computes with another optimizer (docs/decisions.md).
+    """
+    path = _path(config.engine.ds_config)
+    tree = _read(path)
+    wanted = {
+        "train_micro_batch_size_per_gpu": config.batch.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": config.batch.micro_batch * accumulation * world_size,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "bf16.enabled": precision == "bf16",
+        "fp16.enabled": precision == "fp16",
+    }
+    problems = [_agree(tree, key, value, path) for key, value in wanted.items()]
+    for section in ("optimizer", "scheduler"):
+        if section in tree:
+            problems.append(
+                Problem(f"{path.name} has a section that the recipe owns", section, "no such section", str(path))
+            )
+    if stage(tree) == 0 and precision == "bf16":
+        what = "ZeRO-0 in bf16 would not be the optimizer of the other stages"
+        problems.append(Problem(what, "stage 0 with bf16", "zero1, or precision fp32", "engine.ds_config"))
+    if found := [p for p in problems if p]:
+        raise UserError(*found)
+    return tree
+
+
+def stage(tree: dict[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed config."""
+    return int(tree.get("zero_optimization", {}).get("stage", 0))
+
+
+def _path(name: str) -> Path:
+    shipped = {path.stem: path for path in sorted(DS_CONFIGS.glob("*.json"))}
+    if name in shipped:
+        return shipped[name]
+    if Path(name).is_file():
+        return Path(name)
+    want = nearest(name, shipped) + ", or a path to a JSON file"
+    raise UserError(Problem("no such DeepSpeed config", repr(name), want, "engine.ds_config"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(Problem("the DeepSpeed config is not JSON", str(error), "valid JSON", str(path))) from None
+    if not isinstance(tree, dict):
+        raise UserError(Problem("the DeepSpeed config is not an object", type(tree).__name__, "an object", str(path)))
+    return tree
+
+
+def _agree(tree: dict[str, Any], key: str, value: Any, path: Path) -> Problem | None:
+    """Put the recipe's value where the JSON says "auto"; a missing key is filled too, but for off switches."""
+    *parents, last = key.split(".")
+    node = tree
+    for part in parents:
+        if part not in node and value is False:
+            return None
+        node = node.setdefault(part, {})
+    seen = node.get(last, "auto")
+    if seen == "auto":
+        node[last] = value
+    elif seen != value:
+        recipe_key = RECIPE_KEYS[key]
+        what = f"{path.name} contradicts the recipe"
+        return Problem(
+            what, f"{key} = {seen!r}", f'"auto", or {value!r} as {recipe_key} gives', f"{path} or {recipe_key}"
+        )
+    return None

@@ -1,0 +1,56 @@
+"""Files that survive a crash and tensors that cannot run code."""
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smoltrain.errors import TrainingStopped
+
+
+def sync(path: Path) -> None:
+    """Force a file's or folder's content to the disk (man 2 fsync: a new name needs its folder synced too)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a whole file so that a reader, or a crash, sees either the old or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_text` of indented JSON."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_tensors(path: Path, allowed: Sequence[type] = ()) -> Any:
+    """Load a torch file with weights_only=True: plain containers, tensors and the `allowed` classes, nothing else.
+
+    Errors: TrainingStopped naming the file and the class that was refused; no code of the file has run.
+    """
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()
+        named = next((line.strip() for line in reason if "GLOBAL" in line), reason[0])
+        raise TrainingStopped(f"{path} holds more than tensors and is refused: {named}") from None

@@ -1,0 +1,83 @@
+"""Text from the model, one token at a time.
+
+Legend: B batch (1 here), T tokens, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from smoltrain.config import GenerationSection
+from smoltrain.errors import Problem, UserError
+from smoltrain.model import Decoder, KVCache
+
+
+def sample(logits_V: Tensor, settings: GenerationSection, greedy: bool, generator: torch.Generator) -> int:
+    """One id: the likeliest if greedy, else drawn by temperature, then top-k, then top-p. `generator` is on the CPU.
+
+    Top-p keeps the smallest set of likeliest tokens whose probability reaches p (nucleus, Holtzman et al. 2020).
+    """
+    logits_V = logits_V.detach().cpu().double()  # on the CPU one seed gives one text, whatever the device
+    if greedy:
+        return int(logits_V.argmax())
+    logits, ids = logits_V.sort(descending=True, stable=True)
+    if settings.top_k:
+        logits = logits[: settings.top_k]
+    probabilities = (logits / settings.temperature).softmax(0)
+    if settings.top_p < 1:
+        before = probabilities.cumsum(0)[:-1]  # what the likelier tokens hold, from the second token on
+        probabilities = probabilities[: 1 + int((before < settings.top_p).sum())]
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def generate(
+    model: Decoder,
+    prompt_ids: Sequence[int],
+    settings: GenerationSection,
+    *,
+    stop_id: int | None,
+    banned_ids: Sequence[int] = (),
+    greedy: bool = False,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yield new ids until `stop_id` (not yielded), settings.max_tokens, or the last position of the model.
+
+    `banned_ids` but `stop_id` are never drawn. Neither torch's random state nor the model's training mode changes.
+    Errors: UserError, at once, for a prompt that is empty or leaves no position free.
+    """
+    free = model.section.max_position_embeddings - len(prompt_ids)
+    if not prompt_ids:
+        raise UserError(Problem("the prompt is empty", "no tokens", "at least one token", "the prompt"))
+    if free <= 0:
+        want = f"fewer than model.max_position_embeddings = {model.section.max_position_embeddings}"
+        raise UserError(Problem("the prompt is too long", f"{len(prompt_ids)} tokens", want, "the prompt"))
+    banned = [i for i in banned_ids if i != stop_id]
+    count = min(free, settings.max_tokens)
+
+    def new_ids() -> Iterator[int]:  # a function of its own, so that the errors above do not wait for the first next()
+        generator = torch.Generator().manual_seed(seed)
+        cache = model.new_cache(1, len(prompt_ids) + count)
+        fed = list(prompt_ids)
+        for _ in range(count):
+            logits_V = _next_logits(model, fed, cache)
+            logits_V[banned] = -torch.inf
+            new = sample(logits_V, settings, greedy, generator)
+            if new == stop_id:
+                return
+            yield new
+            fed = [new]
+
+    return new_ids()
+
+
+@torch.no_grad()
+def _next_logits(model: Decoder, ids: list[int], cache: KVCache) -> Tensor:
+    """Logits [V] behind the ids; a function, so that between two tokens the caller finds its own modes unchanged."""
+    training = model.training
+    model.eval()
+    try:
+        ids_BT = torch.tensor([ids], device=model.embed_tokens.weight.device)
+        return model(ids_BT, cache=cache)[0, -1]
+    finally:
+        model.train(training)

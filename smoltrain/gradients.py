@@ -1,0 +1,39 @@
+"""Per-layer gradient norms and histograms of the whole, averaged gradient, under any ZeRO stage."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+BINS = 64
+
+
+@dataclass
+class LayerGradient:
+    """One layer's gradient before clipping: its L2 norm and a histogram of its entries."""
+
+    norm: float
+    counts: np.ndarray  # [BINS] entries per bin
+    edges: np.ndarray  # [BINS + 1] bin borders
+
+
+def by_layer(gradients: Iterable[tuple[str, torch.Tensor]]) -> dict[str, LayerGradient]:
+    """Layer name -> its gradient, out of the (parameter name, whole gradient) pairs of `Engine.gradients`."""
+    entries: dict[str, list[np.ndarray]] = {}
+    for name, gradient in gradients:
+        entries.setdefault(layer_of(name), []).append(gradient.flatten().cpu().numpy())
+    return {layer: _summary(np.concatenate(parts)) for layer, parts in entries.items()}
+
+
+def layer_of(parameter: str) -> str:
+    """'layers.03' for 'layers.3.mlp.up_proj.weight' (zero-padded, so that names sort), else the first word."""
+    block = re.search(r"layers\.(\d+)\.", parameter)
+    return f"layers.{int(block[1]):02d}" if block else parameter.removeprefix("model.").split(".")[0]
+
+
+def _summary(values: np.ndarray) -> LayerGradient:
+    finite = values[np.isfinite(values)]
+    counts, edges = np.histogram(finite, bins=BINS)
+    return LayerGradient(float(np.linalg.norm(values.astype(np.float64))), counts, edges)

@@ -1,0 +1,121 @@
+"""The parts of a decoder block. Parameter names are those of transformers' Llama.
+
+Legend: B batch, T tokens, S keys (T plus what the cache holds), D width of the residual stream, H query heads,
+K key-value heads, E width per head (D / H).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smoltrain.config import ModelSection
+from smoltrain.model.attention import Kernel, attend
+
+Rotary = tuple[Tensor, Tensor]
+
+
+def norm(model: ModelSection) -> nn.Module:
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over D; torch computes both in fp32 inside."""
+    cls = nn.RMSNorm if model.norm == "rmsnorm" else nn.LayerNorm
+    return cls(model.hidden_size, eps=model.rms_norm_eps)
+
+
+def rotary_angles(positions_T: Tensor, head_width: int, theta: float) -> Rotary:
+    """Cosines and sines of rotary positions (Su et al. 2021), each [T, E/2] in fp32.
+
+    Computed anew in each forward, once for all blocks, and kept in no buffer: a model cast to bf16 would cast the
+    buffer too, and bf16 cannot tell position 257 from 256.
+    """
+    exponents = torch.arange(0, head_width, 2, device=positions_T.device, dtype=torch.float32) / head_width
+    angles = positions_T[:, None].float() * (1.0 / theta**exponents)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTE: Tensor, rotary: Rotary) -> Tensor:
+    """Rotate each pair (i, i + E/2) of a head by its angle, in fp32: the half-split layout of GPT-NeoX and Llama."""
+    cos, sin = rotary
+    x, y = x_BHTE.chunk(2, dim=-1)
+    return torch.cat((x * cos - y * sin, y * cos + x * sin), dim=-1).type_as(x_BHTE)
+
+
+class KVCache:
+    """Keys and values of the tokens so far in every block, preallocated; `length` counts the tokens."""
+
+    def __init__(
+        self, model: ModelSection, batch: int, max_length: int, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        E = model.hidden_size // model.num_attention_heads
+        shape = (model.num_hidden_layers, 2, batch, model.num_key_value_heads, max_length, E)
+        self.store = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values of one block behind the old; all of them, [B, K, S, E] each."""
+        S = self.length + k_BKTE.size(2)
+        keys, values = self.store[layer, :, :, :, :S]
+        keys[:, :, self.length :] = k_BKTE
+        values[:, :, self.length :] = v_BKTE
+        return keys, values
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H query heads over K key-value heads: [B, T, D] -> [B, T, D]."""
+
+    def __init__(self, model: ModelSection, kernel: Kernel, layer: int) -> None:
+        super().__init__()
+        D, bias = model.hidden_size, model.attention_bias
+        self.head_width = D // model.num_attention_heads
+        self.q_proj = nn.Linear(D, D, bias=bias)
+        self.k_proj = nn.Linear(D, model.num_key_value_heads * self.head_width, bias=bias)
+        self.v_proj = nn.Linear(D, model.num_key_value_heads * self.head_width, bias=bias)
+        self.o_proj = nn.Linear(D, D, bias=bias)
+        self.dropout, self.kernel, self.layer = model.attention_dropout, kernel, layer
+
+    def forward(self, x_BTD: Tensor, rotary: Rotary | None, cache: KVCache | None) -> Tensor:
+        """Mix the tokens; with a cache, attend to its tokens too and add these to it."""
+        q_BHTE, k_BKSE, v_BKSE = (
+            projection(x_BTD).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if rotary is not None:
+            q_BHTE, k_BKSE = rotate(q_BHTE, rotary), rotate(k_BKSE, rotary)
+        if cache is not None:
+            k_BKSE, v_BKSE = cache.extend(self.layer, k_BKSE, v_BKSE)
+        dropout = self.dropout if self.training else 0.0
+        y_BHTE = attend(q_BHTE, k_BKSE, v_BKSE, self.kernel, dropout=dropout)
+        return self.o_proj(y_BHTE.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020), or two layers with GELU in its tanh form (Hendrycks & Gimpel 2016): D -> D per token."""
+
+    def __init__(self, model: ModelSection) -> None:
+        super().__init__()
+        D, inner, bias = model.hidden_size, model.intermediate_size, model.mlp_bias
+        self.gate_proj = nn.Linear(D, inner, bias=bias) if model.mlp == "swiglu" else None
+        self.up_proj = nn.Linear(D, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, D, bias=bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Transform each token on its own."""
+        up = self.up_proj(x_BTD)
+        if self.gate_proj is None:
+            return self.down_proj(F.gelu(up, approximate="tanh"))
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * up)
+
+
+class Block(nn.Module):
+    """One pre-norm block (Xiong et al. 2020): attention, then MLP, each added to the residual stream [B, T, D]."""
+
+    def __init__(self, model: ModelSection, kernel: Kernel, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = norm(model)
+        self.self_attn = Attention(model, kernel, layer)
+        self.post_attention_layernorm = norm(model)
+        self.mlp = MLP(model)
+        self.dropout = nn.Dropout(model.dropout)
+
+    def forward(self, x_BTD: Tensor, rotary: Rotary | None, cache: KVCache | None) -> Tensor:
+        """The stream after both branches."""
+        x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), rotary, cache))
+        return x_BTD + self.dropout(self.mlp(self.post_attention_layernorm(x_BTD)))

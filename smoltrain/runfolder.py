@@ -1,0 +1,142 @@
+"""A run's folder and its identity: what a resume may change, what it may not, and a record of every start."""
+
+import datetime
+import secrets
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smoltrain import config as config_module
+from smoltrain import files
+from smoltrain.config import Config
+from smoltrain.errors import Problem, UserError
+from smoltrain.plan import Plan
+
+# What the weights of the past depend on; changing any of it would make the run another run.
+IDENTITY = ("model", "tokenizer", "data", "optimizer", "run.seed", "batch.sequence_length")
+PACKAGES = ("torch", "deepspeed", "tokenizers", "datasets", "wandb", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """runs/NAME: its path, and the two facts that were settled at the first start."""
+
+    path: Path
+    rows_per_step: int
+    wandb_id: str
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+
+def check(config: Config, world_size: int, done: int) -> dict[str, Any]:
+    """The provenance that this start would write: rows_per_step, wandb_id and one entry per start.
+
+    Errors: UserError showing every difference when the folder belongs to another model, tokenizer, data or past plan,
+    or when the ranks do not fit its rows per step.
+    """
+    path = config.run_folder / "config.yaml"
+    start: dict[str, Any] = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "from_step": done,
+        "ranks": world_size,
+        "git_commit": _git_commit(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+    if path.exists():
+        old, provenance = config_module.read(path), yaml.safe_load(path.read_text(encoding="utf-8"))["provenance"]
+        if problems := _forbidden(old, config, done, path):
+            raise UserError(*problems)
+        start["changes"] = [f"{key}: {was!r} -> {now!r}" for key, was, now in differences(old, config)]
+        provenance["starts"].append(start)
+    else:
+        rows = config.batch.rows_per_step or config.batch.micro_batch * (config.batch.accumulation or 1) * world_size
+        provenance = {"rows_per_step": rows, "wandb_id": secrets.token_hex(4), "starts": [start]}
+    accumulation(config, provenance["rows_per_step"], world_size)
+    return provenance
+
+
+def enter(config: Config, world_size: int, done: int) -> RunFolder:
+    """Create or re-enter the folder after `done` steps; config.yaml then holds this start's config and provenance.
+
+    Errors: those of `check`; nothing has been written then.
+    """
+    provenance = check(config, world_size, done)
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    tree = config.model_dump(mode="json") | {"provenance": provenance}
+    files.write_text(config.run_folder / "config.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    return RunFolder(config.run_folder, provenance["rows_per_step"], provenance["wandb_id"])
+
+
+def accumulation(config: Config, rows_per_step: int, world_size: int) -> int:
+    """Micro-batches per step and rank, so that every world trains on the same rows per step.
+
+    Errors: UserError naming the worlds that fit.
+    """
+    micro = config.batch.micro_batch
+    if rows_per_step % (micro * world_size):
+        fits = [n for n in range(1, rows_per_step // micro + 1) if rows_per_step % (micro * n) == 0]
+        want = f"one of {', '.join(map(str, fits))} ranks" if fits else f"a micro-batch that divides {rows_per_step}"
+        saw = f"{world_size} ranks x micro_batch {micro}"
+        what = f"{rows_per_step} rows per step do not divide evenly"
+        raise UserError(Problem(what, saw, want, "batch.micro_batch, or the number of ranks"))
+    return rows_per_step // (micro * world_size)
+
+
+def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever two configs differ."""
+    was, now = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [(key, was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)]
+
+
+def _forbidden(old: Config, new: Config, done: int, path: Path) -> list[Problem]:
+    change = f"{path.parent} belongs to another run: take back the change, or choose another run.name"
+    problems = [
+        Problem(f"{key} differs from the run's own", repr(now), repr(was), change)
+        for key, was, now in differences(old, new)
+        if any(key == fixed or key.startswith(fixed + ".") for fixed in IDENTITY)
+        or key in ("batch.accumulation", "batch.rows_per_step")
+    ]
+    past, asked = Plan(old.phases), Plan(new.phases)
+    if asked.last_step < done:
+        return [*problems, Problem("the plan ends in the past", f"{asked.last_step} steps", f"{done} or more", change)]
+    for step in range(1, done + 1):
+        was, now = _at(past, step), _at(asked, step)
+        if was != now:
+            what = f"the plan changes step {step}, which is done"
+            return [*problems, Problem(what, _words(now), _words(was), f"phases. {change}")]
+    return problems
+
+
+def _at(plan: Plan, step: int) -> tuple[str, float, float, bool]:
+    return plan.phase(step).name, plan.lr(step), plan.weight_decay(step), plan.resets_optimizer(step)
+
+
+def _words(at: tuple[str, float, float, bool]) -> str:
+    name, lr, decay, reset = at
+    return f"phase {name}, lr {lr:g}, weight decay {decay:g}" + (", optimizer reset" if reset else "")
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): tree}
+
+
+def _git_commit() -> str:
+    """The commit of smoltrain's own checkout, with '+' if it has local changes; 'unknown' outside of git."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

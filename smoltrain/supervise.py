@@ -1,0 +1,135 @@
+"""A fresh set of processes for each phase, under the real `deepspeed` launcher: what `./train.sh` does after set-up.
+
+Each phase restores from disk on every rank, so a checkpoint that could not be restored would be found at once.
+This process owns the launcher's process group: it passes signals to the ranks themselves and leaves nothing behind.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import torch
+
+from smoltrain import checkpoint, config, data, dist, runfolder
+from smoltrain.config import Config
+from smoltrain.errors import DONE, FAULT, STOPPED, Problem, UserError
+from smoltrain.plan import Plan
+
+SCRIPT = Path(__file__).parent.parent / "launch" / "train.py"
+CPU_RANKS = 2  # on a machine without a GPU: enough to make every collective real
+GRACE_S = 40.0  # for ranks to save and leave after a signal
+
+
+def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> int:
+    """Run every phase that is left; returns the exit code (errors.py).
+
+    Errors: UserError before any process starts, for whatever can be known by then.
+    """
+    settings = config.load(recipe, overrides)
+    ranks = num_ranks(ranks)
+    plan = Plan(settings.phases)
+    data.prepare(settings)
+    manifest = checkpoint.newest_valid(settings.run_folder / "checkpoints", lambda text: print(text, flush=True))
+    done = manifest.step if manifest else 0
+    last = plan.named(settings.run.stop_after).last if settings.run.stop_after else plan.last_step
+    if done >= last:
+        print(f"{settings.run.name}: the plan is complete at step {done}; nothing to do. {_next(settings)}")
+        return DONE
+    runfolder.check(settings, ranks, done)
+    for phase in plan.phases:
+        if done < phase.last <= last:
+            print(
+                f"phase {phase.name}: steps {max(done + 1, phase.first)} to {phase.last}, {ranks} new processes",
+                flush=True,
+            )
+            code = Ranks([recipe, *overrides, f"run.stop_after={phase.name}"], ranks).wait()
+            if code != DONE:
+                return code
+    print(_next(settings))
+    return DONE
+
+
+def num_ranks(asked: int | None) -> int:
+    """All GPUs, or two ranks on a CPU, or what was asked for. Errors: UserError for a count the machine lacks."""
+    gpus = torch.cuda.device_count()
+    if asked is None:
+        return gpus or CPU_RANKS
+    if asked < 1 or (gpus and asked > gpus):
+        want = f"1 to {gpus}, one for each GPU" if gpus else "1 or more"
+        raise UserError(Problem("this machine cannot run so many ranks", str(asked), want, "--ranks"))
+    return asked
+
+
+class Ranks:
+    """One launch of the ranks: start, pass signals on, wait, sweep."""
+
+    def __init__(self, words: list[str], ranks: int) -> None:
+        deepspeed = Path(sys.executable).with_name("deepspeed")
+        launcher = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(dist.free_port()), "-q"]
+        env = os.environ | {"SMOLTRAIN_SUPERVISOR": str(os.getpid())}
+        if not torch.cuda.is_available():
+            env["DS_ACCELERATOR"] = "cpu"
+        self._signals = 0
+        self._process = subprocess.Popen(
+            [*launcher, str(SCRIPT), *words], env=env, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+
+    def wait(self) -> int:
+        """The true exit code of the ranks: 0, 2, 75, or 1 for any other."""
+        before = {
+            number: signal.signal(number, self._pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        }
+        try:
+            code = self._process.wait()
+        finally:
+            self._sweep()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if code in (DONE, 2, STOPPED):
+            return code
+        words = f"error: a rank died (exit code {code}); the same command goes on from the last checkpoint"
+        print(words, file=sys.stderr)
+        return FAULT
+
+    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        """To the ranks alone: the launcher would kill them one by one and hide their exit code."""
+        self._signals += number == signal.SIGINT
+        if self._signals > 1:  # the second Ctrl-C
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            return
+        for process in self._ranks():
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(signal.SIGTERM)
+
+    def _ranks(self) -> list[psutil.Process]:
+        found = []
+        with contextlib.suppress(psutil.Error):
+            for process in psutil.Process(self._process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if str(SCRIPT) in process.cmdline()[:3]:  # python -u launch/train.py ...
+                        found.append(process)
+        return found
+
+    def _sweep(self) -> None:
+        """Nothing of the launcher's session outlives it."""
+        deadline = time.monotonic() + GRACE_S
+        number = signal.SIGTERM
+        while True:
+            try:
+                os.killpg(self._process.pid, number)
+            except ProcessLookupError:
+                return
+            number = 0 if time.monotonic() < deadline else signal.SIGKILL
+            time.sleep(0.1)
+
+
+def _next(settings: Config) -> str:
+    run = settings.run_folder
+    return f"Next: smoltrain generate {run} --prompt 'To be'"

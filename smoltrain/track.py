@@ -1,0 +1,251 @@
+"""What a run writes down: console, metrics.jsonl, samples.jsonl, W&B. The only importer of wandb.
+
+Rank 0 writes; the trackers of the other ranks take the same calls and keep silent, so the loop has no `if rank == 0`.
+"""
+
+import json
+import logging
+import math
+import netrc
+import os
+import sys
+import time
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from smoltrain import files
+from smoltrain.config import Config
+from smoltrain.gradients import LayerGradient
+from smoltrain.runfolder import RunFolder
+
+# Every name that may be logged: its unit, its scope, what it is averaged over. Anything else is refused.
+METRICS = {
+    "train/loss_nats_per_token": "mean over the step's valid tokens: all micro-batches, all ranks",
+    "train/lr": "learning rate of the step's update",
+    "train/weight_decay": "decoupled weight decay of the step's update, of the parameters that decay",
+    "train/grad_norm_before_clipping": "L2 norm of the whole gradient, averaged over all ranks",
+    "train/skipped_updates": "updates skipped so far because a gradient was not finite",
+    "data/tokens": "targets trained on so far, all ranks",
+    "data/epochs": "rows consumed so far over the rows there are",
+    "data/ledger": "digest of every row id and token so far, the same on any number of ranks (text)",
+    "speed/tokens_per_s": "targets of the step over its seconds, all ranks together; no evaluation, sampling, saving",
+    "speed/step_s": "seconds of the step, the slowest rank",
+    "speed/data_wait_share": "share of the step spent waiting for rows, the worst rank",
+    "memory/peak_gib": "peak so far, the largest rank: CUDA memory allocated, or resident set on a CPU",
+    "validation/loss_nats_per_token": "mean over the validation rows' tokens, all ranks",
+    "validation/perplexity": "exp of the validation loss",
+}
+GRADIENT_NORM = "gradients/norm_before_clipping/"  # + layer: L2 norm of that layer's whole gradient, all ranks averaged
+GRADIENT_HISTOGRAM = "gradients/histogram/"  # + layer: its entries, W&B only
+
+
+def open(config: Config, folder: RunFolder, rank: int, first_step: int, last_step: int) -> "Tracker":
+    """A tracker that goes on after `first_step`: later lines of an interrupted run are cut off the files."""
+    return Tracker(config, folder, rank, first_step, last_step)
+
+
+class Tracker:
+    """Console, files and W&B behind one small interface."""
+
+    def __init__(self, config: Config, folder: RunFolder, rank: int, first_step: int, last_step: int) -> None:
+        self._writes = rank == 0
+        self._print_every = config.track.print_every
+        self._log = _rank_log(folder.path / "logs" / f"rank{rank}.log")
+        self._wandb: Any = None
+        if not self._writes:
+            return
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._progress = _progress(self._console, first_step, last_step) if self._console.is_terminal else None
+        self._metrics = _reopen(folder.path / "metrics.jsonl", first_step)
+        self._samples = _reopen(folder.path / "samples.jsonl", first_step)
+        self._table = _sample_rows(folder.path / "samples.jsonl")
+        mode, reason = wandb_mode(config)
+        self.chosen("W&B", self._open_wandb(config, folder, mode, reason))
+
+    def say(self, text: str) -> None:
+        """One line for the person who watches."""
+        self._log.info(text)
+        if self._writes:
+            self._console.print(text, markup=False)
+
+    def chosen(self, what: str, value: str) -> None:
+        """One line on a choice and its reason."""
+        self.say(f"{what:<22} {value}")
+
+    def step(self, step: int, last_step: int, phase: str, metrics: dict[str, float | str]) -> None:
+        """Everything measured at a training step: files and W&B always, the console at its cadence."""
+        self.metrics(step, metrics)
+        if not self._writes:
+            return
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], completed=step, description=phase)
+        if step % self._print_every == 0 or step == last_step:
+            self.say(console_line(step, last_step, phase, metrics))
+
+    def metrics(self, step: int, metrics: dict[str, float | str]) -> None:
+        """Numbers by name. Errors: KeyError for a name that METRICS does not define."""
+        for name in metrics:
+            if name not in METRICS and not name.startswith(GRADIENT_NORM):
+                raise KeyError(f"{name} is not in track.METRICS")
+        if not self._writes:
+            return
+        line = {"step": step, "time_s": round(time.time(), 3), **metrics}
+        self._metrics.write(json.dumps(line, allow_nan=True) + "\n")
+        self._metrics.flush()
+        if self._wandb:
+            self._wandb.log({k: v for k, v in metrics.items() if not isinstance(v, str)}, step=step)
+
+    def gradients(self, step: int, layers: dict[str, LayerGradient]) -> None:
+        """Norm of each layer everywhere, its histogram in W&B."""
+        self.metrics(step, {GRADIENT_NORM + name: layer.norm for name, layer in layers.items()})
+        if self._wandb:
+            import wandb
+
+            histograms = {name: wandb.Histogram(np_histogram=(g.counts, g.edges)) for name, g in layers.items()}
+            self._wandb.log({GRADIENT_HISTOGRAM + name: h for name, h in histograms.items()}, step=step)
+
+    def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
+        """(prompt, continuation) pairs: samples.jsonl, the console, a W&B table that grows with the run."""
+        if not self._writes:
+            return
+        for prompt, text in texts:
+            self._samples.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
+            self._samples.flush()
+            self._table.append([step, prompt, text])
+            indented = "\n".join(f"    {line}".rstrip() for line in (prompt + text).splitlines())
+            self.say(f"sample at step {step}:\n{indented}")
+        if self._wandb:
+            import wandb
+
+            columns = ["step", "prompt", "text"]
+            self._wandb.log({"samples": wandb.Table(columns=columns, data=list(self._table))}, step=step)
+
+    def close(self, exit_code: int) -> None:
+        """Flush and close everything; W&B learns the exit code."""
+        if self._writes:
+            if self._progress:
+                self._progress.stop()
+            self._metrics.close()
+            self._samples.close()
+        if self._wandb:
+            self._wandb.finish(exit_code=exit_code)
+        logging.shutdown()
+
+    def _open_wandb(self, config: Config, folder: RunFolder, mode: str, reason: str) -> str:
+        """Start W&B in this mode; online falls back to offline when the server does not answer in time."""
+        if mode == "off":
+            return f"off, {reason}"
+        import wandb
+
+        def init(mode: str) -> Any:
+            return wandb.init(
+                project=config.track.wandb_project,
+                id=folder.wandb_id,
+                name=config.run.name,
+                dir=str(folder.path),
+                mode=mode,  # pyright: ignore[reportArgumentType]
+                resume="allow",
+                config=config.model_dump(mode="json"),
+                settings=wandb.Settings(init_timeout=config.track.wandb_timeout_s, console="off", silent=True),
+            )
+
+        try:
+            self._wandb = init(mode)
+        except Exception as error:  # whatever W&B raises, it must not cost a run
+            first = (str(error) or type(error).__name__).splitlines()[0]
+            if mode == "offline":
+                return f"off, W&B cannot write here ({first})"
+            mode, reason = "offline", f"the server did not answer within {config.track.wandb_timeout_s:g} s ({first})"
+            self._wandb = init(mode)
+        return f"{mode}, {reason}; run id {folder.wandb_id}"
+
+
+def wandb_mode(config: Config) -> tuple[str, str]:
+    """(online | offline | off, reason), before anybody has asked the server."""
+    asked = config.track.wandb
+    if asked != "auto":
+        return asked, "as track.wandb asks"
+    named = os.environ.get("WANDB_MODE", "")
+    if named in ("offline", "disabled"):
+        return ("off" if named == "disabled" else named), f"WANDB_MODE={named}"
+    if os.environ.get("WANDB_API_KEY") or _netrc_key(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
+        return "online", "an API key is configured"
+    return "offline", "no API key is configured (`wandb login` sets one; `wandb sync` uploads later)"
+
+
+def _netrc_key(url: str) -> bool:
+    try:
+        return netrc.netrc().authenticators(urllib.parse.urlparse(url).hostname or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def console_line(step: int, last_step: int, phase: str, metrics: dict[str, Any]) -> str:
+    """The numbers of one step for a person."""
+    width = len(str(last_step))
+    return (
+        f"step {step:>{width}}/{last_step} {phase}"
+        f"  loss {metrics['train/loss_nats_per_token']:.4f}"
+        f"  lr {metrics['train/lr']:.2e}"
+        f"  grad {metrics['train/grad_norm_before_clipping']:.3f}"
+        f"  {metrics['speed/tokens_per_s']:,.0f} tok/s"
+        f"  mem {metrics['memory/peak_gib']:.2f} GiB"
+        f"  wait {metrics['speed/data_wait_share']:.1%}"
+        f"  left {_clock((last_step - step) * metrics['speed/step_s'])}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _progress(console: Console, first_step: int, last_step: int) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=console, transient=True)
+    progress.add_task("", total=last_step, completed=first_step)
+    progress.start()
+    return progress
+
+
+def _reopen(path: Path, step: int) -> Any:
+    """Open a .jsonl for appending after `step`; what an interrupted run wrote beyond it is about to happen again."""
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        files.write_text(path, "".join(line + "\n" for line in kept))
+    return path.open("a", encoding="utf-8")
+
+
+def _sample_rows(path: Path) -> list[list[Any]]:
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [[line["step"], line["prompt"], line["text"]] for line in lines]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return math.inf  # a line cut short by a crash
+
+
+def _rank_log(path: Path) -> logging.Logger:
+    """logs/rankN.log: what this rank said, and every warning of DeepSpeed and torch on it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    log = logging.getLogger("smoltrain")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    for logger in (log, logging.getLogger("DeepSpeed")):
+        for old in logger.handlers:
+            if isinstance(old, logging.FileHandler) or getattr(old, "stream", None) in (sys.stdout, sys.stderr):
+                logger.removeHandler(old)
+        logger.addHandler(handler)
+    return log

@@ -1,0 +1,251 @@
+"""run(config): the whole of training, in order. The table of contents of the project.
+
+config -> world -> data -> run folder -> model -> engine -> restore -> [step, and what is due after it] -> done
+"""
+
+import math
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+
+from smoltrain import checkpoint, data, dist, engine, gradients, model, runfolder, track
+from smoltrain.config import Config
+from smoltrain.data import Batch, Loader
+from smoltrain.data.tokenizer import Tokenizer
+from smoltrain.dist import StopFlag, World
+from smoltrain.engine import Engine
+from smoltrain.errors import DONE, STOPPED, TrainingStopped
+from smoltrain.generate import generate
+from smoltrain.model import attention
+from smoltrain.plan import Plan
+
+MAX_SKIPS_IN_A_ROW = 50  # fp16's loss scale halves from 2^16 to 1 in 16 of them
+
+
+def run(config: Config) -> int:
+    """Train until the plan, run.stop_after or a signal ends it; returns the exit code (errors.py). Collective.
+
+    Errors: UserError and TrainingStopped, on every rank alike.
+    """
+    stop = StopFlag()
+    world = dist.open()
+    plan = Plan(config.phases)
+    last_step = plan.named(config.run.stop_after).last if config.run.stop_after else plan.last_step
+
+    # ---- what is on disk: data, the newest valid checkpoint, the run's identity
+    notes: list[str] = []
+    world.on_first(lambda: _prepare(config))
+    checkpoints = config.run_folder / "checkpoints"
+    manifest = world.on_first(lambda: checkpoint.newest_valid(checkpoints, notes.append))
+    done = manifest.step if manifest else 0
+    folder = world.on_first(lambda: runfolder.enter(config, world.size, done))
+    accumulation = runfolder.accumulation(config, folder.rows_per_step, world.size)
+    tracker = track.open(config, folder, world.rank, done, last_step)
+    for note in notes:
+        tracker.say(note)
+    if done >= last_step:
+        tracker.say(f"{config.run.name}: {_complete(plan, done)}")
+        tracker.close(DONE)
+        return DONE
+
+    # ---- what trains: rows, model, engine
+    loader = data.open(config, world.rank, world.size, rows_per_step=folder.rows_per_step, accumulation=accumulation)
+    precision, why = engine.choose_precision(config.engine.precision, world.device)
+    kernel = attention.choose(
+        config.engine.attention, world.device, getattr(torch, DTYPES[precision]), dropout=config.model.attention_dropout
+    )
+    torch.manual_seed(config.run.seed)  # the same weights on every rank
+    decoder = model.build(config.model, gradient_checkpointing=config.engine.gradient_checkpointing, attention=kernel)
+    num_parameters = model.parameter_count(decoder)
+    torch.manual_seed(config.run.seed + 1 + world.rank)  # other dropout on each
+    wrapped = engine.wrap(decoder, config, world, precision=precision, accumulation=accumulation)
+
+    # ---- what was chosen, and why
+    rows = folder.rows_per_step
+    tracker.chosen("run", str(folder.path))
+    tracker.chosen("device", _device(world))
+    tracker.chosen("precision", f"{precision}, {why}; fp32 master weights, accumulation and reduction")
+    tracker.chosen("attention kernel", f"{kernel.name}, {kernel.reason}")
+    tracker.chosen("gradient checkpointing", f"{config.engine.gradient_checkpointing}, as the recipe asks")
+    tracker.chosen("engine", f"DeepSpeed ZeRO-{wrapped.stage}, from {config.engine.ds_config}")
+    tracker.chosen("parameters", f"{num_parameters:,}")
+    tracker.chosen(
+        "rows per step",
+        f"{rows} = {config.batch.micro_batch} x {accumulation} accumulated x {world.size} ranks"
+        f" = {rows * config.batch.sequence_length:,} tokens",
+    )
+    tracker.chosen("data", loader.prepared.describe())
+    tracker.chosen("plan", ", ".join(f"{p.name} {p.first}-{p.last}" for p in plan.phases))
+
+    # ---- where it left off
+    if manifest:
+        checkpoint.restore(checkpoint.folder_of(checkpoints, done), manifest, wrapped, loader, world)
+        tracker.say(f"restored step {done} on {world.size} ranks, ledger {loader.ledger[:16]}")
+    skipped = manifest.skipped_updates if manifest else 0
+    facts = {"precision": precision, "wandb_id": folder.wandb_id}
+
+    # ---- the loop
+    for step in range(done + 1, last_step + 1):
+        result = train_step(step, wrapped, loader, plan, world, config.track.gradients_every)
+        skipped += result.num_skipped
+        tracker.step(step, last_step, plan.phase(step).name, result.metrics | {"train/skipped_updates": skipped})
+        if result.layers:
+            tracker.gradients(step, result.layers)
+
+        if plan.due(step, config.evaluate.every):
+            loss = evaluate(wrapped, loader.validation(config.evaluate.rows), world)
+            tracker.metrics(step, {"validation/loss_nats_per_token": loss, "validation/perplexity": math.exp(loss)})
+            tracker.say(f"validation at step {step}: loss {loss:.4f}, perplexity {math.exp(loss):,.1f}")
+        if plan.due(step, config.sample.every):
+            tracker.samples(step, sample(wrapped, loader.prepared.tokenizer, config))
+
+        stopping = world.sum_ints(stop.is_raised())[0] > 0
+        if plan.due(step, config.checkpoint.every) or plan.ends_phase(step) or stopping:
+            began = time.perf_counter()
+            path = checkpoint.save(
+                checkpoints, step, wrapped, loader, world, plan,
+                config.checkpoint.keep_last, skipped_updates=skipped, **facts,
+            )  # fmt: skip
+            tracker.say(f"checkpoint {path} in {time.perf_counter() - began:.1f} s")
+        if stopping and step < last_step:
+            reason = next(r for r in world.gather(stop.reason) if r)
+            tracker.say(f"stopped after step {step} ({reason}); the same command goes on from there")
+            tracker.close(STOPPED)
+            return STOPPED
+
+    tracker.say(f"{config.run.name}: {_complete(plan, last_step)}")
+    tracker.close(DONE)
+    return DONE
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one training step measured, the same on every rank."""
+
+    metrics: dict[str, float | str]
+    layers: dict[str, gradients.LayerGradient]
+    num_skipped: int
+
+
+def train_step(step: int, engine: Engine, loader: Loader, plan: Plan, world: World, gradients_every: int) -> StepResult:
+    """The step-th update: rows in, gradients of the global mean loss, one AdamW step. Collective.
+
+    A step whose gradient is not finite is no step: its rows are spent, the skip is counted, the next rows are tried.
+    Errors: TrainingStopped before the update when the loss is not finite.
+    """
+    if plan.resets_optimizer(step):
+        engine.reset_optimizer()
+    lr, weight_decay = plan.lr(step), plan.weight_decay(step)
+    num_skipped = 0
+    while True:
+        began = time.perf_counter()
+        rows = loader.take()
+        waited = time.perf_counter() - began
+        num_tokens, digest = world.sum_ints(rows.num_tokens, rows.digest)
+
+        losses = []
+        for batch in rows.micro_batches:
+            loss = engine.forward(batch)  # sum over this micro-batch's tokens
+            losses.append(loss.detach().double())
+            engine.backward(loss * (world.size / num_tokens))  # DeepSpeed's mean over ranks makes it the global mean
+
+        local = float(torch.stack(losses).sum())  # the step's one wait for the device before the update
+        mean_loss = world.sum_floats(local)[0] / num_tokens
+        if not math.isfinite(mean_loss):
+            _stop_on(step, world.gather(local), lr, engine)
+        inspect = plan.due(step, gradients_every)
+        layers = gradients.by_layer(engine.gradients()) if inspect else {}
+        applied = engine.update(lr=lr, weight_decay=weight_decay)
+        loader.consumed(digest)
+        if applied:
+            break
+        num_skipped += 1
+        if num_skipped == MAX_SKIPS_IN_A_ROW:
+            raise TrainingStopped(
+                f"step {step}: {MAX_SKIPS_IN_A_ROW} updates in a row had a gradient that is not finite (lr {lr:g}); "
+                "the last checkpoint is intact; try a lower lr, a longer warm-up, or precision bf16"
+            )
+
+    own = time.perf_counter() - began
+    step_s, wait_share, peak = world.max_floats(own, waited / own, _peak_gib(world))
+    return StepResult(
+        {
+            "train/loss_nats_per_token": mean_loss,
+            "train/lr": lr,
+            "train/weight_decay": weight_decay,
+            "train/grad_norm_before_clipping": engine.grad_norm_before_clipping,
+            "data/tokens": loader.tokens_consumed,
+            "data/epochs": loader.epoch,
+            "data/ledger": loader.ledger,
+            "speed/tokens_per_s": num_tokens / step_s,
+            "speed/step_s": step_s,
+            "speed/data_wait_share": wait_share,
+            "memory/peak_gib": peak,
+        },
+        layers,
+        num_skipped,
+    )
+
+
+def evaluate(engine: Engine, batches: list[Batch], world: World) -> float:
+    """Mean loss over the validation rows of all ranks, nats per token. Collective."""
+    with engine.evaluating():
+        loss = sum(float(engine.forward(batch)) for batch in batches)
+    num_tokens = sum(int((batch.labels_BT != -100).sum()) for batch in batches)
+    loss, num_tokens = world.sum_floats(loss, num_tokens)
+    return loss / num_tokens
+
+
+def sample(engine: Engine, tokenizer: Tokenizer, config: Config) -> list[tuple[str, str]]:
+    """(prompt, continuation) for each prompt. Every rank samples the same text, as ZeRO-3's forward is collective."""
+    unused = range(tokenizer.num_ids, config.model.vocab_size)  # rows of the table that stand for no text
+    texts = []
+    for prompt in config.sample.prompts:
+        ids = tokenizer.encode(prompt) or [tokenizer.separator_id]
+        with engine.evaluating():
+            new = generate(
+                engine.module, ids, config.generation, stop_id=tokenizer.separator_id,
+                banned_ids=[*tokenizer.special_ids, *unused], seed=config.run.seed,
+            )  # fmt: skip
+            texts.append((prompt, tokenizer.decode(list(new))))
+    return texts
+
+
+def _prepare(config: Config) -> None:
+    """Tokenise what is not yet; nothing is returned, for nothing but a word of success should travel to the ranks."""
+    data.prepare(config)
+
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def _stop_on(step: int, losses: list[float], lr: float, engine: Engine) -> None:
+    """Name the ranks and the numbers of a loss that is not finite."""
+    ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+    norm = math.sqrt(sum(float(g.double().square().sum()) for _, g in engine.gradients()))
+    raise TrainingStopped(
+        f"the loss of step {step} is {losses[ranks[0]]} on rank {', '.join(map(str, ranks))} "
+        f"(lr {lr:g}, gradient norm {norm:g}); nothing was updated and the last checkpoint is intact; "
+        "try a lower lr, a longer warm-up, gradient_clipping 1.0, or look at the data of this step"
+    )
+
+
+def _device(world: World) -> str:
+    threads = f"{torch.get_num_threads()} threads each"
+    if world.device.type == "cuda":
+        return f"{world.size} x {torch.cuda.get_device_name(world.device)}, NCCL"
+    return f"{world.size} CPU ranks, {threads}, gloo; no CUDA device was found"
+
+
+def _peak_gib(world: World) -> float:
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def _complete(plan: Plan, done: int) -> str:
+    if done >= plan.last_step:
+        return f"the plan is complete ({plan.last_step} steps)"
+    return f"phase {plan.phase(done).name} is complete (step {done} of {plan.last_step})"

@@ -1,0 +1,28 @@
+"""What every test may use."""
+
+import os
+from collections.abc import Callable, Iterator
+
+import pytest
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from smoltrain import dist
+from tests.ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """ranks(2) is a pair of gloo ranks that lives as long as the session."""
+    started: dict[int, Ranks] = {}
+
+    def of_size(size: int) -> Ranks:
+        if size not in started:
+            started[size] = Ranks(size, dist.free_port())
+        return started[size]
+
+    yield of_size
+    for group in started.values():
+        group.close()

@@ -1,0 +1,118 @@
+"""The tokenizer: any text survives, nothing in a text can be special, and others can load it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import models
+from transformers import PreTrainedTokenizerFast
+
+from smoltrain.data.tokenizer import Tokenizer, pieces
+from smoltrain.errors import UserError
+
+SEPARATOR = "<|endoftext|>"
+TEXTS = ["the cat sat on the mat. " * 20, "a    b\n\n\n  a   b\t\t a" * 20, "Ünïcödé and 日本語, a cat on a mat. " * 20]
+TRAINED = Tokenizer.train_bpe(TEXTS, 300, SEPARATOR)
+
+
+def problem(folder: object, separator: str = SEPARATOR) -> str:
+    with pytest.raises(UserError) as caught:
+        Tokenizer.from_folder(str(folder), separator)
+    return str(caught.value)
+
+
+def test_the_separator_is_id_0_and_the_only_special_one():
+    assert TRAINED.separator_id == 0
+    assert TRAINED.special_ids == {0}
+    assert 257 < TRAINED.num_ids <= 300
+
+
+@given(st.text())
+def test_any_text_survives(text: str):
+    ids = TRAINED.encode(text)
+    assert TRAINED.decode(ids) == text
+    assert not TRAINED.special_ids & set(ids)
+    assert [ids, ids] == TRAINED.encode_batch([text, text])
+
+
+def test_a_text_cannot_forge_a_separator():
+    text = f"a{SEPARATOR}b"
+    assert 0 not in TRAINED.encode(text)
+    assert 0 not in TRAINED.encode_batch([text])[0]
+    assert TRAINED.decode(TRAINED.encode(text)) == text
+
+
+@given(st.text("ab1é日 \n\t.'\u2009", max_size=60), st.integers(1, 8))
+def test_pieces_have_the_ids_of_the_whole(text: str, size: int):
+    cut = list(pieces(text, size))
+    assert "".join(cut) == text
+    assert [i for ids in TRAINED.encode_batch(cut) for i in ids] == TRAINED.encode(text)
+
+
+def test_a_long_text_is_cut_into_pieces_of_about_the_size():
+    *cut, rest = pieces("a few words " * 1000, 100)
+    assert {len(piece) for piece in cut} <= set(range(100, 110))
+    assert len(rest) < 110
+
+
+def test_decoding_leaves_special_tokens_out():
+    assert TRAINED.decode([0, *TRAINED.encode("the cat"), 0]) == "the cat"
+
+
+def test_a_round_trip_through_a_folder(tmp_path: Path):
+    TRAINED.save(tmp_path / "new")
+    again = Tokenizer.from_folder(tmp_path / "new", SEPARATOR)
+    assert again.fingerprint() == TRAINED.fingerprint()
+    assert again.encode_batch([*TEXTS, SEPARATOR]) == TRAINED.encode_batch([*TEXTS, SEPARATOR])
+
+
+def test_transformers_loads_the_folder(tmp_path: Path):
+    TRAINED.save(tmp_path)
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    text = "the cat , the mat .\n  Ünï"
+    assert theirs(text)["input_ids"] == TRAINED.encode(text)
+    assert theirs.decode(TRAINED.encode(text)) == text
+    assert (theirs.eos_token, theirs.eos_token_id) == (SEPARATOR, 0)
+
+
+def test_training_is_deterministic_in_another_process_with_one_thread():
+    code = (
+        "from smoltrain.data.tokenizer import Tokenizer; import sys;"
+        f"print(Tokenizer.train_bpe({TEXTS!r}, 300, {SEPARATOR!r}).fingerprint())"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={"RAYON_NUM_THREADS": "1"}, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [TRAINED.fingerprint()]
+    assert done.stderr == ""
+
+
+def test_truncation_and_padding_of_a_published_file_are_undone(tmp_path: Path):
+    cutting = tokenizers.Tokenizer.from_str(TRAINED._inner.to_str())
+    cutting.enable_truncation(4)
+    cutting.enable_padding(length=8)
+    cutting.save(str(tmp_path / "tokenizer.json"))
+    texts = [TEXTS[0], "a"]
+    assert Tokenizer.from_folder(tmp_path, SEPARATOR).encode_batch(texts) == TRAINED.encode_batch(texts)
+
+
+def test_num_ids_counts_to_the_largest_id_over_gaps():
+    gaps = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 900}, unk_token="a"))
+    gaps.add_special_tokens([SEPARATOR])
+    assert Tokenizer(gaps, SEPARATOR).num_ids == 901
+
+
+def test_missing_folder_missing_file_broken_file(tmp_path: Path):
+    assert f"no folder {tmp_path / 'none'}" in problem(tmp_path / "none")
+    assert "no tokenizer.json in" in problem(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert "the tokenizer cannot be read" in problem(tmp_path)
+
+
+def test_an_unknown_separator_names_those_that_exist(tmp_path: Path):
+    TRAINED.save(tmp_path)
+    assert f"saw '</s>', want one of {SEPARATOR}; change tokenizer.separator" in problem(tmp_path, "</s>")
+    assert "not a special token" in problem(tmp_path, "a")

@@ -1,0 +1,174 @@
+"""The kernels agree with the definition of causal attention, and the right one is chosen for the right reason."""
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from smoltrain.config import ModelSection
+from smoltrain.errors import UserError
+from smoltrain.model import build
+from smoltrain.model.attention import Kernel, attend, choose
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def qkv(queries: int, keys: int, kv_heads: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """Random q [2, 4, T, 8], k and v [2, K, S, 8] that want gradients."""
+    g = torch.Generator().manual_seed(0)
+    heads = [(4, queries), (kv_heads, keys), (kv_heads, keys)]
+    q, k, v = (torch.randn(2, h, n, 8, generator=g).requires_grad_() for h, n in heads)
+    return q, k, v
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k / sqrt(E)) v, query by query, over the keys that it may see."""
+    groups, T, S = q.size(1) // k.size(1), q.size(2), k.size(2)
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    rows = []
+    for i in range(T):
+        seen = S - T + i + 1
+        weights = (k[:, :, :seen] @ q[:, :, i, :, None] / q.size(-1) ** 0.5).softmax(2)
+        rows.append((weights * v[:, :, :seen]).sum(2))
+    return torch.stack(rows, 2)
+
+
+def fake_flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, causal: bool = False) -> Tensor:
+    """What flash_attn_func documents: [B, T, H, E] in and out, causal mask aligned to the bottom right."""
+    assert causal
+    assert dropout_p == 0.0
+    return definition(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+FLASH2 = Kernel("flash-attn", "test", fake_flash)
+FLASH3_BETA = Kernel("flash-attn", "test", lambda *args, **options: (fake_flash(*args, **options), "log-sum-exp"))
+
+
+@pytest.mark.parametrize(
+    "kernel", [Kernel("sdpa", ""), Kernel("math", ""), FLASH2, FLASH3_BETA], ids=["sdpa", "math", "flash2", "flash3"]
+)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize(("queries", "keys"), [(6, 6), (3, 7), (1, 7), (1, 1), (6, 7)])
+def test_every_kernel_is_the_definition(kernel: Kernel, kv_heads: int, queries: int, keys: int):
+    ours, truth = qkv(queries, keys, kv_heads), qkv(queries, keys, kv_heads)
+    out, want = attend(*ours, kernel), definition(*truth)
+    assert out.shape == (2, 4, queries, 8)
+    torch.testing.assert_close(out, want, rtol=0, atol=2e-6)
+    out.square().sum().backward()
+    want.square().sum().backward()
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "fused"), [("sdpa", True), ("math", False)])
+def test_math_allows_no_fused_kernel(monkeypatch: pytest.MonkeyPatch, name: Any, fused: bool):
+    allowed: list[bool] = []
+
+    def spy(q: Tensor, *args: Any, **options: Any) -> Tensor:
+        allowed.append(torch.backends.cuda.flash_sdp_enabled())  # the switch rules the CPU's kernels too
+        return q
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    attend(*qkv(6, 6), Kernel(name, "test"))
+    assert allowed == [fused]
+
+
+def test_a_decoder_runs_on_flash_attention_as_on_sdpa():
+    shape = ModelSection(
+        vocab_size=31,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=16,
+        initializer_range=0.1,
+    )
+    flash, sdpa = build(shape, attention=FLASH2), build(shape)
+    flash.load_state_dict(sdpa.state_dict())
+    ids = torch.arange(18).view(2, 9)
+    torch.testing.assert_close(flash(ids), sdpa(ids), rtol=0, atol=1e-5)
+    with torch.no_grad():
+        cache = flash.new_cache(2, 9)
+        pieces = [flash(piece, cache=cache) for piece in ids.split([4, 1, 4], dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), sdpa(ids), rtol=0, atol=1e-5)
+
+
+def test_dropout_reaches_the_kernel():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        q, k, v = qkv(6, 6)
+        plain = attend(q, k, v, Kernel("sdpa", ""))
+        assert not torch.equal(attend(q, k, v, Kernel("sdpa", ""), dropout=0.5), plain)
+    seen: dict[str, Any] = {}
+    spy = Kernel("flash-attn", "", lambda q, k, v, **options: seen.update(options) or q)
+    attend(q, k, v, spy, dropout=0.5)
+    assert seen == {"causal": True, "dropout_p": 0.5}
+    seen.clear()
+    attend(q, k, v, spy)
+    assert seen == {"causal": True}  # FlashAttention 3 knows no dropout_p
+
+
+def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *packages: str) -> None:
+    """Pretend to have a GPU of this compute capability, and these packages and no others."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    for package in ("flash_attn", "flash_attn_interface"):
+        module = SimpleNamespace(flash_attn_func=package) if package in packages else None  # None: ImportError
+        monkeypatch.setitem(sys.modules, package, module)
+
+
+A100, H100, T4 = (8, 0), (9, 0), (7, 5)
+
+
+@pytest.mark.parametrize(
+    ("capability", "packages", "dropout", "flash", "reason"),
+    [
+        (A100, ("flash_attn",), 0.0, "flash_attn", "FlashAttention 2 is installed"),
+        (A100, ("flash_attn", "flash_attn_interface"), 0.0, "flash_attn", "FlashAttention 2 is installed"),
+        (H100, ("flash_attn", "flash_attn_interface"), 0.0, "flash_attn_interface", "FlashAttention 3 is installed"),
+        (H100, ("flash_attn", "flash_attn_interface"), 0.1, "flash_attn", "FlashAttention 2 is installed"),
+        (H100, ("flash_attn_interface",), 0.1, None, "not installed"),
+        (H100, (), 0.0, None, "not installed"),
+        (T4, ("flash_attn",), 0.0, None, "the device has 7.x"),
+    ],
+)
+def test_auto_takes_the_fastest_that_runs(
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    packages: tuple[str, ...],
+    dropout: float,
+    flash: str | None,
+    reason: str,
+):
+    install(monkeypatch, capability, *packages)
+    kernel = choose("auto", CUDA, BF16, dropout=dropout)
+    assert (kernel.name, kernel.flash) == ("flash-attn" if flash else "sdpa", flash)
+    assert reason in kernel.reason
+
+
+def test_auto_is_sdpa_where_flash_cannot_run(monkeypatch: pytest.MonkeyPatch):
+    install(monkeypatch, H100, "flash_attn", "flash_attn_interface")
+    assert choose("auto", CPU, BF16) == Kernel("sdpa", "FlashAttention needs CUDA, the device is cpu")
+    assert choose("auto", CUDA, FP32) == Kernel("sdpa", "FlashAttention needs bf16 or fp16, the dtype is float32")
+
+
+@pytest.mark.parametrize("name", ["sdpa", "math"])
+def test_an_explicit_kernel_is_obeyed(monkeypatch: pytest.MonkeyPatch, name: Any):
+    install(monkeypatch, H100, "flash_attn")
+    assert choose(name, CUDA, BF16) == Kernel(name, f"engine.attention is {name}")
+
+
+def test_an_explicit_flash_runs_or_is_refused(monkeypatch: pytest.MonkeyPatch):
+    install(monkeypatch, A100, "flash_attn")
+    assert choose("flash", CUDA, torch.float16).name == "flash-attn"
+    with pytest.raises(UserError) as error:
+        choose("flash", CPU, BF16)
+    (problem,) = error.value.problems
+    assert problem.change == "engine.attention"
+    assert "the device is cpu" in problem.saw

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Set everything up on a fresh machine, then lint, type-check and test: ./tests/run.sh [pytest arguments]
+# Without arguments the quick suite runs; `./tests/run.sh -m slow` runs the longer proofs.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/setup.sh
+setup dev
+.venv/bin/ruff format --check --quiet .
+.venv/bin/ruff check --quiet .
+.venv/bin/pyright --pythonpath .venv/bin/python
+if [[ $# -eq 0 ]]; then
+  set -- -m "not slow and not gpu"
+fi
+exec .venv/bin/python -m pytest "$@"

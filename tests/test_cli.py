@@ -1,0 +1,266 @@
+"""The command: what each verb prints and calls, and how mistakes end."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from smoltrain import cli, config
+from smoltrain.errors import Problem, TrainingStopped, UserError
+
+COMMAND = str(Path(sys.executable).parent / "smoltrain")
+Run = Callable[..., tuple[int, str, str]]
+VERBS = ["recipes", "show", "train", "generate"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """run("show", ...) is (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as left:
+            cli.main(list(arguments))
+        assert isinstance(left.value.code, int)
+        told = capsys.readouterr()
+        return left.value.code, told.out, told.err
+
+    return run
+
+
+# --- help and mistakes
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_each_verb_has_an_example(run: Run, verb: str):
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    assert f"Example: smoltrain {verb}" in out
+
+
+def test_without_a_verb_there_is_help(run: Run):
+    _, out, err = run()
+    assert all(verb in out + err for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["trian"], ["show"], ["train", "quickstart", "--ranks", "0"], ["generate", "x", "--top-k", "many"]]
+)
+def test_a_wrong_call_ends_with_2(run: Run, arguments: list[str]):
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert "Error" in err
+
+
+def test_each_mistake_in_a_recipe_is_one_line(run: Run):
+    code, out, err = run("show", "quickstart", "model.hiden_size=3", "batch.micro_batch=0")
+    assert (code, out) == (2, "")
+    assert err == (
+        "error: unknown key model.hiden_size: saw 'hiden_size', want 'hidden_size' (the nearest valid one); "
+        "change model.hiden_size on the command line\n"
+        "error: batch.micro_batch is not valid: saw '0', want greater than 0; "
+        "change batch.micro_batch on the command line\n"
+    )
+
+
+def test_the_real_command_ends_without_a_traceback():
+    ended = subprocess.run([COMMAND, "show", "quikstart"], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("error: no such recipe: saw 'quikstart', want 'quickstart'")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_help_does_not_wait_for_torch():
+    heavy = "{'torch', 'matplotlib', 'deepspeed', 'pydantic', 'transformers', 'wandb'}"
+    code = f"import sys, smoltrain.cli; print(*{heavy} & set(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "\n")
+
+
+# --- recipes and show
+
+
+def test_recipes_are_listed_with_their_sentence(run: Run):
+    code, out, _ = run("recipes")
+    assert code == 0
+    for name, path in config.recipes().items():
+        assert name in out
+        assert config.headline(path).split()[0] in out
+
+
+def test_what_show_prints_is_a_recipe(run: Run, tmp_path: Path):
+    code, out, err = run("show", "quickstart", "phases.main.lr=3e-4", "phases.main.final_lr=0")
+    assert (code, err) == (0, "")
+    (tmp_path / "shown.yaml").write_text(out)
+    assert config.load("shown.yaml") == config.load("quickstart", ["phases.main.lr=3e-4", "phases.main.final_lr=0"])
+
+
+def test_show_counts_parameters_and_tokens(run: Run):
+    vocab, width, kv, mlp, layers = 2048, 192, 64, 512, 6
+    block = 2 * width * width + 2 * width * kv + 3 * width * mlp + 2 * width
+    _, out, _ = run("show", "quickstart")
+    assert f"# {vocab * width + layers * block + width:,} parameters\n" in out
+    assert out.endswith("# 16 rows = 2,048 tokens per step on each rank\n")
+    _, out, _ = run("show", "quickstart", "batch.accumulation=null", "batch.rows_per_step=64")
+    assert out.endswith("# 64 rows = 8,192 tokens per step over all ranks\n")
+
+
+def test_show_plan_is_a_table_and_a_picture(run: Run):
+    code, out, _ = run("show", "quickstart", "--plan", "run.name=mine", "phases.continuation.optimizer_state=reset")
+    *_, main, continuation, path = out.splitlines()
+    assert code == 0
+    assert main.split() == ["main", "1..500", "cosine", "25", "0.00012", "0.003", "0.0005", "0.1", "keep"]
+    assert continuation.split() == [
+        "continuation",
+        "501..550",
+        "linear",
+        "0",
+        *["0.0003"] * 2,
+        "6e-06",
+        "0.02",
+        "reset",
+    ]
+    assert path == "runs/mine/plots/plan.png"
+    assert Path(path).read_bytes().startswith(b"\x89PNG")
+
+
+# --- train
+
+
+@pytest.fixture
+def supervised(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The calls of supervise; what it shall return, or raise, is put into `ends`."""
+    from smoltrain import supervise
+
+    calls = SimpleNamespace(seen=[], ends=0)
+
+    def instead(*arguments: object) -> int:
+        calls.seen.append(arguments)
+        if isinstance(calls.ends, BaseException):
+            raise calls.ends
+        return calls.ends
+
+    monkeypatch.setattr(supervise, "supervise", instead)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "call"),
+    [
+        (["quickstart"], ("quickstart", [], None)),
+        (["quickstart", "run.seed=1", "--ranks", "2", "run.name=x"], ("quickstart", ["run.seed=1", "run.name=x"], 2)),
+        (["--ranks=1", "my.yaml", "data.path=-"], ("my.yaml", ["data.path=-"], 1)),
+    ],
+)
+def test_train_supervises(
+    run: Run, supervised: SimpleNamespace, arguments: list[str], call: tuple[str, list[str], int | None]
+):
+    assert run("train", *arguments) == (0, "", "")
+    assert supervised.seen == [call]
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "err"),
+    [
+        (75, 75, ""),
+        (1, 1, ""),
+        (UserError(Problem("a", "1", "2", "x")), 2, "error: a: saw 1, want 2; change x\n"),
+        (TrainingStopped("the loss is nan"), 1, "error: the loss is nan\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_train_ends_as_the_run_does(
+    run: Run, supervised: SimpleNamespace, ends: int | BaseException, code: int, err: str
+):
+    supervised.ends = ends
+    assert run("train", "quickstart") == (code, "", err)
+
+
+# --- generate
+
+
+class Bytes:
+    """A tokenizer whose ids are bytes; 0 separates, 255 is special too. Like real ones it decodes neither."""
+
+    separator_id = 0
+    special_ids = frozenset({0, 255})
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i not in self.special_ids).decode(errors="replace")
+
+
+@pytest.fixture
+def generated(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Every call behind `generate`; the text it writes is `says`."""
+    from smoltrain import generate, loading
+
+    calls = SimpleNamespace(loaded=[], drawn=[], says="né 🙂".encode())
+    settings = config.load("quickstart", ["run.seed=7"])
+
+    def load_run(*arguments: object) -> SimpleNamespace:
+        calls.loaded.append(arguments)
+        return SimpleNamespace(model="model", tokenizer=Bytes(), config=settings, step=1)
+
+    def instead(*arguments: object, **options: object) -> Iterator[int]:
+        calls.drawn.append((*arguments, options))
+        return iter(calls.says)
+
+    monkeypatch.setattr(loading, "load_run", load_run)
+    monkeypatch.setattr(generate, "generate", instead)
+    return calls
+
+
+def test_generate_takes_the_settings_of_the_run(run: Run, generated: SimpleNamespace):
+    assert run("generate", "quickstart", "--prompt", "Romeo, ") == (0, "Romeo, né 🙂\n", "")
+    assert generated.loaded == [("quickstart", None)]
+    ((model, ids, settings, options),) = generated.drawn
+    assert (model, ids) == ("model", list(b"Romeo, "))
+    assert settings == config.load("quickstart").generation
+    assert options == {"stop_id": 0, "banned_ids": [0, 255], "greedy": False, "seed": 7}
+
+
+def test_generate_passes_its_options_on(run: Run, generated: SimpleNamespace):
+    line = "runs/x --temperature 0.5 --top-k 3 --top-p 0.9 --max-tokens 8 --greedy --seed 0 --checkpoint 500"
+    assert run("generate", *line.split())[:2] == (0, "né 🙂\n")
+    assert generated.loaded == [("runs/x", 500)]
+    ((_, ids, settings, options),) = generated.drawn
+    assert ids == [Bytes.separator_id], "an empty prompt begins a document"
+    assert settings.model_dump() == {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "max_tokens": 8}
+    assert (options["greedy"], options["seed"]) == (True, 0)
+
+
+def test_generate_refuses_bad_settings(run: Run, generated: SimpleNamespace):
+    code, out, err = run("generate", "quickstart", "--temperature", "0", "--top-p", "2")
+    assert (code, out, err.count("\n")) == (2, "", 2)
+    assert err.startswith("error: generation.temperature is not valid: saw 0.0, want greater than 0; change --temp")
+    assert not generated.drawn
+
+
+def test_generate_without_a_run(run: Run):
+    code, out, err = run("generate", "nowhere")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: no such run: saw 'nowhere'")
+
+
+@pytest.mark.parametrize("text", ["", "plain", "é", "a🙂b🙂🙂", "tail \ufffd", "\ufffd\ufffdx", "日本"])
+@pytest.mark.parametrize("prompt", ["", "Prompt 🙂"])
+def test_text_is_told_whole_and_by_whole_characters(text: str, prompt: str):
+    tokenizer = Bytes()
+    pieces = list(cli.spoken(tokenizer.encode(prompt), tokenizer.encode(text), tokenizer.decode))
+    assert "".join(pieces) == text
+    assert "\ufffd" in text or "\ufffd" not in "".join(pieces)
+    assert [piece for piece in pieces if piece] == [c for c in text if c] or "\ufffd" in text
+
+
+def test_a_character_that_never_ends_is_told_at_the_end():
+    assert "".join(cli.spoken([], b"a\xf0\x9f", Bytes().decode)) == "a\ufffd"

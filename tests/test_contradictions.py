@@ -1,0 +1,71 @@
+"""Each rule between fields, broken alone."""
+
+import inspect
+
+import pytest
+
+from smoltrain import config, contradictions
+from smoltrain.errors import UserError
+
+CONTINUE = ("phases.continuation.schedule=continue", "phases.continuation.lr=null")
+# (overrides of quickstart, the message's first words, the key to change)
+RULES = [
+    (["model.hidden_size=196"], "the heads do not divide the width", "model.hidden_size"),
+    (["model.num_key_value_heads=4"], "the key-value heads do not", "model.num_key_value_heads"),
+    (["model.hidden_size=198"], "rotary positions need an even width", "model.hidden_size"),
+    (["engine.gradient_checkpointing=0"], "gradient checkpointing of", "engine.gradient_checkpointing"),
+    (["batch.sequence_length=513"], "the sequence is longer", "batch.sequence_length"),
+    (["batch.rows_per_step=32"], "the batch is not said", "batch.accumulation or batch.rows_per_step"),
+    (["data.path=plays.txt"], "the data is not said", "data.package or data.path"),
+    (["tokenizer.vocab_size=null"], "tokenizer.vocab_size does not fit", "tokenizer.vocab_size"),
+    (["model.vocab_size=2047"], "the embedding table cannot hold", "model.vocab_size"),
+    (["phases=[]"], "there is no phase", "phases"),
+    (["phases.continuation.name=main"], "two phases share a name", "phases.main.name"),
+    (["run.stop_after=mian"], "run.stop_after names no phase", "run.stop_after"),
+    (
+        [f"phases.main.{x}" for x in ("schedule=continue", "lr=null", "warmup_steps=0", "final_lr=0")],
+        "the first phase has nothing to continue",
+        "phases.main.schedule",
+    ),
+    (["phases.main.lr=null"], "phases.main.lr does not fit", "phases.main.lr"),
+    ([*CONTINUE, "phases.continuation.warmup_steps=5"], "phases.continuation continues", "phases.continuation.warmup"),
+    (["phases.main.decay_steps=9"], "phases.main.decay_steps does not fit", "phases.main.decay_steps"),
+    (["phases.main.warmup_steps=501"], "phases.main is shorter", "phases.main.steps"),
+    (["phases.main.schedule=constant"], "phases.main.final_lr is never reached", "phases.main.schedule"),
+    (["phases.main.final_lr=1"], "phases.main ends above its peak", "phases.main.final_lr"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "what", "change"), RULES, ids=[what for _, what, _ in RULES])
+def test_a_broken_rule_is_one_problem(overrides: list[str], what: str, change: str):
+    with pytest.raises(UserError) as caught:
+        config.load("quickstart", overrides)
+    (problem,) = caught.value.problems
+    assert problem.what.startswith(what)
+    assert problem.change.startswith(change)
+
+
+def test_every_rule_is_broken_above():
+    assert inspect.getsource(contradictions).count("yield Problem(") == len(RULES)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        CONTINUE,
+        ["phases.main.schedule=wsd", "phases.main.decay_steps=475"],
+        ["batch.accumulation=null", "batch.rows_per_step=32"],
+        ["data.package=null", "data.path=plays.txt"],
+        ["model.hidden_size=198", "model.positions=learned"],
+        ["tokenizer=folder"],
+        ["run.stop_after=main"],
+    ],
+)
+def test_the_other_side_of_a_rule_is_fine(overrides: list[str]):
+    config.load("quickstart", overrides)
+
+
+def test_broken_rules_are_reported_together():
+    with pytest.raises(UserError) as caught:
+        config.load("quickstart", ["model.num_key_value_heads=4", "data.path=x", "phases.main.final_lr=1"])
+    assert len(caught.value.problems) == 3

@@ -1,0 +1,64 @@
+"""The form in which mistakes are reported."""
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from smoltrain.errors import Problem, TrainingStopped, UserError, invalid, nearest, report, seen
+
+
+class Values(BaseModel):
+    """One field for each kind of value that a recipe can hold."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    whole: int = Field(default=1, gt=0)
+    real: float = 1.0
+    flag: bool = True
+    text: str = ""
+    name: str = Field(default="", pattern="^[a-z]*$")
+    many: tuple[str, ...] = ()
+
+
+def test_a_problem_says_what_saw_want_and_change():
+    assert str(Problem("too wide", "3", "2", "model.x")) == "too wide: saw 3, want 2; change model.x"
+
+
+def test_every_problem_is_a_line_of_its_own():
+    error = UserError(Problem("a", "1", "2", "x"), Problem("b", "3", "4", "y"))
+    assert report(error) == "error: a: saw 1, want 2; change x\nerror: b: saw 3, want 4; change y"
+    assert report(TrainingStopped("the loss is nan")) == "error: the loss is nan"
+
+
+def test_the_nearest_choice_else_all_of_them():
+    assert nearest("hiden_size", ["hidden_size", "norm"]) == "'hidden_size' (the nearest valid one)"
+    assert nearest("zzz", {"b": 1, "a": 2}) == "one of a, b"
+
+
+@pytest.mark.parametrize("value", ["a\nb", "x" * 1000, list(range(1000)), None])
+def test_a_value_is_shown_on_one_short_line(value: object):
+    assert "\n" not in seen(value)
+    assert len(seen(value)) <= 60
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "want"),
+    [
+        ("whole", "abc", "a whole number"),
+        ("whole", None, "a whole number"),
+        ("whole", 1.5, "a whole number"),
+        ("whole", "9" * 5000, "a whole number"),
+        ("whole", "0", "greater than 0"),
+        ("real", "abc", "a number"),
+        ("real", None, "a number"),
+        ("real", "inf", "a finite number"),
+        ("flag", "perhaps", "true or false"),
+        ("text", ["a"], "text"),
+        ("name", "A b", "a plain name, as in main-2"),
+        ("many", "a", "a list, as in [a, b]"),
+    ],
+)
+def test_pydantic_speaks_plainly(field: str, value: object, want: str):
+    with pytest.raises(ValidationError) as caught:
+        Values.model_validate({field: value})
+    (error,) = caught.value.errors()
+    assert invalid("a.b", error, "here") == Problem("a.b is not valid", seen(value), want, "here")

@@ -1,0 +1,163 @@
+"""Sampling draws from the distribution it says, and generation feeds, stops and seeds as promised."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from smoltrain.config import GenerationSection, ModelSection
+from smoltrain.errors import UserError
+from smoltrain.generate import generate, sample
+from smoltrain.model import Decoder, build
+
+PROMPT = [3, 1, 4, 1, 5]
+PROBABILITIES = [0.15, 0.5, 0.05, 0.3]  # by size: ids 1, 3, 0, 2
+
+
+def settings(
+    *, max_tokens: int = 10, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> GenerationSection:
+    return GenerationSection(max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p)
+
+
+def counts(probabilities: Sequence[float], s: GenerationSection, draws: int = 4000) -> Counter[int]:
+    generator, logits = torch.Generator().manual_seed(0), torch.tensor(probabilities).log()
+    return Counter(sample(logits, s, False, generator) for _ in range(draws))
+
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    shape = ModelSection(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=32,
+        dropout=0.1,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return build(shape)
+
+
+def naive(model: Decoder, ids: list[int], count: int) -> list[int]:
+    """Greedy generation without a cache."""
+    ids = list(ids)
+    model.eval()
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    model.train()
+    return ids[-count:]
+
+
+def test_greedy_is_the_argmax():
+    logits = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    assert sample(logits, settings(), True, torch.Generator()) == int(logits.argmax())
+
+
+def test_top_k_of_one_is_greedy():
+    for logits in (torch.randn(100, generator=torch.Generator().manual_seed(0)), torch.zeros(100)):  # zeros: all tie
+        assert sample(logits, settings(top_k=1), False, torch.Generator()) == int(logits.argmax())
+
+
+def test_frequencies_follow_the_softmax():
+    drawn = counts(PROBABILITIES, settings())
+    for i, p in enumerate(PROBABILITIES):
+        assert drawn[i] / 4000 == pytest.approx(p, abs=4 * (p * (1 - p) / 4000) ** 0.5)  # four standard errors
+
+
+def test_temperature_sharpens_and_flattens():
+    want = torch.tensor(PROBABILITIES).log().div(0.5).softmax(0).tolist()
+    drawn = counts(PROBABILITIES, settings(temperature=0.5))
+    for i, p in enumerate(want):
+        assert drawn[i] / 4000 == pytest.approx(p, abs=4 * (p * (1 - p) / 4000) ** 0.5)
+    assert counts(PROBABILITIES, settings(temperature=100.0))[2] > 800  # of 1000 if flat, 200 at temperature 1
+
+
+@pytest.mark.parametrize(("k", "kept"), [(1, {1}), (2, {1, 3}), (3, {0, 1, 3}), (4, {0, 1, 2, 3}), (99, {0, 1, 2, 3})])
+def test_top_k_keeps_the_likeliest(k: int, kept: set[int]):
+    assert set(counts(PROBABILITIES, settings(top_k=k), 500)) == kept
+
+
+@pytest.mark.parametrize(
+    ("p", "kept"),
+    [(1e-9, {1}), (0.49, {1}), (0.51, {1, 3}), (0.79, {1, 3}), (0.81, {0, 1, 3}), (0.96, {0, 1, 2, 3})],
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_p(p: float, kept: set[int]):
+    assert set(counts(PROBABILITIES, settings(top_p=p), 500)) == kept
+
+
+def test_top_p_reached_exactly_adds_no_token():
+    assert set(counts([0.25] * 4, settings(top_p=0.5), 500)) == {0, 1}
+
+
+def test_top_p_counts_within_top_k():
+    # Of ids 1 and 3 the first holds 0.5 / 0.8 = 0.625.
+    assert set(counts(PROBABILITIES, settings(top_k=2, top_p=0.6), 500)) == {1}
+    assert set(counts(PROBABILITIES, settings(top_k=2, top_p=0.65), 500)) == {1, 3}
+
+
+def test_a_banned_token_is_never_drawn():
+    drawn = counts([0.0, 0.5, 0.0, 0.5], settings(top_k=3), 500)  # probability 0 is a logit of -inf
+    assert set(drawn) == {1, 3}
+
+
+def test_the_cache_gives_what_the_whole_text_gives(model: Decoder):
+    assert list(generate(model, PROMPT, settings(), stop_id=None, greedy=True)) == naive(model, PROMPT, 10)
+
+
+def test_one_seed_one_text(model: Decoder):
+    def text(seed: int) -> list[int]:
+        return list(generate(model, PROMPT, settings(max_tokens=20), stop_id=None, seed=seed))
+
+    assert text(7) == text(7)
+    assert text(7) != text(8)
+
+
+def test_it_stops_at_the_stop_token_and_does_not_yield_it(model: Decoder):
+    whole = naive(model, PROMPT, 10)
+    stop = whole[4]
+    assert list(generate(model, PROMPT, settings(), stop_id=stop, greedy=True)) == whole[: whole.index(stop)]
+
+
+def test_banned_ids_are_avoided_but_the_stop_token_is_not(model: Decoder):
+    first = naive(model, PROMPT, 1)[0]
+    assert list(generate(model, PROMPT, settings(), stop_id=first, banned_ids=[first], greedy=True)) == []
+    banned = [i for i in range(40) if i not in (8, 9)]
+    drawn = list(generate(model, PROMPT, settings(max_tokens=25), stop_id=None, banned_ids=banned))
+    assert set(drawn) == {8, 9}
+    assert first not in list(generate(model, PROMPT, settings(), stop_id=None, banned_ids=(first,), greedy=True))
+
+
+@pytest.mark.parametrize(("prompt", "new"), [(5, 27), (30, 2), (31, 1)])
+def test_it_stops_when_positions_are_used_up(model: Decoder, prompt: int, new: int):
+    assert len(list(generate(model, [1] * prompt, settings(max_tokens=99), stop_id=None))) == new
+
+
+@pytest.mark.parametrize(("prompt", "saw"), [([], "no tokens"), ([1] * 32, "32 tokens"), ([1] * 40, "40 tokens")])
+def test_a_prompt_that_cannot_be_continued_is_refused_at_once(model: Decoder, prompt: list[int], saw: str):
+    with pytest.raises(UserError) as error:
+        generate(model, prompt, settings(), stop_id=None)
+    assert error.value.problems[0].saw == saw
+
+
+def test_the_caller_finds_everything_as_it_was(model: Decoder):
+    def state() -> tuple[bool, bool, Tensor]:
+        return model.training, torch.is_grad_enabled(), torch.get_rng_state()
+
+    for training in (True, False):
+        model.train(training)
+        before = state()
+        ids = generate(model, PROMPT, settings(), stop_id=None)
+        for _ in range(3):  # also between two tokens, and when abandoned
+            next(ids)
+            training_now, grad_now, rng_now = state()
+            assert (training_now, grad_now) == before[:2]
+            assert torch.equal(rng_now, before[2])
+    model.train()
+    assert all(p.grad is None for p in model.parameters())

@@ -1,0 +1,61 @@
+"""A run so small that it trains in seconds: a real recipe, a real tokenizer, a real text, few of each."""
+
+from pathlib import Path
+
+from smoltrain import config
+from smoltrain.config import Config
+
+LINES = (
+    "the king of {0} spoke to the queen of {1}",
+    "and {1} went to {0} by night",
+    "what news from {0}, my lord of {1}?",
+)
+PLACES = ("Naples", "Milan", "Verona", "Venice", "Padua", "Messina", "Athens", "Ephesus", "Tyre", "Rome", "Elsinore")
+
+OVERRIDES = (
+    "model.vocab_size=320",
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "model.intermediate_size=64",
+    "model.max_position_embeddings=64",
+    "tokenizer.vocab_size=320",
+    "data.package=null",
+    "data.pattern=**/*",
+    "data.validation_share=0.2",
+    "batch.sequence_length=16",
+    "batch.micro_batch=2",
+    "batch.accumulation=2",
+    "generation.max_tokens=8",
+    "phases.main.steps=8",
+    "phases.main.warmup_steps=2",
+    "phases.continuation.steps=4",
+    "evaluate.every=4",
+    "evaluate.rows=8",
+    "sample.every=6",
+    "checkpoint.every=3",
+    "track.print_every=2",
+    "track.gradients_every=4",
+    "track.wandb=off",
+)
+
+
+def text(folder: Path) -> Path:
+    """A folder of a dozen small documents."""
+    corpus = folder / "corpus"
+    corpus.mkdir(exist_ok=True)
+    for i, first in enumerate(PLACES):
+        body = "\n".join(line.format(first, second) for second in PLACES for line in LINES)
+        (corpus / f"{i:02d}-{first.lower()}.txt").write_text(body + "\n", encoding="utf-8")
+    return corpus
+
+
+def words(folder: Path, *overrides: str) -> list[str]:
+    """Overrides of quickstart that make a tiny run in `folder`."""
+    return [*OVERRIDES, f"data.path={text(folder)}", f"run.folder={folder / 'runs'}", *overrides]
+
+
+def load(folder: Path, *overrides: str) -> Config:
+    """The config of a tiny run in `folder`."""
+    return config.load("quickstart", words(folder, *overrides))
