@@ -109,6 +109,13 @@ def restore(checkpoint: Path, manifest: Manifest, engine: "Engine", loader: Load
     _set_rng_state(files.read_tensors(checkpoint / f"rank-{world.rank:05d}.pt"))
 
 
+def check_world(manifest: Manifest, world_size: int) -> None:
+    """Errors: UserError unless the checkpoint was written by as many ranks: DeepSpeed's shards are one per rank."""
+    if manifest.world_size != world_size:
+        what = f"the checkpoint of step {manifest.step} was written by another number of ranks"
+        raise UserError(Problem(what, f"{world_size} ranks", f"{manifest.world_size}", "the number of ranks"))
+
+
 def newest_valid(checkpoints: Path, say: Callable[[str], None]) -> Manifest | None:
     """The manifest of the newest checkpoint whose files are all as they were written; None if there never was one.
 

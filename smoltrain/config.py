@@ -10,8 +10,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from smoltrain import tree
 from smoltrain.contradictions import contradictions
-from smoltrain.errors import Problem, UserError, invalid, nearest, seen
+from smoltrain.errors import Problem, UserError, invalid, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
@@ -225,15 +226,15 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     Errors: UserError with ALL problems found, each naming the key to change.
     """
     path = _recipe_path(recipe)
-    tree = _read_yaml(path)
-    problems = [p for override in overrides if (p := _apply(tree, override))]
-    run = tree.setdefault("run", {})
+    values = tree.read(path)
+    problems = [p for text in overrides if (p := tree.override(values, text))]
+    run = values.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = run.get("name") or path.stem
     try:
-        config = Config.model_validate(tree)
+        config = Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(*problems, *_problems(error, tree, path, overrides)) from None
+        raise UserError(*problems, *_problems(error, values, path, overrides)) from None
     problems += [replace(p, change=_where(p.change, path, overrides)) for p in contradictions(config)]
     if problems:
         raise UserError(*problems)
@@ -242,12 +243,12 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
 
 def read(path: Path) -> Config:
     """A resolved config.yaml back from a run folder (its `provenance` is not part of the config)."""
-    tree = _read_yaml(path)
-    tree.pop("provenance", None)
+    values = tree.read(path)
+    values.pop("provenance", None)
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(*_problems(error, tree, path)) from None
+        raise UserError(*_problems(error, values, path)) from None
 
 
 def to_yaml(config: Config) -> str:
@@ -265,27 +266,6 @@ def revise(settings: GenerationSection, **options: float | None) -> GenerationSe
         raise UserError(*[invalid(key, e, option) for e, key, option in named]) from None
 
 
-class _PlainText(yaml.SafeLoader):
-    """YAML whose plain values stay text, null apart: the type of each field reads them.
-
-    YAML 1.1 would read `off` as false, 2024-01-01 as a date and 3e-4 as text. A key that stands twice is an error.
-    """
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 -- typed by PyYAML
-        first: [(tag, pattern) for tag, pattern in pairs if tag == "tag:yaml.org,2002:null"]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping = super().construct_mapping(node, deep)
-        keys = [self.construct_object(key) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                mark = node.value[i][0].start_mark
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice", mark)
-        return mapping
-
-
 def _recipe_path(recipe: str) -> Path:
     shipped = recipes()
     if recipe in shipped:
@@ -299,53 +279,6 @@ def _recipe_path(recipe: str) -> Path:
     raise UserError(Problem("no such recipe", repr(recipe), want, "the first argument"))
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _PlainText)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        saw = f"line {line}: {error.problem}"
-        raise UserError(Problem("the file cannot be read as YAML", saw, "valid YAML", str(path))) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        saw = " ".join(str(error).split())
-        raise UserError(Problem("the file cannot be read as YAML", saw, "valid YAML", str(path))) from None
-    if not isinstance(tree, dict):
-        saw = "nothing" if tree is None else seen(tree)
-        raise UserError(Problem("the file is not a recipe", saw, "a mapping of sections", str(path)))
-    return tree
-
-
-def _apply(tree: dict[str, Any], override: str) -> Problem | None:
-    """Set one `section.key=value` in the tree; phases are addressed by name: `phases.main.steps=100`."""
-    key, equals, text = override.partition("=")
-    where = "the command line"
-    if not equals or not key:
-        return Problem("an override is not key=value", repr(override), "section.key=value", where)
-    try:
-        value = yaml.load(text, _PlainText)  # a SafeLoader
-    except yaml.YAMLError:  # `**/*.md` or `[SEP`: not YAML, but a text
-        value = text
-    node: Any = tree
-    *parents, last = key.split(".")
-    for depth, part in enumerate(parents):
-        if isinstance(node, list):
-            named = {str(p.get("name")): p for p in node if isinstance(p, dict)}
-            if part not in named:
-                name = ".".join(parents[: depth + 1])
-                return Problem(f"unknown key {name}", repr(part), nearest(part, named), where)
-            node = named[part]
-        else:
-            node = node.setdefault(part, {})
-        if isinstance(node, str) and parents == ["tokenizer"]:
-            node = tree["tokenizer"] = {"name": node}
-        if not isinstance(node, dict | list):
-            return Problem(f"{key} goes below a plain value", repr(node), "section.key=value", where)
-    if isinstance(node, list):
-        return Problem(f"{key} names a whole phase", repr(text), f"{key}.KEY=value", where)
-    node[last] = value
-    return None
-
-
 def _where(key: str, path: Path, overrides: list[str] | tuple[str, ...]) -> str:
     """The place that gave a key its value: the command line if an override named it, else the file."""
     typed = [override.partition("=")[0] + "." for override in overrides]
@@ -355,13 +288,13 @@ def _where(key: str, path: Path, overrides: list[str] | tuple[str, ...]) -> str:
 
 
 def _problems(
-    error: ValidationError, tree: dict[str, Any], path: Path, overrides: list[str] | tuple[str, ...] = ()
+    error: ValidationError, values: dict[str, Any], path: Path, overrides: list[str] | tuple[str, ...] = ()
 ) -> list[Problem]:
     """pydantic's errors in smoltrain's own form; a value that fails every type of a union is one problem."""
     merged: dict[str, Problem] = {}
     for e in error.errors():
         parts = [p for p in e["loc"] if p not in ("literal['none','full']", "int")]
-        named = [_phase_name(tree, p) if i == 1 and parts[0] == "phases" else str(p) for i, p in enumerate(parts)]
+        named = [_phase_name(values, p) if i == 1 and parts[0] == "phases" else str(p) for i, p in enumerate(parts)]
         key = ".".join(named)
         where = _where(key, path, overrides)
         if e["type"] == "extra_forbidden":
@@ -374,9 +307,9 @@ def _problems(
     return list(merged.values())
 
 
-def _phase_name(tree: dict[str, Any], index: Any) -> str:
+def _phase_name(values: dict[str, Any], index: Any) -> str:
     try:
-        return str(tree["phases"][index]["name"])
+        return str(values["phases"][index]["name"])
     except (KeyError, IndexError, TypeError):
         return str(index)
 

@@ -21,8 +21,8 @@ RECIPE_KEYS = {
 def fill(config: Config, *, precision: str, accumulation: int, world_size: int) -> dict[str, Any]:
     """The dict for deepspeed.initialize.
 
-    Errors: UserError for an unknown file, a value that contradicts the recipe (both named), a section that the
-    recipe owns, and bf16 under ZeRO-0, which DeepSpeed computes with another optimizer (docs/decisions.md).
+    Errors: UserError for an unknown file, a value that contradicts the recipe (both named), a section that is none or
+    that the recipe owns, and bf16 under ZeRO-0, which DeepSpeed computes with another optimizer (docs/decisions.md).
     """
     path = _path(config.engine.ds_config)
     tree = _read(path)
@@ -40,7 +40,11 @@ def fill(config: Config, *, precision: str, accumulation: int, world_size: int) 
             problems.append(
                 Problem(f"{path.name} has a section that the recipe owns", section, "no such section", str(path))
             )
-    if stage(tree) == 0 and precision == "bf16":
+    zero = tree.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        saw = f"zero_optimization = {json.dumps(zero)}"
+        problems.append(Problem(f"{path.name} has no ZeRO stage", saw, '{"stage": N} of 0 to 3', str(path)))
+    elif stage(tree) == 0 and precision == "bf16":
         what = "ZeRO-0 in bf16 would not be the optimizer of the other stages"
         problems.append(Problem(what, "stage 0 with bf16", "zero1, or precision fp32", "engine.ds_config"))
     if found := [p for p in problems if p]:
@@ -81,6 +85,9 @@ def _agree(tree: dict[str, Any], key: str, value: Any, path: Path) -> Problem | 
         if part not in node and value is False:
             return None
         node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            what = f"{path.name} has no section where the recipe fills one"
+            return Problem(what, f"{part} = {node!r}", f'{{"{last}": "auto"}}', str(path))
     seen = node.get(last, "auto")
     if seen == "auto":
         node[last] = value

@@ -24,11 +24,12 @@ from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngi
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils.tensor_fragment import fragment_address
 
 # A C++ build of a minute that only CPU inference uses. (As an attribute, deepspeed.comm.torch is torch itself.)
-importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
 SHARDS = "deepspeed"  # the folder of DeepSpeed's files inside a checkpoint
-ALLOWED = (LossScaler, DynamicLossScaler, ZeroStageEnum)  # the only classes that DeepSpeed's shards may hold
+ALLOWED = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)  # the only classes that DeepSpeed's shards may hold
 
 
 def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
@@ -174,7 +175,7 @@ class Engine:
             if not keep:
                 return {}
             own = dict(self.module.named_parameters())  # named_parameters gives a tied tensor once
-            return {name: p.detach().cpu().contiguous() for name, p in own.items()}
+            return {name: p.detach().to("cpu", copy=True) for name, p in own.items()}
 
     def checkpoint_bytes(self) -> int:
         """About what one checkpoint takes on disk: compute weights twice, fp32 masters and both moments once."""
@@ -196,7 +197,7 @@ class Engine:
 class _Shards(CheckpointEngine):
     """DeepSpeed's file access, through which no pickle can run code."""
 
-    def create(self, info: Any) -> None:  # noqa: ARG002
+    def create(self, info: Any) -> None:
         """Nothing to prepare."""
 
     def save(self, state_dict: Any, path: str) -> None:
@@ -207,9 +208,8 @@ class _Shards(CheckpointEngine):
         """Read one file with weights_only."""
         return files.read_tensors(Path(path), ALLOWED)
 
-    def commit(self, info: Any) -> bool:  # noqa: ARG002
+    def commit(self, info: Any) -> None:
         """checkpoint.py publishes the folder, when every rank is done."""
-        return True
 
 
 @contextlib.contextmanager

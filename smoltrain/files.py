@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,15 @@ def write_json(path: Path, value: Any) -> None:
 def read_tensors(path: Path, allowed: Sequence[type] = ()) -> Any:
     """Load a torch file with weights_only=True: plain containers, tensors and the `allowed` classes, nothing else.
 
-    Errors: TrainingStopped naming the file and the class that was refused; no code of the file has run.
+    Errors: TrainingStopped naming the file and the class or function that was refused, or what is broken in it; no
+    code of the file has run.
     """
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()
-        named = next((line.strip() for line in reason if "GLOBAL" in line), reason[0])
-        raise TrainingStopped(f"{path} holds more than tensors and is refused: {named}") from None
+    except Exception as error:  # torch raises almost anything on a broken file: RuntimeError, OSError, KeyError, ...
+        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if refused:
+            raise TrainingStopped(f"{path} holds more than tensors and is refused: {refused[1]}") from None
+        reason = str(error).strip().partition("\n")[0] or "it ends too early"
+        raise TrainingStopped(f"{path} is broken and cannot be read: {type(error).__name__}, {reason}") from None

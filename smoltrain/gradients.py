@@ -34,6 +34,6 @@ def layer_of(parameter: str) -> str:
 
 
 def _summary(values: np.ndarray) -> LayerGradient:
-    finite = values[np.isfinite(values)]
-    counts, edges = np.histogram(finite, bins=BINS)
-    return LayerGradient(float(np.linalg.norm(values.astype(np.float64))), counts, edges)
+    values = values.astype(np.float64)  # in fp32 numpy cannot place the bins of tiny, huge or nearly equal entries
+    counts, edges = np.histogram(values[np.isfinite(values)], bins=BINS)
+    return LayerGradient(float(np.linalg.norm(values)), counts, edges)

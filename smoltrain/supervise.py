@@ -41,6 +41,8 @@ def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> in
     if done >= last:
         print(f"{settings.run.name}: the plan is complete at step {done}; nothing to do. {_next(settings)}")
         return DONE
+    if manifest:
+        checkpoint.check_world(manifest, ranks)
     runfolder.check(settings, ranks, done)
     for phase in plan.phases:
         if done < phase.last <= last:

@@ -116,13 +116,13 @@ class Tracker:
             self._samples.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
             self._samples.flush()
             self._table.append([step, prompt, text])
-            indented = "\n".join(f"    {line}".rstrip() for line in (prompt + text).splitlines())
+            indented = "\n".join(f"    {_printable(line)}".rstrip() for line in (prompt + text).splitlines())
             self.say(f"sample at step {step}:\n{indented}")
         if self._wandb:
             import wandb
 
-            columns = ["step", "prompt", "text"]
-            self._wandb.log({"samples": wandb.Table(columns=columns, data=list(self._table))}, step=step)
+            table = wandb.Table(columns=["step", "prompt", "text"], data=list(self._table))
+            self._wandb.log({"samples": table}, step=step)
 
     def close(self, exit_code: int) -> None:
         """Flush and close everything; W&B learns the exit code."""
@@ -159,8 +159,9 @@ class Tracker:
             first = (str(error) or type(error).__name__).splitlines()[0]
             if mode == "offline":
                 return f"off, W&B cannot write here ({first})"
-            mode, reason = "offline", f"the server did not answer within {config.track.wandb_timeout_s:g} s ({first})"
-            self._wandb = init(mode)
+            wandb.teardown()  # its background process still holds the run id
+            reason = f"the server did not answer within {config.track.wandb_timeout_s:g} s ({first})"
+            return self._open_wandb(config, folder, "offline", reason)
         return f"{mode}, {reason}; run id {folder.wandb_id}"
 
 
@@ -179,7 +180,9 @@ def wandb_mode(config: Config) -> tuple[str, str]:
 
 def _netrc_key(url: str) -> bool:
     try:
-        return netrc.netrc().authenticators(urllib.parse.urlparse(url).hostname or "") is not None
+        return (
+            netrc.netrc(os.environ.get("NETRC")).authenticators(urllib.parse.urlparse(url).hostname or "") is not None
+        )
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -197,6 +200,11 @@ def console_line(step: int, last_step: int, phase: str, metrics: dict[str, Any])
         f"  wait {metrics['speed/data_wait_share']:.1%}"
         f"  left {_clock((last_step - step) * metrics['speed/step_s'])}"
     )
+
+
+def _printable(line: str) -> str:
+    """A line without control characters, which a model may sample and a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def _clock(seconds: float) -> str:
@@ -218,7 +226,8 @@ def _progress(console: Console, first_step: int, last_step: int) -> Progress:
 def _reopen(path: Path, step: int) -> Any:
     """Open a .jsonl for appending after `step`; what an interrupted run wrote beyond it is about to happen again."""
     if path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _step_of(line) <= step]
         files.write_text(path, "".join(line + "\n" for line in kept))
     return path.open("a", encoding="utf-8")
 
@@ -231,7 +240,7 @@ def _sample_rows(path: Path) -> list[list[Any]]:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return math.inf  # a line cut short by a crash
 
 

@@ -40,6 +40,8 @@ def run(config: Config) -> int:
     checkpoints = config.run_folder / "checkpoints"
     manifest = world.on_first(lambda: checkpoint.newest_valid(checkpoints, notes.append))
     done = manifest.step if manifest else 0
+    if manifest:
+        checkpoint.check_world(manifest, world.size)
     folder = world.on_first(lambda: runfolder.enter(config, world.size, done))
     accumulation = runfolder.accumulation(config, folder.rows_per_step, world.size)
     tracker = track.open(config, folder, world.rank, done, last_step)

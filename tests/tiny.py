@@ -1,5 +1,8 @@
 """A run so small that it trains in seconds: a real recipe, a real tokenizer, a real text, few of each."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 from smoltrain import config
@@ -44,7 +47,7 @@ OVERRIDES = (
 def text(folder: Path) -> Path:
     """A folder of a dozen small documents."""
     corpus = folder / "corpus"
-    corpus.mkdir(exist_ok=True)
+    corpus.mkdir(parents=True, exist_ok=True)
     for i, first in enumerate(PLACES):
         body = "\n".join(line.format(first, second) for second in PLACES for line in LINES)
         (corpus / f"{i:02d}-{first.lower()}.txt").write_text(body + "\n", encoding="utf-8")
@@ -59,3 +62,15 @@ def words(folder: Path, *overrides: str) -> list[str]:
 def load(folder: Path, *overrides: str) -> Config:
     """The config of a tiny run in `folder`."""
     return config.load("quickstart", words(folder, *overrides))
+
+
+def train(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The tiny run as one plain `python launch/train.py`, its output through pipes, no launcher, no W&B settings."""
+    foreign = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SMOLTRAIN_", "WANDB_")
+    own = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+    script = Path(__file__).parent.parent / "launch" / "train.py"
+    return subprocess.run(
+        [sys.executable, str(script), "quickstart", *words(folder, *overrides)], capture_output=True, text=True,
+        encoding="utf-8", errors="replace", timeout=240, check=False, cwd=folder,
+        env=own | {"OMP_NUM_THREADS": "1", "SMOLTRAIN_THREADS": "1"} | environment,
+    )  # fmt: skip

@@ -1,0 +1,81 @@
+"""launch/train.py under each launcher: the same losses, the same mistakes, the true exit code."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from smoltrain.errors import BAD_INPUT, DONE, FAULT, STOPPED
+from tests import launches, tiny
+
+SAME_ROWS = ("batch.accumulation=null", "batch.rows_per_step=8")  # python: 1 rank x 4 x 2; the others: 2 ranks x 2 x 2
+LAUNCHERS = ("python", "torchrun", "deepspeed")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The run folders of the same tiny run under each launcher."""
+    folders = {}
+    for launcher in LAUNCHERS:
+        folder = tmp_path_factory.mktemp(launcher)
+        assert launches.run(launcher, tiny.words(folder, *SAME_ROWS), folder / "log") == DONE, (
+            folder / "log"
+        ).read_text()
+        folders[launcher] = folder / "runs" / "quickstart"
+    return folders
+
+
+def test_all_launchers_train_the_same_run(finished: dict[str, Path]) -> None:
+    reference = launches.losses(finished["deepspeed"])
+    assert sorted(reference) == list(range(1, 13))
+    assert launches.losses(finished["torchrun"]) == reference, "two ranks are two ranks"
+    for step, loss in launches.losses(finished["python"]).items():
+        assert loss == pytest.approx(reference[step], rel=1e-4)
+    ledgers = {
+        launcher: [line["data/ledger"] for line in launches.metrics(folder) if "data/ledger" in line]
+        for launcher, folder in finished.items()
+    }
+    assert ledgers["python"] == ledgers["torchrun"] == ledgers["deepspeed"], "the data do not depend on the world size"
+
+
+def test_a_finished_plan_says_so_and_exits_0(finished: dict[str, Path]) -> None:
+    folder = finished["python"].parent.parent
+    assert launches.run("python", tiny.words(folder, *SAME_ROWS), folder / "again") == DONE
+    assert "the plan is complete (12 steps)" in (folder / "again").read_text()
+
+
+def test_another_number_of_ranks_is_refused_with_exit_2(finished: dict[str, Path]) -> None:
+    folder = finished["deepspeed"].parent.parent
+    words = tiny.words(folder, *SAME_ROWS, "phases.continuation.steps=20")
+    assert launches.run("python", words, folder / "other") == BAD_INPUT
+    assert "written by another number of ranks: saw 1 ranks, want 2" in (folder / "other").read_text()
+
+
+@pytest.mark.parametrize(("launcher", "code"), [("python", BAD_INPUT), ("deepspeed", BAD_INPUT), ("torchrun", 1)])
+def test_a_mistake_is_printed_once_without_a_traceback(tmp_path: Path, launcher: str, code: int) -> None:
+    words = tiny.words(tmp_path, "model.hidden_size=33", "batch.sequence_length=65")
+    assert launches.run(launcher, words, tmp_path / "log") == code  # torchrun turns every failure into 1
+    said = (tmp_path / "log").read_text()
+    assert said.count("the heads do not divide the width: saw 33") == 1
+    assert said.count("the sequence is longer than the positions: saw 65") == 1
+    if launcher != "torchrun":  # whose own report has one
+        assert "Traceback" not in said
+
+
+def test_a_loss_that_is_no_number_stops_before_the_update(tmp_path: Path) -> None:
+    words = tiny.words(tmp_path, "phases.main.lr=1e10", "phases.main.warmup_steps=0", "checkpoint.every=1")
+    assert launches.run("python", words, tmp_path / "log") == FAULT
+    said = (tmp_path / "log").read_text()
+    assert "error: the loss of step 2 is nan on rank 0 (lr " in said
+    assert "try a lower lr" in said
+    assert "Traceback" not in said
+    assert [p.name for p in (tmp_path / "runs" / "quickstart" / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_one_signal_to_a_bare_python_saves_and_exits_75(tmp_path: Path) -> None:
+    words = tiny.words(tmp_path, "phases.main.steps=5000")
+    process = launches.start("python", words, tmp_path / "log")
+    launches.wait_for_step(tmp_path / "runs" / "quickstart", 5, process)
+    launches.interrupt(process, signal.SIGUSR1)
+    assert process.wait(40) == STOPPED
+    assert "SIGUSR1" in (tmp_path / "log").read_text()

@@ -1,0 +1,113 @@
+"""Real command lines, and what they left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from smoltrain import dist
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+SCRIPT = str(ROOT / "launch" / "train.py")
+TIMEOUT_S = 180
+
+
+def command(launcher: str) -> list[str]:
+    """The words before RECIPE for two ranks (one under plain python)."""
+    port = str(dist.free_port())
+    return {
+        "python": [sys.executable, SCRIPT],
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port, SCRIPT],
+        "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port, SCRIPT],
+        "smoltrain": [str(BIN / "smoltrain"), "train"],
+    }[launcher]
+
+
+def environment() -> dict[str, str]:
+    own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in own} | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def start(launcher: str, words: list[str], log: Path) -> subprocess.Popen[Any]:
+    """Start a run in the background, its output in `log`."""
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [*command(launcher), "quickstart", *words], stdout=out, stderr=subprocess.STDOUT, env=environment(),
+            cwd=log.parent, start_new_session=True,
+        )  # fmt: skip
+
+
+def run(launcher: str, words: list[str], log: Path) -> int:
+    """Run to the end; returns the exit code."""
+    process = start(launcher, words, log)
+    try:
+        return process.wait(TIMEOUT_S)
+    finally:
+        kill_all(words)
+
+
+def ranks_alive(words: list[str]) -> list[psutil.Process]:
+    """The rank processes of the run that these words name."""
+    folder = next(word for word in words if word.startswith("run.folder="))
+    found = []
+    for process in psutil.process_iter():
+        try:
+            line = process.cmdline()
+        except psutil.Error:
+            continue
+        if folder in line and SCRIPT in line[:3]:
+            found.append(process)
+    return found
+
+
+def kill_all(words: list[str]) -> None:
+    for process in ranks_alive(words):
+        process.kill()
+
+
+def wait_for_step(run_folder: Path, step: int, process: subprocess.Popen[Any]) -> None:
+    """Return as soon as metrics.jsonl tells of this step."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"the run ended (exit code {process.returncode}) before step {step}"
+        if any(line["step"] >= step for line in metrics(run_folder)):
+            return
+        time.sleep(0.02)
+    raise TimeoutError(f"no step {step}")
+
+
+def wait_until_gone(words: list[str], seconds: float = 40) -> None:
+    """No rank of this run may be alive after so long."""
+    deadline = time.monotonic() + seconds
+    while ranks_alive(words):
+        assert time.monotonic() < deadline, f"still alive: {ranks_alive(words)}"
+        time.sleep(0.1)
+
+
+def metrics(run_folder: Path) -> list[dict[str, Any]]:
+    path = run_folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def losses(run_folder: Path) -> dict[int, float]:
+    """Step -> training loss."""
+    key = "train/loss_nats_per_token"
+    return {line["step"]: line[key] for line in metrics(run_folder) if key in line}
+
+
+def weights_digest(run_folder: Path, step: int) -> dict[str, str]:
+    """SHA-256 of the checkpoint's files that hold weights and moments."""
+    manifest = json.loads((run_folder / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
+    return {name: f["sha256"] for name, f in manifest["files"].items() if name == "model.safetensors"}
+
+
+def interrupt(process: subprocess.Popen[Any], number: int = signal.SIGTERM) -> None:
+    process.send_signal(number)

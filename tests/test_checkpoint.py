@@ -1,0 +1,199 @@
+"""Checkpoints in one process pair: whole or not there, verified before use, the right ones kept."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from smoltrain import checkpoint, config, data
+from smoltrain.config import Config
+from smoltrain.errors import UserError
+from smoltrain.plan import Plan
+from tests import tiny
+from tests.ranks import world
+from tests.test_engine import fresh_model, loader_of
+
+FACTS: dict[str, Any] = {"precision": "bf16", "skipped_updates": 0, "wandb_id": "abc"}
+
+
+def trained(settings: Config, steps: int) -> tuple[Any, Any, Plan]:
+    """An engine and its loader after some steps, on this rank."""
+    from smoltrain import engine, train
+
+    here, plan = world(), Plan(settings.phases)
+    torch.manual_seed(here.rank)
+    wrapped = engine.wrap(fresh_model(settings), settings, here, precision="bf16", accumulation=2)
+    loader = loader_of(settings, here.rank, here.size)
+    for step in range(1, steps + 1):
+        train.train_step(step, wrapped, loader, plan, here, 0)
+    return wrapped, loader, plan
+
+
+def save_steps(settings: Config, steps: list[int], keep_last: int) -> None:
+    wrapped, loader, plan = trained(settings, 1)
+    for step in steps:
+        checkpoint.save(settings.run_folder / "checkpoints", step, wrapped, loader, world(), plan, keep_last, **FACTS)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Config:
+    found = tiny.load(tmp_path, "engine.ds_config=zero2", "engine.precision=bf16", "model.dropout=0.1")
+    data.prepare(found)
+    return found
+
+
+def losses_after(settings: Config, restored_from: int | None) -> tuple[list[float], dict[str, torch.Tensor], str]:
+    """Losses of steps 4 to 6 and what they lead to, either straight through or by way of the disk."""
+    from smoltrain import train
+
+    here, checkpoints = world(), settings.run_folder / "checkpoints"
+    if restored_from is None:
+        wrapped, loader, plan = trained(settings, 3)
+        checkpoint.save(checkpoints, 3, wrapped, loader, here, plan, 9, **FACTS)
+    else:
+        wrapped, loader, plan = trained(settings, 1)
+        manifest = checkpoint.verify(checkpoint.folder_of(checkpoints, restored_from))
+        assert isinstance(manifest, checkpoint.Manifest)
+        checkpoint.restore(checkpoint.folder_of(checkpoints, restored_from), manifest, wrapped, loader, here)
+    results = [train.train_step(step, wrapped, loader, plan, here, 0) for step in range(4, 7)]
+    losses = [float(r.metrics["train/loss_nats_per_token"]) for r in results]
+    return losses, wrapped.weights(keep=True), loader.ledger
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_restored_run_goes_on_bitwise_with_dropout(tmp_path: Path, ranks: Any, stage: int) -> None:
+    settings = tiny.load(tmp_path, f"engine.ds_config=zero{stage}", "engine.precision=bf16", "model.dropout=0.1")
+    data.prepare(settings)
+    straight = ranks(2).run(losses_after, settings, None)
+    resumed = ranks(2).run(losses_after, settings, 3)
+    for (losses, weights, ledger), (losses_again, weights_again, ledger_again) in zip(straight, resumed, strict=True):
+        assert losses == losses_again
+        assert ledger == ledger_again
+        assert all(torch.equal(weights[name], weights_again[name]) for name in weights)
+
+
+def test_a_checkpoint_holds_what_its_manifest_says_and_readable_weights(settings: Config, ranks: Any) -> None:
+    ranks(2).run(save_steps, settings, [3], 2)
+    folder = checkpoint.folder_of(settings.run_folder / "checkpoints", 3)
+    manifest = checkpoint.verify(folder)
+    assert isinstance(manifest, checkpoint.Manifest)
+    on_disk = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} - {"manifest.json"}
+    assert set(manifest.files) == on_disk
+    assert {"rank-00000.pt", "rank-00001.pt", "model.safetensors"} <= on_disk
+    assert (manifest.step, manifest.phase, manifest.world_size, manifest.zero_stage) == (3, "main", 2, 2)
+    weights = load_file(folder / "model.safetensors")
+    assert weights["embed_tokens.weight"].dtype == torch.bfloat16
+    assert not list(folder.parent.glob("*.tmp"))
+
+
+def test_the_newest_the_ends_of_phases_and_nothing_else_are_kept(settings: Config, ranks: Any) -> None:
+    ranks(2).run(save_steps, settings, [2, 4, 6, 8, 9, 10, 11, 12], 2)
+    assert checkpoint.steps(settings.run_folder / "checkpoints") == [8, 11, 12]
+
+
+@pytest.fixture
+def two_checkpoints(settings: Config, ranks: Any) -> Path:
+    ranks(2).run(save_steps, settings, [3, 6], 2)
+    return settings.run_folder / "checkpoints"
+
+
+def harm_truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+
+
+def harm_flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def harm_empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("harm", [harm_truncate, harm_flip, harm_empty, Path.unlink])
+def test_any_harm_to_any_file_falls_back_and_names_the_file(two_checkpoints: Path, harm: Any) -> None:
+    newest = checkpoint.folder_of(two_checkpoints, 6)
+    spare = newest.with_name("spare")
+    shutil.copytree(newest, spare)
+    for path in sorted(p for p in spare.rglob("*") if p.is_file()):
+        name = path.relative_to(spare)
+        if name.name == "manifest.json" and harm is harm_flip:
+            continue  # a flipped letter in a value can be a valid manifest: its own protection is issue of the format
+        harm(newest / name)
+        said: list[str] = []
+        manifest = checkpoint.newest_valid(two_checkpoints, said.append)
+        assert manifest is not None
+        assert manifest.step == 3
+        assert len(said) == 1
+        assert "step 6" in said[0]
+        assert name.name in said[0]
+        shutil.copy2(path, newest / name)
+    manifest = checkpoint.newest_valid(two_checkpoints, print)
+    assert manifest is not None
+    assert manifest.step == 6
+
+
+def test_never_from_scratch_without_a_word(two_checkpoints: Path) -> None:
+    for step in (3, 6):
+        harm_flip(checkpoint.folder_of(two_checkpoints, step) / "model.safetensors")
+    with pytest.raises(UserError, match="no checkpoint of this run is whole"):
+        checkpoint.newest_valid(two_checkpoints, lambda _: None)
+    assert checkpoint.newest_valid(two_checkpoints.parent / "none", print) is None
+
+
+def test_a_manifest_of_another_format_is_not_read(two_checkpoints: Path) -> None:
+    path = checkpoint.folder_of(two_checkpoints, 6) / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    assert "format 99" in str(checkpoint.verify(path.parent))
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def save_on_a_full_disk(settings: Config) -> str:
+    import shutil as real
+
+    usage, real.disk_usage = real.disk_usage, lambda _: Usage(1, 1, 1 << 20)
+    try:
+        save_steps(settings, [9], 2)
+    except UserError as error:
+        return str(error)
+    finally:
+        real.disk_usage = usage
+    return "saved"
+
+
+def test_a_nearly_full_disk_refuses_before_writing_and_keeps_the_last(
+    two_checkpoints: Path, settings: Config, ranks: Any
+) -> None:
+    for message in ranks(2).run(save_on_a_full_disk, settings):
+        assert "the disk is nearly full: saw 1 MiB free" in message
+    assert checkpoint.steps(two_checkpoints) == [3, 6]
+    assert not list(two_checkpoints.glob("*.tmp"))
+    manifest = checkpoint.newest_valid(two_checkpoints, print)
+    assert manifest is not None
+    assert manifest.step == 6
+
+
+def test_leftovers_of_a_crash_are_swept_at_the_next_save(two_checkpoints: Path, settings: Config, ranks: Any) -> None:
+    leftover = two_checkpoints / "step-00000007.tmp"
+    leftover.mkdir()
+    (leftover / "half.pt").write_bytes(b"half")
+    assert checkpoint.steps(two_checkpoints) == [3, 6], "a .tmp is not a checkpoint"
+    ranks(2).run(save_steps, settings, [9], 9)
+    assert not leftover.exists()
+
+
+def test_another_number_of_ranks_is_refused_with_both_numbers(two_checkpoints: Path, settings: Config) -> None:
+    manifest = checkpoint.newest_valid(two_checkpoints, print)
+    assert manifest is not None
+    with pytest.raises(UserError, match=r"saw 3 ranks, want 2"):
+        checkpoint.check_world(manifest, 3)
+    checkpoint.check_world(manifest, 2)
+    assert config.read is not None

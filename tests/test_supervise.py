@@ -1,0 +1,117 @@
+"""`smoltrain train`, which is what ./train.sh runs: phases in fresh processes, kills, signals, exit codes."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from smoltrain import checkpoint
+from smoltrain.errors import BAD_INPUT, DONE, FAULT, STOPPED
+from tests import launches, tiny
+
+LONG = (
+    "phases.main.steps=60",
+    "phases.main.warmup_steps=5",
+    "checkpoint.every=10",
+    "sample.every=0",
+    "model.dropout=0.1",
+)
+END = 64
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a run that nobody disturbed, and its transcript in ../../log."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert launches.run("smoltrain", tiny.words(folder, *LONG), folder / "log") == DONE
+    return folder / "runs" / "quickstart"
+
+
+def transcript(run_folder: Path) -> str:
+    return (run_folder.parent.parent / "log").read_text()
+
+
+def test_each_phase_runs_in_fresh_processes_that_restore_from_disk(uninterrupted: Path) -> None:
+    said = transcript(uninterrupted)
+    assert "phase main: steps 1 to 60, 2 new processes" in said
+    assert "phase continuation: steps 61 to 64, 2 new processes" in said
+    assert "restored step 60 on 2 ranks" in said
+    assert {60, END} <= set(checkpoint.steps(uninterrupted / "checkpoints"))
+    assert sorted(launches.losses(uninterrupted)) == list(range(1, END + 1))
+
+
+def test_the_same_command_again_says_complete_in_one_line(uninterrupted: Path) -> None:
+    folder = uninterrupted.parent.parent
+    assert launches.run("smoltrain", tiny.words(folder, *LONG), folder / "again") == DONE
+    said = (folder / "again").read_text().splitlines()
+    assert len(said) == 1
+    assert "the plan is complete at step 64" in said[0]
+
+
+def test_a_rank_killed_in_mid_run_costs_nothing_but_time(uninterrupted: Path, tmp_path: Path) -> None:
+    words, run_folder = tiny.words(tmp_path, *LONG), tmp_path / "runs" / "quickstart"
+    process = launches.start("smoltrain", words, tmp_path / "log")
+    launches.wait_for_step(run_folder, 25, process)
+    launches.ranks_alive(words)[1].kill()
+    assert process.wait(launches.TIMEOUT_S) == FAULT
+    launches.wait_until_gone(words)
+    assert "a rank died" in (tmp_path / "log").read_text()
+    left = checkpoint.newest_valid(run_folder / "checkpoints", print)
+    assert left is not None
+    assert 20 <= left.step < 60
+    assert launches.run("smoltrain", words, tmp_path / "log") == DONE
+    assert f"restored step {left.step} on 2 ranks" in (tmp_path / "log").read_text()
+    assert launches.losses(run_folder) == launches.losses(uninterrupted)
+    assert launches.weights_digest(run_folder, END) == launches.weights_digest(uninterrupted, END)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_saves_on_every_rank_and_the_rest_follows_bitwise(
+    uninterrupted: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    words, run_folder = tiny.words(tmp_path, *LONG), tmp_path / "runs" / "quickstart"
+    process = launches.start("smoltrain", words, tmp_path / "log")
+    launches.wait_for_step(run_folder, 13, process)
+    launches.interrupt(process, number)
+    assert process.wait(40) == STOPPED
+    launches.wait_until_gone(words)
+    said = (tmp_path / "log").read_text()
+    assert "the same command goes on from there" in said
+    assert "Traceback" not in said
+    left = checkpoint.newest_valid(run_folder / "checkpoints", print)
+    assert left is not None
+    assert max(launches.losses(run_folder)) == left.step, "nothing that was computed is lost"
+    assert launches.run("smoltrain", words, tmp_path / "log") == DONE
+    assert launches.losses(run_folder) == launches.losses(uninterrupted)
+    assert launches.weights_digest(run_folder, END) == launches.weights_digest(uninterrupted, END)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["modell.hidden_size=3"], "unknown key modell"),
+        (["data.path=nowhere.txt"], "the data are missing"),
+        (["model.vocab_size=300"], "model.vocab_size"),
+        (["batch.micro_batch=999"], "rows"),
+        (["--ranks", "0"], "ranks"),
+    ],
+)
+def test_a_mistake_is_one_line_and_starts_no_process(tmp_path: Path, change: list[str], message: str) -> None:
+    words = tiny.words(tmp_path, *change)
+    assert launches.run("smoltrain", words, tmp_path / "log") == BAD_INPUT
+    said = (tmp_path / "log").read_text()
+    assert message in said
+    assert "Traceback" not in said
+    assert "new processes" not in said
+    assert not (tmp_path / "runs" / "quickstart" / "checkpoints").exists()
+
+
+def test_a_run_that_belongs_to_another_model_is_left_as_it_is(uninterrupted: Path) -> None:
+    folder = uninterrupted.parent.parent
+    before = (uninterrupted / "config.yaml").read_bytes()
+    words = tiny.words(folder, *LONG, "phases.continuation.steps=9", "model.intermediate_size=96", "run.seed=5")
+    assert launches.run("smoltrain", words, folder / "other") == BAD_INPUT
+    said = (folder / "other").read_text()
+    assert "model.intermediate_size differs from the run's own: saw 96, want 64" in said
+    assert "run.seed differs from the run's own: saw 5, want 1234" in said
+    assert (uninterrupted / "config.yaml").read_bytes() == before

@@ -1,0 +1,163 @@
+"""The loop itself, on two real ranks in this session: skips, resets, phases, evaluation."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smoltrain import data
+from smoltrain.config import Config
+from smoltrain.errors import TrainingStopped
+from smoltrain.plan import Plan
+from tests import tiny
+from tests.ranks import world
+from tests.test_engine import fresh_model, loader_of
+
+
+def engine_for(settings: Config, precision: str) -> Any:
+    from smoltrain import engine
+
+    return engine.wrap(fresh_model(settings), settings, world(), precision=precision, accumulation=2)
+
+
+def prepared(tmp_path: Path, *overrides: str) -> Config:
+    settings = tiny.load(tmp_path, *overrides)
+    data.prepare(settings)
+    return settings
+
+
+def spoil(wrapped: Any, rank: int, calls: list[int]) -> None:
+    """Make the gradient of one parameter infinite on one rank, for the first of its backward passes."""
+
+    def infinite(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return torch.full_like(gradient, torch.inf) if len(calls) == 1 else gradient
+
+    if world().rank == rank:
+        wrapped.module.norm.weight.register_hook(infinite)
+
+
+def step_with_a_bad_gradient(settings: Config, precision: str) -> dict[str, Any]:
+    from smoltrain import train
+
+    wrapped, here = engine_for(settings, precision), world()
+    loader, plan = loader_of(settings, here.rank, here.size), Plan(settings.phases)
+    before = wrapped.weights(keep=True)
+    spoil(wrapped, 1, [])
+    first = train.train_step(1, wrapped, loader, plan, here, 0)
+    return {
+        "skipped": first.num_skipped,
+        "rows": loader.rows_consumed,
+        "norm": first.metrics["train/grad_norm_before_clipping"],
+        "finite": all(bool(torch.isfinite(w).all()) for w in wrapped.weights(keep=True).values()),
+        "moved": any(not torch.equal(w, before[name]) for name, w in wrapped.weights(keep=True).items()),
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+)
+def test_a_non_finite_gradient_is_skipped_and_counted_never_as_a_step(
+    tmp_path: Path, ranks: Any, stage: int, precision: str
+) -> None:
+    settings = prepared(tmp_path, f"engine.ds_config=zero{stage}", f"engine.precision={precision}")
+    for seen in ranks(2).run(step_with_a_bad_gradient, settings, precision):
+        assert seen["skipped"] == 1
+        assert seen["rows"] == 2 * 8, "the spoilt rows are spent, the step took the next ones"
+        assert math.isfinite(seen["norm"])
+        assert seen["finite"]
+        assert seen["moved"]
+
+
+def first_step_of_a_phase(settings: Config, reset: bool) -> float:
+    """How far one update with lr 1e-3 moves the weights furthest, after 8 steps of another phase."""
+    from smoltrain import train
+
+    wrapped, here, plan = engine_for(settings, "fp32"), world(), Plan(settings.phases)
+    loader = loader_of(settings, here.rank, here.size)
+    for step in range(1, 9):
+        train.train_step(step, wrapped, loader, plan, here, 0)
+    before = wrapped.weights(keep=True)
+    assert plan.resets_optimizer(9) == reset
+    train.train_step(9, wrapped, loader, plan, here, 0)
+    moved = [(w - before[name]).abs() for name, w in wrapped.weights(keep=True).items()]
+    return float(torch.cat([m.flatten() for m in moved]).median())
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_phase_may_reset_the_optimizer_or_keep_it(tmp_path: Path, ranks: Any, stage: int) -> None:
+    shape = (f"engine.ds_config=zero{stage}", "engine.precision=fp32", "optimizer.gradient_clipping=0")
+    phase = ("phases.continuation.lr=1e-3", "phases.continuation.weight_decay=0")
+    medians = {}
+    for reset in (True, False):
+        mode = "reset" if reset else "keep"
+        settings = prepared(tmp_path / mode, *shape, *phase, f"phases.continuation.optimizer_state={mode}")
+        medians[reset] = ranks(2).run(first_step_of_a_phase, settings, reset)[0]
+    # AdamW's very first update moves each weight by lr x sign(gradient) (Kingma & Ba 2015, section 2.1).
+    assert medians[True] == pytest.approx(1e-3, rel=1e-3)
+    assert medians[False] < 0.9e-3
+
+
+def endless_skips(settings: Config) -> str:
+    from smoltrain import train
+
+    wrapped, here = engine_for(settings, "bf16"), world()
+    wrapped.module.norm.weight.register_hook(lambda g: torch.full_like(g, torch.inf))
+    train.MAX_SKIPS_IN_A_ROW = 3
+    try:
+        train.train_step(1, wrapped, loader_of(settings, here.rank, here.size), Plan(settings.phases), here, 0)
+    except TrainingStopped as error:
+        return str(error)
+    finally:
+        train.MAX_SKIPS_IN_A_ROW = 50
+    return "went on"
+
+
+def test_endless_skips_stop_the_run(tmp_path: Path, ranks: Any) -> None:
+    settings = prepared(tmp_path)
+    for message in ranks(2).run(endless_skips, settings):
+        assert "step 1: 3 updates in a row had a gradient that is not finite" in message
+
+
+def validation_loss(settings: Config, rows: int) -> tuple[float, float]:
+    """The engine's validation loss and the same by hand over all rows on one rank."""
+    from smoltrain import train
+
+    wrapped, here = engine_for(settings, "fp32"), world()
+    ours = train.evaluate(wrapped, loader_of(settings, here.rank, here.size).validation(rows), here)
+    net, total, count = fresh_model(settings).eval(), 0.0, 0
+    with torch.no_grad():
+        for batch in loader_of(settings, 0, 1).validation(rows):
+            total += float(net(batch.ids_BT, batch.labels_BT))
+            count += int((batch.labels_BT != -100).sum())
+    return ours, total / count
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8])
+def test_validation_loss_is_the_mean_over_the_same_tokens_on_any_world(tmp_path: Path, ranks: Any, rows: int) -> None:
+    settings = prepared(tmp_path, "engine.precision=fp32", "model.dropout=0.2")
+    for ours, by_hand in ranks(2).run(validation_loss, settings, rows):
+        assert ours == pytest.approx(by_hand, rel=1e-6)
+
+
+def samples(settings: Config, stage: int) -> list[tuple[str, str]]:
+    from smoltrain import train
+
+    wrapped, here = engine_for(settings, "fp32"), world()
+    assert wrapped.stage == stage
+    state = torch.get_rng_state()
+    texts = train.sample(wrapped, loader_of(settings, here.rank, here.size).prepared.tokenizer, settings)
+    assert torch.equal(state, torch.get_rng_state()), "sampling must not touch the training's random numbers"
+    assert wrapped.module.training
+    return texts
+
+
+def test_every_rank_samples_the_same_text_even_with_partitioned_weights(tmp_path: Path, ranks: Any) -> None:
+    texts = []
+    for stage in (2, 3):
+        settings = prepared(tmp_path, f"engine.ds_config=zero{stage}", "engine.precision=fp32")
+        texts += ranks(2).run(samples, settings, stage)
+    assert all(text == texts[0] for text in texts)
+    assert len(texts[0]) == 2

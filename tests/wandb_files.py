@@ -1,0 +1,65 @@
+"""W&B's offline files, read back: LevelDB's log framing around wandb's protobuf records."""
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HEADER, BLOCK = 7, 1 << 15  # bytes: ":W&B", magic and version; then blocks of chunks
+FULL, _FIRST, _MIDDLE, LAST = 1, 2, 3, 4  # the kinds of chunk that a record is made of
+
+
+@dataclass
+class Offline:
+    """What one process logged."""
+
+    run_id: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    steps: dict[int, dict[str, Any]] = field(default_factory=dict)  # step -> everything logged at it
+    exit_code: int | None = None
+
+
+def read(path: Path) -> Offline:
+    """One run-ID.wandb file."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    offline = Offline()
+    for content in records(path.read_bytes()):
+        record = Record.FromString(content)
+        match record.WhichOneof("record_type"):
+            case "run":
+                offline.run_id = record.run.run_id
+                offline.config |= {c.key: json.loads(c.value_json) for c in record.run.config.update if c.key}
+            case "history":
+                values: dict[str, Any] = {}
+                for item in record.history.item:
+                    *parents, last = list(item.nested_key) or [item.key]
+                    node = values
+                    for parent in parents:
+                        node = node.setdefault(parent, {})
+                    node[last] = json.loads(item.value_json)
+                offline.steps.setdefault(values["_step"], {}).update(values)
+            case "exit":
+                offline.exit_code = record.exit.exit_code
+    return offline
+
+
+def records(content: bytes) -> Iterator[bytes]:
+    """The records of a LevelDB log; every checksum is verified."""
+    assert content[:4] == b":W&B", "not a W&B file"
+    at, parts = HEADER, b""
+    while at + HEADER <= len(content):
+        if (left := BLOCK - at % BLOCK) < HEADER:  # a chunk's head never crosses a border: the rest is padding
+            at += left
+            continue
+        checksum, length, kind = struct.unpack_from("<IHB", content, at)
+        chunk = content[at + 6 : at + HEADER + length]  # the checksum covers the kind too
+        assert zlib.crc32(chunk) == checksum, f"broken chunk at byte {at}"
+        parts += chunk[1:]
+        at += HEADER + length
+        if kind in (FULL, LAST):
+            yield parts
+            parts = b""
