@@ -5,4 +5,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source launch/setup.sh
 setup
-exec .venv/bin/smoltrain train "${@:-quickstart}"
+case "${1:-=}" in *=* | -*) set -- quickstart "$@" ;; esac
+exec .venv/bin/smoltrain train "$@"

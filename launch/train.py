@@ -15,8 +15,8 @@ def main(words: list[str]) -> int:
     try:
         from smoltrain import config, train
 
-        if not words:
-            words = ["quickstart"]
+        if not words or "=" in words[0]:
+            words = ["quickstart", *words]
         return train.run(config.load(words[0], words[1:]))
     except (UserError, TrainingStopped) as error:
         if is_first:

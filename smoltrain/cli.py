@@ -76,9 +76,7 @@ def show(
 def train(
     recipe: Recipe,
     overrides: Overrides = None,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Processes; by default one per GPU, or two on a CPU.")
-    ] = None,
+    ranks: Annotated[int | None, typer.Option(help="Processes; by default one per GPU, or two on a CPU.")] = None,
 ) -> None:
     """Train a recipe, or go on where its run folder stands."""
     from smoltrain.supervise import supervise
@@ -115,7 +113,7 @@ def generate(
         ids,
         settings,
         stop_id=tokenizer.separator_id,
-        banned_ids=sorted(tokenizer.special_ids),
+        banned_ids=tokenizer.unspoken_ids(loaded.config.model.vocab_size),
         greedy=greedy,
         seed=loaded.config.run.seed if seed is None else seed,
     )

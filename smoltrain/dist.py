@@ -123,18 +123,18 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.reason = ""
+        self._interrupts = 0
         self._parent = os.getppid()
         self._supervisor = int(os.environ.get("SMOLTRAIN_SUPERVISOR", "0"))
-        launched = "LOCAL_RANK" in os.environ  # a bare `nohup python` may outlive its shell
-        self._watched = launched
+        self._watched = "LOCAL_RANK" in os.environ  # by a launcher; a bare `nohup python` may outlive its shell
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if number == signal.SIGINT and self.reason == name:
+        self.reason = signal.Signals(number).name
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             os._exit(128 + number)  # the second Ctrl-C: leave at once; a checkpoint in the making stays a .tmp
-        self.reason = name
 
     def is_raised(self) -> bool:
         """Whether this rank has a reason to stop."""

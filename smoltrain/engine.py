@@ -29,7 +29,12 @@ from deepspeed.utils.tensor_fragment import fragment_address
 # A C++ build of a minute that only CPU inference uses. (As an attribute, deepspeed.comm.torch is torch itself.)
 setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
 SHARDS = "deepspeed"  # the folder of DeepSpeed's files inside a checkpoint
-ALLOWED = (LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address)  # the only classes that DeepSpeed's shards may hold
+ALLOWED = (
+    LossScaler,
+    DynamicLossScaler,
+    ZeroStageEnum,
+    fragment_address,
+)  # the only classes that DeepSpeed's shards may hold
 
 
 def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """A trained model back from its run folder, on one process and without DeepSpeed."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def _folder(run: str) -> Path:
 
 def _manifest(checkpoints: Path, step: int | None) -> checkpoint.Manifest:
     if step is None:
-        found = checkpoint.newest_valid(checkpoints, print)
+        found = checkpoint.newest_valid(checkpoints, lambda text: print(text, file=sys.stderr))
         if found is None:
             raise UserError(
                 Problem("this run has no checkpoint yet", str(checkpoints), "at least one", "the RUN argument")

@@ -29,11 +29,6 @@ class RunFolder:
     rows_per_step: int
     wandb_id: str
 
-    @property
-    def checkpoints(self) -> Path:
-        """Where the checkpoints lie."""
-        return self.path / "checkpoints"
-
 
 def check(config: Config, world_size: int, done: int) -> dict[str, Any]:
     """The provenance that this start would write: rows_per_step, wandb_id and one entry per start.
@@ -50,7 +45,10 @@ def check(config: Config, world_size: int, done: int) -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
     if path.exists():
-        old, provenance = config_module.read(path), yaml.safe_load(path.read_text(encoding="utf-8"))["provenance"]
+        old, provenance = config_module.read(path), yaml.safe_load(path.read_text(encoding="utf-8")).get("provenance")
+        if not provenance:
+            want = "the config.yaml that the run wrote itself"
+            raise UserError(Problem("the run's config has no provenance", "none", want, str(path)))
         if problems := _forbidden(old, config, done, path):
             raise UserError(*problems)
         start["changes"] = [f"{key}: {was!r} -> {now!r}" for key, was, now in differences(old, config)]

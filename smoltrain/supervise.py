@@ -18,11 +18,14 @@ import torch
 
 from smoltrain import checkpoint, config, data, dist, runfolder
 from smoltrain.config import Config
-from smoltrain.errors import DONE, FAULT, STOPPED, Problem, UserError
+from smoltrain.errors import BAD_INPUT, DONE, FAULT, STOPPED, Problem, UserError
 from smoltrain.plan import Plan
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "train.py"
 CPU_RANKS = 2  # on a machine without a GPU: enough to make every collective real
+ENDED_BY_SIGNAL = (
+    {-n for n in (2, 15)} | {128 + n for n in (2, 15)} | {256 - n for n in (2, 15)}
+)  # as each launcher says it
 GRACE_S = 40.0  # for ranks to save and leave after a signal
 
 
@@ -77,7 +80,8 @@ class Ranks:
         env = os.environ | {"SMOLTRAIN_SUPERVISOR": str(os.getpid())}
         if not torch.cuda.is_available():
             env["DS_ACCELERATOR"] = "cpu"
-        self._signals = 0
+        self._interrupts = 0
+        self._signalled = False
         self._process = subprocess.Popen(
             [*launcher, str(SCRIPT), *words], env=env, stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -93,22 +97,26 @@ class Ranks:
             self._sweep()
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if code in (DONE, 2, STOPPED):
+        if code in (DONE, BAD_INPUT, STOPPED):
             return code
+        if self._signalled and code in ENDED_BY_SIGNAL:
+            print("stopped before the first step; nothing was lost")
+            return STOPPED
         words = f"error: a rank died (exit code {code}); the same command goes on from the last checkpoint"
         print(words, file=sys.stderr)
         return FAULT
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         """To the ranks alone: the launcher would kill them one by one and hide their exit code."""
-        self._signals += number == signal.SIGINT
-        if self._signals > 1:  # the second Ctrl-C
+        self._signalled = True
+        self._interrupts += number == signal.SIGINT
+        ranks = self._ranks()
+        if self._interrupts > 1 or not ranks:  # the second Ctrl-C, or nothing has started that could be lost
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            return
-        for process in self._ranks():
+                os.killpg(self._process.pid, signal.SIGKILL if ranks else signal.SIGTERM)
+        for process in ranks:
             with contextlib.suppress(psutil.Error):
-                process.send_signal(signal.SIGTERM)
+                process.send_signal(number)
 
     def _ranks(self) -> list[psutil.Process]:
         found = []

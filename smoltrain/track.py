@@ -39,6 +39,7 @@ METRICS = {
     "validation/loss_nats_per_token": "mean over the validation rows' tokens, all ranks",
     "validation/perplexity": "exp of the validation loss",
 }
+WANDB_FINISH_S = 120.0  # for the last upload; what is left stays on disk for `wandb sync`
 GRADIENT_NORM = "gradients/norm_before_clipping/"  # + layer: L2 norm of that layer's whole gradient, all ranks averaged
 GRADIENT_HISTOGRAM = "gradients/histogram/"  # + layer: its entries, W&B only
 
@@ -150,7 +151,12 @@ class Tracker:
                 mode=mode,  # pyright: ignore[reportArgumentType]
                 resume="allow",
                 config=config.model_dump(mode="json"),
-                settings=wandb.Settings(init_timeout=config.track.wandb_timeout_s, console="off", silent=True),
+                settings=wandb.Settings(
+                    init_timeout=config.track.wandb_timeout_s,
+                    finish_timeout=WANDB_FINISH_S,
+                    console="off",
+                    silent=True,
+                ),
             )
 
         try:
@@ -160,7 +166,7 @@ class Tracker:
             if mode == "offline":
                 return f"off, W&B cannot write here ({first})"
             wandb.teardown()  # its background process still holds the run id
-            reason = f"the server did not answer within {config.track.wandb_timeout_s:g} s ({first})"
+            reason = f"going online failed ({first})"
             return self._open_wandb(config, folder, "offline", reason)
         return f"{mode}, {reason}; run id {folder.wandb_id}"
 

@@ -4,13 +4,14 @@ config -> world -> data -> run folder -> model -> engine -> restore -> [step, an
 """
 
 import math
+import os
 import resource
 import time
 from dataclasses import dataclass
 
 import torch
 
-from smoltrain import checkpoint, data, dist, engine, gradients, model, runfolder, track
+from smoltrain import checkpoint, data, dist, engine, gradients, model, plots, runfolder, track
 from smoltrain.config import Config
 from smoltrain.data import Batch, Loader
 from smoltrain.data.tokenizer import Tokenizer
@@ -81,6 +82,9 @@ def run(config: Config) -> int:
     tracker.chosen("data", loader.prepared.describe())
     tracker.chosen("plan", ", ".join(f"{p.name} {p.first}-{p.last}" for p in plan.phases))
 
+    if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
+        tracker.say("WARNING: CUDA_LAUNCH_BLOCKING is set: every kernel waits for the one before; unset it to train")
+
     # ---- where it left off
     if manifest:
         checkpoint.restore(checkpoint.folder_of(checkpoints, done), manifest, wrapped, loader, world)
@@ -117,7 +121,9 @@ def run(config: Config) -> int:
             tracker.close(STOPPED)
             return STOPPED
 
-    tracker.say(f"{config.run.name}: {_complete(plan, last_step)}")
+    if world.is_first:
+        plots.training_png(plan, folder.path / "metrics.jsonl", folder.path / "plots" / "training.png")
+    tracker.say(f"{config.run.name}: {_complete(plan, last_step)}; the curves are in {folder.path / 'plots'}")
     tracker.close(DONE)
     return DONE
 
@@ -202,14 +208,14 @@ def evaluate(engine: Engine, batches: list[Batch], world: World) -> float:
 
 def sample(engine: Engine, tokenizer: Tokenizer, config: Config) -> list[tuple[str, str]]:
     """(prompt, continuation) for each prompt. Every rank samples the same text, as ZeRO-3's forward is collective."""
-    unused = range(tokenizer.num_ids, config.model.vocab_size)  # rows of the table that stand for no text
+    banned = tokenizer.unspoken_ids(config.model.vocab_size)
     texts = []
     for prompt in config.sample.prompts:
         ids = tokenizer.encode(prompt) or [tokenizer.separator_id]
         with engine.evaluating():
             new = generate(
                 engine.module, ids, config.generation, stop_id=tokenizer.separator_id,
-                banned_ids=[*tokenizer.special_ids, *unused], seed=config.run.seed,
+                banned_ids=banned, seed=config.run.seed,
             )  # fmt: skip
             texts.append((prompt, tokenizer.decode(list(new))))
     return texts

@@ -192,6 +192,9 @@ class Bytes:
     separator_id = 0
     special_ids = frozenset({0, 255})
 
+    def unspoken_ids(self, vocab_size: int) -> list[int]:
+        return [*sorted(self.special_ids), *range(256, vocab_size)]
+
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
@@ -205,7 +208,7 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     from smoltrain import generate, loading
 
     calls = SimpleNamespace(loaded=[], drawn=[], says="né 🙂".encode())
-    settings = config.load("quickstart", ["run.seed=7"])
+    settings = config.load("quickstart", ["run.seed=7", "model.vocab_size=260", "tokenizer.vocab_size=257"])
 
     def load_run(*arguments: object) -> SimpleNamespace:
         calls.loaded.append(arguments)
@@ -226,7 +229,7 @@ def test_generate_takes_the_settings_of_the_run(run: Run, generated: SimpleNames
     ((model, ids, settings, options),) = generated.drawn
     assert (model, ids) == ("model", list(b"Romeo, "))
     assert settings == config.load("quickstart").generation
-    assert options == {"stop_id": 0, "banned_ids": [0, 255], "greedy": False, "seed": 7}
+    assert options == {"stop_id": 0, "banned_ids": [0, 255, 256, 257, 258, 259], "greedy": False, "seed": 7}
 
 
 def test_generate_passes_its_options_on(run: Run, generated: SimpleNamespace):

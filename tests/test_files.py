@@ -47,7 +47,7 @@ def test_the_content_is_on_disk_before_the_name_and_the_name_before_the_return(
     real = os.fsync
 
     def record(handle: int) -> None:
-        seen.append((Path(os.readlink(f"/proc/self/fd/{handle}")).name, path.exists()))
+        seen.append((Path(f"/proc/self/fd/{handle}").readlink().name, path.exists()))
         real(handle)
 
     monkeypatch.setattr(os, "fsync", record)

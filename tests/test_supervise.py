@@ -93,7 +93,7 @@ def test_a_signal_saves_on_every_rank_and_the_rest_follows_bitwise(
         (["data.path=nowhere.txt"], "the data are missing"),
         (["model.vocab_size=300"], "model.vocab_size"),
         (["batch.micro_batch=999"], "rows"),
-        (["--ranks", "0"], "ranks"),
+        (["--ranks", "0"], "this machine cannot run so many ranks: saw 0, want 1 or more; change --ranks"),
     ],
 )
 def test_a_mistake_is_one_line_and_starts_no_process(tmp_path: Path, change: list[str], message: str) -> None:

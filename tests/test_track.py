@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from smoltrain import track
 from smoltrain.config import Config
@@ -154,8 +155,8 @@ def test_a_pipe_gets_plain_lines(story: Story) -> None:
     first, second = (output.stdout.splitlines() for output in story.outputs)
     assert [line.split()[1] for line in first if line.startswith("step ")] == ["2/8", "4/8", "6/8", "8/8"]
     assert [line.split()[1] for line in second if line.startswith("step ")] == ["10/12", "12/12"]
-    assert first[-1] == "quickstart: phase main is complete (step 8 of 12)"
-    assert second[-1] == "quickstart: the plan is complete (12 steps)"
+    assert first[-1].startswith("quickstart: phase main is complete (step 8 of 12)")
+    assert second[-1].startswith("quickstart: the plan is complete (12 steps)")
     assert any(line.startswith("restored step 8 on 1 ranks, ledger ") for line in second)
 
 
@@ -188,9 +189,9 @@ def test_what_was_chosen_is_said_with_its_reason(story: Story) -> None:
 
 def test_wandb_has_one_run_in_two_files(story: Story) -> None:
     assert len(story.wandb) == 2
-    ids = {offline.run_id for _, offline in story.wandb}
-    assert len(ids) == 1
-    assert f"wandb_id: {next(iter(ids))}" in (story.settings.run_folder / "config.yaml").read_text(encoding="utf-8")
+    provenance = yaml.safe_load((story.settings.run_folder / "config.yaml").read_text(encoding="utf-8"))["provenance"]
+    assert [offline.run_id for _, offline in story.wandb] == [provenance["wandb_id"]] * 2
+    assert [start["from_step"] for start in provenance["starts"]] == [0, 8]
     assert [offline.exit_code for _, offline in story.wandb] == [0, 0]
     first, second = (set(offline.steps) for _, offline in story.wandb)
     assert (first, second) == (set(range(1, 9)), set(range(9, 13)))

@@ -24,7 +24,7 @@ class Offline:
 
 def read(path: Path) -> Offline:
     """One run-ID.wandb file."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
     offline = Offline()
     for content in records(path.read_bytes()):

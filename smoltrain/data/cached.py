@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from smoltrain import files
 from smoltrain.config import Config
 from smoltrain.data import packing
 from smoltrain.data.sources import Document, documents, fingerprint
@@ -73,7 +73,8 @@ def prepare(config: Config) -> Prepared:
         index |= _write_tokens(config, tokenizer, partial)
         check_rows(index["train"]["tokens"], index["validation"]["tokens"], config, _least_rows_per_step(config))
         tokenizer.save(_tokenizer_folder(config))
-        _sync(*_tokenizer_folder(config).iterdir(), _tokenizer_folder(config))
+        for path in (*_tokenizer_folder(config).iterdir(), _tokenizer_folder(config)):
+            files.sync(path)
         for side in SIDES:
             _commit(partial[side], folder / f"{side}.bin")
         index_partial = folder / "index.json.partial"
@@ -239,8 +240,7 @@ def _write_tokens(config: Config, tokenizer: Tokenizer, partial: dict[str, Path]
         counts["train"] = num_all - counts["validation"]
     index: dict[str, Any] = {"held_out": rule, "dtype": dtype.name}
     for side, path in partial.items():
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = files.sha256(path)
         size = path.stat().st_size
         about = {"tokens": size // dtype.itemsize, "documents": counts[side], "bytes": size, "sha256": sha256}
         index[side] = about
@@ -262,14 +262,6 @@ def _move_tail(partial: dict[str, Path], share: float, dtype: np.dtype) -> None:
 
 def _commit(partial: Path, final: Path) -> None:
     """Rename a written file to its final name, so that after a power cut it is there whole or not at all."""
-    _sync(partial)
+    files.sync(partial)
     partial.replace(final)
-    _sync(final.parent)
-
-
-def _sync(*paths: Path) -> None:
-    """Have files and folders on the disk itself."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    files.sync(final.parent)

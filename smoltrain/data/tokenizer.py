@@ -96,6 +96,10 @@ class Tokenizer:
         """The text of ids; special ones are left out, bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode(list(ids), skip_special_tokens=True)
 
+    def unspoken_ids(self, vocab_size: int) -> list[int]:
+        """Ids that stand for no text: the special ones, and rows of a model's table beyond this tokenizer's ids."""
+        return [*sorted(self.special_ids), *range(self.num_ids, vocab_size)]
+
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the bytes that `save` writes to tokenizer.json."""
         return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
