@@ -2,25 +2,31 @@
 
 import os
 import sys
+import time
 import traceback
 import warnings
 
+from smoltrain import config
 from smoltrain.errors import BAD_INPUT, FAULT, TrainingStopped, UserError, report
+
+LAST_WORD_S = 5.0
 
 
 def main(words: list[str]) -> int:
     """Train what the command line says; returns the exit code."""
     words = [word for word in words if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
-    is_first = os.environ.get("RANK", "0") == "0"
+    if not words or "=" in words[0]:
+        words = ["quickstart", *words]
     try:
-        from smoltrain import config, train
+        settings = config.load(words[0], words[1:])
+        from smoltrain import train  # seconds of imports, which a mistake in the words should not cost
 
-        if not words or "=" in words[0]:
-            words = ["quickstart", *words]
-        return train.run(config.load(words[0], words[1:]))
+        return train.run(settings)
     except (UserError, TrainingStopped) as error:
-        if is_first:
-            print(report(error), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(report(error), file=sys.stderr, flush=True)
+        else:
+            time.sleep(LAST_WORD_S)  # launchers kill all ranks when one has left: let rank 0 say why
         return BAD_INPUT if isinstance(error, UserError) else FAULT
     except BaseException:
         traceback.print_exc()
@@ -28,7 +34,7 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, at DeepSpeed, on every rank
     code = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

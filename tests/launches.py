@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from smoltrain import dist
 
@@ -32,7 +33,13 @@ def command(launcher: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {k: v for k, v in os.environ.items() if k not in own} | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return (
+        {k: v for k, v in os.environ.items() if k not in own}
+        | {
+            "OMP_NUM_THREADS": "1",
+        }
+        | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
+    )
 
 
 def start(launcher: str, words: list[str], log: Path) -> subprocess.Popen[Any]:
