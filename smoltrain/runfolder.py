@@ -18,7 +18,7 @@ from smoltrain.plan import Plan
 
 # What the weights of the past depend on; changing any of it would make the run another run.
 IDENTITY = ("model", "tokenizer", "data", "optimizer", "run.seed", "batch.sequence_length")
-PACKAGES = ("torch", "deepspeed", "tokenizers", "datasets", "wandb", "numpy")
+PACKAGES = ("torch", "deepspeed", "tokenizers", "wandb", "numpy")
 
 
 @dataclass(frozen=True)
