@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smoltrain.errors import BAD_INPUT, FAULT, TrainingStopped, UserError, report
+from smoltrain.errors import BAD_INPUT, FAULT, INTERRUPTED, TrainingStopped, UserError, report
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(report(error), file=sys.stderr)
         sys.exit(FAULT)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 @app.command(epilog="Example: smoltrain recipes")

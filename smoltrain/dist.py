@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as torch_dist
 
-from smoltrain.errors import TrainingStopped, UserError
+from smoltrain.errors import INTERRUPTED, TrainingStopped, UserError
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -134,7 +134,7 @@ class StopFlag:
         self.reason = signal.Signals(number).name
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
-            os._exit(128 + number)  # the second Ctrl-C: leave at once; a checkpoint in the making stays a .tmp
+            os._exit(INTERRUPTED)  # the second Ctrl-C: leave at once; a checkpoint in the making stays a .tmp
 
     def is_raised(self) -> bool:
         """Whether this rank has a reason to stop."""

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from smoltrain.config import DS_CONFIGS, Config
 from smoltrain.errors import Problem, UserError, nearest
 
@@ -16,6 +18,18 @@ RECIPE_KEYS = {
     "bf16.enabled": "engine.precision",
     "fp16.enabled": "engine.precision",
 }
+
+
+def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
+    """(precision, reason). DeepSpeed refuses fp16 on the CPU; bf16 then stands in, and the reason says so."""
+    if device.type == "cpu":
+        if requested == "fp16":
+            return "bf16", "fp16 was asked for, but DeepSpeed cannot run it on a CPU"
+        return ("bf16", "auto, on a CPU") if requested == "auto" else (requested, "as the recipe asks")
+    if requested == "auto":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "auto, this GPU computes it") if native else ("fp16", "auto, this GPU has no bf16")
+    return requested, "as the recipe asks"
 
 
 def fill(config: Config, *, precision: str, accumulation: int, world_size: int) -> dict[str, Any]:

@@ -37,18 +37,6 @@ ALLOWED = (
 )  # the only classes that DeepSpeed's shards may hold
 
 
-def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
-    """(precision, reason). DeepSpeed refuses fp16 on the CPU; bf16 then stands in, and the reason says so."""
-    if device.type == "cpu":
-        if requested == "fp16":
-            return "bf16", "fp16 was asked for, but DeepSpeed cannot run it on a CPU"
-        return ("bf16", "auto, on a CPU") if requested == "auto" else (requested, "as the recipe asks")
-    if requested == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "auto, this GPU computes it") if native else ("fp16", "auto, this GPU has no bf16")
-    return requested, "as the recipe asks"
-
-
 def wrap(model: torch.nn.Module, config: Config, world: World, *, precision: str, accumulation: int) -> "Engine":
     """Hand the model to DeepSpeed with AdamW and the recipe's numbers. Collective.
 

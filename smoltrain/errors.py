@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-# Exit codes of every entry point (docs: README, "Exit codes").
-DONE, FAULT, BAD_INPUT, STOPPED = 0, 1, 2, 75
+# Exit codes of every entry point (README, "Resume").
+DONE, FAULT, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 
 @dataclass(frozen=True)

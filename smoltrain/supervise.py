@@ -16,7 +16,7 @@ from types import FrameType
 import psutil
 import torch
 
-from smoltrain import checkpoint, config, data, dist, runfolder
+from smoltrain import checkpoint, config, data, dist, ds_config, runfolder
 from smoltrain.config import Config
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, STOPPED, Problem, UserError
 from smoltrain.plan import Plan
@@ -46,7 +46,7 @@ def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> in
         return DONE
     if manifest:
         checkpoint.check_world(manifest, ranks)
-    runfolder.check(settings, ranks, done)
+    _check_engine(settings, ranks, runfolder.check(settings, ranks, done)["rows_per_step"])
     for phase in plan.phases:
         if done < phase.last <= last:
             print(
@@ -58,6 +58,14 @@ def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> in
                 return code
     print(_next(settings))
     return DONE
+
+
+def _check_engine(settings: Config, ranks: int, rows_per_step: int) -> None:
+    """Errors: UserError for what the ranks would find wrong with DeepSpeed's JSON, seconds later and all at once."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision, _ = ds_config.choose_precision(settings.engine.precision, device)
+    accumulation = runfolder.accumulation(settings, rows_per_step, ranks)
+    ds_config.fill(settings, precision=precision, accumulation=accumulation, world_size=ranks)
 
 
 def num_ranks(asked: int | None) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from smoltrain import checkpoint, data, dist, engine, gradients, model, plots, runfolder, track
+from smoltrain import checkpoint, data, dist, ds_config, engine, gradients, model, plots, runfolder, track
 from smoltrain.config import Config
 from smoltrain.data import Batch, Loader
 from smoltrain.data.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ def run(config: Config) -> int:
 
     # ---- what trains: rows, model, engine
     loader = data.open(config, world.rank, world.size, rows_per_step=folder.rows_per_step, accumulation=accumulation)
-    precision, why = engine.choose_precision(config.engine.precision, world.device)
+    precision, why = ds_config.choose_precision(config.engine.precision, world.device)
     kernel = attention.choose(
         config.engine.attention, world.device, getattr(torch, DTYPES[precision]), dropout=config.model.attention_dropout
     )

@@ -51,11 +51,11 @@ def start(launcher: str, words: list[str], log: Path) -> subprocess.Popen[Any]:
         )  # fmt: skip
 
 
-def run(launcher: str, words: list[str], log: Path) -> int:
+def run(launcher: str, words: list[str], log: Path, timeout_s: float = TIMEOUT_S) -> int:
     """Run to the end; returns the exit code."""
     process = start(launcher, words, log)
     try:
-        return process.wait(TIMEOUT_S)
+        return process.wait(timeout_s)
     finally:
         kill_all(words)
 

@@ -11,6 +11,7 @@ import pytest
 from smoltrain import cli, config
 from smoltrain.errors import Problem, TrainingStopped, UserError
 
+EXAMPLE = str(Path(__file__).parent / "example.yaml")
 COMMAND = str(Path(sys.executable).parent / "smoltrain")
 Run = Callable[..., tuple[int, str, str]]
 VERBS = ["recipes", "show", "train", "generate"]
@@ -51,7 +52,7 @@ def test_without_a_verb_there_is_help(run: Run):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["trian"], ["show"], ["train", "quickstart", "--ranks", "0"], ["generate", "x", "--top-k", "many"]]
+    "arguments", [["trian"], ["show"], ["train", "quickstart", "--ranks", "two"], ["generate", "x", "--top-k", "many"]]
 )
 def test_a_wrong_call_ends_with_2(run: Run, arguments: list[str]):
     code, out, err = run(*arguments)
@@ -60,7 +61,7 @@ def test_a_wrong_call_ends_with_2(run: Run, arguments: list[str]):
 
 
 def test_each_mistake_in_a_recipe_is_one_line(run: Run):
-    code, out, err = run("show", "quickstart", "model.hiden_size=3", "batch.micro_batch=0")
+    code, out, err = run("show", EXAMPLE, "model.hiden_size=3", "batch.micro_batch=0")
     assert (code, out) == (2, "")
     assert err == (
         "error: unknown key model.hiden_size: saw 'hiden_size', want 'hidden_size' (the nearest valid one); "
@@ -96,24 +97,24 @@ def test_recipes_are_listed_with_their_sentence(run: Run):
 
 
 def test_what_show_prints_is_a_recipe(run: Run, tmp_path: Path):
-    code, out, err = run("show", "quickstart", "phases.main.lr=3e-4", "phases.main.final_lr=0")
+    code, out, err = run("show", EXAMPLE, "phases.main.lr=3e-4", "phases.main.final_lr=0")
     assert (code, err) == (0, "")
     (tmp_path / "shown.yaml").write_text(out)
-    assert config.load("shown.yaml") == config.load("quickstart", ["phases.main.lr=3e-4", "phases.main.final_lr=0"])
+    assert config.load("shown.yaml") == config.load(EXAMPLE, ["phases.main.lr=3e-4", "phases.main.final_lr=0"])
 
 
 def test_show_counts_parameters_and_tokens(run: Run):
     vocab, width, kv, mlp, layers = 2048, 192, 64, 512, 6
     block = 2 * width * width + 2 * width * kv + 3 * width * mlp + 2 * width
-    _, out, _ = run("show", "quickstart")
+    _, out, _ = run("show", EXAMPLE)
     assert f"# {vocab * width + layers * block + width:,} parameters\n" in out
     assert out.endswith("# 16 rows = 2,048 tokens per step on each rank\n")
-    _, out, _ = run("show", "quickstart", "batch.accumulation=null", "batch.rows_per_step=64")
+    _, out, _ = run("show", EXAMPLE, "batch.accumulation=null", "batch.rows_per_step=64")
     assert out.endswith("# 64 rows = 8,192 tokens per step over all ranks\n")
 
 
 def test_show_plan_is_a_table_and_a_picture(run: Run):
-    code, out, _ = run("show", "quickstart", "--plan", "run.name=mine", "phases.continuation.optimizer_state=reset")
+    code, out, _ = run("show", EXAMPLE, "--plan", "run.name=mine", "phases.continuation.optimizer_state=reset")
     *_, main, continuation, path = out.splitlines()
     assert code == 0
     assert main.split() == ["main", "1..500", "cosine", "25", "0.00012", "0.003", "0.0005", "0.1", "keep"]
@@ -132,6 +133,15 @@ def test_show_plan_is_a_table_and_a_picture(run: Run):
 
 
 # --- train
+
+
+def test_train_on_no_ranks_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    line = "error: this machine cannot run so many ranks: saw 0, want 1 or more; change --ranks\n"
+    assert run("train", "quickstart", "--ranks", "0") == (2, "", line)
+    assert not list(Path().iterdir())
 
 
 @pytest.fixture
@@ -208,7 +218,7 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     from smoltrain import generate, loading
 
     calls = SimpleNamespace(loaded=[], drawn=[], says="né 🙂".encode())
-    settings = config.load("quickstart", ["run.seed=7", "model.vocab_size=260", "tokenizer.vocab_size=257"])
+    settings = config.load(EXAMPLE, ["run.seed=7", "model.vocab_size=260", "tokenizer.vocab_size=257"])
 
     def load_run(*arguments: object) -> SimpleNamespace:
         calls.loaded.append(arguments)
@@ -228,7 +238,7 @@ def test_generate_takes_the_settings_of_the_run(run: Run, generated: SimpleNames
     assert generated.loaded == [("quickstart", None)]
     ((model, ids, settings, options),) = generated.drawn
     assert (model, ids) == ("model", list(b"Romeo, "))
-    assert settings == config.load("quickstart").generation
+    assert settings == config.load(EXAMPLE).generation
     assert options == {"stop_id": 0, "banned_ids": [0, 255, 256, 257, 258, 259], "greedy": False, "seed": 7}
 
 

@@ -12,14 +12,17 @@ from smoltrain import config
 from smoltrain.config import Config
 from smoltrain.errors import Problem, UserError
 
+EXAMPLE = str(Path(__file__).parent / "example.yaml")
+EXAMPLE_TEXT = Path(EXAMPLE).read_text(encoding="utf-8")
 
-def problems(*overrides: str, recipe: str = "quickstart") -> tuple[Problem, ...]:
+
+def problems(*overrides: str, recipe: str = EXAMPLE) -> tuple[Problem, ...]:
     with pytest.raises(UserError) as caught:
         config.load(recipe, overrides)
     return caught.value.problems
 
 
-def problem(*overrides: str, recipe: str = "quickstart") -> Problem:
+def problem(*overrides: str, recipe: str = EXAMPLE) -> Problem:
     (only,) = problems(*overrides, recipe=recipe)
     return only
 
@@ -28,9 +31,6 @@ def written(folder: Path, text: str, name: str = "mine.yaml") -> str:
     path = folder / name
     path.write_text(text, encoding="utf-8")
     return str(path)
-
-
-QUICKSTART = config.recipes()["quickstart"].read_text(encoding="utf-8")
 
 
 # --- recipes
@@ -50,8 +50,8 @@ def test_every_shipped_recipe_opens_with_its_name_and_a_sentence(name: str, path
 
 
 def test_a_recipe_may_be_any_yaml_file(tmp_path: Path):
-    assert config.load(written(tmp_path, QUICKSTART)).run.name == "mine"
-    assert config.load(written(tmp_path, QUICKSTART), ["run.name="]).run.name == "mine"
+    assert config.load(written(tmp_path, EXAMPLE_TEXT)).run.name == "mine"
+    assert config.load(written(tmp_path, EXAMPLE_TEXT), ["run.name="]).run.name == "mine"
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_file_that_is_not_text(tmp_path: Path):
 
 def test_a_config_is_frozen():
     with pytest.raises(ValidationError, match="frozen"):
-        config.load("quickstart").run.seed = 1
+        config.load(EXAMPLE).run.seed = 1
 
 
 # --- overrides
@@ -115,7 +115,7 @@ def test_a_config_is_frozen():
     ],
 )
 def test_an_override_is_yaml_read_by_the_type_of_its_field(override: str, path: str, value: object):
-    found = config.load("quickstart", [override])
+    found = config.load(EXAMPLE, [override])
     for name in path.split("."):
         found = getattr(found, name)
     assert found == value
@@ -123,22 +123,22 @@ def test_an_override_is_yaml_read_by_the_type_of_its_field(override: str, path: 
 
 
 def test_phases_are_addressed_by_name():
-    main, after = config.load("quickstart", ["phases.continuation.lr=3e-5", "phases.main.steps=9000"]).phases
+    main, after = config.load(EXAMPLE, ["phases.continuation.lr=3e-5", "phases.main.steps=9000"]).phases
     assert (main.steps, main.lr) == (9000, 3e-3)
     assert (after.steps, after.lr) == (50, 3e-5)
 
 
 def test_the_last_of_two_overrides_wins():
-    assert config.load("quickstart", ["run.seed=1", "run.seed=2"]).run.seed == 2
+    assert config.load(EXAMPLE, ["run.seed=1", "run.seed=2"]).run.seed == 2
 
 
 def test_a_section_that_the_recipe_leaves_out_can_be_overridden():
-    assert "optimizer:" not in QUICKSTART
-    assert config.load("quickstart", ["optimizer.beta2=0.99"]).optimizer.beta2 == 0.99
+    assert "optimizer:" not in EXAMPLE_TEXT
+    assert config.load(EXAMPLE, ["optimizer.beta2=0.99"]).optimizer.beta2 == 0.99
 
 
 def test_tokenizer_is_short_for_its_name():
-    tokenizer = config.load("quickstart", ["tokenizer=folder", "tokenizer.separator=<s>"]).tokenizer
+    tokenizer = config.load(EXAMPLE, ["tokenizer=folder", "tokenizer.separator=<s>"]).tokenizer
     assert (tokenizer.name, tokenizer.vocab_size, tokenizer.separator) == ("folder", None, "<s>")
 
 
@@ -211,22 +211,22 @@ def test_a_value_that_does_not_fit_is_one_problem(override: str, want: str):
 
 
 def test_a_missing_value(tmp_path: Path):
-    found = problem(recipe=written(tmp_path, QUICKSTART.replace("  hidden_size: 192\n", "")))
+    found = problem(recipe=written(tmp_path, EXAMPLE_TEXT.replace("  hidden_size: 192\n", "")))
     assert (
         str(found) == "model.hidden_size is missing: saw nothing, want a value; change model.hidden_size in mine.yaml"
     )
 
 
 def test_a_problem_names_the_place_its_value_came_from(tmp_path: Path):
-    recipe = written(tmp_path, QUICKSTART.replace("hidden_size: 192", "hidden_size: 0"))
+    recipe = written(tmp_path, EXAMPLE_TEXT.replace("hidden_size: 192", "hidden_size: 0"))
     assert problem(recipe=recipe).change == "model.hidden_size in mine.yaml"
     assert problem("model.hidden_size=-1", recipe=recipe).change == "model.hidden_size on the command line"
     assert problem("phases.main.final_lr=1").change == "phases.main.final_lr on the command line"
-    assert problem("phases.main.lr=3e-4").change == "phases.main.final_lr in quickstart.yaml"
+    assert problem("phases.main.lr=3e-4").change == "phases.main.final_lr in example.yaml"
 
 
 def test_every_problem_is_reported_at_once(tmp_path: Path):
-    recipe = written(tmp_path, QUICKSTART.replace("micro_batch: 4", "micro_batch: 0") + "x: 1\n")
+    recipe = written(tmp_path, EXAMPLE_TEXT.replace("micro_batch: 4", "micro_batch: 0") + "x: 1\n")
     overrides = ("hello", "phases.mian.lr=1", "model.hiden_size=3", "phases.main.lr=fast", "model.mlp=relu")
     assert [found.what for found in problems(*overrides, recipe=recipe)] == [
         "an override is not key=value",
@@ -266,7 +266,7 @@ def test_a_resolved_config_reads_back_equal(tmp_path: Path, name: str):
 def test_any_text_and_number_reads_back_equal(
     tmp_path_factory: pytest.TempPathFactory, prompts: list[str], separator: str, lr: float
 ):
-    tree = config.load("quickstart").model_dump()
+    tree = config.load(EXAMPLE).model_dump()
     tree["sample"]["prompts"] = prompts
     tree["tokenizer"]["separator"] = separator
     tree["phases"][0]["lr"] = lr
@@ -277,7 +277,7 @@ def test_any_text_and_number_reads_back_equal(
 
 
 def test_a_damaged_config_is_a_user_error(tmp_path: Path):
-    written(tmp_path, config.to_yaml(config.load("quickstart")).replace("hidden_size: 192", "hidden_size: x"), "c.yaml")
+    written(tmp_path, config.to_yaml(config.load(EXAMPLE)).replace("hidden_size: 192", "hidden_size: x"), "c.yaml")
     with pytest.raises(UserError, match=r"model\.hidden_size in c\.yaml"):
         config.read(tmp_path / "c.yaml")
 
@@ -286,7 +286,7 @@ def test_a_damaged_config_is_a_user_error(tmp_path: Path):
 
 
 def test_given_options_revise_the_settings():
-    settings = config.load("quickstart").generation
+    settings = config.load(EXAMPLE).generation
     assert config.revise(settings, temperature=None, top_k=None) == settings
     revised = config.revise(settings, temperature=0.5, top_k=None, max_tokens=7)
     assert revised.model_dump() == settings.model_dump() | {"temperature": 0.5, "max_tokens": 7}
@@ -294,7 +294,7 @@ def test_given_options_revise_the_settings():
 
 def test_bad_options_name_themselves():
     with pytest.raises(UserError) as caught:
-        config.revise(config.load("quickstart").generation, temperature=0, top_p=2)
+        config.revise(config.load(EXAMPLE).generation, temperature=0, top_p=2)
     assert [str(p) for p in caught.value.problems] == [
         "generation.temperature is not valid: saw 0, want greater than 0; change --temperature",
         "generation.top_p is not valid: saw 2, want less than or equal to 1; change --top-p",

@@ -1,14 +1,16 @@
 """Each rule between fields, broken alone."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 
 from smoltrain import config, contradictions
 from smoltrain.errors import UserError
 
+EXAMPLE = str(Path(__file__).parent / "example.yaml")
 CONTINUE = ("phases.continuation.schedule=continue", "phases.continuation.lr=null")
-# (overrides of quickstart, the message's first words, the key to change)
+# (overrides of the example, the message's first words, the key to change)
 RULES = [
     (["model.hidden_size=196"], "the heads do not divide the width", "model.hidden_size"),
     (["model.num_key_value_heads=4"], "the key-value heads do not", "model.num_key_value_heads"),
@@ -39,7 +41,7 @@ RULES = [
 @pytest.mark.parametrize(("overrides", "what", "change"), RULES, ids=[what for _, what, _ in RULES])
 def test_a_broken_rule_is_one_problem(overrides: list[str], what: str, change: str):
     with pytest.raises(UserError) as caught:
-        config.load("quickstart", overrides)
+        config.load(EXAMPLE, overrides)
     (problem,) = caught.value.problems
     assert problem.what.startswith(what)
     assert problem.change.startswith(change)
@@ -62,10 +64,10 @@ def test_every_rule_is_broken_above():
     ],
 )
 def test_the_other_side_of_a_rule_is_fine(overrides: list[str]):
-    config.load("quickstart", overrides)
+    config.load(EXAMPLE, overrides)
 
 
 def test_broken_rules_are_reported_together():
     with pytest.raises(UserError) as caught:
-        config.load("quickstart", ["model.num_key_value_heads=4", "data.path=x", "phases.main.final_lr=1"])
+        config.load(EXAMPLE, ["model.num_key_value_heads=4", "data.path=x", "phases.main.final_lr=1"])
     assert len(caught.value.problems) == 3

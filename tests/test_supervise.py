@@ -93,6 +93,8 @@ def test_a_signal_saves_on_every_rank_and_the_rest_follows_bitwise(
         (["data.path=nowhere.txt"], "the data are missing"),
         (["model.vocab_size=300"], "model.vocab_size"),
         (["batch.micro_batch=999"], "rows"),
+        (["engine.ds_config=zero9"], "no such DeepSpeed config: saw 'zero9'"),
+        (["batch.accumulation=null", "batch.rows_per_step=10"], "10 rows per step do not divide evenly: saw 2 ranks"),
         (["--ranks", "0"], "this machine cannot run so many ranks: saw 0, want 1 or more; change --ranks"),
     ],
 )

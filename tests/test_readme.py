@@ -1,0 +1,265 @@
+"""README.md's claims: its commands are calls that work, its names exist, its numbers are the project's own."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import typer
+import yaml
+from typer.core import TyperGroup
+
+from smoltrain import cli, config, errors
+from smoltrain.contradictions import contradictions
+from smoltrain.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+QUOTED = re.findall(r"`([^`\n]+)`", FENCE.sub("", README))
+YOURS = {"my.yaml", "input.txt"}  # stand for files of the reader's own
+SCRIPT = "launch/train.py"
+LARGEST_KB = 400
+
+
+def section(title: str) -> str:
+    """The text under one `## title`."""
+    _, found, rest = README.partition(f"\n## {title}\n")
+    assert found, f"no section {title!r}"
+    return rest.partition("\n## ")[0]
+
+
+def commands() -> list[list[str]]:
+    """The words of every line fenced as sh, without its comment."""
+    lines = [line for kind, text in FENCE.findall(README) if kind == "sh" for line in text.splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def called(*programs: str) -> list[list[str]]:
+    found = [words for words in commands() if words[0] in programs]
+    assert found, f"README shows no call of {programs}"
+    return found
+
+
+def options(verb: str, words: list[str]) -> dict[str, Any]:
+    """The parameters of a verb as its command line reads them; a wrong call raises."""
+    command = typer.main.get_command(cli.app)
+    assert isinstance(command, TyperGroup)
+    return command.commands[verb].make_context(verb, list(words)).params
+
+
+def load_words(recipe: str, overrides: list[str]) -> None:
+    """Load what a training command names, but for what stands for the reader's own file."""
+    if recipe not in YOURS:
+        assert recipe in config.recipes(), f"{recipe} is not shipped"
+        config.load(recipe, overrides)
+        return
+    assert all("=" in word for word in overrides)
+
+
+def joined(words: list[str]) -> str:
+    return " ".join(words)
+
+
+# --- commands
+
+
+def test_every_command_is_looked_at_below():
+    known = {"smoltrain", "./train.sh", "./tests/run.sh", "deepspeed", "torchrun", "python"}
+    assert {words[0] for words in commands()} == known
+
+
+@pytest.mark.parametrize("words", called("./train.sh", "./tests/run.sh"), ids=joined)
+def test_a_script_is_there_and_may_be_executed(words: list[str]):
+    assert (ROOT / words[0]).stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("words", called("smoltrain"), ids=joined)
+def test_a_call_of_smoltrain_is_valid(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    _, verb, *rest = words
+    given = options(verb, rest)
+    if verb in ("recipes", "show"):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as left:
+            cli.main([verb, *rest])
+        assert left.value.code == errors.DONE
+        assert capsys.readouterr().out
+    else:
+        assert verb in ("train", "generate")
+        assert given.get("recipe", given.get("run")) in config.recipes()
+
+
+@pytest.mark.parametrize("words", called("./train.sh"), ids=joined)
+def test_a_call_of_train_sh_is_valid(words: list[str]):
+    rest = words[1:]
+    if not rest or "=" in rest[0] or rest[0].startswith("-"):  # as train.sh does
+        rest = ["quickstart", *rest]
+    given = options("train", rest)
+    load_words(given["recipe"], list(given["overrides"] or []))
+
+
+@pytest.mark.parametrize("words", called("deepspeed", "torchrun", "python"), ids=joined)
+def test_a_direct_launch_is_valid(words: list[str]):
+    at = words.index(SCRIPT)
+    launcher, (recipe, *overrides) = words[:at], words[at + 1 :]
+    if launcher[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        assert get_args_parser().parse_args(words[1:]).training_script == SCRIPT
+    elif launcher[0] == "deepspeed":
+        from deepspeed.launcher.runner import parse_args
+
+        assert parse_args(words[1:]).user_script == SCRIPT
+    else:
+        assert launcher == ["python"]
+    load_words(recipe, overrides)
+
+
+@pytest.mark.parametrize("line", re.findall(r"^error: .*$", section("Recipes"), re.MULTILINE))
+def test_an_error_line_is_what_load_reports(line: str):
+    (key,) = re.findall(r"unknown key ([\w.]+):", line)
+    with pytest.raises(UserError) as caught:
+        config.load("quickstart", [f"{key}=512"])
+    assert errors.report(caught.value) == line
+
+
+def test_there_is_an_error_line():
+    assert "\nerror: unknown key " in section("Recipes")
+
+
+# --- names
+
+
+def test_every_path_exists():
+    paths = {word for word in QUOTED if re.fullmatch(r"(\./)?[\w.*-]+/[\w./*-]*", word)}
+    paths = {path for path in paths if not path.startswith((".venv/", "runs/"))}  # made by train.sh
+    folders = r"(?<![\w/.])(?:smoltrain|launch|tests|docs|ds_configs|\.ci)/[\w./-]*\w"
+    paths |= {name for _, text in FENCE.findall(README) for name in re.findall(folders, text)}
+    assert {"launch/train.py", "smoltrain/track.py", "ds_configs/", "tests/model/"} <= paths
+    assert [path for path in sorted(paths) if not list(ROOT.glob(path))] == []
+
+
+@pytest.mark.parametrize("name", ["CHANGELOG.md", "CONTRIBUTING.md", "docs/decisions.md", "LICENSE"])
+def test_a_page_is_linked_and_there(name: str):
+    assert f"]({name})" in README
+    assert (ROOT / name).stat().st_size > 0
+
+
+def test_every_picture_and_page_it_links_is_there():
+    if "<!-- transcript -->\n\n![" in README:
+        pytest.skip("the transcript and its picture are still to be made")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", README) if "://" not in link]
+    assert [link for link in links if not (ROOT / link).is_file()] == []
+
+
+def test_what_the_arrows_name_is_in_the_files():
+    train = (ROOT / "smoltrain" / "train.py").read_text(encoding="utf-8")
+    assert all(f"def {name}(" in train for name in ("run", "train_step"))
+    assert "engine.backward(" in train
+    assert "\nMETRICS = {" in (ROOT / "smoltrain" / "track.py").read_text(encoding="utf-8")
+
+
+def test_every_key_is_one_of_the_config():
+    fields = {
+        f"{name}.{key}"
+        for name, field in config.Config.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, config.Section)
+        for key in field.annotation.model_fields
+    } | {f"phases.*.{key}" for key in config.PhaseSection.model_fields}
+    sections = "|".join(config.Config.model_fields)
+    named = {word for word in QUOTED if re.fullmatch(rf"({sections})\.[\w.*]+", word)}
+    assert {"engine.ds_config", "run.name", "track.wandb_timeout_s", "phases.*.lr"} <= named
+    assert named - fields == {"tokenizer.json"}, "that one is a file"
+
+
+@pytest.mark.parametrize("words", [w for w in QUOTED if re.fullmatch(r"[a-z_]+\.[\w.]+=[\w.]+", w)])
+def test_every_override_loads(words: str):
+    if words != "section.key=value":
+        config.load("quickstart", [words])
+
+
+def test_every_ds_config_is_named():
+    (listed,) = re.findall(r"`ds_configs/`\s+\(([\w,\s]+)\)", README)
+    assert sorted(listed.replace(",", " ").split()) == sorted(path.stem for path in config.DS_CONFIGS.glob("*.json"))
+
+
+def test_the_exit_codes_are_those_of_errors():
+    rows = {int(code): meaning for code, meaning in re.findall(r"^\| (\d+) \| (.+) \|$", README, re.MULTILINE)}
+    wanted = {errors.DONE: "done", errors.FAULT: "a fault", errors.BAD_INPUT: "bad input", errors.STOPPED: "stopped"}
+    wanted[errors.INTERRUPTED] = "Ctrl-C"
+    assert rows.keys() == wanted.keys()
+    assert all(meaning.startswith(wanted[code]) for code, meaning in rows.items())
+    assert f"exit with {errors.STOPPED}." in section("Resume")
+
+
+def test_every_message_of_the_troubleshooting_is_in_the_code():
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "smoltrain").rglob("*.py"))
+    plain = re.sub(r"\{[^{}\n]*\}", "N", source)  # f"step {step}" -> "step N"
+    messages = re.findall(r"^\| `([^`]+)` \|", section("Troubleshooting"), re.MULTILINE)
+    assert len(messages) >= 6
+    for message in messages:
+        pieces = [piece.strip() for piece in message.removesuffix(" is nan").split("...")]
+        assert all(piece in plain for piece in pieces), message
+    variables = set(re.findall(r"`([A-Z_]{6,})(?:=N)?`", section("Troubleshooting")))
+    assert variables == {"SMOLTRAIN_THREADS", "CUDA_LAUNCH_BLOCKING"}
+    assert all(f'os.environ.get("{name}"' in source for name in variables)
+
+
+def test_the_corpus_is_the_pinned_one():
+    (pinned,) = re.findall(r"pip install --no-deps (\S+)`", README)
+    assert pinned in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+
+
+# --- what it says of quickstart and of phases
+
+
+def test_quickstart_is_what_it_is_said_to_be():
+    from smoltrain.checkpoint import folder_of
+    from smoltrain.model import build, parameter_count
+    from smoltrain.supervise import CPU_RANKS
+
+    said = " ".join(section("What you see").split())
+    recipe = config.load("quickstart")
+    main, after = recipe.phases
+    parameters = parameter_count(build(recipe.model, device="meta"))
+    assert ("of two million parameters" in said, round(parameters / 1e6, 1)) == (True, 2.0)
+    assert ("two ranks, ZeRO-2, bf16" in said, CPU_RANKS) == (True, 2)
+    assert (recipe.engine.ds_config, recipe.engine.precision) == ("zero2", "bf16")
+    assert f"accumulation {recipe.batch.accumulation}, gradient checkpointing" in said
+    assert recipe.engine.gradient_checkpointing == "full"
+    assert f"a main phase and a {after.name} of {after.steps} steps" in said
+    assert f"{folder_of(Path('checkpoints'), main.steps).name}/" in said
+
+
+def test_the_phases_shown_are_phases(tmp_path: Path):
+    ((kind, text),) = FENCE.findall(section("Phases"))
+    assert kind == "yaml"
+    shown = yaml.safe_load(text)["phases"]
+    phases = tuple(config.PhaseSection.model_validate(phase) for phase in shown)
+    whole = config.load("quickstart").model_copy(update={"phases": phases})
+    assert contradictions(whole) == []
+    recipe = yaml.safe_load(config.to_yaml(whole)) | {"phases": shown}
+    (tmp_path / "shown.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert config.load(str(tmp_path / "shown.yaml")).phases == phases
+
+
+def test_the_schedules_named_are_all_there_are():
+    named = section("Phases").partition("pure functions of the step:")[2].partition("No scheduler state")[0]
+    assert set(re.findall(r"`(\w+)`", named)) == set(get_args(config.PhaseSection.model_fields["schedule"].annotation))
+
+
+# --- what is shipped
+
+
+def test_no_tracked_file_is_large():
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    git = ["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files", "-z"]
+    names = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\0")
+    files = [ROOT / name for name in names if name and (ROOT / name).is_file()]
+    assert ROOT / "README.md" in files
+    assert [path for path in files if path.stat().st_size > LARGEST_KB * 1000] == []
