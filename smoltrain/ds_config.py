@@ -71,6 +71,13 @@ def stage(tree: dict[str, Any]) -> int:
     return int(tree.get("zero_optimization", {}).get("stage", 0))
 
 
+def dtypes(tree: dict[str, Any], precision: str) -> str:
+    """In which precision gradients add up and travel; DeepSpeed's default for both is that of the weights."""
+    accumulation = tree.get("data_types", {}).get("grad_accum_dtype") or precision
+    reduction = tree.get("communication_data_type") or precision
+    return f"gradients accumulate in {accumulation} and travel in {reduction}, master weights are fp32"
+
+
 def _path(name: str) -> Path:
     shipped = {path.stem: path for path in sorted(DS_CONFIGS.glob("*.json"))}
     if name in shipped:

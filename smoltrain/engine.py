@@ -53,7 +53,7 @@ def wrap(model: torch.nn.Module, config: Config, world: World, *, precision: str
     )
     with _quiet():
         wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree, dist_init_required=False)
-    return Engine(wrapped, accumulation)
+    return Engine(wrapped, ds_config.dtypes(tree, precision))
 
 
 def weight_decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -68,9 +68,9 @@ def weight_decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
 class Engine:
     """What the training loop needs of DeepSpeed, in the loop's words."""
 
-    def __init__(self, wrapped: Any, accumulation: int) -> None:
+    def __init__(self, wrapped: Any, dtypes: str) -> None:
         self._ds = wrapped
-        self._accumulation = accumulation
+        self.dtypes = dtypes
         self._ds.checkpoint_engine = _Shards()
         self._ds._copy_recovery_script = lambda _: None  # zero_to_fp32.py: fails on tied weights and unpickles anything
         self.stage = int(wrapped.zero_optimization_stage())

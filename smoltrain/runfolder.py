@@ -33,8 +33,7 @@ class RunFolder:
 def check(config: Config, world_size: int, done: int) -> dict[str, Any]:
     """The provenance that this start would write: rows_per_step, wandb_id and one entry per start.
 
-    Errors: UserError showing every difference when the folder belongs to another model, tokenizer, data or past plan,
-    or when the ranks do not fit its rows per step.
+    Errors: UserError showing every difference when the folder belongs to another model, tokenizer, data or past plan.
     """
     path = config.run_folder / "config.yaml"
     start: dict[str, Any] = {
@@ -56,16 +55,16 @@ def check(config: Config, world_size: int, done: int) -> dict[str, Any]:
     else:
         rows = config.batch.rows_per_step or config.batch.micro_batch * (config.batch.accumulation or 1) * world_size
         provenance = {"rows_per_step": rows, "wandb_id": secrets.token_hex(4), "starts": [start]}
-    accumulation(config, provenance["rows_per_step"], world_size)
     return provenance
 
 
 def enter(config: Config, world_size: int, done: int) -> RunFolder:
     """Create or re-enter the folder after `done` steps; config.yaml then holds this start's config and provenance.
 
-    Errors: those of `check`; nothing has been written then.
+    Errors: those of `check` and of `accumulation`; nothing has been written then.
     """
     provenance = check(config, world_size, done)
+    accumulation(config, provenance["rows_per_step"], world_size)
     config.run_folder.mkdir(parents=True, exist_ok=True)
     tree = config.model_dump(mode="json") | {"provenance": provenance}
     files.write_text(config.run_folder / "config.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))

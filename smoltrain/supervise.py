@@ -41,12 +41,13 @@ def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> in
     manifest = checkpoint.newest_valid(settings.run_folder / "checkpoints", lambda text: print(text, flush=True))
     done = manifest.step if manifest else 0
     last = plan.named(settings.run.stop_after).last if settings.run.stop_after else plan.last_step
+    provenance = runfolder.check(settings, ranks, done)
     if done >= last:
         print(f"{settings.run.name}: the plan is complete at step {done}; nothing to do. {_next(settings)}")
         return DONE
     if manifest:
         checkpoint.check_world(manifest, ranks)
-    _check_engine(settings, ranks, runfolder.check(settings, ranks, done)["rows_per_step"])
+    _check_engine(settings, ranks, provenance["rows_per_step"])
     for phase in plan.phases:
         if done < phase.last <= last:
             print(

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from smoltrain import files
 from smoltrain.config import Config
+from smoltrain.errors import DONE, FAULT
 from smoltrain.gradients import LayerGradient
 from smoltrain.runfolder import RunFolder
 
@@ -29,11 +30,11 @@ METRICS = {
     "train/weight_decay": "decoupled weight decay of the step's update, of the parameters that decay",
     "train/grad_norm_before_clipping": "L2 norm of the whole gradient, averaged over all ranks",
     "train/skipped_updates": "updates skipped so far because a gradient was not finite",
-    "data/tokens": "targets trained on so far, all ranks",
+    "data/tokens": "targets consumed so far, those of skipped updates too, all ranks",
     "data/epochs": "rows consumed so far over the rows there are",
     "data/ledger": "digest of every row id and token so far, the same on any number of ranks (text)",
-    "speed/tokens_per_s": "targets of the step over its seconds, all ranks together; no evaluation, sampling, saving",
-    "speed/step_s": "seconds of the step, the slowest rank",
+    "speed/tokens_per_s": "targets of the step over speed/step_s, all ranks together",
+    "speed/step_s": "seconds of the step, the slowest rank; no evaluation, sampling, saving, looking at gradients",
     "speed/data_wait_share": "share of the step spent waiting for rows, the worst rank",
     "memory/peak_gib": "peak so far, the largest rank: CUDA memory allocated, or resident set on a CPU",
     "validation/loss_nats_per_token": "mean over the validation rows' tokens, all ranks",
@@ -124,6 +125,12 @@ class Tracker:
 
             table = wandb.Table(columns=["step", "prompt", "text"], data=list(self._table))
             self._wandb.log({"samples": table}, step=step)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(DONE if kind is None else FAULT)
 
     def close(self, exit_code: int) -> None:
         """Flush and close everything; W&B learns the exit code."""

@@ -37,95 +37,94 @@ def run(config: Config) -> int:
 
     # ---- what is on disk: data, the newest valid checkpoint, the run's identity
     notes: list[str] = []
-    world.on_first(lambda: _prepare(config))
     checkpoints = config.run_folder / "checkpoints"
+    world.on_first(lambda: _prepare(config))
     manifest = world.on_first(lambda: checkpoint.newest_valid(checkpoints, notes.append))
     done = manifest.step if manifest else 0
+    world.on_first(lambda: runfolder.check(config, world.size, done))
+    if done >= last_step:
+        if world.is_first:
+            print(f"{config.run.name}: {_complete(plan, done)}")
+        return DONE
     if manifest:
         checkpoint.check_world(manifest, world.size)
     folder = world.on_first(lambda: runfolder.enter(config, world.size, done))
     accumulation = runfolder.accumulation(config, folder.rows_per_step, world.size)
-    tracker = track.open(config, folder, world.rank, done, last_step)
-    for note in notes:
-        tracker.say(note)
-    if done >= last_step:
-        tracker.say(f"{config.run.name}: {_complete(plan, done)}")
-        tracker.close(DONE)
+
+    with track.open(config, folder, world.rank, done, last_step) as tracker:
+        for note in notes:
+            tracker.say(note)
+
+        # ---- what trains: rows, model, engine
+        loader = data.open(
+            config, world.rank, world.size, rows_per_step=folder.rows_per_step, accumulation=accumulation
+        )
+        precision, why = ds_config.choose_precision(config.engine.precision, world.device)
+        dtype, dropout = getattr(torch, DTYPES[precision]), config.model.attention_dropout
+        kernel = attention.choose(config.engine.attention, world.device, dtype, dropout=dropout)
+        torch.manual_seed(config.run.seed)  # the same weights on every rank
+        decoder = model.build(
+            config.model, gradient_checkpointing=config.engine.gradient_checkpointing, attention=kernel
+        )
+        num_parameters = model.parameter_count(decoder)
+        torch.manual_seed(config.run.seed + 1 + world.rank)  # other dropout on each
+        wrapped = engine.wrap(decoder, config, world, precision=precision, accumulation=accumulation)
+        for what, value in (
+            ("run", folder.path),
+            ("device", _device(world)),
+            ("precision", f"{precision}, {why}; {wrapped.dtypes}"),
+            ("attention kernel", f"{kernel.name}, {kernel.reason}"),
+            ("gradient checkpointing", f"{config.engine.gradient_checkpointing}, as the recipe asks"),
+            ("engine", f"DeepSpeed ZeRO-{wrapped.stage}, from {config.engine.ds_config}"),
+            ("parameters", f"{num_parameters:,}"),
+            ("rows per step", _rows(config, folder.rows_per_step, accumulation, world)),
+            ("data", loader.prepared.describe()),
+            ("plan", ", ".join(f"{p.name} {p.first}-{p.last}" for p in plan.phases)),
+        ):
+            tracker.chosen(what, str(value))
+        if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
+            tracker.say("WARNING: CUDA_LAUNCH_BLOCKING is set: every kernel waits for the one before; unset it")
+
+        # ---- where it left off
+        if manifest:
+            checkpoint.restore(checkpoint.folder_of(checkpoints, done), manifest, wrapped, loader, world)
+            tracker.say(f"restored step {done} on {world.size} ranks, ledger {loader.ledger[:16]}")
+        skipped = manifest.skipped_updates if manifest else 0
+        facts = {"precision": precision, "wandb_id": folder.wandb_id}
+
+        # ---- the loop
+        for step in range(done + 1, last_step + 1):
+            result = train_step(step, wrapped, loader, plan, world, config.track.gradients_every)
+            skipped += result.num_skipped
+            tracker.step(step, last_step, plan.phase(step).name, result.metrics | {"train/skipped_updates": skipped})
+            if result.layers:
+                tracker.gradients(step, result.layers)
+
+            if plan.due(step, config.evaluate.every):
+                loss = evaluate(wrapped, loader.validation(config.evaluate.rows), world)
+                perplexity = math.exp(loss) if loss < 700 else math.inf
+                tracker.metrics(step, {"validation/loss_nats_per_token": loss, "validation/perplexity": perplexity})
+                tracker.say(f"validation at step {step}: loss {loss:.4f}, perplexity {perplexity:,.1f}")
+            if plan.due(step, config.sample.every):
+                tracker.samples(step, sample(wrapped, loader.prepared.tokenizer, config))
+
+            stopping = world.sum_ints(stop.is_raised())[0] > 0
+            if plan.due(step, config.checkpoint.every) or plan.ends_phase(step) or stopping:
+                began = time.perf_counter()
+                path = checkpoint.save(
+                    checkpoints, step, wrapped, loader, world, plan,
+                    config.checkpoint.keep_last, skipped_updates=skipped, **facts,
+                )  # fmt: skip
+                tracker.say(f"checkpoint {path} in {time.perf_counter() - began:.1f} s")
+            if stopping and step < last_step:
+                reason = next(r for r in world.gather(stop.reason) if r)
+                tracker.say(f"stopped after step {step} ({reason}); the same command goes on from there")
+                return STOPPED
+
+        if world.is_first:
+            plots.training_png(plan, folder.path / "metrics.jsonl", folder.path / "plots" / "training.png")
+        tracker.say(f"{config.run.name}: {_complete(plan, last_step)}; the curves are in {folder.path / 'plots'}")
         return DONE
-
-    # ---- what trains: rows, model, engine
-    loader = data.open(config, world.rank, world.size, rows_per_step=folder.rows_per_step, accumulation=accumulation)
-    precision, why = ds_config.choose_precision(config.engine.precision, world.device)
-    kernel = attention.choose(
-        config.engine.attention, world.device, getattr(torch, DTYPES[precision]), dropout=config.model.attention_dropout
-    )
-    torch.manual_seed(config.run.seed)  # the same weights on every rank
-    decoder = model.build(config.model, gradient_checkpointing=config.engine.gradient_checkpointing, attention=kernel)
-    num_parameters = model.parameter_count(decoder)
-    torch.manual_seed(config.run.seed + 1 + world.rank)  # other dropout on each
-    wrapped = engine.wrap(decoder, config, world, precision=precision, accumulation=accumulation)
-
-    # ---- what was chosen, and why
-    rows = folder.rows_per_step
-    tracker.chosen("run", str(folder.path))
-    tracker.chosen("device", _device(world))
-    tracker.chosen("precision", f"{precision}, {why}; fp32 master weights, accumulation and reduction")
-    tracker.chosen("attention kernel", f"{kernel.name}, {kernel.reason}")
-    tracker.chosen("gradient checkpointing", f"{config.engine.gradient_checkpointing}, as the recipe asks")
-    tracker.chosen("engine", f"DeepSpeed ZeRO-{wrapped.stage}, from {config.engine.ds_config}")
-    tracker.chosen("parameters", f"{num_parameters:,}")
-    tracker.chosen(
-        "rows per step",
-        f"{rows} = {config.batch.micro_batch} x {accumulation} accumulated x {world.size} ranks"
-        f" = {rows * config.batch.sequence_length:,} tokens",
-    )
-    tracker.chosen("data", loader.prepared.describe())
-    tracker.chosen("plan", ", ".join(f"{p.name} {p.first}-{p.last}" for p in plan.phases))
-
-    if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
-        tracker.say("WARNING: CUDA_LAUNCH_BLOCKING is set: every kernel waits for the one before; unset it to train")
-
-    # ---- where it left off
-    if manifest:
-        checkpoint.restore(checkpoint.folder_of(checkpoints, done), manifest, wrapped, loader, world)
-        tracker.say(f"restored step {done} on {world.size} ranks, ledger {loader.ledger[:16]}")
-    skipped = manifest.skipped_updates if manifest else 0
-    facts = {"precision": precision, "wandb_id": folder.wandb_id}
-
-    # ---- the loop
-    for step in range(done + 1, last_step + 1):
-        result = train_step(step, wrapped, loader, plan, world, config.track.gradients_every)
-        skipped += result.num_skipped
-        tracker.step(step, last_step, plan.phase(step).name, result.metrics | {"train/skipped_updates": skipped})
-        if result.layers:
-            tracker.gradients(step, result.layers)
-
-        if plan.due(step, config.evaluate.every):
-            loss = evaluate(wrapped, loader.validation(config.evaluate.rows), world)
-            tracker.metrics(step, {"validation/loss_nats_per_token": loss, "validation/perplexity": math.exp(loss)})
-            tracker.say(f"validation at step {step}: loss {loss:.4f}, perplexity {math.exp(loss):,.1f}")
-        if plan.due(step, config.sample.every):
-            tracker.samples(step, sample(wrapped, loader.prepared.tokenizer, config))
-
-        stopping = world.sum_ints(stop.is_raised())[0] > 0
-        if plan.due(step, config.checkpoint.every) or plan.ends_phase(step) or stopping:
-            began = time.perf_counter()
-            path = checkpoint.save(
-                checkpoints, step, wrapped, loader, world, plan,
-                config.checkpoint.keep_last, skipped_updates=skipped, **facts,
-            )  # fmt: skip
-            tracker.say(f"checkpoint {path} in {time.perf_counter() - began:.1f} s")
-        if stopping and step < last_step:
-            reason = next(r for r in world.gather(stop.reason) if r)
-            tracker.say(f"stopped after step {step} ({reason}); the same command goes on from there")
-            tracker.close(STOPPED)
-            return STOPPED
-
-    if world.is_first:
-        plots.training_png(plan, folder.path / "metrics.jsonl", folder.path / "plots" / "training.png")
-    tracker.say(f"{config.run.name}: {_complete(plan, last_step)}; the curves are in {folder.path / 'plots'}")
-    tracker.close(DONE)
-    return DONE
 
 
 @dataclass(frozen=True)
@@ -163,8 +162,9 @@ def train_step(step: int, engine: Engine, loader: Loader, plan: Plan, world: Wor
         mean_loss = world.sum_floats(local)[0] / num_tokens
         if not math.isfinite(mean_loss):
             _stop_on(step, world.gather(local), lr, engine)
-        inspect = plan.due(step, gradients_every)
-        layers = gradients.by_layer(engine.gradients()) if inspect else {}
+        inspecting = time.perf_counter()
+        layers = gradients.by_layer(engine.gradients()) if plan.due(step, gradients_every) else {}
+        inspected = time.perf_counter() - inspecting
         applied = engine.update(lr=lr, weight_decay=weight_decay)
         loader.consumed(digest)
         if applied:
@@ -176,7 +176,7 @@ def train_step(step: int, engine: Engine, loader: Loader, plan: Plan, world: Wor
                 "the last checkpoint is intact; try a lower lr, a longer warm-up, or precision bf16"
             )
 
-    own = time.perf_counter() - began
+    own = time.perf_counter() - began - inspected
     step_s, wait_share, peak = world.max_floats(own, waited / own, _peak_gib(world))
     return StepResult(
         {
@@ -238,6 +238,11 @@ def _stop_on(step: int, losses: list[float], lr: float, engine: Engine) -> None:
         f"(lr {lr:g}, gradient norm {norm:g}); nothing was updated and the last checkpoint is intact; "
         "try a lower lr, a longer warm-up, gradient_clipping 1.0, or look at the data of this step"
     )
+
+
+def _rows(config: Config, rows_per_step: int, accumulation: int, world: World) -> str:
+    split = f"{config.batch.micro_batch} x {accumulation} accumulated x {world.size} ranks"
+    return f"{rows_per_step} = {split} = {rows_per_step * config.batch.sequence_length:,} tokens"
 
 
 def _device(world: World) -> str:

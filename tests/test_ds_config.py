@@ -188,3 +188,13 @@ def test_auto_asks_the_gpu(monkeypatch: pytest.MonkeyPatch, native: bool, precis
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
     assert ds_config.choose_precision("auto", torch.device("cuda"))[0] == precision
     assert ds_config.choose_precision("fp16", torch.device("cuda"))[0] == "fp16"
+
+
+def test_what_is_said_of_dtypes_is_what_the_file_says() -> None:
+    both = "gradients accumulate in fp32 and travel in fp32, master weights are fp32"
+    assert (
+        ds_config.dtypes({"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}, "bf16")
+        == both
+    )
+    assert ds_config.dtypes({}, "fp32") == both
+    assert ds_config.dtypes({}, "fp16").startswith("gradients accumulate in fp16 and travel in fp16")

@@ -108,6 +108,13 @@ def test_a_mistake_is_one_line_and_starts_no_process(tmp_path: Path, change: lis
     assert not (tmp_path / "runs" / "quickstart" / "checkpoints").exists()
 
 
+def test_a_finished_run_of_another_model_is_not_called_complete(uninterrupted: Path) -> None:
+    folder = uninterrupted.parent.parent
+    words = tiny.words(folder, *LONG, "model.intermediate_size=96")
+    assert launches.run("smoltrain", words, folder / "finished") == BAD_INPUT
+    assert "model.intermediate_size differs" in (folder / "finished").read_text()
+
+
 def test_a_run_that_belongs_to_another_model_is_left_as_it_is(uninterrupted: Path) -> None:
     folder = uninterrupted.parent.parent
     before = (uninterrupted / "config.yaml").read_bytes()

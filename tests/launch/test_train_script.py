@@ -44,6 +44,12 @@ def test_a_finished_plan_says_so_and_exits_0(finished: dict[str, Path]) -> None:
     assert "the plan is complete (12 steps)" in (folder / "again").read_text()
 
 
+def test_a_finished_plan_is_complete_on_any_number_of_ranks(finished: dict[str, Path]) -> None:
+    folder = finished["deepspeed"].parent.parent
+    assert launches.run("python", tiny.words(folder, *SAME_ROWS), folder / "alone") == DONE
+    assert "the plan is complete (12 steps)" in (folder / "alone").read_text()
+
+
 def test_another_number_of_ranks_is_refused_with_exit_2(finished: dict[str, Path]) -> None:
     folder = finished["deepspeed"].parent.parent
     words = tiny.words(folder, *SAME_ROWS, "phases.continuation.steps=20")
