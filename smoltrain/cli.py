@@ -11,8 +11,8 @@ from smoltrain.errors import BAD_INPUT, FAULT, INTERRUPTED, TrainingStopped, Use
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from smoltrain.config import Config
     from smoltrain.plan import Plan
+    from smoltrain.schema import Config
 
 app = typer.Typer(
     name="smoltrain",

@@ -1,20 +1,17 @@
 """The checks of a config that no single field can make: each row is a rule, and a broken rule becomes a Problem."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from smoltrain.errors import Problem, nearest
-
-if TYPE_CHECKING:
-    from smoltrain.config import Config, PhaseSection
+from smoltrain.schema import Config, PhaseSection
 
 
-def contradictions(c: "Config") -> list[Problem]:
+def contradictions(c: Config) -> list[Problem]:
     """Every rule that the config breaks."""
     return [*_model(c), *_batch_and_data(c), *_phases(c)]
 
 
-def _model(c: "Config") -> Iterator[Problem]:
+def _model(c: Config) -> Iterator[Problem]:
     m = c.model
     heads, head_width = m.num_attention_heads, m.hidden_size // m.num_attention_heads
     if m.hidden_size % heads:
@@ -33,7 +30,7 @@ def _model(c: "Config") -> Iterator[Problem]:
         yield Problem(what, str(n), "n of at least 1", "engine.gradient_checkpointing")
 
 
-def _batch_and_data(c: "Config") -> Iterator[Problem]:
+def _batch_and_data(c: Config) -> Iterator[Problem]:
     b, d, t = c.batch, c.data, c.tokenizer
     if b.sequence_length > c.model.max_position_embeddings:
         want = f"at most model.max_position_embeddings = {c.model.max_position_embeddings}"
@@ -55,7 +52,7 @@ def _batch_and_data(c: "Config") -> Iterator[Problem]:
         yield Problem(what, str(c.model.vocab_size), want, "model.vocab_size")
 
 
-def _phases(c: "Config") -> Iterator[Problem]:
+def _phases(c: Config) -> Iterator[Problem]:
     names = [p.name for p in c.phases]
     if not names:
         yield Problem("there is no phase", "[]", "at least one", "phases")
@@ -72,7 +69,7 @@ def _phases(c: "Config") -> Iterator[Problem]:
         yield from _phase(phase)
 
 
-def _phase(p: "PhaseSection") -> Iterator[Problem]:
+def _phase(p: PhaseSection) -> Iterator[Problem]:
     key = f"phases.{p.name}"
     if (p.lr is None) != (p.schedule == "continue"):
         want = "null with schedule continue, a number with any other"

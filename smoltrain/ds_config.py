@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from smoltrain.config import DS_CONFIGS, Config
+from smoltrain.config import DS_CONFIGS
 from smoltrain.errors import Problem, UserError, nearest
+from smoltrain.schema import Config
 
 # The recipe's side of each value that DeepSpeed's JSON must leave "auto" or repeat.
 RECIPE_KEYS = {

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from smoltrain import ds_config, files
-from smoltrain.config import Config
 from smoltrain.data import Batch
 from smoltrain.dist import World
+from smoltrain.schema import Config
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns and guesses

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from smoltrain.config import GenerationSection
 from smoltrain.errors import Problem, UserError
 from smoltrain.model import Decoder, KVCache
+from smoltrain.schema import GenerationSection
 
 
 def sample(logits_V: Tensor, settings: GenerationSection, greedy: bool, generator: torch.Generator) -> int:

@@ -7,10 +7,10 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from smoltrain import checkpoint, config, model
-from smoltrain.config import Config
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import Problem, UserError
 from smoltrain.model import Decoder
+from smoltrain.schema import Config
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Step n is the n-th optimizer step, n = 1, 2, ...; everything logged or saved "at
 import math
 from dataclasses import dataclass
 
-from smoltrain.config import PhaseSection
+from smoltrain.schema import PhaseSection
 
 
 @dataclass(frozen=True)

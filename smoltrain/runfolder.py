@@ -12,9 +12,9 @@ import yaml
 
 from smoltrain import config as config_module
 from smoltrain import files
-from smoltrain.config import Config
 from smoltrain.errors import Problem, UserError
 from smoltrain.plan import Plan
+from smoltrain.schema import Config
 
 # What the weights of the past depend on; changing any of it would make the run another run.
 IDENTITY = ("model", "tokenizer", "data", "optimizer", "run.seed", "batch.sequence_length")

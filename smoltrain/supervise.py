@@ -17,9 +17,9 @@ import psutil
 import torch
 
 from smoltrain import checkpoint, config, data, dist, ds_config, runfolder
-from smoltrain.config import Config
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, STOPPED, Problem, UserError
 from smoltrain.plan import Plan
+from smoltrain.schema import Config
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "train.py"
 CPU_RANKS = 2  # on a machine without a GPU: enough to make every collective real

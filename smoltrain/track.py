@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from smoltrain import files
-from smoltrain.config import Config
 from smoltrain.errors import DONE, FAULT
 from smoltrain.gradients import LayerGradient
 from smoltrain.runfolder import RunFolder
+from smoltrain.schema import Config
 
 # Every name that may be logged: its unit, its scope, what it is averaged over. Anything else is refused.
 METRICS = {

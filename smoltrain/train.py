@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from smoltrain import checkpoint, data, dist, ds_config, engine, gradients, model, plots, runfolder, track
-from smoltrain.config import Config
 from smoltrain.data import Batch, Loader
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.dist import StopFlag, World
@@ -21,6 +20,7 @@ from smoltrain.errors import DONE, STOPPED, TrainingStopped
 from smoltrain.generate import generate
 from smoltrain.model import attention
 from smoltrain.plan import Plan
+from smoltrain.schema import Config
 
 MAX_SKIPS_IN_A_ROW = 50  # fp16's loss scale halves from 2^16 to 1 in 16 of them
 

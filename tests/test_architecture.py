@@ -12,7 +12,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a module imports only modules of lower layers (or of its own room).
 LAYERS = (
     {"errors"},
-    {"contradictions", "tree", "files"},
+    {"schema", "tree", "files"},
+    {"contradictions"},
     {"config"},
     {"plan", "ds_config", "model", "data", "dist", "gradients", "plots", "runfolder"},
     {"generate", "engine", "track"},

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from smoltrain import checkpoint, config, data
-from smoltrain.config import Config
 from smoltrain.errors import UserError
 from smoltrain.plan import Plan
+from smoltrain.schema import Config
 from tests import tiny
 from tests.ranks import world
 from tests.test_engine import fresh_model, loader_of

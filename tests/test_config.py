@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from smoltrain import config
-from smoltrain.config import Config
 from smoltrain.errors import Problem, UserError
+from smoltrain.schema import Config
 
 EXAMPLE = str(Path(__file__).parent / "example.yaml")
 EXAMPLE_TEXT = Path(EXAMPLE).read_text(encoding="utf-8")

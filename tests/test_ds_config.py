@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from smoltrain import ds_config
-from smoltrain.config import DS_CONFIGS, Config
+from smoltrain.config import DS_CONFIGS
 from smoltrain.errors import UserError
+from smoltrain.schema import Config
 from tests import tiny
 
 SHIPPED = sorted(path.stem for path in DS_CONFIGS.glob("*.json"))

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from smoltrain import data, model
-from smoltrain.config import Config
 from smoltrain.data import Loader
 from smoltrain.plan import Plan
+from smoltrain.schema import Config
 from tests import tiny
 from tests.ranks import world
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoltrain.config import GenerationSection, ModelSection
 from smoltrain.errors import UserError
 from smoltrain.generate import generate, sample
 from smoltrain.model import Decoder, build
+from smoltrain.schema import GenerationSection, ModelSection
 
 PROMPT = [3, 1, 4, 1, 5]
 PROBABILITIES = [0.15, 0.5, 0.05, 0.3]  # by size: ids 1, 3, 0, 2

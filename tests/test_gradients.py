@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from smoltrain import data, gradients, model
-from smoltrain.config import Config
 from smoltrain.data import Loader
+from smoltrain.schema import Config
 from tests import tiny
 from tests.ranks import world
 

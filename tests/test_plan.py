@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from smoltrain.config import PhaseSection
 from smoltrain.plan import Plan, scheduled_lr
+from smoltrain.schema import PhaseSection
 
 
 def rates(plan: Plan) -> list[float]:

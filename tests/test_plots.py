@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from smoltrain.config import PhaseSection
 from smoltrain.plan import Plan
 from smoltrain.plots import plan_png, training_png
+from smoltrain.schema import PhaseSection
 
 MAIN = PhaseSection(name="main", steps=40, lr=3e-4, schedule="wsd", warmup_steps=5, decay_steps=10)
 AFTER = PhaseSection(name="after", steps=3, schedule="continue", weight_decay=0.0)

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoltrain import config, runfolder
-from smoltrain.config import Config, PhaseSection
 from smoltrain.errors import Problem, UserError
+from smoltrain.schema import Config, PhaseSection
 from tests import tiny
 
 DONE = 6  # of main's 8 steps; the warm-up is 2, the schedule cosine

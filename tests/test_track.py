@@ -15,10 +15,10 @@ import pytest
 import yaml
 
 from smoltrain import track
-from smoltrain.config import Config
 from smoltrain.gradients import LayerGradient
 from smoltrain.plan import Plan
 from smoltrain.runfolder import RunFolder
+from smoltrain.schema import Config
 from tests import tiny, wandb_files
 from tests.wandb_files import Offline
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from smoltrain import data
-from smoltrain.config import Config
 from smoltrain.errors import TrainingStopped
 from smoltrain.plan import Plan
+from smoltrain.schema import Config
 from tests import tiny
 from tests.ranks import world
 from tests.test_engine import fresh_model, loader_of

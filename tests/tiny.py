@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from smoltrain import config
-from smoltrain.config import Config
+from smoltrain.schema import Config
 
 LINES = (
     "the king of {0} spoke to the queen of {1}",

@@ -3,9 +3,9 @@
 One process calls `prepare(config)`; then every rank calls `open`.
 """
 
-from smoltrain.config import Config
 from smoltrain.data.cached import Prepared, check_rows, load, prepare
 from smoltrain.data.loader import Batch, Loader, StepRows
+from smoltrain.schema import Config
 
 __all__ = ["Batch", "Loader", "Prepared", "StepRows", "open", "prepare"]
 

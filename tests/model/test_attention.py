@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smoltrain.config import ModelSection
 from smoltrain.errors import UserError
 from smoltrain.model import build
 from smoltrain.model.attention import Kernel, attend, choose
+from smoltrain.schema import ModelSection
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP32 = torch.bfloat16, torch.float32

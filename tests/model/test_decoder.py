@@ -16,9 +16,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from smoltrain.config import ModelSection
 from smoltrain.model import Decoder, Kernel, build, parameter_count
 from smoltrain.model.layers import rotary_angles, rotate
+from smoltrain.schema import ModelSection
 
 Tensors = dict[str, Tensor]
 

@@ -1,0 +1,200 @@
+"""The typed description of a run: every section and field of a recipe, each with its unit.
+
+Nothing here reads a file: config.py does, and contradictions.py checks what no single field can see.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Frozen; a key that is not a field is an error, and so is a number that is not finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class RunSection(Section):
+    """Where the run lives and how far it goes."""
+
+    name: str = Field(
+        default="", pattern=r"^(\w[\w.-]*)?$", description="folder under run.folder; empty takes the recipe's name"
+    )
+    folder: Path = Field(default=Path("runs"), description="parent folder of all runs")
+    seed: int = Field(default=1234, ge=0, description="seeds initial weights, dropout and data order")
+    stop_after: str | None = Field(
+        default=None, description="name of the phase after which this process ends; null runs all"
+    )
+
+
+class ModelSection(Section):
+    """The decoder's shape; names are those of transformers' LlamaConfig wherever it has one."""
+
+    vocab_size: int = Field(gt=0, description="rows of the embedding table")
+    hidden_size: int = Field(gt=0, description="width of the residual stream")
+    num_hidden_layers: int = Field(gt=0, description="blocks")
+    num_attention_heads: int = Field(gt=0, description="query heads per block")
+    num_key_value_heads: int = Field(gt=0, description="key and value heads per block (fewer than queries: GQA)")
+    intermediate_size: int = Field(gt=0, description="width inside the MLP")
+    max_position_embeddings: int = Field(gt=0, description="longest sequence, tokens")
+    norm: Literal["rmsnorm", "layernorm"] = Field(default="rmsnorm", description="layernorm has weight and bias")
+    rms_norm_eps: float = Field(default=1e-5, gt=0, description="added to the variance, in either norm")
+    positions: Literal["rope", "learned"] = Field(default="rope", description="rotary, or a table of learned positions")
+    rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies")
+    mlp: Literal["swiglu", "gelu"] = Field(default="swiglu", description="gelu is the tanh form of GPT-2")
+    attention_bias: bool = Field(default=False, description="biases on the q, k, v and o projections")
+    mlp_bias: bool = Field(default=False, description="biases in the MLP")
+    tie_word_embeddings: bool = Field(default=True, description="the output head is the embedding table")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="probability, on embeddings and both residual branches")
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1, description="probability, on attention weights")
+    initializer_range: float = Field(default=0.02, gt=0, description="standard deviation of initial weights")
+
+
+class TokenizerSection(Section):
+    """Where token ids come from. `tokenizer=NAME` on the command line is short for `tokenizer.name=NAME`."""
+
+    name: str = Field(description="'bpe' trains a byte-level BPE on the data once; else a folder with tokenizer.json")
+    vocab_size: int | None = Field(default=None, gt=256, description="ids of the trained BPE; only with name 'bpe'")
+    separator: str = Field(
+        default="<|endoftext|>", description="special token between documents and at the end of a text"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: object) -> object:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class DataSection(Section):
+    """The documents: the text files of an installed Python package, or local files. Exactly one of the two."""
+
+    package: str | None = Field(default=None, description="installed Python package whose files are the documents")
+    path: str | None = Field(
+        default=None, description="a .txt, .md, .jsonl or .parquet file, a folder of them, or a glob"
+    )
+    pattern: str = Field(default="**/*", description="which files of the package or folder, as a glob")
+    text_field: str = Field(default="text", description="field or column of the text in .jsonl and .parquet")
+    validation_share: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents held out, by hash")
+
+
+class BatchSection(Section):
+    """Rows of one optimizer step: micro_batch x accumulation x world, or rows_per_step outright."""
+
+    sequence_length: int = Field(gt=1, description="targets per row, tokens")
+    micro_batch: int = Field(gt=0, description="rows of one forward and backward on one rank")
+    accumulation: int | None = Field(
+        default=None, gt=0, description="micro-batches per step and rank at the first start"
+    )
+    rows_per_step: int | None = Field(
+        default=None, gt=0, description="rows per step over all ranks; instead of accumulation"
+    )
+
+
+class EngineSection(Section):
+    """How a step is computed; nothing here changes what is learned, beyond rounding."""
+
+    ds_config: str = Field(default="zero2", description="a name in ds_configs/ or a path to DeepSpeed JSON")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto", description="of weights and activations")
+    gradient_checkpointing: Literal["none", "full"] | int = Field(
+        default="none", description="recompute no block, every block, or every n-th block in the backward pass"
+    )
+    attention: Literal["auto", "flash", "sdpa", "math"] = Field(
+        default="auto", description="kernel; auto takes the fastest"
+    )
+
+
+class OptimizerSection(Section):
+    """AdamW (Loshchilov & Hutter 2019). Matrices decay; vectors (norms, biases) do not."""
+
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment, per step")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment, per step")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    gradient_clipping: float = Field(
+        default=1.0, ge=0, description="largest global L2 norm of the gradient; 0 never clips"
+    )
+
+
+class PhaseSection(Section):
+    """A named range of steps with its own learning rate. `schedule: continue` prolongs the end of the phase before."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$", description="letters, digits, - and _")
+    steps: int = Field(gt=0, description="optimizer steps")
+    lr: float | None = Field(default=None, gt=0, description="peak learning rate; null only with schedule continue")
+    weight_decay: float = Field(default=0.1, ge=0, description="decoupled decay, times lr per step")
+    schedule: Literal["constant", "linear", "cosine", "wsd", "continue"] = Field(
+        default="constant", description="shape of the learning rate after warm-up"
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear rise to lr, within this phase")
+    decay_steps: int = Field(default=0, ge=0, description="steps of wsd's final linear fall; only with wsd")
+    final_lr: float = Field(default=0.0, ge=0, description="learning rate that linear, cosine and wsd fall to")
+    optimizer_state: Literal["keep", "reset"] = Field(
+        default="keep", description="AdamW's moments when the phase begins"
+    )
+
+
+class EvaluateSection(Section):
+    """Loss on the held-out documents."""
+
+    every: int = Field(default=0, ge=0, description="steps; 0 never evaluates")
+    rows: int = Field(default=64, gt=0, description="rows of validation data, the same ones each time")
+
+
+class GenerationSection(Section):
+    """How text is sampled from the model, during training and by `smoltrain generate`."""
+
+    max_tokens: int = Field(default=100, gt=0, description="new tokens at most")
+    temperature: float = Field(default=1.0, gt=0, description="divides the logits")
+    top_k: int = Field(default=0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
+    top_p: float = Field(default=1.0, gt=0, le=1, description="keep the likeliest tokens that hold this probability")
+
+
+class SampleSection(Section):
+    """Text samples during training."""
+
+    every: int = Field(default=0, ge=0, description="steps; 0 never samples")
+    prompts: tuple[str, ...] = Field(default=("",), description="one sample each; empty starts from the separator")
+
+
+class CheckpointSection(Section):
+    """When a checkpoint is written and which are kept. The last step of a phase is always saved and always kept."""
+
+    every: int = Field(default=500, ge=0, description="steps; 0 saves at the ends of phases only")
+    keep_last: int = Field(default=2, gt=0, description="newest checkpoints kept beside the ends of phases")
+
+
+class TrackSection(Section):
+    """What is written down. metrics.jsonl gets every step, whatever stands here."""
+
+    print_every: int = Field(default=10, gt=0, description="steps between lines on the console")
+    gradients_every: int = Field(
+        default=0, ge=0, description="steps between per-layer gradient norms and histograms; 0 never"
+    )
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        default="auto", description="auto: online if a key is set and the server answers, else offline"
+    )
+    wandb_project: str = Field(default="smoltrain", description="W&B project")
+    wandb_timeout_s: float = Field(default=15.0, gt=0, description="seconds to wait for the W&B server before offline")
+
+
+class Config(Section):
+    """One run, whole."""
+
+    run: RunSection = RunSection()
+    model: ModelSection
+    tokenizer: TokenizerSection
+    data: DataSection
+    batch: BatchSection
+    engine: EngineSection = EngineSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    phases: tuple[PhaseSection, ...]
+    evaluate: EvaluateSection = EvaluateSection()
+    generation: GenerationSection = GenerationSection()
+    sample: SampleSection = SampleSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    track: TrackSection = TrackSection()
+
+    @property
+    def run_folder(self) -> Path:
+        """runs/NAME of this run."""
+        return self.run.folder / self.run.name
