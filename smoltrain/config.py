@@ -37,6 +37,7 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """
     path = _recipe_path(recipe)
     values = tree.read(path)
+    values.pop("provenance", None)  # a run's own config.yaml is a recipe too
     problems = [p for text in overrides if (p := tree.override(values, text))]
     run = values.setdefault("run", {})
     if isinstance(run, dict):

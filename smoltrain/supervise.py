@@ -5,6 +5,7 @@ This process owns the launcher's process group: it passes signals to the ranks t
 """
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import torch
@@ -43,7 +45,7 @@ def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> in
     last = plan.named(settings.run.stop_after).last if settings.run.stop_after else plan.last_step
     provenance = runfolder.check(settings, ranks, done)
     if done >= last:
-        print(f"{settings.run.name}: the plan is complete at step {done}; nothing to do. {_next(settings)}")
+        print(f"{settings.run.name}: the plan is complete at step {done}; nothing to do")
         return DONE
     if manifest:
         checkpoint.check_world(manifest, ranks)
@@ -57,7 +59,7 @@ def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> in
             code = Ranks([recipe, *overrides, f"run.stop_after={phase.name}"], ranks).wait()
             if code != DONE:
                 return code
-    print(_next(settings))
+    print(_summary(settings, plan, last))
     return DONE
 
 
@@ -85,7 +87,8 @@ class Ranks:
 
     def __init__(self, words: list[str], ranks: int) -> None:
         deepspeed = Path(sys.executable).with_name("deepspeed")
-        launcher = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(dist.free_port()), "-q"]
+        launcher = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(dist.free_port())]
+        launcher += ["--log_level", "critical"]  # it calls every exit code but 0 an error, 75 too
         env = os.environ | {"SMOLTRAIN_SUPERVISOR": str(os.getpid())}
         if not torch.cuda.is_available():
             env["DS_ACCELERATOR"] = "cpu"
@@ -149,6 +152,18 @@ class Ranks:
             time.sleep(0.1)
 
 
-def _next(settings: Config) -> str:
-    run = settings.run_folder
-    return f"Next: smoltrain generate {run} --prompt 'To be'"
+def _summary(settings: Config, plan: Plan, done: int) -> str:
+    """What was reached and what to do with it."""
+    run, command = settings.run_folder, os.path.relpath(Path(sys.executable).with_name("smoltrain"))
+    losses = [v for line in _metrics(run) if (v := line.get("validation/loss_nats_per_token")) is not None]
+    reached = f", validation loss {losses[-1]:.4f} nats per token" if losses else ""
+    lines = [f"done: {done} of {plan.last_step} steps{reached}; weights, curves and metrics are in {run}", "next:"]
+    lines.append(f"  {command} generate {run} --prompt 'To be'")
+    if list(run.glob("wandb/offline-run-*")):
+        lines.append(f"  {Path(command).with_name('wandb')} sync {run}/wandb/offline-run-*")
+    lines.append(f"  {command} show {run}/config.yaml --plan")
+    return "\n".join(lines)
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -299,3 +299,10 @@ def test_bad_options_name_themselves():
         "generation.temperature is not valid: saw 0, want greater than 0; change --temperature",
         "generation.top_p is not valid: saw 2, want less than or equal to 1; change --top-p",
     ]
+
+
+def test_a_runs_own_config_is_a_recipe(tmp_path: Path):
+    settings = config.load(EXAMPLE)
+    path = tmp_path / "config.yaml"
+    path.write_text(config.to_yaml(settings) + "provenance: {rows_per_step: 8}\n")
+    assert config.load(str(path)) == settings

@@ -36,6 +36,9 @@ def test_each_phase_runs_in_fresh_processes_that_restore_from_disk(uninterrupted
     assert "phase main: steps 1 to 60, 2 new processes" in said
     assert "phase continuation: steps 61 to 64, 2 new processes" in said
     assert "restored step 60 on 2 ranks" in said
+    last = [m for m in launches.metrics(uninterrupted) if "validation/loss_nats_per_token" in m][-1]
+    assert f"done: 64 of 64 steps, validation loss {last['validation/loss_nats_per_token']:.4f} nats per token" in said
+    assert f"generate {uninterrupted} --prompt" in said
     assert {60, END} <= set(checkpoint.steps(uninterrupted / "checkpoints"))
     assert sorted(launches.losses(uninterrupted)) == list(range(1, END + 1))
 
@@ -78,6 +81,7 @@ def test_a_signal_saves_on_every_rank_and_the_rest_follows_bitwise(
     said = (tmp_path / "log").read_text()
     assert "the same command goes on from there" in said
     assert "Traceback" not in said
+    assert "ERROR" not in said
     left = checkpoint.newest_valid(run_folder / "checkpoints", print)
     assert left is not None
     assert max(launches.losses(run_folder)) == left.step, "nothing that was computed is lost"
