@@ -1,6 +1,7 @@
 """One rank of a training run: `deepspeed launch/train.py RECIPE [key=value ...]`, or torchrun, or plain python."""
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -14,6 +15,7 @@ LAST_WORD_S = 5.0
 
 def main(words: list[str]) -> int:
     """Train what the command line says; returns the exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until train.run listens, Ctrl-C just ends this rank
     words = [word for word in words if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
     if not words or "=" in words[0]:
         words = ["quickstart", *words]

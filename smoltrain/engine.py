@@ -116,7 +116,7 @@ class Engine:
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
         if self.stage == 0:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-            self._norm_before_clipping = float(torch.nn.utils.get_total_norm(gradients))
+            self._norm_before_clipping = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
         if not self._skips_itself and self._has_bad_gradient():
             self._drop_gradients()
             return False
@@ -146,10 +146,8 @@ class Engine:
         """Zero AdamW's moments and step counts, as if training began with these weights."""
         inner = getattr(self._ds.optimizer, "optimizer", self._ds.optimizer)
         for state in inner.state.values():
-            for key, value in state.items():
-                state[key] = torch.zeros_like(value) if torch.is_tensor(value) and value.dim() == 0 else value
-                if torch.is_tensor(value) and value.dim() > 0:
-                    value.zero_()
+            for value in state.values():
+                value.zero_()
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """`smoltrain train`, which is what ./train.sh runs: phases in fresh processes, kills, signals, exit codes."""
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,20 @@ def test_a_signal_saves_on_every_rank_and_the_rest_follows_bitwise(
     assert launches.run("smoltrain", words, tmp_path / "log") == DONE
     assert launches.losses(run_folder) == launches.losses(uninterrupted)
     assert launches.weights_digest(run_folder, END) == launches.weights_digest(uninterrupted, END)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_ends_all_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    words = tiny.words(tmp_path, *LONG)
+    process = launches.start("smoltrain", words, tmp_path / "log")
+    while not launches.ranks_alive(words):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    launches.interrupt(process, number)
+    assert process.wait(40) == STOPPED
+    launches.wait_until_gone(words)
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import pytest
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, STOPPED
 from tests import launches, tiny
 
-SAME_ROWS = ("batch.accumulation=null", "batch.rows_per_step=8")  # python: 1 rank x 4 x 2; the others: 2 ranks x 2 x 2
+# python: 1 rank x 4 x 2; the others: 2 ranks x 2 x 2. A constant continuation may be prolonged.
+SAME_ROWS = ("batch.accumulation=null", "batch.rows_per_step=8", "phases.continuation.schedule=constant")
 LAUNCHERS = ("python", "torchrun", "deepspeed")
 
 
