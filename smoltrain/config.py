@@ -45,7 +45,9 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(*problems, *_problems(error, values, path, overrides)) from None
+        wrong = _problems(error, values, path, overrides)
+        problems += wrong.values()
+        raise UserError(*problems, *_beside(recipe, overrides, wrong, problems)) from None
     problems += [replace(p, change=_where(p.change, path, overrides)) for p in contradictions(config)]
     if problems:
         raise UserError(*problems)
@@ -59,7 +61,7 @@ def read(path: Path) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(*_problems(error, values, path)) from None
+        raise UserError(*_problems(error, values, path).values()) from None
 
 
 def to_yaml(config: Config) -> str:
@@ -100,8 +102,8 @@ def _where(key: str, path: Path, overrides: list[str] | tuple[str, ...]) -> str:
 
 def _problems(
     error: ValidationError, values: dict[str, Any], path: Path, overrides: list[str] | tuple[str, ...] = ()
-) -> list[Problem]:
-    """pydantic's errors in smoltrain's own form; a value that fails every type of a union is one problem."""
+) -> dict[str, Problem]:
+    """pydantic's errors in smoltrain's own form, by key; a value that fails every type of a union is one problem."""
     merged: dict[str, Problem] = {}
     for e in error.errors():
         parts = [p for p in e["loc"] if p not in ("literal['none','full']", "int")]
@@ -115,7 +117,22 @@ def _problems(
             problem = invalid(key, e, where)
         before = merged.get(key)
         merged[key] = replace(problem, want=f"{before.want} or {problem.want}") if before else problem
-    return list(merged.values())
+    return merged
+
+
+def _beside(
+    recipe: str, overrides: list[str] | tuple[str, ...], wrong: dict[str, Problem], told: list[Problem]
+) -> list[Problem]:
+    """What the recipe would still be refused for without the overrides that gave the `wrong` values."""
+    rest = [text for text in overrides if text.partition("=")[0] not in wrong]
+    if len(rest) == len(overrides):
+        return []
+    try:
+        load(recipe, rest)
+    except UserError as error:
+        named = {problem.what for problem in told}
+        return [problem for problem in error.problems if problem.what not in named]
+    return []
 
 
 def _phase_name(values: dict[str, Any], index: Any) -> str:

@@ -306,3 +306,14 @@ def test_a_runs_own_config_is_a_recipe(tmp_path: Path):
     path = tmp_path / "config.yaml"
     path.write_text(config.to_yaml(settings) + "provenance: {rows_per_step: 8}\n")
     assert config.load(str(path)) == settings
+
+
+def test_a_wrong_value_does_not_hide_a_broken_rule():
+    with pytest.raises(UserError) as caught:
+        config.load(EXAMPLE, ["nonsense", "optimizer.beta1=x", "batch.sequence_length=1024", "model.hidden_size=100"])
+    assert [str(problem).partition(":")[0] for problem in caught.value.problems] == [
+        "an override is not key=value",
+        "optimizer.beta1 is not valid",
+        "the heads do not divide the width",
+        "the sequence is longer than the positions",
+    ]
