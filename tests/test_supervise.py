@@ -69,7 +69,8 @@ def test_a_rank_killed_in_mid_run_costs_nothing_but_time(uninterrupted: Path, tm
     assert launches.weights_digest(run_folder, END) == launches.weights_digest(uninterrupted, END)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_on_every_rank_and_the_rest_follows_bitwise(
     uninterrupted: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -91,7 +92,7 @@ def test_a_signal_saves_on_every_rank_and_the_rest_follows_bitwise(
     assert launches.weights_digest(run_folder, END) == launches.weights_digest(uninterrupted, END)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
 def test_a_signal_before_the_first_step_ends_all_at_once(tmp_path: Path, number: signal.Signals) -> None:
     words = tiny.words(tmp_path, *LONG)
     process = launches.start("smoltrain", words, tmp_path / "log")
