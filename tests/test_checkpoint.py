@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smoltrain import checkpoint, config, data
+from smoltrain import checkpoint, data
 from smoltrain.errors import UserError
 from smoltrain.plan import Plan
 from smoltrain.schema import Config
@@ -196,4 +196,3 @@ def test_another_number_of_ranks_is_refused_with_both_numbers(two_checkpoints: P
     with pytest.raises(UserError, match=r"saw 3 ranks, want 2"):
         checkpoint.check_world(manifest, 3)
     checkpoint.check_world(manifest, 2)
-    assert config.read is not None

@@ -62,7 +62,8 @@ def test_parity_with_torch(schedule: Any, warmup: int, final: float):
 @pytest.mark.parametrize("warmup", [0, 10])
 def test_parity_with_transformers_after_the_warm_up(schedule: Any, warmup: int):
     """transformers warms up from 0, so its first step learns nothing; its warm-up is ours one step later."""
-    optimization = pytest.importorskip("transformers.optimization")
+    from transformers import optimization
+
     steps, decay, optimizer = 50, 20, sgd(1e-3)
     scheduler = {
         "linear": lambda: optimization.get_linear_schedule_with_warmup(optimizer, warmup, steps),
