@@ -70,6 +70,11 @@ class Loader:
         return self.rows_consumed / self.num_rows
 
     @property
+    def unique_rows(self) -> int:
+        """Distinct training rows that the optimizer has used: an epoch is a permutation, so none comes twice in one."""
+        return min(self.rows_consumed, self.num_rows)
+
+    @property
     def tokens_consumed(self) -> int:
         """Targets that the optimizer has used, over all ranks."""
         return self.rows_consumed * self._sequence_length
