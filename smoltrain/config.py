@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from smoltrain import tree
 from smoltrain.contradictions import contradictions
 from smoltrain.errors import Problem, UserError, invalid, nearest
-from smoltrain.schema import Config, GenerationSection, PhaseSection, Section
+from smoltrain.schema import Config, GenerationSection, ModelSection, PhaseSection, Section, TransformersSection
 
 RECIPES = Path(__file__).parent / "recipes"
+SOURCES = ("package", "path", "hub")
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 
 
@@ -39,6 +40,7 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     values = tree.read(path)
     values.pop("provenance", None)  # a run's own config.yaml is a recipe too
     problems = [p for text in overrides if (p := tree.override(values, text))]
+    _replace_source(values, overrides)
     run = values.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = run.get("name") or path.stem
@@ -92,6 +94,16 @@ def _recipe_path(recipe: str) -> Path:
     raise UserError(Problem("no such recipe", repr(recipe), want, "the first argument"))
 
 
+def _replace_source(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
+    """A data source on the command line takes the place of the recipe's, with the keys that belonged to that one."""
+    given = {text.partition("=")[0] for text in overrides if not text.endswith("=null")}
+    data = values.get("data")
+    if given & {f"data.{key}" for key in SOURCES} and isinstance(data, dict):
+        for key in {*SOURCES, "pattern", "hub_config", "hub_split"}:
+            if f"data.{key}" not in given:
+                data.pop(key, None)
+
+
 def _where(key: str, path: Path, overrides: list[str] | tuple[str, ...]) -> str:
     """The place that gave a key its value: the command line if an override named it, else the file."""
     typed = [override.partition("=")[0] + "." for override in overrides]
@@ -107,11 +119,13 @@ def _problems(
     merged: dict[str, Problem] = {}
     for e in error.errors():
         parts = [p for p in e["loc"] if p not in ("literal['none','full']", "int")]
+        if parts[0] == "model" and len(parts) > 1:  # pydantic names the kind of model that it read
+            del parts[1]
         named = [_phase_name(values, p) if i == 1 and parts[0] == "phases" else str(p) for i, p in enumerate(parts)]
         key = ".".join(named)
         where = _where(key, path, overrides)
         if e["type"] == "extra_forbidden":
-            want = nearest(named[-1], _keys_beside(parts))
+            want = nearest(named[-1], _keys_beside(parts, values))
             problem = Problem(f"unknown key {key}", repr(named[-1]), want, where)
         else:
             problem = invalid(key, e, where)
@@ -142,11 +156,15 @@ def _phase_name(values: dict[str, Any], index: Any) -> str:
         return str(index)
 
 
-def _keys_beside(parts: list[Any]) -> list[str]:
+def _keys_beside(parts: list[Any], values: dict[str, Any]) -> list[str]:
     """The valid keys at the place of an unknown one."""
     if len(parts) == 1:
-        return list(Config.model_fields)
-    if parts[0] == "phases":
-        return list(PhaseSection.model_fields)
-    section = Config.model_fields[parts[0]].annotation
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
+        section: Any = Config
+    elif parts[0] == "phases":
+        section = PhaseSection
+    elif parts[0] == "model":
+        section = TransformersSection if values["model"].get("kind") == "transformers" else ModelSection
+    else:
+        section = Config.model_fields[parts[0]].annotation
+    known = isinstance(section, type) and issubclass(section, Section)
+    return [field.alias or name for name, field in section.model_fields.items()] if known else []

@@ -3,16 +3,16 @@
 from collections.abc import Iterator
 
 from smoltrain.errors import Problem, nearest
-from smoltrain.schema import Config, PhaseSection
+from smoltrain.schema import Config, ModelSection, PhaseSection, TransformersSection
 
 
 def contradictions(c: Config) -> list[Problem]:
     """Every rule that the config breaks."""
-    return [*_model(c), *_batch_and_data(c), *_phases(c)]
+    model = _decoder(c.model) if isinstance(c.model, ModelSection) else _transformers(c.model, c)
+    return [*model, *_batch_and_data(c), *_phases(c)]
 
 
-def _model(c: Config) -> Iterator[Problem]:
-    m = c.model
+def _decoder(m: ModelSection) -> Iterator[Problem]:
     heads, head_width = m.num_attention_heads, m.hidden_size // m.num_attention_heads
     if m.hidden_size % heads:
         want = f"a multiple of model.num_attention_heads = {heads}"
@@ -24,14 +24,25 @@ def _model(c: Config) -> Iterator[Problem]:
     if m.positions == "rope" and head_width % 2:
         what = "rotary positions need an even width per head"
         yield Problem(what, str(head_width), "an even number", "model.hidden_size")
-    n = c.engine.gradient_checkpointing
-    if isinstance(n, int) and n < 1:
-        what = "gradient checkpointing of every n-th block"
-        yield Problem(what, str(n), "n of at least 1", "engine.gradient_checkpointing")
+
+
+def _transformers(m: TransformersSection, c: Config) -> Iterator[Problem]:
+    for key in ("vocab_size", "max_position_embeddings", "model_type"):
+        if key in m.config:
+            yield Problem(
+                f"{key} stands in the wrong place", f"model.config.{key}", f"model.{key}", f"model.config.{key}"
+            )
+    if isinstance(c.engine.gradient_checkpointing, int):
+        what, want = "a transformers model recomputes all blocks or none", "none or full"
+        yield Problem(what, str(c.engine.gradient_checkpointing), want, "engine.gradient_checkpointing")
 
 
 def _batch_and_data(c: Config) -> Iterator[Problem]:
     b, d, t = c.batch, c.data, c.tokenizer
+    n = c.engine.gradient_checkpointing
+    if isinstance(n, int) and n < 1:
+        what = "gradient checkpointing of every n-th block"
+        yield Problem(what, str(n), "n of at least 1", "engine.gradient_checkpointing")
     if b.sequence_length > c.model.max_position_embeddings:
         want = f"at most model.max_position_embeddings = {c.model.max_position_embeddings}"
         what = "the sequence is longer than the positions"
@@ -40,9 +51,13 @@ def _batch_and_data(c: Config) -> Iterator[Problem]:
         saw = f"accumulation={b.accumulation}, rows_per_step={b.rows_per_step}"
         keys = "batch.accumulation or batch.rows_per_step"
         yield Problem("the batch is not said exactly once", saw, "one of the two", keys)
-    if (d.package is None) == (d.path is None):
-        saw = f"package={d.package}, path={d.path}"
-        yield Problem("the data is not said exactly once", saw, "one of the two", "data.package or data.path")
+    sources = {"package": d.package, "path": d.path, "hub": d.hub}
+    if sum(value is not None for value in sources.values()) != 1:
+        saw = ", ".join(f"{key}={value}" for key, value in sources.items())
+        keys = "data.package or data.path or data.hub"
+        yield Problem("the data is not said exactly once", saw, "one of the three", keys)
+    if c.init.source is None and c.init.load == "all":
+        yield Problem("there is nothing to load all of", "init.from=null", "a run", "init.from or init.load")
     if (t.vocab_size is None) == (t.name == "bpe"):
         saw = f"name={t.name}, vocab_size={t.vocab_size}"
         want = "a vocab_size with name 'bpe', null with any other"

@@ -3,16 +3,19 @@
 Nothing here reads a file: config.py does, and contradictions.py checks what no single field can see.
 """
 
+import json
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 
 class Section(BaseModel):
     """Frozen; a key that is not a field is an error, and so is a number that is not finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), serialize_by_alias=True
+    )
 
 
 class RunSection(Section):
@@ -28,9 +31,21 @@ class RunSection(Section):
     )
 
 
+class InitSection(Section):
+    """What a new run folder begins with; fresh weights without `from`. A run with checkpoints of its own ignores it."""
+
+    source: str | None = Field(
+        default=None, alias="from", description="a run (folder, or name under run.folder) or a Hugging Face folder"
+    )
+    load: Literal["weights", "all"] = Field(
+        default="weights", description="all also takes step, moments, random states and data position; runs only"
+    )
+
+
 class ModelSection(Section):
     """The decoder's shape; names are those of transformers' LlamaConfig wherever it has one."""
 
+    kind: Literal["decoder"] = Field(default="decoder", description="smoltrain's own decoder")
     vocab_size: int = Field(gt=0, description="rows of the embedding table")
     hidden_size: int = Field(gt=0, description="width of the residual stream")
     num_hidden_layers: int = Field(gt=0, description="blocks")
@@ -51,13 +66,44 @@ class ModelSection(Section):
     initializer_range: float = Field(default=0.02, gt=0, description="standard deviation of initial weights")
 
 
+class TransformersSection(Section):
+    """Any causal language model of `transformers`, with fresh weights: AutoConfig.for_model(model_type, **config)."""
+
+    kind: Literal["transformers"]
+    model_type: str = Field(description="as in AutoConfig: llama, gpt2, gpt_neox, ...")
+    vocab_size: int = Field(gt=0, description="rows of the embedding table")
+    max_position_embeddings: int = Field(gt=0, description="longest sequence, tokens")
+    config: dict[str, Any] = Field(default={}, description="the other keys of that model's config class")
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _typed(cls, config: object) -> object:
+        return {key: _plain(value) for key, value in config.items()} if isinstance(config, dict) else config
+
+
+def _plain(value: object) -> object:
+    """A value of a recipe, where all plain values are text, as the JSON value that the text spells, else as text."""
+    if isinstance(value, list | dict):
+        return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else [_plain(v) for v in value]
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
 class TokenizerSection(Section):
     """Where token ids come from. `tokenizer=NAME` on the command line is short for `tokenizer.name=NAME`."""
 
-    name: str = Field(description="'bpe' trains a byte-level BPE on the data once; else a folder with tokenizer.json")
+    name: str = Field(
+        description="'bpe' trains a byte-level BPE on the data once; a folder with tokenizer.json; OWNER/NAME on the "
+        "Hugging Face Hub; 'tiktoken:gpt2'; or 'smollm2' or 'gpt2', made without the Hub out of a package"
+    )
     vocab_size: int | None = Field(default=None, gt=256, description="ids of the trained BPE; only with name 'bpe'")
     separator: str = Field(
         default="<|endoftext|>", description="special token between documents and at the end of a text"
+    )
+    pad: str | None = Field(
+        default=None, description="special token to add behind the tokenizer's last id, for padding; packing needs none"
     )
 
     @model_validator(mode="before")
@@ -67,12 +113,23 @@ class TokenizerSection(Section):
 
 
 class DataSection(Section):
-    """The documents: the text files of an installed Python package, or local files. Exactly one of the two."""
+    """The documents: an installed Python package's text files, local files, or a Hub dataset. Exactly one.
+
+    One of the three on the command line takes the place of the recipe's.
+    """
 
     package: str | None = Field(default=None, description="installed Python package whose files are the documents")
     path: str | None = Field(
-        default=None, description="a .txt, .md, .jsonl or .parquet file, a folder of them, or a glob"
+        default=None,
+        description="a .txt, .md, .jsonl or .parquet file (all but parquet also .gz or .zst), a folder of them, a glob",
     )
+    hub: str | None = Field(
+        default=None, description="OWNER/NAME of a dataset on the Hugging Face Hub, read as far as the plan needs"
+    )
+    hub_config: str | None = Field(
+        default=None, description="the dataset's configuration (subset); null is its default"
+    )
+    hub_split: str = Field(default="train", description="the dataset's split")
     pattern: str = Field(default="**/*", description="which files of the package or folder, as a glob")
     text_field: str = Field(default="text", description="field or column of the text in .jsonl and .parquet")
     validation_share: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents held out, by hash")
@@ -94,6 +151,9 @@ class BatchSection(Section):
 class EngineSection(Section):
     """How a step is computed; nothing here changes what is learned, beyond rounding."""
 
+    device: Literal["auto", "cuda", "cpu", "mps"] = Field(
+        default="auto", description="auto: CUDA if there is a device, else the CPU; mps is best effort, on one rank"
+    )
     ds_config: str = Field(default="zero2", description="a name in ds_configs/ or a path to DeepSpeed JSON")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto", description="of weights and activations")
     gradient_checkpointing: Literal["none", "full"] | int = Field(
@@ -174,14 +234,30 @@ class TrackSection(Section):
         default="auto", description="auto: online if a key is set and the server answers, else offline"
     )
     wandb_project: str = Field(default="smoltrain", description="W&B project")
+    wandb_model: Literal["none", "phase", "checkpoint"] = Field(
+        default="none", description="model artifact in W&B: never, at the end of each phase, or with each checkpoint"
+    )
     wandb_timeout_s: float = Field(default=15.0, gt=0, description="seconds to wait for the W&B server before offline")
+
+
+AnyModelSection = Annotated[
+    Annotated[ModelSection, Tag("decoder")] | Annotated[TransformersSection, Tag("transformers")],
+    Discriminator(
+        lambda m: (
+            "transformers"
+            if (m.get("kind") if isinstance(m, dict) else getattr(m, "kind", None)) == "transformers"
+            else "decoder"
+        )
+    ),
+]
 
 
 class Config(Section):
     """One run, whole."""
 
     run: RunSection = RunSection()
-    model: ModelSection
+    init: InitSection = InitSection()
+    model: AnyModelSection
     tokenizer: TokenizerSection
     data: DataSection
     batch: BatchSection

@@ -240,7 +240,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path):
 
 
 def test_problems_of_overrides_and_of_contradictions_come_together():
-    assert len(problems("hello", "run.stop_after=never", "data.path=x")) == 3
+    assert len(problems("hello", "run.stop_after=never", "init.load=all")) == 3
 
 
 # --- there and back

