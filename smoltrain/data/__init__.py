@@ -1,6 +1,7 @@
 """Data: documents (sources) to token ids (tokenizer) to files (cached) to rows (packing, order) to tensors (loader).
 
-One process calls `prepare(config)`; then every rank calls `open`.
+One process calls `prepare(config, rows_per_step)`; then every rank calls `open`. From then on the run lives on its own
+copies of tokenizer and tokens, and asks neither the Hub nor a package.
 """
 
 from smoltrain.data.cached import Prepared, check_rows, load, prepare

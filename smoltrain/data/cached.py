@@ -1,7 +1,8 @@
 """Tokenise once: RUN/tokenizer/ and RUN/data/{train.bin, validation.bin, index.json}.
 
 A .bin file is nothing but token ids (uint16, or uint32 past 65,536 ids). index.json says what they were made from. It
-is written last, so that it exists only beside whole files: whatever a killed process left behind is written anew.
+is written last, so that it exists only beside whole files: whatever a killed process left behind is written anew. From
+then on the run lives on its own copies: neither the Hub nor a package is asked again.
 """
 
 import contextlib
@@ -9,8 +10,9 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from smoltrain import files
-from smoltrain.data import packing
-from smoltrain.data.sources import Document, documents, fingerprint
+from smoltrain.data import fingerprints, hub, naming, packing
+from smoltrain.data.sources import Document, documents
 from smoltrain.data.tokenizer import Tokenizer, pieces
 from smoltrain.errors import Problem, UserError
 from smoltrain.schema import Config
@@ -27,6 +29,8 @@ from smoltrain.schema import Config
 SIDES = ("train", "validation")
 FORMAT = 1
 CHARACTERS_AT_ONCE = 2**20  # tokenised in one call: enough to keep all cores busy, in about 100 MB
+CHARACTERS_PER_TOKEN, CHARACTERS_TO_TRAIN_ON = 4, 10**8  # of a Hub dataset, for a BPE of its own
+PROGRESS_S = 10.0  # between lines
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Prepared:
     train: np.ndarray
     validation: np.ndarray
     index: dict[str, Any]
+    tokenizer_name: str  # as the recipe calls it
 
     def describe(self) -> str:
         """One line: how many tokens and documents on either side, and how the validation side was held out."""
@@ -46,32 +51,54 @@ class Prepared:
             f" validation {validation['tokens']:,} of {validation['documents']}, held out by {self.index['held_out']}"
         )
 
+    def describe_tokenizer(self) -> str:
+        """One line: name, number of ids, special tokens."""
+        t = self.tokenizer
+        pad = "" if t.pad is None else f", pad {t.pad} = {t.pad_id}"
+        return f"{self.tokenizer_name}: {t.num_ids:,} ids, separator {t.separator} = {t.separator_id}{pad}"
 
-def prepare(config: Config) -> Prepared:
+
+def prepare(config: Config, rows_per_step: int | None = None) -> Prepared:
     """Make the run's tokens, or find them made. One process calls this; the others `load` afterwards.
 
-    The first call trains or loads the tokenizer and tokenises each document once. Later calls compare the fingerprints
-    (every source file is hashed again) and the sizes of the .bin files, and write nothing.
+    rows_per_step is over all ranks; None is what batch says for one rank, and does not do for data.hub, of which no
+    more is read than the plan needs. The first call gets or trains the tokenizer and tokenises each document once.
+    Later calls compare fingerprints (every local file is hashed again) and sizes of the .bin files, and write nothing;
+    a plan that has become longer goes round the same rows.
 
     Errors: UserError for bad documents or tokenizers, ids that the model has no room for, too few tokens for a step or
     for validation, and data other than those already prepared. Nothing that was complete is ever overwritten.
     """
-    name, separator = config.tokenizer.name, config.tokenizer.separator
-    given = None if name == "bpe" else Tokenizer.from_folder(name, separator)
-    _check_ids(given.num_ids if given else config.tokenizer.vocab_size or 0, config)  # a BPE: before training it
-    asked = _fingerprint(config, given)
+    assert rows_per_step or config.data.hub is None, "how much of a Hub dataset is needed depends on rows_per_step"
+    batch = config.batch
+    rows_per_step = rows_per_step or batch.rows_per_step or batch.micro_batch * (batch.accumulation or 1)
     if _index_file(config).exists():
         prepared = load(config)
-        _check_same(prepared.index["fingerprint"], asked, config)
+        fingerprints.check_same(prepared.index["fingerprint"], config, _index_file(config).parent)
         return prepared
-    tokenizer = given or _train_tokenizer(config)
+    section = config.tokenizer
+    given = None if section.name == "bpe" else naming.named(section)
+    num_ids = given.num_ids if given else (section.vocab_size or 0) + (section.pad is not None)
+    _check_ids(num_ids, config)  # a BPE: before training it
+    fingerprint = fingerprints.make(config, given)
+    sources = fingerprint["sources"]
+    wanted = None if config.data.hub is None else _wanted(config, rows_per_step)
+    if wanted:
+        until = " and ".join(f"{num:,} {side} tokens" for side, num in wanted.items())
+        print(f"data: {hub.describe(sources)} is read until there are {until}", flush=True)
+    tokenizer = given or _train_tokenizer(config, sources, wanted)
     folder = _index_file(config).parent
     folder.mkdir(parents=True, exist_ok=True)
     partial = {side: folder / f"{side}.bin.partial" for side in SIDES}
     try:
-        index = {"format": FORMAT, "fingerprint": asked, "tokenizer_sha256": tokenizer.fingerprint()}
-        index |= _write_tokens(config, tokenizer, partial)
-        check_rows(index["train"]["tokens"], index["validation"]["tokens"], config, _least_rows_per_step(config))
+        index: dict[str, Any] = {
+            "format": FORMAT,
+            "fingerprint": fingerprint,
+            "tokenizer_sha256": tokenizer.fingerprint(),
+            "separator_id": tokenizer.separator_id,
+        }
+        index |= _write_tokens(config, tokenizer, sources, wanted, partial)
+        check_rows(index["train"]["tokens"], index["validation"]["tokens"], config, rows_per_step)
         tokenizer.save(_tokenizer_folder(config))
         for path in (*_tokenizer_folder(config).iterdir(), _tokenizer_folder(config)):
             files.sync(path)
@@ -96,6 +123,7 @@ def load(config: Config) -> Prepared:
         index = json.loads(file.read_text(encoding="utf-8"))
         sizes = {f"{side}.bin": index[side]["bytes"] for side in SIDES}
         dtype, tokenizer_sha256 = np.dtype(index["dtype"]), index["tokenizer_sha256"]
+        pad = index["fingerprint"].get("pad")  # not the config's: `prepare` compares the two and shows both
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(Problem("the index of the data is damaged", repr(error), want, str(file))) from None
     for name, size in sizes.items():
@@ -103,11 +131,11 @@ def load(config: Config) -> Prepared:
         saw = path.stat().st_size if path.exists() else 0
         if saw != size:
             raise UserError(Problem(f"{name} is damaged", f"{saw:,} bytes", f"{size:,} bytes", str(file.parent)))
-    tokenizer = Tokenizer.from_folder(tokenizer_folder, config.tokenizer.separator)
+    tokenizer = Tokenizer.from_folder(tokenizer_folder, config.tokenizer.separator, pad)
     if tokenizer.fingerprint() != tokenizer_sha256:
         raise UserError(Problem("the run's tokenizer has changed", "another one", want, str(tokenizer_folder)))
     streams = {side: np.memmap(file.parent / f"{side}.bin", dtype, mode="r") for side in SIDES}
-    return Prepared(tokenizer, streams["train"], streams["validation"], index)
+    return Prepared(tokenizer, streams["train"], streams["validation"], index, config.tokenizer.name)
 
 
 def held_out(name: str, share: float) -> bool:
@@ -143,10 +171,37 @@ def _tokenizer_folder(config: Config) -> Path:
     return config.run_folder / "tokenizer"
 
 
-def _train_tokenizer(config: Config) -> Tokenizer:
-    """On all documents, the held-out ones too: which ones those are can depend on the number of tokens."""
-    texts = (document.text for document in documents(config.data))
-    return Tokenizer.train_bpe(texts, config.tokenizer.vocab_size or 0, config.tokenizer.separator)
+def _documents(config: Config, sources: dict[str, Any]) -> Iterator[Document]:
+    """All documents; those of a Hub dataset as they stand at the commit that the fingerprint of the sources names."""
+    return documents(config.data) if config.data.hub is None else hub.documents(config.data, sources["revision"])
+
+
+def _wanted(config: Config, rows_per_step: int) -> dict[str, int]:
+    """Tokens of either side that the plan and its evaluations need, where no row is to come twice."""
+    num_steps = sum(phase.steps for phase in config.phases)
+    rows = {"train": num_steps * rows_per_step, "validation": config.evaluate.rows if config.evaluate.every else 1}
+    return {side: rows[side] * config.batch.sequence_length + 1 for side in SIDES}
+
+
+def _train_tokenizer(config: Config, sources: dict[str, Any], wanted: dict[str, int] | None) -> Tokenizer:
+    """On all documents, the held-out ones too: which ones those are can depend on the number of tokens.
+
+    Of a Hub dataset on the first ones, about as much text as will be tokenised, for it has no end worth waiting for.
+    """
+    section = config.tokenizer
+    limit = math.inf if wanted is None else min(CHARACTERS_PER_TOKEN * sum(wanted.values()), CHARACTERS_TO_TRAIN_ON)
+    texts = _first((document.text for document in _documents(config, sources)), limit)
+    return Tokenizer.train_bpe(texts, section.vocab_size or 0, section.separator, section.pad)
+
+
+def _first(texts: Iterable[str], limit: float) -> Iterator[str]:
+    """The texts up to the one that brings them to `limit` characters."""
+    size = 0
+    for text in texts:
+        yield text
+        size += len(text)
+        if size >= limit:
+            return
 
 
 def _check_ids(num_ids: int, config: Config) -> None:
@@ -155,52 +210,6 @@ def _check_ids(num_ids: int, config: Config) -> None:
         want = f"at most model.vocab_size = {room:,}"
         what = "the tokenizer has more ids than the model"
         raise UserError(Problem(what, f"{num_ids:,}", want, "model.vocab_size or tokenizer"))
-
-
-def _least_rows_per_step(config: Config) -> int:
-    """What a step needs on any world: `prepare` does not know the world, and `open` looks again."""
-    batch = config.batch
-    return batch.rows_per_step or batch.micro_batch * (batch.accumulation or 1)
-
-
-def _fingerprint(config: Config, given: Tokenizer | None) -> dict[str, Any]:
-    """All that the tokens are a function of. A trained BPE is itself one of the sources and its size."""
-    return {
-        "sources": fingerprint(config.data),
-        "tokenizer": {"sha256": given.fingerprint()} if given else {"bpe": config.tokenizer.vocab_size},
-        "separator": config.tokenizer.separator,
-        "validation_share": config.data.validation_share,
-    }
-
-
-def _check_same(made: dict[str, Any], asked: dict[str, Any], config: Config) -> None:
-    before, now = dict(_leaves(made)), dict(_leaves(asked))
-    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-    if not changed:
-        return
-    saw, want = ([f"{key} = {_short(side.get(key))}" for key in changed[:3]] for side in (now, before))
-    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-    change = f"run.name to prepare them for a new run; {_index_file(config).parent} is left as it is"
-    what = f"the run {config.run.name!r} was prepared from other data"
-    raise UserError(Problem(what, ", ".join(saw) + more, ", ".join(want) + more, change))
-
-
-def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every path in a fingerprint and what stands there; a file is one such thing."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and "bytes" not in value:
-            yield from _leaves(value, f"{path}{key}/")
-        else:
-            yield f"{path}{key}", value
-
-
-def _short(value: object) -> str:
-    match value:
-        case None:
-            return "none"
-        case {"bytes": size, "sha256": sha256}:
-            return f"{size:,} bytes ({sha256[:8]})"
-    return str(value)
 
 
 def _batches(stream: Iterator[Document]) -> Iterator[list[tuple[str, str, bool]]]:
@@ -218,18 +227,41 @@ def _batches(stream: Iterator[Document]) -> Iterator[list[tuple[str, str, bool]]
         yield batch
 
 
-def _write_tokens(config: Config, tokenizer: Tokenizer, partial: dict[str, Path]) -> dict[str, Any]:
-    """Tokenise every document into the partial file of its side. Returns the index's part about the files."""
+def _encoded(stream: Iterator[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int], bool]]:
+    """The documents in parts: (name, ids, whether the document ends here)."""
+    for batch in _batches(stream):
+        encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
+        for (name, _, ends), ids in zip(batch, encoded, strict=True):
+            yield name, ids, ends
+
+
+def _write_tokens(
+    config: Config,
+    tokenizer: Tokenizer,
+    sources: dict[str, Any],
+    wanted: dict[str, int] | None,
+    partial: dict[str, Path],
+) -> dict[str, Any]:
+    """Tokenise the documents, each into the partial file of its side, until there are as many tokens as wanted.
+
+    Returns the index's part about the files.
+    """
     dtype = np.dtype(np.uint16 if tokenizer.num_ids <= 2**16 else np.uint32)
-    counts = Counter[str]()
+    counts, tokens, said = Counter[str](), Counter[str](), time.monotonic()
     with contextlib.ExitStack() as stack:
         out = {side: stack.enter_context(path.open("wb")) for side, path in partial.items()}
-        for batch in _batches(documents(config.data)):
-            encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
-            for (name, _, ends), ids in zip(batch, encoded, strict=True):
-                side = "validation" if held_out(name, config.data.validation_share) else "train"
-                out[side].write(packing.stream(ids, tokenizer.separator_id if ends else None, dtype).tobytes())
-                counts[side] += ends
+        for name, ids, ends in _encoded(_documents(config, sources), tokenizer):
+            side = "validation" if held_out(name, config.data.validation_share) else "train"
+            part = packing.stream(ids, tokenizer.separator_id if ends else None, dtype)
+            out[side].write(part.tobytes())
+            tokens[side] += len(part)
+            counts[side] += ends
+            if ends and wanted and all(tokens[side] >= num for side, num in wanted.items()):
+                break
+            if time.monotonic() >= said + PROGRESS_S:
+                said = time.monotonic()
+                so_far = " and ".join(f"{tokens[side]:,} {side} tokens" for side in SIDES)
+                print(f"data: {so_far} of {counts.total():,} documents so far", flush=True)
     rule = "documents"
     if not (counts["train"] and counts["validation"]):
         rule = "tail"

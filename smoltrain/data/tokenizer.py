@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from smoltrain.errors import Problem, UserError
 
@@ -28,32 +28,57 @@ def pieces(text: str, size: int) -> Iterator[str]:
     yield text[start:]
 
 
+def byte_level(model: models.BPE, special: Iterable[str] = (), *, single_digits: bool = False) -> tokenizers.Tokenizer:
+    """The byte-level BPE of Radford et al. 2019 around a vocabulary and its merges: any text has ids, and comes back.
+
+    Special tokens that the vocabulary lacks get the next ids. With `single_digits` each digit is cut off first.
+    """
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if single_digits:
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        inner.pre_tokenizer = pre_tokenizers.Sequence([digits, inner.pre_tokenizer])
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([_special(word) for word in special])
+    return inner
+
+
 class Tokenizer:
-    """A `tokenizers.Tokenizer` and the special token that ends each document.
+    """A `tokenizers.Tokenizer`, the special token that ends each document, and perhaps one that stands for padding.
 
     Text is only ever text: where it spells out a special token it is encoded like any other characters, so that no
     document can forge an end of document.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, separator: str) -> None:
-        """Takes over `inner`. Errors: UserError if `separator` is none of its special tokens."""
+    def __init__(self, inner: tokenizers.Tokenizer, separator: str, pad: str | None = None) -> None:
+        """Takes over `inner`, and adds `pad` behind its last id unless it is a special token already.
+
+        Errors: UserError if `separator` is none of its special tokens, or `pad` cannot be one.
+        """
         inner.encode_special_tokens = True
         inner.no_truncation()  # some published files cut at 512 tokens, or pad: both would falsify the data
         inner.no_padding()
-        special = {t.content: i for i, t in inner.get_added_tokens_decoder().items() if t.special}
+        if inner.num_special_tokens_to_add(is_pair=False):
+            # We never add a BOS; whoever loads the saved file elsewhere shall not show the model one either.
+            inner.post_processor = None
+        special = _special_tokens(inner)
         if separator not in special:
             want = "one of " + ", ".join(list(special)[:8]) if special else "a tokenizer with special tokens"
             what = "the separator is not a special token of the tokenizer"
             raise UserError(Problem(what, repr(separator), want, "tokenizer.separator"))
+        if pad is not None and pad not in special:
+            _add_pad(inner, pad)
+            special = _special_tokens(inner)
         self._inner = inner
-        self.separator = separator
+        self.separator, self.pad = separator, pad
         self.separator_id = special[separator]
+        self.pad_id = None if pad is None else special[pad]
         self.special_ids = frozenset(special.values())
-        self.num_ids = 1 + max(inner.get_vocab(with_added_tokens=True).values())  # ids may have gaps: the largest + 1
+        self.num_ids = _num_ids(inner)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, separator: str) -> "Tokenizer":
-        """That of FOLDER/tokenizer.json. Errors: UserError if it is missing, unreadable or lacks `separator`."""
+    def from_folder(cls, folder: str | Path, separator: str, pad: str | None = None) -> "Tokenizer":
+        """That of FOLDER/tokenizer.json. Errors: UserError if it is missing or unreadable, and those of Tokenizer."""
         file = Path(folder).expanduser() / FILE
         if not file.is_file():
             saw = f"no {FILE} in {folder}" if file.parent.is_dir() else f"no folder {folder}"
@@ -64,17 +89,16 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing more precise
             reason = " ".join(str(error).split())
             raise UserError(Problem("the tokenizer cannot be read", reason, f"a valid {FILE}", str(file))) from None
-        return cls(inner, separator)
+        return cls(inner, separator, pad)
 
     @classmethod
-    def train_bpe(cls, texts: Iterable[str], vocab_size: int, separator: str) -> "Tokenizer":
+    def train_bpe(cls, texts: Iterable[str], vocab_size: int, separator: str, pad: str | None = None) -> "Tokenizer":
         """A byte-level BPE (Sennrich 2016, Radford 2019) of at most `vocab_size` ids; `separator` is id 0.
 
-        All 256 bytes are in the alphabet, so any text has ids. Equal texts in equal order give an equal tokenizer.
+        `pad` comes on top. All 256 bytes are in the alphabet, so any text has ids. Equal texts in equal order give an
+        equal tokenizer.
         """
-        inner = tokenizers.Tokenizer(models.BPE())
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        inner.decoder = decoders.ByteLevel()
+        inner = byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[separator],
@@ -82,7 +106,7 @@ class Tokenizer:
             show_progress=False,
         )
         inner.train_from_iterator((piece for text in texts for piece in pieces(text, 4096)), trainer)
-        return cls(inner, separator)
+        return cls(inner, separator, pad)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special ones."""
@@ -104,13 +128,43 @@ class Tokenizer:
         """SHA-256 (hex) of the bytes that `save` writes to tokenizer.json."""
         return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
 
-    def save(self, folder: Path) -> None:
-        """Write tokenizer.json and what transformers' PreTrainedTokenizerFast.from_pretrained needs beside it."""
+    def save(self, folder: Path, model_max_length: int | None = None) -> None:
+        """Write tokenizer.json and what transformers' AutoTokenizer.from_pretrained needs beside it for equal ids.
+
+        model_max_length (tokens) is the longest input that transformers lets pass without a warning.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.separator,
             "clean_up_tokenization_spaces": False,  # true would delete spaces before punctuation when decoding
         }
+        about |= {} if self.pad is None else {"pad_token": self.pad}
+        about |= {} if model_max_length is None else {"model_max_length": model_max_length}
         (folder / FILE).write_text(self._inner.to_str(), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _special(word: str) -> AddedToken:
+    return AddedToken(word, special=True, normalized=False)
+
+
+def _special_tokens(inner: tokenizers.Tokenizer) -> dict[str, int]:
+    return {token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special}
+
+
+def _num_ids(inner: tokenizers.Tokenizer) -> int:
+    """The largest id + 1: ids may have gaps."""
+    return 1 + max(inner.get_vocab(with_added_tokens=True).values())
+
+
+def _add_pad(inner: tokenizers.Tokenizer, pad: str) -> None:
+    """As a special token with the next id. Errors: UserError if text has that id, or the library gives another one."""
+    what, next_id = "the pad token cannot be added", _num_ids(inner)
+    if inner.token_to_id(pad) is not None:
+        saw = f"{pad!r}, an ordinary token with id {inner.token_to_id(pad)}"
+        raise UserError(Problem(what, saw, "a special token or a new word", "tokenizer.pad"))
+    inner.add_special_tokens([_special(pad)])
+    if inner.token_to_id(pad) != next_id:  # the library counts the words, so a vocabulary with gaps gets a taken id
+        saw = f"{pad!r} as id {inner.token_to_id(pad)}"
+        raise UserError(Problem(what, saw, f"id {next_id}, the next one", "tokenizer.pad"))

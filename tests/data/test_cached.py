@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from smoltrain import data
-from smoltrain.data import cached
+from smoltrain.data import cached, naming, standins
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import UserError
 from smoltrain.schema import Config
@@ -218,6 +218,98 @@ def test_a_given_tokenizer_is_copied_and_its_content_counts_not_its_place(root: 
     data.prepare(make(root, tokenizer__name=str(root / "moved"), tokenizer__vocab_size=None))
     Tokenizer.train_bpe(["other"], 260, "<|endoftext|>").save(root / "moved")
     assert "tokenizer/sha256" in problem(make(root, tokenizer__name=str(root / "moved"), tokenizer__vocab_size=None))
+
+
+def given(root: Path, **changes: Any) -> Config:
+    """A config whose tokenizer is ROOT/given."""
+    return make(root, tokenizer__name=str(root / "given"), tokenizer__vocab_size=None, **changes)
+
+
+def test_the_runs_own_tokenizer_serves_where_the_folder_is_gone_but_not_where_it_changed(root: Path):
+    Tokenizer.train_bpe(["This is document"], 262, "<|endoftext|>").save(root / "given")
+    config = given(root)
+    first = data.prepare(config)
+    before = snapshot(config.run_folder)
+    (root / "given").rename(root / "gone")
+    again = data.prepare(config)
+    assert again.tokenizer.fingerprint() == first.tokenizer.fingerprint()
+    assert snapshot(config.run_folder) == before
+    Tokenizer.train_bpe(["other"], 262, "<|endoftext|>").save(root / "given")
+    assert "tokenizer/sha256" in problem(config)
+    shutil.rmtree(root / "given")
+    line = problem(make(root, tokenizer__name="smollm2", tokenizer__vocab_size=None))
+    assert f"saw tokenizer/name = smollm2, want tokenizer/name = {root / 'given'}" in line
+
+
+def test_a_resume_asks_nobody_for_a_tokenizer_that_has_a_name(root: Path, monkeypatch: pytest.MonkeyPatch):
+    named = lambda section: Tokenizer.train_bpe(["This is document"], 262, section.separator, section.pad)  # noqa: E731
+    monkeypatch.setattr(naming, "named", named)
+    for i, name in enumerate(("smollm2", "gpt2", "tiktoken:gpt2", "OWNER/NAME")):
+        monkeypatch.setattr(naming, "named", named)
+        config = make(root, run__name=f"run{i}", tokenizer__name=name, tokenizer__vocab_size=None)
+        data.prepare(config)
+        monkeypatch.setattr(naming, "named", None)
+        data.prepare(config)
+        other = make(root, run__name=f"run{i}", tokenizer__name="other/one", tokenizer__vocab_size=None)
+        assert f"saw tokenizer/name = other/one, want tokenizer/name = {name}" in problem(other)
+        bpe = make(root, run__name=f"run{i}")
+        assert "saw tokenizer/bpe = 280" in problem(bpe)
+
+
+def test_a_pad_token_is_recorded_and_may_not_change(root: Path):
+    config = make(root, tokenizer__pad="<|pad|>", model__vocab_size=281)
+    prepared = data.prepare(config)
+    num_ids = prepared.tokenizer.num_ids
+    assert prepared.tokenizer.pad_id == num_ids - 1
+    assert (
+        prepared.describe_tokenizer() == f"bpe: {num_ids} ids, separator <|endoftext|> = 0, pad <|pad|> = {num_ids - 1}"
+    )
+    assert '"pad_token": "<|pad|>"' in (config.run_folder / "tokenizer" / "tokenizer_config.json").read_text()
+    assert (prepared.index["fingerprint"]["pad"], prepared.index["separator_id"]) == ("<|pad|>", 0)
+    assert data.prepare(config).tokenizer.pad_id == prepared.tokenizer.pad_id
+    assert "saw pad = none, want pad = <|pad|>" in problem(make(root))
+    no_room = make(root, run__name="other", tokenizer__pad="<|pad|>", model__vocab_size=280)
+    assert "saw 281, want at most model.vocab_size = 280" in problem(no_room)
+
+
+@pytest.mark.parametrize("name", ["given", "smollm2"])
+def test_an_index_of_version_0_1_is_accepted_as_it_is(root: Path, name: str, monkeypatch: pytest.MonkeyPatch):
+    """It held {"tokenizer": {"sha256": ...}} and no name, no pad, no separator_id."""
+    Tokenizer.train_bpe(["This is document"], 262, "<|endoftext|>").save(root / "given")
+    prepared = data.prepare(given(root))
+    file = given(root).run_folder / "data" / "index.json"
+    index = json.loads(file.read_text())
+    assert index["fingerprint"]["tokenizer"].pop("name") == str(root / "given")
+    assert index["fingerprint"].pop("pad") is None
+    assert index.pop("separator_id") == 0
+    assert set(index["fingerprint"]) == {"sources", "tokenizer", "separator", "validation_share"}
+    file.write_text(json.dumps(index, indent=1) + "\n")
+    before = snapshot(file.parent)
+    monkeypatch.setattr(standins, "prepare", None)  # nor is a package downloaded for it
+    config = given(root) if name == "given" else make(root, tokenizer__name=name, tokenizer__vocab_size=None)
+    again = data.prepare(config)
+    assert (again.train == prepared.train).all()
+    assert snapshot(file.parent) == before
+    padded = make(root, tokenizer__name=name, tokenizer__vocab_size=None, tokenizer__pad="<|pad|>")
+    assert "saw pad = <|pad|>, want pad = none" in problem(padded)
+
+
+def test_one_line_about_the_tokenizer(root: Path):
+    prepared = data.prepare(make(root))
+    assert prepared.describe_tokenizer() == f"bpe: {prepared.tokenizer.num_ids} ids, separator <|endoftext|> = 0"
+
+
+def test_a_long_preparation_says_how_far_it_is(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    data.prepare(make(root))
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(cached, "PROGRESS_S", 0)
+    prepared = data.prepare(make(root, run__name="long"))
+    *_, last = lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 20
+    train, validation = len(prepared.train), len(prepared.validation)
+    assert last == f"data: {train:,} train tokens and {validation:,} validation tokens of 20 documents so far"
 
 
 def test_more_than_65536_ids_take_uint32(root: Path, monkeypatch: pytest.MonkeyPatch):

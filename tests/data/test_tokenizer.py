@@ -9,7 +9,8 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models
-from transformers import PreTrainedTokenizerFast
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from smoltrain.data.tokenizer import Tokenizer, pieces
 from smoltrain.errors import UserError
@@ -70,13 +71,63 @@ def test_a_round_trip_through_a_folder(tmp_path: Path):
     assert again.encode_batch([*TEXTS, SEPARATOR]) == TRAINED.encode_batch([*TEXTS, SEPARATOR])
 
 
-def test_transformers_loads_the_folder(tmp_path: Path):
+def test_transformers_loads_the_folder_and_gives_the_same_ids(tmp_path: Path):
     TRAINED.save(tmp_path)
-    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
     text = "the cat , the mat .\n  Ünï"
     assert theirs(text)["input_ids"] == TRAINED.encode(text)
     assert theirs.decode(TRAINED.encode(text)) == text
-    assert (theirs.eos_token, theirs.eos_token_id) == (SEPARATOR, 0)
+    assert (theirs.eos_token, theirs.eos_token_id, theirs.pad_token) == (SEPARATOR, 0, None)
+    assert "model_max_length" not in (tmp_path / "tokenizer_config.json").read_text()
+
+
+def copy(separator: str = SEPARATOR, pad: str | None = None) -> Tokenizer:
+    """A tokenizer of its own, for `pad` changes what it is given."""
+    return Tokenizer(tokenizers.Tokenizer.from_str(TRAINED._inner.to_str()), separator, pad)
+
+
+def test_a_pad_token_gets_the_next_id_and_is_special_for_all_that_load_it(tmp_path: Path):
+    padded = copy(pad="<|pad|>")
+    assert (padded.pad_id, padded.num_ids) == (TRAINED.num_ids, TRAINED.num_ids + 1)
+    assert padded.special_ids == {0, padded.pad_id}
+    assert padded.pad_id in padded.unspoken_ids(padded.num_ids + 2)
+    assert padded.pad_id not in padded.encode("a<|pad|>b")
+    assert padded.decode([padded.pad_id, *padded.encode("the cat<|pad|>")]) == "the cat<|pad|>"
+    padded.save(tmp_path, model_max_length=77)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.pad_token, theirs.pad_token_id, theirs.model_max_length) == ("<|pad|>", padded.pad_id, 77)
+    again = Tokenizer.from_folder(tmp_path, SEPARATOR, "<|pad|>")
+    assert (again.pad_id, again.num_ids) == (padded.pad_id, padded.num_ids)
+    assert again.fingerprint() == padded.fingerprint() != TRAINED.fingerprint()
+    assert Tokenizer.train_bpe(TEXTS, 300, SEPARATOR, "<|pad|>").fingerprint() == padded.fingerprint()
+
+
+def test_a_pad_token_that_is_there_is_used_as_it_is():
+    same = copy(pad=SEPARATOR)
+    assert same.pad_id == same.separator_id == 0
+    assert same.fingerprint() == TRAINED.fingerprint()
+
+
+def test_a_pad_token_that_cannot_be_one():
+    with pytest.raises(UserError, match="'a', an ordinary token with id"):
+        copy(pad="a")
+    with pytest.raises(UserError, match="the pad token cannot be added: saw '' as id None"):
+        copy(pad="")
+    gaps = tokenizers.Tokenizer(models.WordLevel({"a": 0, SEPARATOR: 1, "b": 3}, unk_token="a"))
+    gaps.add_special_tokens([SEPARATOR])
+    with pytest.raises(UserError, match="saw '<pad>' as id 3, want id 4"):  # where "b" stands
+        Tokenizer(gaps, SEPARATOR, "<pad>")
+
+
+def test_a_tokenizer_that_begins_each_text_with_a_token_no_longer_does(tmp_path: Path):
+    begins = tokenizers.Tokenizer.from_str(TRAINED._inner.to_str())
+    begins.post_processor = TemplateProcessing(single=f"{SEPARATOR} $A", special_tokens=[(SEPARATOR, 0)])
+    begins.save(str(tmp_path / "tokenizer.json"))
+    assert begins.encode("a cat").ids[0] == 0
+    ours = Tokenizer.from_folder(tmp_path, SEPARATOR)
+    ours.save(tmp_path / "saved")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert theirs("a cat")["input_ids"] == ours.encode("a cat") == TRAINED.encode("a cat")
 
 
 def test_training_is_deterministic_in_another_process_with_one_thread():

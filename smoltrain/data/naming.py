@@ -1,0 +1,89 @@
+"""What `tokenizer.name` can be, and the tokenizer that each form of it stands for."""
+
+from pathlib import Path
+
+import tokenizers
+from tokenizers import models
+
+from smoltrain.data import hub, standins
+from smoltrain.data.sources import one_line
+from smoltrain.data.tokenizer import FILE, Tokenizer, byte_level
+from smoltrain.errors import Problem, UserError, nearest
+from smoltrain.schema import TokenizerSection
+
+TIKTOKEN = "tiktoken:gpt2"
+TIKTOKEN_S = 60.0  # tiktoken itself would wait for its server for ever
+SHORT_NAMES = ("bpe", *standins.NAMES, TIKTOKEN)
+
+
+def named(section: TokenizerSection) -> Tokenizer:
+    """The tokenizer of any name but 'bpe', which is no tokenizer before it is trained.
+
+    Errors: UserError if the name has no known form, or what it names cannot be had or read, or lacks the separator.
+    """
+    name, separator, pad = section.name, section.separator, section.pad
+    if not is_folder(name):
+        if name in standins.NAMES:
+            return Tokenizer.from_folder(standins.prepare(name), separator, pad)
+        if name == TIKTOKEN:
+            return Tokenizer(_from_tiktoken(), separator, pad)
+        if hub.is_name(name):
+            return Tokenizer.from_folder(hub.tokenizer_file(name).parent, separator, pad)
+        if "/" not in name and not name.startswith("~"):
+            want = f"{nearest(name, SHORT_NAMES)}, a folder with {FILE}, or OWNER/NAME on the Hugging Face Hub"
+            raise UserError(Problem("no such tokenizer", repr(name), want, "tokenizer.name"))
+    return Tokenizer.from_folder(name, separator, pad)
+
+
+def is_folder(name: str) -> bool:
+    """Whether a name is that of a local folder with a tokenizer, which comes before any other meaning of it."""
+    return (Path(name).expanduser() / FILE).is_file()
+
+
+def _from_tiktoken() -> tokenizers.Tokenizer:
+    """tiktoken's GPT-2 with the same ids. tiktoken keeps the ranks of the merged tokens, but not what was merged."""
+    try:
+        import tiktoken
+    except ImportError:
+        want = "`pip install tiktoken`, or tokenizer=gpt2, which has the same ids"
+        raise UserError(Problem("tiktoken is not installed", repr(TIKTOKEN), want, "tokenizer.name")) from None
+    try:
+        encoding = hub.within(TIKTOKEN_S, lambda: tiktoken.get_encoding("gpt2"))
+    except (OSError, ValueError) as error:
+        want = "its two files from openaipublic.blob.core.windows.net, or tokenizer=gpt2, which has the same ids"
+        raise UserError(Problem("tiktoken cannot load its GPT-2", _root(error), want, "tokenizer.name")) from None
+    letter = _letters()
+    ranks: dict[bytes, int] = {}
+    merges: list[tuple[str, str]] = []
+    spelled: dict[bytes, str] = {}
+    for rank in range(encoding.eot_token):
+        token = encoding.decode_single_token_bytes(rank)
+        spelled[token] = "".join(letter[byte] for byte in token)
+        if len(token) > 1:
+            left, right = _halves(token, ranks)
+            merges.append((spelled[left], spelled[right]))
+        ranks[token] = rank
+    vocabulary = {spelled[token]: rank for token, rank in ranks.items()} | {standins.SEPARATOR: encoding.eot_token}
+    return byte_level(models.BPE(vocabulary, merges), [standins.SEPARATOR])
+
+
+def _root(error: BaseException) -> str:
+    """What the innermost of nested errors says: an HTTP client wraps the system's short one in long ones."""
+    inner = error.__cause__ or error.__context__
+    return one_line(error) if inner is None else _root(inner)
+
+
+def _halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens whose merge is `token`: what BPE leaves of it while it knows only the merges of lower rank."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        first = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return parts[0], parts[1]
+
+
+def _letters() -> dict[int, str]:
+    """GPT-2's letter for each byte: itself where it can be seen in Latin-1, else one from U+0100 on."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = (byte for byte in range(256) if byte not in visible)
+    return {byte: chr(byte) for byte in visible} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
