@@ -3,13 +3,14 @@
 Legend: B batch (1 here), T tokens, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smoltrain.errors import Problem, UserError
-from smoltrain.model import Decoder, KVCache
+from smoltrain.model import LanguageModel
 from smoltrain.schema import GenerationSection
 
 
@@ -32,7 +33,7 @@ def sample(logits_V: Tensor, settings: GenerationSection, greedy: bool, generato
 
 
 def generate(
-    model: Decoder,
+    model: LanguageModel,
     prompt_ids: Sequence[int],
     settings: GenerationSection,
     *,
@@ -72,12 +73,25 @@ def generate(
 
 
 @torch.no_grad()
-def _next_logits(model: Decoder, ids: list[int], cache: KVCache) -> Tensor:
+def _next_logits(model: LanguageModel, ids: list[int], cache: Any) -> Tensor:
     """Logits [V] behind the ids; a function, so that between two tokens the caller finds its own modes unchanged."""
     training = model.training
     model.eval()
     try:
-        ids_BT = torch.tensor([ids], device=model.embed_tokens.weight.device)
-        return model(ids_BT, cache=cache)[0, -1]
+        ids_BT = torch.tensor([ids], device=model.device)
+        return model(ids_BT, cache=cache, last_only=True)[0, -1]
     finally:
         model.train(training)
+
+
+def spoken(prompt_ids: list[int], new_ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """The text of new ids as they come. A character whose bytes are not all there yet waits for the rest of them."""
+    ids = list(prompt_ids)
+    told = len(decode(ids))
+    for new in new_ids:
+        ids.append(new)
+        text = decode(ids).rstrip("\ufffd")
+        if len(text) > told:
+            yield text[told:]
+            told = len(text)
+    yield decode(ids)[told:]

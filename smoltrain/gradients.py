@@ -28,9 +28,12 @@ def by_layer(gradients: Iterable[tuple[str, torch.Tensor]]) -> dict[str, LayerGr
 
 
 def layer_of(parameter: str) -> str:
-    """'layers.03' for 'layers.3.mlp.up_proj.weight' (zero-padded, so that names sort), else the first word."""
-    block = re.search(r"layers\.(\d+)\.", parameter)
-    return f"layers.{int(block[1]):02d}" if block else parameter.removeprefix("model.").split(".")[0]
+    """'layers.03' for a parameter of the fourth block (zero-padded, so that names sort), else the owner of the tensor.
+
+    Blocks are numbered behind layers, layer, h, blocks or block in the decoder and in the models of transformers.
+    """
+    block = re.search(r"\b(?:layers?|h|blocks?)\.(\d+)\.", parameter)
+    return f"layers.{int(block[1]):02d}" if block else parameter.split(".")[-2:][0]
 
 
 def _summary(values: np.ndarray) -> LayerGradient:

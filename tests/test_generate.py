@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from smoltrain.errors import UserError
-from smoltrain.generate import generate, sample
-from smoltrain.model import Decoder, build
-from smoltrain.schema import GenerationSection, ModelSection
+from smoltrain.generate import generate, sample, spoken
+from smoltrain.model import HuggingFaceModel, LanguageModel, build
+from smoltrain.schema import GenerationSection, ModelSection, TransformersSection
 
 PROMPT = [3, 1, 4, 1, 5]
 PROBABILITIES = [0.15, 0.5, 0.05, 0.3]  # by size: ids 1, 3, 0, 2
@@ -27,25 +27,38 @@ def counts(probabilities: Sequence[float], s: GenerationSection, draws: int = 40
     return Counter(sample(logits, s, False, generator) for _ in range(draws))
 
 
-@pytest.fixture(scope="module")
-def model() -> Decoder:
-    shape = ModelSection(
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=32,
-        dropout=0.1,
-        initializer_range=0.2,
-    )
+DECODER = ModelSection(
+    vocab_size=40,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=48,
+    max_position_embeddings=32,
+    dropout=0.1,
+    initializer_range=0.2,
+)
+GPT2 = TransformersSection(
+    kind="transformers",
+    model_type="gpt2",
+    vocab_size=40,
+    max_position_embeddings=32,
+    config={"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.1, "initializer_range": 0.2},
+)
+
+
+def fresh(section: ModelSection | TransformersSection) -> LanguageModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return build(shape)
+        return build(section)
 
 
-def naive(model: Decoder, ids: list[int], count: int) -> list[int]:
+@pytest.fixture(scope="module", params=[DECODER, GPT2], ids=["decoder", "transformers"])
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return fresh(request.param)
+
+
+def naive(model: LanguageModel, ids: list[int], count: int) -> list[int]:
     """Greedy generation without a cache."""
     ids = list(ids)
     model.eval()
@@ -107,11 +120,30 @@ def test_a_banned_token_is_never_drawn():
     assert set(drawn) == {1, 3}
 
 
-def test_the_cache_gives_what_the_whole_text_gives(model: Decoder):
+def test_the_cache_gives_what_the_whole_text_gives(model: LanguageModel):
     assert list(generate(model, PROMPT, settings(), stop_id=None, greedy=True)) == naive(model, PROMPT, 10)
 
 
-def test_one_seed_one_text(model: Decoder):
+def test_greedy_text_is_that_of_transformers():
+    model = fresh(GPT2)
+    assert isinstance(model, HuggingFaceModel)
+    theirs = model.inner.eval().generate(
+        torch.tensor([PROMPT]), attention_mask=torch.ones(1, 5), max_new_tokens=20, do_sample=False, pad_token_id=0
+    )
+    ours = list(generate(model, PROMPT, settings(max_tokens=20), stop_id=None, greedy=True))
+    assert PROMPT + ours == theirs[0].tolist()
+    assert len(set(ours)) > 3
+
+
+def test_only_the_last_logits_are_made(model: LanguageModel):
+    made: list[torch.Size] = []
+    hook = model.register_forward_hook(lambda module, args, out: made.append(out.shape))
+    list(generate(model, PROMPT, settings(max_tokens=3), stop_id=None))
+    hook.remove()
+    assert made == [(1, 1, 40)] * 3
+
+
+def test_one_seed_one_text(model: LanguageModel):
     def text(seed: int) -> list[int]:
         return list(generate(model, PROMPT, settings(max_tokens=20), stop_id=None, seed=seed))
 
@@ -119,13 +151,13 @@ def test_one_seed_one_text(model: Decoder):
     assert text(7) != text(8)
 
 
-def test_it_stops_at_the_stop_token_and_does_not_yield_it(model: Decoder):
+def test_it_stops_at_the_stop_token_and_does_not_yield_it(model: LanguageModel):
     whole = naive(model, PROMPT, 10)
     stop = whole[4]
     assert list(generate(model, PROMPT, settings(), stop_id=stop, greedy=True)) == whole[: whole.index(stop)]
 
 
-def test_banned_ids_are_avoided_but_the_stop_token_is_not(model: Decoder):
+def test_banned_ids_are_avoided_but_the_stop_token_is_not(model: LanguageModel):
     first = naive(model, PROMPT, 1)[0]
     assert list(generate(model, PROMPT, settings(), stop_id=first, banned_ids=[first], greedy=True)) == []
     banned = [i for i in range(40) if i not in (8, 9)]
@@ -135,18 +167,18 @@ def test_banned_ids_are_avoided_but_the_stop_token_is_not(model: Decoder):
 
 
 @pytest.mark.parametrize(("prompt", "new"), [(5, 27), (30, 2), (31, 1)])
-def test_it_stops_when_positions_are_used_up(model: Decoder, prompt: int, new: int):
+def test_it_stops_when_positions_are_used_up(model: LanguageModel, prompt: int, new: int):
     assert len(list(generate(model, [1] * prompt, settings(max_tokens=99), stop_id=None))) == new
 
 
 @pytest.mark.parametrize(("prompt", "saw"), [([], "no tokens"), ([1] * 32, "32 tokens"), ([1] * 40, "40 tokens")])
-def test_a_prompt_that_cannot_be_continued_is_refused_at_once(model: Decoder, prompt: list[int], saw: str):
+def test_a_prompt_that_cannot_be_continued_is_refused_at_once(model: LanguageModel, prompt: list[int], saw: str):
     with pytest.raises(UserError) as error:
         generate(model, prompt, settings(), stop_id=None)
     assert error.value.problems[0].saw == saw
 
 
-def test_the_caller_finds_everything_as_it_was(model: Decoder):
+def test_the_caller_finds_everything_as_it_was(model: LanguageModel):
     def state() -> tuple[bool, bool, Tensor]:
         return model.training, torch.is_grad_enabled(), torch.get_rng_state()
 
@@ -161,3 +193,21 @@ def test_the_caller_finds_everything_as_it_was(model: Decoder):
             assert torch.equal(rng_now, before[2])
     model.train()
     assert all(p.grad is None for p in model.parameters())
+
+
+def read(ids: list[int]) -> str:
+    """The text of ids that are bytes."""
+    return bytes(ids).decode(errors="replace")
+
+
+@pytest.mark.parametrize("text", ["", "plain", "é", "a🙂b🙂🙂", "tail \ufffd", "\ufffd\ufffdx", "日本"])
+@pytest.mark.parametrize("prompt", ["", "Prompt 🙂"])
+def test_text_is_told_whole_and_by_whole_characters(text: str, prompt: str):
+    pieces = list(spoken(list(prompt.encode()), list(text.encode()), read))
+    assert "".join(pieces) == text
+    if "\ufffd" not in text:
+        assert [piece for piece in pieces if piece] == list(text)
+
+
+def test_a_character_that_never_ends_is_told_at_the_end():
+    assert "".join(spoken([], b"a\xf0\x9f", read)) == "a\ufffd"

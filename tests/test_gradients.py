@@ -10,7 +10,7 @@ import torch
 
 from smoltrain import data, gradients, model
 from smoltrain.data import Loader
-from smoltrain.schema import Config
+from smoltrain.schema import Config, TransformersSection
 from tests import tiny
 from tests.ranks import world
 
@@ -27,6 +27,15 @@ ACCUMULATION = 2
         ("model.embed_tokens.weight", "embed_tokens"),
         ("model.norm.weight", "norm"),
         ("lm_head.weight", "lm_head"),
+        ("inner.model.layers.3.self_attn.q_proj.weight", "layers.03"),
+        ("inner.model.embed_tokens.weight", "embed_tokens"),
+        ("inner.lm_head.weight", "lm_head"),
+        ("inner.transformer.h.3.attn.c_attn.bias", "layers.03"),
+        ("inner.transformer.wte.weight", "wte"),
+        ("inner.transformer.ln_f.bias", "ln_f"),
+        ("inner.gpt_neox.layers.10.mlp.dense_h_to_4h.weight", "layers.10"),
+        ("inner.model.layers.2.mlp.experts.7.up_proj.weight", "layers.02"),
+        ("inner.rwkv.blocks.1.attention.key.weight", "layers.01"),
         ("weight", "weight"),
     ],
 )
@@ -38,6 +47,11 @@ def test_every_parameter_of_the_model_belongs_to_a_block_or_to_an_end(tmp_path: 
     net = model.build(tiny.load(tmp_path).model)
     names = {gradients.layer_of(name) for name, _ in net.named_parameters()}
     assert names == {"embed_tokens", "layers.00", "layers.01", "norm"}
+    theirs = TransformersSection(
+        kind="transformers", model_type="gpt2", vocab_size=61, max_position_embeddings=8, config={"n_layer": 2}
+    )
+    names = {gradients.layer_of(name) for name, _ in model.build(theirs, device="meta").named_parameters()}
+    assert names == {"wte", "wpe", "layers.00", "layers.01", "ln_f"}
 
 
 def test_norm_and_histogram_are_those_of_the_layers_whole_gradient() -> None:

@@ -1,8 +1,22 @@
-"""The language model: a decoder, its attention kernel and its loss."""
+"""The language model: two kinds behind one interface, the attention kernel and the loss."""
 
 from smoltrain.model.attention import Kernel, choose
-from smoltrain.model.decoder import Decoder, build, parameter_count
+from smoltrain.model.decoder import Decoder
+from smoltrain.model.interface import LanguageModel
+from smoltrain.model.kinds import attention_dropout, build, parameter_count
 from smoltrain.model.layers import KVCache
 from smoltrain.model.loss import IGNORED
+from smoltrain.model.transformers_model import HuggingFaceModel
 
-__all__ = ["IGNORED", "Decoder", "KVCache", "Kernel", "build", "choose", "parameter_count"]
+__all__ = [
+    "IGNORED",
+    "Decoder",
+    "HuggingFaceModel",
+    "KVCache",
+    "Kernel",
+    "LanguageModel",
+    "attention_dropout",
+    "build",
+    "choose",
+    "parameter_count",
+]

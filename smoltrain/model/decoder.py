@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from smoltrain.model.attention import Kernel
+from smoltrain.model.interface import LanguageModel
 from smoltrain.model.layers import Block, KVCache, norm, rotary_angles
 from smoltrain.model.loss import summed_cross_entropy
 from smoltrain.schema import ModelSection
@@ -18,12 +19,12 @@ from smoltrain.schema import ModelSection
 SDPA = Kernel("sdpa", "the default")
 
 
-class Decoder(nn.Module):
-    """A pre-norm decoder in the shape of Llama or GPT-2, as `section` says. Build it with `build`."""
+class Decoder(LanguageModel):
+    """A pre-norm decoder in the shape of Llama or GPT-2, as `section` says. Make it with `fresh`."""
 
     def __init__(self, section: ModelSection, kernel: Kernel, recompute_every: int) -> None:
         super().__init__()
-        self.section = section
+        self._section = section
         self.recompute_every = recompute_every
         V, D = section.vocab_size, section.hidden_size
         self.embed_tokens = nn.Embedding(V, D)
@@ -33,6 +34,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(section, kernel, i) for i in range(section.num_hidden_layers))
         self.norm = norm(section)
         self.lm_head = None if section.tie_word_embeddings else nn.Linear(D, V, bias=False)
+
+    @property
+    def section(self) -> ModelSection:
+        """The decoder's shape."""
+        return self._section
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -51,11 +57,15 @@ class Decoder(nn.Module):
                 writes = name.endswith(("o_proj.weight", "down_proj.weight"))
                 weight.normal_(0.0, std / (2 * len(self.layers)) ** 0.5 if writes else std)
 
-    def forward(self, ids_BT: Tensor, labels_BT: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """The summed loss of the labels, an fp32 scalar; without labels the logits [B, T, V].
-
-        `labels_BT` are shifted already. With a cache the ids continue the tokens in it, and are added to it.
-        """
+    def forward(
+        self,
+        ids_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        cache: KVCache | None = None,
+        *,
+        last_only: bool = False,
+    ) -> Tensor:
+        """See LanguageModel."""
         start = cache.length if cache is not None else 0
         positions_T = torch.arange(start, start + ids_BT.size(1), device=ids_BT.device)
         x_BTD = self.embed_tokens(ids_BT)
@@ -74,6 +84,8 @@ class Decoder(nn.Module):
                 x_BTD = block(x_BTD, rotary, cache)
         if cache is not None:
             cache.length += ids_BT.size(1)
+        if last_only:
+            x_BTD = x_BTD[:, -1:]  # prompt x vocabulary logits can be larger than all activations
         x_BTD = self.norm(x_BTD)
         head_VD = (self.lm_head or self.embed_tokens).weight
         if labels_BT is None:
@@ -86,28 +98,18 @@ class Decoder(nn.Module):
         return KVCache(self.section, batch, max_length, device=weight.device, dtype=weight.dtype)
 
 
-def build(
-    model: ModelSection,
-    *,
-    gradient_checkpointing: Literal["none", "full"] | int = "none",
-    attention: Kernel | None = None,
-    device: torch.device | str = "cpu",
+def fresh(
+    section: ModelSection,
+    gradient_checkpointing: Literal["none", "full"] | int,
+    attention: Kernel | None,
+    device: torch.device | str,
 ) -> Decoder:
-    """A decoder with fresh fp32 weights; the same ones for the same torch.manual_seed.
-
-    Gradient checkpointing recomputes no block, every block, or every n-th block. `attention` is torch's SDPA unless
-    `attention.choose` found better. On the device 'meta' nothing is allocated, which is enough to count parameters.
-    """
+    """See kinds.build."""
     named = {"none": 0, "full": 1}
     every = named[gradient_checkpointing] if isinstance(gradient_checkpointing, str) else gradient_checkpointing
     with torch.device("meta"):  # skips the initialization of torch's own layers
-        decoder = Decoder(model, attention or SDPA, every)
+        decoder = Decoder(section, attention or SDPA, every)
     if torch.device(device).type != "meta":
         decoder.to_empty(device=device)
         decoder.initialize()
     return decoder
-
-
-def parameter_count(module: nn.Module) -> int:
-    """Parameters of a module, a shared one counted once."""
-    return sum(p.numel() for p in module.parameters())

@@ -15,5 +15,10 @@ def summed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor)
     A sum, because only the caller knows the number of valid tokens over all micro-batches and ranks of a step.
     The labels are shifted already: labels_N[i] is the target of hidden_ND[i].
     """
-    logits_NV = F.linear(hidden_ND, weight_VD).float()  # bf16 would round the log-softmax to 3 digits
-    return F.cross_entropy(logits_NV, labels_N, ignore_index=IGNORED, reduction="sum")
+    return summed_cross_entropy_of_logits(F.linear(hidden_ND, weight_VD), labels_N)
+
+
+def summed_cross_entropy_of_logits(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """The same, for a model whose logits are more than a product (scaled or soft-capped ones)."""
+    # In bf16 the log-softmax would be rounded to 3 digits.
+    return F.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORED, reduction="sum")

@@ -39,10 +39,16 @@ def section(shape: dict[str, Any], **changes: Any) -> ModelSection:
     return ModelSection.model_validate({**shape, **changes})
 
 
-def decoder(shape: dict[str, Any], *, seed: int = 0, **changes: Any) -> Decoder:
+def built(section: ModelSection, *, seed: int = 0, **options: Any) -> Decoder:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build(section(shape, **changes))
+        model = build(section, **options)
+    assert isinstance(model, Decoder)
+    return model
+
+
+def decoder(shape: dict[str, Any], *, seed: int = 0, **changes: Any) -> Decoder:
+    return built(section(shape, **changes), seed=seed)
 
 
 def batch(rows: int = 2, tokens: int = 20) -> tuple[Tensor, Tensor]:
@@ -294,15 +300,15 @@ def test_no_token_sees_a_later_one(shape: dict[str, Any]):
 @pytest.mark.parametrize("kernel", ["sdpa", "math"])
 @pytest.mark.parametrize("pieces", [[1] * 20, [7, 1, 5, 1, 6], [20]], ids=["single", "mixed", "whole"])
 def test_the_cache_changes_nothing(shape: dict[str, Any], kernel: Literal["sdpa", "math"], pieces: list[int]):
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = build(section(shape, initializer_range=0.15), attention=Kernel(kernel, "test")).eval()
+    model = built(section(shape, initializer_range=0.15), attention=Kernel(kernel, "test")).eval()
     ids, _ = batch()
     cache = model.new_cache(2, 20)
     with torch.no_grad():
         logits = torch.cat([model(piece, cache=cache) for piece in ids.split(pieces, dim=1)], 1)
         torch.testing.assert_close(logits, model(ids), rtol=0, atol=1e-5)
-    assert cache.length == 20
+        last = model(ids[:, :9], cache=(again := model.new_cache(2, 20)), last_only=True)
+        torch.testing.assert_close(last, logits[:, 8:9], rtol=0, atol=1e-5)
+    assert (cache.length, again.length) == (20, 9)
 
 
 def loss_and_gradients(model: Decoder) -> tuple[Tensor, Tensors]:
@@ -321,9 +327,7 @@ def test_gradient_checkpointing_changes_no_number(
 ):
     runs = []
     for chosen in ("none", mode):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = build(section(LLAMA, dropout=dropout, attention_dropout=dropout), gradient_checkpointing=chosen)
+        model = built(section(LLAMA, dropout=dropout, attention_dropout=dropout), gradient_checkpointing=chosen)
         calls = []
         for i, block in enumerate(model.layers):
             block.register_forward_pre_hook(lambda module, args, i=i, calls=calls: calls.append(i))
@@ -339,9 +343,7 @@ def test_gradient_checkpointing_changes_no_number(
 def test_the_kernels_agree():
     runs = []
     for name in ("sdpa", "math"):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = build(section(LLAMA, initializer_range=0.1), attention=Kernel(name, "test"))
+        model = built(section(LLAMA, initializer_range=0.1), attention=Kernel(name, "test"))
         runs.append(loss_and_gradients(model))
     (a, grads_a), (b, grads_b) = runs
     torch.testing.assert_close(a, b, rtol=1e-6, atol=0)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from smoltrain.model.loss import IGNORED, summed_cross_entropy
+from smoltrain.model.loss import IGNORED, summed_cross_entropy, summed_cross_entropy_of_logits
 
 
 def case(tokens: int, ignored: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,6 +34,7 @@ def test_it_is_torch_cross_entropy():
     hidden, weight, labels = case(40, [3])
     want = F.cross_entropy(hidden @ weight.T, labels, reduction="sum")
     torch.testing.assert_close(summed_cross_entropy(hidden, weight, labels), want)
+    torch.testing.assert_close(summed_cross_entropy_of_logits(hidden @ weight.T, labels), want)
 
 
 @pytest.mark.parametrize("tokens", [0, 5])

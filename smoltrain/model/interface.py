@@ -1,0 +1,40 @@
+"""What a language model is to the rest of smoltrain, of whichever kind.
+
+Legend: B batch, T tokens, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smoltrain.schema import ModelSection, TransformersSection
+
+
+class LanguageModel(nn.Module, ABC):
+    """Token ids in, logits or the summed loss out; text goes on from a key-value cache."""
+
+    @property
+    @abstractmethod
+    def section(self) -> ModelSection | TransformersSection:
+        """The part of the config that this model was built from."""
+
+    @abstractmethod
+    def forward(
+        self, ids_BT: Tensor, labels_BT: Tensor | None = None, cache: Any = None, *, last_only: bool = False
+    ) -> Tensor:
+        """The summed loss of the labels, an fp32 scalar; without labels the logits [B, T, V].
+
+        `labels_BT` are shifted already, and IGNORED where there is no target. With a cache (of `new_cache`) the ids
+        continue the tokens in it, and are added to it. `last_only` gives the logits of the last token, [B, 1, V].
+        """
+
+    @abstractmethod
+    def new_cache(self, batch: int, max_length: int) -> Any:
+        """An empty cache for this model, where its weights are and in their dtype; its `length` counts the tokens."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device

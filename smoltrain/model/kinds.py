@@ -1,0 +1,42 @@
+"""The two kinds of model behind one function: smoltrain's own decoder, and those of transformers."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from smoltrain.model import decoder, transformers_model
+from smoltrain.model.attention import Kernel
+from smoltrain.model.interface import LanguageModel
+from smoltrain.schema import ModelSection, TransformersSection
+
+
+def build(
+    section: ModelSection | TransformersSection,
+    *,
+    gradient_checkpointing: Literal["none", "full"] | int = "none",
+    attention: Kernel | None = None,
+    device: torch.device | str = "cpu",
+) -> LanguageModel:
+    """A model with fresh fp32 weights; the same ones for the same torch.manual_seed.
+
+    Gradient checkpointing recomputes no block, every block, or every n-th block (of the decoder only). `attention` is
+    torch's SDPA where the model has it, unless `attention.choose` found better. On the device 'meta' no weight is
+    allocated, which is enough to count them, and to check the section.
+    Errors: UserError for a section that transformers refuses, or a kernel that this model does not have.
+    """
+    if isinstance(section, ModelSection):
+        return decoder.fresh(section, gradient_checkpointing, attention, device)
+    return transformers_model.fresh(section, gradient_checkpointing, attention, device)
+
+
+def attention_dropout(section: ModelSection | TransformersSection) -> float:
+    """Probability of dropout on the attention weights, which not every kernel has. Errors: as `build`."""
+    if isinstance(section, ModelSection):
+        return section.attention_dropout
+    return transformers_model.attention_dropout(section)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Parameters of a module, a shared one counted once."""
+    return sum(p.numel() for p in module.parameters())
