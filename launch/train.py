@@ -1,5 +1,6 @@
 """One rank of a training run: `deepspeed launch/train.py RECIPE [key=value ...]`, or torchrun, or plain python."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from smoltrain import config
 from smoltrain.errors import BAD_INPUT, FAULT, TrainingStopped, UserError, report
 
 LAST_WORD_S = 5.0
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def main(words: list[str]) -> int:
@@ -21,6 +23,9 @@ def main(words: list[str]) -> int:
         words = ["quickstart", *words]
     try:
         settings = config.load(words[0], words[1:])
+        if settings.engine.device != "auto":
+            os.environ["DS_ACCELERATOR"] = settings.engine.device  # which DeepSpeed reads when it is imported
+        keep_freed_memory()
         from smoltrain import train  # seconds of imports, which a mistake in the words should not cost
 
         return train.run(settings)
@@ -33,6 +38,16 @@ def main(words: list[str]) -> int:
     except BaseException:
         traceback.print_exc()
         return FAULT
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed instead of giving it back to the kernel (man 3 mallopt), where libc is glibc.
+
+    AdamW's temporaries on a CPU are as large as the model; each was a new mapping, whose pages the kernel zeroed again.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 if __name__ == "__main__":

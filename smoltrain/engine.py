@@ -165,8 +165,10 @@ class Engine:
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
             if not keep:
                 return {}
-            own = dict(self.module.named_parameters())  # named_parameters gives a tied tensor once
-            return {name: p.detach().to("cpu", copy=True) for name, p in own.items()}
+            own = dict(self.module.named_parameters())  # which gives a tied tensor once
+            tied = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+            own |= {name: b for name, b in self.module.state_dict().items() if name not in tied}  # persistent buffers
+            return {name: value.detach().to("cpu", copy=True) for name, value in own.items()}
 
     def checkpoint_bytes(self) -> int:
         """About what one checkpoint takes on disk: compute weights twice, fp32 masters and both moments once."""

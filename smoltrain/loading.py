@@ -1,60 +1,81 @@
-"""A trained model back from its run folder, on one process and without DeepSpeed."""
+"""A trained model back on one process and without DeepSpeed: out of a run folder, or out of a Hugging Face folder."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
+import torch
+from pydantic import ValidationError
 
-from smoltrain import checkpoint, config, model
-from smoltrain.data.tokenizer import Tokenizer
-from smoltrain.errors import Problem, UserError
-from smoltrain.model import Decoder
-from smoltrain.schema import Config
+from smoltrain import checkpoint, config, huggingface, model
+from smoltrain.data.tokenizer import FILE, Tokenizer
+from smoltrain.errors import Problem, UserError, invalid
+from smoltrain.model import LanguageModel
+from smoltrain.schema import Config, GenerationSection, RunSection
+
+RUNS = Path("runs")
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What generation needs of a run."""
+    """A model, and what goes with it wherever it came from."""
 
-    model: Decoder  # fp32, in eval mode
+    model: LanguageModel  # fp32, in eval mode; its shape is model.section
+    dtype: torch.dtype  # that the weights are stored in
     tokenizer: Tokenizer
-    config: Config
-    step: int
+    generation: GenerationSection
+    seed: int
+    folder: Path  # the run's, or the Hugging Face folder itself
+    step: int | None = None  # of the checkpoint; None for a Hugging Face folder, as are the next two
+    manifest: checkpoint.Manifest | None = None
+    config: Config | None = None
 
 
-def load_run(run: str, step: int | None = None) -> LoadedRun:
-    """The model of a run's newest valid checkpoint, or of that of `step`; `run` is a folder or a name under runs/.
+def load_run(source: str, step: int | None = None, runs: Path = RUNS) -> LoadedRun:
+    """The model of a run's newest valid checkpoint, or of that of `step`; or that of a Hugging Face folder.
 
-    Errors: UserError for a folder that is no run, a step that has no checkpoint, a checkpoint that does not verify.
+    `source` is a folder, or the name of a run under `runs`.
+    Errors: UserError for a folder that is neither, a step that has no checkpoint, a checkpoint that does not verify, a
+    class that the decoder cannot be (huggingface.SUPPORTED), and files that do not fit each other.
     """
-    folder = _folder(run)
+    if is_huggingface(Path(source)):
+        if step is not None:
+            raise UserError(
+                Problem("this folder has no checkpoints", str(step), "a run for --checkpoint", "--checkpoint")
+            )
+        return _from_huggingface(Path(source))
+    folder = run_folder(source, runs)
     settings = config.read(folder / "config.yaml")
     manifest = _manifest(folder / "checkpoints", step)
-    decoder = model.build(settings.model)
+    built = model.build(settings.model)
     path = checkpoint.folder_of(folder / "checkpoints", manifest.step) / "model.safetensors"
-    weights = {name: tensor.float() for name, tensor in load_file(path).items()}
-    missing, unexpected = decoder.load_state_dict(weights, strict=False)
-    tied = set(dict(decoder.named_parameters(remove_duplicate=False))) - set(dict(decoder.named_parameters()))
-    if unexpected or set(missing) - tied:
-        saw = ", ".join([*unexpected, *missing])
-        raise UserError(Problem("the weights do not fit the config", saw, "the config's own tensors", str(path)))
+    weights = huggingface.read_safetensors(path)
+    own = dict(built.named_parameters())  # a tied one once, as the checkpoint has it
+    huggingface.check_tensors({name: p.shape for name, p in own.items()}, weights, path)
+    built.load_state_dict({name: x.float() for name, x in weights.items()}, strict=False)
+    wants = settings.tokenizer
+    tokenizer = Tokenizer.from_folder(folder / "tokenizer", wants.separator, wants.pad)
+    _check_ids(tokenizer, built, folder / "tokenizer")
+    dtype = huggingface.stored_dtype(weights.values())
+    seed = settings.run.seed
     return LoadedRun(
-        decoder.eval(),
-        Tokenizer.from_folder(folder / "tokenizer", settings.tokenizer.separator),
-        settings,
-        manifest.step,
+        built.eval(), dtype, tokenizer, settings.generation, seed, folder, manifest.step, manifest, settings
     )
 
 
-def _folder(run: str) -> Path:
-    for folder in (Path(run), Path("runs") / run):
+def is_huggingface(folder: Path) -> bool:
+    """Whether the folder is one of transformers' and no run."""
+    return (folder / "config.json").is_file() and not (folder / "config.yaml").is_file()
+
+
+def run_folder(run: str, runs: Path = RUNS, change: str = "the RUN argument") -> Path:
+    """The folder of a run, which is named by its path or by its name under `runs`. Errors: UserError if it is none."""
+    for folder in (Path(run), runs / run):
         if (folder / "config.yaml").is_file():
             return folder
-    have = ", ".join(sorted(p.parent.name for p in Path("runs").glob("*/config.yaml"))) or "none yet"
-    raise UserError(
-        Problem("no such run", repr(run), f"a run folder, or a name under runs/ ({have})", "the RUN argument")
-    )
+    have = ", ".join(sorted(p.parent.name for p in runs.glob("*/config.yaml"))) or "none yet"
+    want = f"a run folder, a name under {runs}/ ({have}), or a Hugging Face folder"
+    raise UserError(Problem("no such run", repr(run), want, change))
 
 
 def _manifest(checkpoints: Path, step: int | None) -> checkpoint.Manifest:
@@ -72,3 +93,47 @@ def _manifest(checkpoints: Path, step: int | None) -> checkpoint.Manifest:
     if isinstance(manifest, str):
         raise UserError(Problem("the checkpoint is not whole", manifest, "the file as it was written", "--checkpoint"))
     return manifest
+
+
+def _from_huggingface(folder: Path) -> LoadedRun:
+    section, weights = huggingface.read(folder)
+    built = model.build(section)
+    built.load_state_dict({name: x.float() for name, x in weights.items()})
+    if not (folder / FILE).is_file():
+        raise UserError(Problem("the folder has no tokenizer", f"no {FILE}", "the tokenizer's own file", str(folder)))
+    tokenizer = Tokenizer.from_folder(folder, *_special_words(folder))
+    _check_ids(tokenizer, built, folder / FILE)
+    dtype = huggingface.stored_dtype(weights.values())
+    return LoadedRun(built.eval(), dtype, tokenizer, _generation(folder), RunSection().seed, folder)
+
+
+def _special_words(folder: Path) -> tuple[str, str | None]:
+    """The tokens that end a text and that pad, which tokenizer_config.json holds as text or as an object."""
+    file = folder / "tokenizer_config.json"
+    about = huggingface.read_json(file)
+    end, pad = (x.get("content") if isinstance(x := about.get(key), dict) else x for key in ("eos_token", "pad_token"))
+    if not isinstance(end, str):
+        raise UserError(Problem("nothing says which token ends a text", "no eos_token", "a special token", str(file)))
+    return end, pad if isinstance(pad, str) else None
+
+
+def _generation(folder: Path) -> GenerationSection:
+    """The sampling settings of generation_config.json, where it samples; else the defaults."""
+    file = folder / "generation_config.json"
+    about = huggingface.read_json(file) if file.is_file() else {}
+    if not about.get("do_sample"):
+        return GenerationSection()
+    names = {"max_tokens": "max_new_tokens", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p"}
+    try:
+        return GenerationSection(**{ours: about[name] for ours, name in names.items() if about.get(name) is not None})
+    except ValidationError as error:
+        raise UserError(*[invalid(names[str(e["loc"][0])], e, str(file)) for e in error.errors()]) from None
+
+
+def _check_ids(tokenizer: Tokenizer, built: LanguageModel, where: Path) -> None:
+    """Errors: UserError if the tokenizer can give an id that the embedding table has no row for."""
+    if tokenizer.num_ids > built.section.vocab_size:
+        want = f"at most the model's {built.section.vocab_size:,}"
+        raise UserError(
+            Problem("the tokenizer has more ids than the model", f"{tokenizer.num_ids:,}", want, str(where))
+        )

@@ -1,15 +1,19 @@
 """Pictures as PNG files. matplotlib's object interface throughout: no window, no global state."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from smoltrain.errors import Problem, UserError
 from smoltrain.plan import Plan
 
-BLUE, ORANGE, GREY = "#2a6fb0", "#d1661f", "#5f6b76"
+BLUE, ORANGE, GREY, GREEN = "#2a6fb0", "#d1661f", "#5f6b76", "#3c7d4f"
 BANDS = ("#e6eef7", "#fbeed6", "#e4f2e3", "#f3e6f2")  # one per phase, in turn
 
 
@@ -26,30 +30,112 @@ def plan_png(plan: Plan, path: Path) -> None:
         _shade_phases(axes, plan)
         axes.stairs(values, edges, baseline=None, color=color, linewidth=2)
         axes.set(ylim=(0, 1.1 * max(values) or 1), ylabel=label)
-    upper.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
-    _finish(figure, upper, lower, path)
-
-
-def training_png(plan: Plan, metrics: Path, path: Path) -> None:
-    """Draw a run's metrics.jsonl: training and validation loss (log scale), learning rate below."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-
-    def series(name: str) -> tuple[list[int], list[float]]:
-        found = [(line["step"], line[name]) for line in lines if name in line]
-        return [step for step, _ in found], [value for _, value in found]
-
-    figure = Figure(figsize=(9, 5.6), dpi=140, layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     for axes in (upper, lower):
-        _shade_phases(axes, plan)
-    upper.plot(*series("train/loss_nats_per_token"), color=BLUE, linewidth=1.2, label="training loss")
-    upper.plot(*series("validation/loss_nats_per_token"), "o-", color=ORANGE, markersize=4, label="validation loss")
-    upper.set(yscale="log", ylabel="loss, nats per token")
-    upper.yaxis.set_major_formatter("{x:g}")
-    upper.yaxis.set_minor_formatter("{x:g}")
-    lower.plot(*series("train/lr"), color=GREY, linewidth=1.5)
-    lower.set(ylabel="learning rate", ylim=(0, None))
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
     _finish(figure, upper, lower, path)
+
+
+def run_pngs(plan: Plan, run: Path) -> list[Path]:
+    """Draw a run's metrics.jsonl under run/plots: loss.png, and training.png with every panel; the files written.
+
+    Errors: UserError if the run has not trained a step yet.
+    """
+    metrics = _metrics(run / "metrics.jsonl")
+    written = []
+    for name, panels in (("loss.png", PANELS[:1]), ("training.png", PANELS)):
+        figure = Figure(figsize=(9, 3.6 + 1.45 * (len(panels) - 1)), dpi=140, layout="constrained")
+        heights = [3.6 if draw is _loss else 1.45 for draw in panels]
+        column = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+        for axes, draw in zip(column, panels, strict=True):
+            _shade_phases(axes, plan)
+            draw(axes, metrics)
+            axes.set_xlim(metrics.first_step - 0.5, plan.last_step + 0.5)
+        figure.align_ylabels()
+        _finish(figure, column[0], column[-1], run / "plots" / name)
+        written.append(run / "plots" / name)
+    return written
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The lines of a metrics.jsonl."""
+
+    lines: list[dict[str, Any]]
+
+    @property
+    def first_step(self) -> int:
+        """The first step that was logged; past 1 where the run went on from another one."""
+        return self.lines[0]["step"]
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of one name."""
+        found = [(line["step"], line[name]) for line in self.lines if name in line]
+        steps, values = zip(*found, strict=True) if found else ((), ())
+        return np.asarray(steps, np.int64), np.asarray(values, np.float64)
+
+
+def _metrics(path: Path) -> Metrics:
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # the last may be half written
+    if not lines:
+        raise UserError(Problem("there is nothing to draw yet", f"no step in {path}", "a run that trained", "RUN"))
+    return Metrics(lines)
+
+
+def running_median(values: np.ndarray, width: int) -> np.ndarray:
+    """The median of each value and its neighbours, `width` of them in all (fewer at the ends)."""
+    half = width // 2
+    return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+
+
+def _noisy(axes: Axes, metrics: Metrics, name: str, color: str, label: str | None = None) -> None:
+    """One value per step: thin and faint, with a running median where there are enough to need one."""
+    steps, values = metrics.series(name)
+    if len(steps) < 200:
+        axes.plot(steps, values, color=color, linewidth=1.2, label=label)
+        return
+    width = len(steps) // 50
+    axes.plot(steps, values, color=color, linewidth=0.5, alpha=0.3)
+    label = f"{label}, median of {width} steps" if label else None
+    axes.plot(steps, running_median(values, width), color=color, linewidth=1.6, label=label)
+
+
+def _loss(axes: Axes, metrics: Metrics) -> None:
+    _noisy(axes, metrics, "train/loss_nats_per_token", BLUE, "training loss")
+    validation = metrics.series("validation/loss_nats_per_token")
+    axes.plot(*validation, "o-", color=ORANGE, markersize=4, label="validation loss")
+    axes.set(yscale="log", ylabel="loss, nats per token")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+
+
+def _lr(axes: Axes, metrics: Metrics) -> None:
+    axes.plot(*metrics.series("train/lr"), color=GREY, linewidth=1.5)
+    axes.margins(y=0.1)
+    axes.set(ylabel="learning rate", ylim=(0, None))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+
+
+def _gradient_norm(axes: Axes, metrics: Metrics) -> None:
+    _noisy(axes, metrics, "train/grad_norm_before_clipping", GREEN)
+    axes.set(yscale="log", ylabel="gradient norm\nbefore clipping")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+
+
+def _throughput(axes: Axes, metrics: Metrics) -> None:
+    _noisy(axes, metrics, "speed/tokens_per_s", GREY)
+    axes.set(ylabel="tokens/s,\nall ranks", ylim=(0, None))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+
+
+def _unique_rows(axes: Axes, metrics: Metrics) -> None:
+    axes.plot(*metrics.series("data/unique_rows"), color=GREEN, linewidth=1.5)
+    axes.set(ylabel="unique rows\nseen", ylim=(0, None))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+
+
+PANELS = (_loss, _lr, _gradient_norm, _throughput, _unique_rows)
 
 
 def _shade_phases(axes: Axes, plan: Plan) -> None:
@@ -63,7 +149,6 @@ def _shade_phases(axes: Axes, plan: Plan) -> None:
 
 
 def _finish(figure: Figure, upper: Axes, lower: Axes, path: Path) -> None:
-    lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
     lower.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     lower.set_xlabel("step")
     figure.legend(*upper.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)

@@ -30,9 +30,10 @@ class RunFolder:
     wandb_id: str
 
 
-def check(config: Config, world_size: int, done: int) -> dict[str, Any]:
+def check(config: Config, world_size: int, done: int, ancestor: Path | None = None) -> dict[str, Any]:
     """The provenance that this start would write: rows_per_step, wandb_id and one entry per start.
 
+    A new run that goes on from an `ancestor`, another run's folder, is held to that one's identity and past plan.
     Errors: UserError showing every difference when the folder belongs to another model, tokenizer, data or past plan.
     """
     path = config.run_folder / "config.yaml"
@@ -43,27 +44,27 @@ def check(config: Config, world_size: int, done: int) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
-    if path.exists():
-        old, provenance = config_module.read(path), yaml.safe_load(path.read_text(encoding="utf-8")).get("provenance")
-        if not provenance:
-            want = "the config.yaml that the run wrote itself"
-            raise UserError(Problem("the run's config has no provenance", "none", want, str(path)))
-        if problems := _forbidden(old, config, done, path):
+    if path.exists() or ancestor:
+        before = path if path.exists() or not ancestor else ancestor / "config.yaml"
+        old, provenance = config_module.read(before), _provenance(before)
+        if problems := _forbidden(old, config, done, before):
             raise UserError(*problems)
         start["changes"] = [f"{key}: {was!r} -> {now!r}" for key, was, now in differences(old, config)]
-        provenance["starts"].append(start)
+        if before == path:
+            provenance["starts"].append(start)
+            return provenance
+        rows = provenance["rows_per_step"]
     else:
         rows = config.batch.rows_per_step or config.batch.micro_batch * (config.batch.accumulation or 1) * world_size
-        provenance = {"rows_per_step": rows, "wandb_id": secrets.token_hex(4), "starts": [start]}
-    return provenance
+    return {"rows_per_step": rows, "wandb_id": secrets.token_hex(4), "starts": [start]}
 
 
-def enter(config: Config, world_size: int, done: int) -> RunFolder:
+def enter(config: Config, world_size: int, done: int, ancestor: Path | None = None) -> RunFolder:
     """Create or re-enter the folder after `done` steps; config.yaml then holds this start's config and provenance.
 
     Errors: those of `check` and of `accumulation`; nothing has been written then.
     """
-    provenance = check(config, world_size, done)
+    provenance = check(config, world_size, done, ancestor)
     accumulation(config, provenance["rows_per_step"], world_size)
     config.run_folder.mkdir(parents=True, exist_ok=True)
     tree = config.model_dump(mode="json") | {"provenance": provenance}
@@ -90,6 +91,14 @@ def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) wherever two configs differ."""
     was, now = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     return [(key, was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)]
+
+
+def _provenance(path: Path) -> dict[str, Any]:
+    provenance = yaml.safe_load(path.read_text(encoding="utf-8")).get("provenance")
+    if not provenance:
+        want = "the config.yaml that the run wrote itself"
+        raise UserError(Problem("the run's config has no provenance", "none", want, str(path)))
+    return provenance
 
 
 def _forbidden(old: Config, new: Config, done: int, path: Path) -> list[Problem]:

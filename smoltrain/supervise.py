@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 
-from smoltrain import checkpoint, config, data, dist, ds_config, runfolder
+from smoltrain import checkpoint, config, data, dist, ds_config, model, origin, runfolder
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, STOPPED, Problem, UserError
 from smoltrain.plan import Plan
 from smoltrain.schema import Config
@@ -37,26 +37,28 @@ def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> in
     Errors: UserError before any process starts, for whatever can be known by then.
     """
     settings = config.load(recipe, overrides)
-    ranks = num_ranks(ranks)
+    device = dist.choose_device(settings.engine.device).type
+    ranks = num_ranks(ranks, device)
     plan = Plan(settings.phases)
-    data.prepare(settings)
-    manifest = checkpoint.newest_valid(settings.run_folder / "checkpoints", lambda text: print(text, flush=True))
-    done = manifest.step if manifest else 0
+    begin = origin.find(settings, lambda text: print(text, flush=True))
+    done = begin.step
     last = plan.named(settings.run.stop_after).last if settings.run.stop_after else plan.last_step
-    provenance = runfolder.check(settings, ranks, done)
+    rows_per_step = runfolder.check(settings, ranks, done, begin.ancestor)["rows_per_step"]
+    origin.inherit_data(settings, begin)
+    data.prepare(settings, rows_per_step)
     if done >= last:
         print(f"{settings.run.name}: the plan is complete at step {done}; nothing to do")
         return DONE
-    if manifest:
-        checkpoint.check_world(manifest, ranks)
-    _check_engine(settings, ranks, provenance["rows_per_step"])
+    if begin.manifest:
+        checkpoint.check_world(begin.manifest, ranks)
+    _check_engine(settings, ranks, rows_per_step)
     for phase in plan.phases:
         if done < phase.last <= last:
             print(
                 f"phase {phase.name}: steps {max(done + 1, phase.first)} to {phase.last}, {ranks} new processes",
                 flush=True,
             )
-            code = Ranks([recipe, *overrides, f"run.stop_after={phase.name}"], ranks).wait()
+            code = Ranks([recipe, *overrides, f"run.stop_after={phase.name}"], ranks, device).wait()
             if code != DONE:
                 return code
     print(_summary(settings, plan, last))
@@ -64,16 +66,17 @@ def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> in
 
 
 def _check_engine(settings: Config, ranks: int, rows_per_step: int) -> None:
-    """Errors: UserError for what the ranks would find wrong with DeepSpeed's JSON, seconds later and all at once."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Errors: UserError for what the ranks would find wrong with model and engine, seconds later and all at once."""
+    device = dist.choose_device(settings.engine.device)
+    model.build(settings.model, device="meta")
     precision, _ = ds_config.choose_precision(settings.engine.precision, device)
     accumulation = runfolder.accumulation(settings, rows_per_step, ranks)
     ds_config.fill(settings, precision=precision, accumulation=accumulation, world_size=ranks)
 
 
-def num_ranks(asked: int | None) -> int:
+def num_ranks(asked: int | None, device: str) -> int:
     """All GPUs, or two ranks on a CPU, or what was asked for. Errors: UserError for a count the machine lacks."""
-    gpus = torch.cuda.device_count()
+    gpus = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device, 0)
     if asked is None:
         return gpus or CPU_RANKS
     if asked < 1 or (gpus and asked > gpus):
@@ -85,13 +88,13 @@ def num_ranks(asked: int | None) -> int:
 class Ranks:
     """One launch of the ranks: start, pass signals on, wait, sweep."""
 
-    def __init__(self, words: list[str], ranks: int) -> None:
+    def __init__(self, words: list[str], ranks: int, device: str) -> None:
         deepspeed = Path(sys.executable).with_name("deepspeed")
         launcher = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(dist.free_port())]
         launcher += ["--log_level", "critical"]  # it calls every exit code but 0 an error, 75 too
         env = os.environ | {"SMOLTRAIN_SUPERVISOR": str(os.getpid())}
-        if not torch.cuda.is_available():
-            env["DS_ACCELERATOR"] = "cpu"
+        if device != "cuda":
+            env["DS_ACCELERATOR"] = device
         self._interrupts = 0
         self._signalled = False
         self._process = subprocess.Popen(

@@ -29,6 +29,7 @@ METRICS = {
     "train/lr": "learning rate of the step's update",
     "train/weight_decay": "decoupled weight decay of the step's update, of the parameters that decay",
     "train/grad_norm_before_clipping": "L2 norm of the whole gradient, averaged over all ranks",
+    "train/loss_scale": "factor inside fp16's gradients after the step, DeepSpeed's choice; 1 in other precisions",
     "train/skipped_updates": "updates skipped so far because a gradient was not finite",
     "data/tokens": "targets consumed so far, those of skipped updates too, all ranks",
     "data/epochs": "rows consumed so far over the rows there are",
@@ -36,7 +37,7 @@ METRICS = {
     "data/ledger": "digest of every row id and token so far, the same on any number of ranks (text)",
     "speed/tokens_per_s": "targets of the step over speed/step_s, all ranks together",
     "speed/step_s": "seconds of the step, the slowest rank; no evaluation, sampling, saving, looking at gradients",
-    "speed/steps_per_s": "1 over speed/step_s",
+    "speed/steps_per_s": "optimizer steps per second: 1 over speed/step_s",
     "speed/data_wait_share": "share of the step spent waiting for rows, the worst rank",
     "memory/peak_gib": "peak so far, the largest rank: CUDA memory allocated, or resident set on a CPU",
     "validation/loss_nats_per_token": "mean over the validation rows' tokens, all ranks",
@@ -57,7 +58,11 @@ class Tracker:
 
     def __init__(self, config: Config, folder: RunFolder, rank: int, first_step: int, last_step: int) -> None:
         self._writes = rank == 0
-        self._print_every = config.track.print_every
+        self._print_every, self._artifacts, self._folder = (
+            config.track.print_every,
+            config.track.wandb_model,
+            folder.path,
+        )
         self._log = _rank_log(folder.path / "logs" / f"rank{rank}.log")
         self._wandb: Any = None
         if not self._writes:
@@ -127,6 +132,19 @@ class Tracker:
 
             table = wandb.Table(columns=["step", "prompt", "text"], data=list(self._table))
             self._wandb.log({"samples": table}, step=step)
+
+    def model(self, step: int, weights: Path, *, ends_phase: bool) -> None:
+        """The checkpoint's model.safetensors and the run's tokenizer as a W&B artifact, where the recipe wants one."""
+        wanted = self._artifacts == "checkpoint" or (self._artifacts == "phase" and ends_phase)
+        if not self._wandb or not wanted:
+            return
+        import wandb
+
+        artifact = wandb.Artifact(f"{self._wandb.name}-model", type="model", metadata={"step": step})
+        artifact.add_file(str(weights))
+        artifact.add_dir(str(self._folder / "tokenizer"), name="tokenizer")
+        artifact.add_file(str(self._folder / "config.yaml"))
+        self._wandb.log_artifact(artifact, aliases=[f"step-{step}"])
 
     def __enter__(self) -> "Tracker":
         return self

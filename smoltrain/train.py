@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from smoltrain import checkpoint, data, dist, ds_config, engine, gradients, model, plots, runfolder, track
+from smoltrain import checkpoint, data, dist, ds_config, engine, gradients, model, origin, plots, runfolder, track
 from smoltrain.data import Batch, Loader
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.dist import StopFlag, World
@@ -31,24 +31,23 @@ def run(config: Config) -> int:
     Errors: UserError and TrainingStopped, on every rank alike.
     """
     stop = StopFlag()
-    world = dist.open()
+    world = dist.open(config.engine.device)
     plan = Plan(config.phases)
     last_step = plan.named(config.run.stop_after).last if config.run.stop_after else plan.last_step
 
-    # ---- what is on disk: data, the newest valid checkpoint, the run's identity
+    # ---- what is on disk: where to begin, the run's identity, data
     notes: list[str] = []
-    checkpoints = config.run_folder / "checkpoints"
-    world.on_first(lambda: _prepare(config))
-    manifest = world.on_first(lambda: checkpoint.newest_valid(checkpoints, notes.append))
-    done = manifest.step if manifest else 0
-    world.on_first(lambda: runfolder.check(config, world.size, done))
+    begin = world.on_first(lambda: origin.find(config, notes.append))
+    done, manifest = begin.step, begin.manifest
+    rows_per_step = world.on_first(lambda: runfolder.check(config, world.size, done, begin.ancestor))["rows_per_step"]
+    world.on_first(lambda: _prepare(config, begin, rows_per_step))
     if done >= last_step:
         if world.is_first:
             print(f"{config.run.name}: {_complete(plan, done)}")
         return DONE
     if manifest:
         checkpoint.check_world(manifest, world.size)
-    folder = world.on_first(lambda: runfolder.enter(config, world.size, done))
+    folder = world.on_first(lambda: runfolder.enter(config, world.size, done, begin.ancestor))
     accumulation = runfolder.accumulation(config, folder.rows_per_step, world.size)
 
     with track.open(config, folder, world.rank, done, last_step) as tracker:
@@ -60,13 +59,15 @@ def run(config: Config) -> int:
             config, world.rank, world.size, rows_per_step=folder.rows_per_step, accumulation=accumulation
         )
         precision, why = ds_config.choose_precision(config.engine.precision, world.device)
-        dtype, dropout = getattr(torch, DTYPES[precision]), config.model.attention_dropout
+        dtype, dropout = getattr(torch, DTYPES[precision]), model.attention_dropout(config.model)
         kernel = attention.choose(config.engine.attention, world.device, dtype, dropout=dropout)
         torch.manual_seed(config.run.seed)  # the same weights on every rank
         decoder = model.build(
             config.model, gradient_checkpointing=config.engine.gradient_checkpointing, attention=kernel
         )
         num_parameters = model.parameter_count(decoder)
+        if begin.weights_from:
+            origin.load_weights(begin, config, decoder, loader.prepared.tokenizer)
         torch.manual_seed(config.run.seed + 1 + world.rank)  # other dropout on each
         wrapped = engine.wrap(decoder, config, world, precision=precision, accumulation=accumulation)
         for what, value in (
@@ -78,6 +79,7 @@ def run(config: Config) -> int:
             ("engine", f"DeepSpeed ZeRO-{wrapped.stage}, from {config.engine.ds_config}"),
             ("parameters", f"{num_parameters:,}"),
             ("rows per step", _rows(config, folder.rows_per_step, accumulation, world)),
+            ("tokenizer", loader.prepared.describe_tokenizer()),
             ("data", loader.prepared.describe()),
             ("plan", ", ".join(f"{p.name} {p.first}-{p.last}" for p in plan.phases)),
         ):
@@ -86,8 +88,9 @@ def run(config: Config) -> int:
             tracker.say("WARNING: CUDA_LAUNCH_BLOCKING is set: every kernel waits for the one before; unset it")
 
         # ---- where it left off
-        if manifest:
-            checkpoint.restore(checkpoint.folder_of(checkpoints, done), manifest, wrapped, loader, world)
+        checkpoints = folder.path / "checkpoints"
+        if manifest and begin.checkpoint:
+            checkpoint.restore(begin.checkpoint, manifest, wrapped, loader, world)
             tracker.say(f"restored step {done} on {world.size} ranks, ledger {loader.ledger[:16]}")
         skipped = manifest.skipped_updates if manifest else 0
         facts = {"precision": precision, "wandb_id": folder.wandb_id}
@@ -116,13 +119,14 @@ def run(config: Config) -> int:
                     config.checkpoint.keep_last, skipped_updates=skipped, **facts,
                 )  # fmt: skip
                 tracker.say(f"checkpoint {path} in {time.perf_counter() - began:.1f} s")
+                tracker.model(step, path / "model.safetensors", ends_phase=plan.ends_phase(step))
             if stopping and step < last_step:
                 reason = next(r for r in world.gather(stop.reason) if r)
                 tracker.say(f"stopped after step {step} ({reason}); the same command goes on from there")
                 return STOPPED
 
         if world.is_first:
-            plots.training_png(plan, folder.path / "metrics.jsonl", folder.path / "plots" / "training.png")
+            plots.run_pngs(plan, folder.path)
         tracker.say(f"{config.run.name}: {_complete(plan, last_step)}; the curves are in {folder.path / 'plots'}")
         return DONE
 
@@ -184,6 +188,7 @@ def train_step(step: int, engine: Engine, loader: Loader, plan: Plan, world: Wor
             "train/lr": lr,
             "train/weight_decay": weight_decay,
             "train/grad_norm_before_clipping": engine.grad_norm_before_clipping,
+            "train/loss_scale": engine.loss_scale,
             "data/tokens": loader.tokens_consumed,
             "data/epochs": loader.epoch,
             "data/unique_rows": loader.unique_rows,
@@ -223,9 +228,10 @@ def sample(engine: Engine, tokenizer: Tokenizer, config: Config) -> list[tuple[s
     return texts
 
 
-def _prepare(config: Config) -> None:
+def _prepare(config: Config, begin: origin.Origin, rows_per_step: int) -> None:
     """Tokenise what is not yet; nothing is returned, for nothing but a word of success should travel to the ranks."""
-    data.prepare(config)
+    origin.inherit_data(config, begin)
+    data.prepare(config, rows_per_step)
 
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -248,15 +254,21 @@ def _rows(config: Config, rows_per_step: int, accumulation: int, world: World) -
 
 
 def _device(world: World) -> str:
-    threads = f"{torch.get_num_threads()} threads each"
-    if world.device.type == "cuda":
-        return f"{world.size} x {torch.cuda.get_device_name(world.device)}, NCCL"
-    return f"{world.size} CPU ranks, {threads}, gloo; no CUDA device was found"
+    match world.device.type:
+        case "cuda":
+            return f"{world.size} x {torch.cuda.get_device_name(world.device)}, NCCL"
+        case "mps":
+            return "1 rank on Apple's MPS, best effort: DeepSpeed there was never tried by us; engine.device=cpu is"
+    found = "CUDA was not asked for" if torch.cuda.is_available() else "no CUDA device was found"
+    hint = "; engine.device=mps would try this machine's GPU" if torch.backends.mps.is_available() else ""
+    return f"{world.size} CPU ranks, {torch.get_num_threads()} threads each, gloo; {found}{hint}"
 
 
 def _peak_gib(world: World) -> float:
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 2**30
+    if world.device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 

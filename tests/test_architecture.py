@@ -16,9 +16,11 @@ LAYERS = (
     {"contradictions"},
     {"config"},
     {"plan", "ds_config", "model", "data", "dist", "gradients", "plots", "runfolder"},
-    {"generate", "engine", "track"},
+    {"generate", "engine", "track", "huggingface"},
     {"checkpoint"},
-    {"loading", "train", "supervise"},
+    {"loading"},
+    {"origin", "export"},
+    {"push", "demo", "train", "supervise"},
     {"cli"},
 )
 OWNERS = {
@@ -27,6 +29,7 @@ OWNERS = {
     "wandb": "track.py",
     "flash_attn": "model/attention.py",
     "matplotlib": "plots.py",
+    "gradio": "demo.py",
 }
 
 

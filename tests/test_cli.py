@@ -220,9 +220,11 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     calls = SimpleNamespace(loaded=[], drawn=[], says="né 🙂".encode())
     settings = config.load(EXAMPLE, ["run.seed=7", "model.vocab_size=260", "tokenizer.vocab_size=257"])
 
+    decoder = SimpleNamespace(section=settings.model)
+
     def load_run(*arguments: object) -> SimpleNamespace:
         calls.loaded.append(arguments)
-        return SimpleNamespace(model="model", tokenizer=Bytes(), config=settings, step=1)
+        return SimpleNamespace(model=decoder, tokenizer=Bytes(), generation=settings.generation, seed=settings.run.seed)
 
     def instead(*arguments: object, **options: object) -> Iterator[int]:
         calls.drawn.append((*arguments, options))
@@ -237,7 +239,7 @@ def test_generate_takes_the_settings_of_the_run(run: Run, generated: SimpleNames
     assert run("generate", "quickstart", "--prompt", "Romeo, ") == (0, "Romeo, né 🙂\n", "")
     assert generated.loaded == [("quickstart", None)]
     ((model, ids, settings, options),) = generated.drawn
-    assert (model, ids) == ("model", list(b"Romeo, "))
+    assert (model.section.vocab_size, ids) == (260, list(b"Romeo, "))
     assert settings == config.load(EXAMPLE).generation
     assert options == {"stop_id": 0, "banned_ids": [0, 255, 256, 257, 258, 259], "greedy": False, "seed": 7}
 
@@ -263,17 +265,3 @@ def test_generate_without_a_run(run: Run):
     code, out, err = run("generate", "nowhere")
     assert (code, out) == (2, "")
     assert err.startswith("error: no such run: saw 'nowhere'")
-
-
-@pytest.mark.parametrize("text", ["", "plain", "é", "a🙂b🙂🙂", "tail \ufffd", "\ufffd\ufffdx", "日本"])
-@pytest.mark.parametrize("prompt", ["", "Prompt 🙂"])
-def test_text_is_told_whole_and_by_whole_characters(text: str, prompt: str):
-    tokenizer = Bytes()
-    pieces = list(cli.spoken(tokenizer.encode(prompt), tokenizer.encode(text), tokenizer.decode))
-    assert "".join(pieces) == text
-    assert "\ufffd" in text or "\ufffd" not in "".join(pieces)
-    assert [piece for piece in pieces if piece] == [c for c in text if c] or "\ufffd" in text
-
-
-def test_a_character_that_never_ends_is_told_at_the_end():
-    assert "".join(cli.spoken([], b"a\xf0\x9f", Bytes().decode)) == "a\ufffd"

@@ -4,10 +4,12 @@ import json
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from smoltrain.errors import UserError
 from smoltrain.plan import Plan
-from smoltrain.plots import plan_png, training_png
+from smoltrain.plots import plan_png, run_pngs, running_median
 from smoltrain.schema import PhaseSection
 
 MAIN = PhaseSection(name="main", steps=40, lr=3e-4, schedule="wsd", warmup_steps=5, decay_steps=10)
@@ -32,14 +34,69 @@ def test_the_same_plan_is_the_same_picture(tmp_path: Path):
     assert first.read_bytes() == second.read_bytes() != other.read_bytes()
 
 
-def test_a_run_becomes_a_png_of_its_curves(tmp_path: Path):
-    metrics, path = tmp_path / "metrics.jsonl", tmp_path / "plots" / "training.png"
-    lines = [{"step": n, "train/loss_nats_per_token": 9 / n, "train/lr": 1e-3} for n in range(1, 44)]
-    lines.append({"step": 43, "validation/loss_nats_per_token": 0.5})
-    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    training_png(Plan((MAIN, AFTER)), metrics, path)
-    first = path.read_bytes()
-    assert first.startswith(b"\x89PNG\r\n\x1a\n")
-    metrics.write_text(metrics.read_text().replace('"validation/loss_nats_per_token": 0.5', '"train/lr": 2e-3'))
-    training_png(Plan((MAIN, AFTER)), metrics, path)
-    assert path.read_bytes() != first
+def write_metrics(run: Path, num_steps: int, first: int = 1) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {
+            "step": n, "train/loss_nats_per_token": 9 / n, "train/lr": 1e-3, "train/grad_norm_before_clipping": 1 / n,
+            "speed/tokens_per_s": 5000.0, "data/unique_rows": 16 * n,
+        }
+        for n in range(first, first + num_steps)
+    ]  # fmt: skip
+    lines.append({"step": first + num_steps - 1, "validation/loss_nats_per_token": 0.5})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def size(png: Path) -> tuple[int, int]:
+    data = png.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    return struct.unpack(">II", data[16:24])
+
+
+def test_a_run_becomes_pngs_of_its_curves(tmp_path: Path):
+    write_metrics(tmp_path, 43)
+    loss, training = run_pngs(Plan((MAIN, AFTER)), tmp_path)
+    assert (loss.name, training.name) == ("loss.png", "training.png")
+    assert size(loss)[0] == size(training)[0] == 1260
+    assert size(training)[1] > size(loss)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "in_loss_png"),
+    [
+        ("train/loss_nats_per_token", True),
+        ("validation/loss_nats_per_token", True),
+        ("train/lr", False),
+        ("train/grad_norm_before_clipping", False),
+        ("speed/tokens_per_s", False),
+        ("data/unique_rows", False),
+    ],
+)
+def test_each_number_is_drawn(tmp_path: Path, name: str, in_loss_png: bool):
+    write_metrics(tmp_path, 43)
+    plan, metrics = Plan((MAIN, AFTER)), tmp_path / "metrics.jsonl"
+    before = [png.read_bytes() for png in run_pngs(plan, tmp_path)]
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    changed = [line | ({name: line[name] * (1 + line["step"] % 7)} if name in line else {}) for line in lines]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in changed))
+    after = [png.read_bytes() for png in run_pngs(plan, tmp_path)]
+    assert [a != b for a, b in zip(before, after, strict=True)] == [in_loss_png, True]
+
+
+def test_a_run_of_another_run_begins_where_it_began(tmp_path: Path):
+    write_metrics(tmp_path, 3, first=41)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 44, "train/lo')  # a line in the making
+    for png in run_pngs(Plan((MAIN, AFTER)), tmp_path):
+        assert size(png)[0] == 1260
+
+
+def test_a_run_without_a_step_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="nothing to draw yet"):
+        run_pngs(Plan((MAIN,)), tmp_path)
+
+
+def test_a_running_median_ignores_a_spike():
+    values = np.array([1.0, 1.0, 9.0, 1.0, 2.0])
+    assert running_median(values, 3).tolist() == [1.0, 1.0, 1.0, 2.0, 1.5]
+    assert running_median(values, 1).tolist() == values.tolist()

@@ -72,13 +72,14 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder = tmp_path_factory.mktemp("story")
+    words = ("track.wandb=offline", "track.wandb_model=phase")
     outputs = [
-        tiny.train(folder, "track.wandb=offline", "run.stop_after=main"),
-        tiny.train(folder, "track.wandb=offline"),
+        tiny.train(folder, *words, "run.stop_after=main", WANDB_DATA_DIR=str(folder)),
+        tiny.train(folder, *words, WANDB_DATA_DIR=str(folder)),
     ]
     for output in outputs:
         assert output.returncode == 0, output.stdout + output.stderr
-    settings = tiny.load(folder, "track.wandb=offline")
+    settings = tiny.load(folder, *words)
     run = settings.run_folder
     offline = [(path.parent, wandb_files.read(path)) for path in run.glob("wandb/offline-run-*/run-*.wandb")]
     offline.sort(key=lambda pair: min(pair[1].steps))
@@ -220,6 +221,19 @@ def test_wandb_has_a_histogram_per_layer(story: Story) -> None:
             assert histogram["_type"] == "histogram"
             assert sum(histogram["values"]) == entries[layer]
             assert len(histogram["bins"]) == len(histogram["values"]) + 1
+
+
+def test_wandb_has_the_model_of_each_phase(story: Story) -> None:
+    artifacts = [artifact for _, offline in story.wandb for artifact in offline.artifacts]
+    models = [a for a in artifacts if a["type"] == "model"]
+    assert [(a["name"], "step-8" in a["aliases"], "step-12" in a["aliases"]) for a in models] == [
+        ("quickstart-model", True, False),
+        ("quickstart-model", False, True),
+    ]
+    for artifact, step in zip(models, (8, 12), strict=True):
+        weights = story.settings.run_folder / "checkpoints" / f"step-{step:08d}" / "model.safetensors"
+        assert artifact["files"]["model.safetensors"] == weights.stat().st_size
+        assert {"config.yaml", "tokenizer/tokenizer.json"} <= set(artifact["files"])
 
 
 def test_wandb_has_a_table_of_samples_that_grows_over_the_resume(story: Story) -> None:

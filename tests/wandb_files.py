@@ -19,6 +19,7 @@ class Offline:
     run_id: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)  # step -> everything logged at it
+    artifacts: list[dict[str, Any]] = field(default_factory=list)  # name, type, aliases, files: path -> size
     exit_code: int | None = None
 
 
@@ -42,6 +43,10 @@ def read(path: Path) -> Offline:
                         node = node.setdefault(parent, {})
                     node[last] = json.loads(item.value_json)
                 offline.steps.setdefault(values["_step"], {}).update(values)
+            case "artifact":
+                a = record.artifact
+                sizes = {content.path: content.size for content in a.manifest.contents}
+                offline.artifacts.append({"name": a.name, "type": a.type, "aliases": list(a.aliases), "files": sizes})
             case "exit":
                 offline.exit_code = record.exit.exit_code
     return offline

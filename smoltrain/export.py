@@ -1,0 +1,217 @@
+"""A run as a Hugging Face folder, published only after `transformers` alone has given the same logits and text."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from smoltrain import __version__, card, files, huggingface
+from smoltrain.errors import Problem, UserError
+from smoltrain.loading import LoadedRun, load_run
+from smoltrain.model import HuggingFaceModel, parameter_count
+from smoltrain.plan import Plan
+from smoltrain.schema import ModelSection
+from smoltrain.verify import NUM_CASES, NUM_GREEDY, Verdict, verify
+
+MARKER = "smoltrain.json"  # written last, into exports that passed: what they are of, and what their files are
+FORMAT = 1
+SPARE_BYTES = 64 << 20  # left free beside an export
+
+
+@dataclass(frozen=True)
+class Of:
+    """What an export is of. Two exports of one run differ in the step alone."""
+
+    run: str
+    run_id: str  # of the run folder, the same as in W&B; empty for a Hugging Face folder
+    step: int | None
+    last_step: int | None  # of the plan
+
+    @property
+    def unfinished(self) -> str:
+        """'unfinished: step N of M' while steps of the plan are left, else ''."""
+        left = self.step is not None and self.last_step is not None and self.step < self.last_step
+        return f"unfinished: step {self.step} of {self.last_step}" if left else ""
+
+
+def export(
+    source: str, out: str | Path | None = None, checkpoint: int | None = None, say: Callable[[str], None] = print
+) -> Path:
+    """Write the model of a run (or of a Hugging Face folder) for `transformers`; returns the folder.
+
+    Without `out` it is RUN/export/step-N: a folder per step, so that the name says which weights it holds and no export
+    is lost to the next one. The weights keep the dtype of the checkpoint.
+    Errors: UserError for what `load_run` refuses and for an `out` that holds something else; TrainingStopped if
+    transformers does not give the same logits and text: the folder is deleted then.
+    """
+    loaded = load_run(source, checkpoint)
+    of = what_of(loaded)
+    final = _destination(loaded, of, out)
+    aside = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    _make_room(aside, parameter_count(loaded.model) * loaded.dtype.itemsize)
+    try:
+        _write(loaded, of, aside)
+        verdict = verify(loaded, aside)
+        _mark(aside, of, verdict)
+        _publish(aside, final)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    say(_line(final, of, verdict, loaded.dtype))
+    return final
+
+
+def what_of(loaded: LoadedRun) -> Of:
+    """The identity of a loaded model."""
+    name = loaded.folder.resolve().name
+    if loaded.config is None or loaded.manifest is None:
+        return Of(name, "", None, None)
+    return Of(name, loaded.manifest.wandb_id, loaded.step, Plan(loaded.config.phases).last_step)
+
+
+def marker_of(folder: Path) -> dict[str, Any] | None:
+    """What an export says of itself; None for a folder that is no verified export."""
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        return marker if marker["format"] == FORMAT and isinstance(marker["files"], dict) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the folder is a verified export whose files are all as they were written."""
+    marker = marker_of(folder)
+    return marker is not None and marker["files"] == _records(folder)
+
+
+def default_folder(run: Path, step: int) -> Path:
+    """Where a run's export of a step lies unless it is told otherwise."""
+    return run / "export" / f"step-{step:08d}"
+
+
+def _destination(loaded: LoadedRun, of: Of, out: str | Path | None) -> Path:
+    if out is None and loaded.step is None:
+        want = "a folder to write to; only runs have one of their own"
+        raise UserError(Problem("nothing says where the export goes", "no OUT", want, "the OUT argument"))
+    final = Path(out) if out is not None else default_folder(loaded.folder, loaded.step or 0)
+    if final.resolve() == loaded.folder.resolve():
+        raise UserError(
+            Problem("the export would replace its source", str(final), "another folder", "the OUT argument")
+        )
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        marker = marker_of(final) or {}
+        if (marker.get("run"), marker.get("run_id")) != (of.run, of.run_id):
+            saw = f"an export of {marker['run']}" if marker else "files that are no export"
+            want = "a new or empty folder, or an earlier export of this run"
+            raise UserError(Problem(f"{final} would be overwritten", saw, want, "the OUT argument"))
+    return final
+
+
+def _make_room(aside: Path, num_bytes: int) -> None:
+    try:
+        aside.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(
+            Problem("the folder cannot be made", str(error), "a place to write to", str(aside.parent))
+        ) from None
+    free, needed = shutil.disk_usage(aside).free, num_bytes + SPARE_BYTES
+    if free < needed:
+        aside.rmdir()
+        saw, want = f"{free / 2**20:,.0f} MiB free", f"{needed / 2**20:,.0f} MiB"
+        raise UserError(Problem("the disk is nearly full", saw, want, str(aside.parent)))
+
+
+def _write(loaded: LoadedRun, of: Of, folder: Path) -> None:
+    """Every file but the marker."""
+    section, tokenizer = loaded.model.section, loaded.tokenizer
+    if isinstance(section, ModelSection):
+        about = huggingface.config_of(section)
+        ours = {name: p.detach().to(loaded.dtype) for name, p in loaded.model.named_parameters()}
+        save_file(huggingface.their_tensors(section, ours), folder / "model.safetensors", metadata={"format": "pt"})
+        if about["architectures"] == [huggingface.OWN]:
+            shutil.copy(huggingface.CODE, folder)
+    else:
+        about = _write_transformers(loaded, folder)
+    # No pad_token_id here: transformers would give that row of the embedding no gradient when the model is tuned.
+    ids = {"bos_token_id": tokenizer.separator_id, "eos_token_id": tokenizer.separator_id}
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    about |= ids | {"dtype": dtype, "torch_dtype": dtype}  # the second word is that of transformers 4
+    files.write_json(folder / "config.json", about)
+    files.write_json(folder / "generation_config.json", _generation(loaded))
+    tokenizer.save(folder, section.max_position_embeddings)
+    text = card.text(loaded, about["architectures"][0], parameter_count(loaded.model), of.unfinished, of.last_step)
+    files.write_text(folder / "README.md", text)
+
+
+def _write_transformers(loaded: LoadedRun, folder: Path) -> dict[str, Any]:
+    """Weights and config of a class of transformers, which knows best how its own are written; returns the config."""
+    assert isinstance(loaded.model, HuggingFaceModel)
+    inner = loaded.model.inner
+    own = {name for name, _ in (*inner.named_parameters(), *inner.named_buffers())}  # a tied one once
+    state = {n: x.to(loaded.dtype) if x.is_floating_point() else x for n, x in inner.state_dict().items() if n in own}
+    inner.save_pretrained(folder, state_dict=state, max_shard_size="1TB")
+    return {key: value for key, value in huggingface.read_json(folder / "config.json").items() if value is not None}
+
+
+def _generation(loaded: LoadedRun) -> dict[str, Any]:
+    """generation_config.json: the recipe's way to sample. Ids that stand for no text are never drawn."""
+    s, tokenizer = loaded.generation, loaded.tokenizer
+    separator = tokenizer.separator_id
+    unspoken = set(tokenizer.unspoken_ids(loaded.model.section.vocab_size)) - {separator}
+    return {
+        "do_sample": True,
+        "temperature": s.temperature,
+        "top_k": s.top_k,
+        "top_p": s.top_p,
+        "max_new_tokens": s.max_tokens,
+        "bos_token_id": separator,
+        "eos_token_id": separator,
+        "pad_token_id": separator if tokenizer.pad_id is None else tokenizer.pad_id,
+    } | ({"suppress_tokens": sorted(unspoken)} if unspoken else {})
+
+
+def _mark(folder: Path, of: Of, verdict: Verdict) -> None:
+    about = {
+        "format": FORMAT,
+        "smoltrain": __version__,
+        "run": of.run,
+        "run_id": of.run_id,
+        "step": of.step,
+        "last_step": of.last_step,
+        "class": verdict.class_name,
+        "num_parameters": verdict.num_parameters,
+        "max_difference": verdict.max_difference,  # of a logit, from the run's own, in fp32
+        "files": _records(folder),
+    }
+    files.write_json(folder / MARKER, about)
+
+
+def _records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> size and SHA-256 of every file but the marker."""
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER)
+    return {str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in found}
+
+
+def _publish(aside: Path, final: Path) -> None:
+    """Rename the export into place, the one before it out of the way."""
+    before = aside.with_name(aside.name + "-before")
+    if final.exists():
+        final.rename(before)
+    aside.rename(final)
+    files.sync(final.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _line(final: Path, of: Of, verdict: Verdict, dtype: torch.dtype) -> str:
+    kept = str(dtype).removeprefix("torch.")
+    label = f" ({of.unfinished})" if of.unfinished else ""
+    return (
+        f"export {final}{label}: {verdict.class_name}, {verdict.num_parameters:,} parameters in {kept}; transformers "
+        f"alone gives the same logits on {NUM_CASES} prompts (at most {verdict.max_difference:.1e} apart in fp32) and "
+        f"the same greedy text on {NUM_GREEDY}"
+    )

@@ -1,0 +1,64 @@
+"""Load an export with `transformers` alone and say what it answers: python -I reload.py FOLDER CASES.json ANSWERS
+
+CASES.json    {"trust_remote_code", "cases": [{"text": str or null, "ids": [...], "new_tokens": n}, ...]}
+ANSWERS       a folder, which receives answers.json (class, parameters, and per case the ids of the text, the new ids,
+              and all of it as text) and logits.safetensors (fp32 [T, V] per case, named by its number)
+
+export.py runs this in a fresh process and compares. All numbers are computed in fp32 on the CPU.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.modules["smoltrain"] = None  # pyright: ignore[reportArgumentType] # from here on importing it is an error
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+
+
+def main(folder: str, cases_file: str, answers: str) -> None:
+    """Answer every case of the file."""
+    asked = json.loads(Path(cases_file).read_text(encoding="utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    options = {"trust_remote_code": asked["trust_remote_code"], "output_loading_info": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    model, report = loaded
+    model.eval()
+    logits, told = {}, []
+    for i, case in enumerate(asked["cases"]):
+        with torch.no_grad():
+            logits[str(i)] = model(torch.tensor([case["ids"]]), use_cache=False).logits[0].contiguous()
+        told.append(answer(model, tokenizer, case))
+    save_file(logits, Path(answers) / "logits.safetensors")
+    about = {
+        "class": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),  # a tied one once
+        "not_loaded": sorted(str(key) for keys in report.values() for key in keys),
+        "cases": told,
+    }
+    (Path(answers) / "answers.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def answer(model: Any, tokenizer: Any, case: dict[str, Any]) -> dict[str, Any]:
+    """The ids of the case's text, and what the model writes next, greedily, up to the end of the text."""
+    ids = None
+    if case["text"] is not None:  # special tokens spelled out in a text are text
+        ids = tokenizer(case["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    if not case["new_tokens"]:
+        return {"ids": ids, "new": [], "text": ""}
+    prompt = torch.tensor([case["ids"]])
+    # The sampling settings in generation_config.json would make transformers warn that they are not used.
+    greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    mask = torch.ones_like(prompt)
+    written = model.generate(prompt, attention_mask=mask, max_new_tokens=case["new_tokens"], **greedy)[0]
+    new = written[len(case["ids"]) :].tolist()
+    if tokenizer.eos_token_id in new:
+        new = new[: new.index(tokenizer.eos_token_id)]
+    return {"ids": ids, "new": new, "text": tokenizer.decode(case["ids"] + new, skip_special_tokens=True)}
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,75 @@
+"""Where a run begins: at its own newest checkpoint, at another run's, with somebody's weights, or fresh."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from smoltrain import checkpoint, loading
+from smoltrain.checkpoint import Manifest
+from smoltrain.data.tokenizer import Tokenizer
+from smoltrain.errors import Problem, UserError
+from smoltrain.model import LanguageModel
+from smoltrain.schema import Config
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What stands before the first step of this start."""
+
+    step: int = 0  # steps that are done
+    manifest: Manifest | None = None  # of the checkpoint to restore whole, and
+    checkpoint: Path | None = None  # its folder
+    ancestor: Path | None = None  # the other run that this checkpoint belongs to
+    weights_from: str | None = None  # a run or a Hugging Face folder whose weights alone are taken
+
+
+def find(config: Config, say: Callable[[str], None]) -> Origin:
+    """The run's own newest valid checkpoint; if it has none yet, what `init` names; else step 0 with fresh weights.
+
+    Errors: UserError when checkpoints exist but none verifies, or init.from is nothing to begin with.
+    """
+    own = config.run_folder / "checkpoints"
+    if manifest := checkpoint.newest_valid(own, say):
+        return Origin(manifest.step, manifest, checkpoint.folder_of(own, manifest.step))
+    source = config.init.source
+    if source is None:
+        return Origin()
+    if config.init.load == "weights":
+        say(f"the weights are those of {source}; step, moments and data begin anew")
+        return Origin(weights_from=source)
+    run = loading.run_folder(source, config.run.folder, "init.from")
+    manifest = checkpoint.newest_valid(run / "checkpoints", say)
+    if manifest is None:
+        raise UserError(Problem("this run has no checkpoint yet", str(run), "at least one", "init.from"))
+    say(f"goes on from step {manifest.step} (phase {manifest.phase}) of {run}, with everything that it had")
+    return Origin(manifest.step, manifest, checkpoint.folder_of(run / "checkpoints", manifest.step), run)
+
+
+def inherit_data(config: Config, origin: Origin) -> None:
+    """Copy the ancestor's tokenizer and tokens, so that the data position means the same rows; once, by one process."""
+    own = config.run_folder
+    if origin.ancestor is None or (own / "data" / "index.json").exists():
+        return
+    for name in ("tokenizer", "data"):
+        shutil.rmtree(own / name, ignore_errors=True)  # index.json comes last, so what stands here is half a copy
+    shutil.copytree(origin.ancestor / "tokenizer", own / "tokenizer")
+    shutil.copytree(origin.ancestor / "data", own / "data", ignore=shutil.ignore_patterns("index.json"))
+    shutil.copy(origin.ancestor / "data" / "index.json", own / "data" / "index.json")
+
+
+def load_weights(origin: Origin, config: Config, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Put the named weights into a model that was just built. Errors: UserError if shape or tokenizer are others."""
+    assert origin.weights_from is not None
+    loaded = loading.load_run(origin.weights_from, runs=config.run.folder)
+    wrong = [
+        Problem(f"the weights are of another model: {key}", repr(now), repr(was), f"model.{key} or init.from")
+        for key, now in config.model.model_dump().items()
+        if (was := getattr(loaded.model.section, key, None)) != now and key not in ("dropout", "attention_dropout")
+    ]
+    if wrong:
+        raise UserError(*wrong)
+    if loaded.tokenizer.fingerprint() != tokenizer.fingerprint():
+        what, want = "the weights were trained with another tokenizer", f"the one beside them in {origin.weights_from}"
+        raise UserError(Problem(what, config.tokenizer.name, want, "tokenizer.name"))
+    model.load_state_dict(loaded.model.state_dict())

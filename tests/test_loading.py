@@ -1,0 +1,200 @@
+"""Models come back from runs and from Hugging Face folders; what does not fit is one line."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smoltrain import checkpoint, files, loading
+from smoltrain.data.tokenizer import FILE
+from smoltrain.errors import UserError
+from smoltrain.loading import load_run
+from smoltrain.model import Decoder
+from smoltrain.schema import GenerationSection, ModelSection
+from tests import folders, tiny
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints 8 and 12."""
+    return folders.run(tmp_path_factory.mktemp("loading"))
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(made, tmp_path / "runs" / "quickstart")
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    """A Hugging Face folder to damage."""
+    section = tiny.load(tmp_path).model
+    assert isinstance(section, ModelSection)
+    folders.hub(tmp_path / "hub", section, dtype=torch.float16)
+    return tmp_path / "hub"
+
+
+def edit(file: Path, **changes: Any) -> None:
+    """Set keys of a JSON file, or drop them where the value is None."""
+    values = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def resave(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a checkpoint and sign it again."""
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    record = {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
+    edit(file.parent / checkpoint.MANIFEST, files={file.name: record})
+
+
+def problem(source: Path | str, step: int | None = None) -> str:
+    with pytest.raises(UserError) as error:
+        load_run(str(source), step)
+    (only,) = error.value.problems
+    assert "\n" not in str(only)
+    return str(only)
+
+
+# --- runs
+
+
+def test_the_newest_checkpoint_or_the_one_asked_for(made: Path, monkeypatch: pytest.MonkeyPatch):
+    loaded, earlier = load_run(str(made)), load_run(str(made), 8)
+    assert (loaded.step, earlier.step) == (12, 8)
+    assert isinstance(loaded.model, Decoder)
+    assert not loaded.model.training
+    stored = load_file(made / "checkpoints" / "step-00000012" / "model.safetensors")
+    assert all(p.dtype == torch.float32 and p.equal(stored[n].float()) for n, p in loaded.model.named_parameters())
+    assert loaded.dtype == torch.bfloat16
+    assert not loaded.model.state_dict()["norm.weight"].equal(earlier.model.state_dict()["norm.weight"])
+    assert loaded.config is not None
+    assert (loaded.generation, loaded.seed) == (loaded.config.generation, 1234)
+    assert loaded.manifest is not None
+    assert loaded.folder == made
+    monkeypatch.chdir(made.parent.parent)
+    assert load_run("quickstart").folder == Path("runs/quickstart"), "a name under runs/"
+    monkeypatch.chdir("/")
+    assert load_run("quickstart", runs=made.parent).folder == made
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(run: Path, capsys: pytest.CaptureFixture[str]):
+    (run / "checkpoints" / "step-00000012" / "model.safetensors").write_bytes(b"cut")
+    assert load_run(str(run)).step == 8
+    assert "checkpoint of step 12 is passed over" in capsys.readouterr().err
+    assert problem(run, 12).startswith("the checkpoint is not whole: saw ")
+
+
+def test_what_is_no_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    want = "want a run folder, a name under runs/ (quickstart), or a Hugging Face folder; change the RUN argument"
+    assert problem("quikstart") == f"no such run: saw 'quikstart', {want}"
+    assert problem(run, 9) == "no checkpoint of this step: saw 9, want one of 8, 12; change --checkpoint"
+    shutil.rmtree(run / "checkpoints")
+    assert problem(run).startswith("this run has no checkpoint yet")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("norm.weight"), "a tensor is missing: saw no norm.weight, want (32,)"),
+        (lambda t: t.update(extra=torch.ones(1)), "a tensor is unknown: saw extra"),
+        (
+            lambda t: t.update({"embed_tokens.weight": t["embed_tokens.weight"][:300].clone()}),
+            "embed_tokens.weight has another vocabulary: saw (300, 32), want (320, 32) as the config says",
+        ),
+        (
+            lambda t: t.update({"norm.weight": torch.ones(16)}),
+            "norm.weight has another shape: saw (16,), want (32,) as the config says",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_the_config(
+    run: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+):
+    file = run / "checkpoints" / "step-00000012" / "model.safetensors"
+    resave(file, change)
+    assert problem(run).startswith(message)
+    assert str(file) in problem(run)
+
+
+def test_a_run_whose_tokenizer_was_exchanged(run: Path):
+    many = folders.tokenizer()
+    many._inner.add_tokens([f"word{i}" for i in range(100)])
+    many.save(run / "tokenizer")
+    assert problem(run).startswith("the tokenizer has more ids than the model: saw ")
+    assert "want at most the model's 320" in problem(run)
+    (run / "tokenizer" / FILE).unlink()
+    assert problem(run).startswith("the tokenizer is missing")
+
+
+# --- Hugging Face folders
+
+
+def test_a_folder_of_hugging_face(hub: Path):
+    loaded = load_run(str(hub))
+    assert isinstance(loaded.model, Decoder)
+    assert (loaded.step, loaded.manifest, loaded.config) == (None, None, None)
+    assert (loaded.dtype, loaded.seed, loaded.generation) == (torch.float16, 1234, GenerationSection())
+    assert all(p.dtype == torch.float32 for p in loaded.model.parameters())
+    assert loaded.tokenizer.separator == folders.SEPARATOR
+    assert problem(hub, 8).startswith("this folder has no checkpoints: saw 8")
+
+
+def test_its_way_to_sample_is_kept(hub: Path):
+    about = {"do_sample": True, "temperature": 0.6, "top_k": 40, "max_new_tokens": 7}
+    (hub / "generation_config.json").write_text(json.dumps(about))
+    want = GenerationSection(temperature=0.6, top_k=40, max_tokens=7)
+    assert load_run(str(hub)).generation == want
+    edit(hub / "generation_config.json", temperature=0)
+    assert problem(hub).startswith("temperature is not valid: saw 0, want greater than 0")
+    edit(hub / "generation_config.json", do_sample=False)
+    assert load_run(str(hub)).generation == GenerationSection(), "a folder that is greedy says nothing of sampling"
+
+
+def test_its_special_tokens_may_be_objects(hub: Path):
+    edit(hub / "tokenizer_config.json", eos_token={"content": folders.SEPARATOR, "special": True})
+    assert load_run(str(hub)).tokenizer.separator == folders.SEPARATOR
+    edit(hub / "tokenizer_config.json", eos_token="</s>")
+    assert problem(hub).startswith("the separator is not a special token of the tokenizer: saw '</s>'")
+    edit(hub / "tokenizer_config.json", eos_token=None)
+    assert problem(hub).startswith("nothing says which token ends a text")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / FILE).unlink(), f"the folder has no tokenizer: saw no {FILE}"),
+        (lambda f: (f / FILE).write_text("{}"), "the tokenizer cannot be read"),
+        (lambda f: (f / "tokenizer_config.json").unlink(), "tokenizer_config.json cannot be read"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "the weights cannot be read"),
+        (lambda f: edit(f / "config.json", architectures=["BloomForCausalLM"]), "the folder's class is not supported"),
+        (
+            lambda f: edit(f / "config.json", vocab_size=400),
+            "model.embed_tokens.weight has another vocabulary: saw (320, 32), want (400, 32)",
+        ),
+    ],
+)
+def test_a_folder_that_does_not_fit_itself(hub: Path, damage: Callable[[Path], object], message: str):
+    damage(hub)
+    assert problem(hub).startswith(message)
+
+
+def test_a_tokenizer_with_too_many_ids(hub: Path):
+    many = folders.tokenizer()
+    many._inner.add_tokens([f"word{i}" for i in range(100)])
+    many.save(hub)
+    assert problem(hub).startswith("the tokenizer has more ids than the model")
+
+
+def test_a_run_is_no_folder_of_hugging_face(run: Path, hub: Path):
+    shutil.copy(hub / "config.json", run)  # an export into the run's own folder would be one; the run comes first
+    assert not loading.is_huggingface(run)
+    assert load_run(str(run)).step == 12

@@ -1,0 +1,121 @@
+"""What a run begins with: its own checkpoint, another run's, somebody's weights."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from smoltrain import checkpoint, loading, model, origin
+from smoltrain.data.tokenizer import Tokenizer
+from smoltrain.errors import BAD_INPUT, DONE, UserError
+from smoltrain.origin import Origin
+from tests import launches, tiny
+
+
+@pytest.fixture(scope="module")
+def main(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose run `quickstart` has finished its main phase of 8 steps."""
+    folder = tmp_path_factory.mktemp("origin")
+    done = tiny.train(folder, "run.stop_after=main")
+    assert done.returncode == DONE, done.stderr
+    return folder
+
+
+def rows_and_losses(run: Path) -> dict[int, tuple[float, str]]:
+    key = "train/loss_nats_per_token"
+    return {line["step"]: (line[key], line["data/ledger"]) for line in launches.metrics(run) if key in line}
+
+
+def test_all_of_another_run_goes_on_as_that_run_would(main: Path):
+    continued = tiny.train(main, "run.name=continued", "init.from=quickstart", "init.load=all")
+    assert continued.returncode == DONE, continued.stderr
+    assert "goes on from step 8 (phase main)" in continued.stdout
+    assert checkpoint.steps(main / "runs" / "quickstart" / "checkpoints")[-1] == 8, "the first run is left as it was"
+    itself = tiny.train(main)
+    assert itself.returncode == DONE, itself.stderr
+    there, here = (rows_and_losses(main / "runs" / name) for name in ("continued", "quickstart"))
+    assert list(there) == [9, 10, 11, 12]
+    assert there == {step: value for step, value in here.items() if step > 8}
+    again = tiny.train(main, "run.name=continued", "init.from=quickstart", "init.load=all")
+    assert (again.returncode, "the plan is complete" in again.stdout) == (DONE, True), "its own checkpoint comes first"
+
+
+def test_all_of_another_run_is_held_to_that_runs_past(main: Path):
+    refused = tiny.train(main, "run.name=no", "init.from=quickstart", "init.load=all", "phases.main.lr=1e-3")
+    assert refused.returncode == BAD_INPUT
+    assert "the plan changes step" in refused.stderr
+    refused = tiny.train(main, "run.name=no", "init.from=quickstart", "init.load=all", "model.hidden_size=16")
+    assert (refused.returncode, "model.hidden_size differs" in refused.stderr) == (BAD_INPUT, True)
+    assert not (main / "runs" / "no").exists()
+
+
+def test_the_weights_of_another_run(main: Path):
+    found = origin.find(tiny.load(main, "run.name=w", f"init.from={main / 'runs' / 'quickstart'}"), print)
+    assert (found.step, found.manifest) == (0, None)
+    config = tiny.load(main)
+    tokenizer = Tokenizer.from_folder(main / "runs" / "quickstart" / "tokenizer", config.tokenizer.separator)
+    fresh = model.build(config.model)
+    origin.load_weights(found, config, fresh, tokenizer)
+    theirs = loading.load_run(str(main / "runs" / "quickstart")).model.state_dict()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in fresh.state_dict().items())
+    narrow = tiny.load(main, "model.intermediate_size=32")
+    with pytest.raises(UserError, match=r"of another model: intermediate_size: saw 32, want 64"):
+        origin.load_weights(found, narrow, model.build(narrow.model), tokenizer)
+    other = Tokenizer.train_bpe(["other words"], 300, config.tokenizer.separator)
+    with pytest.raises(UserError, match="trained with another tokenizer"):
+        origin.load_weights(found, config, fresh, other)
+
+
+def test_a_run_that_begins_with_weights_learns_from_step_one(main: Path):
+    path = main / "runs" / "quickstart" / "tokenizer"
+    words = [f"tokenizer.name={path}", "tokenizer.vocab_size=null", "phases.main.steps=2", "phases.main.warmup_steps=1"]
+    words += ["phases.main.lr=1e-5", "phases.main.final_lr=1e-5", "run.stop_after=main", "init.from=quickstart"]
+    done = tiny.train(main, "run.name=tuned", *words)
+    assert done.returncode == DONE, done.stderr
+    assert "the weights are those of quickstart" in done.stdout
+    first = launches.losses(main / "runs" / "tuned")
+    before = launches.losses(main / "runs" / "quickstart")
+    assert list(first) == [1, 2]
+    assert first[1] < before[1] - 0.1, "it begins where the other run ended"
+
+
+def test_nothing_to_begin_with(tmp_path: Path):
+    missing = tiny.load(tmp_path, "init.from=nowhere", "init.load=all")
+    with pytest.raises(UserError, match=r"no such run: saw 'nowhere'.*change init\.from"):
+        origin.find(missing, print)
+    run = tmp_path / "runs" / "empty"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("{}")
+    with pytest.raises(UserError, match="this run has no checkpoint yet"):
+        origin.find(tiny.load(tmp_path, "init.from=empty", "init.load=all"), print)
+    assert origin.find(tiny.load(tmp_path), print) == Origin()
+
+
+def test_a_copy_that_was_cut_short_is_made_again(tmp_path: Path):
+    ancestor, config = tmp_path / "old", tiny.load(tmp_path)
+    for name, text in (("data/index.json", "{}"), ("data/train.bin", "tokens"), ("tokenizer/tokenizer.json", "t")):
+        (ancestor / name).parent.mkdir(parents=True, exist_ok=True)
+        (ancestor / name).write_text(text)
+    half = config.run_folder / "data"
+    half.mkdir(parents=True)
+    (half / "train.bin").write_text("tok")
+    origin.inherit_data(config, Origin(step=1, ancestor=ancestor))
+    assert (half / "train.bin").read_text() == "tokens"
+    assert (half / "index.json").exists()
+    (half / "train.bin").write_text("mine")
+    origin.inherit_data(config, Origin(step=1, ancestor=ancestor))
+    assert (half / "train.bin").read_text() == "mine", "a whole copy is kept"
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch):
+    from smoltrain import dist
+
+    monkeypatch.setattr(torch.backends, "mps", SimpleNamespace(is_available=lambda: True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dist.choose_device("auto").type == dist.choose_device("cpu").type == "cpu"
+    assert dist.choose_device("mps").type == "mps"
+    with pytest.raises(UserError, match=r"no such device: saw cuda, want one of auto, cpu, mps; change engine\.device"):
+        dist.choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert dist.choose_device("auto", 3) == torch.device("cuda", 3)
