@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +17,15 @@ from smoltrain.schema import Config, ModelSection, TransformersSection
 from tests import tiny
 
 SEPARATOR = "<|endoftext|>"
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch on one thread, and so an export's fresh process: two that must wait for busy cores take ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def lively(section: ModelSection | TransformersSection, seed: int = 0) -> LanguageModel:

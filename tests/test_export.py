@@ -27,11 +27,8 @@ EXPORT = (*EXPORT, "tokenizer.json", "tokenizer_config.json")
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """A model this small is faster on one, here and in the fresh process, which takes as many."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with folders.one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
 """SmolLM2-135M-Instruct, out of a PyPI package: through our decoder, transformers, the command, an export."""
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from smoltrain.data import standins
 from smoltrain.generate import generate
 from smoltrain.loading import LoadedRun, load_run
 from smoltrain.schema import GenerationSection, ModelSection, TransformersSection
+from tests import folders
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -26,6 +29,12 @@ TEXTS = (
     "<|im_start|>user\nWhat is the opposite of hot?<|im_end|>\n<|im_start|>assistant\n",
 )
 TOLERANCE = 1e-4  # of a logit, fp32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    with folders.one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +95,22 @@ def test_the_decoder_writes_the_tokens_of_transformers(ours: LoadedRun, theirs: 
         assert mine == wanted[0, x.size(1) :].tolist(), text
 
 
-def test_the_command_writes_coherent_english(folder: Path):
-    command = [str(Path(sys.executable).parent / "smoltrain"), "generate", str(folder), "--prompt", TEXTS[0]]
-    said = subprocess.run([*command, "--greedy", "--max-tokens", "40"], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("prompt", [TEXTS[0], TEXTS[2]])
+def test_the_command_writes_coherent_english(folder: Path, prompt: str):
+    command = [str(Path(sys.executable).parent / "smoltrain"), "generate", str(folder), "--prompt", prompt]
+    said = subprocess.run(
+        [*command, "--greedy", "--max-tokens", "40"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert (said.returncode, said.stderr) == (0, "")
-    assert said.stdout.startswith("The capital of France is Paris"), said.stdout
+    assert said.stdout.startswith(f"{prompt} Paris" if prompt == TEXTS[0] else prompt), said.stdout
     words = said.stdout.replace(".", " ").replace(",", " ").lower().split()
-    common = {"the", "of", "is", "a", "and", "in", "to", "it", "for", "its", "with", "has", "as", "that", "city"}
-    assert len(words) > 15
-    assert sum(word in common for word in words) > len(words) / 5, said.stdout
+    common = {"the", "of", "is", "a", "and", "in", "to", "it", "was", "its", "with", "had", "there", "that", "who"}
+    assert len(words) >= 12
+    assert sum(word in common for word in words) >= len(words) / 4, said.stdout
 
 
 @torch.no_grad()
