@@ -103,27 +103,15 @@ def generate(
 ) -> None:
     """Write text with a trained model; options that are not given are the recipe's."""
     from smoltrain import config
-    from smoltrain.generate import generate as new_ids
-    from smoltrain.generate import spoken
     from smoltrain.loading import load_run
 
     loaded = load_run(run, checkpoint)
-    tokenizer = loaded.tokenizer
     settings = config.revise(
         loaded.generation, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
     )
-    ids = tokenizer.encode(prompt) or [tokenizer.separator_id]
-    new = new_ids(
-        loaded.model,
-        ids,
-        settings,
-        stop_id=tokenizer.separator_id,
-        banned_ids=tokenizer.unspoken_ids(loaded.model.section.vocab_size),
-        greedy=greedy,
-        seed=loaded.seed if seed is None else seed,
-    )
+    pieces = loaded.text(prompt, settings, greedy=greedy, seed=loaded.seed if seed is None else seed)
     print(prompt, end="", flush=True)
-    for piece in spoken(ids, new, tokenizer.decode):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 

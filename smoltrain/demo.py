@@ -15,10 +15,8 @@ import torch
 
 from smoltrain import checkpoint, config, dist
 from smoltrain.errors import Problem, UserError
-from smoltrain.generate import generate, spoken
 from smoltrain.loading import LoadedRun, load_run
 from smoltrain.model import parameter_count
-from smoltrain.schema import GenerationSection
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read once, while gradio is imported
 try:
@@ -178,7 +176,7 @@ def write(
         settings = config.revise(
             loaded.generation, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
         )
-        pieces = new_text(loaded, prompt, settings, greedy, loaded.seed if seed is None else seed)
+        pieces = loaded.text(prompt, settings, greedy=greedy, seed=loaded.seed if seed is None else seed)
     except UserError as error:
         raise gr.Error(html.escape(str(error)), print_exception=False) from None
     text = prompt
@@ -187,19 +185,3 @@ def write(
         yield text.translate(SHOWN), facts(loaded, shelf.device)
     if text == prompt:
         gr.Info("The model ended the document here. Another seed may write more.", title="No text")
-
-
-def new_text(loaded: LoadedRun, prompt: str, settings: GenerationSection, greedy: bool, seed: int) -> Iterator[str]:
-    """Pieces of text as they come; an empty prompt begins a document. Errors: UserError for one that is too long."""
-    tokenizer = loaded.tokenizer
-    ids = tokenizer.encode(prompt) or [tokenizer.separator_id]
-    new = generate(
-        loaded.model,
-        ids,
-        settings,
-        stop_id=tokenizer.separator_id,
-        banned_ids=tokenizer.unspoken_ids(loaded.model.section.vocab_size),
-        greedy=greedy,
-        seed=seed,
-    )
-    return spoken(ids, new, tokenizer.decode)

@@ -192,7 +192,7 @@ def read(folder: Path) -> tuple[ModelSection, Tensors]:
     about = read_json(file)
     section = section_of(about, file)
     name = about["architectures"][0]
-    theirs = _tidied(name, section, _read_weights(folder), folder)
+    theirs = _tidied(name, section, read_weights(folder), folder)
     check_tensors({n: x.shape for n, x in _fused(name, section, _meta(section)).items()}, theirs, folder)
     ours = _split(name, section, theirs)
     silent = [n for n in ours if n.endswith("bias") and ".mlp." in n and not ours[n].any()]
@@ -240,7 +240,7 @@ def read_safetensors(file: Path) -> Tensors:
         raise UserError(Problem("the weights cannot be read", reason, "a whole .safetensors file", str(file))) from None
 
 
-def _read_weights(folder: Path) -> Tensors:
+def read_weights(folder: Path) -> Tensors:
     """The tensors of model.safetensors, or of all shards that the index names."""
     if (folder / "model.safetensors").is_file():
         return read_safetensors(folder / "model.safetensors")

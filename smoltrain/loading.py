@@ -1,6 +1,7 @@
 """A trained model back on one process and without DeepSpeed: out of a run folder, or out of a Hugging Face folder."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from smoltrain import checkpoint, config, huggingface, model
 from smoltrain.data.tokenizer import FILE, Tokenizer
 from smoltrain.errors import Problem, UserError, invalid
+from smoltrain.generate import generate, spoken
 from smoltrain.model import LanguageModel
 from smoltrain.schema import Config, GenerationSection, RunSection
 
@@ -29,6 +31,17 @@ class LoadedRun:
     step: int | None = None  # of the checkpoint; None for a Hugging Face folder, as are the next two
     manifest: checkpoint.Manifest | None = None
     config: Config | None = None
+
+    def text(self, prompt: str, settings: GenerationSection, *, greedy: bool, seed: int) -> Iterator[str]:
+        """Pieces of the text behind a prompt, as they come; an empty prompt begins a document.
+
+        Errors: UserError, at once, for a prompt that is too long.
+        """
+        ids = self.tokenizer.encode(prompt) or [self.tokenizer.separator_id]
+        banned = self.tokenizer.unspoken_ids(self.model.section.vocab_size)
+        stop = self.tokenizer.separator_id
+        new = generate(self.model, ids, settings, stop_id=stop, banned_ids=banned, greedy=greedy, seed=seed)
+        return spoken(ids, new, self.tokenizer.decode)
 
 
 def load_run(source: str, step: int | None = None, runs: Path = RUNS) -> LoadedRun:

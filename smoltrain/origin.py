@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from smoltrain import checkpoint, loading
+from smoltrain import checkpoint, huggingface, loading
 from smoltrain.checkpoint import Manifest
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import Problem, UserError
-from smoltrain.model import LanguageModel
+from smoltrain.model import HuggingFaceModel, LanguageModel
 from smoltrain.schema import Config
 
 
@@ -61,6 +61,9 @@ def inherit_data(config: Config, origin: Origin) -> None:
 def load_weights(origin: Origin, config: Config, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """Put the named weights into a model that was just built. Errors: UserError if shape or tokenizer are others."""
     assert origin.weights_from is not None
+    if isinstance(model, HuggingFaceModel) and loading.is_huggingface(Path(origin.weights_from)):
+        _load_as_is(Path(origin.weights_from), model)
+        return
     loaded = loading.load_run(origin.weights_from, runs=config.run.folder)
     wrong = [
         Problem(f"the weights are of another model: {key}", repr(now), repr(was), f"model.{key} or init.from")
@@ -73,3 +76,12 @@ def load_weights(origin: Origin, config: Config, model: LanguageModel, tokenizer
         what, want = "the weights were trained with another tokenizer", f"the one beside them in {origin.weights_from}"
         raise UserError(Problem(what, config.tokenizer.name, want, "tokenizer.name"))
     model.load_state_dict(loaded.model.state_dict())
+
+
+def _load_as_is(folder: Path, model: HuggingFaceModel) -> None:
+    """A Hugging Face folder's tensors into transformers' own class. Errors: UserError for those of another model."""
+    weights = {f"inner.{name}": x for name, x in huggingface.read_weights(folder).items()}
+    names = {name: x.shape for name, x in model.named_parameters(remove_duplicate=False)}
+    tied = names.keys() - dict(model.named_parameters()).keys()
+    huggingface.check_tensors({n: s for n, s in names.items() if n not in tied or n in weights}, weights, folder)
+    model.load_state_dict(weights, strict=False)

@@ -21,7 +21,7 @@ SEPARATOR = "<|endoftext|>"
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """torch on one thread, and so an export's fresh process: two that must wait for busy cores take ten times as long."""
+    """torch on one thread, an export's fresh process too: two that wait for busy cores take ten times as long."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -215,23 +216,24 @@ class Bytes:
 @pytest.fixture
 def generated(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Every call behind `generate`; the text it writes is `says`."""
-    from smoltrain import generate, loading
+    from smoltrain import loading
 
     calls = SimpleNamespace(loaded=[], drawn=[], says="né 🙂".encode())
     settings = config.load(EXAMPLE, ["run.seed=7", "model.vocab_size=260", "tokenizer.vocab_size=257"])
 
     decoder = SimpleNamespace(section=settings.model)
 
-    def load_run(*arguments: object) -> SimpleNamespace:
+    def load_run(*arguments: object) -> loading.LoadedRun:
         calls.loaded.append(arguments)
-        return SimpleNamespace(model=decoder, tokenizer=Bytes(), generation=settings.generation, seed=settings.run.seed)
+        stand_ins: tuple[Any, ...] = (decoder, None, Bytes(), settings.generation, settings.run.seed, Path())
+        return loading.LoadedRun(*stand_ins)
 
     def instead(*arguments: object, **options: object) -> Iterator[int]:
         calls.drawn.append((*arguments, options))
         return iter(calls.says)
 
     monkeypatch.setattr(loading, "load_run", load_run)
-    monkeypatch.setattr(generate, "generate", instead)
+    monkeypatch.setattr(loading, "generate", instead)
     return calls
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from smoltrain import demo, dist
 from smoltrain.errors import DONE, UserError
-from smoltrain.loading import load_run
+from smoltrain.loading import LoadedRun, load_run
 from tests import tiny
 
 POSITIONS = 4096
@@ -135,7 +135,7 @@ def test_a_text_begins_with_the_prompt_and_grows(shelf: demo.Shelf):
 def test_a_checkpoint_is_loaded_when_it_is_asked_for_and_kept(run: Path, monkeypatch: pytest.MonkeyPatch):
     loads: list[int | None] = []
 
-    def counted(source: str, step: int | None) -> demo.LoadedRun:
+    def counted(source: str, step: int | None) -> LoadedRun:
         loads.append(step)
         return load_run(source, step)
 
@@ -148,7 +148,9 @@ def test_a_checkpoint_is_loaded_when_it_is_asked_for_and_kept(run: Path, monkeyp
 
 
 def test_controls_of_the_page_are_shown_and_not_obeyed(shelf: demo.Shelf, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(demo, "new_text", lambda *_: iter(["\x1b[31m", "\x00\x7f\x85", "\u202e\t\n", "é👩\u200d🔬"]))
+    monkeypatch.setattr(
+        LoadedRun, "text", lambda *_, **__: iter(["\x1b[31m", "\x00\x7f\x85", "\u202e\t\n", "é👩\u200d🔬"])
+    )
     assert texts(shelf, "a\r")[-1] == "a␍␛[31m␀␡\ufffd\ufffd\t\né👩\u200d🔬"
 
 

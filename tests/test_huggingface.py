@@ -1,7 +1,7 @@
 """What transformers reads is the decoder, both ways, and what the decoder cannot be is refused in a line."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,12 @@ def loaded(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
         folder, dtype=torch.float32, trust_remote_code=True, output_loading_info=True, **options
     )
     return model[0].eval(), model[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    with folders.one_thread():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from smoltrain import checkpoint, loading, model, origin
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import BAD_INPUT, DONE, UserError
 from smoltrain.origin import Origin
+from smoltrain.schema import TransformersSection
 from tests import launches, tiny
 
 
@@ -78,6 +79,27 @@ def test_a_run_that_begins_with_weights_learns_from_step_one(main: Path):
     before = launches.losses(main / "runs" / "quickstart")
     assert list(first) == [1, 2]
     assert first[1] < before[1] - 0.1, "it begins where the other run ended"
+
+
+def test_a_transformers_model_takes_a_folder_as_it_is(tmp_path: Path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tied = {"tie_word_embeddings": True, "num_key_value_heads": 2}
+    theirs = LlamaForCausalLM(LlamaConfig(vocab_size=320, max_position_embeddings=64, **shape, **tied))
+    theirs.save_pretrained(tmp_path / "folder")
+    llama = {"kind": "transformers", "model_type": "llama", "max_position_embeddings": 64}
+    sections = [
+        TransformersSection.model_validate(llama | {"vocab_size": rows, "config": shape | tied}) for rows in (320, 300)
+    ]
+    found, config = Origin(weights_from=str(tmp_path / "folder")), tiny.load(tmp_path)
+    tokenizer = Tokenizer.train_bpe(["a"], 300, config.tokenizer.separator)
+    ours = model.build(sections[0])
+    origin.load_weights(found, config, ours, tokenizer)
+    wanted = theirs.state_dict()
+    assert all(torch.equal(x, wanted[name.removeprefix("inner.")]) for name, x in ours.state_dict().items())
+    with pytest.raises(UserError, match=r"another vocabulary: saw \(320, 16\), want \(300, 16\)"):
+        origin.load_weights(found, config, model.build(sections[1]), tokenizer)
 
 
 def test_nothing_to_begin_with(tmp_path: Path):

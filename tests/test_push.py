@@ -56,7 +56,7 @@ def push(hub: Hub, tmp_path: Path) -> Push:
         foreign = ("HF_", "HUGGING", "TRANSFORMERS_", "http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")
         own = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         own |= {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
-        own |= {"HF_HUB_DISABLE_XET": "1"} | environment
+        own |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"} | environment
         words = [sys.executable, "-c", VERB, str(source), repo, "private" if private else "public"]
         return subprocess.run(words, capture_output=True, text=True, check=False, env=own, timeout=120)
 
