@@ -26,9 +26,7 @@ def push(source: str, repo: str, *, private: bool = True, say: Callable[[str], N
     _reach(endpoint, token)
     folder, marker = _export(source, say)
     step = "" if marker["step"] is None else f", step {marker['step']} of {marker['last_step']}"
-    url = _upload(folder, repo, token, private, f"{marker['run']}{step}, by smoltrain {marker['smoltrain']}")
-    say(url)
-    return url
+    return _upload(folder, repo, token, private, f"{marker['run']}{step}, by smoltrain {marker['smoltrain']}")
 
 
 def _hub(repo: str) -> tuple[str, str]:

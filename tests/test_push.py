@@ -12,6 +12,8 @@ import pytest
 from smoltrain import export
 from smoltrain import push as push_module
 from smoltrain.errors import BAD_INPUT, DONE, UserError
+from smoltrain.loading import load_run
+from smoltrain.schema import ModelSection
 from smoltrain.verify import Verdict
 from tests import folders
 from tests.hub_uploads import TOKEN, Hub, serve
@@ -22,7 +24,7 @@ import sys
 from smoltrain.errors import BAD_INPUT, UserError, report
 from smoltrain.push import push
 try:
-    push(sys.argv[1], sys.argv[2], private=sys.argv[3] == "private")
+    print(push(sys.argv[1], sys.argv[2], private=sys.argv[3] == "private"))
 except UserError as error:
     print(report(error), file=sys.stderr)
     sys.exit(BAD_INPUT)
@@ -145,14 +147,14 @@ def test_a_hub_that_is_not_there(run: Path, push: Push, kind: str):
     assert refused.stderr.count("\n") == 1
 
 
-def test_what_is_no_export(run: Path, hub: Hub, push: Push, tmp_path: Path):
-    refused = push(tmp_path / "nothing", "me/tiny")
-    assert (refused.returncode, "no such run" in refused.stderr) == (BAD_INPUT, True)
-    section = export.load_run(str(run)).model.section
-    folders.hub(tmp_path / "hub", section)  # pyright: ignore[reportArgumentType]
-    refused = push(tmp_path / "hub", "me/tiny")
-    assert (refused.returncode, "the folder is no verified export" in refused.stderr) == (BAD_INPUT, True)
-    assert hub.repos == {}
+def test_what_is_no_export(run: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="no such run"):
+        push_module._export(str(tmp_path / "nothing"), print)
+    section = load_run(str(run)).model.section
+    assert isinstance(section, ModelSection)
+    folders.hub(tmp_path / "hub", section)
+    with pytest.raises(UserError, match="the folder is no verified export"):
+        push_module._export(str(tmp_path / "hub"), print)
 
 
 @pytest.mark.slow
