@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from smoltrain import demo, dist
+from smoltrain import demo, dist, loading
 from smoltrain.errors import DONE, UserError
 from smoltrain.loading import LoadedRun, load_run
 from tests import tiny
@@ -156,7 +156,7 @@ def test_controls_of_the_page_are_shown_and_not_obeyed(shelf: demo.Shelf, monkey
 
 @pytest.mark.parametrize("prompt", ["", "x"])
 def test_a_document_that_ends_at_once_is_no_error(shelf: demo.Shelf, monkeypatch: pytest.MonkeyPatch, prompt: str):
-    monkeypatch.setattr(demo, "generate", lambda *_, **__: iter([]))
+    monkeypatch.setattr(loading, "generate", lambda *_, **__: iter([]))
     assert set(texts(shelf, prompt)) == {prompt}
 
 
@@ -206,7 +206,7 @@ def test_stop_ends_the_generator(client: Callable[[], Any], monkeypatch: pytest.
         finally:
             ended.append(len(seen))
 
-    monkeypatch.setattr(demo, "generate", endless)
+    monkeypatch.setattr(loading, "generate", endless)
     job = client().submit("", *DEFAULTS, api_name="/generate")
     wait_until(lambda: len(job.outputs()) > 3)
     job.cancel()

@@ -52,6 +52,7 @@ def test_the_same_command_again_says_complete_in_one_line(uninterrupted: Path) -
     assert "the plan is complete at step 64" in said[0]
 
 
+@pytest.mark.slow
 def test_a_rank_killed_in_mid_run_costs_nothing_but_time(uninterrupted: Path, tmp_path: Path) -> None:
     words, run_folder = tiny.words(tmp_path, *LONG), tmp_path / "runs" / "quickstart"
     process = launches.start("smoltrain", words, tmp_path / "log")

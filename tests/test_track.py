@@ -307,6 +307,7 @@ def test_auto_looks_for_the_servers_key_in_netrc(home: Path, monkeypatch: pytest
     assert track.wandb_mode(settings)[0] == "offline", "a broken file is no key, and no error"
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_costs_no_run(tmp_path: Path) -> None:
     output = tiny.train(
         tmp_path, "track.wandb=auto", "track.wandb_timeout_s=2", "phases.main.steps=2", "run.stop_after=main",
