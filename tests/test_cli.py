@@ -267,3 +267,9 @@ def test_generate_without_a_run(run: Run):
     code, out, err = run("generate", "nowhere")
     assert (code, out) == (2, "")
     assert err.startswith("error: no such run: saw 'nowhere'")
+
+
+def test_prepare_knows_two_tokenizers(run: Run):
+    code, out, err = run("prepare", "tokenizer", "gpt3")
+    assert (code, out) == (2, "")
+    assert err == "error: no such tokenizer to prepare: saw 'gpt3', want 'gpt2' (the nearest valid one); change NAME\n"

