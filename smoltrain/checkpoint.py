@@ -7,6 +7,7 @@ checkpoints/step-00000200/
     manifest.json         written last: step, world, loader state, size and SHA-256 of every other file
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from smoltrain import files
-from smoltrain.data import Loader
+from smoltrain.data import Loader, merged
 from smoltrain.dist import World
 from smoltrain.errors import Problem, UserError
 from smoltrain.plan import Plan
@@ -75,6 +76,7 @@ def save(
     weights = engine.weights(keep=world.is_first)
     if world.is_first:
         save_file(weights, aside / "model.safetensors")
+    state = merged(world.gather(loader.state()))
     world.barrier()  # every rank's files stand
     mine = sorted(p for p in aside.rglob("*") if p.is_file())[world.rank :: world.size]
     records = world.gather({str(p.relative_to(aside)): _record(p) for p in mine})
@@ -86,7 +88,7 @@ def save(
             phase=plan.phase(step).name,
             world_size=world.size,
             zero_stage=engine.stage,
-            loader=loader.state(),
+            loader=state,
             files={name: record for part in records for name, record in part.items()},
             **facts,
         )
@@ -102,18 +104,23 @@ def save(
     return final
 
 
-def restore(checkpoint: Path, manifest: Manifest, engine: "Engine", loader: Loader, world: World) -> None:
-    """Bring engine, loader and random numbers back to a verified checkpoint. Collective."""
+def restore(checkpoint: Path, manifest: Manifest, engine: "Engine", loader: Loader, world: World, *, seed: int) -> None:
+    """Bring engine, loader and random numbers back to a verified checkpoint, whatever number of ranks wrote it.
+
+    On as many ranks as wrote it every random number comes out as it would have. On another number nobody's generators
+    fit, so each rank's begin afresh from (`seed` of the run, step, rank): the same again at every such start.
+    Collective. Errors: UserError where the ZeRO stage, or the order of the optimizer state, is another.
+    """
+    if engine.stage != manifest.zero_stage and {engine.stage, manifest.zero_stage} != {1, 2}:
+        what, saw = f"the checkpoint of step {manifest.step} is of another ZeRO stage", f"ZeRO-{engine.stage}"
+        raise UserError(Problem(what, saw, f"ZeRO-{manifest.zero_stage}", "engine.ds_config"))
     engine.load_shards(checkpoint)
     loader.load_state(manifest.loader)
-    _set_rng_state(files.read_tensors(checkpoint / f"rank-{world.rank:05d}.pt"))
-
-
-def check_world(manifest: Manifest, world_size: int) -> None:
-    """Errors: UserError unless the checkpoint was written by as many ranks: DeepSpeed's shards are one per rank."""
-    if manifest.world_size != world_size:
-        what = f"the checkpoint of step {manifest.step} was written by another number of ranks"
-        raise UserError(Problem(what, f"{world_size} ranks", f"{manifest.world_size}", "the number of ranks"))
+    if manifest.world_size == world.size:
+        _set_rng_state(files.read_tensors(checkpoint / f"rank-{world.rank:05d}.pt"))
+    else:
+        digest = hashlib.sha256(f"{seed} {manifest.step} {world.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8]))
 
 
 def newest_valid(checkpoints: Path, say: Callable[[str], None]) -> Manifest | None:

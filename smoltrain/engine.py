@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from smoltrain import ds_config, files
+from smoltrain import ds_config, files, reshape
 from smoltrain.data import Batch
 from smoltrain.dist import World
+from smoltrain.errors import Problem, UserError
 from smoltrain.schema import Config
 
 if not torch.cuda.is_available():
@@ -71,7 +72,7 @@ class Engine:
     def __init__(self, wrapped: Any, dtypes: str) -> None:
         self._ds = wrapped
         self.dtypes = dtypes
-        self._ds.checkpoint_engine = _Shards()
+        self._ds.checkpoint_engine = _Shards(wrapped)
         self._ds._copy_recovery_script = lambda _: None  # zero_to_fp32.py: fails on tied weights and unpickles anything
         self.stage = int(wrapped.zero_optimization_stage())
         if self.stage in (1, 2):
@@ -91,7 +92,9 @@ class Engine:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Sum of the token losses of one micro-batch on this rank: fp32 scalar, nats."""
-        return self._ds(batch.ids_BT.to(self._ds.device), batch.labels_BT.to(self._ds.device))
+        device, positions_BT = self._ds.device, batch.positions_BT
+        positions_BT = None if positions_BT is None else positions_BT.to(device)
+        return self._ds(batch.ids_BT.to(device), batch.labels_BT.to(device), positions_BT=positions_BT)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss` up. DeepSpeed averages over ranks; the caller has scaled for that."""
@@ -181,14 +184,23 @@ class Engine:
             self._ds.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
 
     def load_shards(self, folder: Path) -> None:
-        """The inverse of `save_shards`, on the same number of ranks. Collective."""
+        """The inverse of `save_shards`, on any number of ranks; ZeRO-1 and ZeRO-2 read each other's. Collective.
+
+        Errors: UserError where the DeepSpeed config lays the optimizer state out in another order.
+        """
+        model_states = sorted(str(p) for p in (folder / SHARDS).glob("*model_states.pt"))
+        self._ds._get_all_ckpt_names = lambda *_: model_states[:1]  # ZeRO-3 has one per rank, all alike
         with _quiet():
             path, _ = self._ds.load_checkpoint(str(folder), tag=SHARDS)
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}, though its manifest verified"
 
 
 class _Shards(CheckpointEngine):
-    """DeepSpeed's file access, through which no pickle can run code."""
+    """DeepSpeed's file access: no pickle can run code, and what other ranks wrote is cut anew for these."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self._ds = wrapped
+        self._written_by = 0  # ranks
 
     def create(self, info: Any) -> None:
         """Nothing to prepare."""
@@ -198,8 +210,37 @@ class _Shards(CheckpointEngine):
         torch.save(state_dict, path)
 
     def load(self, path: str, map_location: Any = None) -> Any:  # noqa: ARG002
-        """Read one file with weights_only."""
-        return files.read_tensors(Path(path), ALLOWED)
+        """What this rank would have written to `path`, read with weights_only. The model's file comes first."""
+        if path.endswith("_optim_states.pt"):
+            return self._optimizer_state(Path(path))
+        state = files.read_tensors(Path(path), ALLOWED)
+        self._written_by, state["dp_world_size"] = state["dp_world_size"], self._ds.dp_world_size
+        if self._ds.zero_optimization() and state["param_shapes"] != self._ds._get_zero_param_shapes():
+            what, saw = "the optimizer state on disk is in another order", f"that of {self._ds.dp_world_size} ranks"
+            want = f"that of {self._written_by} ranks: no round_robin_gradients, and sub_group_size as it was"
+            raise UserError(Problem(what, saw, want, "zero_optimization in engine.ds_config, or the number of ranks"))
+        return state
+
+    def _optimizer_state(self, path: Path) -> Any:
+        old, new, rank = self._written_by, self._ds.dp_world_size, self._ds.global_rank
+        if old == new:
+            return files.read_tensors(path, ALLOWED)
+        layouts = self._layouts()
+        shards = {
+            source: files.read_tensors(path.with_name(path.name.replace(f"_{rank}_mp_", f"_{source}_mp_")), ALLOWED)
+            for source in reshape.sources(layouts, old, new, rank)
+        }
+        states = {source: shard["optimizer_state_dict"] for source, shard in shards.items()}
+        return {"optimizer_state_dict": reshape.shard(states, layouts, old, new, rank)}
+
+    def _layouts(self) -> list[reshape.Layout]:
+        sizes = [[shape.numel() for shape in group.values()] for group in self._ds._get_zero_param_shapes()]
+        optimizer = self._ds.optimizer
+        if self._ds.zero_optimization_stage() == 3:
+            return [reshape.Layout(tuple(group), alignment=1) for group in sizes]
+        gaps = getattr(optimizer, "round_robin_bit16_padding", [[]] * len(sizes))  # with parameter_alignment
+        alignment = optimizer.nccl_start_alignment_factor
+        return [reshape.Layout((sum(group) + sum(gap),), alignment) for group, gap in zip(sizes, gaps, strict=True)]
 
     def commit(self, info: Any) -> None:
         """checkpoint.py publishes the folder, when every rank is done."""

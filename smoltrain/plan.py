@@ -54,6 +54,10 @@ class Plan:
         """Decoupled weight decay of step n, to be multiplied by its learning rate."""
         return self.phase(step).spec.weight_decay
 
+    def mix(self, step: int) -> dict[str, float] | None:
+        """Weights of the data's sources in step n, by name; None: those that the sources themselves say."""
+        return self.phase(step).spec.mix
+
     def resets_optimizer(self, step: int) -> bool:
         """Whether AdamW's moments are zeroed just before step n."""
         phase = self.phase(step)

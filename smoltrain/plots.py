@@ -42,7 +42,8 @@ def run_pngs(plan: Plan, run: Path) -> list[Path]:
     """
     metrics = _metrics(run / "metrics.jsonl")
     written = []
-    for name, panels in (("loss.png", PANELS[:1]), ("training.png", PANELS)):
+    counted = len(metrics.series("data/unique_documents")[0])  # not by older versions of smoltrain
+    for name, panels in (("loss.png", PANELS[:1]), ("training.png", PANELS if counted else PANELS[:-1])):
         figure = Figure(figsize=(9, 3.6 + 1.45 * (len(panels) - 1)), dpi=140, layout="constrained")
         heights = [3.6 if draw is _loss else 1.45 for draw in panels]
         column = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
@@ -135,7 +136,20 @@ def _unique_rows(axes: Axes, metrics: Metrics) -> None:
     axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
-PANELS = (_loss, _lr, _gradient_norm, _throughput, _unique_rows)
+def _unique_documents(axes: Axes, metrics: Metrics) -> None:
+    """And the repeat factor on a scale of its own, to the right."""
+    axes.plot(*metrics.series("data/unique_documents"), color=GREEN, linewidth=1.5)
+    axes.set(ylabel="unique\ndocuments", ylim=(0, None))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    right = axes.twinx()
+    right.plot(*metrics.series("data/repeat_factor"), color=ORANGE, linewidth=1.5, linestyle=(0, (4, 2)))
+    right.set_ylabel("repeat factor", color=ORANGE)
+    right.set_ylim(0, max(2, right.get_ylim()[1]))
+    right.tick_params(axis="y", colors=ORANGE)
+    right.spines[["top", "left"]].set_visible(False)
+
+
+PANELS = (_loss, _lr, _gradient_norm, _throughput, _unique_rows, _unique_documents)
 
 
 def _shade_phases(axes: Axes, plan: Plan) -> None:

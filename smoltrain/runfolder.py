@@ -14,10 +14,13 @@ from smoltrain import config as config_module
 from smoltrain import files
 from smoltrain.errors import Problem, UserError
 from smoltrain.plan import Plan
-from smoltrain.schema import Config
+from smoltrain.schema import Config, SourceSection
 
 # What the weights of the past depend on; changing any of it would make the run another run.
-IDENTITY = ("model", "tokenizer", "data", "optimizer", "run.seed", "batch.sequence_length")
+IDENTITY = ("model", "tokenizer", "data", "packing", "optimizer", "run.seed", "batch.sequence_length")
+# What may change of these: the data themselves are compared by their fingerprint, wherever they lie now.
+ELSEWHERE = ("path", "cache", "patience_s", "max_bad_records", "allow_changed", "mode", "streams")
+FREE = tuple(f"data.{key}" for key in ELSEWHERE)
 PACKAGES = ("torch", "deepspeed", "tokenizers", "wandb", "numpy")
 
 
@@ -103,10 +106,11 @@ def _provenance(path: Path) -> dict[str, Any]:
 
 def _forbidden(old: Config, new: Config, done: int, path: Path) -> list[Problem]:
     change = f"{path.parent} belongs to another run: take back the change, or choose another run.name"
+    free = FREE + tuple(f"data.{key}" for key in SourceSection.model_fields if new.data.allow_changed)
     problems = [
         Problem(f"{key} differs from the run's own", repr(now), repr(was), change)
         for key, was, now in differences(old, new)
-        if any(key == fixed or key.startswith(fixed + ".") for fixed in IDENTITY)
+        if (any(key == fixed or key.startswith(fixed + ".") for fixed in IDENTITY) and key not in free)
         or key in ("batch.accumulation", "batch.rows_per_step")
     ]
     past, asked = Plan(old.phases), Plan(new.phases)
@@ -120,13 +124,18 @@ def _forbidden(old: Config, new: Config, done: int, path: Path) -> list[Problem]
     return problems
 
 
-def _at(plan: Plan, step: int) -> tuple[str, float, float, bool]:
-    return plan.phase(step).name, plan.lr(step), plan.weight_decay(step), plan.resets_optimizer(step)
+At = tuple[str, float, float, bool, dict[str, float] | None]
 
 
-def _words(at: tuple[str, float, float, bool]) -> str:
-    name, lr, decay, reset = at
-    return f"phase {name}, lr {lr:g}, weight decay {decay:g}" + (", optimizer reset" if reset else "")
+def _at(plan: Plan, step: int) -> At:
+    phase, reset = plan.phase(step).name, plan.resets_optimizer(step)
+    return phase, plan.lr(step), plan.weight_decay(step), reset, plan.mix(step)
+
+
+def _words(at: At) -> str:
+    name, lr, decay, reset, mix = at
+    more = (", optimizer reset" if reset else "") + (f", mix {mix}" if mix else "")
+    return f"phase {name}, lr {lr:g}, weight decay {decay:g}{more}"
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

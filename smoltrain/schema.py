@@ -112,8 +112,8 @@ class TokenizerSection(Section):
         return {"name": value} if isinstance(value, str) else value
 
 
-class DataSection(Section):
-    """The documents: an installed Python package's text files, local files, or a Hub dataset. Exactly one.
+class SourceSection(Section):
+    """Where documents come from: an installed Python package's files, files by path or URL, or a Hub dataset.
 
     One of the three on the command line takes the place of the recipe's.
     """
@@ -121,18 +121,78 @@ class DataSection(Section):
     package: str | None = Field(default=None, description="installed Python package whose files are the documents")
     path: str | None = Field(
         default=None,
-        description="a .txt, .md, .jsonl or .parquet file (all but parquet also .gz or .zst), a folder of them, a glob",
+        description="a .txt, .md, .jsonl or .parquet file (all but parquet also .gz or .zst), a folder of them, or a "
+        "glob; also as http(s)://, s3:// or gs:// URL",
     )
-    hub: str | None = Field(
-        default=None, description="OWNER/NAME of a dataset on the Hugging Face Hub, read as far as the plan needs"
-    )
+    hub: str | None = Field(default=None, description="OWNER/NAME of a dataset on the Hugging Face Hub")
     hub_config: str | None = Field(
         default=None, description="the dataset's configuration (subset); null is its default"
     )
     hub_split: str = Field(default="train", description="the dataset's split")
     pattern: str = Field(default="**/*", description="which files of the package or folder, as a glob")
     text_field: str = Field(default="text", description="field or column of the text in .jsonl and .parquet")
+    documents: Literal["file", "blank_lines", "separator"] = Field(
+        default="file", description="how a .txt or .md file is cut: one document, or at blank lines, or at a separator"
+    )
+    document_separator: str = Field(
+        default="<|endoftext|>", min_length=1, description="text between documents, with documents: separator"
+    )
+    validation_path: str | None = Field(
+        default=None, description="files of held-out documents, as path; instead of a share of the training documents"
+    )
+    validation_split: str | None = Field(
+        default=None, description="the Hub dataset's split of held-out documents; instead of a share"
+    )
+
+
+class MixedSource(SourceSection):
+    """One of several sources, which share the rows of a step by weight."""
+
+    name: str = Field(pattern=r"^\w[\w-]*$", description="letters, digits, - and _; names it in phases.*.mix and logs")
+    weight: float = Field(gt=0, description="share of the rows, relative to the other weights")
+
+
+class DataSection(SourceSection):
+    """The documents of a run: one source said right here, or several under `sources`."""
+
+    sources: tuple[MixedSource, ...] = Field(default=(), description="several sources with weights, instead of one")
+    mode: Literal["auto", "stream", "cached"] = Field(
+        default="auto",
+        description="cached tokenises everything once before the first step; stream reads while training; auto caches "
+        "local files of at most 256 MiB in all",
+    )
+    cache: Path | None = Field(
+        default=None, description="folder of the tokens in cached mode, which runs may share; null is the run's own"
+    )
+    streams: int | None = Field(
+        default=None, gt=0, description="virtual streams V: they divide the rows of a step, the ranks divide them"
+    )
+    shuffle_rows: int = Field(default=256, gt=0, description="rows of a stream that are shuffled with each other")
     validation_share: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents held out, by hash")
+    max_document_mib: float = Field(default=50, gt=0, description="a longer record is a bad one; whole files may be")
+    max_bad_records: int = Field(
+        default=100, ge=0, description="records of a stream (cached: of a source) that may be bad and are skipped"
+    )
+    patience_s: float = Field(
+        default=3600, ge=0, description="seconds to try a server again that fails or is silent, before the run stops"
+    )
+    allow_changed: bool = Field(default=False, description="go on although the data are not those of the first start")
+
+    @property
+    def parts(self) -> tuple[MixedSource, ...]:
+        """The sources, at least one: a source said right here is called 'data' and has weight 1."""
+        if self.sources:
+            return self.sources
+        own = {key: getattr(self, key) for key in SourceSection.model_fields}
+        return (MixedSource(name="data", weight=1.0, **own),)
+
+
+class PackingSection(Section):
+    """How documents share a row. They follow each other, a separator behind each, and are chopped into rows."""
+
+    document_mask: bool = Field(
+        default=False, description="attention and positions stay within a document; its first token is no target"
+    )
 
 
 class BatchSection(Section):
@@ -190,6 +250,9 @@ class PhaseSection(Section):
     final_lr: float = Field(default=0.0, ge=0, description="learning rate that linear, cosine and wsd fall to")
     optimizer_state: Literal["keep", "reset"] = Field(
         default="keep", description="AdamW's moments when the phase begins"
+    )
+    mix: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
+        default=None, description="weights of data.sources in this phase, by name; null keeps their own weights"
     )
 
 
@@ -260,6 +323,7 @@ class Config(Section):
     model: AnyModelSection
     tokenizer: TokenizerSection
     data: DataSection
+    packing: PackingSection = PackingSection()
     batch: BatchSection
     engine: EngineSection = EngineSection()
     optimizer: OptimizerSection = OptimizerSection()

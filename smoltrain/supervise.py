@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 
-from smoltrain import checkpoint, config, data, dist, ds_config, model, origin, runfolder
+from smoltrain import config, data, dist, ds_config, model, origin, runfolder
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, STOPPED, Problem, UserError
 from smoltrain.plan import Plan
 from smoltrain.schema import Config
@@ -45,12 +45,10 @@ def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> in
     last = plan.named(settings.run.stop_after).last if settings.run.stop_after else plan.last_step
     rows_per_step = runfolder.check(settings, ranks, done, begin.ancestor)["rows_per_step"]
     origin.inherit_data(settings, begin)
-    data.prepare(settings, rows_per_step)
+    data.prepare(settings, rows_per_step, ranks)
     if done >= last:
         print(f"{settings.run.name}: the plan is complete at step {done}; nothing to do")
         return DONE
-    if begin.manifest:
-        checkpoint.check_world(begin.manifest, ranks)
     _check_engine(settings, ranks, rows_per_step)
     for phase in plan.phases:
         if done < phase.last <= last:
@@ -68,7 +66,7 @@ def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> in
 def _check_engine(settings: Config, ranks: int, rows_per_step: int) -> None:
     """Errors: UserError for what the ranks would find wrong with model and engine, seconds later and all at once."""
     device = dist.choose_device(settings.engine.device)
-    model.build(settings.model, device="meta")
+    model.build(settings.model, device="meta", document_mask=settings.packing.document_mask)
     precision, _ = ds_config.choose_precision(settings.engine.precision, device)
     accumulation = runfolder.accumulation(settings, rows_per_step, ranks)
     ds_config.fill(settings, precision=precision, accumulation=accumulation, world_size=ranks)

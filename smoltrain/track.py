@@ -31,9 +31,14 @@ METRICS = {
     "train/grad_norm_before_clipping": "L2 norm of the whole gradient, averaged over all ranks",
     "train/loss_scale": "factor inside fp16's gradients after the step, DeepSpeed's choice; 1 in other precisions",
     "train/skipped_updates": "updates skipped so far because a gradient was not finite",
+    "data/rows": "rows consumed so far, those of skipped updates too, all ranks",
     "data/tokens": "targets consumed so far, those of skipped updates too, all ranks",
-    "data/epochs": "rows consumed so far over the rows there are",
-    "data/unique_rows": "distinct training rows consumed so far, all ranks; it stands still after the first epoch",
+    "data/epochs": "rows consumed so far over the rows there are; of a single source in cached mode",
+    "data/unique_rows": "rows consumed so far none of whose tokens came twice, all ranks",
+    "data/unique_documents": "documents begun so far, each counted in the first epoch of its source alone, all ranks",
+    "data/unique_contents": "different texts among them, estimated to 0.8 %, all ranks; at the console's cadence",
+    "data/repeat_factor": "rows consumed so far over data/unique_rows",
+    "data/bad_records": "records skipped so far in streams because they could not be read, all ranks",
     "data/ledger": "digest of every row id and token so far, the same on any number of ranks (text)",
     "speed/tokens_per_s": "targets of the step over speed/step_s, all ranks together",
     "speed/step_s": "seconds of the step, the slowest rank; no evaluation, sampling, saving, looking at gradients",
@@ -42,8 +47,10 @@ METRICS = {
     "memory/peak_gib": "peak so far, the largest rank: CUDA memory allocated, or resident set on a CPU",
     "validation/loss_nats_per_token": "mean over the validation rows' tokens, all ranks",
     "validation/perplexity": "exp of the validation loss",
+    "validation/bits_per_byte": "validation loss in bits over the UTF-8 bytes of its tokens; separators have none",
 }
 WANDB_FINISH_S = 120.0  # for the last upload; what is left stays on disk for `wandb sync`
+SOURCE_TOKENS = "data/tokens_by_source/"  # + source: as data/tokens, of that source alone
 GRADIENT_NORM = "gradients/norm_before_clipping/"  # + layer: L2 norm of that layer's whole gradient, all ranks averaged
 GRADIENT_HISTOGRAM = "gradients/histogram/"  # + layer: its entries, W&B only
 
@@ -65,6 +72,7 @@ class Tracker:
         )
         self._log = _rank_log(folder.path / "logs" / f"rank{rank}.log")
         self._wandb: Any = None
+        self._warned: set[str] = set()
         if not self._writes:
             return
         self._console = Console(highlight=False, soft_wrap=True)
@@ -98,7 +106,7 @@ class Tracker:
     def metrics(self, step: int, metrics: dict[str, float | str]) -> None:
         """Numbers by name. Errors: KeyError for a name that METRICS does not define."""
         for name in metrics:
-            if name not in METRICS and not name.startswith(GRADIENT_NORM):
+            if name not in METRICS and not name.startswith((GRADIENT_NORM, SOURCE_TOKENS)):
                 raise KeyError(f"{name} is not in track.METRICS")
         if not self._writes:
             return
@@ -107,6 +115,20 @@ class Tracker:
         self._metrics.flush()
         if self._wandb:
             self._wandb.log({k: v for k, v in metrics.items() if not isinstance(v, str)}, step=step)
+
+    def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
+        """The loss on the held-out rows, nats per token, and what follows from it."""
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        numbers = {"loss_nats_per_token": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
+        self.metrics(step, {f"validation/{name}": value for name, value in numbers.items()})
+        in_words = f"loss {loss:.4f}, perplexity {perplexity:,.1f}, {bits_per_byte:.3f} bits per byte"
+        self.say(f"validation at step {step}: {in_words}")
+
+    def warn(self, kind: str, text: str) -> None:
+        """A warning, the first time that there is one of its kind; '' is none."""
+        if text and kind not in self._warned:
+            self._warned.add(kind)
+            self.say(text)
 
     def gradients(self, step: int, layers: dict[str, LayerGradient]) -> None:
         """Norm of each layer everywhere, its histogram in W&B."""

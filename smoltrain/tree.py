@@ -26,7 +26,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def override(tree: dict[str, Any], words: str) -> Problem | None:
-    """Set one `section.key=value` in the tree; phases are addressed by name: `phases.main.steps=100`."""
+    """Set one `section.key=value` in the tree; items of a list are addressed by name: `phases.main.steps=100`."""
     key, equals, text = words.partition("=")
     where = "the command line"
     if not equals or not key:
@@ -51,7 +51,7 @@ def override(tree: dict[str, Any], words: str) -> Problem | None:
         if not isinstance(node, dict | list):
             return Problem(f"{key} goes below a plain value", repr(node), "section.key=value", where)
     if isinstance(node, list):
-        return Problem(f"{key} names a whole phase", repr(text), f"{key}.KEY=value", where)
+        return Problem(f"{key} names a whole item", repr(text), f"{key}.KEY=value", where)
     node[last] = value
     return None
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from smoltrain import huggingface
+from smoltrain import data, huggingface
 from smoltrain.errors import TrainingStopped
 from smoltrain.generate import generate
 from smoltrain.loading import LoadedRun
@@ -89,7 +89,7 @@ def cases(loaded: LoadedRun) -> list[Case]:
         new = min(GREEDY_TOKENS, room - min(len(ids), limit)) if len(found) < NUM_GREEDY else 0
         whole = 0 < len(ids) <= limit
         found.append(Case(ids[:limit] or [tokenizer.separator_id], text if whole else None, new))
-    held_out = _validation_ids(loaded.folder)
+    held_out = _validation_ids(loaded)
     step = max(1, len(held_out) // NUM_CASES)
     pieces = [held_out[at : at + limit] for at in range(0, len(held_out), step)] if held_out else []
     found += [Case(ids) for ids in pieces[: NUM_CASES - 1 - len(found)]]
@@ -100,13 +100,13 @@ def cases(loaded: LoadedRun) -> list[Case]:
     return found
 
 
-def _validation_ids(run: Path) -> list[int]:
-    """The first held-out tokens of a run; none if its data were deleted."""
-    index = run / "data" / "index.json"
-    if not index.is_file():
+def _validation_ids(loaded: LoadedRun) -> list[int]:
+    """The first held-out tokens of a run, wherever its folder lies now; none if its data were deleted."""
+    if loaded.config is None or not (loaded.folder / "data").is_dir():
         return []
-    dtype = np.dtype(huggingface.read_json(index)["dtype"])
-    return np.fromfile(run / "data" / "validation.bin", dtype, count=NUM_CASES * LONG_CASE_TOKENS).tolist()
+    run = loaded.config.run.model_copy(update={"folder": loaded.folder.parent, "name": loaded.folder.name})
+    tokens = data.load(loaded.config.model_copy(update={"run": run})).validation[0]
+    return tokens.rows(np.zeros(1, int), min(len(tokens), NUM_CASES * LONG_CASE_TOKENS))[0].tolist()
 
 
 def _reload(folder: Path, asked: list[Case], scratch: Path) -> dict:

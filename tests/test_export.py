@@ -299,7 +299,7 @@ def test_cases_fit_the_model(loaded: LoadedRun, room: int, monkeypatch: pytest.M
     if room >= 64:
         assert [case.new_tokens for case in cases[:4]] == [32] * 4
         assert cases[0].text == "**ROMEO**  \n"
-        assert cases[7].ids == verify._validation_ids(loaded.folder)[:32]
+        assert cases[7].ids == verify._validation_ids(loaded)[:32]
     without_data = replace(loaded, folder=Path("nowhere"), config=None)
     assert len(verify.cases(without_data)) == 16
 

@@ -114,8 +114,9 @@ def engine_norms(settings: Config) -> tuple[dict[str, float], dict[str, int], fl
 
     here = world()
     wrapped = engine.wrap(fresh_model(settings), settings, here, precision="fp32", accumulation=ACCUMULATION)
-    rows = loader_of(settings, here.rank, here.size).take()
-    (num_tokens,) = here.sum_ints(rows.num_tokens)
+    loader = loader_of(settings, here.rank, here.size)
+    rows = loader.take()
+    num_tokens = loader.totals(here.sum_ints(*rows.counts)).num_targets
     for batch in rows.micro_batches:
         wrapped.backward(wrapped.forward(batch) * (here.size / num_tokens))
     layers = gradients.by_layer(wrapped.gradients())
@@ -128,8 +129,9 @@ def engine_norms(settings: Config) -> tuple[dict[str, float], dict[str, int], fl
 def plain_norms(settings: Config, size: int) -> tuple[dict[str, float], dict[str, int]]:
     """The same by hand: all ranks' rows through one model, the gradient of the mean loss."""
     net = fresh_model(settings)
-    taken = [loader_of(settings, rank, size).take() for rank in range(size)]
-    num_tokens = sum(rows.num_tokens for rows in taken)
+    loaders = [loader_of(settings, rank, size) for rank in range(size)]
+    taken = [loader.take() for loader in loaders]
+    num_tokens = loaders[0].totals(torch.tensor([rows.counts for rows in taken]).sum(0).tolist()).num_targets
     for rows in taken:
         for batch in rows.micro_batches:
             (net(batch.ids_BT, batch.labels_BT) / num_tokens).backward()

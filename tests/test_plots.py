@@ -39,7 +39,8 @@ def write_metrics(run: Path, num_steps: int, first: int = 1) -> None:
     lines = [
         {
             "step": n, "train/loss_nats_per_token": 9 / n, "train/lr": 1e-3, "train/grad_norm_before_clipping": 1 / n,
-            "speed/tokens_per_s": 5000.0, "data/unique_rows": 16 * n,
+            "speed/tokens_per_s": 5000.0, "data/unique_rows": 16 * n, "data/unique_documents": 3 * n,
+            "data/repeat_factor": 1 + n / 99,
         }
         for n in range(first, first + num_steps)
     ]  # fmt: skip
@@ -70,6 +71,8 @@ def test_a_run_becomes_pngs_of_its_curves(tmp_path: Path):
         ("train/grad_norm_before_clipping", False),
         ("speed/tokens_per_s", False),
         ("data/unique_rows", False),
+        ("data/unique_documents", False),
+        ("data/repeat_factor", False),
     ],
 )
 def test_each_number_is_drawn(tmp_path: Path, name: str, in_loss_png: bool):
@@ -81,6 +84,16 @@ def test_each_number_is_drawn(tmp_path: Path, name: str, in_loss_png: bool):
     metrics.write_text("".join(json.dumps(line) + "\n" for line in changed))
     after = [png.read_bytes() for png in run_pngs(plan, tmp_path)]
     assert [a != b for a, b in zip(before, after, strict=True)] == [in_loss_png, True]
+
+
+def test_a_run_that_counted_no_documents_has_no_panel_of_them(tmp_path: Path):
+    write_metrics(tmp_path, 43)
+    height = size(run_pngs(Plan((MAIN, AFTER)), tmp_path)[1])[1]
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    new = ("data/unique_documents", "data/repeat_factor")
+    metrics.write_text("".join(json.dumps({k: v for k, v in x.items() if k not in new}) + "\n" for x in lines))
+    assert size(run_pngs(Plan((MAIN, AFTER)), tmp_path)[1])[1] < height
 
 
 def test_a_run_of_another_run_begins_where_it_began(tmp_path: Path):

@@ -133,6 +133,8 @@ FORBIDDEN = [
     ({"tokenizer": {"vocab_size": 300}}, "tokenizer.vocab_size", 300, 320),
     ({"data": {"pattern": "*.md"}}, "data.pattern", "*.md", "**/*"),
     ({"data": {"validation_share": 0.1}}, "data.validation_share", 0.1, 0.2),
+    ({"data": {"shuffle_rows": 9}}, "data.shuffle_rows", 9, 256),
+    ({"packing": {"document_mask": True}}, "packing.document_mask", True, False),
     ({"run": {"seed": 7}}, "run.seed", 7, 1234),
     ({"batch": {"sequence_length": 32}}, "batch.sequence_length", 32, 16),
     ({"optimizer": {"beta2": 0.99}}, "optimizer.beta2", 0.99, 0.95),

@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 
 from smoltrain import config
-from smoltrain.data import sources
+from smoltrain.data.sources import shards
 from smoltrain.plan import Plan
 from tests import launches
 
@@ -46,7 +46,8 @@ def test_a_recipe_is_the_published_system(name: str):
 
 def text(folder: Path, kind: str) -> Path:
     """Some plays, in the form in which the recipe's data would come."""
-    plays = [d.text[:4000] for d in sources.documents(config.load("quickstart").data)][:12]
+    found = shards(config.load("quickstart").data)[:12]
+    plays = [Path(shard.url).read_text(encoding="utf-8")[:4000] for shard in found]
     folder.mkdir()
     if kind == "text":
         (folder / "input.txt").write_text("\n\n".join(plays), encoding="utf-8")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from smoltrain import data
-from smoltrain.errors import TrainingStopped
+from smoltrain.data.faults import Health
+from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.plan import Plan
 from smoltrain.schema import Config
 from tests import tiny
@@ -40,13 +41,14 @@ def spoil(wrapped: Any, rank: int, calls: list[int]) -> None:
 
 
 def step_with_a_bad_gradient(settings: Config, precision: str) -> dict[str, Any]:
-    from smoltrain import train
+    from smoltrain.step import train_step
 
     wrapped, here = engine_for(settings, precision), world()
     loader, plan = loader_of(settings, here.rank, here.size), Plan(settings.phases)
     before = wrapped.weights(keep=True)
     spoil(wrapped, 1, [])
-    first = train.train_step(1, wrapped, loader, plan, here, 0)
+    first = train_step(1, wrapped, loader, plan, here)
+    assert first is not None
     return {
         "skipped": first.num_skipped,
         "rows": loader.rows_consumed,
@@ -73,15 +75,15 @@ def test_a_non_finite_gradient_is_skipped_and_counted_never_as_a_step(
 
 def first_step_of_a_phase(settings: Config, reset: bool) -> float:
     """How far one update with lr 1e-3 moves the weights furthest, after 8 steps of another phase."""
-    from smoltrain import train
+    from smoltrain.step import train_step
 
     wrapped, here, plan = engine_for(settings, "fp32"), world(), Plan(settings.phases)
     loader = loader_of(settings, here.rank, here.size)
     for step in range(1, 9):
-        train.train_step(step, wrapped, loader, plan, here, 0)
+        train_step(step, wrapped, loader, plan, here)
     before = wrapped.weights(keep=True)
     assert plan.resets_optimizer(9) == reset
-    train.train_step(9, wrapped, loader, plan, here, 0)
+    train_step(9, wrapped, loader, plan, here)
     moved = [(w - before[name]).abs() for name, w in wrapped.weights(keep=True).items()]
     return float(torch.cat([m.flatten() for m in moved]).median())
 
@@ -101,17 +103,17 @@ def test_a_phase_may_reset_the_optimizer_or_keep_it(tmp_path: Path, ranks: Any, 
 
 
 def endless_skips(settings: Config) -> str:
-    from smoltrain import train
+    from smoltrain import step
 
     wrapped, here = engine_for(settings, "bf16"), world()
     wrapped.module.norm.weight.register_hook(lambda g: torch.full_like(g, torch.inf))
-    train.MAX_SKIPS_IN_A_ROW = 3
+    step.MAX_SKIPS_IN_A_ROW = 3
     try:
-        train.train_step(1, wrapped, loader_of(settings, here.rank, here.size), Plan(settings.phases), here, 0)
+        step.train_step(1, wrapped, loader_of(settings, here.rank, here.size), Plan(settings.phases), here)
     except TrainingStopped as error:
         return str(error)
     finally:
-        train.MAX_SKIPS_IN_A_ROW = 50
+        step.MAX_SKIPS_IN_A_ROW = 50
     return "went on"
 
 
@@ -121,25 +123,30 @@ def test_endless_skips_stop_the_run(tmp_path: Path, ranks: Any) -> None:
         assert "step 1: 3 updates in a row had a gradient that is not finite" in message
 
 
-def validation_loss(settings: Config, rows: int) -> tuple[float, float]:
-    """The engine's validation loss and the same by hand over all rows on one rank."""
-    from smoltrain import train
+def validation_loss(settings: Config, rows: int) -> tuple[float, float, float, float]:
+    """The engine's validation loss and the same by hand over all rows on one rank; then both in bits per byte."""
+    from smoltrain.step import evaluate
 
     wrapped, here = engine_for(settings, "fp32"), world()
-    ours = train.evaluate(wrapped, loader_of(settings, here.rank, here.size).validation(rows), here)
-    net, total, count = fresh_model(settings).eval(), 0.0, 0
+    loader = loader_of(settings, here.rank, here.size)
+    bytes_per_id = torch.from_numpy(loader.prepared.tokenizer.bytes_per_id())
+    ours, bits = evaluate(wrapped, loader.validation(rows), bytes_per_id, here)
+    net, total, count, num_bytes = fresh_model(settings).eval(), 0.0, 0, 0
     with torch.no_grad():
         for batch in loader_of(settings, 0, 1).validation(rows):
             total += float(net(batch.ids_BT, batch.labels_BT))
-            count += int((batch.labels_BT != -100).sum())
-    return ours, total / count
+            valid = batch.labels_BT[batch.labels_BT != -100].tolist()
+            count += len(valid)
+            num_bytes += sum(len(loader.prepared.tokenizer.decode([i]).encode()) for i in valid if i != 0)
+    return ours, total / count, bits, total / math.log(2) / num_bytes
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8])
 def test_validation_loss_is_the_mean_over_the_same_tokens_on_any_world(tmp_path: Path, ranks: Any, rows: int) -> None:
     settings = prepared(tmp_path, "engine.precision=fp32", "model.dropout=0.2")
-    for ours, by_hand in ranks(2).run(validation_loss, settings, rows):
+    for ours, by_hand, bits, bits_by_hand in ranks(2).run(validation_loss, settings, rows):
         assert ours == pytest.approx(by_hand, rel=1e-6)
+        assert bits == pytest.approx(bits_by_hand, rel=1e-6)
 
 
 def samples(settings: Config, stage: int) -> list[tuple[str, str]]:
@@ -161,3 +168,48 @@ def test_every_rank_samples_the_same_text_even_with_partitioned_weights(tmp_path
         texts += ranks(2).run(samples, settings, stage)
     assert all(text == texts[0] for text in texts)
     assert len(texts[0]) == 2
+
+
+class Slow:
+    """A loader whose rows come at the third asking on one rank, or never."""
+
+    def __init__(self, rank: int, error: UserError | None = None) -> None:
+        self.health, self._asked, self._rank, self._error = Health(), 0, rank, error
+
+    def ready(self, timeout_s: float) -> bool:
+        self._asked += 1
+        if world().rank == self._rank and self._error:
+            raise self._error
+        return world().rank != self._rank or self._asked >= 3
+
+
+def waiting(rank: int, error: UserError | None, stop: bool) -> tuple[Any, list[str]]:
+    """What a rank gets, and what it says, while another one waits for its data."""
+    from smoltrain import step
+
+    said: list[str] = []
+    step.SAY_S = 0.0
+    try:
+        loader: Any = Slow(rank, error)
+        got: Any = step.wait_for_rows(loader, world(), lambda: stop and world().rank == 0, said.append)
+    except UserError as raised:
+        got = str(raised)
+    finally:
+        step.SAY_S = 30.0
+    return got, said
+
+
+def test_ranks_wait_for_each_others_rows_and_say_so(ranks: Any) -> None:
+    for seconds, said in ranks(2).run(waiting, 1, None, False):
+        assert seconds >= 0
+        assert said == ["rank 1 waits for data: rows"] * 2
+
+
+def test_a_rank_that_cannot_have_its_rows_stops_all(ranks: Any) -> None:
+    error = UserError(Problem("the shard is gone", "404", "it", "data.path"))
+    results = ranks(2).run(waiting, 1, error, False)
+    assert [got for got, _ in results] == ["the shard is gone: saw 404, want it; change data.path"] * 2
+
+
+def test_a_signal_ends_the_waiting(ranks: Any) -> None:
+    assert [got for got, _ in ranks(2).run(waiting, 1, None, True)] == [None, None]

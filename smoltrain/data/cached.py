@@ -1,8 +1,8 @@
-"""Tokenise once: RUN/tokenizer/ and RUN/data/{train.bin, validation.bin, index.json}.
+"""Tokenise each source once: restartable, on all cores, and the same bytes whatever is killed and however many work.
 
-A .bin file is nothing but token ids (uint16, or uint32 past 65,536 ids). index.json says what they were made from. It
-is written last, so that it exists only beside whole files: whatever a killed process left behind is written anew. From
-then on the run lives on its own copies: neither the Hub nor a package is asked again.
+The shards of a source are cut into parts, a function of the shards alone: FOLDER/NAME/{train,validation}-00000.bin and
+so on, each with the places and hashes of its documents. part-00000.json says what a part was made from and is written
+last, so a part is either whole or made anew. Once all are there, `tokens.joined` makes a stream of them.
 """
 
 import contextlib
@@ -10,290 +10,263 @@ import hashlib
 import json
 import math
 import shutil
-import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from smoltrain import files
-from smoltrain.data import fingerprints, hub, naming, packing
-from smoltrain.data.sources import Document, documents
-from smoltrain.data.tokenizer import Tokenizer, pieces
+from smoltrain.data import bad_records, faults, fingerprints, packing, pool, tokens
+from smoltrain.data.bad_records import Bad
+from smoltrain.data.faults import Health
+from smoltrain.data.fingerprints import Listing
+from smoltrain.data.progress import telling
+from smoltrain.data.readers import BadRecord
+from smoltrain.data.sources import Shard
+from smoltrain.data.split import held_out
+from smoltrain.data.tokenizer import Tokenizer
+from smoltrain.data.tokens import Writer
 from smoltrain.errors import Problem, UserError
-from smoltrain.schema import Config
+from smoltrain.schema import Config, DataSection, MixedSource
 
 SIDES = ("train", "validation")
-FORMAT = 1
-CHARACTERS_AT_ONCE = 2**20  # tokenised in one call: enough to keep all cores busy, in about 100 MB
-CHARACTERS_PER_TOKEN, CHARACTERS_TO_TRAIN_ON = 4, 10**8  # of a Hub dataset, for a BPE of its own
-PROGRESS_S = 10.0  # between lines
+PART_BYTES = 64 * 2**20  # of shards as they lie on a disk: no part but the last of a source is shorter
+DOCUMENTS, TRAIN, VALIDATION, BYTES, BAD = range(5)  # what is counted of a part
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """The tokens of a run: two memory-mapped streams (N,) of uint16 or uint32, their tokenizer and their index."""
+class Part:
+    """Consecutive shards of one source, and where their tokens go."""
 
+    source: MixedSource
+    number: int
+    shards: tuple[Shard, ...]
+    size: int  # their bytes, one of unknown size as PART_BYTES
+    side: str | None  # of all of its documents; None: by their names
+    folder: Path  # FOLDER/NAME
+    made_of: str  # SHA-256 of all that its bytes are a function of
+
+    @property
+    def record_file(self) -> Path:
+        """What says that the part is whole."""
+        return self.folder / f"part-{self.number:05}.json"
+
+
+@dataclass
+class Work:
+    """All parts, and what a process needs to make any of them."""
+
+    data: DataSection
     tokenizer: Tokenizer
-    train: np.ndarray
-    validation: np.ndarray
-    index: dict[str, Any]
-    tokenizer_name: str  # as the recipe calls it
+    parts: list[Part]
+    counts: np.ndarray  # (parts, 5) int64, how far each part is; with several processes in memory that they share
+    health: Health
 
-    def describe(self) -> str:
-        """One line: how many tokens and documents on either side, and how the validation side was held out."""
-        train, validation = (self.index[side] for side in SIDES)
-        return (
-            f"{train['tokens']:,} tokens of {train['documents']} documents;"
-            f" validation {validation['tokens']:,} of {validation['documents']}, held out by {self.index['held_out']}"
-        )
+    def tokenise(self, number: int) -> None:
+        """Make one part. Errors: UserError for bad data."""
+        part, counts = self.parts[number], self.counts[number]
+        counts[:] = 0
+        bad: list[Bad] = []
+        writers = {side: Writer(part.folder, f"{side}-{part.number:05}") for side in SIDES}
+        try:
+            current = None
+            for piece in packing.encoded(self._documents(number, bad), self.tokenizer, dtype_of(self.tokenizer)):
+                side, hashed = piece.about
+                if piece.about is not current:
+                    current = piece.about
+                    writers[side].begin(hashed)
+                    counts[DOCUMENTS] += 1
+                writers[side].add(piece.ids)
+                counts[TRAIN if side == "train" else VALIDATION] += len(piece.ids)
+            made = {side: writer.commit() for side, writer in writers.items()}
+        finally:
+            for writer in writers.values():
+                writer.discard()
+        tokens.write_json(part.record_file, {"made_of": part.made_of, **made, "bad": [asdict(b) for b in bad]})
+        counts[BYTES] = part.size
 
-    def describe_tokenizer(self) -> str:
-        """One line: name, number of ids, special tokens."""
-        t = self.tokenizer
-        pad = "" if t.pad is None else f", pad {t.pad} = {t.pad_id}"
-        return f"{self.tokenizer_name}: {t.num_ids:,} ids, separator {t.separator} = {t.separator_id}{pad}"
+    def _documents(self, number: int, bad: list[Bad]) -> Iterator[tuple[tuple[str, int], str]]:
+        """((side, content hash), text) of each document of a part; what is bad goes to the log and into `bad`."""
+        part, counts = self.parts[number], self.counts[number]
+        of_source = [other.source.name == part.source.name for other in self.parts]
+        for shard in part.shards:
+            end = counts[BYTES] + (shard.size or 0)
+            for item in faults.documents(shard, part.source, data=self.data, health=self.health):
+                if isinstance(item, BadRecord):
+                    counts[BAD] += 1
+                    count = int(self.counts[of_source, BAD].sum())
+                    bad.append(bad_records.note(part.folder.parent, part.source.name, item, count, self.data))
+                else:
+                    side = "validation" if held_out(item.name, self.data.validation_share) else "train"
+                    yield (part.side or side, tokens.content_hash(item.text)), item.text
+                    counts[BYTES] = min(counts[BYTES] + len(item.text), end)  # near enough, until the shard ends
+            counts[BYTES] = end
 
-
-def prepare(config: Config, rows_per_step: int | None = None) -> Prepared:
-    """Make the run's tokens, or find them made. One process calls this; the others `load` afterwards.
-
-    rows_per_step is over all ranks; None is what batch says for one rank, and does not do for data.hub, of which no
-    more is read than the plan needs. The first call gets or trains the tokenizer and tokenises each document once.
-    Later calls compare fingerprints (every local file is hashed again) and sizes of the .bin files, and write nothing;
-    a plan that has become longer goes round the same rows.
-
-    Errors: UserError for bad documents or tokenizers, ids that the model has no room for, too few tokens for a step or
-    for validation, and data other than those already prepared. Nothing that was complete is ever overwritten.
-    """
-    assert rows_per_step or config.data.hub is None, "how much of a Hub dataset is needed depends on rows_per_step"
-    batch = config.batch
-    rows_per_step = rows_per_step or batch.rows_per_step or batch.micro_batch * (batch.accumulation or 1)
-    if _index_file(config).exists():
-        prepared = load(config)
-        fingerprints.check_same(prepared.index["fingerprint"], config, _index_file(config).parent)
-        return prepared
-    section = config.tokenizer
-    given = None if section.name == "bpe" else naming.named(section)
-    num_ids = given.num_ids if given else (section.vocab_size or 0) + (section.pad is not None)
-    _check_ids(num_ids, config)  # a BPE: before training it
-    fingerprint = fingerprints.make(config, given)
-    sources = fingerprint["sources"]
-    wanted = None if config.data.hub is None else _wanted(config, rows_per_step)
-    if wanted:
-        until = " and ".join(f"{num:,} {side} tokens" for side, num in wanted.items())
-        print(f"data: {hub.describe(sources)} is read until there are {until}", flush=True)
-    tokenizer = given or _train_tokenizer(config, sources, wanted)
-    folder = _index_file(config).parent
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = {side: folder / f"{side}.bin.partial" for side in SIDES}
-    try:
-        index: dict[str, Any] = {
-            "format": FORMAT,
-            "fingerprint": fingerprint,
-            "tokenizer_sha256": tokenizer.fingerprint(),
-            "separator_id": tokenizer.separator_id,
-        }
-        index |= _write_tokens(config, tokenizer, sources, wanted, partial)
-        check_rows(index["train"]["tokens"], index["validation"]["tokens"], config, rows_per_step)
-        tokenizer.save(_tokenizer_folder(config))
-        for path in (*_tokenizer_folder(config).iterdir(), _tokenizer_folder(config)):
-            files.sync(path)
-        for side in SIDES:
-            _commit(partial[side], folder / f"{side}.bin")
-        index_partial = folder / "index.json.partial"
-        index_partial.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        _commit(index_partial, _index_file(config))
-    finally:
-        for path in partial.values():
-            path.unlink(missing_ok=True)
-    return load(config)
+    def state(self) -> tuple[str, float]:
+        """How far all parts are together: in words, and as a share of the bytes."""
+        done = self.counts.sum(0)
+        words = f"{done[TRAIN]:,} train tokens and {done[VALIDATION]:,} validation tokens"
+        return f"{words} of {done[DOCUMENTS]:,} documents", done[BYTES] / max(1, sum(part.size for part in self.parts))
 
 
-def load(config: Config) -> Prepared:
-    """The tokens that `prepare` made. Errors: UserError if there are none, or if files were changed since."""
-    file, tokenizer_folder = _index_file(config), _tokenizer_folder(config)
-    if not file.exists():
-        raise UserError(Problem("the data are not prepared", f"no {file}", "`prepare` to run first", "run.name"))
-    want = "what was prepared (delete the folder to prepare anew)"
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        sizes = {f"{side}.bin": index[side]["bytes"] for side in SIDES}
-        dtype, tokenizer_sha256 = np.dtype(index["dtype"]), index["tokenizer_sha256"]
-        pad = index["fingerprint"].get("pad")  # not the config's: `prepare` compares the two and shows both
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(Problem("the index of the data is damaged", repr(error), want, str(file))) from None
-    for name, size in sizes.items():
-        path = file.parent / name
-        saw = path.stat().st_size if path.exists() else 0
-        if saw != size:
-            raise UserError(Problem(f"{name} is damaged", f"{saw:,} bytes", f"{size:,} bytes", str(file.parent)))
-    tokenizer = Tokenizer.from_folder(tokenizer_folder, config.tokenizer.separator, pad)
-    if tokenizer.fingerprint() != tokenizer_sha256:
-        raise UserError(Problem("the run's tokenizer has changed", "another one", want, str(tokenizer_folder)))
-    streams = {side: np.memmap(file.parent / f"{side}.bin", dtype, mode="r") for side in SIDES}
-    return Prepared(tokenizer, streams["train"], streams["validation"], index, config.tokenizer.name)
-
-
-def held_out(name: str, share: float) -> bool:
-    """Whether the document of this name is for validation: a fixed point of [0, 1) for each name, compared to `share`.
-
-    A larger share therefore holds out the same documents and more.
-    """
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < share * 2**64
-
-
-def check_rows(num_train_tokens: int, num_validation_tokens: int, config: Config, rows_per_step: int) -> None:
-    """Errors: UserError unless there are rows for one whole step and one row for validation."""
-    length = config.batch.sequence_length
-    train, validation = (packing.num_rows(n, length) for n in (num_train_tokens, num_validation_tokens))
-    problems = []
-    if train < rows_per_step:
-        saw = f"{train:,} rows of {length} targets ({num_train_tokens:,} tokens)"
-        want = f"at least one step's {rows_per_step:,} rows"
-        problems.append(Problem("the training data are too few", saw, want, "data, batch.sequence_length or batch"))
-    if validation < 1:
-        saw, want = f"{num_validation_tokens:,} tokens", f"at least one row of {length} targets"
-        change = f"data.validation_share = {config.data.validation_share}"
-        problems.append(Problem("the validation data are too few", saw, want, change))
-    if problems:
-        raise UserError(*problems)
-
-
-def _index_file(config: Config) -> Path:
-    return config.run_folder / "data" / "index.json"
-
-
-def _tokenizer_folder(config: Config) -> Path:
-    return config.run_folder / "tokenizer"
-
-
-def _documents(config: Config, sources: dict[str, Any]) -> Iterator[Document]:
-    """All documents; those of a Hub dataset as they stand at the commit that the fingerprint of the sources names."""
-    return documents(config.data) if config.data.hub is None else hub.documents(config.data, sources["revision"])
-
-
-def _wanted(config: Config, rows_per_step: int) -> dict[str, int]:
-    """Tokens of either side that the plan and its evaluations need, where no row is to come twice."""
-    num_steps = sum(phase.steps for phase in config.phases)
-    rows = {"train": num_steps * rows_per_step, "validation": config.evaluate.rows if config.evaluate.every else 1}
-    return {side: rows[side] * config.batch.sequence_length + 1 for side in SIDES}
-
-
-def _train_tokenizer(config: Config, sources: dict[str, Any], wanted: dict[str, int] | None) -> Tokenizer:
-    """On all documents, the held-out ones too: which ones those are can depend on the number of tokens.
-
-    Of a Hub dataset on the first ones, about as much text as will be tokenised, for it has no end worth waiting for.
-    """
-    section = config.tokenizer
-    limit = math.inf if wanted is None else min(CHARACTERS_PER_TOKEN * sum(wanted.values()), CHARACTERS_TO_TRAIN_ON)
-    texts = _first((document.text for document in _documents(config, sources)), limit)
-    return Tokenizer.train_bpe(texts, section.vocab_size or 0, section.separator, section.pad)
-
-
-def _first(texts: Iterable[str], limit: float) -> Iterator[str]:
-    """The texts up to the one that brings them to `limit` characters."""
-    size = 0
-    for text in texts:
-        yield text
-        size += len(text)
-        if size >= limit:
-            return
-
-
-def _check_ids(num_ids: int, config: Config) -> None:
-    room = config.model.vocab_size
-    if num_ids > room:
-        want = f"at most model.vocab_size = {room:,}"
-        what = "the tokenizer has more ids than the model"
-        raise UserError(Problem(what, f"{num_ids:,}", want, "model.vocab_size or tokenizer"))
-
-
-def _batches(stream: Iterator[Document]) -> Iterator[list[tuple[str, str, bool]]]:
-    """The documents in lists of about CHARACTERS_AT_ONCE: (name, a piece of its text, whether it is the last one)."""
-    batch, size = [], 0
-    for document in stream:
-        *first, last = pieces(document.text, CHARACTERS_AT_ONCE)
-        for piece, ends in (*((piece, False) for piece in first), (last, True)):
-            batch.append((document.name, piece, ends))
-            size += len(piece)
-            if size >= CHARACTERS_AT_ONCE:
-                yield batch
-                batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _encoded(stream: Iterator[Document], tokenizer: Tokenizer) -> Iterator[tuple[str, list[int], bool]]:
-    """The documents in parts: (name, ids, whether the document ends here)."""
-    for batch in _batches(stream):
-        encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
-        for (name, _, ends), ids in zip(batch, encoded, strict=True):
-            yield name, ids, ends
-
-
-def _write_tokens(
-    config: Config,
-    tokenizer: Tokenizer,
-    sources: dict[str, Any],
-    wanted: dict[str, int] | None,
-    partial: dict[str, Path],
+def tokenise(
+    config: Config, tokenizer: Tokenizer, listed: dict[str, Listing], fingerprint: dict[str, Any], folder: Path
 ) -> dict[str, Any]:
-    """Tokenise the documents, each into the partial file of its side, until there are as many tokens as wanted.
+    """All tokens of all sources, each into FOLDER/NAME/; goes on with those parts that are whole.
 
-    Returns the index's part about the files.
+    Returns what the index says of each source. Errors: UserError for bad data, and a source without documents.
     """
-    dtype = np.dtype(np.uint16 if tokenizer.num_ids <= 2**16 else np.uint32)
-    counts, tokens, said = Counter[str](), Counter[str](), time.monotonic()
-    with contextlib.ExitStack() as stack:
-        out = {side: stack.enter_context(path.open("wb")) for side, path in partial.items()}
-        for name, ids, ends in _encoded(_documents(config, sources), tokenizer):
-            side = "validation" if held_out(name, config.data.validation_share) else "train"
-            part = packing.stream(ids, tokenizer.separator_id if ends else None, dtype)
-            out[side].write(part.tobytes())
-            tokens[side] += len(part)
-            counts[side] += ends
-            if ends and wanted and all(tokens[side] >= num for side, num in wanted.items()):
-                break
-            if time.monotonic() >= said + PROGRESS_S:
-                said = time.monotonic()
-                so_far = " and ".join(f"{tokens[side]:,} {side} tokens" for side in SIDES)
-                print(f"data: {so_far} of {counts.total():,} documents so far", flush=True)
-    rule = "documents"
-    if not (counts["train"] and counts["validation"]):
-        rule = "tail"
-        num_all = counts.total()
-        _move_tail(partial, config.data.validation_share, dtype)
-        tail = np.fromfile(partial["validation"], dtype)
-        counts["validation"] = int(np.count_nonzero(tail == tokenizer.separator_id))  # documents that end in the tail
-        counts["train"] = num_all - counts["validation"]
-    index: dict[str, Any] = {"held_out": rule, "dtype": dtype.name}
-    for side, path in partial.items():
-        sha256 = files.sha256(path)
-        size = path.stat().st_size
-        about = {"tokens": size // dtype.itemsize, "documents": counts[side], "bytes": size, "sha256": sha256}
-        index[side] = about
-    return index
+    parts = [
+        part
+        for source in config.data.parts
+        for part in _parts(source, listed[source.name], fingerprint, tokenizer, folder / source.name)
+    ]
+    work = Work(config.data, tokenizer, parts, np.zeros((len(parts), 5), np.int64), Health())
+    whole = {number: record for number, part in enumerate(parts) if (record := _whole(part))}
+    for number, record in whole.items():
+        sides = [record[side] for side in SIDES]
+        num_documents, num_tokens = sum(side["documents"] for side in sides), [side["tokens"] for side in sides]
+        work.counts[number] = num_documents, *num_tokens, parts[number].size, len(record["bad"])
+    for source in config.data.parts:
+        mine = [number for number in whole if parts[number].source.name == source.name]
+        names = {name for number in mine for name in (parts[number].record_file.name, *_files(whole[number]))}
+        _keep(folder / source.name, names)
+    bad_records.write(folder, _bad(whole.values()))
+    _run(work, [number for number in range(len(parts)) if number not in whole], folder)
+
+    records = [json.loads(part.record_file.read_text(encoding="utf-8")) for part in parts]
+    found = _bad(records)
+    bad_records.write(folder, found)
+    for line in bad_records.summary(found, folder):
+        print(f"data: {line}", flush=True)
+    about = {}
+    for source in config.data.parts:
+        mine = [record for part, record in zip(parts, records, strict=True) if part.source.name == source.name]
+        about[source.name] = _joined(source, config.data, mine, folder / source.name, dtype_of(tokenizer))
+    return about
 
 
-def _move_tail(partial: dict[str, Path], share: float, dtype: np.dtype) -> None:
-    """With all tokens in one file, in document order: leave the first ones in train, hold out the last `share`."""
-    train, validation = partial["train"], partial["validation"]
-    if train.stat().st_size == 0:
-        validation.replace(train)
-    num_tokens = train.stat().st_size // dtype.itemsize
-    cut = (num_tokens - math.ceil(num_tokens * share)) * dtype.itemsize
-    with train.open("r+b") as whole, validation.open("wb") as tail:
-        whole.seek(cut)
-        shutil.copyfileobj(whole, tail)
-        whole.truncate(cut)
+def sweep(folder: Path, sources: dict[str, Any]) -> None:
+    """Remove whatever is in FOLDER/NAME of each source but not in the index: what is only of use to a restart."""
+    for name, about in sources.items():
+        _keep(folder / name, {file for side in SIDES if side in about for file in about[side]["files"]})
 
 
-def _commit(partial: Path, final: Path) -> None:
-    """Rename a written file to its final name, so that after a power cut it is there whole or not at all."""
-    files.sync(partial)
-    partial.replace(final)
-    files.sync(final.parent)
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest type that holds the ids."""
+    return np.dtype(np.uint16 if tokenizer.num_ids <= 2**16 else np.uint32)
+
+
+def no_documents(name: str, what: str, data: DataSection) -> UserError:
+    """A source of which nothing can be trained, or nothing be held out."""
+    key = f"data.sources.{name}" if data.sources else "data"
+    return UserError(Problem(f"the source {name!r} has no {what}", "none", "at least one", key))
+
+
+def _parts(
+    source: MixedSource, listing: Listing, fingerprint: dict[str, Any], tokenizer: Tokenizer, folder: Path
+) -> list[Part]:
+    """The shards in groups of PART_BYTES or a little more, the training side's first."""
+    about = fingerprint["sources"][source.name]
+    settings = {key: value for key, value in about.items() if not isinstance(value, dict)}
+    own = fingerprints.holds_out_by_itself(source)
+    made, group, size = [], [], 0
+    for side, known, shards in (
+        ("train" if own else None, about.get("files", {}), listing.shards),
+        ("validation", about.get("validation_files", {}), listing.held_out),
+    ):
+        for number, shard in enumerate(shards):
+            group.append(shard)
+            size += PART_BYTES if shard.size is None else shard.size
+            if size >= PART_BYTES or number == len(shards) - 1:
+                of = [[shard.name, known.get(shard.name, shard.version)] for shard in group]
+                raw = json.dumps([settings, of, side, tokenizer.fingerprint(), tokenizer.separator], sort_keys=True)
+                made_of = hashlib.sha256(raw.encode()).hexdigest()
+                made.append(Part(source, len(made), tuple(group), size, side, folder, made_of))
+                group, size = [], 0
+    return made
+
+
+def _whole(part: Part) -> dict[str, Any] | None:
+    """The record of a part that is done, made of the same, and as it was written."""
+    try:
+        record = json.loads(part.record_file.read_text(encoding="utf-8"))
+        same = record["made_of"] == part.made_of
+        whole = same and all(
+            files.sha256(part.folder / name) == made["sha256"] for name, made in _files(record).items()
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return record if whole else None
+
+
+def _files(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: made for side in SIDES for name, made in record[side]["files"].items()}
+
+
+def _bad(records: Any) -> list[Bad]:
+    return [Bad(**bad) for record in records for bad in record["bad"]]
+
+
+def _keep(folder: Path, names: set[str]) -> None:
+    """Remove every other file of a folder."""
+    for path in folder.iterdir() if folder.exists() else ():
+        if path.name not in names:
+            path.unlink()
+
+
+def _run(work: Work, todo: list[int], folder: Path) -> None:
+    """Make these parts, on as many processes as there are cores and large parts for."""
+    num_large = math.ceil(sum(work.parts[number].size for number in todo) / PART_BYTES)
+    num_processes = min(len(todo), num_large, pool.num_cores())
+    if num_processes > 1:
+        saved = folder / "tokenizer.partial"
+        work.tokenizer.save(saved)
+        try:
+            with telling(work.state, work.health):
+                pool.run(work, todo, num_processes, saved)
+        finally:
+            shutil.rmtree(saved)
+            for part in work.parts:  # of a process that was stopped
+                for path in part.folder.glob("*.partial"):
+                    path.unlink()
+    else:
+        with telling(work.state, work.health):
+            for number in todo:
+                work.tokenise(number)
+
+
+def _joined(
+    source: MixedSource, data: DataSection, records: Sequence[dict[str, Any]], folder: Path, dtype: np.dtype
+) -> dict[str, Any]:
+    """What the index says of one source, and how its validation side was held out."""
+    num = {side: sum(record[side]["documents"] for record in records) for side in SIDES}
+    if not any(num.values()):
+        raise no_documents(source.name, "document", data)
+    about: dict[str, Any] = {"bad_records": sum(len(record["bad"]) for record in records)}
+    if all(num.values()):
+        option = "validation_split" if source.validation_split else "validation_path"
+        about["held_out"] = option if fingerprints.holds_out_by_itself(source) else "documents"
+        return about | {side: tokens.joined(folder, side, [r[side] for r in records], dtype) for side in SIDES}
+    (only,) = (side for side in SIDES if num[side])
+    if fingerprints.holds_out_by_itself(source):
+        raise no_documents(source.name, "document to validate on" if only == "train" else "document to train on", data)
+    parts = [_renamed(record[only], folder, only) for record in records]
+    whole = tokens.joined(folder, "whole", parts, dtype)
+    cut = whole["tokens"] - math.ceil(whole["tokens"] * data.validation_share)
+    ends = np.append(np.fromfile(folder / "whole.starts", np.uint64)[1:], np.uint64(whole["tokens"]))
+    num_train = int((ends <= cut).sum())  # documents that end before the cut
+    train = {"tokens": cut, "documents": num_train}
+    validation = {"tokens": whole["tokens"] - cut, "documents": whole["documents"] - num_train, "first": cut}
+    return about | {"held_out": "tail", "train": whole | train, "validation": whole | validation}
+
+
+def _renamed(made: dict[str, Any], folder: Path, side: str) -> dict[str, Any]:
+    """A part of a side's files, called whole-* as they hold both sides; a restart would make the part anew."""
+    names = {name: name.replace(side, "whole", 1) for name in made["files"]}
+    for name, new in names.items():
+        with contextlib.suppress(FileNotFoundError):
+            (folder / name).rename(folder / new)
+    return made | {"files": {names[name]: about for name, about in made["files"].items()}}

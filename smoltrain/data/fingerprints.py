@@ -1,62 +1,155 @@
 """What the tokens of a run are a function of, as JSON; made at the first `prepare`, compared at every later one."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smoltrain.data import hub, naming, sources
+from smoltrain.data import naming, sources
+from smoltrain.data.sources import Shard
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import Problem, UserError
-from smoltrain.schema import Config
+from smoltrain.schema import Config, DataSection, MixedSource
 
 
-def make(config: Config, given: Tokenizer | None) -> dict[str, Any]:
-    """The fingerprint; asks the Hub for the commit of a dataset. `given` is any tokenizer but one to be trained.
+@dataclass(frozen=True)
+class Listing:
+    """The files of one source as they stand; held_out are those of its own validation side, if it has one."""
 
-    A trained BPE is itself a function of the sources and its size. Errors: those of `sources` and `hub`.
+    shards: tuple[Shard, ...]
+    held_out: tuple[Shard, ...] = ()
+
+    @property
+    def all(self) -> tuple[Shard, ...]:
+        """Of either side."""
+        return (*self.shards, *self.held_out)
+
+
+def listings(config: Config) -> dict[str, Listing]:
+    """The files of each source by its name. Errors: those of `sources.shards`."""
+    return {part.name: listing(part, config.data) for part in config.data.parts}
+
+
+def listing(part: MixedSource, data: DataSection) -> Listing:
+    """The files of one source. Errors: those of `sources.shards`."""
+    key = f"data.sources.{part.name}" if data.sources else "data"
+    shards = tuple(sources.shards(part, key=key))
+    commit = _commit(shards) if part.hub else None
+    return Listing(shards, tuple(sources.shards(part, key=key, commit=commit, held_out=True)))
+
+
+def holds_out_by_itself(part: MixedSource) -> bool:
+    """Whether a source has a validation side of its own, so that validation_share is not for it."""
+    return part.validation_path is not None or part.validation_split is not None
+
+
+def make(config: Config, given: Tokenizer | None, mode: str, listed: dict[str, Listing]) -> dict[str, Any]:
+    """The fingerprint. `given` is any tokenizer but one to be trained, which is itself a function of the sources.
+
+    In cached mode every local file is read once, about 1 GB/s. Errors: UserError if one cannot be read.
     """
-    name, data = config.tokenizer.name, config.data
-    tokenizer = {"name": name, "sha256": given.fingerprint()} if given else {"bpe": config.tokenizer.vocab_size}
-    documents = sources.fingerprint(data) if data.hub is None else hub.fingerprint(data, hub.revision(data))
-    return {"sources": documents, "tokenizer": tokenizer, **_settings(config)}
+    name, section = config.tokenizer.name, config.tokenizer
+    tokenizer = {"name": name, "sha256": given.fingerprint()} if given else {"bpe": section.vocab_size}
+    about = {part.name: _source(part, config.data, mode, listed[part.name]) for part in config.data.parts}
+    return {"sources": about, "tokenizer": tokenizer, "separator": section.separator, "pad": section.pad}
 
 
-def check_same(made: dict[str, Any], config: Config, folder: Path) -> None:
-    """Errors: UserError naming what in the config, or in the files that it names, is not what `folder` was made of."""
-    before, now = dict(_leaves(made)), dict(_leaves(_again(config, made)))
-    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-    if not changed:
-        return
-    saw, want = ([f"{key} = {_short(side.get(key))}" for key in changed[:3]] for side in (now, before))
-    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-    change = f"run.name to prepare them for a new run; {folder} is left as it is"
-    what = f"the run {config.run.name!r} was prepared from other data"
-    raise UserError(Problem(what, ", ".join(saw) + more, ", ".join(want) + more, change))
-
-
-def _again(config: Config, made: dict[str, Any]) -> dict[str, Any]:
+def again(config: Config, made: dict[str, Any], mode: str) -> tuple[dict[str, Any], dict[str, Listing]]:
     """The fingerprint as far as it can be had without the Hub, tiktoken or a package; the rest is as it was made.
 
-    A local folder counts by what is in it, not by its name. Indexes of version 0.1 hold no name, and take any.
+    A local folder counts by what is in it, not by its name. Also returns the files of those sources that were listed.
+    Errors: those of `sources.shards`, but not for a server that a cached run no longer needs.
     """
-    name, data, was = config.tokenizer.name, config.data, made["tokenizer"]
-    if name == "bpe":
-        tokenizer = {"bpe": config.tokenizer.vocab_size}
-    elif naming.is_folder(name):
-        tokenizer = {"name": was.get("name"), "sha256": naming.named(config.tokenizer).fingerprint()}
-    elif "sha256" in was and "name" not in was:
-        tokenizer = was
+    section, was = config.tokenizer, made["tokenizer"]
+    if section.name == "bpe":
+        tokenizer = {"bpe": section.vocab_size}
+    elif naming.is_folder(section.name):
+        tokenizer = {"name": was.get("name"), "sha256": naming.named(section).fingerprint()}
     else:
-        tokenizer = {"name": name, "sha256": was.get("sha256")}
-    commit = made["sources"].get("revision")
-    documents = sources.fingerprint(data) if data.hub is None else hub.fingerprint(data, commit)
-    return {"sources": documents, "tokenizer": tokenizer, **_settings(config)}
+        tokenizer = {"name": section.name, "sha256": was.get("sha256")}
+    about, listed = {}, {}
+    for part in config.data.parts:
+        before = made["sources"].get(part.name, {})
+        if part.hub and not part.validation_path:
+            about[part.name] = _settings(part, config.data) | _on_hub(part, before.get("commit"))
+            continue
+        try:
+            listed[part.name] = listing(part, config.data)
+        except UserError as error:
+            if mode == "stream" or "://" not in f"{part.path}{part.validation_path}":
+                raise
+            print(f"data: {error}; the tokens that were made of it stay in use", flush=True)
+            about[part.name] = before
+        else:
+            about[part.name] = _source(part, config.data, mode, listed[part.name])
+    return {"sources": about, "tokenizer": tokenizer, "separator": section.separator, "pad": section.pad}, listed
 
 
-def _settings(config: Config) -> dict[str, Any]:
+def differences(made: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What is not as it was: path in the fingerprint -> (before, now)."""
+    before, after = dict(_leaves(made)), dict(_leaves(now))
+    changed = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
+    return {key: (before.get(key), after.get(key)) for key in changed}
+
+
+def can_go_on(changed: dict[str, tuple[Any, Any]]) -> bool:
+    """Whether it is only documents that changed, so that data.allow_changed can accept it."""
+    return all(key.startswith("sources/") and not key.endswith("/validation_share") for key in changed)
+
+
+def in_words(changed: dict[str, tuple[Any, Any]]) -> tuple[str, str]:
+    """What is seen and what was wanted: the first three differences, and how many more there are."""
+    was, saw = (", ".join([f"{key} = {_short(pair[i])}" for key, pair in list(changed.items())[:3]]) for i in range(2))
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return saw + more, was + more
+
+
+def refuse(changed: dict[str, tuple[Any, Any]], config: Config, folder: Path) -> UserError:
+    """What in the config, or in the files that it names, is not what `folder` was made of."""
+    saw, want = in_words(changed)
+    change = f"run.name to prepare them for a new run; {folder} is left as it is"
+    if can_go_on(changed):
+        change += "; data.allow_changed=true goes on with the data as they are now"
+    return UserError(Problem(f"the run {config.run.name!r} was prepared from other data", saw, want, change))
+
+
+def _source(part: MixedSource, data: DataSection, mode: str, listed: Listing) -> dict[str, Any]:
+    about = _settings(part, data)
+    if part.hub:
+        about |= _on_hub(part, _commit(listed.shards))
+    else:
+        about["files"] = _files(listed.shards, mode)
+    if part.validation_path:
+        about["validation_files"] = _files(listed.held_out, mode)
+    return about
+
+
+def _settings(part: MixedSource, data: DataSection) -> dict[str, Any]:
     """The part that stands in the config itself."""
-    section = config.tokenizer
-    return {"separator": section.separator, "pad": section.pad, "validation_share": config.data.validation_share}
+    about = {"text_field": part.text_field, "documents": part.documents, "max_document_mib": data.max_document_mib}
+    if part.documents == "separator":
+        about["document_separator"] = part.document_separator
+    if not holds_out_by_itself(part):
+        about["validation_share"] = data.validation_share
+    return about
+
+
+def _on_hub(part: MixedSource, commit: str | None) -> dict[str, Any]:
+    about = {"hub": part.hub, "config": part.hub_config, "split": part.hub_split, "commit": commit}
+    return about | ({"validation_split": part.validation_split} if part.validation_split else {})
+
+
+def _commit(shards: tuple[Shard, ...]) -> str:
+    return shards[0].version.removeprefix("commit ")
+
+
+def _files(shards: tuple[Shard, ...], mode: str) -> dict[str, Any]:
+    """Each file's size (bytes) and, where all of it is read anyway, its SHA-256; elsewhere its version."""
+    return {
+        shard.name: {"bytes": shard.size}
+        | ({"sha256": sources.sha256_of(shard)} if mode == "cached" and shard.is_local else {"version": shard.version})
+        for shard in shards
+    }
 
 
 def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -74,4 +167,6 @@ def _short(value: object) -> str:
             return "none"
         case {"bytes": size, "sha256": sha256}:
             return f"{size:,} bytes ({sha256[:8]})"
+        case {"bytes": size, "version": version}:
+            return f"{size:,} bytes ({version})"
     return str(value)

@@ -1,4 +1,4 @@
-"""Read from the Hugging Face Hub: a tokenizer.json, and the documents of a dataset. Nothing is written there.
+"""Read from the Hugging Face Hub: a tokenizer.json, and which files a dataset has. Nothing is written there.
 
 HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and the cache work as huggingface_hub documents them. It would try a Hub that is
 out of reach for half a minute, so the first question of each kind is asked here, once and with a limit.
@@ -7,9 +7,9 @@ out of reach for half a minute, so the first question of each kind is asked here
 import queue
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import (
     HfApi,
@@ -22,10 +22,10 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
-from smoltrain.data.sources import Document, one_line, text_of
+from smoltrain.data.sources import file_system, one_line
 from smoltrain.data.tokenizer import FILE
-from smoltrain.errors import Problem, UserError
-from smoltrain.schema import DataSection
+from smoltrain.errors import Problem, UserError, nearest
+from smoltrain.schema import SourceSection
 
 T = TypeVar("T")
 ANSWER_S = 8.0  # for each first question
@@ -54,7 +54,7 @@ def tokenizer_file(name: str) -> Path:
         raise UserError(_problem(error, "tokenizer", name, "tokenizer.name", _other_tokenizer(name))) from None
 
 
-def revision(data: DataSection) -> str:
+def revision(data: SourceSection) -> str:
     """The commit (sha) at which the dataset stands now. Errors: UserError if there is none that this token may read."""
     name, api = str(data.hub), HfApi()
 
@@ -68,48 +68,37 @@ def revision(data: DataSection) -> str:
         raise UserError(_problem(error, "dataset", name, "data.hub", OTHER_DATA)) from None
 
 
-def fingerprint(data: DataSection, commit: str | None) -> dict[str, Any]:
-    """What the documents are a function of, JSON-able."""
-    about = {"hub": data.hub, "config": data.hub_config, "split": data.hub_split}
-    return about | {"revision": commit, "text_field": data.text_field}
+def data_files(source: SourceSection, split: str, commit: str, key: str) -> list[tuple[str, str, int]]:
+    """The files of the dataset's configuration and split at that commit: path in it, hf:// URL with the commit, bytes.
 
-
-def describe(sources: dict[str, Any]) -> str:
-    """A fingerprint in a few words."""
-    config = "" if sources["config"] is None else f"{sources['config']}, "
-    return f"the dataset {sources['hub']} ({config}{sources['split']}, commit {sources['revision'][:8]})"
-
-
-def documents(data: DataSection, commit: str) -> Iterator[Document]:
-    """Every document of the dataset at that commit, in its own order, streamed; its name is OWNER/NAME:N, N from 1.
-
-    A record whose text is empty is passed over; its number stays its own. Errors: UserError if the dataset has no such
-    configuration, split or text, or if reading breaks off.
+    No data is downloaded. Errors: UserError if the dataset has no such configuration or split, or cannot be listed.
     """
+    keys = f"{key}.hub, {key}.hub_config or {key}.hub_split"
     try:
         import datasets
     except ImportError:
         want = f"`pip install datasets`, or {OTHER_DATA}"
-        raise UserError(Problem("a package is missing to read the Hub", "no datasets", want, "data.hub")) from None
-    number = 0
+        raise UserError(Problem("a package is missing to read the Hub", "no datasets", want, f"{key}.hub")) from None
     try:
-        stream = datasets.load_dataset(
-            f"hf://datasets/{data.hub}",  # the Hub's, even where a local folder has the same name
-            data.hub_config,
-            split=data.hub_split,
+        builder = datasets.load_dataset_builder(
+            f"hf://datasets/{source.hub}",  # the Hub's, even where a local folder has the same name
+            source.hub_config,
             revision=commit,
-            streaming=True,
         )
-        for number, record in enumerate(stream, start=1):
-            if text := text_of(dict(record), data.text_field, f"row {number} of {data.hub}"):
-                yield Document(f"{data.hub}:{number}", text)
+        splits = {str(name): list(urls) for name, urls in (builder.config.data_files or {}).items()}
+        if split not in splits:
+            want = nearest(split, splits) if splits else "a dataset of files"
+            raise UserError(Problem(f"the dataset {source.hub} has no such split", repr(split), want, keys))
+        system, root = file_system(f"hf://datasets/{source.hub}@{commit}")
+        folders = {url.rpartition("/")[0] for url in splits[split]}
+        sizes = {info["name"]: info["size"] for folder in sorted(folders) for info in system.ls(folder, detail=True)}
+        paths = {url: url.removeprefix("hf://") for url in splits[split]}
+        return [(path.removeprefix(f"{root}/"), url, sizes[path]) for url, path in paths.items()]
     except UserError:
         raise
     except Exception as error:  # as above
-        what = f"the dataset {data.hub} cannot be read" + (f" beyond row {number}" if number else "")
         want = f"a configuration and split that it has, or {OTHER_DATA}"
-        key = "data.hub, data.hub_config or data.hub_split"
-        raise UserError(Problem(what, one_line(error), want, key)) from None
+        raise UserError(Problem(f"the dataset {source.hub} cannot be read", one_line(error), want, keys)) from None
 
 
 def within(limit_s: float, ask: Callable[[], T]) -> T:

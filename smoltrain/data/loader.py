@@ -4,35 +4,70 @@ Suffixes of names are shapes: B rows, T targets per row, S = T + 1 ids.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from smoltrain.data import order, packing
-from smoltrain.data.cached import Prepared
+from smoltrain.data.faults import Health
+from smoltrain.data.packing import NO_LABEL
+from smoltrain.data.prepare import Prepared
+from smoltrain.data.sketch import Sketch
+from smoltrain.data.supply import Supply, Wanted
 from smoltrain.errors import Problem, UserError
 
-FORMAT = 1
-NO_LABEL = -100  # torch's cross_entropy leaves these targets out
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: ids int64 (B, T), and labels int64 (B, T), already one place on; -100 is no target."""
+    """One micro-batch: ids int64 (B, T), and labels int64 (B, T), already one place on; -100 is no target.
+
+    With a document mask also positions int64 (B, T): each token's place in its document, 0 where one begins.
+    """
 
     ids_BT: torch.Tensor
     labels_BT: torch.Tensor
+    positions_BT: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class StepRows:
-    """One rank's part of one step."""
+    """One rank's part of one step. `counts` are to be summed over the ranks (as int64, wrapping) and given back."""
 
     micro_batches: list[Batch]
-    num_tokens: int  # valid labels on this rank
-    digest: int  # signed 64 bits; the step's digest is the sum over the ranks, wrapping as an int64 all-reduce does
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What all ranks together took in a step."""
+
+    targets: list[int]  # valid labels, by source
+    num_new_rows: int
+    num_new_documents: int
+    num_bad_records: int  # so far
+    digests: np.ndarray  # (rows_per_step,) uint64, by position
+
+    @property
+    def num_targets(self) -> int:
+        """Valid labels of the step."""
+        return sum(self.targets)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a step's rows are cut up."""
+
+    sequence_length: int
+    rows_per_step: int
+    micro_batch: int
+    accumulation: int
+    rank: int = 0
+    world_size: int = 1
+    document_mask: bool = False
 
 
 class Loader:
@@ -45,110 +80,199 @@ class Loader:
     def __init__(
         self,
         prepared: Prepared,
+        supply: Supply,
+        shape: Shape,
         *,
-        sequence_length: int,
-        rows_per_step: int,
-        micro_batch: int,
-        accumulation: int,
-        rank: int,
-        world_size: int,
-        seed: int,
+        identity: dict[str, Any],
+        weights: dict[str, float],
+        health: Health | None = None,
     ) -> None:
-        assert rows_per_step == micro_batch * accumulation * world_size
-        assert 0 <= rank < world_size
-        self.num_rows = packing.num_rows(len(prepared.train), sequence_length)
+        """`identity` is what the sequence is a function of; `weights` those of the sources, by name."""
+        assert shape.rows_per_step == shape.micro_batch * shape.accumulation * shape.world_size
+        assert 0 <= shape.rank < shape.world_size
+        self.prepared, self.shape, self.health = prepared, shape, health or Health()
+        self.sources = tuple(weights)
         self.rows_consumed = 0
         self.ledger = order.NO_STEPS
-        self.prepared, self._sequence_length, self._seed = prepared, sequence_length, seed
-        self._rows_per_step, self._micro_batch, self._accumulation = rows_per_step, micro_batch, accumulation
-        self._rank, self._world_size = rank, world_size
-        self._taken = False
+        self.sketch = Sketch()  # of this rank's documents since the last merge, and of all before
+        self.source_rows = np.zeros(len(weights), np.int64)  # consumed so far, by source
+        self.source_targets = [0] * len(weights)
+        self.unique_rows = self.unique_documents = self.bad_records = 0
+        self._supply, self._identity = supply, identity
+        self._default = tuple(weights.values())
+        self._weights, self._mix_begins = self._default, 0
+        self._taken: tuple[Wanted, np.ndarray] | None = None
 
     @property
-    def epoch(self) -> float:
-        """How often the training rows have been consumed, with its fraction."""
-        return self.rows_consumed / self.num_rows
+    def epochs(self) -> float | None:
+        """Rows consumed over the rows there are: known of a single source whose tokens lie ready."""
+        match self._identity.get("num_rows"):
+            case [num_rows]:
+                return self.rows_consumed / num_rows
+        return None
 
     @property
-    def unique_rows(self) -> int:
-        """Distinct training rows that the optimizer has used: an epoch is a permutation, so none comes twice in one."""
-        return min(self.rows_consumed, self.num_rows)
+    def repeat_factor(self) -> float:
+        """How often a row was used on average: rows over distinct rows."""
+        return self.rows_consumed / max(1, self.unique_rows)
 
     @property
-    def tokens_consumed(self) -> int:
+    def targets_consumed(self) -> int:
         """Targets that the optimizer has used, over all ranks."""
-        return self.rows_consumed * self._sequence_length
+        return sum(self.source_targets)
+
+    def mix(self, weights: dict[str, float] | None) -> None:
+        """From here on these shares, by source name; None is the sources' own. Said again it changes nothing."""
+        new = self._default if weights is None else tuple(weights.get(name, 0.0) for name in self.sources)
+        if new != self._weights:
+            self._weights, self._mix_begins = new, self.rows_consumed
+
+    def ready(self, timeout_s: float) -> bool:
+        """Whether `take` can answer at once, after at most so long. Errors: UserError if the data cannot be read."""
+        return self._supply.ready(self._wanted()[0], timeout_s)
 
     def take(self) -> StepRows:
-        """The next step's rows for this rank; the same ones until `consumed` is called."""
-        micro_batches, digest = [], 0
-        for index in range(self._accumulation):
-            positions = order.positions(self.rows_consumed, index, self._micro_batch, self._rank, self._world_size)
-            rows = [order.row_at(position, self._seed, self.num_rows) for position in positions]
-            ids_BS = self._ids(self.prepared.train, rows)
-            digest += sum(map(order.row_digest, positions, rows, ids_BS))
-            micro_batches.append(_batch(ids_BS))
-        num_tokens = sum(int((batch.labels_BT != NO_LABEL).sum()) for batch in micro_batches)
-        self._taken = True
-        return StepRows(micro_batches, num_tokens, order.signed(digest % order.WORD))
+        """The next step's rows for this rank; the same ones until `consumed` is called. Waits for them."""
+        wanted, positions = self._taken = self._wanted()
+        rows = self._supply.rows(wanted)
+        digests = np.zeros(self.shape.rows_per_step, np.int64)
+        mine = order.row_digests(positions, rows.row_ids, rows.ids)
+        digests[positions - self.rows_consumed] = np.array(mine, np.uint64).view(np.int64)
+        self._begun = rows.documents
+        size = self.shape.micro_batch
+        micro_batches = [self._batch(rows.ids[i : i + size]) for i in range(0, len(rows.ids), size)]
+        valid = np.concatenate([(batch.labels_BT != NO_LABEL).sum(1).numpy() for batch in micro_batches])
+        targets = np.bincount(wanted.source, valid, len(self.sources)).astype(int).tolist()
+        more = [rows.num_new_rows, rows.num_new_documents, self._supply.num_bad_records]
+        return StepRows(micro_batches, [*targets, *more, *digests.tolist()])
 
-    def consumed(self, step_digest: int) -> None:
-        """The optimizer has used the rows last taken; `step_digest` is the sum of all ranks' digests, modulo 2^64."""
-        assert self._taken, "consumed() without take(): a step would be skipped"
-        self._taken = False
-        self.rows_consumed += self._rows_per_step
-        self.ledger = order.extend(self.ledger, step_digest)
+    def totals(self, counts: list[int]) -> StepTotals:
+        """What the sums of all ranks' counts say."""
+        num = len(self.sources)
+        new_rows, new_documents, bad_records = counts[num : num + 3]
+        digests = np.array(counts[num + 3 :], np.int64).view(np.uint64)
+        return StepTotals(counts[:num], new_rows, new_documents, bad_records, digests)
+
+    def consumed(self, totals: StepTotals) -> None:
+        """The optimizer has used the rows last taken, on all ranks."""
+        assert self._taken is not None, "consumed() without take(): a step would be skipped"
+        self._supply.consumed(self._taken[0])
+        self._taken = None
+        self.sketch.add(self._begun)
+        self.source_rows += self._rows_by_source()
+        self.rows_consumed += self.shape.rows_per_step
+        self.source_targets = [a + b for a, b in zip(self.source_targets, totals.targets, strict=True)]
+        self.unique_rows += totals.num_new_rows
+        self.unique_documents += totals.num_new_documents
+        self.bad_records = totals.num_bad_records
+        self.ledger = order.extend(self.ledger, int(totals.digests.sum(dtype=np.uint64)))
 
     def state(self) -> dict[str, Any]:
-        """Where the run stands, JSON-able and the same on every rank of any world."""
-        return {"format": FORMAT, "position": self.rows_consumed, "ledger": self.ledger, **self._identity()}
+        """Where the run stands, JSON-able: this rank's part of it. `merged` makes it the same on every rank."""
+        return {
+            "format": FORMAT,
+            "position": self.rows_consumed,
+            "ledger": self.ledger,
+            "identity": self._identity,
+            "weights": self._weights,
+            "mix_begins": self._mix_begins,
+            "source_rows": self.source_rows.tolist(),
+            "source_targets": self.source_targets,
+            "unique_rows": self.unique_rows,
+            "unique_documents": self.unique_documents,
+            "bad_records": self.bad_records,
+            "sketch": self.sketch.to_text(),
+            "streams": self._supply.state(),
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from `state`. Errors: UserError, one problem for each way in which it describes another sequence."""
-        change = {
-            "num_rows": "data or batch.sequence_length, back to what the run began with",
-            "seed": "run.seed, back to what the run began with",
-            "rows_per_step": "batch.rows_per_step, back to what the run began with",
-            "format": "the version of smoltrain, to the one that wrote the checkpoint",
-        }
-        now = {"format": FORMAT, **self._identity()}
+        """Continue from a merged state. Errors: UserError, one problem for each way in which it is of other data."""
+        if state.get("format") != FORMAT:
+            what, want = "the checkpoint is of another sequence of rows: format", str(state.get("format"))
+            change = "the version of smoltrain, to the one that wrote the checkpoint"
+            raise UserError(Problem(what, str(FORMAT), want, change))
         problems = [
-            Problem(f"the checkpoint is of another sequence of rows: {key}", str(now[key]), str(state.get(key)), where)
-            for key, where in change.items()
-            if now[key] != state.get(key)
+            Problem(
+                f"the checkpoint is of another sequence of rows: {key}",
+                str(self._identity.get(key)),
+                str(state["identity"].get(key)),
+                "the recipe, back to what the run began with",
+            )
+            for key in self._identity | state["identity"]
+            if self._identity.get(key) != state["identity"].get(key)
         ]
         if problems:
             raise UserError(*problems)
         self.rows_consumed, self.ledger = state["position"], state["ledger"]
-        self._taken = False
+        self._weights, self._mix_begins = tuple(state["weights"]), state["mix_begins"]
+        self.source_rows = np.array(state["source_rows"], np.int64)
+        self.source_targets = list(state["source_targets"])
+        self.unique_rows, self.unique_documents = state["unique_rows"], state["unique_documents"]
+        self.bad_records = state["bad_records"]
+        self.sketch = Sketch.from_text(state["sketch"])
+        self._supply.load_state(state["streams"])
+        self._taken = None
 
-    def validation(self, rows: int) -> list[Batch]:
-        """This rank's batches of at most `rows` held-out rows, evenly spaced; the same rows on any world and each time.
+    def validation(self, num_rows: int) -> list[Batch]:
+        """This rank's batches of at most `num_rows` held-out rows, evenly spaced; the same on any world, each time.
 
-        Every rank gets the same number of full batches, for a forward under ZeRO-3 needs all ranks; rows that fill them
-        up have no valid label.
+        Several sources share the rows by weight. Every rank gets the same number of full batches, for a forward under
+        ZeRO-3 needs all ranks; rows that fill them up have no valid label.
         """
-        tokens = self.prepared.validation
-        chosen = order.spread(rows, packing.num_rows(len(tokens), self._sequence_length))
-        mine = chosen[self._rank :: self._world_size]
-        per_rank = math.ceil(len(chosen) / self._world_size)
-        num_slots = math.ceil(per_rank / self._micro_batch) * self._micro_batch
-        ids_BS = self._ids(tokens, mine + chosen[:1] * (num_slots - len(mine)))
+        shape, T = self.shape, self.shape.sequence_length
+        rows = []
+        counts = order.shares(max(num_rows, len(self.sources)), self._default)
+        for tokens, count in zip(self.prepared.validation, counts, strict=True):
+            chosen = order.spread(count, packing.num_rows(len(tokens), T))
+            rows.append(tokens.rows(np.array(chosen, np.int64) * T, T + 1))
+        ids_BS = np.concatenate(rows)
+        num_slots = math.ceil(math.ceil(len(ids_BS) / shape.world_size) / shape.micro_batch) * shape.micro_batch
+        mine = ids_BS[shape.rank :: shape.world_size]
+        filled = np.concatenate([mine, np.repeat(ids_BS[:1], num_slots - len(mine), 0)])
         batches = []
-        for start in range(0, num_slots, self._micro_batch):
-            batch = _batch(ids_BS[start : start + self._micro_batch])
-            batch.labels_BT[len(mine) - start :] = NO_LABEL
-            batches.append(batch)
+        for start in range(0, num_slots, shape.micro_batch):
+            batch = self._batch(filled[start : start + shape.micro_batch])
+            labels_BT = batch.labels_BT.clone()
+            labels_BT[max(0, len(mine) - start) :] = NO_LABEL
+            batches.append(replace(batch, labels_BT=labels_BT))
         return batches
 
-    def _identity(self) -> dict[str, int]:
-        """What the global sequence is a function of, beside the tokens."""
-        return {"num_rows": self.num_rows, "seed": self._seed, "rows_per_step": self._rows_per_step}
+    def close(self) -> None:
+        """No more rows are wanted."""
+        self.health.stop()
+        self._supply.close()
 
-    def _ids(self, tokens: np.ndarray, rows: list[int]) -> np.ndarray:
-        return np.stack([packing.row(tokens, row, self._sequence_length) for row in rows])
+    def _wanted(self) -> tuple[Wanted, np.ndarray]:
+        """This rank's rows of the next step, and their positions (n,)."""
+        positions, sources = self._sources()
+        places = self.source_rows[sources] + order.running_count(sources)
+        lanes = max(self.prepared.streams, self.shape.world_size)  # tokens that lie ready know no streams
+        streams = order.stream_of(positions, lanes)
+        mine = streams % self.shape.world_size == self.shape.rank
+        return Wanted(sources[mine], places[mine], streams[mine]), positions[mine]
+
+    def _sources(self) -> tuple[np.ndarray, np.ndarray]:
+        """All positions (B,) of the next step, and the source (B,) of each."""
+        positions = self.rows_consumed + np.arange(self.shape.rows_per_step)
+        return positions, order.mix_pattern(self._weights)[(positions - self._mix_begins) % order.MIX_WINDOW]
+
+    def _rows_by_source(self) -> np.ndarray:
+        return np.bincount(self._sources()[1], minlength=len(self.sources))
+
+    def _batch(self, ids_BS: np.ndarray) -> Batch:
+        inputs_BT, labels_BT = packing.inputs_and_labels(ids_BS.astype(np.int64))
+        positions_BT = None
+        if self.shape.document_mask:
+            separator_id = self.prepared.tokenizer.separator_id
+            positions_BT = torch.from_numpy(packing.positions_in_documents(inputs_BT, separator_id))
+            labels_BT = np.where(inputs_BT == separator_id, NO_LABEL, labels_BT)  # the next document's first token
+        return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(labels_BT), positions_BT)
 
 
-def _batch(ids_BS: np.ndarray) -> Batch:
-    inputs_BT, labels_BT = packing.inputs_and_labels(ids_BS.astype(np.int64))
-    return Batch(torch.tensor(inputs_BT), torch.tensor(labels_BT))  # copies: the two overlap in ids_BS
+def merged(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """The states of all ranks as the one that every rank can load."""
+    sketch = Sketch()
+    for state in states:
+        sketch.merge(Sketch.from_text(state["sketch"]))
+    streams = {key: place for state in states for key, place in state["streams"].items()}
+    return states[0] | {"sketch": sketch.to_text(), "streams": streams}

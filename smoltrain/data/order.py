@@ -1,40 +1,130 @@
 """Which row is trained on when, and the proof of it. Integers only: no files, no ranks, no state.
 
-Positions 0, 1, 2, ... count the rows that the run consumes, over all epochs. The row at a position is a function of
-(seed, position, number of rows) alone. The world size decides only which rank fetches it.
+Positions 0, 1, 2, ... count the rows that the run consumes. A step is `rows_per_step` positions. Which source and which
+virtual stream a position belongs to is a function of the position alone; the world size decides only which rank fetches
+its row. So does every shuffle follow from (seed, what is shuffled) alone.
 """
 
 import functools
 import hashlib
 
 import numpy as np
+import xxhash
 
 WORD = 2**64
 NO_STEPS = "0" * 32  # the ledger before the first step
+MIX_WINDOW = 1000  # rows: any window of so many holds each source's exact share
+MAX_STREAMS = 64
+SORTED = 2**16
+ROUNDS = 6  # of the Feistel network
 
 
-@functools.lru_cache(maxsize=2)  # a step can span the end of one epoch and the start of the next
-def permutation(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    """The rows (num_rows,) int64 of one epoch in their order; read-only, for it is cached.
+def shuffled(places: np.ndarray, num: int, *key: int) -> np.ndarray:
+    """Where the permutation of 0..num-1 that `key` names sends these places, int64.
 
-    Sorts raw PCG64 output: numpy promises that stream for ever, but not that of its own `Generator.permutation`.
+    Up to SORTED things are sorted by pseudo-random words. More of them go through a Feistel network (Luby & Rackoff
+    1988) over the next power of four, again and again until they fall below `num` (Black & Rogaway 2002): any place
+    of any epoch costs the same, and nothing of the size of the data is ever held.
     """
-    words = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(num_rows)
-    rows = np.argsort(words, kind="stable")
-    rows.setflags(write=False)
-    return rows
+    if num <= SORTED:
+        return _sorted(num, key)[places]
+    half = ((num - 1).bit_length() + 1) // 2
+    low = np.uint64(2**half - 1)
+    found = np.asarray(places, np.uint64).copy()
+    todo = np.ones(found.shape, bool)
+    while todo.any():
+        left, right = found[todo] >> np.uint64(half), found[todo] & low
+        for round_key in _words(key):
+            left, right = right, left ^ (_mixed(right + round_key) & low)
+        found[todo] = left << np.uint64(half) | right
+        todo = found >= num
+    return found.astype(np.int64)
 
 
-def row_at(position: int, seed: int, num_rows: int) -> int:
-    """The row at a position of the endless sequence."""
-    epoch, place = divmod(position, num_rows)
-    return int(permutation(seed, epoch, num_rows)[place])
+@functools.lru_cache(maxsize=64)
+def _sorted(num: int, key: tuple[int, ...]) -> np.ndarray:
+    one, two, *_ = _words(key)
+    places = np.argsort(_mixed(_mixed(np.arange(num, dtype=np.uint64) + one) ^ two), kind="stable")
+    places.setflags(write=False)
+    return places
 
 
-def positions(start: int, index: int, micro_batch: int, rank: int, world_size: int) -> range:
-    """The positions of a rank's micro-batch number `index` in the step whose first position is `start`."""
-    first = start + (index * world_size + rank) * micro_batch
-    return range(first, first + micro_batch)
+@functools.lru_cache(maxsize=1024)
+def _words(key: tuple[int, ...]) -> tuple[np.uint64, ...]:
+    """ROUNDS pseudo-random words out of a key."""
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8 * ROUNDS).digest()
+    return tuple(np.frombuffer(digest, np.dtype("<u8")))
+
+
+def _mixed(words: np.ndarray) -> np.ndarray:
+    """Each 64-bit word scrambled, one to one (the finalizer of SplitMix64, Steele et al. 2014)."""
+    words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return words ^ words >> np.uint64(31)
+
+
+# ---- which source and which stream
+
+
+def num_streams(rows_per_step: int, world_size: int) -> int:
+    """The most virtual streams, up to MAX_STREAMS, that divide the rows of a step and that the ranks divide.
+
+    Many streams let many numbers of ranks take over the run later. More ranks than MAX_STREAMS get one each.
+    """
+    fits = [n for n in range(world_size, MAX_STREAMS + 1, world_size) if rows_per_step % n == 0]
+    return max(fits, default=world_size)
+
+
+def stream_of(positions: np.ndarray, num_streams: int) -> np.ndarray:
+    """The stream (n,) of each position (n,). Each aligned block of `num_streams` positions has one of each stream.
+
+    A block begins with any of them: in a regular order a stream would keep meeting the same source of a mix.
+    """
+    begins = _mixed((positions // num_streams).astype(np.uint64)) % np.uint64(num_streams)
+    return (positions + begins.astype(np.int64)) % num_streams
+
+
+@functools.lru_cache(maxsize=16)
+def mix_pattern(weights: tuple[float, ...]) -> np.ndarray:
+    """The source (MIX_WINDOW,) of each position modulo MIX_WINDOW: shares rounded to thousandths, spread evenly.
+
+    As it repeats, ANY window of MIX_WINDOW rows holds exactly these shares. A source of positive weight has at least
+    one row in it; weight 0 has none.
+    """
+    counts = shares(MIX_WINDOW, weights)
+    when = np.concatenate([(np.arange(n) + 0.5) / n for n in counts if n])
+    source = np.repeat(np.arange(len(weights)), counts)
+    pattern = source[np.lexsort((source, when))]
+    pattern.setflags(write=False)
+    return pattern
+
+
+def shares(num: int, weights: tuple[float, ...]) -> list[int]:
+    """`num` things dealt out by weight, with the largest remainders rounded up; each positive weight gets at least one.
+
+    num must be at least the number of positive weights.
+    """
+    exact = np.array(weights) / sum(weights) * num
+    counts = np.maximum(np.floor(exact), np.array(weights) > 0).astype(int)
+    while counts.sum() != num:
+        wanting = exact - counts
+        wanting[(counts <= 1) | (exact == 0)] = np.inf if counts.sum() > num else -np.inf
+        if counts.sum() < num:
+            wanting = np.where(exact > 0, exact - counts, -np.inf)
+            counts[np.argmax(wanting)] += 1
+        else:
+            counts[np.argmin(wanting)] -= 1
+    return counts.tolist()
+
+
+def running_count(values: np.ndarray) -> np.ndarray:
+    """For each element, how many equal ones stand before it."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    first = np.searchsorted(ordered, ordered)
+    counts = np.empty(len(values), np.int64)
+    counts[order] = np.arange(len(values)) - first
+    return counts
 
 
 def spread(num: int, num_rows: int) -> list[int]:
@@ -43,20 +133,17 @@ def spread(num: int, num_rows: int) -> list[int]:
     return [i * num_rows // num for i in range(num)]
 
 
-def row_digest(position: int, row: int, tokens: np.ndarray) -> int:
-    """Hash, in [0, 2^64), of where a row stands in the sequence, which row it is, and its token ids.
+# ---- the ledger
+
+
+def row_digests(positions: np.ndarray, row_ids: np.ndarray, tokens: np.ndarray) -> list[int]:
+    """Of each row a hash in [0, 2^64) of its position (n,), which row it is (n,), and its token ids (n, T + 1).
 
     The digest of a step is the SUM of its rows' modulo 2^64: sums commute, so it does not matter which rank held which
     row. An int64 all-reduce wraps around modulo 2^64 in just this way.
     """
-    header = position.to_bytes(8, "little") + row.to_bytes(8, "little")
-    digest = hashlib.blake2b(header + tokens.astype("<u4").tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
-
-
-def signed(digest: int) -> int:
-    """The same 64 bits as a signed integer, as torch.int64 holds them."""
-    return (digest + WORD // 2) % WORD - WORD // 2
+    seeds = _mixed(positions.astype(np.uint64) + _mixed(row_ids.astype(np.uint64)))
+    return [xxhash.xxh3_64_intdigest(row, seed) for row, seed in zip(tokens, seeds.tolist(), strict=True)]
 
 
 def extend(ledger: str, step_digest: int) -> str:

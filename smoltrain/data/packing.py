@@ -5,13 +5,49 @@ the last is the first of row i + 1. Thus every token but the first is a target e
 of the stream fill no row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from smoltrain.data.tokenizer import Tokenizer, pieces
 
-def stream(ids: Sequence[int], separator_id: int | None, dtype: DTypeLike) -> np.ndarray:
+T = TypeVar("T")
+NO_LABEL = -100  # torch's cross_entropy leaves these targets out
+CHARACTERS_AT_ONCE = 2**19  # tokenised in one call: enough to keep some cores busy, in about 50 MB
+
+
+@dataclass(frozen=True)
+class Piece(Generic[T]):
+    """Consecutive tokens (n,) of one document, the first of which is its number `offset`; `about` is the caller's.
+
+    The separator is the last token of a document's last piece.
+    """
+
+    about: T
+    offset: int
+    ids: np.ndarray
+
+
+def encoded(
+    documents: Iterable[tuple[T, str]], tokenizer: Tokenizer, dtype: DTypeLike, characters: int = CHARACTERS_AT_ONCE
+) -> Iterator[Piece[T]]:
+    """The tokens of (about, text) pairs, in order; most documents are one piece, long ones several.
+
+    About so many characters are read before the first tokens come. The tokens do not depend on it.
+    """
+    offset = 0
+    for batch in _batches(documents, characters):
+        encodings = tokenizer.encode_batch([text for _, text, _ in batch])
+        for (about, _, ends), ids in zip(batch, encodings, strict=True):
+            part = stream(ids, tokenizer.separator_id if ends else None, dtype)
+            yield Piece(about, offset, part)
+            offset = 0 if ends else offset + len(part)
+
+
+def stream(ids: list[int], separator_id: int | None, dtype: DTypeLike) -> np.ndarray:
     """A document's part of the stream: its ids and the separator. Of a part that does not end it (None): its ids."""
     return np.asarray(ids if separator_id is None else [*ids, separator_id], dtype)
 
@@ -21,12 +57,29 @@ def num_rows(num_tokens: int, sequence_length: int) -> int:
     return max(0, num_tokens - 1) // sequence_length
 
 
-def row(tokens: np.ndarray, index: int, sequence_length: int) -> np.ndarray:
-    """Row `index` of the stream, (T + 1,), not copied. It must exist: 0 <= index < num_rows."""
-    start = index * sequence_length
-    return tokens[start : start + sequence_length + 1]
+def inputs_and_labels(rows_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(B, T + 1) ids into inputs (B, T) and, one place on, the ids to predict from them (B, T); not copied."""
+    return rows_BS[:, :-1], rows_BS[:, 1:]
 
 
-def inputs_and_labels(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(..., T + 1) ids into inputs (..., T) and, one place on, the ids to predict from them (..., T); not copied."""
-    return rows[..., :-1], rows[..., 1:]
+def positions_in_documents(ids_BT: np.ndarray, separator_id: int) -> np.ndarray:
+    """The place (B, T), int64, of each token in its document; a row begins at 0, even in the middle of a document."""
+    places_T = np.arange(ids_BT.shape[1])
+    begins_BT = np.zeros(ids_BT.shape, np.int64)
+    begins_BT[:, 1:] = np.where(ids_BT[:, :-1] == separator_id, places_T[1:], 0)
+    return places_T - np.maximum.accumulate(begins_BT, axis=1)
+
+
+def _batches(documents: Iterable[tuple[T, str]], characters: int) -> Iterator[list[tuple[T, str, bool]]]:
+    """The documents in lists of about so many characters: (about, a piece of its text, whether it is the last one)."""
+    batch, size = [], 0
+    for about, text in documents:
+        *first, last = pieces(text, CHARACTERS_AT_ONCE)
+        for piece, ends in (*((piece, False) for piece in first), (last, True)):
+            batch.append((about, piece, ends))
+            size += len(piece)
+            if size >= characters:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch

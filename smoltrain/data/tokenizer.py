@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
@@ -13,6 +14,7 @@ from smoltrain.errors import Problem, UserError
 
 FILE = "tokenizer.json"
 SEAM = re.compile(r"(?<=\w)(?= \w)")  # before a space between two words, where byte-level pre-tokenizers cut anyway
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how a vocabulary with byte fallback spells a byte
 
 
 def pieces(text: str, size: int) -> Iterator[str]:
@@ -123,6 +125,25 @@ class Tokenizer:
     def unspoken_ids(self, vocab_size: int) -> list[int]:
         """Ids that stand for no text: the special ones, and rows of a model's table beyond this tokenizer's ids."""
         return [*sorted(self.special_ids), *range(self.num_ids, vocab_size)]
+
+    def bytes_per_id(self) -> np.ndarray:
+        """How many bytes of UTF-8 text each id stands for, (num_ids,) int64; special tokens and gaps for none.
+
+        Exact for byte-level tokenizers: a text's ids add up to its bytes, after the normalizer if there is one, and
+        without those that the vocabulary lacks (SmolLM2's has no id for six control characters). For others a word
+        counts as it is spelled, U+2581 as the space that it stands for and <0xNN> as its byte.
+        """
+        decoder = json.loads(self._inner.to_str())["decoder"] or {}
+        kinds = {part["type"] for part in [decoder, *decoder.get("decoders", [])] if part}
+        added = {token.content for token in self._inner.get_added_tokens_decoder().values()}
+        sizes = np.zeros(self.num_ids, np.int64)
+        for word, i in self._inner.get_vocab(with_added_tokens=True).items():
+            if "ByteLevel" in kinds and word not in added:
+                sizes[i] = len(word)  # each character of the byte-level alphabet is one byte
+            else:
+                sizes[i] = 1 if BYTE.fullmatch(word) else len(word.replace("\u2581", " ").encode())
+        sizes[list(self.special_ids)] = 0
+        return sizes
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the bytes that `save` writes to tokenizer.json."""

@@ -3,7 +3,7 @@
 from smoltrain.model.attention import Kernel, choose
 from smoltrain.model.decoder import Decoder
 from smoltrain.model.interface import LanguageModel
-from smoltrain.model.kinds import attention_dropout, build, parameter_count
+from smoltrain.model.kinds import attention_dropout, build, head_width, parameter_count
 from smoltrain.model.layers import KVCache
 from smoltrain.model.loss import IGNORED
 from smoltrain.model.transformers_model import HuggingFaceModel
@@ -18,5 +18,6 @@ __all__ = [
     "attention_dropout",
     "build",
     "choose",
+    "head_width",
     "parameter_count",
 ]

@@ -1,13 +1,16 @@
-"""Which attention kernel runs, why, and the one function that calls it.
+"""Which attention kernel runs, why, and the one function that calls it; documents packed in a row are kept apart.
 
-Legend: B batch, T queries, S keys (more than T only with a cache), H query heads, K key-value heads, E width per head.
+Legend: B batch, T queries, S keys (more than T only with a cache), H query heads, K key-value heads, E width per head,
+N tokens of all rows laid end to end (B * T).
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +22,43 @@ from smoltrain.errors import Problem, UserError
 
 @dataclass(frozen=True)
 class Kernel:
-    """An attention kernel and, in a few words, why it was chosen."""
+    """An attention kernel and, in a few words, why it was chosen.
+
+    `varlen` keeps packed documents apart by their places instead of a mask: (q, k, v, starts, starts, T, T), as
+    FlashAttention 2 and 3 and torch agree on, q [N, H, E] and k, v [N, K, E].
+    """
 
     name: Literal["flash-attn", "sdpa", "math"]
     reason: str
     flash: Callable[..., Any] | None = field(default=None, repr=False)
+    varlen: Callable[..., Any] | None = field(default=None, repr=False)
+
+
+class Documents(NamedTuple):
+    """Where packed documents begin, in the one form that the kernel takes; made once per forward for all blocks.
+
+    A tuple, because that is where ZeRO-3 finds the tensors that a block is given.
+    """
+
+    starts: Tensor | None = None  # int32 [documents + 1]: the place of each first token among the N, and at the end N
+    mask_B1TT: Tensor | None = None  # added to the scores: 0 for an earlier key of the same document, else -inf
+
+    @classmethod
+    def packed(cls, positions_BT: Tensor, kernel: Kernel, dtype: torch.dtype) -> "Documents":
+        """The documents of full rows; each begins where its tokens' positions begin anew from 0."""
+        if kernel.varlen is not None:
+            return cls(starts=document_starts(positions_BT))
+        document_BT = (positions_BT == 0).cumsum(1)
+        seen_BTT = (document_BT[:, :, None] == document_BT[:, None]).tril()
+        # Not boolean: SDPA would turn it into this in every block anew, and keep each of them for the backward pass.
+        mask_BTT = torch.zeros_like(seen_BTT, dtype=dtype).masked_fill_(~seen_BTT, float("-inf"))
+        return cls(mask_B1TT=mask_BTT[:, None])
+
+
+def document_starts(positions_BT: Tensor) -> Tensor:
+    """`Documents.starts`, for all rows laid end to end; a document never goes on in the next row."""
+    places = (positions_BT.flatten() == 0).nonzero().squeeze(1)  # host-device sync: their number; 1 per micro-batch
+    return F.pad(places, (0, 1), value=positions_BT.numel()).int()
 
 
 def choose(
@@ -32,33 +67,52 @@ def choose(
     dtype: torch.dtype,
     *,
     dropout: float = 0.0,
+    document_mask: bool = False,
+    head_width: int | None = None,
 ) -> Kernel:
     """The kernel for attention on this device, in this dtype, with this dropout on the attention weights.
 
+    `head_width` is E of our own decoder; None for a model of transformers, which has no kernel of torch for documents.
     Errors: UserError when 'flash' is asked for and cannot run here.
     """
     if requested in ("sdpa", "math"):
-        return Kernel(requested, f"engine.attention is {requested}")
-    flash, reason = _flash(device, dtype, dropout)
+        by_mask = "; a mask keeps documents apart" if document_mask else ""
+        return Kernel(requested, f"engine.attention is {requested}{by_mask}")
+    unfit = _unfit(device, dtype)
+    flash, reason = (None, unfit) if unfit else _flash_attn(device, dropout)
     if flash is not None:
-        return Kernel("flash-attn", reason, flash)
+        reason += "; it keeps documents apart" if document_mask else ""
+        varlen = partial(flash.flash_attn_varlen_func, causal=True)
+        return Kernel("flash-attn", reason, flash.flash_attn_func, varlen)
     if requested == "flash":
         want = "the package flash-attn on a CUDA device in bf16 or fp16"
         raise UserError(Problem("the kernel flash cannot run", reason, want, "engine.attention"))
-    return Kernel("sdpa", reason)
+    if not document_mask:
+        return Kernel("sdpa", reason)
+    varlen, how = (None, "a mask") if unfit or head_width is None else _torch_varlen(dropout, head_width)
+    return Kernel("sdpa", f"{reason}; {how} keeps documents apart", varlen=varlen)
 
 
-def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, kernel: Kernel, *, dropout: float = 0.0) -> Tensor:
+def attend(
+    q_BHTE: Tensor,
+    k_BKSE: Tensor,
+    v_BKSE: Tensor,
+    kernel: Kernel,
+    *,
+    dropout: float = 0.0,
+    documents: Documents | None = None,
+) -> Tensor:
     """Causal attention, [B, H, T, E]. The queries are the last T of S positions: query i sees keys 0 to S - T + i.
 
     K divides H (GQA, Ainslie et al. 2023): consecutive query heads share a key-value head, which is not copied.
+    With `documents` (then S is T) it sees those of its own document only.
     """
+    if documents is not None:
+        return _attend_within(q_BHTE, k_BKSE, v_BKSE, kernel, dropout, documents)
     if kernel.flash is not None:
         # FlashAttention takes [B, T, H, E] and aligns its causal mask to the bottom right (since 2.1), as we want it.
         q, k, v = (x.transpose(1, 2) for x in (q_BHTE, k_BKSE, v_BKSE))
-        options = {"dropout_p": dropout} if dropout else {}  # version 3 does not know the word
-        out = kernel.flash(q, k, v, causal=True, **options)
-        out_BTHE = out[0] if isinstance(out, tuple) else out  # early releases of version 3 add the log-sum-exp
+        out_BTHE = _output(kernel.flash(q, k, v, causal=True, **_dropout(dropout)))
         return out_BTHE.transpose(1, 2)
     T, S = q_BHTE.size(2), k_BKSE.size(2)
     # SDPA's is_causal aligns the mask to the top left, which is right for T == S only. A lone query sees every key.
@@ -75,24 +129,70 @@ def attend(q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, kernel: Kernel, *, dr
         )
 
 
-def _flash(device: torch.device, dtype: torch.dtype, dropout: float) -> tuple[Callable[..., Any] | None, str]:
-    """The fastest flash_attn_func that can run here, or None; and the reason (Dao 2023; Shah et al. 2024)."""
+def _attend_within(
+    q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, kernel: Kernel, dropout: float, documents: Documents
+) -> Tensor:
+    """`attend` within each of `documents`."""
+    B, H, T, _ = q_BHTE.shape
+    if documents.starts is not None:
+        assert kernel.varlen is not None
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTE, k_BHTE, v_BHTE))
+        # T for the longest document: an upper bound will do, and the true one would be another sync.
+        out = kernel.varlen(q, k, v, documents.starts, documents.starts, T, T, **_dropout(dropout))
+        return _output(out).unflatten(0, (B, T)).transpose(1, 2)
+    if k_BHTE.size(1) != H:
+        # With a mask and shared heads, CUDA has no fused kernel left but the one that keeps the T x T scores: copy.
+        k_BHTE, v_BHTE = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k_BHTE, v_BHTE))
+    with sdpa_kernel(SDPBackend.MATH) if kernel.name == "math" else nullcontext():
+        return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=documents.mask_B1TT, dropout_p=dropout)
+
+
+def _dropout(dropout: float) -> dict[str, float]:
+    return {"dropout_p": dropout} if dropout else {}  # FlashAttention 3 and torch's varlen_attn do not know the word
+
+
+def _output(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out  # early releases of version 3 add the log-sum-exp
+
+
+def _unfit(device: torch.device, dtype: torch.dtype) -> str:
+    """Why no FlashAttention can run, the package's or torch's own; '' if it can."""
     if device.type != "cuda":
-        return None, f"FlashAttention needs CUDA, the device is {device.type}"
+        return f"FlashAttention needs CUDA, the device is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
-        return None, f"FlashAttention needs bf16 or fp16, the dtype is {str(dtype).removeprefix('torch.')}"
+        return f"FlashAttention needs bf16 or fp16, the dtype is {str(dtype).removeprefix('torch.')}"
     generation = torch.cuda.get_device_capability(device)[0]
-    if generation < 8:
-        return None, f"FlashAttention needs compute capability 8.0, the device has {generation}.x"
-    if generation == 9 and not dropout and (flash := _imported("flash_attn_interface")):
+    return "" if generation >= 8 else f"FlashAttention needs compute capability 8.0, the device has {generation}.x"
+
+
+def _flash_attn(device: torch.device, dropout: float) -> tuple[Any, str]:
+    """The fastest package of flash-attn that can run here, or None; and the reason (Dao 2023; Shah et al. 2024)."""
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    if hopper and not dropout and (flash := _imported("flash_attn_interface")):
         return flash, "FlashAttention 3 is installed and the device is a Hopper GPU"
     if flash := _imported("flash_attn"):
         return flash, "FlashAttention 2 is installed"
     return None, "flash-attn is not installed, or not for this torch"
 
 
-def _imported(package: str) -> Callable[..., Any] | None:
+def _imported(package: str) -> Any:
     try:
-        return importlib.import_module(package).flash_attn_func
-    except (ImportError, AttributeError):  # a build for another torch fails to load with ImportError
+        module = importlib.import_module(package)
+    except ImportError:  # also of a build for another torch
         return None
+    return module if hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_varlen_func") else None
+
+
+def _torch_varlen(dropout: float, head_width: int) -> tuple[Callable[..., Any] | None, str]:
+    """torch's own FlashAttention over documents of any length, where it can run; and the words for what runs."""
+    if dropout:
+        return None, "a mask, as torch's varlen_attn has no dropout,"
+    if head_width % 8 or head_width > 192:  # some GPUs have no backward pass beyond
+        return None, f"a mask, as torch's varlen_attn takes no heads {head_width} wide,"
+    try:
+        varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        varlen = None
+    if varlen is None or "enable_gqa" not in inspect.signature(varlen).parameters:
+        return None, "a mask, as this torch has no varlen_attn with shared heads,"
+    return partial(varlen, window_size=(-1, 0), enable_gqa=True), "torch's varlen_attn"

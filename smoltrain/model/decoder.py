@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from smoltrain.model.attention import Kernel
+from smoltrain.model.attention import Documents, Kernel
 from smoltrain.model.interface import LanguageModel
 from smoltrain.model.layers import Block, KVCache, norm, rotary_angles
 from smoltrain.model.loss import summed_cross_entropy
@@ -25,7 +25,7 @@ class Decoder(LanguageModel):
     def __init__(self, section: ModelSection, kernel: Kernel, recompute_every: int) -> None:
         super().__init__()
         self._section = section
-        self.recompute_every = recompute_every
+        self.kernel, self.recompute_every = kernel, recompute_every
         V, D = section.vocab_size, section.hidden_size
         self.embed_tokens = nn.Embedding(V, D)
         learned = section.positions == "learned"
@@ -64,24 +64,31 @@ class Decoder(LanguageModel):
         cache: KVCache | None = None,
         *,
         last_only: bool = False,
+        positions_BT: Tensor | None = None,
     ) -> Tensor:
         """See LanguageModel."""
-        start = cache.length if cache is not None else 0
-        positions_T = torch.arange(start, start + ids_BT.size(1), device=ids_BT.device)
+        assert cache is None or positions_BT is None, "a cache continues one text, not packed documents"
         x_BTD = self.embed_tokens(ids_BT)
+        if positions_BT is None:
+            start = cache.length if cache is not None else 0
+            positions = torch.arange(start, start + ids_BT.size(1), device=ids_BT.device)
+            documents = None
+        else:
+            positions = positions_BT
+            documents = Documents.packed(positions_BT, self.kernel, x_BTD.dtype)
         if self.embed_positions is not None:
-            x_BTD = x_BTD + self.embed_positions(positions_T)
+            x_BTD = x_BTD + self.embed_positions(positions)
             rotary = None
         else:
             head_width = self.section.hidden_size // self.section.num_attention_heads
-            rotary = rotary_angles(positions_T, head_width, self.section.rope_theta)
+            rotary = rotary_angles(positions.unsqueeze(-2), head_width, self.section.rope_theta)  # alike in all heads
         x_BTD = self.dropout(x_BTD)
         for i, block in enumerate(self.layers):
             if self.training and self.recompute_every and i % self.recompute_every == 0:
                 # Keep the input only and run the block again in the backward pass (Chen et al. 2016).
-                x_BTD = checkpoint(block, x_BTD, rotary, cache, use_reentrant=False)
+                x_BTD = checkpoint(block, x_BTD, rotary, cache, documents, use_reentrant=False)
             else:
-                x_BTD = block(x_BTD, rotary, cache)
+                x_BTD = block(x_BTD, rotary, cache, documents)
         if cache is not None:
             cache.length += ids_BT.size(1)
         if last_only:

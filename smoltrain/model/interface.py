@@ -22,12 +22,20 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, ids_BT: Tensor, labels_BT: Tensor | None = None, cache: Any = None, *, last_only: bool = False
+        self,
+        ids_BT: Tensor,
+        labels_BT: Tensor | None = None,
+        cache: Any = None,
+        *,
+        last_only: bool = False,
+        positions_BT: Tensor | None = None,
     ) -> Tensor:
         """The summed loss of the labels, an fp32 scalar; without labels the logits [B, T, V].
 
         `labels_BT` are shifted already, and IGNORED where there is no target. With a cache (of `new_cache`) the ids
         continue the tokens in it, and are added to it. `last_only` gives the logits of the last token, [B, 1, V].
+        `positions_BT` (int64) keeps the documents packed in a row apart: a token's place within its document, the first
+        of which begins the row; each is computed as if it were alone. Not with a cache. None: a row is one text.
         """
 
     @abstractmethod

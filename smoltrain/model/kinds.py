@@ -17,17 +17,19 @@ def build(
     gradient_checkpointing: Literal["none", "full"] | int = "none",
     attention: Kernel | None = None,
     device: torch.device | str = "cpu",
+    document_mask: bool = False,
 ) -> LanguageModel:
     """A model with fresh fp32 weights; the same ones for the same torch.manual_seed.
 
     Gradient checkpointing recomputes no block, every block, or every n-th block (of the decoder only). `attention` is
     torch's SDPA where the model has it, unless `attention.choose` found better. On the device 'meta' no weight is
-    allocated, which is enough to count them, and to check the section.
-    Errors: UserError for a section that transformers refuses, or a kernel that this model does not have.
+    allocated, which is enough to count them, and to check the section. With `document_mask` it is also checked that the
+    model keeps packed documents apart; on 'meta' only that it takes their positions.
+    Errors: UserError for a section that transformers refuses, a kernel that this model does not have, or no such mask.
     """
     if isinstance(section, ModelSection):
         return decoder.fresh(section, gradient_checkpointing, attention, device)
-    return transformers_model.fresh(section, gradient_checkpointing, attention, device)
+    return transformers_model.fresh(section, gradient_checkpointing, attention, device, document_mask)
 
 
 def attention_dropout(section: ModelSection | TransformersSection) -> float:
@@ -35,6 +37,11 @@ def attention_dropout(section: ModelSection | TransformersSection) -> float:
     if isinstance(section, ModelSection):
         return section.attention_dropout
     return transformers_model.attention_dropout(section)
+
+
+def head_width(section: ModelSection | TransformersSection) -> int | None:
+    """Width of an attention head of our own decoder; None for a model of transformers."""
+    return section.hidden_size // section.num_attention_heads if isinstance(section, ModelSection) else None
 
 
 def parameter_count(module: nn.Module) -> int:

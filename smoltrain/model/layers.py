@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smoltrain.model.attention import Kernel, attend
+from smoltrain.model.attention import Documents, Kernel, attend
 from smoltrain.schema import ModelSection
 
 Rotary = tuple[Tensor, Tensor]
@@ -20,14 +20,14 @@ def norm(model: ModelSection) -> nn.Module:
     return cls(model.hidden_size, eps=model.rms_norm_eps)
 
 
-def rotary_angles(positions_T: Tensor, head_width: int, theta: float) -> Rotary:
-    """Cosines and sines of rotary positions (Su et al. 2021), each [T, E/2] in fp32.
+def rotary_angles(positions: Tensor, head_width: int, theta: float) -> Rotary:
+    """Cosines and sines of rotary positions (Su et al. 2021), each [*positions, E/2] in fp32.
 
     Computed anew in each forward, once for all blocks, and kept in no buffer: a model cast to bf16 would cast the
     buffer too, and bf16 cannot tell position 257 from 256.
     """
-    exponents = torch.arange(0, head_width, 2, device=positions_T.device, dtype=torch.float32) / head_width
-    angles = positions_T[:, None].float() * (1.0 / theta**exponents)
+    exponents = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32) / head_width
+    angles = positions[..., None].float() * (1.0 / theta**exponents)
     return angles.cos(), angles.sin()
 
 
@@ -71,7 +71,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(D, D, bias=bias)
         self.dropout, self.kernel, self.layer = model.attention_dropout, kernel, layer
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rotary: Rotary | None, cache: KVCache | None, documents: Documents | None
+    ) -> Tensor:
         """Mix the tokens; with a cache, attend to its tokens too and add these to it."""
         q_BHTE, k_BKSE, v_BKSE = (
             projection(x_BTD).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
@@ -82,7 +84,7 @@ class Attention(nn.Module):
         if cache is not None:
             k_BKSE, v_BKSE = cache.extend(self.layer, k_BKSE, v_BKSE)
         dropout = self.dropout if self.training else 0.0
-        y_BHTE = attend(q_BHTE, k_BKSE, v_BKSE, self.kernel, dropout=dropout)
+        y_BHTE = attend(q_BHTE, k_BKSE, v_BKSE, self.kernel, dropout=dropout, documents=documents)
         return self.o_proj(y_BHTE.transpose(1, 2).flatten(2))
 
 
@@ -115,7 +117,9 @@ class Block(nn.Module):
         self.mlp = MLP(model)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, x_BTD: Tensor, rotary: Rotary | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rotary: Rotary | None, cache: KVCache | None, documents: Documents | None
+    ) -> Tensor:
         """The stream after both branches."""
-        x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), rotary, cache))
+        x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), rotary, cache, documents))
         return x_BTD + self.dropout(self.mlp(self.post_attention_layernorm(x_BTD)))

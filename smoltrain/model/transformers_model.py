@@ -6,6 +6,7 @@ is a class of the installed package and the keys of a recipe.
 Legend: B batch, T tokens, V vocabulary.
 """
 
+import copy
 import inspect
 import re
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from smoltrain.errors import Problem, UserError, nearest
-from smoltrain.model.attention import Kernel
+from smoltrain.model.attention import Kernel, document_starts
 from smoltrain.model.interface import LanguageModel
 from smoltrain.model.loss import summed_cross_entropy_of_logits
 from smoltrain.schema import TransformersSection
@@ -55,13 +56,15 @@ class HuggingFaceModel(LanguageModel):
         cache: HuggingFaceCache | None = None,
         *,
         last_only: bool = False,
+        positions_BT: Tensor | None = None,
     ) -> Tensor:
         """See LanguageModel. The loss is the cross entropy alone, also where a class would add a router's.
 
         An attention mask is never passed, and a cache only by the caller: rows are full, so there is nothing to mask,
         and either of the two switches off, without a word, the masks that transformers makes between packed documents.
         """
-        T, options = ids_BT.size(1), {}
+        assert cache is None or positions_BT is None, "a cache continues one text, not packed documents"
+        T, options = ids_BT.size(1), {} if positions_BT is None else self._documents(positions_BT)
         if last_only and "logits_to_keep" in self._takes:
             options["logits_to_keep"] = 1
         if cache is not None:
@@ -80,6 +83,15 @@ class HuggingFaceModel(LanguageModel):
             return out.logits[:, -1:] if last_only else out.logits[:, -T:]
         return summed_cross_entropy_of_logits(out.logits.flatten(0, 1), labels_BT.flatten())
 
+    def _documents(self, positions_BT: Tensor) -> dict[str, Any]:
+        """The words in which transformers is told of packed documents."""
+        options: dict[str, Any] = {"position_ids": positions_BT}
+        if str(self.inner.config._attn_implementation).startswith("flash"):
+            # From positions alone it makes out documents anew in each block, and in a batch of one row only.
+            starts, T = document_starts(positions_BT), positions_BT.size(1)
+            options |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": T, "max_length_k": T}
+        return options
+
     def new_cache(self, batch: int, max_length: int) -> HuggingFaceCache:  # noqa: ARG002 - it grows as it is used
         """See LanguageModel."""
         return HuggingFaceCache()
@@ -90,6 +102,7 @@ def fresh(
     gradient_checkpointing: Literal["none", "full"] | int,
     attention: Kernel | None,
     device: torch.device | str,
+    document_mask: bool,
 ) -> HuggingFaceModel:
     """See kinds.build."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
@@ -108,10 +121,15 @@ def fresh(
     except Exception as error:  # the class may stumble over its config anywhere
         raise _refusal(section, config, error) from error
     model = HuggingFaceModel(section, inner)
+    if document_mask and "position_ids" not in model._takes:
+        raise _mixes(section, f"a forward of {cls.__name__} without position_ids")
     if not meta:
         _check_causality(model)
     if attention is not None and flash:
         _take_flash(inner, attention)
+    if document_mask and not meta:
+        # A copy goes where FlashAttention runs, for here it cannot.
+        _check_documents(copy.deepcopy(model).to("cuda", torch.bfloat16) if flash else model)
     if gradient_checkpointing != "none":
         assert gradient_checkpointing == "full", "contradictions.py refuses a number"
         _recompute(inner)
@@ -196,6 +214,33 @@ def _check_causality(model: HuggingFaceModel) -> None:
     if (ours - theirs).abs().max() > 1e-4 * ours.abs().max():
         saw, want = "logits that depend on a later token", "a causal model, which some are with is_decoder: true"
         raise UserError(Problem(f"{model.section.model_type} sees the future", saw, want, "model.config"))
+
+
+@torch.no_grad()
+def _check_documents(model: HuggingFaceModel) -> None:
+    """Change the first document of two rows: of the second nothing may move. Errors: UserError.
+
+    That a class takes positions does not mean that it masks by them, nor that all its layers are attention.
+    """
+    positions_BT = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0, 1, 2]], device=model.device)
+    second_BT = (positions_BT == 0).cumsum(1) == 2
+    ids_BT = torch.zeros_like(positions_BT)
+    changed_BT = ids_BT.masked_fill(~second_BT, model.section.vocab_size - 1)
+    model.eval()
+    try:
+        before, after = (model(ids, positions_BT=positions_BT)[second_BT] for ids in (ids_BT, changed_BT))
+    except Exception as error:
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise _mixes(model.section, said) from error
+    model.train()
+    if (before - after).abs().max() > 1e-4 * before.abs().max():
+        kernel = model.inner.config._attn_implementation  # on another, it may do
+        raise _mixes(model.section, f"logits that depend on the document before, on {kernel}")
+
+
+def _mixes(section: TransformersSection, saw: str) -> UserError:
+    what = f"{section.model_type} cannot keep packed documents apart"
+    return UserError(Problem(what, saw, "false, or another model_type, as llama", "packing.document_mask"))
 
 
 def _take_flash(inner: Any, kernel: Kernel) -> None:

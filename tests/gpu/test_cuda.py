@@ -1,13 +1,18 @@
 """What only a CUDA device can show; `./tests/run.sh -m gpu` on such a machine."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smoltrain.errors import DONE
-from smoltrain.model import attention
+from smoltrain.model import Kernel, attention, build
+from smoltrain.model.attention import Documents, attend, choose
+from smoltrain.schema import ModelSection, TransformersSection
 from tests import launches, tiny
 
 pytestmark = [
@@ -16,8 +21,28 @@ pytestmark = [
 ]
 
 
-def heads(num: int) -> torch.Tensor:
-    return torch.randn(2, num, 256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+CUDA, BF16 = torch.device("cuda"), torch.bfloat16
+FLASH = importlib.util.find_spec("flash_attn") or importlib.util.find_spec("flash_attn_interface")
+needs_flash = pytest.mark.skipif(not FLASH, reason="needs flash-attn")
+LENGTHS = [[1, 1, 100, 54, 100], [256]]  # of documents, in two rows
+
+
+def heads(num: int, width: int = 64, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(2, num, 256, width, device="cuda", dtype=dtype, requires_grad=True)
+
+
+def positions() -> Tensor:
+    return torch.stack([torch.cat([torch.arange(n, device="cuda") for n in row]) for row in LENGTHS])
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> list[Tensor]:
+    """Attention within each document, and the gradients of a loss of it."""
+    out = attend(q, k, v, kernel, documents=Documents.packed(positions(), kernel, q.dtype))
+    return [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    return float((ours.float() - reference.float()).norm() / reference.float().norm())
 
 
 def test_every_kernel_agrees_with_math_forward_and_backward() -> None:
@@ -32,6 +57,79 @@ def test_every_kernel_agrees_with_math_forward_and_backward() -> None:
         for ours, reference in zip(results[name], results["math"], strict=True):
             error = (ours - reference).float().norm() / reference.float().norm()
             assert error < 0.02, f"{name} is off by {error:.3f}"
+
+
+def check_documents(kernel: Kernel, dtype: torch.dtype, width: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = heads(9, width, dtype), heads(3, width, dtype), heads(3, width, dtype)
+    q32, k32, v32 = (x.detach().float().requires_grad_() for x in (q, k, v))
+    results, reference = masked(q, k, v, kernel), masked(q32, k32, v32, Kernel("math", ""))
+    for ours, truth in zip(results, reference, strict=True):
+        assert relative_error(ours, truth) < 0.02, kernel.reason
+    whole = attend(q32, k32, v32, Kernel("math", ""))
+    assert relative_error(whole[0], reference[0][0]) > 0.1  # the documents matter
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("width", [8, 64, 128, 192])
+def test_varlen_of_torch_keeps_documents_apart_as_the_mask_does(dtype: torch.dtype, width: int) -> None:
+    varlen, words = attention._torch_varlen(0.0, width)
+    assert words == "torch's varlen_attn"
+    check_documents(Kernel("sdpa", words, varlen=varlen), dtype, width)
+
+
+@needs_flash
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("width", [64, 128])
+def test_varlen_of_flash_attn_keeps_documents_apart_as_the_mask_does(dtype: torch.dtype, width: int) -> None:
+    kernel = choose("flash", CUDA, dtype, document_mask=True, head_width=width)
+    assert kernel.varlen is not None
+    check_documents(kernel, dtype, width)
+
+
+def test_the_mask_keeps_documents_apart_on_a_fused_kernel() -> None:
+    check_documents(choose("sdpa", CUDA, BF16, document_mask=True, head_width=64), BF16, 64)
+    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):  # else: no available kernel
+        for dtype in (BF16, torch.float32):
+            masked(heads(9, dtype=dtype), heads(3, dtype=dtype), heads(3, dtype=dtype), Kernel("sdpa", ""))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_decoder_keeps_documents_apart_in_bf16(checkpointing: Any) -> None:
+    section = ModelSection(
+        vocab_size=61,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+    )
+    kernel = choose("auto", CUDA, BF16, document_mask=True, head_width=32)
+    torch.manual_seed(0)
+    model = build(section, attention=kernel, gradient_checkpointing=checkpointing).to(CUDA, BF16)
+    ids = torch.randint(61, (2, 256), device="cuda")
+    packed = model(ids, positions_BT=positions())
+    model(ids, ids, positions_BT=positions()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    alone = torch.cat([model(document[None])[0] for document in ids[0].split(LENGTHS[0])])
+    assert relative_error(packed[0], alone) < 0.03
+    assert relative_error(model(ids)[0], alone) > 0.1
+
+
+@needs_flash
+def test_transformers_keeps_documents_apart_on_flash_attn() -> None:
+    config = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    section = TransformersSection(
+        kind="transformers", model_type="llama", vocab_size=61, max_position_embeddings=256, config=config
+    )
+    kernel = choose("flash", CUDA, BF16, document_mask=True)
+    model = build(section, attention=kernel, document_mask=True).to(CUDA, BF16)  # checked while it is built
+    ids = torch.randint(61, (2, 256), device="cuda")
+    packed = model(ids, positions_BT=positions())
+    alone = torch.cat([model(document[None])[0] for document in ids[0].split(LENGTHS[0])])
+    assert relative_error(packed[0], alone) < 0.03
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

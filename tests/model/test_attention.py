@@ -1,5 +1,7 @@
 """The kernels agree with the definition of causal attention, and the right one is chosen for the right reason."""
 
+import functools
+import inspect
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from smoltrain.errors import UserError
 from smoltrain.model import build
-from smoltrain.model.attention import Kernel, attend, choose
+from smoltrain.model.attention import Documents, Kernel, attend, choose
 from smoltrain.schema import ModelSection
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -118,7 +120,11 @@ def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *packa
     """Pretend to have a GPU of this compute capability, and these packages and no others."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     for package in ("flash_attn", "flash_attn_interface"):
-        module = SimpleNamespace(flash_attn_func=package) if package in packages else None  # None: ImportError
+        functions = {
+            "flash_attn_func": package,
+            "flash_attn_varlen_func": lambda package=package, **options: (package, options),
+        }
+        module = SimpleNamespace(**functions) if package in packages else None  # None: ImportError
         monkeypatch.setitem(sys.modules, package, module)
 
 
@@ -150,6 +156,78 @@ def test_auto_takes_the_fastest_that_runs(
     kernel = choose("auto", CUDA, BF16, dropout=dropout)
     assert (kernel.name, kernel.flash) == ("flash-attn" if flash else "sdpa", flash)
     assert reason in kernel.reason
+    if flash:
+        assert kernel.varlen is not None
+        assert kernel.varlen() == (flash, {"causal": True})  # documents by the same package
+    else:
+        assert kernel.varlen is None  # by torch only if they are to be masked
+    masked = choose("auto", CUDA, BF16, dropout=dropout, document_mask=True)
+    assert (masked.name, masked.flash) == (kernel.name, kernel.flash)
+    assert masked.reason == f"{kernel.reason}; {'it' if flash else 'a mask'} keeps documents apart"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "dropout", "head_width", "how"),
+    [
+        (H100, BF16, 0.0, 64, "torch's varlen_attn"),
+        (A100, torch.float16, 0.0, 8, "torch's varlen_attn"),
+        (A100, BF16, 0.1, 64, "a mask, as torch's varlen_attn has no dropout,"),
+        (A100, BF16, 0.0, 36, "a mask, as torch's varlen_attn takes no heads 36 wide,"),
+        (A100, BF16, 0.0, 200, "a mask, as torch's varlen_attn takes no heads 200 wide,"),
+        (A100, BF16, 0.0, None, "a mask"),
+        (A100, FP32, 0.0, 64, "a mask"),
+        (T4, BF16, 0.0, 64, "a mask"),
+    ],
+)
+def test_without_flash_attn_torch_keeps_documents_apart_where_it_can(
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    dropout: float,
+    head_width: int | None,
+    how: str,
+):
+    install(monkeypatch, capability)
+    kernel = choose("auto", CUDA, dtype, dropout=dropout, document_mask=True, head_width=head_width)
+    assert kernel.name == "sdpa"
+    assert kernel.reason.endswith(f"; {how} keeps documents apart")
+    assert (kernel.varlen is not None) == (how == "torch's varlen_attn")
+    assert choose("auto", CUDA, dtype, dropout=dropout, head_width=head_width).varlen is None
+
+
+@pytest.mark.parametrize("torch_has", [None, lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None])
+def test_a_torch_without_the_right_varlen_takes_a_mask(monkeypatch: pytest.MonkeyPatch, torch_has: Any):
+    install(monkeypatch, A100)
+    module = torch_has and SimpleNamespace(varlen_attn=torch_has)
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    kernel = choose("auto", CUDA, BF16, document_mask=True, head_width=64)
+    assert kernel.varlen is None
+    assert "a mask, as this torch has no varlen_attn with shared heads" in kernel.reason
+
+
+def test_the_call_is_one_that_torchs_varlen_takes(monkeypatch: pytest.MonkeyPatch):
+    install(monkeypatch, A100)
+    from torch.nn.attention import varlen
+
+    real, calls = varlen.varlen_attn, []
+
+    @functools.wraps(real)  # with the signature of the real one
+    def spy(*args: Any, **options: Any) -> Tensor:
+        calls.append(inspect.signature(real).bind(*args, **options).arguments)
+        return args[0]
+
+    monkeypatch.setattr(varlen, "varlen_attn", spy)
+    kernel = choose("auto", CUDA, BF16, document_mask=True, head_width=8)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]])
+    attend(*qkv(6, 6), kernel, documents=Documents.packed(positions, kernel, FP32))
+    (call,) = calls
+    assert call["query"].shape == (12, 4, 8)
+    assert call["key"].shape == call["value"].shape == (12, 2, 8)
+    assert call["cu_seq_q"].tolist() == call["cu_seq_k"].tolist() == [0, 3, 6, 12]
+    assert call["cu_seq_q"].dtype == torch.int32
+    assert (call["max_q"], call["max_k"]) == (6, 6)
+    assert (call["window_size"], call["enable_gqa"]) == ((-1, 0), True)  # torch's words for causal
 
 
 def test_auto_is_sdpa_where_flash_cannot_run(monkeypatch: pytest.MonkeyPatch):
@@ -162,6 +240,8 @@ def test_auto_is_sdpa_where_flash_cannot_run(monkeypatch: pytest.MonkeyPatch):
 def test_an_explicit_kernel_is_obeyed(monkeypatch: pytest.MonkeyPatch, name: Any):
     install(monkeypatch, H100, "flash_attn")
     assert choose(name, CUDA, BF16) == Kernel(name, f"engine.attention is {name}")
+    masked = choose(name, CUDA, BF16, document_mask=True, head_width=64)
+    assert masked == Kernel(name, f"engine.attention is {name}; a mask keeps documents apart")
 
 
 def test_an_explicit_flash_runs_or_is_refused(monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,398 @@
+"""What is made once, before the first step: RUN/tokenizer/ and RUN/data/index.json with the tokens that it names.
+
+In cached mode these are all tokens (cached.py), in RUN/data or in a folder that runs share; in stream mode those of the
+validation side (validation.py). index.json says what they were made from. It is written last, so that it exists only
+beside whole files: a killed `prepare` goes on with what is whole, and makes anew what is not.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+
+from smoltrain import files
+from smoltrain.data import bad_records, cached, faults, fingerprints, naming, order, packing, tokens, validation
+from smoltrain.data.cached import SIDES
+from smoltrain.data.faults import Health
+from smoltrain.data.fingerprints import Listing
+from smoltrain.data.progress import telling
+from smoltrain.data.readers import Document
+from smoltrain.data.sources import Shard
+from smoltrain.data.tokenizer import Tokenizer
+from smoltrain.data.tokens import Tokens
+from smoltrain.errors import Problem, UserError
+from smoltrain.schema import Config, MixedSource
+
+FORMAT = 2
+CACHED_MIB = 256  # of local files, up to which they are cached of themselves
+CHARACTERS_TO_TRAIN_ON = 10**8  # for a BPE of its own, of sources that are larger
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run trains on. Tuples have one element per source of the config, in its order."""
+
+    tokenizer: Tokenizer
+    tokenizer_name: str  # as the recipe calls it
+    mode: str  # cached or stream
+    why: str  # the mode
+    dtype: np.dtype  # of the ids
+    train: tuple[Tokens, ...]  # () when streaming
+    validation: tuple[Tokens, ...]
+    shards: tuple[tuple[Shard, ...], ...]  # of the training side; () when cached
+    streams: int  # V; 1 when cached
+    index: dict[str, Any]
+
+    def describe(self) -> str:
+        """One line: mode, how many tokens and documents of each source, how the validation side was held out."""
+        sources = self.index["sources"]
+        read = []
+        for name, about in sources.items():
+            side = about.get("train", {"tokens": 0, "documents": 0})
+            what = f"{side['tokens']:,} tokens of {side['documents']:,} documents"
+            what = f"{len(about['shards']):,} files" if self.mode == "stream" else what
+            read.append(what if len(sources) == 1 else f"{name} {what}")
+        held = [sources[name]["validation"] for name in sources]
+        total = {key: sum(side[key] for side in held) for key in ("tokens", "documents")}
+        rules = " and ".join(sorted({about["held_out"] for about in sources.values()}))
+        num_bad = sum(about["bad_records"] for about in sources.values())
+        streams = f" through {self.streams} streams" if self.mode == "stream" else ""
+        skipped = f"; {num_bad:,} bad record{'s' * (num_bad > 1)} skipped" if num_bad else ""
+        return (
+            f"{self.mode}, as {self.why}; {', '.join(read)}{streams};"
+            f" validation {total['tokens']:,} of {total['documents']:,}, held out by {rules}{skipped}"
+        )
+
+    def describe_tokenizer(self) -> str:
+        """One line: name, number of ids, special tokens."""
+        t = self.tokenizer
+        pad = "" if t.pad is None else f", pad {t.pad} = {t.pad_id}"
+        return f"{self.tokenizer_name}: {t.num_ids:,} ids, separator {t.separator} = {t.separator_id}{pad}"
+
+
+def prepare(config: Config, rows_per_step: int | None = None, world_size: int = 1, *, ahead: bool = False) -> Prepared:
+    """Make the run's tokens, or find them made. One process calls this; the others `load` afterwards.
+
+    rows_per_step is over all ranks; None is what batch says for one rank. The first call chooses the mode (`ahead` of
+    a run always cached, unless data.mode says stream) and the number of streams, gets or trains the tokenizer, and
+    tokenises. Later calls compare fingerprints (a local file that is cached is hashed again) and sizes, and write
+    nothing.
+
+    Errors: UserError for bad documents or tokenizers, ids that the model has no room for, too few tokens for a step or
+    for validation, streams that do not fit, and data other than those already prepared. Nothing that was complete is
+    ever overwritten.
+    """
+    batch = config.batch
+    rows_per_step = rows_per_step or batch.rows_per_step or batch.micro_batch * (batch.accumulation or 1)
+    if _index_file(config.run_folder).exists():
+        _compare(config, load(config).index)
+        prepared = load(config)
+        if prepared.mode == "stream":
+            _check_streams(config, prepared.streams, rows_per_step, world_size)
+        check_rows(prepared.index, config, rows_per_step)
+        return prepared
+    section = config.tokenizer
+    given = None if section.name == "bpe" else naming.named(section)
+    num_ids = given.num_ids if given else (section.vocab_size or 0) + (section.pad is not None)
+    _check_ids(num_ids, config)  # a BPE: before training it
+    listed = fingerprints.listings(config)
+    mode, why = _choose_mode(config, listed)
+    if ahead and config.data.mode == "auto" and mode == "stream":
+        mode, why = "cached", "it was prepared ahead"
+    fingerprint = fingerprints.make(config, given, mode, listed)
+    index = {"format": FORMAT, "mode": mode, "why": why, "fingerprint": fingerprint}
+    if mode == "stream":
+        _prepare_stream(config, given, listed, index, rows_per_step, world_size)
+    elif config.data.cache is None:
+        _prepare_cached(config, given, listed, index, rows_per_step, config.run_folder)
+    else:
+        _prepare_shared(config, given, listed, index, rows_per_step)
+    return load(config)
+
+
+def load(config: Config) -> Prepared:
+    """What `prepare` made. Errors: UserError if there is nothing, or if files were changed since."""
+    folder = config.run_folder
+    index = _read(_index_file(folder))
+    names = [part.name for part in config.data.parts]
+    if set(names) != set(index["sources"]):
+        what, want = f"the run {config.run.name!r} was prepared from other sources", ", ".join(index["sources"])
+        raise UserError(Problem(what, ", ".join(names), want, "data.sources, or run.name"))
+    index["sources"] = {name: index["sources"][name] for name in names}
+    pad = index["fingerprint"]["pad"]  # not the config's: `prepare` compares the two and shows both
+    tokenizer = Tokenizer.from_folder(folder / "tokenizer", config.tokenizer.separator, pad)
+    if tokenizer.fingerprint() != index["tokenizer_sha256"]:
+        want = "what was prepared (delete the folder to prepare anew)"
+        raise UserError(Problem("the run's tokenizer has changed", "another one", want, str(folder / "tokenizer")))
+    home, sources = tokens_folder(config, index), index["sources"].items()
+    streaming = index["mode"] == "stream"
+    train, held = (
+        tuple(Tokens.open(home / name, about[side]) for name, about in sources if side in about) for side in SIDES
+    )
+    shards = tuple(tuple(Shard(*shard) for shard in about["shards"]) for _, about in sources) if streaming else ()
+    return Prepared(
+        tokenizer, config.tokenizer.name, index["mode"], index["why"], np.dtype(index["dtype"]), train, held, shards,
+        index["streams"], index,
+    )  # fmt: skip
+
+
+def tokens_folder(config: Config, index: dict[str, Any]) -> Path:
+    """Where the tokens of a run are. Errors: UserError if they are in a cache that the config does not name."""
+    if "cache" not in index:
+        return config.run_folder / "data"
+    if config.data.cache is None:
+        want = f"the folder that holds {index['cache']}"
+        raise UserError(Problem("the tokens of the run are in a cache", "data.cache=null", want, "data.cache"))
+    return config.data.cache.expanduser() / index["cache"] / "data"
+
+
+def check_rows(index: dict[str, Any], config: Config, rows_per_step: int) -> None:
+    """Errors: UserError unless each source has a row to train on and one to validate on, and one alone a whole step."""
+    length, problems = config.batch.sequence_length, []
+    for name, about in index["sources"].items():
+        of = f" of {name}" if len(index["sources"]) > 1 else ""
+        least = 1 if of else rows_per_step
+        num_tokens, held = (about.get(side, {}).get("tokens", 0) for side in SIDES)
+        if index["mode"] == "cached" and num_tokens < least * length + 1:
+            saw = f"{packing.num_rows(num_tokens, length):,} rows of {length} targets ({num_tokens:,} tokens)"
+            want = f"at least one of {length} targets" if of else f"at least one step's {least:,} rows"
+            keys = "data, batch.sequence_length or batch"
+            problems.append(Problem(f"the training data{of} are too few", saw, want, keys))
+        if held < length + 1:
+            change = f"data.validation_share = {config.data.validation_share}"
+            if about["held_out"].startswith("validation_"):
+                change = f"data.{about['held_out']}"
+            want = f"at least one row of {length} targets"
+            problems.append(Problem(f"the validation data{of} are too few", f"{held:,} tokens", want, change))
+    if problems:
+        raise UserError(*problems)
+
+
+# ---- what stands already
+
+
+def _index_file(folder: Path) -> Path:
+    return folder / "data" / "index.json"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """An index. Errors: UserError if there is none, or none of this version."""
+    if not file.exists():
+        raise UserError(Problem("the data are not prepared", f"no {file}", "`prepare` to run first", "run.name"))
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        form = index["format"]
+    except (ValueError, TypeError, KeyError) as error:
+        want = "what was prepared (delete the folder to prepare anew)"
+        raise UserError(Problem("the index of the data is damaged", repr(error), want, str(file))) from None
+    if form != FORMAT:
+        what, want = "the data were prepared by another version of smoltrain", f"format {FORMAT}"
+        change = f"{file.parent}: delete it to prepare anew, or run.name"
+        raise UserError(Problem(what, f"format {form}", want, change))
+    return index
+
+
+def _compare(config: Config, index: dict[str, Any]) -> None:
+    """Is it the mode, and are these the data, of the first start? Changes that are allowed go into the index.
+
+    Errors: UserError if not.
+    """
+    mode, file = index["mode"], _index_file(config.run_folder)
+    if config.data.mode not in ("auto", mode):
+        what = f"the run {config.run.name!r} was prepared in the other mode"
+        raise UserError(Problem(what, config.data.mode, f"{mode} or auto", "data.mode, or run.name"))
+    made = index["fingerprint"]
+    now, listed = fingerprints.again(config, made, mode)
+    changed = fingerprints.differences(made, now)
+    if changed and not (config.data.allow_changed and fingerprints.can_go_on(changed)):
+        raise fingerprints.refuse(changed, config, file.parent)
+    new = json.loads(json.dumps(index))
+    if mode == "stream":  # files may have moved, too
+        for name, listing in listed.items():
+            new["sources"][name]["shards"] = validation.to_json(listing.shards)
+    if changed:
+        saw, was = fingerprints.in_words(changed)
+        goes_on = "the tokens stay those that were prepared" if mode == "cached" else "they are read as they are now"
+        print(f"data: changed since they were prepared, as data.allow_changed accepts: {saw}, was {was}; {goes_on}")
+        new["fingerprint"] = now
+        new.setdefault("changes", []).append({"saw": saw, "was": was})
+    if new != index:
+        tokens.write_json(file, new)
+
+
+def _check_streams(config: Config, num_streams: int, rows_per_step: int, world_size: int) -> None:
+    """Errors: UserError if the rows of a step, or the ranks, do not fit the virtual streams."""
+    asked = config.data.streams
+    if asked not in (None, num_streams):
+        want = f"{num_streams}, as chosen at its first start"
+        raise UserError(Problem("the run has another number of streams", str(asked), want, "data.streams"))
+    if rows_per_step % num_streams:
+        what, want = "the streams do not divide the rows of a step", f"a divisor of {rows_per_step}"
+        raise UserError(Problem(what, f"{num_streams} streams", want, "data.streams or batch"))
+    if num_streams % world_size:
+        fits = [str(n) for n in range(1, num_streams + 1) if num_streams % n == 0]
+        what, want = f"the ranks do not divide the {num_streams} streams", f"one of {', '.join(fits)} ranks"
+        raise UserError(Problem(what, f"{world_size} ranks", want, "the number of ranks, or data.streams"))
+
+
+# ---- making it
+
+
+def _choose_mode(config: Config, listed: dict[str, Listing]) -> tuple[str, str]:
+    """The mode of a new run, and why."""
+    data = config.data
+    if data.mode != "auto":
+        return data.mode, f"data.mode={data.mode}"
+    if data.cache is not None:
+        return "cached", "data.cache names a folder"
+    if remote := [name for name, listing in listed.items() if not all(shard.is_local for shard in listing.all)]:
+        return "stream", f"{', '.join(remote)} {'is' if len(remote) == 1 else 'are'} not on this machine"
+    mib = math.ceil(_mib(listed))
+    if mib <= CACHED_MIB:
+        return "cached", f"{mib:,} MiB of local files, at most {CACHED_MIB} are cached"
+    return "stream", f"{mib:,} MiB of local files, only up to {CACHED_MIB} are cached"
+
+
+def _mib(listed: dict[str, Listing]) -> float:
+    """Size of all sources on this machine; infinite if any is elsewhere."""
+    shards = [shard for listing in listed.values() for shard in listing.all]
+    return sum(shard.size or 0 for shard in shards) / 2**20 if all(shard.is_local for shard in shards) else math.inf
+
+
+def _prepare_cached(
+    config: Config,
+    given: Tokenizer | None,
+    listed: dict[str, Listing],
+    index: dict[str, Any],
+    rows_per_step: int,
+    home: Path,
+) -> None:
+    """HOME/tokenizer, HOME/data and their index."""
+    tokenizer = given or _train_tokenizer(config, listed)
+    index = index | _about(tokenizer, 1)
+    index["sources"] = cached.tokenise(config, tokenizer, listed, index["fingerprint"], home / "data")
+    check_rows(index, config, rows_per_step)
+    _finish(home, tokenizer, index)
+
+
+def _prepare_shared(
+    config: Config, given: Tokenizer | None, listed: dict[str, Listing], index: dict[str, Any], rows_per_step: int
+) -> None:
+    """The same in data.cache, where it may stand already or be in the making; the run's own index refers to it."""
+    assert config.data.cache is not None
+    words = json.dumps(index["fingerprint"], sort_keys=True)
+    key = hashlib.sha256(words.encode()).hexdigest()[:16]
+    home = config.data.cache.expanduser() / key
+    home.mkdir(parents=True, exist_ok=True)
+    with _alone(home):
+        if not _index_file(home).exists():
+            _prepare_cached(config, given, listed, index, rows_per_step, home)
+    made = _read(_index_file(home))
+    check_rows(made, config, rows_per_step)
+    tokenizer = Tokenizer.from_folder(home / "tokenizer", config.tokenizer.separator, config.tokenizer.pad)
+    _finish(config.run_folder, tokenizer, made | {"cache": key})
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """While the block runs, no other process is in it with the same folder."""
+    lock = filelock.FileLock(home / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"data: waits for the run that tokenises into {home}", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _prepare_stream(
+    config: Config,
+    given: Tokenizer | None,
+    listed: dict[str, Listing],
+    index: dict[str, Any],
+    rows_per_step: int,
+    world_size: int,
+) -> None:
+    """RUN/tokenizer, the validation side in RUN/data, and their index."""
+    data, folder = config.data, config.run_folder / "data"
+    num_streams = data.streams or order.num_streams(rows_per_step, world_size)
+    _check_streams(config, num_streams, rows_per_step, world_size)
+    tokenizer = given or _train_tokenizer(config, listed)
+    index = index | _about(tokenizer, num_streams) | {"sources": {}}
+    weights = tuple(part.weight for part in data.parts)
+    rows = order.shares(max(config.evaluate.rows, len(weights)), weights)
+    found = []
+    bad_records.write(folder, [])
+    for part, num_rows in zip(data.parts, rows, strict=True):
+        num_tokens = num_rows * config.batch.sequence_length + 1
+        about, bad = validation.collect(
+            part, data, listed[part.name], tokenizer, folder, num_tokens=num_tokens, num_streams=num_streams
+        )
+        index["sources"][part.name] = about
+        found += bad
+    for line in bad_records.summary(found, folder):
+        print(f"data: {line}", flush=True)
+    check_rows(index, config, rows_per_step)
+    _finish(config.run_folder, tokenizer, index)
+
+
+def _about(tokenizer: Tokenizer, num_streams: int) -> dict[str, Any]:
+    return {
+        "tokenizer_sha256": tokenizer.fingerprint(),
+        "separator_id": tokenizer.separator_id,
+        "dtype": cached.dtype_of(tokenizer).name,
+        "streams": num_streams,
+    }
+
+
+def _finish(home: Path, tokenizer: Tokenizer, index: dict[str, Any]) -> None:
+    """Beside whole tokens the tokenizer, and last of all the index; then what it does not name can go."""
+    tokenizer.save(home / "tokenizer")
+    for path in (*(home / "tokenizer").iterdir(), home / "tokenizer"):
+        files.sync(path)
+    _index_file(home).parent.mkdir(parents=True, exist_ok=True)
+    tokens.write_json(_index_file(home), index)
+    cached.sweep(_index_file(home).parent, index["sources"])
+
+
+def _train_tokenizer(config: Config, listed: dict[str, Listing]) -> Tokenizer:
+    """On all documents, the held-out ones too: which ones those are can depend on the number of tokens.
+
+    Of sources that are large, or not on this machine, on the first CHARACTERS_TO_TRAIN_ON, shared by weight.
+    """
+    section, data, health = config.tokenizer, config.data, Health()
+    small = _mib(listed) <= CACHED_MIB
+
+    def texts(part: MixedSource) -> Iterator[str]:
+        left = math.inf if small else CHARACTERS_TO_TRAIN_ON * part.weight / sum(p.weight for p in data.parts)
+        for shard in listed[part.name].shards:
+            for item in faults.documents(shard, part, data=data, health=health):
+                if isinstance(item, Document):
+                    yield item.text
+                    left -= len(item.text)
+                if left <= 0:
+                    return
+
+    with telling(None, health):
+        everything = chain.from_iterable(texts(part) for part in data.parts)
+        return Tokenizer.train_bpe(everything, section.vocab_size or 0, section.separator, section.pad)
+
+
+def _check_ids(num_ids: int, config: Config) -> None:
+    if num_ids > config.model.vocab_size:
+        what, want = (
+            "the tokenizer has more ids than the model",
+            f"at most model.vocab_size = {config.model.vocab_size:,}",
+        )
+        raise UserError(Problem(what, f"{num_ids:,}", want, "model.vocab_size or tokenizer"))

@@ -1,0 +1,341 @@
+"""The records of one shard: documents, and what is in their place where a record is bad. Each keeps its number.
+
+A record is a whole .txt or .md file (or a part of one), a line of .jsonl or a row of .parquet. Reading goes through the
+shard once and forwards; no more than one record, one block or a few parquet rows are held in memory.
+"""
+
+import codecs
+import contextlib
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from smoltrain.data.sources import Shard, one_line, opened, suffix_of, unreadable
+from smoltrain.errors import Problem, UserError
+from smoltrain.schema import SourceSection
+
+BLOCK = 4 * 2**20  # bytes read at once
+NUM_ROWS = 128  # of parquet, made into text at once
+NOT_UTF8 = "the text is not UTF-8"
+Raw = bytes | None  # of a record; None where it is longer than allowed, and so was not kept
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, and the name by which it is held out or trained on: SHARD, or SHARD:N (from 1) where it has many."""
+
+    name: str
+    record: int  # its number in the shard, from 0
+    text: str
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that is no document, where it stands, and why, on one line."""
+
+    place: str
+    record: int
+    why: str
+
+
+class BrokenFile(UserError):
+    """The file as a whole is not what its suffix says."""
+
+
+Record = Document | BadRecord
+
+
+def read(
+    shard: Shard,
+    source: SourceSection,
+    *,
+    first: int = 0,
+    stride: int = 1,
+    max_document_mib: float,
+    opener: Callable[[Shard], BinaryIO] = opened,
+) -> Generator[Record]:
+    """The records number first, first + stride, ... of a shard, in its order. Blank lines and blank parts are none.
+
+    Errors: UserError if the file cannot be read, or its records have no text_field (parquet; jsonl: the first one has
+    none); BrokenFile if its compression or its parquet makes no sense.
+    """
+    wanted, limit = range(first, 2**63, stride), int(max_document_mib * 2**20)
+    try:
+        with opener(shard) as file:
+            if shard.size == 0:
+                yield from _empty(shard, wanted)
+            elif (suffix := suffix_of(shard.name)) == ".parquet":
+                yield from _rows(shard, file, source.text_field, wanted, limit)
+            elif suffix in (".jsonl", ".json"):
+                yield from _lines(shard, file, source.text_field, wanted, limit)
+            elif source.documents == "file":
+                yield from _whole(shard, file, wanted)
+            else:
+                yield from _parts(shard, file, source, wanted, limit)
+    except OSError as error:
+        raise unreadable(error, shard.url) from None
+
+
+class _Bad(Exception):
+    """Why a record is bad, in one line."""
+
+
+def _empty(shard: Shard, wanted: range) -> Iterator[Record]:
+    """What a file without any record is: a bad one."""
+    if 0 in wanted:
+        yield BadRecord(shard.url, 0, "the file is empty")
+
+
+# ---- bytes, decompressed
+
+
+@contextlib.contextmanager
+def _plain(shard: Shard, file: BinaryIO, place: Callable[[], str]) -> Iterator[io.BufferedIOBase]:
+    """The bytes of a file, decompressed if its suffix says so. Errors: BrokenFile with the place they make no sense."""
+    raw = file if isinstance(file, io.BufferedReader) else io.BufferedReader(file, BLOCK)  # pyright: ignore[reportArgumentType]
+    suffix = PurePosixPath(shard.name).suffix.lower()
+    try:
+        match suffix:
+            case ".gz":
+                yield gzip.GzipFile(fileobj=raw)
+            case ".zst":
+                yield io.BufferedReader(pa.input_stream(raw, compression="zstd"), 2**16)
+            case _:
+                yield raw
+    except (EOFError, zlib.error, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's own, not the decompressor's
+            raise
+        problem = Problem("the file cannot be decompressed", one_line(error), f"a whole {suffix} file", place())
+        raise BrokenFile(problem) from None
+
+
+def _bounded_lines(file: io.BufferedIOBase, limit: int) -> Iterator[Raw]:
+    """Lines with their ends."""
+    while line := file.readline(limit + 1):
+        if len(line) <= limit or line.endswith(b"\n"):
+            yield line
+        else:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(BLOCK)
+            yield None
+
+
+def _decoded(raw: Raw, limit: int) -> str:
+    """Errors: _Bad."""
+    if raw is None or len(raw) > limit:
+        raise _Bad(f"longer than data.max_document_mib = {limit / 2**20:g}")
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise _Bad(f"{NOT_UTF8}: {one_line(error)}") from None
+
+
+# ---- .txt and .md
+
+
+def _whole(shard: Shard, file: BinaryIO, wanted: range) -> Iterator[Record]:
+    """The one record of a file that is not cut; it may be of any length."""
+    if 0 not in wanted:
+        return
+    with _plain(shard, file, lambda: shard.url) as plain:
+        raw = plain.read().removeprefix(codecs.BOM_UTF8)
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        line = 1 + raw.count(b"\n", 0, error.start)
+        yield BadRecord(f"{shard.url}:{line}", 0, f"{NOT_UTF8}: {one_line(error)}")
+        return
+    yield from [Document(shard.name, 0, text)] if text else _empty(shard, wanted)
+
+
+def _parts(shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, limit: int) -> Iterator[Record]:
+    """The parts of a file that is cut, without the line ends around them; those without a character do not count."""
+    record = -1
+    with _plain(shard, file, lambda: f"{shard.url}, part {record + 2}") as plain:
+        if plain.peek(3).startswith(codecs.BOM_UTF8):  # pyright: ignore[reportAttributeAccessIssue]
+            plain.read(3)
+        if source.documents == "separator":
+            parts = _separated(plain, source.document_separator.encode(), limit)
+        else:
+            parts = _between_blank_lines(plain, limit)
+        full = (part for part in parts if part is None or not (part.isspace() or part == b""))
+        for record, part in enumerate(full):
+            if record in wanted:
+                try:
+                    text = _decoded(part if part is None else part.strip(b"\r\n"), limit)
+                    yield Document(f"{shard.name}:{record + 1}", record, text)
+                except _Bad as bad:
+                    yield BadRecord(f"{shard.url}, part {record + 1}", record, str(bad))
+    if record < 0:
+        yield from _empty(shard, wanted)
+
+
+def _between_blank_lines(file: io.BufferedIOBase, limit: int) -> Iterator[Raw]:
+    lines: list[bytes] = []
+    size = 0
+    for line in _bounded_lines(file, limit):
+        if line is not None and line.isspace():
+            yield b"".join(lines) if size <= limit + 2 else None
+            lines, size = [], 0
+        else:
+            size += limit + 3 if line is None else len(line)  # two of them are the end of the last line
+            if line is None or size > limit + 2:
+                lines = []
+            else:
+                lines.append(line)
+    yield b"".join(lines) if size <= limit + 2 else None
+
+
+def _separated(file: io.BufferedIOBase, separator: bytes, limit: int) -> Iterator[Raw]:
+    buffer, too_long = bytearray(), False
+    while block := file.read(BLOCK):
+        begin, seek = 0, max(len(buffer) - len(separator) + 1, 0)  # what was in the buffer holds no whole separator
+        buffer += block
+        while (end := buffer.find(separator, max(begin, seek))) >= 0:
+            yield None if too_long else bytes(buffer[begin:end])
+            begin, too_long = end + len(separator), False
+        del buffer[:begin]
+        if len(buffer) > limit + BLOCK:
+            too_long = True
+            del buffer[: len(buffer) - len(separator) + 1]
+    yield None if too_long else bytes(buffer)
+
+
+# ---- .jsonl
+
+
+def _lines(shard: Shard, file: BinaryIO, text_field: str, wanted: range, limit: int) -> Iterator[Record]:
+    record, found = -1, False
+    with _plain(shard, file, lambda: f"{shard.url}:{record + 2}") as plain:
+        for record, line in enumerate(_bounded_lines(plain, limit)):
+            if line is not None and line.isspace():
+                continue
+            if record in wanted or not found:
+                place = f"{shard.url}:{record + 1}"
+                try:
+                    fields = _object(line, limit)
+                    if not found and text_field not in fields:
+                        raise _no_field(text_field, list(fields), place)
+                    if record in wanted:
+                        yield Document(f"{shard.name}:{record + 1}", record, _text(fields, text_field))
+                except _Bad as bad:
+                    if record in wanted:
+                        yield BadRecord(place, record, str(bad))
+            found = True
+    if not found:
+        yield from _empty(shard, wanted)
+
+
+def _object(line: Raw, limit: int) -> dict[str, Any]:
+    """The JSON object of a line. Errors: _Bad."""
+    try:
+        value = json.loads(_decoded(line, limit + 1).removeprefix("\ufeff"))  # the one more is the line's end
+    except (ValueError, RecursionError) as error:
+        raise _Bad(f"the line is not JSON: {one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise _Bad(f"the line is no JSON object, but {type(value).__name__}")
+    return value
+
+
+def _text(fields: dict[str, Any], text_field: str) -> str:
+    """The text of a record. JSON can spell lone surrogates ("\\ud800"), which no UTF-8 text contains. Errors: _Bad."""
+    value = fields.get(text_field)
+    if not isinstance(value, str):
+        saw = "missing" if text_field not in fields else "null" if value is None else f"a {type(value).__name__}"
+        raise _Bad(f"the field {text_field!r} is no text, but {saw}")
+    if not value:
+        raise _Bad("the text is empty")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise _Bad(f"{NOT_UTF8}: {one_line(error)}") from None
+    return value
+
+
+def _no_field(text_field: str, exist: list[str], place: str) -> UserError:
+    want = "one of " + ", ".join(map(repr, exist)) if exist else "records with fields"
+    return UserError(Problem("the text field is missing", repr(text_field), want, f"data.text_field, or {place}"))
+
+
+# ---- .parquet
+
+
+def _rows(shard: Shard, file: BinaryIO, text_field: str, wanted: range, limit: int) -> Iterator[Record]:
+    try:
+        with pq.ParquetFile(file, buffer_size=BLOCK, pre_buffer=False) as table:  # row groups may be huge
+            schema = table.schema_arrow
+            if text_field not in schema.names:
+                raise _no_field(text_field, schema.names, shard.url)
+            _check_type(schema.field(text_field).type, text_field, shard.url)
+            begin = 0
+            for group in range(table.num_row_groups):
+                end = begin + table.metadata.row_group(group).num_rows
+                if _among(wanted, begin, end):
+                    for batch in table.iter_batches(NUM_ROWS, [group], [text_field], use_threads=False):
+                        yield from _batch(shard, batch.column(0), text_field, begin, wanted, limit)
+                        begin += batch.num_rows
+                begin = end
+            if begin == 0:
+                yield from _empty(shard, wanted)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        what, want = "the file cannot be read as parquet", "a whole parquet file"
+        raise BrokenFile(Problem(what, one_line(error), want, shard.url)) from None
+
+
+def _check_type(kind: pa.DataType, text_field: str, place: str) -> None:
+    values = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)):
+        what = f"the field {text_field!r} is not text"
+        raise UserError(Problem(what, str(kind), "a string", f"data.text_field, or {place}"))
+
+
+def _among(wanted: range, begin: int, end: int) -> range:
+    """Those of the wanted records that are at least begin and less than end."""
+    start = begin + (wanted.start - begin) % wanted.step if begin > wanted.start else wanted.start
+    return range(start, end, wanted.step)
+
+
+def _batch(shard: Shard, column: pa.Array, text_field: str, begin: int, wanted: range, limit: int) -> Iterator[Record]:
+    """The wanted ones of some rows, the first of which is number `begin`."""
+    records = _among(wanted, begin, begin + len(column))
+    if not records:
+        return
+    if not pa.types.is_string(column.type):
+        column = column.cast(pa.large_string())
+    if wanted.step == 1:
+        column = column[records.start - begin :]
+    else:
+        column = column.take(pa.array([record - begin for record in records]))
+    for record, text in zip(records, _texts(column, text_field, limit), strict=True):
+        if isinstance(text, _Bad):
+            yield BadRecord(f"{shard.url}, row {record + 1}", record, str(text))
+        else:
+            yield Document(f"{shard.name}:{record + 1}", record, text)
+
+
+def _texts(column: pa.Array, text_field: str, limit: int) -> list[str | _Bad]:
+    """The values of a column, made into Python's all at once unless one of them is bad."""
+    sizes = pc.call_function("min_max", [pc.call_function("binary_length", [column])]).as_py()
+    with contextlib.suppress(UnicodeDecodeError):
+        if not column.null_count and sizes["min"] > 0 and sizes["max"] <= limit:
+            return column.to_pylist()
+    texts: list[str | _Bad] = []
+    for value in column:
+        try:
+            raw = value.as_buffer().to_pybytes() if value.is_valid and len(value.as_buffer()) <= limit else None
+            texts.append(_text({text_field: _decoded(raw, limit) if value.is_valid else None}, text_field))
+        except _Bad as bad:
+            texts.append(bad)
+    return texts

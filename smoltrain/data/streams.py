@@ -1,0 +1,245 @@
+"""Documents read while training: V virtual streams per source, dealt to whatever ranks there are.
+
+Stream v of a source reads the shards number v, v + V, v + 2V, ..., in another order each epoch, for ever; where there
+are fewer shards than streams, every V-th document of all of them. Its documents become tokens, its tokens rows, and
+each block of `shuffle_rows` rows is permuted. All of this is a function of (seed, source, stream, epoch, block), so a
+stream can go on anywhere from a few integers, and no two streams ever share a document.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from smoltrain.data import faults, order, packing
+from smoltrain.data.faults import Health
+from smoltrain.data.readers import BadRecord, Document
+from smoltrain.data.sources import Shard
+from smoltrain.data.split import held_out
+from smoltrain.data.tokenizer import Tokenizer
+from smoltrain.data.tokens import content_hash
+from smoltrain.errors import Problem, UserError
+from smoltrain.schema import DataSection, MixedSource
+
+CHARACTERS_PER_TOKEN = 4  # of most texts, about
+SHARD_ORDER, ROW_ORDER = 1, 2  # apart, where all other parts of a shuffle's key are equal
+
+
+class Cursor(NamedTuple):
+    """A place in a stream: token number `offset` of a record of the `shard`-th shard of an epoch."""
+
+    epoch: int = 0
+    shard: int = 0
+    record: int = 0
+    offset: int = 0
+    num_bad: int = 0  # bad records of the first epoch before it
+
+
+class Place(NamedTuple):
+    """Where a stream stands: the cursor at which its current block begins, and how many rows before are consumed."""
+
+    block_begins: Cursor = Cursor()
+    num_rows: int = 0
+
+
+class Tokens(NamedTuple):
+    """Consecutive tokens of one document."""
+
+    cursor: Cursor
+    ids: np.ndarray
+    hashed: int | None  # its content, if it begins here
+
+
+@dataclass(frozen=True)
+class Block:
+    """K rows that are shuffled with each other, in their shuffled order."""
+
+    end: Cursor  # where the next block begins
+    ids: np.ndarray  # (K, T + 1)
+    rows: np.ndarray  # (K,) their numbers in the stream
+    first_epoch: np.ndarray  # (K,) bool: all of the row's tokens are seen for the first time
+    documents: list[np.ndarray]  # of each row: content hashes (uint64) of the documents that begin in it
+    new_documents: np.ndarray  # (K,) how many of them begin in their first epoch
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the rows of all streams of a source are a function of."""
+
+    number: int  # of the source
+    section: MixedSource
+    data: DataSection
+    shards: tuple[Shard, ...]
+    num_streams: int
+    tokenizer: Tokenizer
+    dtype: np.dtype
+    sequence_length: int
+    seed: int
+
+
+class Stream:
+    """One virtual stream: rows from a place on, the next block always in the making on a thread of the pool."""
+
+    def __init__(self, source: Source, number: int, place: Place, health: Health, pool: ThreadPoolExecutor) -> None:
+        self._source, self._number, self._health, self._pool = source, number, health, pool
+        self._place = place
+        self._blocks: list[Block] = []
+        self._making = self._rows_from(place.block_begins, place.num_rows // source.data.shuffle_rows)
+        self._future: Future[Block] = pool.submit(next, self._making)
+
+    @property
+    def place(self) -> Place:
+        """From where the rows not yet consumed can be made again."""
+        return self._place
+
+    @property
+    def num_bad(self) -> int:
+        """Bad records passed over in the first epoch, up to the end of the block that is being consumed."""
+        return self._blocks[0].end.num_bad if self._blocks else self._place.block_begins.num_bad
+
+    def wanted(self, count: int) -> Future[Block] | None:
+        """The block to wait for before `rows(count)` can answer at once; None if it can. Errors: those of reading."""
+        while self._num_ready() < count:
+            if not self._future.done():
+                return self._future
+            self._blocks.append(self._future.result())
+            self._future = self._pool.submit(next, self._making)
+        return None
+
+    def rows(self, count: int) -> list[tuple[Block, int]]:
+        """The next rows that are not consumed: each a block and a place in it. Waits for them."""
+        while (future := self.wanted(count)) is not None:
+            future.exception()  # waits; `wanted` raises it
+        size, first = self._source.data.shuffle_rows, self._served()
+        return [(self._blocks[i // size], i % size) for i in range(first, first + count)]
+
+    def consumed(self, count: int) -> None:
+        """The optimizer has used the next `count` rows."""
+        size, served = self._source.data.shuffle_rows, self._served() + count
+        begins = self._place.block_begins
+        for _ in range(served // size):
+            begins = self._blocks.pop(0).end
+        self._place = Place(begins, self._place.num_rows + count)
+
+    def _served(self) -> int:
+        return self._place.num_rows % self._source.data.shuffle_rows
+
+    def _num_ready(self) -> int:
+        return len(self._blocks) * self._source.data.shuffle_rows - self._served()
+
+    # ---- on the pool's threads: documents -> pieces -> blocks
+
+    def _documents(self, cursor: Cursor) -> Iterator[tuple[Cursor, Document]]:
+        """Training documents from a cursor on, for ever, each with its own cursor. Errors: UserError."""
+        source, num_bad = self._source, cursor.num_bad
+        mine = dealt(source.shards, self._number, source.num_streams)
+        other_side = source.section.validation_path or source.section.validation_split
+        share = 0.0 if other_side else source.data.validation_share
+        epoch, found = cursor.epoch, cursor != Cursor()
+        while True:
+            turn = order.shuffled(
+                np.arange(len(mine)), len(mine), source.seed, SHARD_ORDER, source.number, self._number, epoch
+            )
+            for i in range(cursor.shard, len(mine)):
+                shard, first = mine[turn[i]]
+                stride = 1 if len(source.shards) >= source.num_streams else source.num_streams
+                for item in faults.documents(
+                    shard, source.section, first=cursor.record or first, stride=stride, data=source.data,
+                    health=self._health,
+                ):  # fmt: skip
+                    if isinstance(item, BadRecord):
+                        if epoch == 0:
+                            num_bad += 1
+                            self._skip(item, num_bad)
+                    elif not held_out(item.name, share):
+                        found = True
+                        yield Cursor(epoch, i, item.record, 0, num_bad), item
+                cursor = Cursor()
+            if not found:
+                raise _too_few(source, self._number)
+            epoch, found = epoch + 1, False
+
+    def _skip(self, record: BadRecord, num_bad: int) -> None:
+        """Log a bad record, the num_bad-th of this stream. Errors: UserError past data.max_bad_records."""
+        self._health.note(f"a bad record is skipped: {record.place}: {record.why}")
+        limit = self._source.data.max_bad_records
+        if num_bad > limit:
+            what = f"more than {limit} records of a stream are bad; the last one: {record.why}"
+            want = "readable records, or a higher limit"
+            raise UserError(Problem(what, record.place, want, "data.max_bad_records, or the data"))
+
+    def _tokens(self, cursor: Cursor) -> Iterator[Tokens]:
+        """Tokens from a cursor on, for ever, with their own cursors."""
+        skip = cursor.offset
+        documents = (((where, content_hash(d.text)), d.text) for where, d in self._documents(cursor))
+        block = self._source.data.shuffle_rows * self._source.sequence_length
+        characters = min(CHARACTERS_PER_TOKEN * block, packing.CHARACTERS_AT_ONCE)
+        for piece in packing.encoded(documents, self._source.tokenizer, self._source.dtype, characters):
+            where, hashed = piece.about
+            begin = max(skip - piece.offset, 0)
+            if begin < len(piece.ids):
+                offset, skip = piece.offset + begin, 0
+                yield Tokens(where._replace(offset=offset), piece.ids[begin:], None if offset else hashed)
+
+    def _rows_from(self, cursor: Cursor, number: int) -> Iterator[Block]:
+        """Block `number`, which begins at the cursor, and all that follow."""
+        size = self._source.data.shuffle_rows * self._source.sequence_length
+        buffer: list[Tokens] = []
+        length = 0
+        for tokens in self._tokens(cursor):
+            buffer.append(tokens)
+            length += len(tokens.ids)
+            while length > size:
+                rest = _after(buffer, size)
+                yield self._block(number, buffer, rest[0].cursor)
+                buffer, length, number = rest, length - size, number + 1
+
+    def _block(self, number: int, buffer: list[Tokens], end: Cursor) -> Block:
+        source = self._source
+        K, T = source.data.shuffle_rows, source.sequence_length
+        tokens = np.concatenate([ids for _, ids, _ in buffer])[: K * T + 1]
+        offsets = np.cumsum([0, *(len(ids) for _, ids, _ in buffer)])
+        epochs = np.array([cursor.epoch for cursor, _, _ in buffer])
+        begins = np.array([hashed is not None for _, _, hashed in buffer]) & (offsets[:-1] < K * T)
+        hashes = np.array([hashed for _, _, hashed in buffer if hashed is not None], np.uint64)
+        of_row = np.searchsorted(offsets[:-1][begins], np.arange(K + 1) * T)  # documents, by where they begin
+        new = np.cumsum([0, *(epochs[begins] == 0)])
+        last = np.searchsorted(offsets, np.arange(1, K + 1) * T, side="right") - 1  # of the buffer, in each row
+        turn = order.shuffled(np.arange(K), K, source.seed, ROW_ORDER, source.number, self._number, number)
+        return Block(
+            end=end,
+            ids=np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T][turn],
+            rows=number * K + turn,
+            first_epoch=(epochs[last] == 0)[turn],
+            documents=[hashes[of_row[row] : of_row[row + 1]] for row in turn],
+            new_documents=(new[of_row[1:]] - new[of_row[:-1]])[turn],
+        )
+
+
+def dealt(shards: tuple[Shard, ...], stream: int, num_streams: int) -> list[tuple[Shard, int]]:
+    """The shards of a stream, and the first record of each that is its own; the next are `num_streams` apart.
+
+    With fewer shards than streams every stream reads all of them, each from another record on, so that shards of one
+    document spread over the streams too.
+    """
+    if len(shards) >= num_streams:
+        return [(shard, 0) for shard in shards[stream::num_streams]]
+    return [(shard, (stream - number) % num_streams) for number, shard in enumerate(shards)]
+
+
+def _after(buffer: list[Tokens], count: int) -> list[Tokens]:
+    """The buffer without its first `count` tokens, of which it has more."""
+    for i, (cursor, ids, hashed) in enumerate(buffer):
+        if len(ids) > count:
+            cut = Tokens(cursor._replace(offset=cursor.offset + count), ids[count:], None if count else hashed)
+            return [cut, *buffer[i + 1 :]]
+        count -= len(ids)
+    raise AssertionError("the buffer has no more tokens than that")
+
+
+def _too_few(source: Source, stream: int) -> UserError:
+    what = f"stream {stream} of the source {source.section.name!r} has no document to train on"
+    saw = f"{source.num_streams} streams over {len(source.shards)} files"
+    return UserError(Problem(what, saw, "a document for each stream at least", "data.streams, or the data"))

@@ -1,0 +1,206 @@
+"""Rows by (source, place): out of tokens that lie ready (CachedRows), or of streams that are read now (StreamedRows).
+
+Suffixes of names are shapes: n rows, T targets per row.
+"""
+
+from abc import ABC, abstractmethod
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from smoltrain.data import order, packing
+from smoltrain.data.faults import Health
+from smoltrain.data.streams import Cursor, Place, Source, Stream
+from smoltrain.data.tokens import Tokens
+
+SOURCE_BITS, STREAM_BITS = 56, 40  # where in a row's 64-bit number its source, and its stream, begin
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which rows: of which source (n,), its how manieth row (n,), and the stream (n,) whose turn it is."""
+
+    source: np.ndarray
+    place: np.ndarray
+    stream: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token ids (n, T + 1), and what the counters want to know."""
+
+    ids: np.ndarray
+    row_ids: np.ndarray  # (n,) which rows of all data they are
+    num_new_rows: int  # none of whose tokens was seen before
+    num_new_documents: int  # that begin in these rows, in their source's first epoch
+    documents: np.ndarray  # content hashes (uint64) of all that begin in these rows
+
+
+class Supply(ABC):
+    """Where a rank's rows come from. Asking twice gives the same rows, until they are `consumed`."""
+
+    @abstractmethod
+    def ready(self, wanted: Wanted, timeout_s: float) -> bool:
+        """Whether `rows` can answer at once, after at most so long. Errors: UserError if they cannot be had."""
+
+    @abstractmethod
+    def rows(self, wanted: Wanted) -> Rows:
+        """The rows; waits for them. Errors: as `ready`."""
+
+    @abstractmethod
+    def consumed(self, wanted: Wanted) -> None:
+        """The optimizer has used them."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What this rank alone knows; the union over the ranks is the whole, and any rank can load it. JSON-able."""
+
+    @abstractmethod
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from the union of all ranks' states."""
+
+    @property
+    def num_bad_records(self) -> int:
+        """Records of this rank's streams that were skipped so far."""
+        return 0
+
+    def close(self) -> None:  # noqa: B027 -- most have nothing to close
+        """No more rows are wanted."""
+
+
+class CachedRows(Supply):
+    """A true permutation of all rows of a source each epoch. Needs no state: a place says it all."""
+
+    def __init__(self, tokens: tuple[Tokens, ...], sequence_length: int, seed: int) -> None:
+        self._tokens, self._sequence_length, self._seed = tokens, sequence_length, seed
+        self.num_rows = [packing.num_rows(len(t), sequence_length) for t in tokens]
+
+    def ready(self, wanted: Wanted, timeout_s: float) -> bool:  # noqa: ARG002
+        """At once."""
+        return True
+
+    def rows(self, wanted: Wanted) -> Rows:
+        """See Supply."""
+        T, parts = self._sequence_length, []
+        for source, (tokens, num_rows) in enumerate(zip(self._tokens, self.num_rows, strict=True)):
+            here = np.flatnonzero(wanted.source == source)
+            if not len(here):
+                continue
+            epochs, places = np.divmod(wanted.place[here], num_rows)
+            rows = np.empty(len(here), np.int64)
+            for epoch in np.unique(epochs).tolist():
+                of_epoch = epochs == epoch
+                rows[of_epoch] = order.shuffled(places[of_epoch], num_rows, self._seed, source, epoch)
+            first = np.searchsorted(tokens.starts, rows * T)
+            last = np.searchsorted(tokens.starts, rows * T + T)
+            begun = np.concatenate([tokens.hashes[a:b] for a, b in zip(first, last, strict=True)])
+            new = epochs == 0
+            counts = int(new.sum()), int((last - first)[new].sum())
+            parts.append((here, tokens.rows(rows * T, T + 1), rows | source << SOURCE_BITS, counts, begun))
+        if len(parts) == 1:
+            _, ids, row_ids, (new_rows, new_documents), begun = parts[0]
+            return Rows(ids, row_ids, new_rows, new_documents, begun)
+        back = np.argsort(np.concatenate([here for here, *_ in parts]))
+        return Rows(
+            np.concatenate([ids for _, ids, *_ in parts])[back],
+            np.concatenate([row_ids for _, _, row_ids, *_ in parts])[back],
+            sum(counts[0] for *_, counts, _ in parts),
+            sum(counts[1] for *_, counts, _ in parts),
+            np.concatenate([begun for *_, begun in parts]),
+        )
+
+    def consumed(self, wanted: Wanted) -> None:
+        """Nothing to remember."""
+
+    def state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Nothing to do."""
+
+
+class StreamedRows(Supply):
+    """The streams of all sources that one rank reads: those whose number it is modulo the world."""
+
+    def __init__(self, sources: tuple[Source, ...], rank: int, world_size: int, health: Health) -> None:
+        self._sources, self._rank, self._world_size, self._health = sources, rank, world_size, health
+        mine = [(s.number, v) for s in sources for v in range(rank, s.num_streams, world_size)]
+        self._pool = ThreadPoolExecutor(len(mine), "data")
+        self._streams: dict[tuple[int, int], Stream] = {}
+        self._places = dict.fromkeys(mine, Place())
+
+    def _stream(self, key: tuple[int, int]) -> Stream:
+        """Begun when it is first asked for: a source that the mix leaves out is not read."""
+        if key not in self._streams:
+            source, number = key
+            self._streams[key] = Stream(self._sources[source], number, self._places[key], self._health, self._pool)
+        return self._streams[key]
+
+    def ready(self, wanted: Wanted, timeout_s: float) -> bool:
+        """See Supply."""
+        groups = _groups(wanted)
+
+        def missing() -> list[Future]:
+            asked = [self._stream(key).wanted(len(here)) for key, here in groups]
+            return [future for future in asked if future is not None]
+
+        if not (futures := missing()):
+            return True
+        wait(futures, timeout_s)
+        return not missing()
+
+    def rows(self, wanted: Wanted) -> Rows:
+        """See Supply."""
+        ids: list[Any] = [None] * len(wanted.source)
+        row_ids = np.empty(len(ids), np.int64)
+        num_new_rows = num_new_documents = 0
+        begun = []
+        for (source, stream), here in _groups(wanted):
+            for i, (block, place) in zip(here, self._stream((source, stream)).rows(len(here)), strict=True):
+                ids[i] = block.ids[place]
+                row_ids[i] = block.rows[place] | source << SOURCE_BITS | stream << STREAM_BITS
+                num_new_rows += int(block.first_epoch[place])
+                num_new_documents += int(block.new_documents[place])
+                begun.append(block.documents[place])
+        return Rows(np.stack(ids), row_ids, num_new_rows, num_new_documents, np.concatenate(begun))
+
+    def consumed(self, wanted: Wanted) -> None:
+        """See Supply."""
+        for key, here in _groups(wanted):
+            self._streams[key].consumed(len(here))
+
+    @property
+    def num_bad_records(self) -> int:
+        """See Supply."""
+        begun = self._streams
+        return sum(begun[k].num_bad if k in begun else place.block_begins.num_bad for k, place in self._places.items())
+
+    def state(self) -> dict[str, Any]:
+        """{"SOURCE/STREAM": [number of consumed rows, cursor]}."""
+        places = {k: self._streams[k].place if k in self._streams else place for k, place in self._places.items()}
+        return {
+            f"{source}/{stream}": [place.num_rows, *place.block_begins] for (source, stream), place in places.items()
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """See Supply."""
+        assert not self._streams, "a supply that has begun cannot go elsewhere"
+        for source, stream in self._places:
+            num_rows, *cursor = state[f"{source}/{stream}"]
+            self._places[source, stream] = Place(Cursor(*cursor), num_rows)
+
+    def close(self) -> None:
+        """See Supply."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _groups(wanted: Wanted) -> list[tuple[tuple[int, int], np.ndarray]]:
+    """((source, stream), which of the wanted rows are its next ones, in order)."""
+    keys = wanted.source << SOURCE_BITS | wanted.stream
+    return [
+        ((int(key) >> SOURCE_BITS, int(key) & (2**SOURCE_BITS - 1)), np.flatnonzero(keys == key))
+        for key in np.unique(keys)
+    ]

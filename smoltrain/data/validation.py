@@ -1,0 +1,139 @@
+"""The validation side of a source that is streamed: held-out documents, tokenised before the first step."""
+
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import Any
+
+from smoltrain.data import bad_records, faults, fingerprints, order, packing, tokens
+from smoltrain.data.bad_records import Bad
+from smoltrain.data.cached import dtype_of, no_documents
+from smoltrain.data.faults import Health
+from smoltrain.data.fingerprints import Listing
+from smoltrain.data.progress import telling
+from smoltrain.data.readers import BadRecord, Document
+from smoltrain.data.sources import Shard
+from smoltrain.data.split import held_out
+from smoltrain.data.tokenizer import Tokenizer
+from smoltrain.data.tokens import Writer
+from smoltrain.errors import Problem, UserError
+from smoltrain.schema import DataSection, MixedSource
+
+AT_ONCE = 8  # shards that are open, each with a few MB of its own
+
+
+@dataclass
+class Reading:
+    """One source being read for its held-out documents; counts what comes by."""
+
+    source: MixedSource
+    data: DataSection
+    folder: Path  # of the log of bad records
+    health: Health
+    num_train: int = 0  # documents to train on
+    num_held_out: int = 0
+
+    def __post_init__(self) -> None:
+        self.bad: list[Bad] = []
+
+    def documents(self, shards: tuple[Shard, ...]) -> Generator[Document]:
+        """One document of each of AT_ONCE shards in turn. Evenly spaced shards come first, then the others in order."""
+        first = order.spread(AT_ONCE, len(shards))
+        waiting = deque([*first, *(set(range(len(shards))) - set(first))])
+        readers: deque[Iterator[Document | BadRecord]] = deque()
+        while waiting or readers:
+            while waiting and len(readers) < AT_ONCE:
+                shard = shards[waiting.popleft()]
+                readers.append(faults.documents(shard, self.source, data=self.data, health=self.health))
+            reader = readers.popleft()
+            item = next(reader, None)
+            if item is not None:
+                readers.append(reader)
+            if isinstance(item, BadRecord):
+                count = len(self.bad) + 1
+                self.bad.append(bad_records.note(self.folder, self.source.name, item, count, self.data))
+            elif item is not None:
+                yield item
+
+
+def collect(
+    source: MixedSource,
+    data: DataSection,
+    listing: Listing,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    num_tokens: int,
+    num_streams: int,
+) -> tuple[dict[str, Any], list[Bad]]:
+    """Held-out documents of one source until they make `num_tokens`, or the source ends, into FOLDER/NAME/.
+
+    Returns what the index says of the source. Errors: UserError for bad data, for a source that has no document to
+    hold out, and for one with fewer documents to train on than streams.
+    """
+    own = fingerprints.holds_out_by_itself(source)
+    share = 0.0 if own else data.validation_share
+    reading = Reading(source, data, folder, Health())
+    writer = Writer(folder / source.name, "validation-00000")
+
+    def write(document: Document) -> None:
+        reading.num_held_out += 1
+        if writer.num_tokens < num_tokens:
+            writer.begin(tokens.content_hash(document.text))
+            for piece in packing.encoded([(None, document.text)], tokenizer, dtype_of(tokenizer)):
+                writer.add(piece.ids)
+
+    def state() -> tuple[str, float]:
+        words = f"{writer.num_tokens:,} of {num_tokens:,} validation tokens of {source.name}"
+        return f"{words} after {reading.num_train:,} documents", min(1.0, writer.num_tokens / num_tokens)
+
+    try:
+        with telling(state, reading.health):
+            with closing(reading.documents(listing.held_out)) as documents:
+                for document in documents:
+                    write(document)
+                    if writer.num_tokens >= num_tokens:
+                        break
+            with closing(reading.documents(listing.shards)) as documents:
+                for document in documents:
+                    if held_out(document.name, share):
+                        write(document)
+                    else:
+                        reading.num_train += 1
+                    if reading.num_train >= num_streams and (own or writer.num_tokens >= num_tokens):
+                        break
+        _check(reading, own=own, num_streams=num_streams)
+        made = writer.commit()
+    finally:
+        writer.discard()
+    option = "validation_split" if source.validation_split else "validation_path"
+    about = {
+        "bad_records": len(reading.bad),
+        "held_out": option if own else "documents",
+        "validation": tokens.joined(folder / source.name, "validation", [made], dtype_of(tokenizer)),
+        "shards": to_json(listing.shards),
+    }
+    return about, reading.bad
+
+
+def to_json(shards: tuple[Shard, ...]) -> list[list[Any]]:
+    """As the index holds them."""
+    return [list(astuple(shard)) for shard in shards]
+
+
+def _check(reading: Reading, *, own: bool, num_streams: int) -> None:
+    name, data = reading.source.name, reading.data
+    if reading.num_train + reading.num_held_out == 0:
+        raise no_documents(name, "document", data)
+    if reading.num_train < num_streams:
+        what, want = f"the source {name!r} has fewer documents than streams", f"at least {num_streams}, one per stream"
+        saw = f"{reading.num_train} to train on"
+        raise UserError(Problem(what, saw, want, f"data.streams, or data.mode=cached, or the source {name!r}"))
+    if reading.num_held_out == 0:
+        if own:
+            raise no_documents(name, "document to validate on", data)
+        what = f"no document of the source {name!r} is held out"
+        change = f"data.validation_share = {data.validation_share}"
+        raise UserError(Problem(what, f"none of {reading.num_train:,}", "at least one", change))

@@ -1,0 +1,139 @@
+"""All ranks of a world in one process: their loaders, one step of all of them, and what they saw."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from smoltrain.data import Loader, Prepared, merged
+from smoltrain.data.faults import Health
+from smoltrain.data.loader import Shape
+from smoltrain.data.sources import shards
+from smoltrain.data.streams import Source
+from smoltrain.data.supply import CachedRows, StreamedRows, Supply
+from smoltrain.data.tokenizer import Tokenizer
+from smoltrain.data.tokens import Tokens
+from smoltrain.schema import DataSection
+
+B, T, SEED = 12, 4, 7
+WORLDS = (1, 2, 3, 4, 6)
+TOKENIZER = Tokenizer.train_bpe(["x"], 257, "<|endoftext|>")  # every byte is a token, the separator is 0
+
+
+def counting(num_rows: int, first: int = 1) -> Tokens:
+    """A stream whose tokens are their own places (from `first` on), so that a row says which one it is."""
+    ids = np.arange(first, first + num_rows * T + 1, dtype=np.uint16)
+    starts = np.arange(0, len(ids), 6, dtype=np.uint64)
+    return Tokens([ids], starts, starts * np.uint64(0x9E3779B97F4A7C15) + np.uint64(first))
+
+
+def cached(*num_rows: int, validation: int = 17) -> Prepared:
+    """Sources of so many rows."""
+    train = tuple(counting(n, 1 + 1000 * i) for i, n in enumerate(num_rows))
+    held_out = tuple(counting(validation, 30_000 + 1000 * i) for i in range(len(num_rows)))
+    return Prepared(TOKENIZER, "bytes", "cached", "", np.dtype(np.uint16), train, held_out, (), 1, {})
+
+
+def write(folder: Path, texts: list[list[str]]) -> Path:
+    """A folder of .jsonl shards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, shard in enumerate(texts):
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in shard)
+        (folder / f"{i:03}.jsonl").write_text(lines)
+    return folder
+
+
+def streamed(folders: dict[str, Path], num_streams: int) -> Prepared:
+    """Sources of shards in folders, by name."""
+    found = tuple(tuple(shards(part)) for part in section(folders).parts)
+    held_out = tuple(counting(17, 30_000) for _ in folders)
+    return Prepared(TOKENIZER, "bytes", "stream", "", np.dtype(np.uint16), (), held_out, found, num_streams, {})
+
+
+def section(folders: dict[str, Path], **changes: Any) -> DataSection:
+    """What a recipe would say of these folders."""
+    sources = [{"name": name, "path": str(path), "weight": 1.0} for name, path in folders.items()]
+    return DataSection.model_validate({"sources": sources, "shuffle_rows": 5, "validation_share": 1e-9} | changes)
+
+
+class World:
+    """The loaders of all ranks of a run."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        size: int,
+        data: DataSection | None = None,
+        *,
+        micro_batch: int = 1,
+        weights: dict[str, float] | None = None,
+        document_mask: bool = False,
+        **changes: Any,
+    ) -> None:
+        names = [part.name for part in data.parts] if data else [f"s{i}" for i in range(len(prepared.train))]
+        weights = weights or dict.fromkeys(names, 1.0)
+        identity = {"seed": SEED, "rows_per_step": B, "streams": prepared.streams} | changes
+        self.ranks: list[Loader] = []
+        for rank in range(size):
+            shape = Shape(T, identity["rows_per_step"], micro_batch, identity["rows_per_step"] // size // micro_batch,
+                          rank, size, document_mask)  # fmt: skip
+            supply: Supply
+            if prepared.mode == "cached":
+                supply = CachedRows(prepared.train, T, identity["seed"])
+                own = identity | {"num_rows": supply.num_rows}
+            else:
+                assert data is not None
+                own, health = identity, Health()
+                supply = StreamedRows(
+                    tuple(
+                        Source(i, part, data, found, prepared.streams, TOKENIZER, prepared.dtype, T, identity["seed"])
+                        for i, (part, found) in enumerate(zip(data.parts, prepared.shards, strict=True))
+                    ),
+                    rank, size, health,
+                )  # fmt: skip
+            self.ranks.append(Loader(prepared, supply, shape, identity=own, weights=weights))
+
+    def step(self) -> np.ndarray:
+        """One step on all ranks; the digests of its rows, by position."""
+        taken = [loader.take() for loader in self.ranks]
+        counts = torch.tensor([rows.counts for rows in taken]).sum(0).tolist()  # wraps, as the all-reduce does
+        (totals, *others) = [loader.totals(counts) for loader in self.ranks]
+        assert all((other.digests == totals.digests).all() for other in others)
+        for loader in self.ranks:
+            loader.consumed(totals)
+        return totals.digests
+
+    def steps(self, num: int, mix: dict[str, float] | None = None) -> np.ndarray:
+        """The digests of all rows of some steps."""
+        for loader in self.ranks:
+            loader.mix(mix)
+        return np.concatenate([np.empty(0, np.uint64), *(self.step() for _ in range(num))])
+
+    def rows(self) -> list[list[int]]:
+        """The ids of the next step's rows, in no order that means anything, each with its last label."""
+        batches = [batch for loader in self.ranks for batch in loader.take().micro_batches]
+        return [
+            [*ids.tolist(), int(labels[-1])]
+            for batch in batches
+            for ids, labels in zip(batch.ids_BT, batch.labels_BT, strict=True)
+        ]
+
+    def state(self) -> str:
+        """As a checkpoint would keep it."""
+        states = [loader.state() for loader in self.ranks]
+        return json.dumps(merged(states))
+
+    def load(self, state: str) -> None:
+        for loader in self.ranks:
+            loader.load_state(json.loads(state))
+
+    def close(self) -> None:
+        for loader in self.ranks:
+            loader.close()
+
+    @property
+    def ledger(self) -> str:
+        (ledger,) = {loader.ledger for loader in self.ranks}
+        return ledger
