@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from smoltrain.data import order
 from smoltrain.errors import Problem, UserError
 from smoltrain.files import sync
+from smoltrain.runfolder import provenance_of
 
 FILE = "ledger.bin"
 DIGEST = np.dtype("<u8")
@@ -146,7 +146,7 @@ def read(run: Path) -> History:
     return History(
         run,
         np.memmap(path, DIGEST, "r", shape=(num,)),
-        _rows_per_step(run / "config.yaml"),
+        provenance_of(run / "config.yaml")["rows_per_step"],
         np.array([line["step"] for line in lines], np.int64),
         np.array([line["data/rows"] for line in lines], np.int64),
         lines[-1]["data/ledger"] if lines else "",
@@ -189,11 +189,3 @@ def _chain(digests: np.ndarray, rows_per_step: int) -> str:
 def _lines(path: Path) -> list[dict]:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     return [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # the last may be half written
-
-
-def _rows_per_step(path: Path) -> int:
-    provenance = yaml.safe_load(path.read_text(encoding="utf-8")).get("provenance")
-    if not provenance:
-        want = "the config.yaml that the run wrote itself"
-        raise UserError(Problem("the run's config has no provenance", "none", want, str(path)))
-    return provenance["rows_per_step"]

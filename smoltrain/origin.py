@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from smoltrain import checkpoint, huggingface, loading
+from smoltrain import checkpoint, huggingface, ledger, loading
 from smoltrain.checkpoint import Manifest
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import Problem, UserError
@@ -47,13 +47,15 @@ def find(config: Config, say: Callable[[str], None]) -> Origin:
 
 
 def inherit_data(config: Config, origin: Origin) -> None:
-    """Copy the ancestor's tokenizer and tokens, so that the data position means the same rows; once, by one process."""
+    """Copy the ancestor's tokenizer, tokens and ledger: a position then means the same rows. Once, by one process."""
     own = config.run_folder
     if origin.ancestor is None or (own / "data" / "index.json").exists():
         return
     for name in ("tokenizer", "data"):
         shutil.rmtree(own / name, ignore_errors=True)  # index.json comes last, so what stands here is half a copy
     shutil.copytree(origin.ancestor / "tokenizer", own / "tokenizer")
+    if (origin.ancestor / ledger.FILE).exists():
+        shutil.copy(origin.ancestor / ledger.FILE, own / ledger.FILE)
     shutil.copytree(origin.ancestor / "data", own / "data", ignore=shutil.ignore_patterns("index.json"))
     shutil.copy(origin.ancestor / "data" / "index.json", own / "data" / "index.json")
 

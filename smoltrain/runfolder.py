@@ -49,7 +49,7 @@ def check(config: Config, world_size: int, done: int, ancestor: Path | None = No
     }
     if path.exists() or ancestor:
         before = path if path.exists() or not ancestor else ancestor / "config.yaml"
-        old, provenance = config_module.read(before), _provenance(before)
+        old, provenance = config_module.read(before), provenance_of(before)
         if problems := _forbidden(old, config, done, before):
             raise UserError(*problems)
         start["changes"] = [f"{key}: {was!r} -> {now!r}" for key, was, now in differences(old, config)]
@@ -96,7 +96,8 @@ def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     return [(key, was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)]
 
 
-def _provenance(path: Path) -> dict[str, Any]:
+def provenance_of(path: Path) -> dict[str, Any]:
+    """What a run's config.yaml says of its starts. Errors: UserError if the run did not write it."""
     provenance = yaml.safe_load(path.read_text(encoding="utf-8")).get("provenance")
     if not provenance:
         want = "the config.yaml that the run wrote itself"

@@ -3,6 +3,7 @@
 config -> world -> data -> run folder -> model -> engine -> restore -> [step, and what is due after it] -> done
 """
 
+import contextlib
 import os
 import time
 from collections import deque
@@ -45,7 +46,7 @@ def run(config: Config) -> int:
     folder = world.on_first(lambda: runfolder.enter(config, world.size, done, begin.ancestor))
     accumulation = runfolder.accumulation(config, folder.rows_per_step, world.size)
 
-    with track.open(config, folder, world.rank, done, last_step) as tracker:
+    with track.open(config, folder, world.rank, done, last_step) as tracker, contextlib.ExitStack() as opened:
         for note in notes:
             tracker.say(note)
 
@@ -93,7 +94,14 @@ def run(config: Config) -> int:
             checkpoint.restore(begin.checkpoint, manifest, wrapped, loader, world, seed=config.run.seed)
             tracker.say(f"restored step {done} on {world.size} ranks, ledger {loader.ledger[:16]}")
         skipped = manifest.skipped_updates if manifest else 0
-        rows_ledger = ledger.Ledger(folder.path / ledger.FILE, loader.rows_consumed) if world.is_first else None
+        rows_ledger = None
+        if world.is_first:
+            rows_ledger = ledger.Ledger(folder.path / ledger.FILE, loader.rows_consumed)
+            opened.callback(rows_ledger.close)
+            if rows_ledger.lost:
+                tracker.say(
+                    f"WARNING: {ledger.FILE} has lost {rows_ledger.lost:,} rows, as `smoltrain verify` will say"
+                )
         bytes_per_id = torch.from_numpy(loader.prepared.tokenizer.bytes_per_id())
         recent: deque[StepResult] = deque(maxlen=max(20, config.track.print_every))
         saved = done

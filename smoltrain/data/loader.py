@@ -3,6 +3,7 @@
 Suffixes of names are shapes: B rows, T targets per row, S = T + 1 ids.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,6 +32,11 @@ class Batch:
     ids_BT: torch.Tensor
     labels_BT: torch.Tensor
     positions_BT: torch.Tensor | None = None
+
+    def part(self, first: int, last: int) -> "Batch":
+        """Its rows from `first` up to, but without, `last`; not copied."""
+        positions_BT = None if self.positions_BT is None else self.positions_BT[first:last]
+        return Batch(self.ids_BT[first:last], self.labels_BT[first:last], positions_BT)
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class Loader:
         self._supply, self._identity = supply, identity
         self._default = tuple(weights.values())
         self._weights, self._mix_begins = self._default, 0
-        self._taken: tuple[Wanted, np.ndarray] | None = None
+        self._begun: np.ndarray | None = None  # content hashes of the documents in the rows last taken
 
     @property
     def epochs(self) -> float | None:
@@ -126,25 +132,28 @@ class Loader:
         new = self._default if weights is None else tuple(weights.get(name, 0.0) for name in self.sources)
         if new != self._weights:
             self._weights, self._mix_begins = new, self.rows_consumed
+            self.__dict__.pop("_next", None)
 
     def ready(self, timeout_s: float) -> bool:
         """Whether `take` can answer at once, after at most so long. Errors: UserError if the data cannot be read."""
-        return self._supply.ready(self._wanted()[0], timeout_s)
+        return self._supply.ready(self._next[0], timeout_s)
 
     def take(self) -> StepRows:
         """The next step's rows for this rank; the same ones until `consumed` is called. Waits for them."""
-        wanted, positions = self._taken = self._wanted()
+        wanted, positions, _ = self._next
         rows = self._supply.rows(wanted)
         digests = np.zeros(self.shape.rows_per_step, np.int64)
         mine = order.row_digests(positions, rows.row_ids, rows.ids)
         digests[positions - self.rows_consumed] = np.array(mine, np.uint64).view(np.int64)
         self._begun = rows.documents
+        whole = self._batch(rows.ids)
         size = self.shape.micro_batch
-        micro_batches = [self._batch(rows.ids[i : i + size]) for i in range(0, len(rows.ids), size)]
-        valid = np.concatenate([(batch.labels_BT != NO_LABEL).sum(1).numpy() for batch in micro_batches])
-        targets = np.bincount(wanted.source, valid, len(self.sources)).astype(int).tolist()
+        micro_batches = [whole.part(i, i + size) for i in range(0, len(rows.ids), size)]
+        targets = np.bincount(wanted.source, minlength=len(self.sources)) * self.shape.sequence_length
+        if self.shape.document_mask:
+            targets -= np.bincount(wanted.source, (whole.labels_BT == NO_LABEL).sum(1), len(self.sources)).astype(int)
         more = [rows.num_new_rows, rows.num_new_documents, self._supply.num_bad_records]
-        return StepRows(micro_batches, [*targets, *more, *digests.tolist()])
+        return StepRows(micro_batches, [*targets.tolist(), *more, *digests.tolist()])
 
     def totals(self, counts: list[int]) -> StepTotals:
         """What the sums of all ranks' counts say."""
@@ -155,17 +164,19 @@ class Loader:
 
     def consumed(self, totals: StepTotals) -> None:
         """The optimizer has used the rows last taken, on all ranks."""
-        assert self._taken is not None, "consumed() without take(): a step would be skipped"
-        self._supply.consumed(self._taken[0])
-        self._taken = None
+        assert self._begun is not None, "consumed() without take(): a step would be skipped"
+        wanted, _, by_source = self._next
+        self._supply.consumed(wanted)
         self.sketch.add(self._begun)
-        self.source_rows += self._rows_by_source()
+        self._begun = None
+        self.source_rows += by_source
         self.rows_consumed += self.shape.rows_per_step
         self.source_targets = [a + b for a, b in zip(self.source_targets, totals.targets, strict=True)]
         self.unique_rows += totals.num_new_rows
         self.unique_documents += totals.num_new_documents
         self.bad_records = totals.num_bad_records
         self.ledger = order.extend(self.ledger, int(totals.digests.sum(dtype=np.uint64)))
+        self.__dict__.pop("_next", None)
 
     def state(self) -> dict[str, Any]:
         """Where the run stands, JSON-able: this rank's part of it. `merged` makes it the same on every rank."""
@@ -211,7 +222,8 @@ class Loader:
         self.bad_records = state["bad_records"]
         self.sketch = Sketch.from_text(state["sketch"])
         self._supply.load_state(state["streams"])
-        self._taken = None
+        self._begun = None
+        self.__dict__.pop("_next", None)
 
     def validation(self, num_rows: int) -> list[Batch]:
         """This rank's batches of at most `num_rows` held-out rows, evenly spaced; the same on any world, each time.
@@ -242,22 +254,17 @@ class Loader:
         self.health.stop()
         self._supply.close()
 
-    def _wanted(self) -> tuple[Wanted, np.ndarray]:
-        """This rank's rows of the next step, and their positions (n,)."""
-        positions, sources = self._sources()
+    @functools.cached_property
+    def _next(self) -> tuple[Wanted, np.ndarray, np.ndarray]:
+        """This rank's rows of the next step, their positions (n,), and how many all ranks take of each source."""
+        positions = self.rows_consumed + np.arange(self.shape.rows_per_step)
+        sources = order.mix_pattern(self._weights)[(positions - self._mix_begins) % order.MIX_WINDOW]
         places = self.source_rows[sources] + order.running_count(sources)
         lanes = max(self.prepared.streams, self.shape.world_size)  # tokens that lie ready know no streams
         streams = order.stream_of(positions, lanes)
         mine = streams % self.shape.world_size == self.shape.rank
-        return Wanted(sources[mine], places[mine], streams[mine]), positions[mine]
-
-    def _sources(self) -> tuple[np.ndarray, np.ndarray]:
-        """All positions (B,) of the next step, and the source (B,) of each."""
-        positions = self.rows_consumed + np.arange(self.shape.rows_per_step)
-        return positions, order.mix_pattern(self._weights)[(positions - self._mix_begins) % order.MIX_WINDOW]
-
-    def _rows_by_source(self) -> np.ndarray:
-        return np.bincount(self._sources()[1], minlength=len(self.sources))
+        by_source = np.bincount(sources, minlength=len(self.sources))
+        return Wanted(sources[mine], places[mine], streams[mine]), positions[mine], by_source
 
     def _batch(self, ids_BS: np.ndarray) -> Batch:
         inputs_BT, labels_BT = packing.inputs_and_labels(ids_BS.astype(np.int64))

@@ -80,6 +80,8 @@ def stream_of(positions: np.ndarray, num_streams: int) -> np.ndarray:
 
     A block begins with any of them: in a regular order a stream would keep meeting the same source of a mix.
     """
+    if num_streams == 1:
+        return np.zeros(len(positions), np.int64)
     begins = _mixed((positions // num_streams).astype(np.uint64)) % np.uint64(num_streams)
     return (positions + begins.astype(np.int64)) % num_streams
 
@@ -118,7 +120,9 @@ def shares(num: int, weights: tuple[float, ...]) -> list[int]:
 
 
 def running_count(values: np.ndarray) -> np.ndarray:
-    """For each element, how many equal ones stand before it."""
+    """For each element (at least one), how many equal ones stand before it."""
+    if (values == values[0]).all():
+        return np.arange(len(values))
     order = np.argsort(values, kind="stable")
     ordered = values[order]
     first = np.searchsorted(ordered, ordered)

@@ -15,6 +15,7 @@ from smoltrain.data.faults import Health
 from smoltrain.data.streams import Cursor, Place, Source, Stream
 from smoltrain.data.tokens import Tokens
 
+CHUNK = 2048  # places whose rows are looked up at once
 SOURCE_BITS, STREAM_BITS = 56, 40  # where in a row's 64-bit number its source, and its stream, begin
 
 
@@ -76,6 +77,7 @@ class CachedRows(Supply):
     def __init__(self, tokens: tuple[Tokens, ...], sequence_length: int, seed: int) -> None:
         self._tokens, self._sequence_length, self._seed = tokens, sequence_length, seed
         self.num_rows = [packing.num_rows(len(t), sequence_length) for t in tokens]
+        self._chunks: dict[int, tuple[int, np.ndarray]] = {}
 
     def ready(self, wanted: Wanted, timeout_s: float) -> bool:  # noqa: ARG002
         """At once."""
@@ -88,15 +90,12 @@ class CachedRows(Supply):
             here = np.flatnonzero(wanted.source == source)
             if not len(here):
                 continue
-            epochs, places = np.divmod(wanted.place[here], num_rows)
-            rows = np.empty(len(here), np.int64)
-            for epoch in np.unique(epochs).tolist():
-                of_epoch = epochs == epoch
-                rows[of_epoch] = order.shuffled(places[of_epoch], num_rows, self._seed, source, epoch)
-            first = np.searchsorted(tokens.starts, rows * T)
-            last = np.searchsorted(tokens.starts, rows * T + T)
-            begun = np.concatenate([tokens.hashes[a:b] for a, b in zip(first, last, strict=True)])
-            new = epochs == 0
+            places = wanted.place[here]
+            rows = self._shuffled(source, num_rows, places)
+            begins = (rows * T).astype(tokens.starts.dtype)  # of another type all starts would be converted
+            first, last = np.searchsorted(tokens.starts, np.stack([begins, begins + tokens.starts.dtype.type(T)]))
+            begun = np.concatenate([tokens.hashes[a:b] for a, b in zip(first.tolist(), last.tolist(), strict=True)])
+            new = places < num_rows
             counts = int(new.sum()), int((last - first)[new].sum())
             parts.append((here, tokens.rows(rows * T, T + 1), rows | source << SOURCE_BITS, counts, begun))
         if len(parts) == 1:
@@ -110,6 +109,28 @@ class CachedRows(Supply):
             sum(counts[1] for *_, counts, _ in parts),
             np.concatenate([begun for *_, begun in parts]),
         )
+
+    def _shuffled(self, source: int, num_rows: int, places: np.ndarray) -> np.ndarray:
+        """The rows (n,) at these ascending places (n,) of a source's endless sequence."""
+        rows = np.empty(len(places), np.int64)
+        done = 0
+        while done < len(places):
+            chunk = int(places[done]) // CHUNK
+            end = int(np.searchsorted(places, (chunk + 1) * CHUNK))
+            rows[done:end] = self._chunk(source, num_rows, chunk)[places[done:end] - chunk * CHUNK]
+            done = end
+        return rows
+
+    def _chunk(self, source: int, num_rows: int, chunk: int) -> np.ndarray:
+        """The rows (CHUNK,) at the places from chunk * CHUNK on; the last chunk of each source is kept."""
+        known, rows = self._chunks.get(source, (-1, np.empty(0, np.int64)))
+        if known != chunk:
+            epochs, places = np.divmod(np.arange(chunk * CHUNK, (chunk + 1) * CHUNK), num_rows)
+            rows = np.empty(CHUNK, np.int64)
+            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+                rows[epochs == epoch] = order.shuffled(places[epochs == epoch], num_rows, self._seed, source, epoch)
+            self._chunks[source] = (chunk, rows)
+        return rows
 
     def consumed(self, wanted: Wanted) -> None:
         """Nothing to remember."""

@@ -71,7 +71,7 @@ def test_an_epoch_holds_each_row_once(num_rows: int, world: int):
     seen = []
     for _ in range(3 * num_rows // B):
         rows = ranks.rows()
-        positions = np.concatenate([loader._wanted()[1] for loader in ranks.ranks])
+        positions = np.concatenate([loader._next[1] for loader in ranks.ranks])
         seen += [(row[0] - 1) // T for _, row in sorted(zip(positions, rows, strict=True))]
         ranks.step()
     for start in range(0, len(seen) - num_rows + 1, num_rows):

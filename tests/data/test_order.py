@@ -125,7 +125,7 @@ def test_a_mix_is_spread_evenly_and_pinned():
     assert np.abs(counts - 0.3 * np.arange(1, 1001)).max() < 1.5
 
 
-@given(st.lists(st.integers(0, 5), max_size=40))
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
 def test_running_count(values: list[int]):
     found = order.running_count(np.array(values, np.int64)).tolist()
     assert found == [values[:i].count(value) for i, value in enumerate(values)]

@@ -131,7 +131,7 @@ def test_no_token_is_lost_between_blocks_rows_and_epochs(make: Make):
     (loader,) = ranks.ranks
     tokens = {}
     for _ in range(60):
-        wanted, _ = loader._wanted()
+        wanted, *_ = loader._next
         rows = loader._supply.rows(wanted)
         for row, ids in zip(rows.row_ids.tolist(), rows.ids.tolist(), strict=True):
             tokens[row] = ids[:T]
