@@ -109,7 +109,7 @@ def _replace_source(values: dict[str, Any], overrides: list[str] | tuple[str, ..
     data = values.get("data")
     if given & {f"data.{key}" for key in SOURCES} and isinstance(data, dict):
         for key in {*SourceSection.model_fields, "sources"} - {"text_field"}:
-            if f"data.{key}" not in given:
+            if not any(f"{name}.".startswith(f"data.{key}.") for name in given):
                 data.pop(key, None)
 
 

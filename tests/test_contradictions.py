@@ -106,3 +106,24 @@ def test_a_source_on_the_command_line_takes_the_place_of_the_recipes():
     data = config.load(EXAMPLE, ["data.path=plays.txt"]).data
     assert (data.package, data.path, data.pattern) == (None, "plays.txt", "**/*")
     assert data.validation_share == config.load(EXAMPLE).data.validation_share
+
+
+def test_a_mix_may_be_changed_by_the_names_of_its_sources(tmp_path: Path):
+    recipe = tmp_path / "mixed.yaml"
+    text = Path(EXAMPLE).read_text(encoding="utf-8")
+    before, after = text.split("data:\n")
+    rest = after.split("\nbatch:")[1]
+    recipe.write_text(f"{before}{MIX.replace('data=', 'data: ')}\nbatch:{rest}", encoding="utf-8")
+    data = config.load(str(recipe), ["data.sources.b.weight=3"]).data
+    assert [(part.name, part.path, part.weight) for part in data.parts] == [("a", "one", 1.0), ("b", "two", 3.0)]
+    with pytest.raises(UserError, match=r"unknown key data\.sources\.c: saw 'c'"):
+        config.load(str(recipe), ["data.sources.c.weight=3"])
+    with pytest.raises(UserError, match=r"data\.sources\.b\.weight is not valid: saw '0', want greater than 0"):
+        config.load(str(recipe), ["data.sources.b.weight=0"])
+    (only,) = config.load(str(recipe), ["data.path=plays.txt"]).data.parts
+    assert (only.name, only.path, only.weight) == ("data", "plays.txt", 1.0)
+
+
+def test_a_key_of_a_source_beside_another_source_is_no_silence():
+    with pytest.raises(UserError, match=r"data\.sources is not valid"):
+        config.load(EXAMPLE, ["data.path=plays.txt", "data.sources.a.weight=2"])

@@ -251,6 +251,26 @@ def test_the_future_is_free(settings: Config) -> None:
     assert provenance(settings)["starts"][1]["changes"][0].startswith("phases: [")
 
 
+@pytest.mark.parametrize(
+    "change", [{"path": "elsewhere"}, {"patience_s": 9.0}, {"max_bad_records": 1}, {"allow_changed": True}]
+)
+def test_where_the_data_lie_and_how_they_are_read_may_change(settings: Config, change: dict[str, Any]) -> None:
+    runfolder.enter(edited(settings, data=change), 1, DONE)
+
+
+def test_other_documents_are_accepted_where_changed_data_are(settings: Config) -> None:
+    runfolder.enter(edited(settings, data={"pattern": "*.md", "allow_changed": True}), 1, DONE)
+    (problem,) = refused(edited(settings, data={"validation_share": 0.1, "allow_changed": True}))
+    assert problem.what == "data.validation_share differs from the run's own"
+
+
+def test_the_mix_of_a_past_phase_is_refused(settings: Config) -> None:
+    first, *rest = phases_of(settings)
+    (problem,) = refused(with_phases(settings, first | {"mix": {"a": 1.0}}, *rest))
+    assert problem.what == "the plan changes step 1, which is done"
+    assert problem.saw.endswith("mix {'a': 1.0}")
+
+
 def test_a_constant_phase_may_grow(tmp_path: Path) -> None:
     constant = ("phases.main.schedule=constant", "phases.main.final_lr=0")
     runfolder.enter(tiny.load(tmp_path, *constant), 1, 0)
