@@ -132,7 +132,7 @@ class Loader:
         new = self._default if weights is None else tuple(weights.get(name, 0.0) for name in self.sources)
         if new != self._weights:
             self._weights, self._mix_begins = new, self.rows_consumed
-            self.__dict__.pop("_next", None)
+            self._forget_next()
 
     def ready(self, timeout_s: float) -> bool:
         """Whether `take` can answer at once, after at most so long. Errors: UserError if the data cannot be read."""
@@ -176,7 +176,7 @@ class Loader:
         self.unique_documents += totals.num_new_documents
         self.bad_records = totals.num_bad_records
         self.ledger = order.extend(self.ledger, int(totals.digests.sum(dtype=np.uint64)))
-        self.__dict__.pop("_next", None)
+        self._forget_next()
 
     def state(self) -> dict[str, Any]:
         """Where the run stands, JSON-able: this rank's part of it. `merged` makes it the same on every rank."""
@@ -223,7 +223,7 @@ class Loader:
         self.sketch = Sketch.from_text(state["sketch"])
         self._supply.load_state(state["streams"])
         self._begun = None
-        self.__dict__.pop("_next", None)
+        self._forget_next()
 
     def validation(self, num_rows: int) -> list[Batch]:
         """This rank's batches of at most `num_rows` held-out rows, evenly spaced; the same on any world, each time.
@@ -265,6 +265,9 @@ class Loader:
         mine = streams % self.shape.world_size == self.shape.rank
         by_source = np.bincount(sources, minlength=len(self.sources))
         return Wanted(sources[mine], places[mine], streams[mine]), positions[mine], by_source
+
+    def _forget_next(self) -> None:
+        self.__dict__.pop("_next", None)  # where functools keeps it
 
     def _batch(self, ids_BS: np.ndarray) -> Batch:
         inputs_BT, labels_BT = packing.inputs_and_labels(ids_BS.astype(np.int64))
