@@ -9,6 +9,7 @@ setup dev
 .venv/bin/ruff check --quiet .
 .venv/bin/pyright --pythonpath .venv/bin/python
 if [[ $# -eq 0 ]]; then
-  set -- -m "not slow and not gpu"
+  export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" # two workers, each of which starts ranks of its own
+  set -- -m "not slow and not gpu" -n 2 --dist loadfile
 fi
 exec .venv/bin/python -m pytest "$@"
