@@ -44,6 +44,19 @@ def test_the_sequence_is_its_definition_on_any_world(world: int, micro_batch: in
     assert ranks.ledger == reference.ledger
 
 
+def test_eight_ranks_take_over_from_one_and_hand_over_to_three():
+    reference = World(cached(31, 7), 1, rows_per_step=24)
+    state = ""
+    for world in (1, 8, 3, 8, 2):
+        ranks = World(cached(31, 7), world, rows_per_step=24)
+        if state:
+            ranks.load(state)
+        assert (ranks.steps(3) == reference.steps(3)).all()
+        state = ranks.state()
+        ranks.rows()
+    assert json.loads(state) == json.loads(reference.state())
+
+
 @settings(deadline=None, max_examples=40)
 @given(LIVES, st.lists(st.integers(1, 30), min_size=1, max_size=3))
 def test_kills_and_other_worlds_neither_repeat_nor_skip(lives: list[tuple[int, int]], sources: list[int]):
