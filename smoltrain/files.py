@@ -33,14 +33,26 @@ def write_text(path: Path, text: str) -> None:
     """Replace a whole file so that a reader, or a crash, sees either the old or the new one."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
+    commit(temporary, path)
+
+
+def commit(written: Path, final: Path) -> None:
+    """Rename a written file to its final name: after a power cut it is there whole or not at all."""
+    sync(written)
+    written.replace(final)
+    sync(final.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_tensors(path: Path, tree: Any) -> None:
+    """Write a torch file that is on the disk afterwards. Errors: OSError, or RuntimeError of torch's own writer."""
+    torch.serialization.set_crc32_options(False)  # 4 of 5 seconds; who writes these files hashes them too
+    torch.save(tree, path)
+    sync(path)
 
 
 def read_tensors(path: Path, allowed: Sequence[type] = ()) -> Any:

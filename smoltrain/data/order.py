@@ -108,14 +108,10 @@ def shares(num: int, weights: tuple[float, ...]) -> list[int]:
     """
     exact = np.array(weights) / sum(weights) * num
     counts = np.maximum(np.floor(exact), np.array(weights) > 0).astype(int)
-    while counts.sum() != num:
-        wanting = exact - counts
-        wanting[(counts <= 1) | (exact == 0)] = np.inf if counts.sum() > num else -np.inf
-        if counts.sum() < num:
-            wanting = np.where(exact > 0, exact - counts, -np.inf)
-            counts[np.argmax(wanting)] += 1
-        else:
-            counts[np.argmin(wanting)] -= 1
+    while counts.sum() < num:
+        counts[np.argmax(np.where(exact > 0, exact - counts, -np.inf))] += 1
+    while counts.sum() > num:  # where tiny weights were given one
+        counts[np.argmin(np.where(counts > 1, exact - counts, np.inf))] -= 1
     return counts.tolist()
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from smoltrain.data.faults import Health
 from smoltrain.data.progress import telling
 from smoltrain.data.tokenizer import Tokenizer
+from smoltrain.dist import num_cores
 from smoltrain.errors import TrainingStopped
 
 if TYPE_CHECKING:
@@ -22,11 +23,6 @@ if TYPE_CHECKING:
     from smoltrain.schema import DataSection
 
 SPAWN = multiprocessing.get_context("spawn")  # a fork would inherit locks of threads that it does not have
-
-
-def num_cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run(work: "Work", todo: list[int], num_processes: int, tokenizer_folder: Path) -> None:

@@ -93,8 +93,9 @@ def prepare(config: Config, rows_per_step: int | None = None, world_size: int = 
     batch = config.batch
     rows_per_step = rows_per_step or batch.rows_per_step or batch.micro_batch * (batch.accumulation or 1)
     if _index_file(config.run_folder).exists():
-        _compare(config, load(config).index)
         prepared = load(config)
+        if _compare(config, prepared.index):
+            prepared = load(config)
         if prepared.mode == "stream":
             _check_streams(config, prepared.streams, rows_per_step, world_size)
         check_rows(prepared.index, config, rows_per_step)
@@ -200,11 +201,8 @@ def _read(file: Path) -> dict[str, Any]:
     return index
 
 
-def _compare(config: Config, index: dict[str, Any]) -> None:
-    """Is it the mode, and are these the data, of the first start? Changes that are allowed go into the index.
-
-    Errors: UserError if not.
-    """
+def _compare(config: Config, index: dict[str, Any]) -> bool:
+    """Whether the index had to be written anew. Errors: UserError for another mode, or other data, than at first."""
     mode, file = index["mode"], _index_file(config.run_folder)
     if config.data.mode not in ("auto", mode):
         what = f"the run {config.run.name!r} was prepared in the other mode"
@@ -226,6 +224,7 @@ def _compare(config: Config, index: dict[str, Any]) -> None:
         new.setdefault("changes", []).append({"saw": saw, "was": was})
     if new != index:
         tokens.write_json(file, new)
+    return new != index
 
 
 def _check_streams(config: Config, num_streams: int, rows_per_step: int, world_size: int) -> None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smoltrain.data import faults, order, packing
+from smoltrain.data import faults, fingerprints, order, packing
 from smoltrain.data.faults import Health
 from smoltrain.data.readers import BadRecord, Document
 from smoltrain.data.sources import Shard
@@ -135,8 +135,7 @@ class Stream:
         """Training documents from a cursor on, for ever, each with its own cursor. Errors: UserError."""
         source, num_bad = self._source, cursor.num_bad
         mine = dealt(source.shards, self._number, source.num_streams)
-        other_side = source.section.validation_path or source.section.validation_split
-        share = 0.0 if other_side else source.data.validation_share
+        share = 0.0 if fingerprints.holds_out_by_itself(source.section) else source.data.validation_share
         epoch, found = cursor.epoch, cursor != Cursor()
         while True:
             turn = order.shuffled(

@@ -3,6 +3,7 @@
 Suffixes of names are shapes: n rows, T targets per row.
 """
 
+import functools
 from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -26,6 +27,15 @@ class Wanted:
     source: np.ndarray
     place: np.ndarray
     stream: np.ndarray
+
+    @functools.cached_property
+    def by_stream(self) -> list[tuple[tuple[int, int], np.ndarray]]:
+        """((source, stream), which of the rows are its next ones, in order)."""
+        keys = self.source << SOURCE_BITS | self.stream
+        return [
+            ((int(key) >> SOURCE_BITS, int(key) & (2**SOURCE_BITS - 1)), np.flatnonzero(keys == key))
+            for key in np.unique(keys)
+        ]
 
 
 @dataclass(frozen=True)
@@ -162,10 +172,9 @@ class StreamedRows(Supply):
 
     def ready(self, wanted: Wanted, timeout_s: float) -> bool:
         """See Supply."""
-        groups = _groups(wanted)
 
         def missing() -> list[Future]:
-            asked = [self._stream(key).wanted(len(here)) for key, here in groups]
+            asked = [self._stream(key).wanted(len(here)) for key, here in wanted.by_stream]
             return [future for future in asked if future is not None]
 
         if not (futures := missing()):
@@ -179,7 +188,7 @@ class StreamedRows(Supply):
         row_ids = np.empty(len(ids), np.int64)
         num_new_rows = num_new_documents = 0
         begun = []
-        for (source, stream), here in _groups(wanted):
+        for (source, stream), here in wanted.by_stream:
             for i, (block, place) in zip(here, self._stream((source, stream)).rows(len(here)), strict=True):
                 ids[i] = block.ids[place]
                 row_ids[i] = block.rows[place] | source << SOURCE_BITS | stream << STREAM_BITS
@@ -190,7 +199,7 @@ class StreamedRows(Supply):
 
     def consumed(self, wanted: Wanted) -> None:
         """See Supply."""
-        for key, here in _groups(wanted):
+        for key, here in wanted.by_stream:
             self._streams[key].consumed(len(here))
 
     @property
@@ -216,12 +225,3 @@ class StreamedRows(Supply):
     def close(self) -> None:
         """See Supply."""
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _groups(wanted: Wanted) -> list[tuple[tuple[int, int], np.ndarray]]:
-    """((source, stream), which of the wanted rows are its next ones, in order)."""
-    keys = wanted.source << SOURCE_BITS | wanted.stream
-    return [
-        ((int(key) >> SOURCE_BITS, int(key) & (2**SOURCE_BITS - 1)), np.flatnonzero(keys == key))
-        for key in np.unique(keys)
-    ]

@@ -190,10 +190,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def commit(final: Path) -> None:
-    """Rename a written file from its partial to its final name: after a power cut it is there whole or not at all."""
-    files.sync(partial(final))
-    partial(final).replace(final)
-    files.sync(final.parent)
+    """Give a partial file its final name; see files.commit."""
+    files.commit(partial(final), final)
 
 
 def _mapped(path: Path, dtype: str) -> np.ndarray:

@@ -23,7 +23,9 @@ pytestmark = [
 
 CUDA, BF16 = torch.device("cuda"), torch.bfloat16
 FLASH = importlib.util.find_spec("flash_attn") or importlib.util.find_spec("flash_attn_interface")
-needs_flash = pytest.mark.skipif(not FLASH, reason="needs flash-attn")
+needs_flash = pytest.mark.skipif(
+    not FLASH, reason="needs flash-attn; test_documents.py and test_attention.py run it with stand-ins"
+)
 LENGTHS = [[1, 1, 100, 54, 100], [256]]  # of documents, in two rows
 
 
