@@ -1,6 +1,7 @@
 """One rank of a training run: `deepspeed launch/train.py RECIPE [key=value ...]`, or torchrun, or plain python."""
 
 import ctypes
+import errno
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from smoltrain import config
 from smoltrain.errors import BAD_INPUT, FAULT, TrainingStopped, UserError, report
 
 LAST_WORD_S = 5.0
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # full, over quota, read-only, broken
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -35,6 +37,14 @@ def main(words: list[str]) -> int:
         else:
             time.sleep(LAST_WORD_S)  # launchers kill all ranks when one has left: let rank 0 say why
         return BAD_INPUT if isinstance(error, UserError) else FAULT
+    except OSError as error:
+        if error.errno not in DISK:
+            traceback.print_exc()
+        else:  # of metrics, logs and the like; checkpoints say it themselves
+            print(
+                f"error: {error}; the last checkpoint is intact; mend the disk, then go on", file=sys.stderr, flush=True
+            )
+        return FAULT
     except BaseException:
         traceback.print_exc()
         return FAULT

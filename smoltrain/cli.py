@@ -27,7 +27,16 @@ bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.")]
-Checkpoint = Annotated[int | None, typer.Option(help="Step of the checkpoint; by default the newest.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run folder, the name of one under runs/, the folder of a checkpoint, or a Hugging Face folder.",
+    ),
+]
+Checkpoint = Annotated[
+    int | None, typer.Option(help="Step of the checkpoint; by default the one that RUN names, or the run's newest.")
+]
 Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a path to a .yaml file.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to use instead of the recipe's.")
@@ -92,7 +101,7 @@ def train(
 
 @app.command(epilog="Example: smoltrain generate quickstart --prompt '**ROMEO**' --temperature 0.8 --top-k 50")
 def generate(
-    run: Run,
+    run: Model,
     *,
     prompt: Annotated[str, typer.Option(help="Text to go on from; empty begins a new document.")] = "",
     temperature: Annotated[float | None, typer.Option(help="Divides the logits.")] = None,
@@ -131,16 +140,24 @@ def plot(run: Run) -> None:
         print(path)
 
 
-@app.command(epilog="Example: smoltrain verify runs/first runs/second")
+@app.command(epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward")
 def verify(
-    run: Run,
-    other: Annotated[str | None, typer.Argument(metavar="OTHER", help="Another run, to compare with.")] = None,
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="A run (folder, or name under runs/), or the folder of a checkpoint."),
+    ],
+    other: Annotated[
+        str | None, typer.Argument(metavar="OTHER", help="Another run: did both train on the same rows?")
+    ] = None,
+    *,
+    forward: Annotated[
+        bool, typer.Option("--forward", help="Also compute the validation loss again, as it was when saved.")
+    ] = False,
 ) -> None:
-    """Check that two runs trained on the same rows in the same order, or one run's ledger against its metrics."""
-    from smoltrain import ledger
-    from smoltrain.loading import run_folder
+    """Check a run's ledger and checkpoints, or one checkpoint: files, shapes, finite numbers, place in the data."""
+    from smoltrain.inspection import verify
 
-    if not ledger.verify([run_folder(name) for name in (run, other) if name is not None]):
+    if not verify(path, other, forward=forward):
         raise typer.Exit(FAULT)
 
 
@@ -168,7 +185,7 @@ def prepare_data(recipe: Recipe, overrides: Overrides = None) -> None:
 
 @app.command(epilog="Example: smoltrain export quickstart")
 def export(
-    run: Run,
+    run: Model,
     out: Annotated[str | None, typer.Argument(metavar="OUT", help="Folder; by default RUN/export/step-N.")] = None,
     checkpoint: Checkpoint = None,
 ) -> None:
@@ -180,7 +197,10 @@ def export(
 
 @app.command(epilog="Example: HF_TOKEN=... smoltrain push quickstart OWNER/NAME")
 def push(
-    run: Run,
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="A run folder, the name of one under runs/, or an export's folder."),
+    ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face Hub.")],
     public: Annotated[bool, typer.Option("--public", help="Anyone may read a repository that is made now.")] = False,
 ) -> None:
@@ -192,9 +212,9 @@ def push(
 
 @app.command(epilog="Example: smoltrain demo quickstart --port 7860")
 def demo(
-    run: Run,
+    run: Model,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="TCP port.")] = 7860,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 7860,
 ) -> None:
     """Serve a page that writes with the model: settings, streamed text, a stop button, every checkpoint."""
     from smoltrain.demo import serve
@@ -216,9 +236,27 @@ def bench_data(
     """Measure tokens per second of the loader without a model, streaming and cached, and its memory."""
     from pathlib import Path
 
-    from smoltrain import bench
+    from smoltrain.bench.data import bench_data as measure
 
-    bench.bench_data(tokenizer, minutes, mib, Path(out))
+    measure(tokenizer, minutes, mib, Path(out))
+
+
+@bench.command(name="checkpoint", epilog="Example: smoltrain bench checkpoint shakespeare-80m --saves 3")
+def bench_checkpoint(
+    recipe: Recipe = "quickstart",
+    overrides: Overrides = None,
+    saves: Annotated[int, typer.Option(min=2, help="Checkpoints in each of the two runs.")] = 3,
+    every: Annotated[int, typer.Option(min=1, help="Steps between saves, for the share of a run that is told.")] = 200,
+    out: Annotated[
+        str, typer.Option(help="File for the numbers, what they depend on, and the command.")
+    ] = "bench.json",
+) -> None:
+    """Measure what saving costs a run: with its files written beside training, and with training waiting for them."""
+    from pathlib import Path
+
+    from smoltrain.bench.checkpoint import bench_checkpoint as measure
+
+    measure(recipe, overrides or [], saves, every, Path(out))
 
 
 def _facts(config: "Config") -> str:

@@ -130,9 +130,7 @@ def build(shelf: Shelf) -> gr.Blocks:
                     slider("Top-p", settings.top_p, 0.01, 1, 0.01),
                     slider("New tokens at most", min(settings.max_tokens, most), 1, most, 1, elem_id="max-tokens"),
                     gr.Checkbox(label="Greedy: always the likeliest token"),
-                    gr.Number(
-                        loaded.seed, label="Seed", precision=0, minimum=0, maximum=2**63 - 1, elem_id="seed"
-                    ),
+                    gr.Number(loaded.seed, label="Seed", precision=0, minimum=0, maximum=2**63 - 1, elem_id="seed"),
                 ]
 
         writing = start.click(

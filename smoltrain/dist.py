@@ -4,15 +4,20 @@ The only importer of torch.distributed. Plain numbers travel over gloo on the ho
 a GPU; tensors are DeepSpeed's business.
 """
 
+import contextlib
 import datetime
 import os
 import signal
 import socket
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
 
+import psutil
 import torch
 import torch.distributed as torch_dist
 
@@ -20,6 +25,9 @@ from smoltrain.errors import INTERRUPTED, Problem, TrainingStopped, UserError
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+ECHO_S = 0.5  # launchers pass on a Ctrl-C that the terminal has sent to their ranks already: no second one
+DEEPSPEED_LAUNCHER = "deepspeed.launcher.launch"
 
 
 @dataclass(frozen=True)
@@ -133,39 +141,86 @@ class StopFlag:
     """Remembers that this rank was asked to stop; the loop adds the flags of all ranks up at each step.
 
     Launchers signal their ranks one after another, seconds apart, so no rank may act on its own flag alone. A rank
-    whose launcher has died will never be signalled: a changed parent, or a dead supervisor, counts as a request.
+    whose launcher or supervisor has died will never be signalled: that counts as a request. As launchers hide the exit
+    codes of their ranks, a request is also noted in the file that SMOLTRAIN_ASKED names, if it names one.
+
+    Until `is_raised` is asked for the first time there is nothing to lose, and a signal just ends the process.
     """
 
     def __init__(self) -> None:
         self.reason = ""
-        self._interrupts = 0
-        self._parent = os.getppid()
-        self._supervisor = int(os.environ.get("SMOLTRAIN_SUPERVISOR", "0"))
-        self._watched = "LOCAL_RANK" in os.environ  # by a launcher; a bare `nohup python` may outlive its shell
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
+        self._interrupted = 0.0  # when, in seconds of the monotonic clock
+        self._listening = False
+        self._noted = "SMOLTRAIN_ASKED" not in os.environ
+        # A bare `nohup python` has no launcher and may outlive its shell.
+        self._launchers = _launchers() if "LOCAL_RANK" in os.environ else []
+        self._supervisor = int(os.environ.get("SMOLTRAIN_SUPERVISOR", "0")) if self._launchers else 0
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
-        self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
-            os._exit(INTERRUPTED)  # the second Ctrl-C: leave at once; a checkpoint in the making stays a .tmp
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted and now - self._interrupted > ECHO_S:
+                os._exit(INTERRUPTED)  # the second Ctrl-C: leave at once; a checkpoint in the making stays a .tmp
+            self._interrupted = self._interrupted or now
 
     def is_raised(self) -> bool:
         """Whether this rank has a reason to stop."""
-        if not self.reason and self._watched:
-            if os.getppid() != self._parent:
+        if not self._listening:
+            self._listening = True
+            for number in STOP_SIGNALS:
+                signal.signal(number, self._on_signal)
+        if not self.reason:
+            if any(_parent(child) != parent for child, parent in self._launchers):
                 self.reason = "its launcher is gone"
             elif self._supervisor and not _is_alive(self._supervisor):
                 self.reason = "its supervisor is gone"
+        if self.reason and not self._noted:
+            self._noted = True
+            with contextlib.suppress(OSError):
+                Path(os.environ["SMOLTRAIN_ASKED"]).touch()
         return bool(self.reason)
+
+
+def _launchers() -> list[tuple[int, int | None]]:
+    """(process, its parent) from this rank upwards: links that hold as long as all of its launchers live.
+
+    DeepSpeed's launcher stands under a runner, and a signal to the runner ends nothing but the runner. None stands
+    for the parent of a process that was an orphan before anybody looked.
+    """
+    links: list[tuple[int, int | None]] = []
+    child = os.getpid()
+    while True:
+        parent = _parent(child)
+        words = _command_line(parent)
+        adopted = parent == 1 and sys.argv[0] not in " ".join(words).split()  # launchers name what they launch
+        links.append((child, None if adopted else parent))
+        if DEEPSPEED_LAUNCHER not in words:
+            return links
+        child = parent
+
+
+def _parent(pid: int) -> int:
+    """The process id of a process's parent; -1 if the process is gone."""
+    try:
+        return psutil.Process(pid).ppid()
+    except psutil.Error:
+        return -1
+
+
+def _command_line(pid: int) -> list[str]:
+    try:
+        return psutil.Process(pid).cmdline()
+    except psutil.Error:
+        return []
 
 
 def _is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
+    except psutil.AccessDenied:
         return True
-    return True

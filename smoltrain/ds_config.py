@@ -62,6 +62,11 @@ def fill(config: Config, *, precision: str, accumulation: int, world_size: int) 
     elif stage(tree) == 0 and precision == "bf16":
         what = "ZeRO-0 in bf16 would not be the optimizer of the other stages"
         problems.append(Problem(what, "stage 0 with bf16", "zero1, or precision fp32", "engine.ds_config"))
+    elif zero.get("round_robin_gradients") and config.track.gradients_every:
+        # Seen in 0.19.8: its fp32 fragments are linked to the parameters in the order before the dealing.
+        what, want = "DeepSpeed gives gradients under other parameters' names", "track.gradients_every=0, or false"
+        keys = "zero_optimization.round_robin_gradients or track.gradients_every"
+        problems.append(Problem(what, "round_robin_gradients = true", want, keys))
     if found := [p for p in problems if p]:
         raise UserError(*found)
     return tree

@@ -29,6 +29,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 # A C++ build of a minute that only CPU inference uses. (As an attribute, deepspeed.comm.torch is torch itself.)
 setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
+TORCH_FILES = importlib.import_module("torch.utils.serialization.config")
 SHARDS = "deepspeed"  # the folder of DeepSpeed's files inside a checkpoint
 ALLOWED = (
     LossScaler,
@@ -121,7 +122,7 @@ class Engine:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._norm_before_clipping = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
         if not self._skips_itself and self._has_bad_gradient():
-            self._drop_gradients()
+            self.drop_gradients()
             return False
         self._ds.step()
         if self.stage != 0:
@@ -138,11 +139,21 @@ class Engine:
             return bool(self._ds.optimizer.has_overflow())  # all-reduced by DeepSpeed
         return not torch.isfinite(torch.tensor(self._norm_before_clipping)).item()
 
-    def _drop_gradients(self) -> None:
-        self._ds.optimizer.zero_grad()
-        if self.stage == 3:
-            self._ds.optimizer.averaged_gradients = {}
-        self._ds.micro_steps += 1
+    def drop_gradients(self) -> None:
+        """Forget what `backward` added up, as if it had not been: no weight moves, and no loss scale."""
+        optimizer = self._ds.optimizer
+        if self.stage in (1, 2) and hasattr(optimizer, "has_overflow"):  # the step of a gradient that overflows
+            optimizer.has_overflow, optimizer._update_scale = (lambda *_: True), (lambda *_: None)
+            try:
+                self._ds.step()
+            finally:
+                del optimizer.has_overflow, optimizer._update_scale
+        elif self.stage == 3:
+            optimizer._overflow_clean_up(self.loss_scale)
+            self._ds.micro_steps += 1
+        else:  # ZeRO-0; ZeRO-1 in bf16, which DeepSpeed computes with another optimizer
+            optimizer.zero_grad()
+            self._ds.micro_steps += 1
         self._norm_before_clipping = float("inf")
 
     def reset_optimizer(self) -> None:
@@ -178,72 +189,91 @@ class Engine:
         count = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
         return count * (2 * next(self.module.parameters()).element_size() + 12)
 
-    def save_shards(self, folder: Path) -> None:
-        """Write this rank's part of weights, masters and moments under folder/deepspeed. Collective."""
+    def snapshot(self, folder: Path) -> dict[str, Any]:
+        """What this rank must write into `folder`, by relative file name: weights, masters and moments. Collective.
+
+        Makes the folders. The tensors are those in use: whoever keeps them over the next update copies them.
+        """
+        shards = self._ds.checkpoint_engine
         with _quiet():
             self._ds.save_checkpoint(str(folder), tag=SHARDS, save_latest=False)
+        return {str(Path(path).relative_to(folder)): state for path, state in shards.taken().items()}
 
-    def load_shards(self, folder: Path) -> None:
-        """The inverse of `save_shards`, on any number of ranks; ZeRO-1 and ZeRO-2 read each other's. Collective.
+    def load_shards(self, folder: Path, written_stage: int) -> None:
+        """The inverse of `snapshot`, from any number of ranks and ZeRO-1, 2 or 3 to any. Collective.
 
-        Errors: UserError where the DeepSpeed config lays the optimizer state out in another order.
+        Masters, moments, step counts and an fp16 run's loss scale come from the disk; the compute weights are what this
+        stage and precision make of the masters. The engine may have trained before.
+        Errors: UserError where one of the stages is ZeRO-0, or the optimizer state is of a form that cannot be moved.
         """
+        if self.stage != written_stage and 0 in (self.stage, written_stage):
+            what, saw = f"{folder.name} is a checkpoint of another ZeRO stage", f"ZeRO-{self.stage}"
+            want = "ZeRO-0" if written_stage == 0 else f"ZeRO-{written_stage}, or another but ZeRO-0"
+            raise UserError(Problem(what, saw, want, "engine.ds_config"))
         model_states = sorted(str(p) for p in (folder / SHARDS).glob("*model_states.pt"))
         self._ds._get_all_ckpt_names = lambda *_: model_states[:1]  # ZeRO-3 has one per rank, all alike
+        self._ds.checkpoint_engine.written_stage = written_stage
         with _quiet():
             path, _ = self._ds.load_checkpoint(str(folder), tag=SHARDS)
+            if self.stage in (1, 2):
+                self._ds.optimizer.update_lp_params()  # ZeRO-3 does so itself
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}, though its manifest verified"
 
 
 class _Shards(CheckpointEngine):
-    """DeepSpeed's file access: no pickle can run code, and what other ranks wrote is cut anew for these."""
+    """DeepSpeed's file access: it writes nothing itself, no pickle can run code, what other ranks wrote is cut anew."""
 
     def __init__(self, wrapped: Any) -> None:
         self._ds = wrapped
-        self._written_by = 0  # ranks
+        self._taken: dict[str, Any] = {}
+        self.written_stage = 0
+        self._model: dict[str, Any] = {}  # of the model's file, what tells how the other files were cut
 
     def create(self, info: Any) -> None:
         """Nothing to prepare."""
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Write one file; checkpoint.py syncs and hashes it."""
-        torch.save(state_dict, path)
+        """Keep what DeepSpeed would write now; a thread of checkpoint/saver.py writes it."""
+        self._taken[path] = state_dict
+
+    def taken(self) -> dict[str, Any]:
+        """What was kept, by path; it is forgotten here."""
+        taken, self._taken = self._taken, {}
+        return taken
 
     def load(self, path: str, map_location: Any = None) -> Any:  # noqa: ARG002
         """What this rank would have written to `path`, read with weights_only. The model's file comes first."""
         if path.endswith("_optim_states.pt"):
             return self._optimizer_state(Path(path))
         state = files.read_tensors(Path(path), ALLOWED)
-        self._written_by, state["dp_world_size"] = state["dp_world_size"], self._ds.dp_world_size
-        if self._ds.zero_optimization() and state["param_shapes"] != self._ds._get_zero_param_shapes():
-            what, saw = "the optimizer state on disk is in another order", f"that of {self._ds.dp_world_size} ranks"
-            want = f"that of {self._written_by} ranks: no round_robin_gradients, and sub_group_size as it was"
-            raise UserError(Problem(what, saw, want, "zero_optimization in engine.ds_config, or the number of ranks"))
+        self._model = {key: state[key] for key in ("dp_world_size", "ds_config", "param_shapes")}
+        state["dp_world_size"] = self._ds.dp_world_size
+        if self._ds.zero_optimization_stage() != self.written_stage:  # ZeRO-3 keeps no whole weights: see load_shards
+            buffers = {name: state["module"][name] for name in state["buffer_names"]}
+            state["module"] = self._ds.module.state_dict() | buffers
         return state
 
     def _optimizer_state(self, path: Path) -> Any:
-        old, new, rank = self._written_by, self._ds.dp_world_size, self._ds.global_rank
-        if old == new:
+        old, new, rank = self._model["dp_world_size"], self._ds.dp_world_size, self._ds.global_rank
+        if old == new and self._model["ds_config"] == self._ds.config:
             return files.read_tensors(path, ALLOWED)
-        layouts = self._layouts()
-        shards = {
-            source: files.read_tensors(path.with_name(path.name.replace(f"_{rank}_mp_", f"_{source}_mp_")), ALLOWED)
-            for source in reshape.sources(layouts, old, new, rank)
-        }
-        states = {source: shard["optimizer_state_dict"] for source, shard in shards.items()}
-        return {"optimizer_state_dict": reshape.shard(states, layouts, old, new, rank)}
 
-    def _layouts(self) -> list[reshape.Layout]:
-        sizes = [[shape.numel() for shape in group.values()] for group in self._ds._get_zero_param_shapes()]
-        optimizer = self._ds.optimizer
-        if self._ds.zero_optimization_stage() == 3:
-            return [reshape.Layout(tuple(group), alignment=1) for group in sizes]
-        gaps = getattr(optimizer, "round_robin_bit16_padding", [[]] * len(sizes))  # with parameter_alignment
-        alignment = optimizer.nccl_start_alignment_factor
-        return [reshape.Layout((sum(group) + sum(gap),), alignment) for group, gap in zip(sizes, gaps, strict=True)]
+        def written_by(source: int) -> dict[str, Any]:
+            found = next(
+                path.parent.glob(f"*zero_pp_rank_{source}_mp_rank_00_optim_states.pt")
+            )  # bf16_ in front, or not
+            with TORCH_FILES.patch({"load.mmap": True}):  # what is not needed of a file is not read
+                return files.read_tensors(found, ALLOWED)["optimizer_state_dict"]
+
+        template, shapes = self._ds.optimizer.state_dict(), self._ds._get_zero_param_shapes()
+        own = reshape.layout(self._ds.zero_optimization_stage(), shapes, template.get(reshape.GAPS), new)
+        shapes, gaps = self._model["param_shapes"], written_by(0).get(reshape.GAPS)
+        wrote = reshape.layout(self.written_stage, shapes, gaps, old)
+        shards = {source: written_by(source) for source in reshape.sources(wrote, own, rank)}
+        return {"optimizer_state_dict": reshape.shard(template, shards, wrote, own, rank)}
 
     def commit(self, info: Any) -> None:
-        """checkpoint.py publishes the folder, when every rank is done."""
+        """checkpoint/saver.py publishes the folder, when every rank is done."""
 
 
 @contextlib.contextmanager

@@ -80,6 +80,11 @@ class History:
         """The step of the last one of so many rows."""
         return self.place(num_rows - 1)[0]
 
+    def chain_after(self, num_rows: int) -> str:
+        """The hash chain after so many rows; '' where the ledger has fewer, or has lost one of them."""
+        known = self.digests[:num_rows]
+        return _chain(known, self.rows_per_step) if len(known) == num_rows and known.all() else ""
+
     def fault(self) -> str:
         """How ledger.bin differs from what metrics.jsonl tells; '' if it does not.
 
@@ -88,7 +93,7 @@ class History:
         if lost := int((self.digests == 0).sum()):
             return f"{self.run / FILE} has lost the digests of {lost:,} rows"
         told = int(self.rows[-1]) if len(self.rows) else 0
-        own = _chain(self.digests[:told], self.rows_per_step) if told <= len(self.digests) else ""
+        own = self.chain_after(told)
         if own == (self.chain or order.NO_STEPS):
             return ""
         saw = f"ledger {own[:16]}" if own else f"{len(self.digests):,} rows"

@@ -1,7 +1,8 @@
-"""A trained model back on one process and without DeepSpeed: out of a run folder, or out of a Hugging Face folder."""
+"""A trained model back on one process and without DeepSpeed: out of a run, a checkpoint or a Hugging Face folder."""
 
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from smoltrain.model import LanguageModel
 from smoltrain.schema import Config, GenerationSection, RunSection
 
 RUNS = Path("runs")
+CHECKPOINT = re.compile(r"step-(\d{8,})")  # the name of a published checkpoint's folder
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class LoadedRun:
 def load_run(source: str, step: int | None = None, runs: Path = RUNS) -> LoadedRun:
     """The model of a run's newest valid checkpoint, or of that of `step`; or that of a Hugging Face folder.
 
-    `source` is a folder, or the name of a run under `runs`.
+    `source` is a folder, or the name of a run under `runs`; the folder of a checkpoint is that run with its step.
     Errors: UserError for a folder that is neither, a step that has no checkpoint, a checkpoint that does not verify, a
     class that the decoder cannot be (huggingface.SUPPORTED), and files that do not fit each other.
     """
@@ -57,14 +59,12 @@ def load_run(source: str, step: int | None = None, runs: Path = RUNS) -> LoadedR
                 Problem("this folder has no checkpoints", str(step), "a run for --checkpoint", "--checkpoint")
             )
         return _from_huggingface(Path(source))
-    folder = run_folder(source, runs)
+    folder, named = locate(source, runs)
     settings = config.read(folder / "config.yaml")
-    manifest = _manifest(folder / "checkpoints", step)
+    change = "the RUN argument" if step is None else "--checkpoint"
+    manifest = valid_manifest(folder, named if step is None else step, change, _warn)
     built = model.build(settings.model)
-    path = checkpoint.folder_of(folder / "checkpoints", manifest.step) / "model.safetensors"
-    weights = huggingface.read_safetensors(path)
-    own = dict(built.named_parameters())  # a tied one once, as the checkpoint has it
-    huggingface.check_tensors({name: p.shape for name, p in own.items()}, weights, path)
+    weights = read_weights(checkpoint.folder_of(folder / "checkpoints", manifest.step), built)
     built.load_state_dict({name: x.float() for name, x in weights.items()}, strict=False)
     wants = settings.tokenizer
     tokenizer = Tokenizer.from_folder(folder / "tokenizer", wants.separator, wants.pad)
@@ -83,29 +83,65 @@ def is_huggingface(folder: Path) -> bool:
 
 def run_folder(run: str, runs: Path = RUNS, change: str = "the RUN argument") -> Path:
     """The folder of a run, which is named by its path or by its name under `runs`. Errors: UserError if it is none."""
-    for folder in (Path(run), runs / run):
+    folder, step = locate(run, runs, change)
+    if step is not None:
+        raise UserError(Problem("this is one checkpoint of a run", repr(run), f"the run, {folder}", change))
+    return folder
+
+
+def locate(source: str, runs: Path = RUNS, change: str = "the RUN argument") -> tuple[Path, int | None]:
+    """The folder of a run; and, where `source` is the folder of one of its checkpoints, the step of that.
+
+    The checkpoint itself need not be there. Errors: UserError if there is no such run.
+    """
+    for folder in (Path(source), runs / source):
         if (folder / "config.yaml").is_file():
-            return folder
+            return folder, None
+        for path in (folder, folder.resolve()):  # as it was named, if that says enough
+            named, run = CHECKPOINT.fullmatch(path.name), path.parent.parent
+            if named and path.parent.name == "checkpoints" and (run / "config.yaml").is_file():
+                return run, int(named[1])
     have = ", ".join(sorted(p.parent.name for p in runs.glob("*/config.yaml"))) or "none yet"
-    want = f"a run folder, a name under {runs}/ ({have}), or a Hugging Face folder"
-    raise UserError(Problem("no such run", repr(run), want, change))
+    want = f"the folder of a run or of its checkpoint, a name under {runs}/ ({have}), or a Hugging Face folder"
+    raise UserError(Problem("no such run", repr(source), want, change))
 
 
-def _manifest(checkpoints: Path, step: int | None) -> checkpoint.Manifest:
+def valid_manifest(run: Path, step: int | None, change: str, say: Callable[[str], None]) -> checkpoint.Manifest:
+    """The manifest of a run's checkpoint of this step, or of its newest one that verifies.
+
+    Errors: UserError if there is none.
+    """
     if step is None:
-        found = checkpoint.newest_valid(checkpoints, lambda text: print(text, file=sys.stderr))
+        found = checkpoint.newest_valid(run / "checkpoints", say)
         if found is None:
-            raise UserError(
-                Problem("this run has no checkpoint yet", str(checkpoints), "at least one", "the RUN argument")
-            )
+            raise UserError(Problem("this run has no checkpoint yet", str(run), "at least one", change))
         return found
-    if step not in checkpoint.steps(checkpoints):
-        have = ", ".join(map(str, checkpoint.steps(checkpoints))) or "none"
-        raise UserError(Problem("no checkpoint of this step", str(step), f"one of {have}", "--checkpoint"))
-    manifest = checkpoint.verify(checkpoint.folder_of(checkpoints, step))
+    manifest = checkpoint.verify(checkpoint_folder(run, step, change))
     if isinstance(manifest, str):
-        raise UserError(Problem("the checkpoint is not whole", manifest, "the file as it was written", "--checkpoint"))
+        raise UserError(Problem("the checkpoint is not whole", manifest, "the file as it was written", change))
     return manifest
+
+
+def checkpoint_folder(run: Path, step: int, change: str) -> Path:
+    """The folder of a run's checkpoint of this step, unread. Errors: UserError if there is none."""
+    checkpoints = run / "checkpoints"
+    if step not in (have := checkpoint.steps(checkpoints)):
+        want = f"one of {', '.join(map(str, have))}" if have else "a run that has saved one"
+        raise UserError(Problem("no checkpoint of this step", str(step), want, change))
+    return checkpoint.folder_of(checkpoints, step)
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def read_weights(folder: Path, built: LanguageModel) -> huggingface.Tensors:
+    """The weights in a checkpoint, in the dtype it stores. Errors: UserError where they are not those of the model."""
+    path = folder / "model.safetensors"
+    weights = huggingface.read_safetensors(path)
+    own = dict(built.named_parameters())  # a tied one once, as the checkpoint has it
+    huggingface.check_tensors({name: p.shape for name, p in own.items()}, weights, path)
+    return weights
 
 
 def _from_huggingface(folder: Path) -> LoadedRun:

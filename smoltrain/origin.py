@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from smoltrain import checkpoint, huggingface, ledger, loading
+from smoltrain import checkpoint, huggingface, ledger, loading, spikes
 from smoltrain.checkpoint import Manifest
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import Problem, UserError
@@ -21,7 +21,7 @@ class Origin:
     manifest: Manifest | None = None  # of the checkpoint to restore whole, and
     checkpoint: Path | None = None  # its folder
     ancestor: Path | None = None  # the other run that this checkpoint belongs to
-    weights_from: str | None = None  # a run or a Hugging Face folder whose weights alone are taken
+    weights_from: str | None = None  # a run, a checkpoint or a Hugging Face folder whose weights alone are taken
 
 
 def find(config: Config, say: Callable[[str], None]) -> Origin:
@@ -38,24 +38,28 @@ def find(config: Config, say: Callable[[str], None]) -> Origin:
     if config.init.load == "weights":
         say(f"the weights are those of {source}; step, moments and data begin anew")
         return Origin(weights_from=source)
-    run = loading.run_folder(source, config.run.folder, "init.from")
-    manifest = checkpoint.newest_valid(run / "checkpoints", say)
-    if manifest is None:
-        raise UserError(Problem("this run has no checkpoint yet", str(run), "at least one", "init.from"))
+    if loading.is_huggingface(Path(source)):
+        what = "a Hugging Face folder has weights and nothing else"
+        raise UserError(Problem(what, "init.load=all", "init.load=weights, or a run", "init.load or init.from"))
+    run, step = loading.locate(source, config.run.folder, "init.from")
+    manifest = loading.valid_manifest(run, step, "init.from", say)
     say(f"goes on from step {manifest.step} (phase {manifest.phase}) of {run}, with everything that it had")
     return Origin(manifest.step, manifest, checkpoint.folder_of(run / "checkpoints", manifest.step), run)
 
 
 def inherit_data(config: Config, origin: Origin) -> None:
-    """Copy the ancestor's tokenizer, tokens and ledger: a position then means the same rows. Once, by one process."""
+    """Copy the ancestor's tokenizer, tokens, ledger and spikes: a position then means the same rows, and the same ones
+    are passed over. Once, by one process.
+    """
     own = config.run_folder
     if origin.ancestor is None or (own / "data" / "index.json").exists():
         return
     for name in ("tokenizer", "data"):
         shutil.rmtree(own / name, ignore_errors=True)  # index.json comes last, so what stands here is half a copy
     shutil.copytree(origin.ancestor / "tokenizer", own / "tokenizer")
-    if (origin.ancestor / ledger.FILE).exists():
-        shutil.copy(origin.ancestor / ledger.FILE, own / ledger.FILE)
+    for name in (ledger.FILE, spikes.FILE):
+        if (origin.ancestor / name).exists():
+            shutil.copy(origin.ancestor / name, own / name)
     shutil.copytree(origin.ancestor / "data", own / "data", ignore=shutil.ignore_patterns("index.json"))
     shutil.copy(origin.ancestor / "data" / "index.json", own / "data" / "index.json")
 

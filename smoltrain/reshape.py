@@ -1,90 +1,182 @@
-"""What N ranks wrote, cut anew for M: plain dicts and tensors in and out, nothing of DeepSpeed's code.
+"""What N ranks wrote under one ZeRO stage, cut anew for M ranks under any other: plain dicts and tensors in and out.
 
 ZeRO deals flat fp32 tensors (master weights, AdamW's moments) out to the ranks. Such a tensor is a row of segments, and
 each segment is split into one part per rank, all of the same length, a multiple of `alignment`; what the last parts
-hold beyond the segment's end is padding. Under ZeRO-1 and ZeRO-2 a parameter group is one segment. Under ZeRO-3 every
-parameter is one, so that a rank has a stretch of each.
+hold beyond the segment's end is padding. Under ZeRO-1 and ZeRO-2 a parameter group is one tensor and one segment: its
+parameters one after another, perhaps with gaps. Under ZeRO-3 every parameter is a segment, so that a rank has a stretch
+of each, and a group may be several tensors. Whoever wrote it, an element is found by its parameter's name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from smoltrain.errors import Problem, UserError
+
 MASTERS = ("single_partition_of_fp32_groups", "fp32_flat_groups")  # as ZeRO-1 and ZeRO-2, or ZeRO-3, call them
 ADAMW = ("base_optimizer_state", "optimizer_state_dict")
+GAPS = "param_alignment_paddings"  # of ZeRO-1 and ZeRO-2 with zero_optimization.parameter_alignment
+LOSS_SCALER = "loss_scaler"  # not of ZeRO-1 in bf16, which DeepSpeed computes with a class of its own
+ALIGNMENT = 2  # elements; of a part under ZeRO-1 and ZeRO-2
+
+Segment = tuple[tuple[str, int, int], ...]  # parameter, its elements, the gap behind it
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Elements `first` up to, but without, `stop` of a parameter; they begin at `place` of a rank's flat tensor."""
+
+    tensor: int
+    name: str
+    first: int
+    stop: int
+    place: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one flat tensor is dealt out."""
+    """How a world of ranks holds an optimizer state."""
 
-    segments: tuple[int, ...]  # elements of each, without padding
+    tensors: tuple[tuple[Segment, ...], ...]
     alignment: int
+    world: int
 
-    def parts(self, world: int) -> list[int]:
+    def parts(self, tensor: int) -> list[int]:
         """Elements of one rank's part of each segment, padding included."""
-        step = self.alignment * world
-        return [-(-size // step) * self.alignment for size in self.segments]
+        step = self.alignment * self.world
+        sizes = (sum(size + gap for _, size, gap in segment) for segment in self.tensors[tensor])
+        return [-(-size // step) * self.alignment for size in sizes]
+
+    def stretches(self, rank: int) -> Iterator[Stretch]:
+        """What a rank holds, without padding and gaps."""
+        for tensor, segments in enumerate(self.tensors):
+            place = 0  # where the segment begins in the rank's flat tensor
+            for segment, part in zip(segments, self.parts(tensor), strict=True):
+                begin, end, at = rank * part, (rank + 1) * part, 0  # all within the segment
+                for name, size, gap in segment:
+                    first, stop = max(begin, at), min(end, at + size)
+                    if first < stop:
+                        yield Stretch(tensor, name, first - at, stop - at, place + first - begin)
+                    at += size + gap
+                place += part
+
+    def sizes(self) -> dict[str, int]:
+        """Elements of every parameter."""
+        return {name: size for segments in self.tensors for segment in segments for name, size, _ in segment}
 
 
-def stretches(size: int, old: int, new: int, rank: int) -> list[tuple[int, int, int]]:
-    """Where this rank's part of a segment stands: (old rank, start, stop) within that rank's part, in order.
+@dataclass(frozen=True)
+class Move:
+    """Elements start..stop of a flat tensor of one old rank, and where they begin in the new one."""
 
-    `size` is the segment's, `old` and `new` are the lengths of a part. Padding is left out.
+    rank: int
+    tensor: int
+    start: int
+    stop: int
+    place: int
+
+
+def layout(
+    stage: int, shapes: Sequence[Mapping[str, torch.Size]], gaps: Sequence[Sequence[int]] | None, world: int
+) -> Layout:
+    """From DeepSpeed's param_shapes, one mapping per flat tensor, and its gaps; None where there can be none."""
+    groups = [[(name, shape.numel()) for name, shape in group.items()] for group in shapes]
+    if stage == 3:
+        return Layout(tuple(tuple(((name, size, 0),) for name, size in group) for group in groups), 1, world)
+    behind = gaps or [[0] * len(group) for group in groups]
+    segments = (
+        tuple((name, size, gap) for (name, size), gap in zip(group, some, strict=True))
+        for group, some in zip(groups, behind, strict=True)
+    )
+    return Layout(tuple((segment,) for segment in segments), ALIGNMENT, world)
+
+
+def moves(wrote: Layout, own: Layout, rank: int) -> list[list[Move]]:
+    """For each flat tensor of this rank where its elements stand among the ranks that wrote them.
+
+    Errors: UserError if those wrote other parameters.
     """
-    found, begin, end = [], rank * new, min((rank + 1) * new, size)
-    while begin < end:
-        source = begin // old
-        stop = min(end, (source + 1) * old)
-        found.append((source, begin - source * old, stop - source * old))
-        begin = stop
+    if wrote.sizes() != own.sizes():
+        differing = sorted({name for name, _ in wrote.sizes().items() ^ own.sizes().items()})
+        saw, want = f"{', '.join(differing[:3])} differ", "the parameters of this run's config"
+        raise UserError(Problem("the optimizer state on disk is of another model", saw, want, "the checkpoint"))
+    found: list[list[Move]] = [[] for _ in own.tensors]
+    held: dict[str, list[tuple[int, Stretch]]] = defaultdict(list)
+    for source in range(wrote.world):
+        for stretch in wrote.stretches(source):
+            held[stretch.name].append((source, stretch))
+    for goal in own.stretches(rank):
+        for source, stretch in held[goal.name]:
+            first, stop = max(goal.first, stretch.first), min(goal.stop, stretch.stop)
+            if first < stop:
+                start, length = stretch.place + first - stretch.first, stop - first
+                place = goal.place + first - goal.first
+                found[goal.tensor].append(Move(source, stretch.tensor, start, start + length, place))
     return found
 
 
-def sources(layouts: Sequence[Layout], old: int, new: int, rank: int) -> list[int]:
+def sources(wrote: Layout, own: Layout, rank: int) -> list[int]:
     """The ranks of the old world whose shards this rank of the new one must read; at least one, for the counters."""
-    needed = {
-        source
-        for layout in layouts
-        for size, was, now in zip(layout.segments, layout.parts(old), layout.parts(new), strict=True)
-        for source, _, _ in stretches(size, was, now, rank)
-    }
-    return sorted(needed) or [0]
-
-
-def cut(parts: Mapping[int, torch.Tensor], layout: Layout, old: int, new: int, rank: int) -> torch.Tensor:
-    """This rank's part of a flat tensor from the old ranks' parts, with zeros for padding."""
-    pieces, begin = [], 0  # where the segment begins in every old part
-    for size, was, now in zip(layout.segments, layout.parts(old), layout.parts(new), strict=True):
-        filled = 0
-        for source, start, stop in stretches(size, was, now, rank):
-            pieces.append(parts[source].narrow(0, begin + start, stop - start))
-            filled += stop - start
-        pieces.append(next(iter(parts.values())).new_zeros(now - filled))
-        begin += was
-    return torch.cat(pieces)
+    return sorted({move.rank for tensor in moves(wrote, own, rank) for move in tensor}) or [0]
 
 
 def shard(
-    shards: Mapping[int, dict[str, Any]], layouts: Sequence[Layout], old: int, new: int, rank: int
+    template: Mapping[str, Any], shards: Mapping[int, Mapping[str, Any]], wrote: Layout, own: Layout, rank: int
 ) -> dict[str, Any]:
-    """The optimizer state of one of `new` ranks, from those of the `sources` among `old` ranks.
+    """This rank's optimizer state, from those of the `sources`. New tensors, the old ones are not kept.
 
-    `layouts` has one entry for each flat tensor, in the shards' order. What is no such tensor (step counts, the loss
-    scale, hyperparameters) is the same on every rank and is taken from one of them.
+    `template` is the rank's own state of the moment: its form and hyperparameters stay, its numbers are replaced. Step
+    counts and the loss scale are the same on every rank and are taken from one of them; a loss scale of another
+    precision means nothing here. Errors: UserError where DeepSpeed dealt the numbers out in some other way.
     """
     first = next(iter(shards.values()))
-    masters, adamw = (next(key for key in keys if key in first) for keys in (MASTERS, ADAMW))
+    (masters, adamw), (own_masters, own_adamw) = _keys(first), _keys(template)
+    for one in shards.values():
+        _check(one[adamw], wrote)
+    routes = moves(wrote, own, rank)
+
+    def cut(tensor: int, flat_of: Callable[[Mapping[str, Any], int], torch.Tensor]) -> torch.Tensor:
+        flat = flat_of(first, 0).new_zeros(sum(own.parts(tensor)))
+        for move in routes[tensor]:
+            taken = flat_of(shards[move.rank], move.tensor)[move.start : move.stop]
+            flat[move.place : move.place + len(taken)] = taken
+        return flat
+
     state: dict[int, dict[str, Any]] = {}
-    for i, layout in enumerate(layouts):
-        state[i] = dict(first[adamw]["state"][i])
-        for name, value in state[i].items():
-            if torch.is_tensor(value) and value.dim() > 0:
-                assert value.numel() == sum(layout.parts(old)), f"DeepSpeed deals {name} out in another way than before"
-                state[i][name] = cut({r: s[adamw]["state"][i][name] for r, s in shards.items()}, layout, old, new, rank)
-    weights = [
-        cut({r: s[masters][i] for r, s in shards.items()}, layout, old, new, rank) for i, layout in enumerate(layouts)
-    ]
-    return first | {masters: weights, adamw: first[adamw] | {"state": state}}
+    for i in range(len(own.tensors)):
+        for name, value in first[adamw]["state"].get(0, {}).items():  # none before the first update
+            flat = value.dim() > 0
+            number = cut(i, lambda one, k, name=name: one[adamw]["state"][k][name]) if flat else value.clone()
+            state.setdefault(i, {})[name] = number
+    weights = [cut(i, lambda one, k: one[masters][k]) for i in range(len(own.tensors))]
+    numbers: dict[str, Any] = {own_masters: weights, own_adamw: template[own_adamw] | {"state": state}}
+    if type(first.get(LOSS_SCALER)) is type(template.get(LOSS_SCALER)):
+        numbers[LOSS_SCALER] = first.get(LOSS_SCALER)
+    return {**template, **numbers}
+
+
+def _keys(state: Mapping[str, Any]) -> tuple[str, str]:
+    """What this ZeRO stage calls the masters and AdamW's own state."""
+    masters, adamw = (next(key for key in keys if key in state) for keys in (MASTERS, ADAMW))
+    return masters, adamw
+
+
+def _check(adamw: Any, wrote: Layout) -> None:
+    """Every moment is as long as its layout says; the masters are, but for padding that DeepSpeed leaves away."""
+    if isinstance(adamw, dict):
+        lengths = [sum(wrote.parts(tensor)) for tensor in range(len(wrote.tensors))]
+        wrong = [
+            f"{value.numel()} elements of {name}, not {lengths[tensor]}"
+            for tensor, moments in adamw["state"].items()
+            for name, value in moments.items()
+            if value.dim() > 0 and value.numel() != lengths[tensor]
+        ]
+    else:
+        wrong = ["a list of states"]  # with elastic_checkpoint
+    if wrong:
+        want = "flat tensors split evenly over all ranks"
+        change = "zero_optimization in engine.ds_config and the number of ranks, back to what wrote the checkpoint"
+        raise UserError(Problem("DeepSpeed dealt the optimizer state out in another way", wrong[0], want, change))

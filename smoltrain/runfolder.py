@@ -1,6 +1,7 @@
 """A run's folder and its identity: what a resume may change, what it may not, and a record of every start."""
 
 import datetime
+import errno
 import secrets
 import subprocess
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from smoltrain import config as config_module
 from smoltrain import files
@@ -31,6 +33,32 @@ class RunFolder:
     path: Path
     rows_per_step: int
     wandb_id: str
+
+
+def claim(config: Config, patience_s: float = 40.0) -> FileLock | None:
+    """The right to write to a run's folder, which no two processes have; it ends with the process, however that ends.
+
+    Waits a while for one that is leaving. Errors: UserError if another one keeps it. None where locks are unknown.
+    """
+    lock = FileLock(config.run.folder / f".{config.run.name}.lock")
+    try:
+        config.run.folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=patience_s, poll_interval=0.2)
+    except Timeout:
+        what, want = "another process trains this run", "one at a time"
+        raise UserError(Problem(what, str(lock.lock_file), want, "run.name, or end the other one")) from None
+    except PermissionError as error:
+        raise UserError(
+            Problem("the run cannot be written there", str(error), "a folder that this user may write", "run.folder")
+        ) from None
+    except OSError as error:
+        if error.errno == errno.EROFS:
+            what, want = "the run cannot be written there", "a file system that is not read-only"
+            raise UserError(Problem(what, str(error), want, "run.folder")) from None
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some network file systems have none
+            raise
+        return None
+    return lock
 
 
 def check(config: Config, world_size: int, done: int, ancestor: Path | None = None) -> dict[str, Any]:

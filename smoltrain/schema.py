@@ -35,7 +35,9 @@ class InitSection(Section):
     """What a new run folder begins with; fresh weights without `from`. A run with checkpoints of its own ignores it."""
 
     source: str | None = Field(
-        default=None, alias="from", description="a run (folder, or name under run.folder) or a Hugging Face folder"
+        default=None,
+        alias="from",
+        description="a run (folder, or name under run.folder), the folder of a checkpoint, or a Hugging Face folder",
     )
     load: Literal["weights", "all"] = Field(
         default="weights", description="all also takes step, moments, random states and data position; runs only"
@@ -222,6 +224,9 @@ class EngineSection(Section):
     attention: Literal["auto", "flash", "sdpa", "math"] = Field(
         default="auto", description="kernel; auto takes the fastest"
     )
+    hang_s: float = Field(
+        default=900.0, ge=0, description="seconds without a sign of life after which all ranks leave; 0 never"
+    )
 
 
 class OptimizerSection(Section):
@@ -284,6 +289,27 @@ class CheckpointSection(Section):
 
     every: int = Field(default=500, ge=0, description="steps; 0 saves at the ends of phases only")
     keep_last: int = Field(default=2, gt=0, description="newest checkpoints kept beside the ends of phases")
+    keep_every: int = Field(default=0, ge=0, description="steps; checkpoints at its multiples are kept too; 0 none")
+    keep_best: bool = Field(default=False, description="the one of the lowest validation loss is kept too")
+    background: bool = Field(
+        default=True, description="training goes on while the files are written; false waits for them"
+    )
+
+
+class SpikesSection(Section):
+    """What happens when the loss of a step is not finite, or far above those of the steps before. No update then."""
+
+    on_spike: Literal["stop", "skip", "rewind"] = Field(
+        default="stop",
+        description="stop ends the run; skip spends the step's rows without an update; rewind goes back to the newest "
+        "checkpoint and passes the guilty rows over",
+    )
+    deviations: float = Field(
+        default=0.0, ge=0, description="a loss so many robust deviations above the median is a spike; 0: if not finite"
+    )
+    history: int = Field(default=128, ge=16, description="steps before it that a loss is compared with")
+    window: int = Field(default=1, gt=0, description="steps whose rows a rewind passes over, the spike's the last one")
+    max_times: int = Field(default=3, gt=0, description="skips in a row, or rewinds in all, before the run stops")
 
 
 class TrackSection(Section):
@@ -332,6 +358,7 @@ class Config(Section):
     generation: GenerationSection = GenerationSection()
     sample: SampleSection = SampleSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    spikes: SpikesSection = SpikesSection()
     track: TrackSection = TrackSection()
 
     @property

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 
 from smoltrain import gradients
-from smoltrain.data import Batch, Loader
+from smoltrain.data import Batch, Loader, NamedRow, StepRows, StepTotals
 from smoltrain.data.packing import NO_LABEL
 from smoltrain.data.sketch import Sketch
 from smoltrain.dist import World
 from smoltrain.engine import Engine
 from smoltrain.errors import TrainingStopped, UserError
 from smoltrain.plan import Plan
+from smoltrain.schema import SpikesSection
+from smoltrain.spikes import Guard, Spike
 from smoltrain.track import SOURCE_TOKENS
 
 WAIT_S, SAY_S = 5.0, 30.0  # for data: between reductions, between lines
@@ -36,77 +38,86 @@ class StepResult:
 
 def train_step(
     step: int, engine: Engine, loader: Loader, plan: Plan, world: World, gradients_every: int = 0,
-    *, stop: Callable[[], bool] = lambda: False, say: Callable[[str], None] = print,
+    *, guard: Guard | None = None, stop: Callable[[], bool] = lambda: False, say: Callable[[str], None] = print,
+    mark: Callable[[str], None] = lambda _: None, spent: Callable[[np.ndarray], None] = lambda _: None,
 ) -> StepResult | None:  # fmt: skip
     """The step-th update: rows in, gradients of the global mean loss, one AdamW step. Collective.
 
-    A step whose gradient is not finite is no step: its rows are spent, the skip is counted, the next rows are tried.
-    None if `stop` told a rank to leave while it waited for data; nothing was updated then.
-    Errors: TrainingStopped before the update when the loss is not finite; UserError where data cannot be read.
+    A step whose gradient is not finite, or whose loss the guard lets skip, is no step: its rows are spent, the skip is
+    counted, the next rows are tried. Rows that a rewind left out are spent too. `mark` hears of each place in the step.
+    None if `stop` told a rank to leave while it waited for data; nothing was updated then, and `spent` was given the
+    digests of the rows that were spent. Errors, before the update: spikes.Rewind or TrainingStopped for a spike
+    (without a guard: a loss that is not finite); UserError where data cannot be read.
     """
+    guard = guard or Guard(SpikesSection(), world)
     if plan.resets_optimizer(step):
         engine.reset_optimizer()
     loader.mix(plan.mix(step))
     lr, weight_decay = plan.lr(step), plan.weight_decay(step)
     digests: list[np.ndarray] = []
+    num_spikes = num_bad_gradients = 0
     while True:
         began = time.perf_counter()
-        waited = wait_for_rows(loader, world, stop, say)
+        waited = wait_for_rows(loader, world, stop, say, mark)
         if waited is None:
+            spent(np.concatenate([np.empty(0, np.uint64), *digests]))
             return None
         taking = time.perf_counter()
         rows = loader.take()
         waited += time.perf_counter() - taking
+        mark("reduction")
         totals = loader.totals(world.sum_ints(*rows.counts))
-
-        losses = []
-        for batch in rows.micro_batches:
-            loss = engine.forward(batch)  # sum over this micro-batch's tokens
-            losses.append(loss.detach().double())
-            # DeepSpeed's mean over ranks makes it the global mean.
-            engine.backward(loss * (world.size / totals.num_targets))
-
-        local = float(torch.stack(losses).sum())  # the step's one wait for the device before the update
+        digests.append(totals.digests)
+        if guard.passes_over(loader.rows_consumed):
+            loader.consumed(totals)
+            continue
+        local = _gradients_of(rows, totals, engine, world, mark)
+        mark("reduction")
         mean_loss = world.sum_floats(local)[0] / totals.num_targets
-        if not math.isfinite(mean_loss):
-            _stop_on(step, world.gather(local), lr, engine)
+        if why := guard.judge(mean_loss):
+            num_spikes += 1
+            about = _about(world.gather(local), lr, engine)
+            engine.drop_gradients()
+            looked = _row_by_row(rows, engine, loader, world, mark)
+            guard.meet(Spike(step, mean_loss, why, about, num_spikes, *looked), say, loader.mix_begins)
+            loader.consumed(totals)
+            continue
         inspecting = time.perf_counter()
+        mark("gradients")
         layers = gradients.by_layer(engine.gradients()) if plan.due(step, gradients_every) else {}
         inspected = time.perf_counter() - inspecting
+        mark("update")
         applied = engine.update(lr=lr, weight_decay=weight_decay)
         loader.consumed(totals)
-        digests.append(totals.digests)
         if applied:
+            guard.applied(mean_loss, loader.rows_consumed)
             break
-        if len(digests) == MAX_SKIPS_IN_A_ROW:
-            raise TrainingStopped(
-                f"step {step}: {MAX_SKIPS_IN_A_ROW} updates in a row had a gradient that is not finite (lr {lr:g}); "
-                "the last checkpoint is intact; try a lower lr, a longer warm-up, or precision bf16"
-            )
+        num_bad_gradients += 1
+        if num_bad_gradients == MAX_SKIPS_IN_A_ROW:
+            raise _endless_skips(step, lr)
 
     own = time.perf_counter() - began - inspected
     step_s, wait_share, peak = world.max_floats(own, waited / own, _peak_gib(world))
-    return StepResult(
-        {
-            "train/loss_nats_per_token": mean_loss,
-            "train/lr": lr,
-            "train/weight_decay": weight_decay,
-            "train/grad_norm_before_clipping": engine.grad_norm_before_clipping,
-            "train/loss_scale": engine.loss_scale,
-            **progress(loader),
-            "speed/tokens_per_s": totals.num_targets / step_s,
-            "speed/step_s": step_s,
-            "speed/steps_per_s": 1 / step_s,
-            "speed/data_wait_share": wait_share,
-            "memory/peak_gib": peak,
-        },
-        layers,
-        len(digests) - 1,
-        np.concatenate(digests),
-    )
+    metrics = {
+        "train/loss_nats_per_token": mean_loss,
+        "train/lr": lr,
+        "train/weight_decay": weight_decay,
+        "train/grad_norm_before_clipping": engine.grad_norm_before_clipping,
+        "train/loss_scale": engine.loss_scale,
+        **progress(loader),
+        "speed/tokens_per_s": totals.num_targets / step_s,
+        "speed/step_s": step_s,
+        "speed/steps_per_s": 1 / step_s,
+        "speed/data_wait_share": wait_share,
+        "memory/peak_gib": peak,
+    }
+    return StepResult(metrics, layers, len(digests) - 1, np.concatenate(digests))
 
 
-def wait_for_rows(loader: Loader, world: World, stop: Callable[[], bool], say: Callable[[str], None]) -> float | None:
+def wait_for_rows(
+    loader: Loader, world: World, stop: Callable[[], bool], say: Callable[[str], None],
+    mark: Callable[[str], None] = lambda _: None,
+) -> float | None:  # fmt: skip
     """Wait until every rank has its next rows; seconds that this one's took. None if a rank is to stop. Collective.
 
     Ranks whose own rows are there ask again every few seconds instead of waiting in a reduction that would time out.
@@ -114,6 +125,7 @@ def wait_for_rows(loader: Loader, world: World, stop: Callable[[], bool], say: C
     """
     waited, last = 0.0, time.monotonic()
     while True:
+        mark("data")
         ready, problem, asked = False, None, time.perf_counter()
         try:
             ready = loader.ready(WAIT_S)
@@ -157,23 +169,75 @@ def count_contents(loader: Loader, world: World) -> float:
     return loader.sketch.estimate()
 
 
-def evaluate(engine: Engine, batches: list[Batch], bytes_per_id: torch.Tensor, world: World) -> tuple[float, float]:
-    """Mean loss over the validation rows of all ranks: nats per token, and bits per UTF-8 byte. Collective."""
+def evaluate(
+    engine: Engine, batches: list[Batch], bytes_per_id: torch.Tensor, world: World,
+    *, stop: Callable[[], bool] = lambda: False, mark: Callable[[str], None] = lambda _: None,
+) -> tuple[float, float] | None:  # fmt: skip
+    """Mean loss over the validation rows of all ranks: nats per token, and bits per UTF-8 byte. Collective.
+
+    None if `stop` told a rank to leave meanwhile. `mark` hears of each batch.
+    """
+    loss = 0.0
     with engine.evaluating():
-        loss = sum(float(engine.forward(batch)) for batch in batches)
+        for batch in batches:
+            mark("evaluation")
+            if world.sum_ints(stop())[0]:
+                return None
+            loss += float(engine.forward(batch))
     labels = torch.cat([batch.labels_BT[batch.labels_BT != NO_LABEL] for batch in batches])
     loss, num_tokens, num_bytes = world.sum_floats(loss, len(labels), int(bytes_per_id[labels].sum()))
     return loss / num_tokens, loss / math.log(2) / num_bytes
 
 
-def _stop_on(step: int, losses: list[float], lr: float, engine: Engine) -> None:
-    """Name the ranks and the numbers of a loss that is not finite."""
-    ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+def _gradients_of(
+    rows: StepRows, totals: StepTotals, engine: Engine, world: World, mark: Callable[[str], None]
+) -> float:
+    """Forward and backward of this rank's rows; the sum of their token losses in nats."""
+    losses = []
+    for batch in rows.micro_batches:
+        mark("forward")
+        loss = engine.forward(batch)  # sum over this micro-batch's tokens
+        losses.append(loss.detach().double())
+        mark("backward")
+        # DeepSpeed's mean over ranks makes it the global mean.
+        engine.backward(loss * (world.size / totals.num_targets))
+    return float(torch.stack(losses).sum())  # the step's one wait for the device before the update
+
+
+# ---- what goes wrong
+
+
+def _about(losses: list[float], lr: float, engine: Engine) -> str:
+    """The ranks whose losses (one each) are not finite, and the numbers behind the step. Collective."""
+    bad = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
     norm = math.sqrt(sum(float(g.double().square().sum()) for _, g in engine.gradients()))
-    raise TrainingStopped(
-        f"the loss of step {step} is {losses[ranks[0]]} on rank {', '.join(map(str, ranks))} "
-        f"(lr {lr:g}, gradient norm {norm:g}); nothing was updated and the last checkpoint is intact; "
-        "try a lower lr, a longer warm-up, gradient_clipping 1.0, or look at the data of this step"
+    return (f"on rank {', '.join(bad)} " if bad else "") + f"(lr {lr:g}, gradient norm {norm:g})"
+
+
+def _row_by_row(
+    rows: StepRows, engine: Engine, loader: Loader, world: World, mark: Callable[[str], None]
+) -> tuple[list[NamedRow], list[float]]:
+    """All ranks' rows by position, with the mean loss of each alone, nats per token without dropout. Collective."""
+    losses = []
+    with engine.evaluating():
+        for batch in rows.micro_batches:
+            for i in range(len(batch.ids_BT)):
+                mark("forward")
+                row = batch.part(i, i + 1)
+                num_targets = int((row.labels_BT != NO_LABEL).sum())
+                losses.append(float(engine.forward(row)) / max(1, num_targets))
+    mark("reduction")
+    named = loader.named()
+    everywhere = world.gather(list(zip(named, losses, strict=True)))
+    pairs = sorted((pair for mine in everywhere for pair in mine), key=lambda pair: pair[0].position)
+    located = world.on_first(lambda: loader.located([row for row, _ in pairs]))
+    return located, [loss for _, loss in pairs]
+
+
+def _endless_skips(step: int, lr: float) -> TrainingStopped:
+    return TrainingStopped(
+        f"step {step}: {MAX_SKIPS_IN_A_ROW} updates in a row had a gradient that is not finite (lr {lr:g}); "
+        "the last checkpoint is intact; try a lower lr, a longer warm-up, or precision bf16"
     )
 
 

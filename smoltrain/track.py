@@ -30,7 +30,7 @@ METRICS = {
     "train/weight_decay": "decoupled weight decay of the step's update, of the parameters that decay",
     "train/grad_norm_before_clipping": "L2 norm of the whole gradient, averaged over all ranks",
     "train/loss_scale": "factor inside fp16's gradients after the step, DeepSpeed's choice; 1 in other precisions",
-    "train/skipped_updates": "updates skipped so far because a gradient was not finite",
+    "train/skipped_updates": "updates left out so far: a gradient not finite, a spike skipped, rows passed over",
     "data/rows": "rows consumed so far, those of skipped updates too, all ranks",
     "data/tokens": "targets consumed so far, those of skipped updates too, all ranks",
     "data/epochs": "rows consumed so far over the rows there are; of a single source in cached mode",
@@ -45,12 +45,14 @@ METRICS = {
     "speed/steps_per_s": "optimizer steps per second: 1 over speed/step_s",
     "speed/data_wait_share": "share of the step spent waiting for rows, the worst rank",
     "memory/peak_gib": "peak so far, the largest rank: CUDA memory allocated, or resident set on a CPU",
+    "speed/checkpoint_pause_s": "seconds that training stood still for a checkpoint, the slowest rank",
     "validation/loss_nats_per_token": "mean over the validation rows' tokens, all ranks",
     "validation/perplexity": "exp of the validation loss",
     "validation/bits_per_byte": "validation loss in bits over the UTF-8 bytes of its tokens; separators have none",
 }
 WANDB_FINISH_S = 120.0  # for the last upload; what is left stays on disk for `wandb sync`
 SOURCE_TOKENS = "data/tokens_by_source/"  # + source: as data/tokens, of that source alone
+UNDONE = "metrics.undone.jsonl"  # lines of steps that were done again, after a kill or a rewind
 GRADIENT_NORM = "gradients/norm_before_clipping/"  # + layer: L2 norm of that layer's whole gradient, all ranks averaged
 GRADIENT_HISTOGRAM = "gradients/histogram/"  # + layer: its entries, W&B only
 
@@ -77,7 +79,8 @@ class Tracker:
             return
         self._console = Console(highlight=False, soft_wrap=True)
         self._progress = _progress(self._console, first_step, last_step) if self._console.is_terminal else None
-        self._metrics = _reopen(folder.path / "metrics.jsonl", first_step)
+        self._metrics = _reopen(folder.path / "metrics.jsonl", first_step, folder.path / UNDONE)
+        self._wandb_has = _last_step(folder.path / UNDONE)  # W&B takes back no step; most come out as they did before
         self._samples = _reopen(folder.path / "samples.jsonl", first_step)
         self._table = _sample_rows(folder.path / "samples.jsonl")
         mode, reason = wandb_mode(config)
@@ -113,8 +116,12 @@ class Tracker:
         line = {"step": step, "time_s": round(time.time(), 3), **metrics}
         self._metrics.write(json.dumps(line, allow_nan=True) + "\n")
         self._metrics.flush()
-        if self._wandb:
-            self._wandb.log({k: v for k, v in metrics.items() if not isinstance(v, str)}, step=step)
+        self._to_wandb(step, {k: v for k, v in metrics.items() if not isinstance(v, str)})
+
+    def _to_wandb(self, step: int, values: dict[str, Any]) -> None:
+        """Once for each step, however often it was done."""
+        if self._wandb and step > self._wandb_has:
+            self._wandb.log(values, step=step)
 
     def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         """The loss on the held-out rows, nats per token, and what follows from it."""
@@ -137,7 +144,7 @@ class Tracker:
             import wandb
 
             histograms = {name: wandb.Histogram(np_histogram=(g.counts, g.edges)) for name, g in layers.items()}
-            self._wandb.log({GRADIENT_HISTOGRAM + name: h for name, h in histograms.items()}, step=step)
+            self._to_wandb(step, {GRADIENT_HISTOGRAM + name: h for name, h in histograms.items()})
 
     def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
         """(prompt, continuation) pairs: samples.jsonl, the console, a W&B table that grows with the run."""
@@ -153,7 +160,7 @@ class Tracker:
             import wandb
 
             table = wandb.Table(columns=["step", "prompt", "text"], data=list(self._table))
-            self._wandb.log({"samples": table}, step=step)
+            self._to_wandb(step, {"samples": table})
 
     def model(self, step: int, weights: Path, *, ends_phase: bool) -> None:
         """The checkpoint's model.safetensors and the run's tokenizer as a W&B artifact, where the recipe wants one."""
@@ -278,13 +285,25 @@ def _progress(console: Console, first_step: int, last_step: int) -> Progress:
     return progress
 
 
-def _reopen(path: Path, step: int) -> Any:
-    """Open a .jsonl for appending after `step`; what an interrupted run wrote beyond it is about to happen again."""
+def _reopen(path: Path, step: int, undone: Path | None = None) -> Any:
+    """Open a .jsonl for appending after `step`; what an interrupted run wrote beyond it is about to happen again.
+
+    It is kept in `undone`, if that is given.
+    """
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if _step_of(line) <= step]
-        files.write_text(path, "".join(line + "\n" for line in kept))
+        beyond = [line for line in lines if step < _step_of(line) < math.inf]
+        if undone and beyond:
+            with undone.open("a", encoding="utf-8") as file:
+                file.writelines(line + "\n" for line in beyond)
+        files.write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
     return path.open("a", encoding="utf-8")
+
+
+def _last_step(path: Path) -> float:
+    """The last step that a .jsonl tells of; 0 if there is none."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return max((step for step in map(_step_of, lines) if step < math.inf), default=0)
 
 
 def _sample_rows(path: Path) -> list[list[Any]]:

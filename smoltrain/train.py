@@ -4,23 +4,27 @@ config -> world -> data -> run folder -> model -> engine -> restore -> [step, an
 """
 
 import contextlib
+import gc
 import os
-import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from statistics import mean
 
 import torch
 
 from smoltrain import advice, checkpoint, data, dist, ds_config, engine, ledger, model, origin, plots, runfolder, track
+from smoltrain.checkpoint import Saver
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.dist import StopFlag, World
 from smoltrain.engine import Engine
-from smoltrain.errors import DONE, STOPPED
+from smoltrain.errors import DONE, STOPPED, TrainingStopped, UserError
 from smoltrain.generate import generate
 from smoltrain.model import attention
 from smoltrain.plan import Plan
 from smoltrain.schema import Config
+from smoltrain.spikes import Guard, Rewind
 from smoltrain.step import StepResult, count_contents, evaluate, train_step
+from smoltrain.watchdog import Watchdog
 
 
 def run(config: Config) -> int:
@@ -30,11 +34,27 @@ def run(config: Config) -> int:
     """
     stop = StopFlag()
     world = dist.open(config.engine.device)
+    claims = []  # of the run folder, until this process ends
+    world.on_first(lambda: claims.append(runfolder.claim(config)))
+    while True:
+        try:
+            return life(config, world, stop)
+        except Rewind as rewind:  # what a kill and the same command would do, without new processes
+            if world.is_first:
+                print(rewind, flush=True)
+        gc.collect()  # the engine, whose parts hold each other
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def life(config: Config, world: World, stop: StopFlag) -> int:
+    """From what is on disk to the end of the plan or a signal. Collective. Errors: those of `run`, and Rewind."""
     plan = Plan(config.phases)
     last_step = plan.named(config.run.stop_after).last if config.run.stop_after else plan.last_step
 
     # ---- what is on disk: where to begin, the run's identity, data
     notes: list[str] = []
+    world.on_first(lambda: checkpoint.sweep(config.run_folder / "checkpoints"))
     begin = world.on_first(lambda: origin.find(config, notes.append))
     done, manifest = begin.step, begin.manifest
     rows_per_step = world.on_first(lambda: runfolder.check(config, world.size, done, begin.ancestor))["rows_per_step"]
@@ -51,9 +71,13 @@ def run(config: Config) -> int:
             tracker.say(note)
 
         # ---- what trains: rows, model, engine
+        watch = Watchdog(folder.path / "logs", world.rank, world.size, config.engine.hang_s)
+        opened.callback(watch.close)
+        watch.begin(done)
         loader = data.open(
             config, world.rank, world.size, rows_per_step=folder.rows_per_step, accumulation=accumulation
         )
+        opened.callback(loader.close)
         precision, why = ds_config.choose_precision(config.engine.precision, world.device)
         dtype, dropout = getattr(torch, DTYPES[precision]), model.attention_dropout(config.model)
         kernel = attention.choose(
@@ -69,6 +93,7 @@ def run(config: Config) -> int:
         if begin.weights_from:
             origin.load_weights(begin, config, decoder, loader.prepared.tokenizer)
         torch.manual_seed(config.run.seed + 1 + world.rank)  # other dropout on each
+        watch.mark("engine")
         wrapped = engine.wrap(decoder, config, world, precision=precision, accumulation=accumulation)
         for what, value in (
             ("run", folder.path),
@@ -89,7 +114,7 @@ def run(config: Config) -> int:
             tracker.say("WARNING: CUDA_LAUNCH_BLOCKING is set: every kernel waits for the one before; unset it")
 
         # ---- where it left off
-        checkpoints = folder.path / "checkpoints"
+        watch.mark("restore")
         if manifest and begin.checkpoint:
             checkpoint.restore(begin.checkpoint, manifest, wrapped, loader, world, seed=config.run.seed)
             tracker.say(f"restored step {done} on {world.size} ranks, ledger {loader.ledger[:16]}")
@@ -104,29 +129,51 @@ def run(config: Config) -> int:
                 )
         bytes_per_id = torch.from_numpy(loader.prepared.tokenizer.bytes_per_id())
         recent: deque[StepResult] = deque(maxlen=max(20, config.track.print_every))
+        guard = Guard.open(folder.path, config.spikes, world, step=done)
+        saver = Saver(
+            folder.path / "checkpoints", world, plan, config.checkpoint, say=tracker.say,
+            published=lambda step, path: tracker.model(step, path / WEIGHTS, ends_phase=plan.ends_phase(step)),
+        )  # fmt: skip
+        opened.callback(saver.close)
+        opened.enter_context(finishing(saver))
         saved = done
 
-        def save(step: int) -> None:
-            began = time.perf_counter()
+        def save(step: int, validation_loss: float | None) -> None:
+            watch.mark("save")
             if rows_ledger:
                 rows_ledger.sync()
-            path = checkpoint.save(
-                checkpoints, step, wrapped, loader, world, plan, config.checkpoint.keep_last,
-                skipped_updates=skipped, precision=precision, wandb_id=folder.wandb_id,
+            pause_s = saver.begin(
+                step, wrapped, loader, skipped_updates=skipped, precision=precision, wandb_id=folder.wandb_id,
+                validation_loss=validation_loss, validation_rows=config.evaluate.rows,
             )  # fmt: skip
-            tracker.say(f"checkpoint {path} in {time.perf_counter() - began:.1f} s")
-            tracker.model(step, path / "model.safetensors", ends_phase=plan.ends_phase(step))
+            tracker.metrics(step, {"speed/checkpoint_pause_s": pause_s})
+
+        def validate(step: int) -> float | None:
+            rows = loader.validation(config.evaluate.rows)
+            found = evaluate(wrapped, rows, bytes_per_id, world, stop=stop.is_raised, mark=watch.mark)
+            if found is None:  # asked to stop meanwhile: made up for at the next start
+                return None
+            tracker.validation(step, *found)
+            return found[0]
+
+        if manifest and manifest.validation_loss is None and plan.due(done, config.evaluate.every):
+            validate(done)
 
         # ---- the loop
         for step in range(done + 1, last_step + 1):
+            watch.begin(step)
             result = train_step(
-                step, wrapped, loader, plan, world, config.track.gradients_every, stop=stop.is_raised, say=tracker.say
-            )
+                step, wrapped, loader, plan, world, config.track.gradients_every, guard=guard,
+                stop=stop.is_raised, say=tracker.say, mark=watch.mark,
+                spent=rows_ledger.append if rows_ledger else lambda _: None,
+            )  # fmt: skip
             if result is None:  # asked to stop while the data were out of reach
                 if saved < step - 1:
-                    save(step - 1)
+                    save(step - 1, None)
+                saver.finish()
                 tracker.say(f"stopped after step {step - 1}, waiting for data; the same command goes on from there")
                 return STOPPED
+            saver.poll()
             skipped += result.num_skipped
             recent.append(result)
             if rows_ledger:
@@ -143,34 +190,50 @@ def run(config: Config) -> int:
             if result.layers:
                 tracker.gradients(step, result.layers)
 
-            if plan.due(step, config.evaluate.every):
-                loss, bits = evaluate(wrapped, loader.validation(config.evaluate.rows), bytes_per_id, world)
-                tracker.validation(step, loss, bits)
+            validation_loss = validate(step) if plan.due(step, config.evaluate.every) else None
+            if validation_loss is not None:
                 train_loss = mean(r.metrics["train/loss_nats_per_token"] for r in recent)
-                tracker.warn("memorising", advice.memorising(train_loss, loss, loader.repeat_factor))
+                tracker.warn("memorising", advice.memorising(train_loss, validation_loss, loader.repeat_factor))
             if plan.due(step, config.sample.every):
-                tracker.samples(step, sample(wrapped, loader.prepared.tokenizer, config))
+                tracker.samples(step, sample(wrapped, loader.prepared.tokenizer, config, watch.mark))
 
+            watch.mark("reduction")
             stopping = world.sum_ints(stop.is_raised())[0] > 0
             if plan.due(step, config.checkpoint.every) or plan.ends_phase(step) or stopping:
-                save(step)
+                save(step, validation_loss)
                 saved = step
             if stopping and step < last_step:
+                saver.finish()
                 reason = next(r for r in world.gather(stop.reason) if r)
                 tracker.say(f"stopped after step {step} ({reason}); the same command goes on from there")
                 return STOPPED
 
+        watch.mark("save")
+        saver.finish()
         if world.is_first:
             plots.run_pngs(plan, folder.path)
         tracker.say(f"{config.run.name}: {_complete(plan, last_step)}; the curves are in {folder.path / 'plots'}")
         return DONE
 
 
-def sample(engine: Engine, tokenizer: Tokenizer, config: Config) -> list[tuple[str, str]]:
+@contextlib.contextmanager
+def finishing(saver: Saver) -> Iterator[None]:
+    """On an error that all ranks raise alike, what is still being written is published before they leave."""
+    try:
+        yield
+    except (Rewind, TrainingStopped, UserError):
+        saver.finish()
+        raise
+
+
+def sample(
+    engine: Engine, tokenizer: Tokenizer, config: Config, mark: Callable[[str], None] = lambda _: None
+) -> list[tuple[str, str]]:
     """(prompt, continuation) for each prompt. Every rank samples the same text, as ZeRO-3's forward is collective."""
     banned = tokenizer.unspoken_ids(config.model.vocab_size)
     texts = []
     for prompt in config.sample.prompts:
+        mark("sampling")
         ids = tokenizer.encode(prompt) or [tokenizer.separator_id]
         with engine.evaluating():
             new = generate(
@@ -191,6 +254,7 @@ PACKING = {
     False: "documents are chopped into rows and see each other there; packing.document_mask=true keeps them apart",
     True: "documents are chopped into rows; attention and positions stay within each, as packing.document_mask asks",
 }
+WEIGHTS = "model.safetensors"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -11,6 +12,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from smoltrain import dist
 from tests.ranks import Ranks
+
+hypothesis.settings.register_profile("smoltrain", deadline=None)  # no test depends on how fast a machine is
+hypothesis.settings.load_profile("smoltrain")
 
 
 @pytest.fixture(scope="session")

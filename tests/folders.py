@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -55,9 +54,10 @@ def run_of(config: Config, steps: tuple[int, ...] = (8, 12)) -> Path:
         save_file(weights, at / "model.safetensors")
         record = {"bytes": (at / "model.safetensors").stat().st_size, "sha256": files.sha256(at / "model.safetensors")}
         manifest = checkpoint.Manifest(
-            checkpoint.FORMAT, step, "main", 1, 2, "bf16", {}, 0, entered.wandb_id, {"model.safetensors": record}
-        )
-        files.write_json(at / checkpoint.MANIFEST, asdict(manifest))
+            checkpoint.FORMAT, step, "main", 1, 2, "bf16", {}, 0, entered.wandb_id, None, 8,
+            {"model.safetensors": record},
+        )  # fmt: skip
+        checkpoint.write_manifest(at, manifest)
     lines = [
         {
             "step": n,

@@ -1,5 +1,6 @@
 """Real command lines, and what they left behind."""
 
+import contextlib
 import json
 import os
 import signal
@@ -44,6 +45,8 @@ def environment() -> dict[str, str]:
 
 def start(launcher: str, words: list[str], log: Path) -> subprocess.Popen[Any]:
     """Start a run in the background, its output in `log`."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's `&` leaves it, and children would inherit
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("ab") as out:
         return subprocess.Popen(
             [*command(launcher), "quickstart", *words], stdout=out, stderr=subprocess.STDOUT, env=environment(),
@@ -74,9 +77,30 @@ def ranks_alive(words: list[str]) -> list[psutil.Process]:
     return found
 
 
+def alive(words: list[str]) -> dict[int, psutil.Process]:
+    """Every living process whose command line names this run: ranks, launchers and what stands above them."""
+    folder = next(word for word in words if word.startswith("run.folder="))
+    found = {}
+    for process in psutil.process_iter():
+        try:
+            if folder in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found[process.pid] = process
+        except psutil.Error:
+            continue
+    return found
+
+
+def launcher_of(rank: psutil.Process) -> psutil.Process:
+    """The process that started a rank: torchrun, or DeepSpeed's launcher, above which its runner stands."""
+    parent = rank.parent()
+    assert parent is not None
+    return parent
+
+
 def kill_all(words: list[str]) -> None:
-    for process in ranks_alive(words):
-        process.kill()
+    for process in alive(words).values():
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def wait_for_step(run_folder: Path, step: int, process: subprocess.Popen[Any]) -> None:
@@ -91,10 +115,10 @@ def wait_for_step(run_folder: Path, step: int, process: subprocess.Popen[Any]) -
 
 
 def wait_until_gone(words: list[str], seconds: float = 40) -> None:
-    """No rank of this run may be alive after so long."""
+    """No process of this run may be alive after so long."""
     deadline = time.monotonic() + seconds
-    while ranks_alive(words):
-        assert time.monotonic() < deadline, f"still alive: {ranks_alive(words)}"
+    while there := alive(words):
+        assert time.monotonic() < deadline, f"still alive: {there}"
         time.sleep(0.1)
 
 

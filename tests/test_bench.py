@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from pyarrow import parquet
 
-from smoltrain import bench, cli
+from smoltrain import cli
+from smoltrain.bench import checkpoint
+from smoltrain.bench import data as bench
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.schema import SourceSection
+from tests import tiny
 
 
 def texts(folder: Path) -> list[list[str]]:
@@ -105,3 +108,29 @@ def test_without_the_plays_it_says_how_to_get_them(monkeypatch: pytest.MonkeyPat
     err = capsys.readouterr().err
     assert err.startswith("error: the data's package is not installed")
     assert err.count("\n") == 1
+
+
+def test_the_cost_of_a_save_is_its_pause_and_the_slower_steps_behind_it():
+    lines: list[dict] = [{"step": step, "speed/step_s": 1.0} for step in range(1, 101)]
+    for save in (24, 48, 100):
+        lines.append({"step": save, "speed/checkpoint_pause_s": 0.5})
+        for step in range(save, min(save + 3, 100)):
+            lines[step]["speed/step_s"] = 2.0
+    lines[0]["speed/step_s"] = 30.0
+    lines[70]["speed/step_s"] = 9.0
+    found = checkpoint.cost(lines)
+    assert found == checkpoint.Cost(saves=2, step_s=1.0, pause_s=0.5, slowdown_s=3.0)
+    assert found.share(200) == pytest.approx(3.5 / 203.5)
+
+
+@pytest.mark.slow
+def test_bench_checkpoint_measures_both_ways_of_saving(tmp_path: Path):
+    words = [*tiny.words(tmp_path), "--saves", "2", "--out", str(tmp_path / "bench.json")]
+    with pytest.raises(SystemExit) as left:
+        cli.main(["bench", "checkpoint", "quickstart", *words])
+    assert not left.value.code
+    told = json.loads((tmp_path / "bench.json").read_text())
+    assert told["hardware"]["cores"] >= 1
+    for cost in told["measured"].values():
+        assert (cost["saves"], cost["step_s"] > 0, cost["pause_s"] > 0) == (1, True, True)
+        assert 0 < cost["share"] < 1

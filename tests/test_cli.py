@@ -15,7 +15,7 @@ from smoltrain.errors import Problem, TrainingStopped, UserError
 EXAMPLE = str(Path(__file__).parent / "example.yaml")
 COMMAND = str(Path(sys.executable).parent / "smoltrain")
 Run = Callable[..., tuple[int, str, str]]
-VERBS = ["recipes", "show", "train", "generate"]
+VERBS = ["recipes", "show", "train", "generate", "verify", "demo"]
 
 
 @pytest.fixture(autouse=True)
@@ -47,13 +47,23 @@ def test_each_verb_has_an_example(run: Run, verb: str):
     assert f"Example: smoltrain {verb}" in out
 
 
+@pytest.mark.parametrize("verb", ["generate", "export", "demo", "verify"])
+def test_help_tells_what_may_be_named(run: Run, verb: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    _, out, _ = run(verb, "--help")
+    assert "the folder of a checkpoint" in out
+    assert ("or a Hugging Face folder." in out) == (verb != "verify")
+
+
 def test_without_a_verb_there_is_help(run: Run):
     _, out, err = run()
     assert all(verb in out + err for verb in VERBS)
 
 
 @pytest.mark.parametrize(
-    "arguments", [["trian"], ["show"], ["train", "quickstart", "--ranks", "two"], ["generate", "x", "--top-k", "many"]]
+    "arguments",
+    [["trian"], ["show"], ["train", "quickstart", "--ranks", "two"], ["generate", "x", "--top-k", "many"]]
+    + [["demo", "x", "--port", port] for port in ("0", "65536", "-1", "http")],
 )
 def test_a_wrong_call_ends_with_2(run: Run, arguments: list[str]):
     code, out, err = run(*arguments)

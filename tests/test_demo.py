@@ -325,9 +325,7 @@ def talkative(run: Path) -> int:
     """A seed with which the model does not end its document soon."""
     loaded, long = load_run(str(run)), GenerationSection(**SETTINGS | {"max_tokens": 400})
     return next(
-        seed
-        for seed in itertools.count()
-        if sum(1 for _ in loaded.text(PROMPT, long, greedy=False, seed=seed)) > 300
+        seed for seed in itertools.count() if sum(1 for _ in loaded.text(PROMPT, long, greedy=False, seed=seed)) > 300
     )
 
 

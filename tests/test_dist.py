@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -166,16 +167,39 @@ def test_a_signal_raises_the_flag_and_ends_nothing(number: signal.Signals) -> No
     assert (out, process.returncode) == (f"True {number.name}\n", 0), err
 
 
-def test_the_second_ctrl_c_leaves_at_once() -> None:
+def test_the_second_ctrl_c_leaves_at_once_but_an_echo_of_the_first_does_not() -> None:
     process = start(FLAG)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready False\n"
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "True SIGINT\n"
-    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.0)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode == 130
+
+
+@pytest.mark.parametrize("number", dist.STOP_SIGNALS)
+def test_before_the_loop_asks_a_signal_just_ends_the_rank(number: signal.Signals) -> None:
+    code = "import time; from smoltrain.dist import StopFlag; f = StopFlag(); print('up', flush=True); time.sleep(30)"
+    process = start(code)
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(number)
+    process.communicate(timeout=10)
+    assert process.returncode == -number
+
+
+def test_a_request_is_noted_where_the_launchers_launcher_looks(tmp_path: Path) -> None:
+    process = start(FLAG, SMOLTRAIN_ASKED=str(tmp_path / "asked"))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready False\n"
+    assert not (tmp_path / "asked").exists()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert (tmp_path / "asked").exists()
 
 
 def dead_pid() -> int:
@@ -200,16 +224,40 @@ def test_only_a_launched_rank_heeds_its_supervisor(launched: bool, supervisor: s
     assert out.splitlines()[-1].strip() == expected, err
 
 
-ORPHAN = """
+def test_a_supervisor_that_nobody_has_buried_is_dead_too() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    while psutil.Process(process.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    out, err = start(FLAG, LOCAL_RANK="0", SMOLTRAIN_SUPERVISOR=str(process.pid)).communicate(timeout=30)
+    process.wait()
+    assert out.splitlines()[-1] == "True its supervisor is gone", err
+
+
+# Starts a rank that writes what it found to OUT, and ends once it has said that it is up.
+LAUNCHER = """
 import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], stdout=subprocess.PIPE, text=True)
-child.stdout.readline()
-with open(sys.argv[3], "w") as file:
-    file.write(str(child.pid))
+rank = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], stdout=subprocess.PIPE, text=True)
+rank.stdout.readline()
+if "--stay" in sys.argv:
+    print("up", flush=True)
+    rank.wait()
+"""
+RUNNER = """
+import subprocess, sys
+launcher = subprocess.Popen([sys.executable, *sys.argv[1:]])
+launcher.wait()
 """
 WRITES = FLAG.replace(
     "print(flag.is_raised(), flag.reason, flush=True)", "open(OUT, 'w').write(f'{flag.is_raised()} {flag.reason}\\n')"
 )
+
+
+def found(out: Path) -> str:
+    """What the rank wrote."""
+    deadline = time.monotonic() + 30
+    while not (out.exists() and out.read_text(encoding="utf-8")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return out.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -220,12 +268,38 @@ def test_only_a_launched_rank_notices_that_its_parent_died(
 ) -> None:
     out = tmp_path / "out"
     code = WRITES.replace("OUT", repr(str(out)))
-    parent = [sys.executable, "-c", ORPHAN, code, "1" if not extra else "20", str(tmp_path / "pid")]
-    subprocess.run(parent, env=environment(**extra), check=True, timeout=60)
-    deadline = time.monotonic() + 30
-    while not (out.exists() and out.read_text(encoding="utf-8")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert out.read_text(encoding="utf-8") == expected
+    launcher = [sys.executable, "-c", LAUNCHER, code, "1" if not extra else "20"]
+    subprocess.run(launcher, env=environment(**extra), check=True, timeout=60)
+    assert found(out) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"), [(dist.DEEPSPEED_LAUNCHER, "True its launcher is gone\n"), ("another", "False \n")]
+)
+def test_under_deepspeeds_launcher_the_runner_above_it_counts_too(tmp_path: Path, module: str, expected: str) -> None:
+    out = tmp_path / "out"
+    code = WRITES.replace("OUT", repr(str(out)))
+    launcher = ["-c", LAUNCHER, code, "20" if module == dist.DEEPSPEED_LAUNCHER else "1", "--stay", module]
+    runner = subprocess.Popen(
+        [sys.executable, "-c", RUNNER, *launcher], env=environment(LOCAL_RANK="0"), stdout=subprocess.PIPE, text=True
+    )
+    assert runner.stdout is not None
+    assert runner.stdout.readline() == "up\n"
+    runner.kill()
+    assert found(out) == expected
+    runner.communicate()
+
+
+def test_a_rank_that_was_an_orphan_before_it_looked_knows_it(tmp_path: Path) -> None:
+    out, script = tmp_path / "out", tmp_path / "rank.py"
+    late = "import os, sys, time\nwhile os.getppid() == int(sys.argv[2]): time.sleep(0.01)\n"
+    late += "open(sys.argv[3], 'w').write(str(os.getppid()))\n"
+    script.write_text(late + WRITES.replace("OUT", repr(str(out))))
+    launcher = ["sh", "-c", '"$0" "$1" 20 $$ "$2" & ', sys.executable, str(script), str(tmp_path / "adopter")]
+    subprocess.run(launcher, env=environment(LOCAL_RANK="0"), check=True, timeout=60, stdout=subprocess.DEVNULL)
+    if found(tmp_path / "adopter") != "1":
+        pytest.skip("orphans are adopted by another process than the first here")
+    assert found(out) == "True its launcher is gone\n"
 
 
 def test_a_free_port_can_be_listened_on() -> None:

@@ -199,3 +199,11 @@ def test_what_is_said_of_dtypes_is_what_the_file_says() -> None:
     )
     assert ds_config.dtypes({}, "fp32") == both
     assert ds_config.dtypes({}, "fp16").startswith("gradients accumulate in fp16 and travel in fp16")
+
+
+def test_gradients_are_not_logged_where_deepspeed_gives_them_under_other_names(settings: Config, tmp_path: Path):
+    path = written(tmp_path, {"zero_optimization": {"stage": 2, "round_robin_gradients": True}})
+    (problem,) = refusal(using(settings, path)).problems
+    assert "under other parameters' names" in problem.what
+    silent = settings.model_copy(update={"track": settings.track.model_copy(update={"gradients_every": 0})})
+    assert fill(using(silent, path))["zero_optimization"]["round_robin_gradients"]

@@ -1,5 +1,8 @@
-"""The engine against a loop written in nothing but torch: same rows, same losses, same weights."""
+"""The engine against a loop written in nothing but torch: same rows, same losses, same weights. And a run that goes on
+from what another number of ranks wrote under another ZeRO stage.
+"""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from smoltrain.plan import Plan
 from smoltrain.schema import Config
 from tests import tiny
 from tests.ranks import world
+from tests.test_reshape import ROWS, settings_of, whole_state, write_files
 
 STEPS = 20
 PLAN = ("phases.main.steps=20", "phases.main.warmup_steps=5", "phases.main.weight_decay=0.1")
@@ -128,3 +132,78 @@ def test_bf16_with_fp32_accumulation_equals_plain_torch(
         assert furthest(weights, expected_weights) <= tolerance * 50
     assert expected[-1] < expected[0] - 0.5
     assert any(norm > clipping for norm in expected_norms), "clipping must have had something to do"
+
+
+# ---- any world and stage to any other, with the model and the loader of a run
+
+
+def run_of(settings: Config) -> tuple[Any, Loader]:
+    """An engine, and the loader of the same rows on any number of ranks."""
+    from smoltrain import engine
+
+    here, accumulation = world(), ROWS // world().size
+    precision = settings.engine.precision
+    wrapped = engine.wrap(fresh_model(settings), settings, here, precision=precision, accumulation=accumulation)
+    return wrapped, loader_of(settings, here.rank, here.size, accumulation)
+
+
+def go_on(settings: Config, wrapped: Any, loader: Loader, first: int, last: int) -> tuple[list[float], list[str]]:
+    """The losses and the ledger of steps first..last."""
+    from smoltrain.step import train_step
+
+    results = [train_step(n, wrapped, loader, Plan(settings.phases), world()) for n in range(first, last + 1)]
+    metrics = [result.metrics for result in results if result]
+    return [step["train/loss_nats_per_token"] for step in metrics], [step["data/ledger"] for step in metrics]
+
+
+def write(settings: Config, folder: Path) -> tuple[dict[str, list[Any]], tuple[list[float], list[str]]]:
+    """Three steps, what a checkpoint keeps of engine and loader, and five steps more."""
+    wrapped, loader = run_of(settings)
+    go_on(settings, wrapped, loader, 1, 3)
+    write_files(wrapped, folder)
+    state = data.merged(world().gather(loader.state()))
+    world().on_first(lambda: (folder / "loader.json").write_text(json.dumps(state)))
+    return whole_state(wrapped), go_on(settings, wrapped, loader, 4, 8)
+
+
+def read(settings: Config, folder: Path, stage: int) -> tuple[dict[str, list[Any]], tuple[list[float], list[str]]]:
+    """What a fresh engine has after restoring what `stage` wrote, and five steps more."""
+    wrapped, loader = run_of(settings)
+    wrapped.load_shards(folder, stage)
+    loader.load_state(json.loads((folder / "loader.json").read_text()))
+    return whole_state(wrapped), go_on(settings, wrapped, loader, 4, 8)
+
+
+def assert_elastic(tmp_path: Path, ranks: Any, old: int, old_stage: int, readers: list[tuple[int, int]]) -> None:
+    """What `old` ranks wrote is read by each (ranks, stage): bitwise, then losses within 1e-6 and the same rows."""
+    settings = settings_of(tmp_path, old_stage, "fp32")
+    data.prepare(settings)
+    expected, (losses, ledger) = ranks(old).run(write, settings, tmp_path / "old")[0]
+    assert losses[-1] < losses[0] - 0.1, "a run that stands still proves nothing"
+    for size, stage in readers:
+        found = ranks(size).run(read, settings_of(tmp_path, stage, "fp32"), tmp_path / "old", old_stage)
+        for state, (losses_after, ledger_after) in found:
+            assert state == expected, f"{size} ranks under ZeRO-{stage}"
+            assert losses_after == pytest.approx(losses, abs=1e-6), f"{size} ranks under ZeRO-{stage}"
+            assert ledger_after == ledger
+
+
+@pytest.mark.parametrize(("old", "old_stage", "new", "new_stage"), [(2, 3, 1, 2), (1, 1, 2, 3)])
+def test_a_run_goes_on_on_another_world_under_another_stage(
+    tmp_path: Path, ranks: Any, old: int, old_stage: int, new: int, new_stage: int
+) -> None:
+    assert_elastic(tmp_path, ranks, old, old_stage, [(new, new_stage)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("old", "old_stage"), [(3, 3), (4, 1)])
+def test_three_and_four_ranks_are_read_by_all(tmp_path: Path, ranks: Any, old: int, old_stage: int) -> None:
+    assert_elastic(tmp_path, ranks, old, old_stage, [(1, 3), (2, 2), (3, 1), (4, 3)])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("old_stage", [1, 2, 3])
+@pytest.mark.parametrize("old", [1, 2, 3, 4])
+def test_every_world_and_stage_goes_on_from_every_other(tmp_path: Path, ranks: Any, old: int, old_stage: int) -> None:
+    assert_elastic(tmp_path, ranks, old, old_stage, [(size, stage) for size in (1, 2, 3, 4) for stage in (1, 2, 3)])

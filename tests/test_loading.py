@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def resave(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> N
     change(tensors)
     save_file(tensors, file)
     record = {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
-    edit(file.parent / checkpoint.MANIFEST, files={file.name: record})
+    manifest = checkpoint.read_manifest(file.parent)
+    assert isinstance(manifest, checkpoint.Manifest)
+    checkpoint.write_manifest(file.parent, replace(manifest, files={file.name: record}))
 
 
 def problem(source: Path | str, step: int | None = None) -> str:
@@ -92,10 +95,34 @@ def test_a_damaged_newest_checkpoint_is_passed_over(run: Path, capsys: pytest.Ca
     assert problem(run, 12).startswith("the checkpoint is not whole: saw ")
 
 
+def test_the_folder_of_a_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch):
+    at = run / "checkpoints" / "step-00000008"
+    loaded = load_run(str(at))
+    assert (loaded.step, loaded.folder) == (8, run)
+    assert load_run(str(at), 12).step == 12, "who names a step as well means that one"
+    (run.parent / "best").symlink_to(at)
+    assert load_run(str(run.parent / "best")).step == 8
+    monkeypatch.chdir(at)
+    assert loading.locate(".") == (run, 8)
+    monkeypatch.chdir(run.parent.parent)
+    for name in ("quickstart/checkpoints/step-00000008/", "runs/quickstart/checkpoints/step-00000008"):
+        assert loading.locate(name) == (Path("runs/quickstart"), 8)
+    assert problem(f"{run}/checkpoints/step-00000009").startswith(
+        "no checkpoint of this step: saw 9, want one of 8, 12"
+    )
+    assert problem(f"{run}/checkpoints/step-00000009").endswith("change the RUN argument")
+    for name in (f"{run}/checkpoints", f"{run}/checkpoints/step-00000008.tmp", f"{run}/export/step-00000008"):
+        assert problem(name).startswith("no such run"), name
+    (at / "model.safetensors").write_bytes(b"cut")
+    assert problem(at).startswith("the checkpoint is not whole"), "no other one stands in for it"
+    with pytest.raises(UserError, match=r"this is one checkpoint of a run: saw .*, want the run, \S+/quickstart;"):
+        loading.run_folder(str(at))
+
+
 def test_what_is_no_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    want = "want a run folder, a name under runs/ (quickstart), or a Hugging Face folder; change the RUN argument"
-    assert problem("quikstart") == f"no such run: saw 'quikstart', {want}"
+    want = "the folder of a run or of its checkpoint, a name under runs/ (quickstart), or a Hugging Face folder"
+    assert problem("quikstart") == f"no such run: saw 'quikstart', want {want}; change the RUN argument"
     assert problem(run, 9) == "no checkpoint of this step: saw 9, want one of 8, 12; change --checkpoint"
     shutil.rmtree(run / "checkpoints")
     assert problem(run).startswith("this run has no checkpoint yet")

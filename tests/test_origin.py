@@ -32,12 +32,17 @@ def test_all_of_another_run_goes_on_as_that_run_would(main: Path):
     continued = tiny.train(main, "run.name=continued", "init.from=quickstart", "init.load=all")
     assert continued.returncode == DONE, continued.stderr
     assert "goes on from step 8 (phase main)" in continued.stdout
+    at = checkpoint.folder_of(main / "runs" / "quickstart" / "checkpoints", 6)
+    earlier = tiny.train(main, "run.name=earlier", f"init.from={at}", "init.load=all", "run.stop_after=main")
+    assert earlier.returncode == DONE, earlier.stderr
+    assert "goes on from step 6 (phase main)" in earlier.stdout, "from the checkpoint that was named, not the newest"
     assert checkpoint.steps(main / "runs" / "quickstart" / "checkpoints")[-1] == 8, "the first run is left as it was"
     itself = tiny.train(main)
     assert itself.returncode == DONE, itself.stderr
     there, here = (rows_and_losses(main / "runs" / name) for name in ("continued", "quickstart"))
     assert list(there) == [9, 10, 11, 12]
     assert there == {step: value for step, value in here.items() if step > 8}
+    assert rows_and_losses(main / "runs" / "earlier") == {step: here[step] for step in (7, 8)}
     again = tiny.train(main, "run.name=continued", "init.from=quickstart", "init.load=all")
     assert (again.returncode, "the plan is complete" in again.stdout) == (DONE, True), "its own checkpoint comes first"
 
@@ -59,6 +64,11 @@ def test_the_weights_of_another_run(main: Path):
     fresh = model.build(config.model)
     origin.load_weights(found, config, fresh, tokenizer)
     theirs = loading.load_run(str(main / "runs" / "quickstart")).model.state_dict()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in fresh.state_dict().items())
+    at = str(checkpoint.folder_of(main / "runs" / "quickstart" / "checkpoints", 8))
+    earlier = origin.find(tiny.load(main, "run.name=w", f"init.from={at}"), print)
+    origin.load_weights(earlier, config, fresh, tokenizer)
+    theirs = loading.load_run(at).model.state_dict()
     assert all(torch.equal(weight, theirs[name]) for name, weight in fresh.state_dict().items())
     narrow = tiny.load(main, "model.intermediate_size=32")
     with pytest.raises(UserError, match=r"of another model: intermediate_size: saw 32, want 64"):
@@ -111,20 +121,28 @@ def test_nothing_to_begin_with(tmp_path: Path):
     (run / "config.yaml").write_text("{}")
     with pytest.raises(UserError, match="this run has no checkpoint yet"):
         origin.find(tiny.load(tmp_path, "init.from=empty", "init.load=all"), print)
+    at = "init.from=empty/checkpoints/step-00000003"
+    with pytest.raises(UserError, match=r"no checkpoint of this step: saw 3, want a run that has saved one; change in"):
+        origin.find(tiny.load(tmp_path, at, "init.load=all"), print)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"a Hugging Face folder has weights and nothing else: saw init\.load=all"):
+        origin.find(tiny.load(tmp_path, f"init.from={tmp_path / 'hub'}", "init.load=all"), print)
     assert origin.find(tiny.load(tmp_path), print) == Origin()
 
 
 def test_a_copy_that_was_cut_short_is_made_again(tmp_path: Path):
     ancestor, config = tmp_path / "old", tiny.load(tmp_path)
-    for name, text in (("data/index.json", "{}"), ("data/train.bin", "tokens"), ("tokenizer/tokenizer.json", "t")):
+    theirs = {"data/index.json": "{}", "data/train.bin": "tokens", "tokenizer/tokenizer.json": "t"}
+    theirs |= {"ledger.bin": "12345678", "spikes.jsonl": "{}\n"}
+    for name, text in theirs.items():
         (ancestor / name).parent.mkdir(parents=True, exist_ok=True)
         (ancestor / name).write_text(text)
     half = config.run_folder / "data"
     half.mkdir(parents=True)
     (half / "train.bin").write_text("tok")
     origin.inherit_data(config, Origin(step=1, ancestor=ancestor))
-    assert (half / "train.bin").read_text() == "tokens"
-    assert (half / "index.json").exists()
+    assert {name: (config.run_folder / name).read_text() for name in theirs} == theirs
     (half / "train.bin").write_text("mine")
     origin.inherit_data(config, Origin(step=1, ancestor=ancestor))
     assert (half / "train.bin").read_text() == "mine", "a whole copy is kept"

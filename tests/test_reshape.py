@@ -1,4 +1,6 @@
-"""Optimizer state that N ranks wrote and M ranks read: every number in its place, and training goes on from there."""
+"""Optimizer state that N ranks wrote under one ZeRO stage and M ranks read under another: every number in its place,
+and training goes on from there.
+"""
 
 import json
 import re
@@ -30,52 +32,110 @@ def deal(segments: list[torch.Tensor], alignment: int, size: int) -> list[torch.
     return [torch.cat([x.chunk(size)[rank] for x in padded]) for rank in range(size)]
 
 
-def states(groups: list[list[torch.Tensor]], alignment: int, size: int, lean: bool) -> list[dict[str, Any]]:
-    """One optimizer state per rank, in DeepSpeed's form: ZeRO-1's and ZeRO-2's, or ZeRO-3's with alignment 1."""
-    masters, adamw = (reshape.MASTERS[alignment == 1], reshape.ADAMW[alignment == 1])
-    dealt = [deal(group, alignment, size) for group in groups]
+def flat_tensors(
+    groups: list[list[str]], values: dict[str, torch.Tensor], gaps: list[list[int]] | None
+) -> list[list[torch.Tensor]]:
+    """The segments of each flat tensor: with gaps one per group, as ZeRO-1 and ZeRO-2 do, else one per parameter."""
+    if gaps is None:
+        return [[values[name] for name in group] for group in groups]
+    padded = [
+        [torch.nn.functional.pad(values[name], (0, gap)) for name, gap in zip(group, some, strict=True)]
+        for group, some in zip(groups, gaps, strict=True)
+    ]
+    return [[torch.cat(group)] for group in padded]
+
+
+def states(dealt: list[list[torch.Tensor]], stage: int, lean: bool) -> list[dict[str, Any]]:
+    """One optimizer state per rank in DeepSpeed's form, from each flat tensor's parts."""
+    masters, adamw = (keys[stage == 3] for keys in (reshape.MASTERS, reshape.ADAMW))
     found = []
-    for rank in range(size):
+    for rank in range(len(dealt[0])):
         parts = [parts[rank] for parts in dealt]
         moments = {i: {"step": torch.tensor(7.0), "exp_avg": part * 2} for i, part in enumerate(parts)}
-        held = [part[part != 0] if lean else part for part in parts]  # no true element is 0
-        found.append({masters: held, adamw: {"state": moments, "param_groups": ["kept"]}, "overflow": False})
+        last = [int(part.nonzero().max()) + 1 if part.any() else 0 for part in parts]  # no true element is 0
+        held = [part[:end] if lean else part for part, end in zip(parts, last, strict=True)]
+        own = {"state": moments, "param_groups": [f"of stage {stage}"]}
+        found.append({masters: held, adamw: own, "loss_scaler": 2.0**stage, "form": stage})
     return found
 
 
-@given(data=st.data(), old=st.integers(1, 9), new=st.integers(1, 9), stage_3=st.booleans())
-def test_any_world_cut_anew_is_what_the_other_world_would_have_dealt(
-    data: st.DataObject, old: int, new: int, stage_3: bool
+@st.composite
+def arrangements(draw: st.DrawFn, sizes: dict[str, int]) -> tuple[Layout, list[dict[str, Any]], int]:
+    """A way to hold these parameters (any stage, world, order, grouping, gaps), and what its ranks then hold."""
+    stage, size = draw(st.integers(1, 3)), draw(st.integers(1, 9))
+    names = draw(st.permutations(list(sizes)))
+    cuts = sorted(draw(st.sets(st.integers(1, len(names) - 1), max_size=2))) if len(names) > 1 else []
+    groups = [names[a:b] for a, b in zip([0, *cuts], [*cuts, len(names)], strict=True)]
+    gaps = [[draw(st.integers(0, 7)) for _ in group] for group in groups] if draw(st.booleans()) else None
+    values = {name: torch.arange(1.0, n + 1) + 100 * i for i, (name, n) in enumerate(sizes.items())}
+    shapes = [{name: torch.Size([sizes[name]]) for name in group} for group in groups]
+    filled = None if stage == 3 else gaps or [[0] * len(group) for group in groups]
+    segments = flat_tensors(groups, values, filled)
+    dealt = [deal(segment, 1 if stage == 3 else 2, size) for segment in segments]
+    return reshape.layout(stage, shapes, gaps, size), states(dealt, stage, draw(st.booleans())), stage
+
+
+@given(data=st.data(), lengths=st.lists(st.integers(1, 60), min_size=1, max_size=5))
+def test_any_world_and_stage_cut_anew_is_what_the_other_would_have_dealt(
+    data: st.DataObject, lengths: list[int]
 ) -> None:
-    sizes = st.lists(st.integers(1, 60), min_size=1, max_size=5 if stage_3 else 1)
-    lengths = data.draw(st.lists(sizes, min_size=1, max_size=3))
-    groups = [[torch.arange(1.0, n + 1) + 100 * i for i, n in enumerate(group)] for group in lengths]
-    alignment = 1 if stage_3 else 2
-    layouts = [Layout(tuple(group), alignment) for group in lengths]
-    wrote = states(groups, alignment, old, lean=not stage_3)
-    for rank, expected in enumerate(states(groups, alignment, new, lean=False)):
-        needed = {source: wrote[source] for source in reshape.sources(layouts, old, new, rank)}
-        found = reshape.shard(needed, layouts, old, new, rank)
-        assert found.keys() == expected.keys()
-        masters, adamw = reshape.MASTERS[stage_3], reshape.ADAMW[stage_3]
-        assert found[adamw]["param_groups"] == ["kept"]
-        for i, moments in expected[adamw]["state"].items():
-            assert found[masters][i].tolist() == expected[masters][i].tolist()
+    sizes = {f"p{i}": n for i, n in enumerate(lengths)}
+    old, wrote, _ = data.draw(arrangements(sizes))
+    new, expected, stage = data.draw(arrangements(sizes))
+    masters, adamw = (keys[stage == 3] for keys in (reshape.MASTERS, reshape.ADAMW))
+    for rank, wanted in enumerate(expected):
+        needed = {source: wrote[source] for source in reshape.sources(old, new, rank)}
+        found = reshape.shard(wanted, needed, old, new, rank)
+        assert found.keys() == wanted.keys()
+        assert (found["form"], found[adamw]["param_groups"]) == (stage, [f"of stage {stage}"])
+        assert found["loss_scaler"] == wrote[0]["loss_scaler"]
+        steps = [moments["step"] for moments in found[adamw]["state"].values()]
+        assert len({step.data_ptr() for step in steps}) == len(steps), "AdamW counts each up in place"
+        for i, moments in wanted[adamw]["state"].items():
+            held = wanted[masters][i].tolist()
+            assert found[masters][i].tolist()[: len(held)] == held
+            assert not any(found[masters][i].tolist()[len(held) :])
             assert found[adamw]["state"][i]["exp_avg"].tolist() == moments["exp_avg"].tolist()
             assert found[adamw]["state"][i]["step"] == 7
 
 
+def two_groups(size: int, stage: int = 2) -> Layout:
+    return reshape.layout(stage, [{"a": torch.Size([800])}, {"b": torch.Size([80])}], None, size)
+
+
 def test_a_rank_reads_no_more_shards_than_it_needs() -> None:
-    layouts = [Layout((800,), 2), Layout((80,), 2)]
-    assert [reshape.sources(layouts, 8, 4, rank) for rank in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    assert [reshape.sources(layouts, 2, 4, rank) for rank in range(4)] == [[0], [0], [1], [1]]
-    assert reshape.sources([Layout((1,), 2)], 2, 4, 3) == [0], "all padding, but for the step count"
+    assert [reshape.sources(two_groups(8), two_groups(4), rank) for rank in range(4)] == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]
+    assert [reshape.sources(two_groups(2), two_groups(4, 3), rank) for rank in range(4)] == [[0], [0], [1], [1]]
+    one = [{"a": torch.Size([1])}]
+    assert reshape.sources(reshape.layout(1, one, None, 2), reshape.layout(1, one, None, 4), 3) == [0], "all padding"
 
 
-def test_a_layout_that_is_not_deepspeeds_is_noticed() -> None:
-    wrote = dict(enumerate(states([[torch.arange(1.0, 12)]], 4, 2, lean=False)))
-    with pytest.raises(AssertionError, match="deals exp_avg out in another way"):
-        reshape.shard(wrote, [Layout((11,), 2)], 2, 1, 0)
+def test_what_cannot_be_moved_is_refused_in_words() -> None:
+    old, new = two_groups(2), two_groups(1)
+    (other,) = states([deal([torch.arange(1.0, 12)], 4, 1)] * 2, 2, lean=False)
+    with pytest.raises(UserError, match=r"in another way: saw 12 elements of exp_avg, not 400"):
+        reshape.shard(other, {0: other, 1: other}, old, new, 0)
+    listed = other | {"base_optimizer_state": []}
+    with pytest.raises(UserError, match="in another way: saw a list"):
+        reshape.shard(other, {0: listed, 1: listed}, old, new, 0)
+    with pytest.raises(UserError, match="of another model: saw b differ"):
+        reshape.sources(old, reshape.layout(2, [{"a": torch.Size([800])}, {"b": torch.Size([81])}], None, 1), 0)
+
+
+def test_before_the_first_update_there_are_no_moments_and_a_foreign_loss_scale_is_left() -> None:
+    layout = two_groups(1)
+    (wrote,) = states([deal([torch.arange(1.0, n + 1)], 2, 1) for n in (800, 80)], 2, lean=False)
+    wrote |= {"base_optimizer_state": {"state": {}}, "loss_scaler": "of another class"}
+    (own,) = states([deal([torch.zeros(n)], 2, 1) for n in (800, 80)], 2, lean=False)
+    found = reshape.shard(own, {0: wrote}, layout, layout, 0)
+    assert found["base_optimizer_state"]["state"] == {}
+    assert found["loss_scaler"] == 4.0
+    assert [len(x) for x in found["single_partition_of_fp32_groups"]] == [800, 80]
 
 
 # ---- DeepSpeed itself
@@ -106,7 +166,8 @@ class Odd(torch.nn.Module):
 
 def settings_of(folder: Path, stage: int | str, precision: str) -> Config:
     name = f"zero{stage}" if isinstance(stage, int) else stage
-    return tiny.load(folder, f"engine.ds_config={name}", f"engine.precision={precision}", "batch.micro_batch=1")
+    words = (f"engine.ds_config={name}", f"engine.precision={precision}", "batch.micro_batch=1")
+    return tiny.load(folder, *words, "track.gradients_every=0")
 
 
 def engine_of(settings: Config, seed: int) -> Any:
@@ -133,7 +194,7 @@ def train(wrapped: Any, first: int, last: int) -> list[float]:
 
 
 def whole_state(wrapped: Any) -> dict[str, list[Any]]:
-    """Master weight, both moments of every parameter, as DeepSpeed gathers them; and the step counts."""
+    """Master weight, both moments, compute weight of every parameter, gathered; and the step counts."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     optimizer, keys = wrapped._ds.optimizer, ("exp_avg", "exp_avg_sq")
@@ -148,23 +209,41 @@ def whole_state(wrapped: Any) -> dict[str, list[Any]]:
         else:
             whole = [safe_get_full_fp32_param(p), *(safe_get_full_optimizer_state(p, key) for key in keys)]
         found[name] = [x.detach().tolist() for x in whole]
+    for name, weights in wrapped.weights(keep=True).items():
+        found[name].append(weights.tolist())
     inner = getattr(optimizer, "optimizer", optimizer)
     return found | {"step": sorted({float(state["step"]) for state in inner.state.values()})}
 
 
+def write_files(wrapped: Any, folder: Path) -> None:
+    """What a checkpoint would hold of the engine, without the rest of it."""
+    for name, state in wrapped.snapshot(folder).items():
+        torch.save(state, folder / name)
+    world().barrier()
+
+
 def write(settings: Config, folder: Path) -> tuple[dict[str, list[Any]], list[float]]:
-    """Three steps, a checkpoint, and the losses of three more."""
+    """Three steps, a checkpoint, and the losses of five more."""
     wrapped = engine_of(settings, seed=1)
     train(wrapped, 1, 3)
-    wrapped.save_shards(folder)
-    return whole_state(wrapped), train(wrapped, 4, 6)
+    write_files(wrapped, folder)
+    return whole_state(wrapped), train(wrapped, 4, 8)
 
 
-def read(settings: Config, folder: Path) -> tuple[dict[str, list[Any]], list[float]]:
-    """What a fresh engine has after restoring, and the losses of the next three steps."""
+def read(settings: Config, folder: Path, stage: int, used: bool = False) -> tuple[dict[str, list[Any]], list[float]]:
+    """What an engine, fresh or `used`, has after restoring what `stage` wrote, and the losses of five steps more."""
     wrapped = engine_of(settings, seed=2)
-    wrapped.load_shards(folder)
-    return whole_state(wrapped), train(wrapped, 4, 6)
+    if used:
+        train(wrapped, 11, 12)
+    wrapped.load_shards(folder, stage)
+    return whole_state(wrapped), train(wrapped, 4, 8)
+
+
+def pass_on(settings: Config, came: Path, stage: int, went: Path) -> None:
+    """Restore, and write again."""
+    wrapped = engine_of(settings, seed=2)
+    wrapped.load_shards(came, stage)
+    write_files(wrapped, went)
 
 
 def assert_same(wrote: list[Any], found: list[Any], precision: str) -> None:
@@ -182,53 +261,92 @@ def test_two_ranks_and_one_read_each_other(tmp_path: Path, ranks: Any, stage: in
     settings = settings_of(tmp_path, stage, precision)
     for old, new in ((2, 1), (1, 2)):
         wrote = ranks(old).run(write, settings, tmp_path / f"{old}")
-        assert_same(wrote, ranks(new).run(read, settings, tmp_path / f"{old}"), precision)
+        assert_same(wrote, ranks(new).run(read, settings, tmp_path / f"{old}", stage), precision)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), *((stage, p) for stage in (1, 2, 3) for p in ("bf16", "fp32"))]
-)
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
 def test_every_world_reads_every_other(tmp_path: Path, ranks: Any, stage: int, precision: str) -> None:
     settings = settings_of(tmp_path, stage, precision)
     for old in (1, 2, 3, 4):
         wrote = ranks(old).run(write, settings, tmp_path / f"{old}")
         for new in (1, 2, 3, 4):
-            assert_same(wrote, ranks(new).run(read, settings, tmp_path / f"{old}"), precision)
+            assert_same(wrote, ranks(new).run(read, settings, tmp_path / f"{old}", stage), precision)
 
 
-def with_zero(folder: Path, **options: Any) -> str:
-    """A DeepSpeed config like zero2's with other zero_optimization options."""
-    tree = json.loads((config.DS_CONFIGS / "zero2.json").read_text())
+@pytest.mark.parametrize("old_stage", [1, 2, 3])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_every_sharding_stage_reads_every_other(tmp_path: Path, ranks: Any, old_stage: int, precision: str) -> None:
+    wrote = ranks(2).run(write, settings_of(tmp_path, old_stage, precision), tmp_path / "old")
+    for new_stage in {1, 2, 3} - {old_stage}:
+        settings = settings_of(tmp_path, new_stage, precision)
+        for size in (2, 1):
+            assert_same(wrote, ranks(size).run(read, settings, tmp_path / "old", old_stage), precision)
+
+
+@pytest.mark.parametrize(("old_stage", "new_stage"), [(1, 1), (2, 2), (3, 3), (3, 2)])
+def test_an_engine_that_has_trained_goes_back(tmp_path: Path, ranks: Any, old_stage: int, new_stage: int) -> None:
+    wrote = ranks(2).run(write, settings_of(tmp_path, old_stage, "bf16"), tmp_path / "old")
+    settings = settings_of(tmp_path, new_stage, "bf16")
+    assert_same(wrote, ranks(2).run(read, settings, tmp_path / "old", old_stage, True), "bf16")
+
+
+@pytest.mark.parametrize(
+    ("old_stage", "new_stage", "old", "new"), [(2, 2, "bf16", "fp32"), (3, 1, "fp32", "bf16"), (1, 3, "bf16", "fp32")]
+)
+def test_another_precision_makes_its_weights_of_the_same_masters(
+    tmp_path: Path, ranks: Any, old_stage: int, new_stage: int, old: str, new: str
+) -> None:
+    wrote = ranks(2).run(write, settings_of(tmp_path, old_stage, old), tmp_path / "old")
+    for found, losses in ranks(2).run(read, settings_of(tmp_path, new_stage, new), tmp_path / "old", old_stage):
+        assert losses == pytest.approx(wrote[0][1], abs=1e-2)
+        for name, expected in wrote[0][0].items():
+            assert found[name][:3] == expected[:3]
+            if name != "step":
+                dtype = getattr(torch, {"bf16": "bfloat16", "fp32": "float32"}[new])
+                assert found[name][3] == torch.tensor(expected[0]).to(dtype).tolist()
+
+
+def with_zero(folder: Path, stage: int = 2, **options: Any) -> str:
+    """A DeepSpeed config like zero2's or zero3's with other zero_optimization options."""
+    tree = json.loads((config.DS_CONFIGS / f"zero{stage}.json").read_text())
     tree["zero_optimization"] |= options
-    path = folder / "odd.json"
+    path = folder / f"odd-{stage}-{'-'.join(options)}.json"
     path.write_text(json.dumps(tree))
     return str(path)
 
 
-@pytest.mark.parametrize(("old_stage", "new_stage"), [(1, 2), (2, 1)])
-@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
-def test_zero_1_and_zero_2_read_each_other(
-    tmp_path: Path, ranks: Any, old_stage: int, new_stage: int, precision: str
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        (2, {"round_robin_gradients": True}),  # parameters in another order, which depends on the number of ranks
+        pytest.param(2, {"parameter_alignment": True}, marks=pytest.mark.slow),  # gaps between parameters
+        pytest.param(3, {"sub_group_size": 30}, marks=pytest.mark.slow),  # a parameter group in several tensors
+    ],
+)
+def test_options_that_lay_the_state_out_in_another_way_may_come_and_go(
+    tmp_path: Path, ranks: Any, stage: int, options: dict[str, Any]
 ) -> None:
-    wrote = ranks(2).run(write, settings_of(tmp_path, old_stage, precision), tmp_path / "old")
-    for size in (2, 1):
-        found = ranks(size).run(read, settings_of(tmp_path, new_stage, precision), tmp_path / "old")
-        assert_same(wrote, found, precision)
+    """Only engines without the options are asked: with the first one DeepSpeed gathers under the wrong names."""
+    plain, odd = (settings_of(tmp_path, name, "bf16") for name in (stage, with_zero(tmp_path, stage, **options)))
+    came = tmp_path / "plain"
+    wrote = ranks(2).run(write, plain, came)
+    for hop, size in enumerate((2, 2, 1, 2)):
+        went = tmp_path / f"hop-{hop}"
+        ranks(size).run(pass_on, odd, came, stage, went)
+        assert_same(wrote, ranks(1).run(read, plain, went, stage), "bf16")
+        came = went
+    assert_same(wrote, ranks(2).run(read, settings_of(tmp_path, 5 - stage, "bf16"), came, stage), "bf16")
 
 
-def test_gaps_between_parameters_are_kept(tmp_path: Path, ranks: Any) -> None:
-    settings = settings_of(tmp_path, with_zero(tmp_path, parameter_alignment=True), "bf16")
-    wrote = ranks(2).run(write, settings, tmp_path / "old")
-    assert_same(wrote, ranks(1).run(read, settings, tmp_path / "old"), "bf16")
-
-
-def test_another_order_of_parameters_is_refused_in_words(tmp_path: Path, ranks: Any) -> None:
-    settings = settings_of(tmp_path, with_zero(tmp_path, round_robin_gradients=True), "bf16")
-    ranks(2).run(write, settings, tmp_path / "old")
-    assert ranks(2).run(read, settings, tmp_path / "old"), "on as many ranks it is the same order"
-    with pytest.raises(UserError, match="in another order: saw that of 1 ranks, want that of 2 ranks"):
-        ranks(1).run(read, settings, tmp_path / "old")
+@pytest.mark.parametrize(("old_stage", "new_stage"), [(0, 2), (3, 0)])
+def test_zero_0_neither_reads_the_others_nor_is_read(
+    tmp_path: Path, ranks: Any, old_stage: int, new_stage: int
+) -> None:
+    ranks(1).run(write, settings_of(tmp_path, old_stage, "fp32"), tmp_path / "step-00000003")
+    expected = f"step-00000003 is a checkpoint of another ZeRO stage: saw ZeRO-{new_stage}, want ZeRO-{old_stage}"
+    with pytest.raises(UserError, match=expected):
+        ranks(1).run(read, settings_of(tmp_path, new_stage, "fp32"), tmp_path / "step-00000003", old_stage)
 
 
 # ---- the commands

@@ -1,13 +1,14 @@
 """`smoltrain train`, which is what ./train.sh runs: phases in fresh processes, kills, signals, exit codes."""
 
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
-from smoltrain import checkpoint
-from smoltrain.errors import BAD_INPUT, DONE, FAULT, STOPPED
+from smoltrain import checkpoint, supervise
+from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED
 from tests import launches, tiny
 
 LONG = (
@@ -60,7 +61,7 @@ def test_a_rank_killed_in_mid_run_costs_nothing_but_time(uninterrupted: Path, tm
     launches.ranks_alive(words)[1].kill()
     assert process.wait(launches.TIMEOUT_S) == FAULT
     launches.wait_until_gone(words)
-    assert "a rank died" in (tmp_path / "log").read_text()
+    assert "error: a rank, or what started it, died (exit code 247)" in (tmp_path / "log").read_text()
     left = checkpoint.newest_valid(run_folder / "checkpoints", print)
     assert left is not None
     assert 20 <= left.step < 60
@@ -105,6 +106,70 @@ def test_a_signal_before_the_first_step_ends_all_at_once(tmp_path: Path, number:
     assert process.wait(40) == STOPPED
     launches.wait_until_gone(words)
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_the_second_ctrl_c_leaves_at_once_and_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
+    words, run_folder = tiny.words(tmp_path, "phases.main.steps=5000", "checkpoint.every=4"), tmp_path / "runs"
+    process = launches.start("smoltrain", words, tmp_path / "log")
+    launches.wait_for_step(run_folder / "quickstart", 6, process)
+    for rank in launches.ranks_alive(words):
+        rank.suspend()  # nothing could be saved now
+    launches.interrupt(process, signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    launches.interrupt(process, signal.SIGINT)
+    assert process.wait(10) == INTERRUPTED
+    launches.wait_until_gone(words, 5)
+    left = checkpoint.newest_valid(run_folder / "quickstart" / "checkpoints", print)
+    assert left is not None
+    assert left.step % 4 == 0
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))]
+)
+def test_a_signal_while_there_are_no_ranks_yet_ends_the_command(tmp_path: Path, number: signal.Signals) -> None:
+    lines = "\n".join(f"{i} what news from Naples" for i in range(400_000))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "long.txt").write_text(lines)
+    words = tiny.words(tmp_path, *LONG)
+    process = launches.start("smoltrain", words, tmp_path / "log")
+    while not (tmp_path / "runs").exists():  # until then it imports
+        assert process.poll() is None
+        time.sleep(0.01)
+    launches.interrupt(process, number)
+    assert process.wait(20) == STOPPED
+    said = (tmp_path / "log").read_text()
+    assert said.splitlines()[-1] == "stopped before the first step; nothing was lost"
+    assert "Traceback" not in said
+    assert "new processes" not in said
+
+
+@pytest.mark.parametrize(
+    ("code", "done", "asked", "lost", "truth"),
+    [
+        (DONE, True, False, False, DONE),
+        (DONE, True, True, False, DONE),  # too late to stop
+        (DONE, False, True, False, STOPPED),  # DeepSpeed's runner, whose launcher was killed; the ranks saved
+        (DONE, False, True, True, FAULT),  # and did not
+        (DONE, False, False, True, FAULT),
+        (STOPPED, False, True, False, STOPPED),
+        (BAD_INPUT, False, False, False, BAD_INPUT),
+        (FAULT, False, False, False, FAULT),  # a loss that is no number, just after a save
+        (FAULT, False, True, False, STOPPED),  # DeepSpeed's launcher was signalled
+        (FAULT, False, True, True, FAULT),  # and then a disk was full
+        (-signal.SIGTERM, False, False, False, STOPPED),  # the runner was signalled
+        (256 - signal.SIGUSR1, False, False, False, STOPPED),  # a rank, before its first step
+        (256 - signal.SIGTERM, False, False, True, FAULT),
+        (256 - signal.SIGKILL, False, True, False, FAULT),  # out of memory; the launcher then asked the others
+        (256 - signal.SIGSEGV, False, False, False, FAULT),
+    ],
+)
+def test_the_exit_code_is_true_whatever_the_launcher_says(
+    code: int, done: bool, asked: bool, lost: bool, truth: int
+) -> None:
+    assert supervise._verdict(code, done, asked, lost) == truth
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,11 @@ def smoltrain(folder: Path, *words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n == "shakespeare-80m" else pytest.mark.long) for n in SYSTEMS],
+)
 def test_the_whole_system_trains_resumes_and_exports(name: str, tmp_path: Path):
     num_parameters, tokenizer, kind, exported = SYSTEMS[name]
     words = [name, f"tokenizer={tokenizer}", f"data.path={text(tmp_path / 'text', kind)}", *SMALL]

@@ -130,7 +130,9 @@ def validation_loss(settings: Config, rows: int) -> tuple[float, float, float, f
     wrapped, here = engine_for(settings, "fp32"), world()
     loader = loader_of(settings, here.rank, here.size)
     bytes_per_id = torch.from_numpy(loader.prepared.tokenizer.bytes_per_id())
-    ours, bits = evaluate(wrapped, loader.validation(rows), bytes_per_id, here)
+    found = evaluate(wrapped, loader.validation(rows), bytes_per_id, here)
+    assert found is not None
+    ours, bits = found
     net, total, count, num_bytes = fresh_model(settings).eval(), 0.0, 0, 0
     with torch.no_grad():
         for batch in loader_of(settings, 0, 1).validation(rows):
@@ -147,6 +149,67 @@ def test_validation_loss_is_the_mean_over_the_same_tokens_on_any_world(tmp_path:
     for ours, by_hand, bits, bits_by_hand in ranks(2).run(validation_loss, settings, rows):
         assert ours == pytest.approx(by_hand, rel=1e-6)
         assert bits == pytest.approx(bits_by_hand, rel=1e-6)
+
+
+def evaluation_with_a_stop(settings: Config) -> tuple[Any, list[str]]:
+    """Rank 1 is asked to stop once its second batch is due."""
+    from smoltrain.step import evaluate
+
+    wrapped, here, marks = engine_for(settings, "fp32"), world(), []
+    loader = loader_of(settings, here.rank, here.size)
+    batches, bytes_per_id = loader.validation(12), torch.from_numpy(loader.prepared.tokenizer.bytes_per_id())
+    assert len(batches) == 3
+    return evaluate(
+        wrapped, batches, bytes_per_id, here, stop=lambda: here.rank == 1 and len(marks) == 2, mark=marks.append
+    ), marks
+
+
+def test_a_signal_ends_an_evaluation(tmp_path: Path, ranks: Any) -> None:
+    settings = prepared(tmp_path, "engine.ds_config=zero3", "engine.precision=fp32")
+    assert ranks(2).run(evaluation_with_a_stop, settings) == [(None, ["evaluation"] * 2)] * 2
+
+
+def marks_of_a_step(settings: Config) -> list[str]:
+    from smoltrain.step import train_step
+
+    wrapped, here, marks = engine_for(settings, "fp32"), world(), []
+    train_step(1, wrapped, loader_of(settings, here.rank, here.size), Plan(settings.phases), here, 1, mark=marks.append)
+    return marks
+
+
+def test_a_step_marks_where_it_is(tmp_path: Path, ranks: Any) -> None:
+    settings = prepared(tmp_path)
+    micro_batch = ["forward", "backward"]
+    step = ["data", "reduction", *micro_batch * 2, "reduction", "gradients", "update"]
+    assert ranks(2).run(marks_of_a_step, settings) == [step] * 2
+
+
+def stopped_after_a_skip(settings: Config) -> dict[str, Any]:
+    """A first step whose rows are passed over, and then a stop while the next rows do not come."""
+    from smoltrain import step
+    from smoltrain.schema import SpikesSection
+    from smoltrain.spikes import Guard
+
+    wrapped, here, spent = engine_for(settings, "fp32"), world(), []
+    loader = loader_of(settings, here.rank, here.size)
+    digests = loader.totals(here.sum_ints(*loader.take().counts)).digests
+    ready, step.WAIT_S = loader.ready, 0.0
+    loader.ready = lambda timeout_s: loader.rows_consumed == 0 and ready(timeout_s)
+    guard = Guard(SpikesSection(), here, None, [{"does": "rewind", "rows": [0, 8]}])
+    try:
+        result = step.train_step(
+            1, wrapped, loader, Plan(settings.phases), here, guard=guard, stop=lambda: True, spent=spent.append
+        )
+    finally:
+        step.WAIT_S = 5.0
+    return {"result": result, "spent": spent[0].tolist(), "wanted": digests.tolist(), "rows": loader.rows_consumed}
+
+
+def test_rows_that_were_spent_before_a_stop_are_not_lost_to_the_ledger(tmp_path: Path, ranks: Any) -> None:
+    for seen in ranks(2).run(stopped_after_a_skip, prepared(tmp_path)):
+        assert seen["result"] is None
+        assert seen["rows"] == 8
+        assert seen["spent"] == seen["wanted"]
 
 
 def samples(settings: Config, stage: int) -> list[tuple[str, str]]:

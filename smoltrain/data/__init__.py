@@ -9,16 +9,18 @@ One process calls `prepare(config, rows_per_step, world_size)`; then every rank 
 on its own copies of tokenizer and validation tokens, and in cached mode of all tokens.
 """
 
+import functools
 from typing import Any
 
 from smoltrain.data.faults import Health
 from smoltrain.data.loader import Batch, Loader, Shape, StepRows, StepTotals, merged
+from smoltrain.data.passages import NamedRow, located
 from smoltrain.data.prepare import Prepared, load, prepare
 from smoltrain.data.streams import Source
 from smoltrain.data.supply import CachedRows, StreamedRows, Supply
 from smoltrain.schema import Config
 
-__all__ = ["Batch", "Loader", "Prepared", "StepRows", "StepTotals", "load", "merged", "open", "prepare"]
+__all__ = ["Batch", "Loader", "NamedRow", "Prepared", "StepRows", "StepTotals", "load", "merged", "open", "prepare"]
 
 
 def open(config: Config, rank: int, world_size: int, *, rows_per_step: int, accumulation: int) -> Loader:
@@ -56,4 +58,5 @@ def open(config: Config, rank: int, world_size: int, *, rows_per_step: int, accu
         supply = StreamedRows(sources, rank, world_size, health)
         identity |= {"streams": prepared.streams, "shuffle_rows": data.shuffle_rows}
     weights = {part.name: part.weight for part in data.parts}
-    return Loader(prepared, supply, shape, identity=identity, weights=weights, health=health)
+    locate = functools.partial(located, data=data, prepared=prepared) if prepared.mode == "cached" else list
+    return Loader(prepared, supply, shape, identity=identity, weights=weights, health=health, locate=locate)

@@ -5,6 +5,7 @@ Suffixes of names are shapes: B rows, T targets per row, S = T + 1 ids.
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from smoltrain.data import order, packing
 from smoltrain.data.faults import Health
 from smoltrain.data.packing import NO_LABEL
+from smoltrain.data.passages import NUM_TOKENS, NamedRow
 from smoltrain.data.prepare import Prepared
 from smoltrain.data.sketch import Sketch
 from smoltrain.data.supply import Supply, Wanted
@@ -92,6 +94,7 @@ class Loader:
         identity: dict[str, Any],
         weights: dict[str, float],
         health: Health | None = None,
+        locate: Callable[[list[NamedRow]], list[NamedRow]] = list,
     ) -> None:
         """`identity` is what the sequence is a function of; `weights` those of the sources, by name."""
         assert shape.rows_per_step == shape.micro_batch * shape.accumulation * shape.world_size
@@ -104,7 +107,7 @@ class Loader:
         self.source_rows = np.zeros(len(weights), np.int64)  # consumed so far, by source
         self.source_targets = [0] * len(weights)
         self.unique_rows = self.unique_documents = self.bad_records = 0
-        self._supply, self._identity = supply, identity
+        self._supply, self._identity, self._locate = supply, identity, locate
         self._default = tuple(weights.values())
         self._weights, self._mix_begins = self._default, 0
         self._begun: np.ndarray | None = None  # content hashes of the documents in the rows last taken
@@ -126,6 +129,11 @@ class Loader:
     def targets_consumed(self) -> int:
         """Targets that the optimizer has used, over all ranks."""
         return sum(self.source_targets)
+
+    @property
+    def mix_begins(self) -> int:
+        """The position since which the sources have the shares that they have now."""
+        return self._mix_begins
 
     def mix(self, weights: dict[str, float] | None) -> None:
         """From here on these shares, by source name; None is the sources' own. Said again it changes nothing."""
@@ -161,6 +169,24 @@ class Loader:
         new_rows, new_documents, bad_records = counts[num : num + 3]
         digests = np.array(counts[num + 3 :], np.int64).view(np.uint64)
         return StepTotals(counts[:num], new_rows, new_documents, bad_records, digests)
+
+    def named(self) -> list[NamedRow]:
+        """This rank's rows last taken, with what they hold, in the order of the micro-batches."""
+        wanted, positions, _ = self._next
+        ids, found = self._supply.rows(wanted).ids, self._supply.passages(wanted)
+        decode = self.prepared.tokenizer.decode
+        return [
+            NamedRow(
+                int(position),
+                self.sources[source],
+                tuple(replace(p, text=decode(row[p.first : min(p.last, p.first + NUM_TOKENS)].tolist())) for p in held),
+            )
+            for position, source, row, held in zip(positions, wanted.source.tolist(), ids, found, strict=True)
+        ]
+
+    def located(self, rows: list[NamedRow]) -> list[NamedRow]:
+        """The same rows, of any rank, with the addresses of documents that can only be found by reading their files."""
+        return self._locate(rows)
 
     def consumed(self, totals: StepTotals) -> None:
         """The optimizer has used the rows last taken, on all ranks."""

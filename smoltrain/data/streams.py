@@ -15,6 +15,7 @@ import numpy as np
 
 from smoltrain.data import faults, fingerprints, order, packing
 from smoltrain.data.faults import Health
+from smoltrain.data.passages import Passage, spans
 from smoltrain.data.readers import BadRecord, Document
 from smoltrain.data.sources import Shard
 from smoltrain.data.split import held_out
@@ -48,6 +49,7 @@ class Tokens(NamedTuple):
     """Consecutive tokens of one document."""
 
     cursor: Cursor
+    name: str  # the document's
     ids: np.ndarray
     hashed: int | None  # its content, if it begins here
 
@@ -62,6 +64,14 @@ class Block:
     first_epoch: np.ndarray  # (K,) bool: all of the row's tokens are seen for the first time
     documents: list[np.ndarray]  # of each row: content hashes (uint64) of the documents that begin in it
     new_documents: np.ndarray  # (K,) how many of them begin in their first epoch
+    starts: np.ndarray  # (D,) where in the block, before its shuffle, its documents begin; the first one at 0
+    names: list[str]  # (D,) theirs
+
+    def passages(self, place: int) -> list[Passage]:
+        """The documents in the row at this place."""
+        T = self.ids.shape[1] - 1
+        begin = int(self.rows[place]) % len(self.rows) * T
+        return [Passage(first, last, self.names[i]) for i, first, last in spans(self.starts, begin, T)]
 
 
 @dataclass(frozen=True)
@@ -172,15 +182,15 @@ class Stream:
     def _tokens(self, cursor: Cursor) -> Iterator[Tokens]:
         """Tokens from a cursor on, for ever, with their own cursors."""
         skip = cursor.offset
-        documents = (((where, content_hash(d.text)), d.text) for where, d in self._documents(cursor))
+        documents = (((where, content_hash(d.text), d.name), d.text) for where, d in self._documents(cursor))
         block = self._source.data.shuffle_rows * self._source.sequence_length
         characters = min(CHARACTERS_PER_TOKEN * block, packing.CHARACTERS_AT_ONCE)
         for piece in packing.encoded(documents, self._source.tokenizer, self._source.dtype, characters):
-            where, hashed = piece.about
+            where, hashed, name = piece.about
             begin = max(skip - piece.offset, 0)
             if begin < len(piece.ids):
                 offset, skip = piece.offset + begin, 0
-                yield Tokens(where._replace(offset=offset), piece.ids[begin:], None if offset else hashed)
+                yield Tokens(where._replace(offset=offset), name, piece.ids[begin:], None if offset else hashed)
 
     def _rows_from(self, cursor: Cursor, number: int) -> Iterator[Block]:
         """Block `number`, which begins at the cursor, and all that follow."""
@@ -198,14 +208,15 @@ class Stream:
     def _block(self, number: int, buffer: list[Tokens], end: Cursor) -> Block:
         source = self._source
         K, T = source.data.shuffle_rows, source.sequence_length
-        tokens = np.concatenate([ids for _, ids, _ in buffer])[: K * T + 1]
-        offsets = np.cumsum([0, *(len(ids) for _, ids, _ in buffer)])
-        epochs = np.array([cursor.epoch for cursor, _, _ in buffer])
-        begins = np.array([hashed is not None for _, _, hashed in buffer]) & (offsets[:-1] < K * T)
-        hashes = np.array([hashed for _, _, hashed in buffer if hashed is not None], np.uint64)
+        tokens = np.concatenate([piece.ids for piece in buffer])[: K * T + 1]
+        offsets = np.cumsum([0, *(len(piece.ids) for piece in buffer)])
+        epochs = np.array([piece.cursor.epoch for piece in buffer])
+        begins = np.array([piece.hashed is not None for piece in buffer]) & (offsets[:-1] < K * T)
+        hashes = np.array([piece.hashed for piece in buffer if piece.hashed is not None], np.uint64)
         of_row = np.searchsorted(offsets[:-1][begins], np.arange(K + 1) * T)  # documents, by where they begin
         new = np.cumsum([0, *(epochs[begins] == 0)])
         last = np.searchsorted(offsets, np.arange(1, K + 1) * T, side="right") - 1  # of the buffer, in each row
+        firsts = np.flatnonzero(begins | (offsets[:-1] == 0))  # a document may go on from the block before
         turn = order.shuffled(np.arange(K), K, source.seed, ROW_ORDER, source.number, self._number, number)
         return Block(
             end=end,
@@ -214,6 +225,8 @@ class Stream:
             first_epoch=(epochs[last] == 0)[turn],
             documents=[hashes[of_row[row] : of_row[row + 1]] for row in turn],
             new_documents=(new[of_row[1:]] - new[of_row[:-1]])[turn],
+            starts=offsets[firsts],
+            names=[buffer[i].name for i in firsts],
         )
 
 
@@ -230,9 +243,9 @@ def dealt(shards: tuple[Shard, ...], stream: int, num_streams: int) -> list[tupl
 
 def _after(buffer: list[Tokens], count: int) -> list[Tokens]:
     """The buffer without its first `count` tokens, of which it has more."""
-    for i, (cursor, ids, hashed) in enumerate(buffer):
+    for i, (cursor, name, ids, hashed) in enumerate(buffer):
         if len(ids) > count:
-            cut = Tokens(cursor._replace(offset=cursor.offset + count), ids[count:], None if count else hashed)
+            cut = Tokens(cursor._replace(offset=cursor.offset + count), name, ids[count:], None if count else hashed)
             return [cut, *buffer[i + 1 :]]
         count -= len(ids)
     raise AssertionError("the buffer has no more tokens than that")

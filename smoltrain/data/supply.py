@@ -13,6 +13,7 @@ import numpy as np
 
 from smoltrain.data import order, packing
 from smoltrain.data.faults import Health
+from smoltrain.data.passages import Passage, spans
 from smoltrain.data.streams import Cursor, Place, Source, Stream
 from smoltrain.data.tokens import Tokens
 
@@ -59,6 +60,10 @@ class Supply(ABC):
     @abstractmethod
     def rows(self, wanted: Wanted) -> Rows:
         """The rows; waits for them. Errors: as `ready`."""
+
+    @abstractmethod
+    def passages(self, wanted: Wanted) -> list[list[Passage]]:
+        """The documents of each of these rows (n,), in order, as far as they are known without reading anything."""
 
     @abstractmethod
     def consumed(self, wanted: Wanted) -> None:
@@ -119,6 +124,15 @@ class CachedRows(Supply):
             sum(counts[1] for *_, counts, _ in parts),
             np.concatenate([begun for *_, begun in parts]),
         )
+
+    def passages(self, wanted: Wanted) -> list[list[Passage]]:
+        """Documents are known by their numbers; see passages.located."""
+        T, found = self._sequence_length, []
+        for source, place in zip(wanted.source.tolist(), wanted.place, strict=True):
+            starts = self._tokens[source].starts
+            begin = int(self._shuffled(source, self.num_rows[source], np.array([place]))[0]) * T
+            found.append([Passage(first, last, number=number) for number, first, last in spans(starts, begin, T)])
+        return found
 
     def _shuffled(self, source: int, num_rows: int, places: np.ndarray) -> np.ndarray:
         """The rows (n,) at these ascending places (n,) of a source's endless sequence."""
@@ -197,6 +211,14 @@ class StreamedRows(Supply):
                 begun.append(block.documents[place])
         return Rows(np.stack(ids), row_ids, num_new_rows, num_new_documents, np.concatenate(begun))
 
+    def passages(self, wanted: Wanted) -> list[list[Passage]]:
+        """See Supply."""
+        found: list[Any] = [None] * len(wanted.source)
+        for key, here in wanted.by_stream:
+            for i, (block, place) in zip(here, self._stream(key).rows(len(here)), strict=True):
+                found[i] = block.passages(place)
+        return found
+
     def consumed(self, wanted: Wanted) -> None:
         """See Supply."""
         for key, here in wanted.by_stream:
@@ -217,7 +239,9 @@ class StreamedRows(Supply):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """See Supply."""
-        assert not self._streams, "a supply that has begun cannot go elsewhere"
+        if self._streams:  # the run goes back: what they are reading now is no longer wanted
+            self.close()
+            self._streams, self._pool = {}, ThreadPoolExecutor(len(self._places), "data")
         for source, stream in self._places:
             num_rows, *cursor = state[f"{source}/{stream}"]
             self._places[source, stream] = Place(Cursor(*cursor), num_rows)

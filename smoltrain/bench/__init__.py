@@ -1,0 +1,1 @@
+"""Measurements of this machine: `smoltrain bench`. Timings live here and in no test."""

@@ -1,0 +1,119 @@
+"""What a checkpoint says of itself, and whether it is true."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from smoltrain import files
+from smoltrain.errors import Problem, UserError
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+DIGEST = "manifest_sha256"  # in manifest.json: of everything else in it
+PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Where a run stood, and what its files are."""
+
+    format: int
+    step: int
+    phase: str
+    world_size: int
+    zero_stage: int
+    precision: str
+    loader: dict[str, Any]  # rows consumed by the optimizer, and the ledger
+    skipped_updates: int
+    wandb_id: str
+    validation_loss: float | None  # nats per token, of the evaluation at this very step; None if there was none
+    validation_rows: int  # evaluate.rows then
+    files: dict[str, dict[str, Any]]  # relative name -> {"bytes", "sha256"}
+
+
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """The folder of a step's checkpoint."""
+    return checkpoints / f"{PREFIX}{step:08d}"
+
+
+def steps(checkpoints: Path) -> list[int]:
+    """The steps that have a published checkpoint, oldest first. Errors: UserError if the folder cannot be read."""
+    try:
+        names = [name.removeprefix(PREFIX) for name in os.listdir(checkpoints) if name.startswith(PREFIX)]  # noqa: PTH208
+    except FileNotFoundError:
+        return []
+    except OSError as error:  # Path.glob would find nothing, and the run would begin from scratch
+        what, want = "the checkpoints cannot be looked at", "a folder that this user may read"
+        raise UserError(Problem(what, str(error), want, str(checkpoints))) from None
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def newest_valid(checkpoints: Path, say: Callable[[str], None]) -> Manifest | None:
+    """The manifest of the newest checkpoint whose files are all as they were written; None if there never was one.
+
+    Says which newer ones were passed over and why. Errors: UserError when checkpoints exist but none verifies: a run
+    never starts from scratch without being told to.
+    """
+    found = steps(checkpoints)
+    wrong: list[str] = []
+    for step in reversed(found):
+        manifest = verify(folder_of(checkpoints, step))
+        if isinstance(manifest, Manifest):
+            return manifest
+        wrong.append(manifest)
+        say(f"checkpoint of step {step} is passed over: {manifest}")
+    if found:
+        want = "one that verifies; mend it, or delete the folder to start from scratch"
+        raise UserError(Problem("no checkpoint of this run is whole", "; ".join(wrong), want, str(checkpoints)))
+    return None
+
+
+def verify(checkpoint: Path) -> Manifest | str:
+    """The manifest if every file has the size and SHA-256 it names, else what is wrong with which file."""
+    manifest = read_manifest(checkpoint)
+    if isinstance(manifest, str):
+        return manifest
+    for name, record in manifest.files.items():
+        path = checkpoint / name
+        try:
+            if (size := path.stat().st_size) != record["bytes"]:
+                return f"{path} has {size} bytes, not {record['bytes']}"
+            if files.sha256(path) != record["sha256"]:
+                return f"{path} is not what was written (SHA-256 differs)"
+        except FileNotFoundError:
+            return f"{path} is missing"
+        except OSError as error:
+            return f"{path} cannot be read ({error.strerror})"
+    return manifest
+
+
+def read_manifest(checkpoint: Path) -> Manifest | str:
+    """The manifest alone, its files unread, or what is wrong with it."""
+    path = checkpoint / MANIFEST
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if tree.get("format") != FORMAT:
+            return f"{path} has format {tree.get('format')}, not {FORMAT}"
+        if tree.pop(DIGEST, None) != _digest(tree):
+            return f"{path} is not what was written (its own digest differs)"
+        manifest = Manifest(**tree)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"{path} cannot be read ({error})"
+    name = checkpoint.resolve().name
+    if name.startswith(PREFIX) and name != folder_of(checkpoint, manifest.step).name:
+        return f"{path} is that of step {manifest.step}"
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json, sealed with its own digest; it and the folder's names are on the disk afterwards."""
+    tree = asdict(manifest)
+    files.write_json(folder / MANIFEST, tree | {DIGEST: _digest(tree)})
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,224 @@
+"""Saving beside training: the loop waits for a copy in host memory, a thread of each rank writes and hashes its files.
+
+begin    copy the state; the threads start                       every rank
+poll     at each later step: has every rank written?             every rank
+publish  manifest.json, fsync, rename, fsync of the parent       rank 0, at the first step boundary where all have
+
+Ranks talk at step boundaries alone, so that no thread needs a process group of its own. Whatever dies before the rename
+leaves a folder that is called .tmp, and all older checkpoints as they were.
+"""
+
+import copy
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save_file
+
+from smoltrain import files
+from smoltrain.checkpoint import retention
+from smoltrain.checkpoint.manifest import FORMAT, Manifest, folder_of, newest_valid, write_manifest
+from smoltrain.checkpoint.restoring import rng_file, rng_state
+from smoltrain.data import Loader, merged
+from smoltrain.dist import World
+from smoltrain.errors import Problem, TrainingStopped, UserError
+from smoltrain.plan import Plan
+from smoltrain.schema import CheckpointSection
+
+if TYPE_CHECKING:  # who only reads checkpoints needs no DeepSpeed
+    from smoltrain.engine import Engine
+
+SPARE_BYTES = 64 << 20  # left free beside a checkpoint, for logs and W&B
+LOOK_S = 5.0  # between two looks at the writers of all ranks
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A checkpoint in the making."""
+
+    manifest: Manifest  # but for its files
+    aside: Path
+    begun: float  # time.perf_counter()
+    pause_s: float
+    records: "Future[dict[str, dict[str, Any]]]"  # of this rank's files
+
+
+class Saver:
+    """Writes checkpoints, one at a time. All methods are collective: every rank must call them."""
+
+    def __init__(
+        self, checkpoints: Path, world: World, plan: Plan, section: CheckpointSection,
+        *, say: Callable[[str], None] = print, published: Callable[[int, Path], None] = lambda *_: None,
+    ) -> None:  # fmt: skip
+        """`published` is called on every rank with the step and the folder of a checkpoint that is there from now."""
+        self._checkpoints, self._world, self._plan, self._section = checkpoints, world, plan, section
+        self._say, self._published = say, published
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pruning: Future[None] | None = None  # on rank 0
+        self._writing: Writing | None = None
+
+    def begin(self, step: int, engine: "Engine", loader: Loader, **facts: Any) -> float:
+        """Copy the state of this step and start to write it; seconds that training stood still, the slowest rank's.
+
+        `facts` are the Manifest's remaining fields. One that is still being written is waited for. Where
+        checkpoint.background is false this one is published at the end.
+        Errors: UserError before anything is written, when the disk cannot hold it; those of `poll`.
+        """
+        began = time.perf_counter()
+        self.finish()
+        aside = folder_of(self._checkpoints, step).with_name(f"{folder_of(self._checkpoints, step).name}.tmp")
+        self._world.on_first(lambda: _make_room(self._checkpoints, aside, engine.checkpoint_bytes()))
+        state = merged(self._world.gather(loader.state()))
+        known: dict[Any, torch.Tensor] = {}
+        tensors = engine.snapshot(aside) | {rng_file(self._world.rank): rng_state()}
+        tensors = {name: on_host(tree, known) for name, tree in tensors.items()}
+        weights = engine.weights(keep=self._world.is_first)
+        records = self._thread.submit(_write, aside, tensors, weights)
+        [pause_s] = self._world.max_floats(time.perf_counter() - began)
+        manifest = Manifest(
+            format=FORMAT, step=step, phase=self._plan.phase(step).name, world_size=self._world.size,
+            zero_stage=engine.stage, loader=state, files={}, **facts,
+        )  # fmt: skip
+        self._writing = Writing(manifest, aside, began, pause_s, records)
+        if not self._section.background:
+            self.finish()
+        return pause_s
+
+    def poll(self) -> bool:
+        """Publish what every rank has written; whether nothing is left in the making.
+
+        Errors: TrainingStopped on every rank when one could not write.
+        """
+        if self._writing is None:
+            return True
+        done = self._writing.records.done()
+        error = self._writing.records.exception() if done else None
+        failed, unfinished = self._world.sum_ints(error is not None, not done)
+        if failed:
+            self._give_up(self._world.gather(_reason(error) if error else ""))
+        if not unfinished:
+            self._publish(self._writing)
+            self._writing = None
+        return not unfinished
+
+    def finish(self) -> None:
+        """Wait until nothing is in the making, and nothing on its way out. Errors: those of `poll`."""
+        while not self.poll():
+            assert self._writing is not None
+            wait([self._writing.records], LOOK_S)
+        if self._pruning:
+            if error := self._pruning.exception():  # nothing is lost by it but room on the disk
+                self._say(f"WARNING: an old checkpoint could not be deleted ({_reason(error)})")
+            self._pruning = None
+
+    def close(self) -> None:
+        """What is still being written is given up."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _publish(self, writing: Writing) -> None:
+        records = self._world.gather(writing.records.result())
+        whole = {name: record for part in records for name, record in part.items()}
+        manifest = replace(writing.manifest, files=dict(sorted(whole.items())))
+        final = folder_of(self._checkpoints, manifest.step)
+
+        def publish() -> None:
+            try:
+                for folder in {(writing.aside / name).parent for name in whole}:
+                    files.sync(folder)
+                write_manifest(writing.aside, manifest)  # syncs its folder too
+                if final.exists():  # the same step again: the one that is there did not verify
+                    retention.discard(final)
+                files.commit(writing.aside, final)
+            except OSError as error:
+                raise TrainingStopped(self._words([_reason(error)])) from None
+            self._pruning = self._thread.submit(retention.prune, self._checkpoints, self._plan, self._section)
+
+        self._world.on_first(publish)
+        line = f"checkpoint {final}: training stood still for {writing.pause_s:.1f} s"
+        if self._section.background:
+            line += f", the files were there {time.perf_counter() - writing.begun:.1f} s after it began"
+        self._say(line)
+        self._published(manifest.step, final)
+
+    def _give_up(self, reasons: list[str]) -> None:
+        """Errors: TrainingStopped on every rank, always."""
+        line = self._world.on_first(lambda: self._words(reasons))
+        self._writing = None
+        raise TrainingStopped(line)
+
+    def _words(self, reasons: list[str]) -> str:
+        """What went wrong, and what is left. One rank calls this."""
+        assert self._writing is not None
+        wrong = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
+        try:
+            left = newest_valid(self._checkpoints, lambda _: None)
+        except UserError:
+            left = None
+        intact = f"the last one, of step {left.step}, is intact" if left else "there is none before it"
+        step = self._writing.manifest.step
+        what = f"the checkpoint of step {step} could not be written ({wrong})"
+        return f"{what}; {intact}; mend the cause, then the same command goes on from there"
+
+
+def sweep(checkpoints: Path) -> None:
+    """Delete what a crash, or a signal, left half done. One process calls this, while nobody saves."""
+    for leftover in checkpoints.glob("step-*.tmp"):
+        shutil.rmtree(leftover)
+
+
+def on_host(tree: Any, known: dict[Any, torch.Tensor]) -> Any:
+    """A copy whose tensors are on the host, so that training may go on.
+
+    A tensor that comes again, as tied weights do, is copied once: `known` remembers, by device, place and shape.
+    """
+    if isinstance(tree, torch.Tensor):
+        place = (tree.device, tree.data_ptr(), tree.dtype, tree.shape, tree.stride())
+        if place not in known:
+            known[place] = tree.detach().to("cpu", copy=True)
+        return known[place]
+    if isinstance(tree, dict):
+        copied = copy.copy(tree)  # of its own kind
+        copied.update({key: on_host(value, known) for key, value in tree.items()})
+        return copied
+    if type(tree) in (list, tuple):
+        return type(tree)(on_host(value, known) for value in tree)
+    return copy.deepcopy(tree)  # numbers, and DeepSpeed's loss scaler, which changes
+
+
+def _write(folder: Path, tensors: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+    """Write this rank's files; their sizes and hashes by name. Runs in a thread."""
+    for name, tree in tensors.items():
+        files.write_tensors(folder / name, tree)
+    names = list(tensors)
+    if weights:
+        names.append("model.safetensors")
+        save_file(weights, folder / names[-1])
+        files.sync(folder / names[-1])
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": files.sha256(folder / name)} for name in names}
+
+
+def _make_room(checkpoints: Path, aside: Path, needed: int) -> None:
+    """Make the folder, and refuse if the disk would overflow."""
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        free = shutil.disk_usage(checkpoints).free
+        if free < needed + SPARE_BYTES:
+            want = f"{(needed + SPARE_BYTES) / 2**20:,.0f} MiB for the next checkpoint; the last one is intact"
+            raise UserError(Problem("the disk is nearly full", f"{free / 2**20:,.0f} MiB free", want, str(checkpoints)))
+        aside.mkdir()
+    except OSError as error:
+        what, want = "checkpoints cannot be written there", "a folder that this user may write; the last one is intact"
+        raise UserError(Problem(what, _reason(error), want, str(checkpoints))) from None
+
+
+def _reason(error: BaseException) -> str:
+    """In one line. torch hides the system's own words in a RuntimeError when a disk is full."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"

@@ -1,0 +1,226 @@
+"""Spikes: a loss that is not finite, or far above those of the steps before, is met before it moves a weight.
+
+RUN/spikes.jsonl is the journal: a line for each spike, with what was done and every row of the guilty step. Its lines
+that say "rewind" are the truth about which rows the run passes over, at every later start and on any number of ranks.
+B: rows per step.
+"""
+
+import json
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from smoltrain import files
+from smoltrain.data import NamedRow
+from smoltrain.dist import World
+from smoltrain.errors import TrainingStopped
+from smoltrain.schema import SpikesSection
+
+FILE = "spikes.jsonl"
+LEAST = 16  # losses, below which there is nothing to compare with
+DEVIATION = 1.4826  # of a normal distribution, in median absolute deviations
+FLOOR = 0.01  # nats per token: the least median absolute deviation, lest a flat loss calls any change a spike
+NAMED = 3  # rows on the console
+
+
+class Rewind(Exception):
+    """Go back to the newest valid checkpoint and on from there, with the rows of the journal passed over."""
+
+    def __init__(self, message: str, step: int, rows: tuple[int, int]) -> None:
+        super().__init__(message)
+        self.step, self.rows = step, rows  # the guilty step; positions [first, last)
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A step that must not be applied, with all of its rows, by position."""
+
+    step: int
+    loss: float  # nats per token, of the whole step
+    why: str
+    about: str  # what else is known of it: ranks, lr, gradient norm
+    in_a_row: int  # spikes of this step so far, this one too
+    rows: list[NamedRow]
+    row_losses: list[float]  # nats per token of each row alone, without dropout
+
+    @property
+    def first(self) -> int:
+        """Position of its first row."""
+        return self.rows[0].position
+
+    def worst(self) -> list[tuple[NamedRow, float]]:
+        """The rows from the worst one on: not finite before finite, then by loss."""
+        pairs = zip(self.rows, self.row_losses, strict=True)
+        return sorted(pairs, key=lambda pair: (math.isfinite(pair[1]), -pair[1] if math.isfinite(pair[1]) else 0.0))
+
+    def guilty(self) -> list[tuple[NamedRow, float]]:
+        """Those to name: the ones that are not finite; if there are none, the worst few."""
+        worst = self.worst()
+        return [pair for pair in worst if not math.isfinite(pair[1])] or worst[:NAMED]
+
+    def headline(self) -> str:
+        """The loss, why it is a spike, and what the rows alone say."""
+        facts = [self.why, self.verdict(), "nothing was updated"]
+        return f"the loss of step {self.step} is {self.loss:.6g} {self.about}; " + "; ".join(filter(None, facts))
+
+    def verdict(self) -> str:
+        """What the rows, looked at one by one, say about the whole."""
+        bad = sum(not math.isfinite(loss) for loss in self.row_losses)
+        if bad and bad == len(self.rows):
+            return "every row is bad by itself, so it is the weights or the lr rather than the data"
+        if not bad and not math.isfinite(self.loss):
+            return "no row is bad by itself"
+        return ""
+
+
+class Guard:
+    """Tells spikes from losses, the same on every rank, and says what becomes of them."""
+
+    def __init__(
+        self,
+        section: SpikesSection,
+        world: World,
+        journal: Path | None = None,
+        entries: Iterable[dict[str, Any]] = (),
+        history: Iterable[tuple[float, int]] = (),
+    ) -> None:
+        """`history` is (loss, rows consumed after it) of the applied steps before; without a journal none is kept."""
+        self._section, self._world, self._journal = section, world, journal
+        rewinds = [entry for entry in entries if entry["does"] == "rewind"]
+        self._passed = [(entry["rows"][0], entry["rows"][1]) for entry in rewinds]
+        self._history = deque(history, maxlen=max(section.history, section.window))
+
+    @classmethod
+    def open(cls, folder: Path, section: SpikesSection, world: World, *, step: int) -> "Guard":
+        """The guard of a run that goes on after `step`, as it was then: the journal, and the losses of metrics.jsonl.
+
+        To be called at each start, and again after a rewind. Collective.
+        """
+        length = max(section.history, section.window)
+        entries, history = world.on_first(
+            lambda: (read(folder), list(deque(_losses(folder / "metrics.jsonl", step), maxlen=length)))
+        )
+        return cls(section, world, folder / FILE, entries, history)
+
+    def passes_over(self, position: int) -> bool:
+        """Whether the row at this position is one of those that a rewind left out."""
+        return any(first <= position < last for first, last in self._passed)
+
+    def judge(self, loss: float) -> str:
+        """Why this loss, nats per token over all ranks, is a spike; '' if it is none."""
+        if not math.isfinite(loss):
+            return "it is not finite"
+        losses = [known for known, _ in self._history][-self._section.history :]
+        if not self._section.deviations or len(losses) < LEAST:
+            return ""
+        middle = median(losses)
+        deviation = DEVIATION * max(FLOOR, median(abs(known - middle) for known in losses))
+        if loss <= middle + self._section.deviations * deviation:
+            return ""
+        far = (loss - middle) / deviation
+        return f"it is {far:.1f} robust deviations above {middle:.4g}, the median of the last {len(losses)} steps"
+
+    def applied(self, loss: float, rows_consumed: int) -> None:
+        """A step of this loss was applied, after which so many rows are consumed."""
+        self._history.append((loss, rows_consumed))
+
+    def meet(self, spike: Spike, say: Callable[[str], None], mix_begins: int = 0) -> None:
+        """Say and write down a spike, then act. Returns if its rows are to be spent without an update. Collective.
+
+        A rewind's window does not reach back before the row `mix_begins`: other rows would stand at those positions.
+        Errors: Rewind; TrainingStopped if the run is to end.
+        """
+        section, times = self._section, len(self._passed)
+        rewinds = section.on_spike == "rewind"
+        too_often = times >= section.max_times if rewinds else spike.in_a_row > section.max_times
+        does = "stop" if too_often else section.on_spike
+        first = max(self._window_begins(spike), min(mix_begins, spike.first)) if rewinds else spike.first
+        rows = (first, spike.first + len(spike.rows))
+        attempt = times + 1 if rewinds else spike.in_a_row
+        self._write(spike, does=does, rows=rows, attempt=attempt)
+        headline = spike.headline()
+        if does == "stop":
+            raise TrainingStopped(self._last_word(spike, headline))
+        say(headline)
+        for row, loss in spike.guilty()[:NAMED]:
+            say(f"  {row} has a loss of {loss:.6g}")
+        tried = f"{attempt} of at most {section.max_times}"
+        if does == "skip":
+            say(f"  the rows of the step are spent without an update ({tried} in a row)")
+            return
+        self._passed.append(rows)
+        what = f"rewind {tried}: back to the newest checkpoint, and on from there"
+        raise Rewind(f"{what} without the rows {rows[0]:,} to {rows[1] - 1:,}", spike.step, rows)
+
+    def _window_begins(self, spike: Spike) -> int:
+        """The position of the first row of the last `window` steps, the spike's the last one; 0 if there are fewer."""
+        before = self._section.window - 1
+        if not before:
+            return spike.first
+        return self._history[-before][1] - len(spike.rows) if before <= len(self._history) else 0
+
+    def _last_word(self, spike: Spike, headline: str) -> str:
+        """Why the run ends, and what its user could do."""
+        section = self._section
+        rows = [f"{row} has a loss of {loss:.6g}" for row, loss in spike.guilty()[:NAMED]]
+        advice = "try a lower lr, a longer warm-up, gradient_clipping 1.0, or look at the data of this step"
+        if self._journal:
+            advice += f", all of whose rows are in {self._journal}"
+        more = {
+            "stop": "spikes.on_spike=skip or rewind would go on without these rows",
+            "skip": f"more than spikes.max_times = {section.max_times} skips in a row",
+            "rewind": f"more than spikes.max_times = {section.max_times} rewinds",
+        }[section.on_spike]
+        return "; ".join([headline, *rows, "the last checkpoint is intact", advice, more])
+
+    def _write(self, spike: Spike, **facts: Any) -> None:
+        """One line of the journal, on the disk when this returns. Collective. Errors: TrainingStopped."""
+        if not (journal := self._journal):
+            return
+        line = {"step": spike.step, "time_s": round(time.time(), 3), "loss": spike.loss, "why": spike.why, **facts}
+        line["about"] = spike.about
+        line |= {
+            "verdict": spike.verdict(),
+            "worst_first": [{"loss": loss, **asdict(row)} for row, loss in spike.worst()],
+        }
+
+        def append() -> None:
+            try:
+                with journal.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                files.sync(journal.parent)
+            except OSError as error:
+                raise TrainingStopped(f"{journal} cannot be written: {error}; the last checkpoint is intact") from None
+
+        self._world.on_first(append)
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """The lines of RUN/spikes.jsonl; a last one that a crash cut short never was, and is removed."""
+    path = folder / FILE
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    whole, _, rest = text.rpartition("\n")
+    if rest:
+        files.write_text(path, whole + "\n" if whole else "")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _losses(path: Path, last_step: int) -> Iterable[tuple[float, int]]:
+    """(loss, rows consumed after it) of each training step up to `last_step` in metrics.jsonl."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            if not line.endswith("}\n"):
+                continue  # cut short by a crash: beyond any checkpoint
+            found = json.loads(line)
+            if found["step"] <= last_step and "data/rows" in found:
+                yield found["train/loss_nats_per_token"], int(found["data/rows"])

@@ -1,0 +1,172 @@
+"""A watchdog on each rank: after too long without a sign of life it writes down where the rank stands, and all leave.
+
+Ranks meet in reductions, so one that hangs stops them all, and each finds its own last sign too old at about the same
+time. They learn of each other through the files that they write, as no collective can be trusted then.
+"""
+
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from smoltrain.errors import FAULT
+
+TICK_S = 1.0  # between two looks at the last sign of life
+MEET_S = 30.0  # for the other ranks to write where they stand: some may still have gone on for a while
+LAST_WORD_S = 5.0  # launchers kill all ranks when one has left: the one that speaks leaves first
+BACKSTOP_S = 10.0  # beyond the limit, for a rank whose threads cannot run at all
+STDERR = 2
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a rank stands: `marks` signs of life since the step began, the last at `place`, and its innermost line."""
+
+    step: int
+    marks: int
+    place: str
+    line: str
+    in_collective: bool  # waiting for other ranks, as far as the main thread's Python frames tell
+
+    def to_text(self) -> str:
+        """One `key: value` per line."""
+        return "".join(f"{key}: {value}\n" for key, value in vars(self).items())
+
+    @staticmethod
+    def from_text(text: str) -> "Report":
+        """The inverse; further lines are passed over."""
+        found = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+        return Report(
+            int(found["step"]), int(found["marks"]), found["place"], found["line"], found["in_collective"] == "True"
+        )
+
+
+class Watchdog:
+    """Watches from the first `begin` to `close`; `logs` is a folder that all ranks share. limit_s 0: never.
+
+    Its thread needs the interpreter's lock. For a hang that never gives it back (native code), faulthandler's own
+    thread prints all stacks on stderr and ends the process. A process stopped from outside (SIGSTOP) for longer than
+    the limit counts as hanging too.
+    """
+
+    def __init__(self, logs: Path, rank: int, size: int, limit_s: float) -> None:
+        self._logs, self._rank, self._size, self._limit_s = logs, rank, size, limit_s
+        self._opened = time.time()
+        self._last = (time.monotonic(), 0, 0, "")  # when, step, marks, place: one object, so always of one moment
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, step: int) -> None:
+        """A step begins; the first one starts the watch."""
+        self._last = (time.monotonic(), step, 0, "begin")
+        if self._limit_s and not self._thread:
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def mark(self, place: str) -> None:
+        """A sign of life: the rank enters this place now. Costs less than a microsecond."""
+        _, step, marks, _ = self._last
+        self._last = (time.monotonic(), step, marks + 1, place)
+
+    def close(self) -> None:
+        """End the watch. Where a hang was found already the process ends here: whoever leaves first breaks the others'
+        connections, and their errors must neither bury the one line that counts nor forestall it.
+        """
+        self._closed.set()
+        if self._thread:
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            faulthandler.dump_traceback_later(self._limit_s + BACKSTOP_S, exit=True, file=STDERR)  # FAULT is its code
+            if self._closed.wait(min(TICK_S, self._limit_s / 4)):
+                faulthandler.cancel_dump_traceback_later()
+                return
+            silence = time.monotonic() - self._last[0]
+            if silence >= self._limit_s:
+                self._leave(silence)
+
+    def _leave(self, silence: float) -> None:
+        """Write, wait for the others to write, let the lowest rank that did so speak; then the process ends."""
+        try:
+            faulthandler.dump_traceback_later(MEET_S + LAST_WORD_S + BACKSTOP_S, exit=True, file=STDERR)
+            self._write(silence)
+            reports = self._meet()
+            if self._rank == min(reports, default=self._rank):
+                os.write(STDERR, f"{message(reports, self._size, silence, self._logs)}\n".encode())
+            else:
+                time.sleep(LAST_WORD_S)
+        except OSError as error:  # the disk itself may be what hangs or fails
+            os.write(STDERR, f"error: rank {self._rank} hangs and cannot say so in {self._logs}: {error}\n".encode())
+            faulthandler.dump_traceback(STDERR)
+        finally:
+            os._exit(FAULT)
+
+    def _path(self, rank: int) -> Path:
+        return self._logs / f"hang-rank{rank}.txt"
+
+    def _write(self, silence: float) -> None:
+        """The report, and the stacks of all threads; whole or not at all for those who read it."""
+        _, step, marks, place = self._last
+        line, in_collective = _main_thread()
+        path = self._path(self._rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".tmp").open("w", encoding="utf-8") as file:
+            file.write(f"rank: {self._rank} of {self._size}, process {os.getpid()} on {socket.gethostname()}\n")
+            file.write(Report(step, marks, place, line, in_collective).to_text())
+            file.write(f"seconds without a sign of life: {silence:.1f}\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
+        path.with_suffix(".tmp").replace(path)
+
+    def _meet(self) -> dict[int, Report]:
+        """The reports of all ranks that wrote one in time, by rank."""
+        deadline = time.monotonic() + min(MEET_S, self._limit_s)
+        reports: dict[int, Report] = {}
+        while True:
+            for rank in range(self._size):
+                path = self._path(rank)
+                if rank not in reports and path.exists() and path.stat().st_mtime >= self._opened:  # no earlier life's
+                    reports[rank] = Report.from_text(path.read_text(encoding="utf-8"))
+            if len(reports) == self._size or time.monotonic() >= deadline:
+                return reports
+            time.sleep(0.1)
+
+
+def message(reports: dict[int, Report], size: int, silence: float, logs: Path) -> str:
+    """The one line for the user: who stands where of those that the others wait for.
+
+    These are the ranks that wrote nothing and those that have come less far than others. When all stand at the same
+    mark, they are the ones outside of any reduction.
+    """
+    how_far = {rank: (report.step, report.marks) for rank, report in reports.items()}
+    behind = [rank for rank in how_far if how_far[rank] < max(how_far.values())]
+    if not behind and len(reports) == size:
+        behind = [rank for rank, r in reports.items() if not (r.in_collective or r.place == "reduction")]
+    named = [
+        f"rank {rank} stands in {reports[rank].place!r} of step {reports[rank].step}, at {reports[rank].line}"
+        for rank in sorted(behind)
+    ]
+    named += [f"rank {rank} wrote nothing: it is stopped or dead" for rank in range(size) if rank not in reports]
+    who = "; ".join(named) or f"all ranks wait for each other in step {max(how_far.values())[0]}"
+    return (
+        f"error: no sign of life for {silence:.0f} s: {who}; the stacks are in {logs / 'hang-rank*.txt'}; "
+        "the same command goes on from the last checkpoint"
+    )
+
+
+def _main_thread() -> tuple[str, bool]:
+    """The innermost Python line of the main thread, and whether it is inside a collective of torch.distributed."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    line, in_collective = "an unknown line", False
+    if frame:
+        path = "/".join(Path(frame.f_code.co_filename).parts[-2:])
+        line = f"{path}:{frame.f_lineno} ({frame.f_code.co_name})"
+    while frame:
+        in_collective |= "/torch/distributed/" in frame.f_code.co_filename
+        frame = frame.f_back
+    return line, in_collective
