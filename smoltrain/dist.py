@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import psutil
 import torch
 import torch.distributed as torch_dist
 
-from smoltrain.errors import INTERRUPTED, Problem, TrainingStopped, UserError
+from smoltrain.errors import INTERRUPTED, STOPPED, Problem, TrainingStopped, UserError
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -144,19 +145,33 @@ class StopFlag:
     whose launcher or supervisor has died will never be signalled: that counts as a request. As launchers hide the exit
     codes of their ranks, a request is also noted in the file that SMOLTRAIN_ASKED names, if it names one.
 
-    Until `is_raised` is asked for the first time there is nothing to lose, and a signal just ends the process.
+    Until `is_raised` is asked for the first time there is nothing to lose: a signal just ends the process, and so does
+    a launcher's death, without which the ranks might wait for each other for ever.
     """
 
     def __init__(self) -> None:
         self.reason = ""
         self._interrupted = 0.0  # when, in seconds of the monotonic clock
-        self._listening = False
+        self._listening = threading.Event()
         self._noted = "SMOLTRAIN_ASKED" not in os.environ
         # A bare `nohup python` has no launcher and may outlive its shell.
         self._launchers = _launchers() if "LOCAL_RANK" in os.environ else []
         self._supervisor = int(os.environ.get("SMOLTRAIN_SUPERVISOR", "0")) if self._launchers else 0
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+        if self._launchers:
+            threading.Thread(target=self._leave_with_launcher, name="launcher", daemon=True).start()
+
+    def _leave_with_launcher(self) -> None:
+        while not self._listening.wait(1.0):
+            if self._abandoned():
+                os._exit(STOPPED)
+
+    def _abandoned(self) -> str:
+        """Who of those that would pass a signal on is gone, in words; '' while all are there."""
+        if any(_parent(child) != parent for child, parent in self._launchers):
+            return "its launcher is gone"
+        return "its supervisor is gone" if self._supervisor and not _is_alive(self._supervisor) else ""
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
@@ -168,15 +183,11 @@ class StopFlag:
 
     def is_raised(self) -> bool:
         """Whether this rank has a reason to stop."""
-        if not self._listening:
-            self._listening = True
+        if not self._listening.is_set():
+            self._listening.set()
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
-        if not self.reason:
-            if any(_parent(child) != parent for child, parent in self._launchers):
-                self.reason = "its launcher is gone"
-            elif self._supervisor and not _is_alive(self._supervisor):
-                self.reason = "its supervisor is gone"
+        self.reason = self.reason or self._abandoned()
         if self.reason and not self._noted:
             self._noted = True
             with contextlib.suppress(OSError):

@@ -59,8 +59,8 @@ def fill(disk: Path) -> None:
 def check_ends_well(life: Life, run: Path, last: int) -> None:
     """All ranks left, by themselves, with a readable line that names the last checkpoint, which is whole."""
     codes, said = life.end(), life.text()
-    assert set(codes) <= {FAULT, BAD_INPUT}, said
-    assert "Traceback" not in said, said
+    assert set(codes) <= {FAULT, BAD_INPUT}, said[-4000:]
+    assert "Traceback" not in said, said[-4000:]
     lines = [line for line in said.splitlines() if line.startswith("error: ")]
     assert [line for line in lines if re.search(rf"step {last}\b.*intact", line)], lines
     assert checkpoint.steps(run / "checkpoints")[-1] == last
@@ -173,9 +173,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check_refused(life: Life, run: Path, path: Path) -> None:
     """All ranks left with a readable line that names the place; nothing was deleted."""
     codes, said = life.end(), life.text()
-    assert set(codes) <= {FAULT, BAD_INPUT}, said
-    assert "Traceback" not in said, said
-    assert [line for line in said.splitlines() if line.startswith("error: ") and str(path) in line], said
+    assert set(codes) <= {FAULT, BAD_INPUT}, said[-4000:]
+    assert "Traceback" not in said, said[-4000:]
+    assert [line for line in said.splitlines() if line.startswith("error: ") and str(path) in line], said[-4000:]
     assert checkpoint.steps(run / "checkpoints")[-1] == 6
 
 

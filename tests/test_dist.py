@@ -1,5 +1,6 @@
 """Ranks that count, agree and stop together."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -288,6 +289,18 @@ def test_under_deepspeeds_launcher_the_runner_above_it_counts_too(tmp_path: Path
     runner.kill()
     assert found(out) == expected
     runner.communicate()
+
+
+def test_before_the_loop_asks_a_rank_leaves_with_its_launcher() -> None:
+    code = "import time; from smoltrain.dist import StopFlag; f = StopFlag(); print('up', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", LAUNCHER.replace('"up"', "rank.pid"), code, "0", "--stay"]
+    launcher = subprocess.Popen(command, env=environment(LOCAL_RANK="0"), stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    rank = psutil.Process(int(launcher.stdout.readline()))
+    launcher.kill()
+    launcher.communicate()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        rank.wait(20)
 
 
 def test_a_rank_that_was_an_orphan_before_it_looked_knows_it(tmp_path: Path) -> None:

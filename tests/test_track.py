@@ -393,6 +393,20 @@ def test_an_interrupted_runs_later_and_broken_lines_are_dropped(tmp_path: Path) 
     assert json_lines(run / "samples.jsonl") == [*samples[:2], {"step": 4, "prompt": "new", "text": "text"}]
 
 
+def test_a_step_that_is_done_again_is_kept_aside_and_reaches_wandb_once(tmp_path: Path) -> None:
+    run, told = tmp_path / "runs" / "quickstart", []
+    for first_step, last_step in ((0, 5), (3, 4), (3, 7)):  # two kills after the checkpoint of step 3
+        tracker = opened(tmp_path, "track.wandb=offline", first_step=first_step)
+        for step in range(first_step + 1, last_step + 1):
+            tracker.metrics(step, {"train/lr": step / 10})
+        tracker.close(0)
+    assert [line["step"] for line in json_lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [line["step"] for line in json_lines(run / track.UNDONE)] == [4, 5, 4]
+    for path in run.glob("wandb/offline-run-*/run-*.wandb"):
+        told += wandb_files.read(path).steps
+    assert sorted(told) == [1, 2, 3, 4, 5, 6, 7]
+
+
 def test_every_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
     tracker = opened(tmp_path)
     tracker.metrics(1, {"train/lr": 0.5, "train/grad_norm_before_clipping": math.inf})

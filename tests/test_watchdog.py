@@ -128,7 +128,8 @@ def test_a_limit_of_0_is_none(tmp_path: Path, limit_s: float, code: int) -> None
 def test_the_report_of_an_earlier_life_is_not_taken_for_one_of_this(tmp_path: Path) -> None:
     old = tmp_path / "hang-rank1.txt"
     old.write_text(Report(9, 9, "data", "x.py:1 (f)", False).to_text())
-    os.utime(old, (old.stat().st_mtime - 60,) * 2)
+    before = old.stat().st_mtime - 60
+    os.utime(old, (before, before))
     code = "dog = Watchdog(Path(sys.argv[1]), 0, 2, limit_s=0.5); dog.begin(1); time.sleep(60)"
     ended = run(code, tmp_path)
     assert ended.returncode == FAULT
