@@ -1,8 +1,8 @@
 """One rank of a training run: `deepspeed launch/train.py RECIPE [key=value ...]`, or torchrun, or plain python."""
 
 import ctypes
-import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -10,10 +10,10 @@ import traceback
 import warnings
 
 from smoltrain import config
-from smoltrain.errors import BAD_INPUT, FAULT, TrainingStopped, UserError, report
+from smoltrain.errors import BAD_INPUT, FAULT, RankStopped, TrainingStopped, UserError, report
 
 LAST_WORD_S = 5.0
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # full, over quota, read-only, broken
+LOST = re.compile("Connection (closed|reset) by peer|Broken pipe")  # gloo's words
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -32,17 +32,17 @@ def main(words: list[str]) -> int:
 
         return train.run(settings)
     except (UserError, TrainingStopped) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankStopped):
             print(report(error), file=sys.stderr, flush=True)
         else:
             time.sleep(LAST_WORD_S)  # launchers kill all ranks when one has left: let rank 0 say why
         return BAD_INPUT if isinstance(error, UserError) else FAULT
-    except OSError as error:
-        if error.errno not in DISK:
+    except RuntimeError as error:
+        if not LOST.search(str(error)):
             traceback.print_exc()
-        else:  # of metrics, logs and the like; checkpoints say it themselves
+        else:
             print(
-                f"error: {error}; the last checkpoint is intact; mend the disk, then go on", file=sys.stderr, flush=True
+                "error: the connection to another rank is lost: it has left, or was killed", file=sys.stderr, flush=True
             )
         return FAULT
     except BaseException:

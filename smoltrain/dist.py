@@ -82,10 +82,23 @@ class World:
                 outcome = [work()]
             except (UserError, TrainingStopped) as error:
                 outcome = [error]
+            except OSError as error:
+                outcome = [TrainingStopped(f"rank 0: {error}")]
         torch_dist.broadcast_object_list(outcome, src=0, group=self.group)
         if isinstance(outcome[0], Exception):
             raise outcome[0]
         return outcome[0]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Each rank's own result of `work`, or, if it fails on one, that one's error on every rank."""
+        result, failure = None, None
+        try:
+            result = work()
+        except (UserError, TrainingStopped) as error:
+            failure = error
+        if found := next((error for error in self.gather(failure) if error), None):
+            raise found
+        return result  # pyright: ignore[reportReturnType]
 
 
 def choose_device(asked: Literal["auto", "cuda", "cpu", "mps"] = "auto", local_rank: int = 0) -> torch.device:

@@ -55,7 +55,7 @@ def wrap(model: torch.nn.Module, config: Config, world: World, *, precision: str
     )
     with _quiet():
         wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree, dist_init_required=False)
-    return Engine(wrapped, ds_config.dtypes(tree, precision))
+    return Engine(wrapped, ds_config.dtypes(tree, precision), world)
 
 
 def weight_decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -70,10 +70,10 @@ def weight_decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
 class Engine:
     """What the training loop needs of DeepSpeed, in the loop's words."""
 
-    def __init__(self, wrapped: Any, dtypes: str) -> None:
+    def __init__(self, wrapped: Any, dtypes: str, world: World) -> None:
         self._ds = wrapped
         self.dtypes = dtypes
-        self._ds.checkpoint_engine = _Shards(wrapped)
+        self._ds.checkpoint_engine = _Shards(wrapped, world)
         self._ds._copy_recovery_script = lambda _: None  # zero_to_fp32.py: fails on tied weights and unpickles anything
         self.stage = int(wrapped.zero_optimization_stage())
         if self.stage in (1, 2):
@@ -223,8 +223,8 @@ class Engine:
 class _Shards(CheckpointEngine):
     """DeepSpeed's file access: it writes nothing itself, no pickle can run code, what other ranks wrote is cut anew."""
 
-    def __init__(self, wrapped: Any) -> None:
-        self._ds = wrapped
+    def __init__(self, wrapped: Any, world: World) -> None:
+        self._ds, self._world = wrapped, world
         self._taken: dict[str, Any] = {}
         self.written_stage = 0
         self._model: dict[str, Any] = {}  # of the model's file, what tells how the other files were cut
@@ -242,7 +242,11 @@ class _Shards(CheckpointEngine):
         return taken
 
     def load(self, path: str, map_location: Any = None) -> Any:  # noqa: ARG002
-        """What this rank would have written to `path`, read with weights_only. The model's file comes first."""
+        """What this rank would have written to `path`, read with weights_only. Every rank reads as many files."""
+        return self._world.together(lambda: self._load(path))
+
+    def _load(self, path: str) -> Any:
+        """The model's file comes first."""
         if path.endswith("_optim_states.pt"):
             return self._optimizer_state(Path(path))
         state = files.read_tensors(Path(path), ALLOWED)

@@ -34,6 +34,10 @@ class TrainingStopped(Exception):
     """The run itself went wrong (a loss that is not a number, a full disk): exit code 1, message, no traceback."""
 
 
+class RankStopped(TrainingStopped):
+    """One rank alone cannot go on, so that it must say so itself: the others only see that it is gone."""
+
+
 def nearest(word: str, choices: Iterable[str]) -> str:
     """What to want instead of `word`: the closest choice first, else all of them."""
     choices = sorted(choices)

@@ -51,8 +51,19 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(path: Path, tree: Any) -> None:
     """Write a torch file that is on the disk afterwards. Errors: OSError, or RuntimeError of torch's own writer."""
     torch.serialization.set_crc32_options(False)  # 4 of 5 seconds; who writes these files hashes them too
-    torch.save(tree, path)
+    try:
+        with path.open("wb") as file:
+            torch.save(tree, file)
+    except RuntimeError as error:  # torch's writer hides the system's own words
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
     sync(path)
+
+
+def reason(error: BaseException) -> str:
+    """In one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
 
 
 def read_tensors(path: Path, allowed: Sequence[type] = ()) -> Any:

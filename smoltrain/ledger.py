@@ -5,6 +5,7 @@ is the number of rows that the optimizer used before it, over all ranks and epoc
 was lost. B: rows per step.
 """
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
@@ -52,7 +53,8 @@ class Ledger:
 
     def close(self) -> None:
         """No more rows."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # `append` has told of it
+            self._file.close()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Rank 0 writes; the trackers of the other ranks take the same calls and keep silent, so the loop has no `if rank == 0`.
 """
 
+import contextlib
 import json
 import logging
 import math
@@ -186,8 +187,9 @@ class Tracker:
         if self._writes:
             if self._progress:
                 self._progress.stop()
-            self._metrics.close()
-            self._samples.close()
+            for file in (self._metrics, self._samples):
+                with contextlib.suppress(OSError):  # whoever wrote the last line heard of it
+                    file.close()
         if self._wandb:
             self._wandb.finish(exit_code=exit_code)
         logging.shutdown()
@@ -321,6 +323,7 @@ def _step_of(line: str) -> float:
 def _rank_log(path: Path) -> logging.Logger:
     """logs/rankN.log: what this rank said, and every warning of DeepSpeed and torch on it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    logging.raiseExceptions = False  # a full disk must not cover the console with tracebacks
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     log = logging.getLogger("smoltrain")

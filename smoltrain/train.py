@@ -17,7 +17,7 @@ from smoltrain.checkpoint import Saver
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.dist import StopFlag, World
 from smoltrain.engine import Engine
-from smoltrain.errors import DONE, STOPPED, TrainingStopped, UserError
+from smoltrain.errors import DONE, STOPPED, RankStopped, TrainingStopped, UserError
 from smoltrain.generate import generate
 from smoltrain.model import attention
 from smoltrain.plan import Plan
@@ -39,6 +39,10 @@ def run(config: Config) -> int:
     while True:
         try:
             return life(config, world, stop)
+        except OSError as error:  # of this rank's own files: metrics, samples, ledger, log
+            raise RankStopped(
+                f"rank {world.rank}: {error}; {checkpoint.left(config.run_folder / 'checkpoints')}"
+            ) from None
         except Rewind as rewind:  # what a kill and the same command would do, without new processes
             if world.is_first:
                 print(rewind, flush=True)

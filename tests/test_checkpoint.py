@@ -304,7 +304,7 @@ def test_a_rank_that_cannot_write_stops_all_and_says_what_is_left(two_checkpoint
     for said in ranks(2).run(failing_to_write, settings):
         [line] = said
         assert "the checkpoint of step 9 could not be written (rank 1: No space left on device: " in line
-        assert "the last one, of step 6, is intact" in line
+        assert "the last checkpoint, of step 6, is intact" in line
     assert checkpoint.steps(two_checkpoints) == [3, 6, 9], "a save that failed does not stand in the next one's way"
 
 

@@ -69,7 +69,7 @@ def joined(words: list[str]) -> str:
 
 
 def test_every_command_is_looked_at_below():
-    known = {"smoltrain", "./train.sh", "./tests/run.sh", "deepspeed", "torchrun", "python"}
+    known = {"smoltrain", "./train.sh", "./tests/run.sh", "deepspeed", "torchrun", "python", "sbatch"}
     assert {words[0] for words in commands()} == known
 
 
@@ -93,6 +93,12 @@ def test_a_call_of_smoltrain_is_valid(
     else:
         assert verb in ("train", "generate", "plot", "export", "push", "demo", "verify", "prepare", "bench")
         assert given.get("recipe", given.get("run")) in config.recipes() or verb in ("verify", "bench")
+
+
+@pytest.mark.parametrize("words", called("sbatch"), ids=joined)
+def test_a_job_is_there_and_its_recipe_loads(words: list[str]):
+    assert (ROOT / words[1]).is_file()  # tests/test_slurm.py runs it
+    load_words(words[2], words[3:])
 
 
 @pytest.mark.parametrize("words", called("./train.sh"), ids=joined)

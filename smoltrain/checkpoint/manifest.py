@@ -4,9 +4,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
+from typing_extensions import TypedDict
 
 from smoltrain import files
 from smoltrain.errors import Problem, UserError
@@ -17,7 +21,14 @@ DIGEST = "manifest_sha256"  # in manifest.json: of everything else in it
 PREFIX = "step-"
 
 
-@dataclass(frozen=True)
+class Record(TypedDict):
+    """A file as it was written."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Manifest:
     """Where a run stood, and what its files are."""
 
@@ -32,7 +43,7 @@ class Manifest:
     wandb_id: str
     validation_loss: float | None  # nats per token, of the evaluation at this very step; None if there was none
     validation_rows: int  # evaluate.rows then
-    files: dict[str, dict[str, Any]]  # relative name -> {"bytes", "sha256"}
+    files: dict[str, Record]  # by relative name
 
 
 def folder_of(checkpoints: Path, step: int) -> Path:
@@ -72,6 +83,15 @@ def newest_valid(checkpoints: Path, say: Callable[[str], None]) -> Manifest | No
     return None
 
 
+def left(checkpoints: Path) -> str:
+    """In words, what there is to go on from when a run must stop."""
+    try:
+        found = newest_valid(checkpoints, lambda _: None)
+    except UserError:
+        found = None
+    return f"the last checkpoint, of step {found.step}, is intact" if found else "there is no checkpoint before it"
+
+
 def verify(checkpoint: Path) -> Manifest | str:
     """The manifest if every file has the size and SHA-256 it names, else what is wrong with which file."""
     manifest = read_manifest(checkpoint)
@@ -101,7 +121,10 @@ def read_manifest(checkpoint: Path) -> Manifest | str:
         if tree.pop(DIGEST, None) != _digest(tree):
             return f"{path} is not what was written (its own digest differs)"
         manifest = Manifest(**tree)
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{path} cannot be read ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return f"{path} cannot be read ({error})"
     name = checkpoint.resolve().name
     if name.startswith(PREFIX) and name != folder_of(checkpoint, manifest.step).name:

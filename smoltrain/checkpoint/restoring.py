@@ -30,7 +30,7 @@ def restore(checkpoint: Path, manifest: Manifest, engine: "Engine", loader: Load
     engine.load_shards(checkpoint, manifest.zero_stage)
     loader.load_state(manifest.loader)
     if manifest.world_size == world.size:
-        _set_rng_state(files.read_tensors(checkpoint / rng_file(world.rank)))
+        _set_rng_state(world.together(lambda: files.read_tensors(checkpoint / rng_file(world.rank))))
     else:
         digest = hashlib.sha256(f"{seed} {manifest.step} {world.rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8]))

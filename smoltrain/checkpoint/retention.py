@@ -24,10 +24,10 @@ def kept(losses: Mapping[int, float | None], plan: Plan, section: CheckpointSect
     return keep
 
 
-def prune(checkpoints: Path, plan: Plan, section: CheckpointSection) -> None:
-    """Delete what is not to be kept, after a newer one was published."""
+def prune(checkpoints: Path, published: int, plan: Plan, section: CheckpointSection) -> None:
+    """Delete what is not to be kept, after that of the step `published` was; one of a later step did not verify."""
     losses: dict[int, float | None] = {}
-    for step in steps(checkpoints):
+    for step in (step for step in steps(checkpoints) if step <= published):
         manifest = read_manifest(folder_of(checkpoints, step))
         losses[step] = manifest.validation_loss if isinstance(manifest, Manifest) else None
     for step in losses.keys() - kept(losses, plan, section):

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from smoltrain import files
 from smoltrain.checkpoint import retention
-from smoltrain.checkpoint.manifest import FORMAT, Manifest, folder_of, newest_valid, write_manifest
+from smoltrain.checkpoint.manifest import FORMAT, Manifest, Record, folder_of, left, write_manifest
 from smoltrain.checkpoint.restoring import rng_file, rng_state
 from smoltrain.data import Loader, merged
 from smoltrain.dist import World
@@ -45,7 +45,7 @@ class Writing:
     aside: Path
     begun: float  # time.perf_counter()
     pause_s: float
-    records: "Future[dict[str, dict[str, Any]]]"  # of this rank's files
+    records: "Future[dict[str, Record]]"  # of this rank's files
 
 
 class Saver:
@@ -100,7 +100,7 @@ class Saver:
         error = self._writing.records.exception() if done else None
         failed, unfinished = self._world.sum_ints(error is not None, not done)
         if failed:
-            self._give_up(self._world.gather(_reason(error) if error else ""))
+            self._give_up(self._world.gather(files.reason(error) if error else ""))
         if not unfinished:
             self._publish(self._writing)
             self._writing = None
@@ -113,7 +113,7 @@ class Saver:
             wait([self._writing.records], LOOK_S)
         if self._pruning:
             if error := self._pruning.exception():  # nothing is lost by it but room on the disk
-                self._say(f"WARNING: an old checkpoint could not be deleted ({_reason(error)})")
+                self._say(f"WARNING: an old checkpoint could not be deleted ({files.reason(error)})")
             self._pruning = None
 
     def close(self) -> None:
@@ -135,8 +135,10 @@ class Saver:
                     retention.discard(final)
                 files.commit(writing.aside, final)
             except OSError as error:
-                raise TrainingStopped(self._words([_reason(error)])) from None
-            self._pruning = self._thread.submit(retention.prune, self._checkpoints, self._plan, self._section)
+                raise TrainingStopped(self._words([files.reason(error)])) from None
+            self._pruning = self._thread.submit(
+                retention.prune, self._checkpoints, manifest.step, self._plan, self._section
+            )
 
         self._world.on_first(publish)
         line = f"checkpoint {final}: training stood still for {writing.pause_s:.1f} s"
@@ -155,14 +157,9 @@ class Saver:
         """What went wrong, and what is left. One rank calls this."""
         assert self._writing is not None
         wrong = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason)
-        try:
-            left = newest_valid(self._checkpoints, lambda _: None)
-        except UserError:
-            left = None
-        intact = f"the last one, of step {left.step}, is intact" if left else "there is none before it"
         step = self._writing.manifest.step
         what = f"the checkpoint of step {step} could not be written ({wrong})"
-        return f"{what}; {intact}; mend the cause, then the same command goes on from there"
+        return f"{what}; {left(self._checkpoints)}; mend the cause, then the same command goes on from there"
 
 
 def sweep(checkpoints: Path) -> None:
@@ -190,7 +187,7 @@ def on_host(tree: Any, known: dict[Any, torch.Tensor]) -> Any:
     return copy.deepcopy(tree)  # numbers, and DeepSpeed's loss scaler, which changes
 
 
-def _write(folder: Path, tensors: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, dict[str, Any]]:
+def _write(folder: Path, tensors: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, Record]:
     """Write this rank's files; their sizes and hashes by name. Runs in a thread."""
     for name, tree in tensors.items():
         files.write_tensors(folder / name, tree)
@@ -209,16 +206,9 @@ def _make_room(checkpoints: Path, aside: Path, needed: int) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         free = shutil.disk_usage(checkpoints).free
         if free < needed + SPARE_BYTES:
-            want = f"{(needed + SPARE_BYTES) / 2**20:,.0f} MiB for the next checkpoint; the last one is intact"
+            want = f"{(needed + SPARE_BYTES) / 2**20:,.0f} MiB for the next checkpoint; {left(checkpoints)}"
             raise UserError(Problem("the disk is nearly full", f"{free / 2**20:,.0f} MiB free", want, str(checkpoints)))
         aside.mkdir()
     except OSError as error:
-        what, want = "checkpoints cannot be written there", "a folder that this user may write; the last one is intact"
-        raise UserError(Problem(what, _reason(error), want, str(checkpoints))) from None
-
-
-def _reason(error: BaseException) -> str:
-    """In one line. torch hides the system's own words in a RuntimeError when a disk is full."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "")
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+        what, want = "checkpoints cannot be written there", f"a folder that this user may write; {left(checkpoints)}"
+        raise UserError(Problem(what, files.reason(error), want, str(checkpoints))) from None
