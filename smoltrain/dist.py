@@ -178,6 +178,7 @@ class StopFlag:
     def _leave_with_launcher(self) -> None:
         while not self._listening.wait(1.0):
             if self._abandoned():
+                self._note()
                 os._exit(STOPPED)
 
     def _abandoned(self) -> str:
@@ -201,11 +202,15 @@ class StopFlag:
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
         self.reason = self.reason or self._abandoned()
-        if self.reason and not self._noted:
+        if self.reason:
+            self._note()
+        return bool(self.reason)
+
+    def _note(self) -> None:
+        if not self._noted:
             self._noted = True
             with contextlib.suppress(OSError):
                 Path(os.environ["SMOLTRAIN_ASKED"]).touch()
-        return bool(self.reason)
 
 
 def _launchers() -> list[tuple[int, int | None]]:

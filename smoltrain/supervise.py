@@ -217,7 +217,7 @@ def _verdict(code: int, done: bool, asked: bool, lost: bool) -> int:
     """
     if code in (BAD_INPUT, STOPPED) or (code == DONE and done):
         return code
-    stopped = code in ENDED_BY_SIGNAL or (asked and code in (DONE, FAULT))
+    stopped = code == DONE or code in ENDED_BY_SIGNAL or (asked and code == FAULT)
     return STOPPED if stopped and not lost else FAULT
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from smoltrain import checkpoint, data, files, huggingface, model, runfolder
+from smoltrain.checkpoint.manifest import Record
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.model import LanguageModel
 from smoltrain.schema import Config, ModelSection, TransformersSection
@@ -52,7 +53,8 @@ def run_of(config: Config, steps: tuple[int, ...] = (8, 12)) -> Path:
         at.mkdir(parents=True)
         weights = {n: p.detach().bfloat16() for n, p in lively(config.model, step).named_parameters()}
         save_file(weights, at / "model.safetensors")
-        record = {"bytes": (at / "model.safetensors").stat().st_size, "sha256": files.sha256(at / "model.safetensors")}
+        path = at / "model.safetensors"
+        record = Record(bytes=path.stat().st_size, sha256=files.sha256(path))
         manifest = checkpoint.Manifest(
             checkpoint.FORMAT, step, "main", 1, 2, "bf16", {}, 0, entered.wandb_id, None, 8,
             {"model.safetensors": record},

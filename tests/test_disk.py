@@ -4,6 +4,7 @@ The disk is a small tmpfs of its own. A rank stops itself (SIGSTOP) at the momen
 or takes the right to write away, and lets the rank go on: what it meets then is the kernel's own error.
 """
 
+import contextlib
 import ctypes
 import os
 import re
@@ -50,9 +51,10 @@ def words(folder: Path, *overrides: str) -> list[str]:
 
 
 def fill(disk: Path) -> None:
-    """Leave no byte free."""
-    with (disk / "filler").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free)
+    """Leave no byte free, even if somebody else writes meanwhile."""
+    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
     assert shutil.disk_usage(disk).free == 0
 
 

@@ -152,6 +152,7 @@ def test_a_signal_while_there_are_no_ranks_yet_ends_the_command(tmp_path: Path, 
         (DONE, True, False, False, DONE),
         (DONE, True, True, False, DONE),  # too late to stop
         (DONE, False, True, False, STOPPED),  # DeepSpeed's runner, whose launcher was killed; the ranks saved
+        (DONE, False, False, False, STOPPED),  # killed before a rank could notice
         (DONE, False, True, True, FAULT),  # and did not
         (DONE, False, False, True, FAULT),
         (STOPPED, False, True, False, STOPPED),
