@@ -188,7 +188,9 @@ def assert_elastic(tmp_path: Path, ranks: Any, old: int, old_stage: int, readers
             assert ledger_after == ledger
 
 
-@pytest.mark.parametrize(("old", "old_stage", "new", "new_stage"), [(2, 3, 1, 2), (1, 1, 2, 3)])
+@pytest.mark.parametrize(
+    ("old", "old_stage", "new", "new_stage"), [(2, 3, 1, 2), pytest.param(1, 1, 2, 3, marks=pytest.mark.slow)]
+)
 def test_a_run_goes_on_on_another_world_under_another_stage(
     tmp_path: Path, ranks: Any, old: int, old_stage: int, new: int, new_stage: int
 ) -> None:

@@ -114,6 +114,7 @@ def test_one_checkpoint_alone_and_its_loss(run: Path, verify: Callable[..., Veri
     assert (code, "nats per token on 8 rows (none was stored to compare with)" in lines[0]) == (0, True)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_the_run_in_fp32_too_and_with_a_document_mask(tmp_path: Path):
     more = ("engine.precision=fp32", "engine.ds_config=zero0", "packing.document_mask=true", "model.dropout=0.3")
     done = tiny.train(tmp_path, "run.stop_after=main", *more)
@@ -141,7 +142,9 @@ def save_one(settings: Config, precision: str, wandb_id: str) -> None:
     saver.finish()
 
 
-@pytest.mark.parametrize(("stage", "size"), [(0, 1), (1, 2), (2, 2), (3, 2)])
+@pytest.mark.parametrize(
+    ("stage", "size"), [(2, 2), *(pytest.param(*cell, marks=pytest.mark.slow) for cell in ((0, 1), (1, 2), (3, 2)))]
+)
 def test_every_stage_is_looked_into(tmp_path: Path, ranks: Any, stage: int, size: int):
     precision = "fp32" if stage == 0 else "bf16"
     options = (f"engine.ds_config=zero{stage}", f"engine.precision={precision}", "batch.accumulation=4")

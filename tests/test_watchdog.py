@@ -54,7 +54,7 @@ def start_ranks(code: str, folder: Path) -> list[subprocess.Popen[str]]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("how", HANGS)
+@pytest.mark.parametrize("how", ["waits", *(pytest.param(how, marks=pytest.mark.slow) for how in [*HANGS][1:])])
 def test_a_rank_that_hangs_is_named_and_both_leave(tmp_path: Path, how: str) -> None:
     logs = tmp_path / "logs"
     ranks = start_ranks(RANK.format(hang=HANGS[how]), logs)
