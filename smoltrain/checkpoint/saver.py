@@ -87,6 +87,7 @@ class Saver:
         self._writing = Writing(manifest, aside, began, pause_s, records)
         if not self._section.background:
             self.finish()
+            [pause_s] = self._world.max_floats(time.perf_counter() - began)
         return pause_s
 
     def poll(self) -> bool:
@@ -141,10 +142,9 @@ class Saver:
             )
 
         self._world.on_first(publish)
-        line = f"checkpoint {final}: training stood still for {writing.pause_s:.1f} s"
-        if self._section.background:
-            line += f", the files were there {time.perf_counter() - writing.begun:.1f} s after it began"
-        self._say(line)
+        took_s = time.perf_counter() - writing.begun
+        beside = f"training stood still for {writing.pause_s:.1f} s, the files were there {took_s:.1f} s after it began"
+        self._say(f"checkpoint {final}: {beside if self._section.background else f'training waited {took_s:.1f} s'}")
         self._published(manifest.step, final)
 
     def _give_up(self, reasons: list[str]) -> None:
