@@ -47,6 +47,7 @@ def test_all_of_another_run_goes_on_as_that_run_would(main: Path):
     assert (again.returncode, "the plan is complete" in again.stdout) == (DONE, True), "its own checkpoint comes first"
 
 
+@pytest.mark.slow
 def test_all_of_another_run_is_held_to_that_runs_past(main: Path):
     refused = tiny.train(main, "run.name=no", "init.from=quickstart", "init.load=all", "phases.main.lr=1e-3")
     assert refused.returncode == BAD_INPUT
@@ -78,6 +79,7 @@ def test_the_weights_of_another_run(main: Path):
         origin.load_weights(found, config, fresh, other)
 
 
+@pytest.mark.slow
 def test_a_run_that_begins_with_weights_learns_from_step_one(main: Path):
     path = main / "runs" / "quickstart" / "tokenizer"
     words = [f"tokenizer.name={path}", "tokenizer.vocab_size=null", "phases.main.steps=2", "phases.main.warmup_steps=1"]

@@ -94,7 +94,8 @@ def test_a_signal_saves_on_every_rank_and_the_rest_follows_bitwise(
     assert launches.weights_digest(run_folder, END) == launches.weights_digest(uninterrupted, END)
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_first_step_ends_all_at_once(tmp_path: Path, number: signal.Signals) -> None:
     words = tiny.words(tmp_path, *LONG)
     process = launches.start("smoltrain", words, tmp_path / "log")

@@ -55,6 +55,7 @@ def test_a_finished_plan_is_complete_on_any_number_of_ranks(finished: dict[str, 
     assert "the plan is complete (12 steps)" in (folder / "alone").read_text()
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_takes_over(finished: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(finished["deepspeed"].parent, tmp_path / "runs")
     words = tiny.words(tmp_path, *SAME_ROWS, "phases.continuation.steps=5")

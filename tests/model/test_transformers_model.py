@@ -345,6 +345,7 @@ TINY = (
 )
 
 
+@pytest.mark.slow
 def test_zero_2_trains_it_as_plain_torch_does(tmp_path: Path, ranks: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(test_engine, "STEPS", 3)
     settings = tiny.load(tmp_path, *TINY, "engine.precision=fp32", "engine.gradient_checkpointing=full")
