@@ -30,7 +30,7 @@ from smoltrain.watchdog import Watchdog
 def run(config: Config) -> int:
     """Train until the plan, run.stop_after or a signal ends it; returns the exit code (errors.py). Collective.
 
-    Errors: UserError and TrainingStopped, on every rank alike.
+    Errors: UserError and TrainingStopped, on every rank alike; RankStopped where one rank cannot write its own files.
     """
     stop = StopFlag()
     world = dist.open(config.engine.device)
@@ -160,8 +160,10 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
             tracker.validation(step, *found)
             return found[0]
 
-        if manifest and manifest.validation_loss is None and plan.due(done, config.evaluate.every):
-            validate(done)
+        missed = manifest is not None and manifest.validation_loss is None and plan.due(done, config.evaluate.every)
+        if missed and validate(done) is None:
+            tracker.say(f"stopped before step {done + 1}; the same command goes on from there")
+            return STOPPED
 
         # ---- the loop
         for step in range(done + 1, last_step + 1):
@@ -199,7 +201,8 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
                 train_loss = mean(r.metrics["train/loss_nats_per_token"] for r in recent)
                 tracker.warn("memorising", advice.memorising(train_loss, validation_loss, loader.repeat_factor))
             if plan.due(step, config.sample.every):
-                tracker.samples(step, sample(wrapped, loader.prepared.tokenizer, config, watch.mark))
+                texts = sample(wrapped, loader.prepared.tokenizer, config, world, stop=stop.is_raised, mark=watch.mark)
+                tracker.samples(step, texts)
 
             watch.mark("reduction")
             stopping = world.sum_ints(stop.is_raised())[0] > 0
@@ -231,13 +234,19 @@ def finishing(saver: Saver) -> Iterator[None]:
 
 
 def sample(
-    engine: Engine, tokenizer: Tokenizer, config: Config, mark: Callable[[str], None] = lambda _: None
-) -> list[tuple[str, str]]:
-    """(prompt, continuation) for each prompt. Every rank samples the same text, as ZeRO-3's forward is collective."""
+    engine: Engine, tokenizer: Tokenizer, config: Config, world: World,
+    *, stop: Callable[[], bool] = lambda: False, mark: Callable[[str], None] = lambda _: None,
+) -> list[tuple[str, str]]:  # fmt: skip
+    """(prompt, continuation) for each prompt, as far as nobody asks to stop.
+
+    Every rank samples the same text, as ZeRO-3's forward is collective.
+    """
     banned = tokenizer.unspoken_ids(config.model.vocab_size)
     texts = []
     for prompt in config.sample.prompts:
         mark("sampling")
+        if world.sum_ints(stop())[0]:
+            break
         ids = tokenizer.encode(prompt) or [tokenizer.separator_id]
         with engine.evaluating():
             new = generate(

@@ -218,7 +218,9 @@ def samples(settings: Config, stage: int) -> list[tuple[str, str]]:
     wrapped, here = engine_for(settings, "fp32"), world()
     assert wrapped.stage == stage
     state = torch.get_rng_state()
-    texts = train.sample(wrapped, loader_of(settings, here.rank, here.size).prepared.tokenizer, settings)
+    tokenizer = loader_of(settings, here.rank, here.size).prepared.tokenizer
+    texts = train.sample(wrapped, tokenizer, settings, here)
+    assert train.sample(wrapped, tokenizer, settings, here, stop=lambda: here.rank == 1) == []
     assert torch.equal(state, torch.get_rng_state()), "sampling must not touch the training's random numbers"
     assert wrapped.module.training
     return texts
