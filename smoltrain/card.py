@@ -1,12 +1,12 @@
 """The model card of an export: README.md, as the Hugging Face Hub shows it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from smoltrain import __version__
+from smoltrain.files import json_lines
 from smoltrain.huggingface import OWN
 from smoltrain.loading import LoadedRun
 from smoltrain.schema import Config, DataSection
@@ -44,11 +44,9 @@ def text(loaded: LoadedRun, class_name: str, num_parameters: int, unfinished: st
 def last_metrics(file: Path, step: int) -> dict[str, Any]:
     """The last value of each metric at or before `step`; {} without the file."""
     last: dict[str, Any] = {}
-    if file.is_file():
-        with file.open(encoding="utf-8") as lines:
-            for line in lines:
-                if line.endswith("\n") and (values := json.loads(line))["step"] <= step:  # a crash may cut the last one
-                    last |= values
+    for line in json_lines(file):
+        if line["step"] <= step:
+            last |= line
     return last
 
 

@@ -28,6 +28,7 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ECHO_S = 0.5  # launchers pass on a Ctrl-C that the terminal has sent to their ranks already: no second one
+LOOK_S = 1.0  # between two looks at whether launchers and supervisor live
 DEEPSPEED_LAUNCHER = "deepspeed.launcher.launch"
 
 
@@ -165,6 +166,7 @@ class StopFlag:
     def __init__(self) -> None:
         self.reason = ""
         self._interrupted = 0.0  # when, in seconds of the monotonic clock
+        self._next_look = 0.0  # for launchers, likewise
         self._listening = threading.Event()
         self._noted = "SMOLTRAIN_ASKED" not in os.environ
         # A bare `nohup python` has no launcher and may outlive its shell.
@@ -176,7 +178,7 @@ class StopFlag:
             threading.Thread(target=self._leave_with_launcher, name="launcher", daemon=True).start()
 
     def _leave_with_launcher(self) -> None:
-        while not self._listening.wait(1.0):
+        while not self._listening.wait(LOOK_S):
             if self._abandoned():
                 self._note()
                 os._exit(STOPPED)
@@ -201,7 +203,9 @@ class StopFlag:
             self._listening.set()
             for number in STOP_SIGNALS:
                 signal.signal(number, self._on_signal)
-        self.reason = self.reason or self._abandoned()
+        if not self.reason and time.monotonic() >= self._next_look:  # a look costs 0.1 ms, and steps may be short
+            self._next_look = time.monotonic() + LOOK_S
+            self.reason = self._abandoned()
         if self.reason:
             self._note()
         return bool(self.reason)

@@ -1,6 +1,7 @@
 """A model wrapped by DeepSpeed: forward, backward, one update, shards in and out. The only importer of deepspeed."""
 
 import contextlib
+import functools
 import importlib
 import logging
 import os
@@ -262,10 +263,10 @@ class _Shards(CheckpointEngine):
         if old == new and self._model["ds_config"] == self._ds.config:
             return files.read_tensors(path, ALLOWED)
 
+        @functools.cache
         def written_by(source: int) -> dict[str, Any]:
-            found = next(
-                path.parent.glob(f"*zero_pp_rank_{source}_mp_rank_00_optim_states.pt")
-            )  # bf16_ in front, or not
+            name = f"*zero_pp_rank_{source}_mp_rank_00_optim_states.pt"  # with bf16_ in front, or not
+            found = next(path.parent.glob(name))
             with TORCH_FILES.patch({"load.mmap": True}):  # what is not needed of a file is not read
                 return files.read_tensors(found, ALLOWED)["optimizer_state_dict"]
 

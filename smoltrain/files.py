@@ -5,7 +5,7 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,13 @@ def commit(written: Path, final: Path) -> None:
 def write_json(path: Path, value: Any) -> None:
     """`write_text` of indented JSON."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a .jsonl; none if there is no such file. A last one that a crash cut short never was."""
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from (json.loads(line) for line in file if line.endswith("}\n"))
 
 
 def write_tensors(path: Path, tree: Any) -> None:

@@ -7,7 +7,6 @@ was lost. B: rows per step.
 
 import contextlib
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 
 from smoltrain.data import order
 from smoltrain.errors import Problem, UserError
-from smoltrain.files import sync
+from smoltrain.files import json_lines, sync
 from smoltrain.runfolder import provenance_of
 
 FILE = "ledger.bin"
@@ -144,7 +143,7 @@ class Comparison:
 def read(run: Path) -> History:
     """The history of a run folder. Errors: UserError if it has trained no row yet, or is not one the run wrote."""
     # The metrics first: a run that lives appends to the ledger before it does to them.
-    lines = [line for line in _lines(run / "metrics.jsonl") if "data/rows" in line]
+    lines = [line for line in json_lines(run / "metrics.jsonl") if "data/rows" in line]
     path = run / FILE
     num = path.stat().st_size // DIGEST.itemsize if path.is_file() else 0
     if not num:
@@ -191,8 +190,3 @@ def _chain(digests: np.ndarray, rows_per_step: int) -> str:
     for start in range(0, len(digests), rows_per_step):
         ledger = order.extend(ledger, int(digests[start : start + rows_per_step].sum(dtype=np.uint64)))
     return ledger
-
-
-def _lines(path: Path) -> list[dict]:
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # the last may be half written

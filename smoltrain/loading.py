@@ -137,7 +137,7 @@ def _warn(text: str) -> None:
 
 def read_weights(folder: Path, built: LanguageModel) -> huggingface.Tensors:
     """The weights in a checkpoint, in the dtype it stores. Errors: UserError where they are not those of the model."""
-    path = folder / "model.safetensors"
+    path = folder / checkpoint.WEIGHTS
     weights = huggingface.read_safetensors(path)
     own = dict(built.named_parameters())  # a tied one once, as the checkpoint has it
     huggingface.check_tensors({name: p.shape for name, p in own.items()}, weights, path)

@@ -1,6 +1,5 @@
 """Pictures as PNG files. matplotlib's object interface throughout: no window, no global state."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from smoltrain.errors import Problem, UserError
+from smoltrain.files import json_lines
 from smoltrain.plan import Plan
 
 BLUE, ORANGE, GREY, GREEN = "#2a6fb0", "#d1661f", "#5f6b76", "#3c7d4f"
@@ -76,11 +76,9 @@ class Metrics:
 
 
 def _metrics(path: Path) -> Metrics:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    lines = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # the last may be half written
-    if not lines:
-        raise UserError(Problem("there is nothing to draw yet", f"no step in {path}", "a run that trained", "RUN"))
-    return Metrics(lines)
+    if lines := list(json_lines(path)):
+        return Metrics(lines)
+    raise UserError(Problem("there is nothing to draw yet", f"no step in {path}", "a run that trained", "RUN"))
 
 
 def running_median(values: np.ndarray, width: int) -> np.ndarray:

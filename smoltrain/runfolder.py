@@ -23,6 +23,11 @@ IDENTITY = ("model", "tokenizer", "data", "packing", "optimizer", "run.seed", "b
 # What may change of these: the data themselves are compared by their fingerprint, wherever they lie now.
 ELSEWHERE = ("path", "cache", "patience_s", "max_bad_records", "allow_changed", "mode", "streams")
 FREE = tuple(f"data.{key}" for key in ELSEWHERE)
+UNWRITABLE = {
+    errno.EACCES: "a folder that this user may write",
+    errno.EPERM: "a folder that this user may write",
+    errno.EROFS: "a file system that is not read-only",
+}
 PACKAGES = ("torch", "deepspeed", "tokenizers", "wandb", "numpy")
 
 
@@ -47,17 +52,12 @@ def claim(config: Config, patience_s: float = 40.0) -> FileLock | None:
     except Timeout:
         what, want = "another process trains this run", "one at a time"
         raise UserError(Problem(what, str(lock.lock_file), want, "run.name, or end the other one")) from None
-    except PermissionError as error:
-        raise UserError(
-            Problem("the run cannot be written there", str(error), "a folder that this user may write", "run.folder")
-        ) from None
     except OSError as error:
-        if error.errno == errno.EROFS:
-            what, want = "the run cannot be written there", "a file system that is not read-only"
-            raise UserError(Problem(what, str(error), want, "run.folder")) from None
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some network file systems have none
-            raise
-        return None
+        if want := UNWRITABLE.get(error.errno or 0):
+            raise UserError(Problem("the run cannot be written there", str(error), want, "run.folder")) from None
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some network file systems have none
+            return None
+        raise
     return lock
 
 

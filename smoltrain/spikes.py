@@ -32,10 +32,6 @@ NAMED = 3  # rows on the console
 class Rewind(Exception):
     """Go back to the newest valid checkpoint and on from there, with the rows of the journal passed over."""
 
-    def __init__(self, message: str, step: int, rows: tuple[int, int]) -> None:
-        super().__init__(message)
-        self.step, self.rows = step, rows  # the guilty step; positions [first, last)
-
 
 @dataclass(frozen=True)
 class Spike:
@@ -156,7 +152,7 @@ class Guard:
             return
         self._passed.append(rows)
         what = f"rewind {tried}: back to the newest checkpoint, and on from there"
-        raise Rewind(f"{what} without the rows {rows[0]:,} to {rows[1] - 1:,}", spike.step, rows)
+        raise Rewind(f"{what} without the rows {rows[0]:,} to {rows[1] - 1:,}")
 
     def _window_begins(self, spike: Spike) -> int:
         """The position of the first row of the last `window` steps, the spike's the last one; 0 if there are fewer."""
@@ -215,12 +211,6 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def _losses(path: Path, last_step: int) -> Iterable[tuple[float, int]]:
     """(loss, rows consumed after it) of each training step up to `last_step` in metrics.jsonl."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if not line.endswith("}\n"):
-                continue  # cut short by a crash: beyond any checkpoint
-            found = json.loads(line)
-            if found["step"] <= last_step and "data/rows" in found:
-                yield found["train/loss_nats_per_token"], int(found["data/rows"])
+    for line in files.json_lines(path):
+        if line["step"] <= last_step and "data/rows" in line:
+            yield line["train/loss_nats_per_token"], int(line["data/rows"])

@@ -5,7 +5,6 @@ This process owns the launcher's process group: it passes signals to the ranks t
 """
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -14,12 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import psutil
 import torch
 
-from smoltrain import checkpoint, config, data, dist, ds_config, model, origin, runfolder
+from smoltrain import checkpoint, config, data, dist, ds_config, files, model, origin, runfolder
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
 from smoltrain.plan import Plan
 from smoltrain.schema import Config
@@ -226,7 +224,7 @@ def _has_lost(run: Path, since: float) -> bool:
     metrics = run / "metrics.jsonl"
     if not metrics.exists() or metrics.stat().st_mtime < since:
         return False
-    return max((line["step"] for line in _metrics(run)), default=0) > _saved(run)
+    return max((line["step"] for line in files.json_lines(metrics)), default=0) > _saved(run)
 
 
 def _saved(run: Path) -> int:
@@ -237,7 +235,8 @@ def _saved(run: Path) -> int:
 def _summary(settings: Config, plan: Plan, done: int) -> str:
     """What was reached and what to do with it."""
     run, command = settings.run_folder, os.path.relpath(Path(sys.executable).with_name("smoltrain"))
-    losses = [v for line in _metrics(run) if (v := line.get("validation/loss_nats_per_token")) is not None]
+    name = "validation/loss_nats_per_token"
+    losses = [line[name] for line in files.json_lines(run / "metrics.jsonl") if name in line]
     reached = f", validation loss {losses[-1]:.4f} nats per token" if losses else ""
     lines = [f"done: {done} of {plan.last_step} steps{reached}; weights, curves and metrics are in {run}", "next:"]
     lines.append(f"  {command} generate {run} --prompt 'To be'")
@@ -245,8 +244,3 @@ def _summary(settings: Config, plan: Plan, done: int) -> str:
         lines.append(f"  {Path(command).with_name('wandb')} sync {run}/wandb/offline-run-*")
     lines.append(f"  {command} show {run}/config.yaml --plan")
     return "\n".join(lines)
-
-
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]  # a kill may have cut the last one

@@ -13,7 +13,7 @@ from statistics import mean
 import torch
 
 from smoltrain import advice, checkpoint, data, dist, ds_config, engine, ledger, model, origin, plots, runfolder, track
-from smoltrain.checkpoint import Saver
+from smoltrain.checkpoint import WEIGHTS, Saver
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.dist import StopFlag, World
 from smoltrain.engine import Engine
@@ -267,7 +267,6 @@ PACKING = {
     False: "documents are chopped into rows and see each other there; packing.document_mask=true keeps them apart",
     True: "documents are chopped into rows; attention and positions stay within each, as packing.document_mask asks",
 }
-WEIGHTS = "model.safetensors"
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from smoltrain import dist
+from smoltrain import dist, files
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -65,29 +66,22 @@ def run(launcher: str, words: list[str], log: Path, timeout_s: float = TIMEOUT_S
 
 def ranks_alive(words: list[str]) -> list[psutil.Process]:
     """The rank processes of the run that these words name."""
-    folder = next(word for word in words if word.startswith("run.folder="))
-    found = []
-    for process in psutil.process_iter():
-        try:
-            line = process.cmdline()
-        except psutil.Error:
-            continue
-        if folder in line and SCRIPT in line[:3]:
-            found.append(process)
-    return found
+    return [process for process, line in _processes(words) if SCRIPT in line[:3]]
 
 
 def alive(words: list[str]) -> dict[int, psutil.Process]:
     """Every living process whose command line names this run: ranks, launchers and what stands above them."""
+    return {process.pid: process for process, _ in _processes(words)}
+
+
+def _processes(words: list[str]) -> Iterator[tuple[psutil.Process, list[str]]]:
+    """The living processes of the run that these words name, each with its command line."""
     folder = next(word for word in words if word.startswith("run.folder="))
-    found = {}
     for process in psutil.process_iter():
-        try:
-            if folder in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
-                found[process.pid] = process
-        except psutil.Error:
-            continue
-    return found
+        with contextlib.suppress(psutil.Error):
+            line = process.cmdline()
+            if folder in line and process.status() != psutil.STATUS_ZOMBIE:
+                yield process, line
 
 
 def launcher_of(rank: psutil.Process) -> psutil.Process:
@@ -123,9 +117,7 @@ def wait_until_gone(words: list[str], seconds: float = 40) -> None:
 
 
 def metrics(run_folder: Path) -> list[dict[str, Any]]:
-    path = run_folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return list(files.json_lines(run_folder / "metrics.jsonl"))
 
 
 def losses(run_folder: Path) -> dict[int, float]:

@@ -241,6 +241,12 @@ def test_a_checkpoint_with_nothing_in_it_is_passed_over(run: Path, make: Callabl
 # ---- what may not be read
 
 
+needs_capabilities = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "capset"),
+    reason="capabilities are Linux's; the cases of a missing file run the same refusal",
+)
+
+
 def without_privileges(function: Callable[..., None] = lambda: None, *args: Any) -> None:
     """function(*args) in a process that the file system treats as any other user's, even if it is root's.
 
@@ -260,7 +266,7 @@ def tell_newest(checkpoints: Path) -> None:
         print("refused:", error)
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "capset"), reason="capabilities are Linux's")
+@needs_capabilities
 @pytest.mark.parametrize("name", [*FILES, MANIFEST, "deepspeed", ""])
 def test_what_may_not_be_read_is_passed_over_and_named(run: Path, tmp_path: Path, name: str) -> None:
     path = folder_of(run) / name
@@ -276,7 +282,7 @@ def test_what_may_not_be_read_is_passed_over_and_named(run: Path, tmp_path: Path
     assert second == "found 2"
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "capset"), reason="capabilities are Linux's")
+@needs_capabilities
 def test_checkpoints_that_may_not_be_listed_are_not_taken_for_none(run: Path, tmp_path: Path) -> None:
     (run / "checkpoints").chmod(0)
     life = zygote().fork(1, tmp_path / "log", without_privileges, tell_newest, run / "checkpoints")

@@ -20,7 +20,7 @@ from smoltrain import checkpoint
 from smoltrain.checkpoint import Manifest
 from smoltrain.errors import BAD_INPUT, FAULT
 from tests import tiny
-from tests.test_corruption import without_privileges
+from tests.test_corruption import needs_capabilities, without_privileges
 from tests.test_crash import check_same, in_checkpoints, stop_at
 from tests.zygote import Life, State, zygote
 
@@ -29,7 +29,6 @@ STEPS = 8
 SETTINGS = (
     "phases.main.steps=6", "phases.continuation.steps=2", "checkpoint.every=2", "sample.every=0", "model.dropout=0.1",
 )  # fmt: skip
-needs_capabilities = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "capset"), reason="capabilities are Linux's")
 
 
 @pytest.fixture
@@ -41,7 +40,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     try:
         subprocess.run(["mount", *options], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"a tmpfs cannot be mounted here: {getattr(error, 'stderr', b'').decode() or error}")
+        why = getattr(error, "stderr", b"").decode() or error
+        pytest.skip(f"no tmpfs can be mounted here ({why}); test_checkpoint.py says that the disk is nearly full")
     yield mounted
     subprocess.run(["umount", "--lazy", str(mounted)], check=True)
 

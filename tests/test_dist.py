@@ -311,7 +311,9 @@ def test_a_rank_that_was_an_orphan_before_it_looked_knows_it(tmp_path: Path) -> 
     launcher = ["sh", "-c", '"$0" "$1" 20 $$ "$2" & ', sys.executable, str(script), str(tmp_path / "adopter")]
     subprocess.run(launcher, env=environment(LOCAL_RANK="0"), check=True, timeout=60, stdout=subprocess.DEVNULL)
     if found(tmp_path / "adopter") != "1":
-        pytest.skip("orphans are adopted by another process than the first here")
+        pytest.skip(
+            "orphans are adopted by another process than the first here; the tests above kill a launcher that was seen"
+        )
     assert found(out) == "True its launcher is gone\n"
 
 

@@ -173,3 +173,13 @@ def test_a_broken_file_is_a_readable_error(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(TrainingStopped, match="No such file"):
         files.read_tensors(path)
+
+
+# ---- lines
+
+
+def test_json_lines_are_all_but_one_that_a_crash_cut_short(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert list(files.json_lines(path)) == []
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "text": "\xff"}\n{"step": 3}')
+    assert list(files.json_lines(path)) == [{"step": 1}, {"step": 2, "text": "\ufffd"}]

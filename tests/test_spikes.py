@@ -135,9 +135,8 @@ def test_a_window_reaches_back_over_whole_steps_of_one_mix(window: int, mix_begi
     """Step 2 had two tries: its rows are 8 to 23, those that it was applied with 16 to 23."""
     history = [(3.0, 8), (3.0, 24), (3.0, 32), (3.0, 40), (3.0, 48)]
     guard = guard_of(history=history, on_spike="rewind", window=window)
-    with pytest.raises(Rewind) as rewind:
+    with pytest.raises(Rewind, match=f"without the rows {first} to 55$"):
         guard.meet(spike_of(7), print, mix_begins)
-    assert rewind.value.rows == (first, 56)
 
 
 def test_the_history_is_what_it_was_at_the_restored_step(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """`smoltrain train`, which is what ./train.sh runs: phases in fresh processes, kills, signals, exit codes."""
 
+import re
 import signal
 import subprocess
 import time
@@ -61,7 +62,8 @@ def test_a_rank_killed_in_mid_run_costs_nothing_but_time(uninterrupted: Path, tm
     launches.ranks_alive(words)[1].kill()
     assert process.wait(launches.TIMEOUT_S) == FAULT
     launches.wait_until_gone(words)
-    assert "error: a rank, or what started it, died (exit code 247)" in (tmp_path / "log").read_text()
+    # Which of the two the launcher sees first is a matter of milliseconds: the killed one, or the one that lost it.
+    assert re.search(r"error: a rank, or what started it, died \(exit code (247|1)\)", (tmp_path / "log").read_text())
     left = checkpoint.newest_valid(run_folder / "checkpoints", print)
     assert left is not None
     assert 20 <= left.step < 60

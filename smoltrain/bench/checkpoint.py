@@ -5,7 +5,6 @@ waiting for them, and its own metrics.jsonl is read. A save costs the seconds th
 steps right behind it took longer than others, as the writer needs cores too.
 """
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -85,5 +84,4 @@ def _run(recipe: str, overrides: list[str], folder: Path, steps: int, background
     if done.returncode:
         what = f"the run that was to be measured ended with code {done.returncode}"
         raise TrainingStopped(f"{what}: {done.stdout[-500:]}")
-    text = (folder / "bench" / "metrics.jsonl").read_text(encoding="utf-8")
-    return cost([json.loads(line) for line in text.splitlines()])
+    return cost(list(files.json_lines(folder / "bench" / "metrics.jsonl")))

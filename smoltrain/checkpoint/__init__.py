@@ -12,6 +12,7 @@ A folder whose name ends in .tmp is in the making, or on its way out; the next s
 from smoltrain.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
+    WEIGHTS,
     Manifest,
     folder_of,
     left,
@@ -27,6 +28,7 @@ from smoltrain.checkpoint.saver import Saver, sweep
 __all__ = [
     "FORMAT",
     "MANIFEST",
+    "WEIGHTS",
     "Manifest",
     "Saver",
     "folder_of",

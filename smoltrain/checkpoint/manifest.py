@@ -17,6 +17,7 @@ from smoltrain.errors import Problem, UserError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
 DIGEST = "manifest_sha256"  # in manifest.json: of everything else in it
 PREFIX = "step-"
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from smoltrain import files
 from smoltrain.checkpoint import retention
-from smoltrain.checkpoint.manifest import FORMAT, Manifest, Record, folder_of, left, write_manifest
+from smoltrain.checkpoint.manifest import FORMAT, WEIGHTS, Manifest, Record, folder_of, left, write_manifest
 from smoltrain.checkpoint.restoring import rng_file, rng_state
 from smoltrain.data import Loader, merged
 from smoltrain.dist import World
@@ -71,7 +71,8 @@ class Saver:
         """
         began = time.perf_counter()
         self.finish()
-        aside = folder_of(self._checkpoints, step).with_name(f"{folder_of(self._checkpoints, step).name}.tmp")
+        final = folder_of(self._checkpoints, step)
+        aside = final.with_name(final.name + ".tmp")
         self._world.on_first(lambda: _make_room(self._checkpoints, aside, engine.checkpoint_bytes()))
         state = merged(self._world.gather(loader.state()))
         known: dict[Any, torch.Tensor] = {}
@@ -193,9 +194,9 @@ def _write(folder: Path, tensors: dict[str, Any], weights: dict[str, torch.Tenso
         files.write_tensors(folder / name, tree)
     names = list(tensors)
     if weights:
-        names.append("model.safetensors")
-        save_file(weights, folder / names[-1])
-        files.sync(folder / names[-1])
+        names.append(WEIGHTS)
+        save_file(weights, folder / WEIGHTS)
+        files.sync(folder / WEIGHTS)
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": files.sha256(folder / name)} for name in names}
 
 
