@@ -1,0 +1,83 @@
+"""torch.compile: where it can run, and functions that are compiled at their first call."""
+
+import functools
+import os
+import shutil
+import sys
+import sysconfig
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Generic, Literal, NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+from smoltrain.errors import Problem, UserError
+
+# Work in which a tenth less time makes up for compiling: 5 minutes of two cores of a CPU, or of a large GPU.
+WORTH_FLOP = {"cpu": 1e14, "cuda": 1e17}
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Choice(NamedTuple):
+    """Whether code is compiled, and in a few words why."""
+
+    on: bool
+    reason: str
+
+
+def choose(requested: Literal["auto", "on", "off"], device: torch.device, flop: float) -> Choice:
+    """Whether to compile for so many floating-point operations on this device.
+
+    Errors: UserError where it is asked for and cannot be.
+    """
+    if requested == "off":
+        return Choice(False, "as engine.compile asks")
+    lack = missing(device.type)
+    if requested == "on":
+        if lack:
+            want = "a C++ compiler and Python's headers (on Debian: apt install g++ python3-dev), or off"
+            raise UserError(Problem("torch.compile cannot run here", lack, want, "engine.compile"))
+        return Choice(True, "as engine.compile asks")
+    if lack:
+        return Choice(False, lack)
+    enough, least = flop >= WORTH_FLOP[device.type], WORTH_FLOP[device.type]
+    return Choice(enough, f"auto: {flop:.1e} FLOP to do, it pays from about {least:.0e}")
+
+
+@functools.cache
+def missing(device_type: str) -> str:
+    """What torch.compile's inductor needs for this type of device and does not find; '' if nothing."""
+    if device_type == "mps":
+        return "it was not tried on MPS"
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as inductor looks for it
+    if not shutil.which(compiler):
+        return f"no C++ compiler is installed ({compiler})"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's headers are not installed"
+    return ""
+
+
+class Compilable(Generic[P, R]):
+    """A function, and as `compiled` the same function, which torch.compile makes when it is first called.
+
+    Shapes are taken as they come, each new one compiles anew: training has few. What is compiled is kept on disk by
+    torch, so that the next process only loads it.
+    """
+
+    def __init__(self, function: Callable[P, R]) -> None:
+        self._function = function
+
+    @functools.cached_property
+    def compiled(self) -> Callable[P, R]:
+        """The function after torch.compile, whose import alone takes a second."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of torch.jit
+            compiled = torch.compile(self._function, dynamic=False)
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
+        return compiled
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The function as it was written."""
+        return self._function(*args, **kwargs)

@@ -1,0 +1,66 @@
+"""Where torch.compile runs, and what a block, a loss and an update are when it does."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smoltrain import compiling
+from smoltrain.compiling import Compilable
+from smoltrain.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def equipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which nothing is missing."""
+    monkeypatch.setattr(compiling, "missing", lambda _: "")
+
+
+@pytest.mark.usefixtures("equipped")
+@pytest.mark.parametrize(("asked", "flop", "on", "reason"), [
+    ("auto", 1e13, False, "auto: 1.0e+13 FLOP to do, it pays from about 1e+14"),
+    ("auto", 2e14, True, "auto: 2.0e+14 FLOP to do, it pays from about 1e+14"),
+    ("on", 0.0, True, "as engine.compile asks"),
+    ("off", 1e20, False, "as engine.compile asks"),
+])  # fmt: skip
+def test_it_is_for_long_runs(asked: Any, flop: float, on: bool, reason: str) -> None:
+    assert compiling.choose(asked, CPU, flop) == (on, reason)
+
+
+def test_without_a_compiler_auto_is_off_and_on_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiling.missing.cache_clear()
+    try:
+        assert compiling.choose("auto", CPU, 1e20) == (False, "no C++ compiler is installed (no-such-compiler)")
+        with pytest.raises(UserError, match=r"torch.compile cannot run here: saw no C\+\+ compiler .*engine\.compile"):
+            compiling.choose("on", CPU, 1e20)
+    finally:
+        compiling.missing.cache_clear()
+
+
+def test_python_without_headers_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: name)
+    monkeypatch.setattr(compiling.sysconfig, "get_path", lambda _: str(tmp_path))
+    compiling.missing.cache_clear()
+    try:
+        assert compiling.missing("cpu") == "Python's headers are not installed"
+    finally:
+        compiling.missing.cache_clear()
+
+
+def test_a_function_stays_what_it_is_and_has_a_compiled_form() -> None:
+    calls = []
+
+    @Compilable
+    def double(x: torch.Tensor) -> torch.Tensor:
+        calls.append(torch.compiler.is_compiling())
+        return x * 2
+
+    x = torch.arange(4.0)
+    assert double(x).tolist() == [0, 2, 4, 6]
+    assert calls == [False]
+    if not compiling.missing("cpu"):
+        assert torch.equal(double.compiled(x), double(x))
