@@ -32,9 +32,12 @@ def _transformers(m: TransformersSection, c: Config) -> Iterator[Problem]:
             yield Problem(
                 f"{key} stands in the wrong place", f"model.config.{key}", f"model.{key}", f"model.config.{key}"
             )
-    if isinstance(c.engine.gradient_checkpointing, int):
+    if c.engine.gradient_checkpointing not in ("none", "full"):
         what, want = "a transformers model recomputes all blocks or none", "none or full"
         yield Problem(what, str(c.engine.gradient_checkpointing), want, "engine.gradient_checkpointing")
+    for key, value in (("loss", "fused"), ("compile", "on")):
+        if getattr(c.engine, key) == value:
+            yield Problem(f"a transformers model cannot have {key} {value}", value, "auto", f"engine.{key}")
 
 
 def _batch_and_data(c: Config) -> Iterator[Problem]:

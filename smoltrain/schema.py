@@ -218,11 +218,24 @@ class EngineSection(Section):
     )
     ds_config: str = Field(default="zero2", description="a name in ds_configs/ or a path to DeepSpeed JSON")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto", description="of weights and activations")
-    gradient_checkpointing: Literal["none", "full"] | int = Field(
-        default="none", description="recompute no block, every block, or every n-th block in the backward pass"
+    gradient_checkpointing: Literal["none", "selective", "full"] | int = Field(
+        default="none",
+        description="recompute no block, all but matrix products and fused attention, every block, or every n-th block "
+        "in the backward pass",
     )
-    attention: Literal["auto", "flash", "sdpa", "math"] = Field(
-        default="auto", description="kernel; auto takes the fastest"
+    attention: Literal["auto", "flash", "blocked", "sdpa", "math"] = Field(
+        default="auto", description="kernel; auto takes the fastest; blocked is smoltrain's own for the CPU"
+    )
+    reduce_gradients: Literal["auto", "step", "micro_batch"] = Field(
+        default="auto",
+        description="when they travel under ZeRO-1 and 2: once a step, with fp32 sums of all of them on each rank, or "
+        "after each micro-batch, as DeepSpeed has it; auto: step on a CPU",
+    )
+    loss: Literal["auto", "fused", "plain"] = Field(
+        default="auto", description="whether the logits exist as a whole (plain), or a chunk of rows at a time"
+    )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto", description="torch.compile; auto: where a compiler is installed and the run is long enough"
     )
     hang_s: float = Field(
         default=900.0, ge=0, description="seconds without a sign of life after which all ranks leave; 0 never"
@@ -237,6 +250,11 @@ class OptimizerSection(Section):
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     gradient_clipping: float = Field(
         default=1.0, ge=0, description="largest global L2 norm of the gradient; 0 never clips"
+    )
+    z_loss: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of log(Z)^2 per token in what is minimised, not in what is logged",
     )
 
 

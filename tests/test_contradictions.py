@@ -39,6 +39,7 @@ RULES = [
     (["init.load=all"], "there is nothing to load all of", "init.from or init.load"),
     ([*LLAMA, "model.config.vocab_size=9"], "vocab_size stands in", "model.config.vocab_size"),
     ([*LLAMA, "engine.gradient_checkpointing=2"], "a transformers model recomputes", "engine.gradient_checkpointing"),
+    ([*LLAMA, "engine.loss=fused"], "a transformers model cannot have", "engine.loss"),
     (["tokenizer.vocab_size=null"], "tokenizer.vocab_size does not fit", "tokenizer.vocab_size"),
     (["model.vocab_size=2047"], "the embedding table cannot hold", "model.vocab_size"),
     (["phases=[]"], "there is no phase", "phases"),

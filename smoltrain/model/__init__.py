@@ -2,7 +2,7 @@
 
 from smoltrain.model.attention import Kernel, choose
 from smoltrain.model.decoder import Decoder
-from smoltrain.model.interface import LanguageModel
+from smoltrain.model.interface import Computing, LanguageModel
 from smoltrain.model.kinds import attention_dropout, build, head_width, parameter_count
 from smoltrain.model.layers import KVCache
 from smoltrain.model.loss import IGNORED
@@ -10,6 +10,7 @@ from smoltrain.model.transformers_model import HuggingFaceModel
 
 __all__ = [
     "IGNORED",
+    "Computing",
     "Decoder",
     "HuggingFaceModel",
     "KVCache",

@@ -7,7 +7,7 @@ N tokens of all rows laid end to end (B * T).
 import importlib
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -18,6 +18,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smoltrain.errors import Problem, UserError
+from smoltrain.model import blocked
+
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Kernel:
     FlashAttention 2 and 3 and torch agree on, q [N, H, E] and k, v [N, K, E].
     """
 
-    name: Literal["flash-attn", "sdpa", "math"]
+    name: Literal["flash-attn", "blocked", "sdpa", "math"]
     reason: str
     flash: Callable[..., Any] | None = field(default=None, repr=False)
     varlen: Callable[..., Any] | None = field(default=None, repr=False)
@@ -62,7 +65,7 @@ def document_starts(positions_BT: Tensor) -> Tensor:
 
 
 def choose(
-    requested: Literal["auto", "flash", "sdpa", "math"],
+    requested: Literal["auto", "flash", "blocked", "sdpa", "math"],
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -72,12 +75,18 @@ def choose(
 ) -> Kernel:
     """The kernel for attention on this device, in this dtype, with this dropout on the attention weights.
 
-    `head_width` is E of our own decoder; None for a model of transformers, which has no kernel of torch for documents.
-    Errors: UserError when 'flash' is asked for and cannot run here.
+    `head_width` is E of our own decoder; None for a model of transformers, which has no kernel of torch for documents,
+    nor ours for CPUs. Errors: UserError when 'flash' or 'blocked' is asked for and cannot run here.
     """
+    by_mask = "; a mask keeps documents apart" if document_mask else ""
     if requested in ("sdpa", "math"):
-        by_mask = "; a mask keeps documents apart" if document_mask else ""
         return Kernel(requested, f"engine.attention is {requested}{by_mask}")
+    if requested == "blocked":
+        _check_blocked(device, head_width)
+        return Kernel("blocked", f"engine.attention is blocked{by_mask}")
+    if requested == "auto" and device.type == "cpu":
+        name, reason = _fastest_on_cpu(dtype, head_width)
+        return Kernel(name, reason + by_mask)
     unfit = _unfit(device, dtype)
     flash, reason = (None, unfit) if unfit else _flash_attn(device, dropout)
     if flash is not None:
@@ -105,8 +114,11 @@ def attend(
     """Causal attention, [B, H, T, E]. The queries are the last T of S positions: query i sees keys 0 to S - T + i.
 
     K divides H (GQA, Ainslie et al. 2023): consecutive query heads share a key-value head, which is not copied.
-    With `documents` (then S is T) it sees those of its own document only.
+    With `documents` (then S is T) it sees those of its own document only. `blocked` leaves a longer S to SDPA.
     """
+    if kernel.name == "blocked" and q_BHTE.size(2) == k_BKSE.size(2):
+        mask_B1TT = None if documents is None else documents.mask_B1TT
+        return blocked.attend(q_BHTE, k_BKSE, v_BKSE, dropout=dropout, mask_B1TT=mask_B1TT)
     if documents is not None:
         return _attend_within(q_BHTE, k_BKSE, v_BKSE, kernel, dropout, documents)
     if kernel.flash is not None:
@@ -117,7 +129,7 @@ def attend(
     T, S = q_BHTE.size(2), k_BKSE.size(2)
     # SDPA's is_causal aligns the mask to the top left, which is right for T == S only. A lone query sees every key.
     mask_TS = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q_BHTE.device).tril(S - T)
-    with sdpa_kernel(SDPBackend.MATH) if kernel.name == "math" else nullcontext():
+    with _allowed(kernel, q_BHTE.device, only_causal=T == S):
         return F.scaled_dot_product_attention(
             q_BHTE,
             k_BKSE,
@@ -143,8 +155,20 @@ def _attend_within(
     if k_BHTE.size(1) != H:
         # With a mask and shared heads, CUDA has no fused kernel left but the one that keeps the T x T scores: copy.
         k_BHTE, v_BHTE = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k_BHTE, v_BHTE))
-    with sdpa_kernel(SDPBackend.MATH) if kernel.name == "math" else nullcontext():
+    with _allowed(kernel, q_BHTE.device, only_causal=False):
         return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=documents.mask_B1TT, dropout_p=dropout)
+
+
+def _allowed(kernel: Kernel, device: torch.device, *, only_causal: bool) -> AbstractContextManager[Any]:
+    """Which of SDPA's kernels torch may choose from.
+
+    On Hopper and data-centre Blackwell torch itself puts cuDNN first, from cuDNN 9.15.1 on (huggingface/transformers
+    #48163), so nothing is put in order here. Its backward pass makes NaN of explicit masks for some T (pytorch
+    #196678), and generation with few key-value heads goes wrong on it (pytorch#193893): it is for causal rows alone.
+    """
+    if kernel.name == "math":
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext() if only_causal or device.type != "cuda" else sdpa_kernel(NOT_CUDNN)
 
 
 def _dropout(dropout: float) -> dict[str, float]:
@@ -153,6 +177,26 @@ def _dropout(dropout: float) -> dict[str, float]:
 
 def _output(out: Any) -> Tensor:
     return out[0] if isinstance(out, tuple) else out  # early releases of version 3 add the log-sum-exp
+
+
+def _check_blocked(device: torch.device, head_width: int | None) -> None:
+    saw = f"the device is {device.type}" if device.type != "cpu" else "" if head_width else "a model of transformers"
+    if saw:
+        want = "a decoder of smoltrain on a CPU; or auto"
+        raise UserError(Problem("the kernel blocked cannot run", saw, want, "engine.attention"))
+
+
+def _fastest_on_cpu(dtype: torch.dtype, head_width: int | None) -> tuple[Literal["blocked", "sdpa"], str]:
+    """The faster kernel by `smoltrain bench attention`, and the reason."""
+    if head_width is None:
+        return "sdpa", "FlashAttention needs CUDA, the device is cpu"
+    if dtype not in (torch.bfloat16, torch.float32) or not _multiplies_bf16():
+        return "sdpa", "blocked was found faster in bf16 and fp32, on CPUs with AVX512-bf16 only"
+    return "blocked", "faster than SDPA on a CPU with AVX512-bf16"
+
+
+def _multiplies_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()  # the public words for it are new in torch 2.13
 
 
 def _unfit(device: torch.device, dtype: torch.dtype) -> str:
@@ -166,7 +210,10 @@ def _unfit(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _flash_attn(device: torch.device, dropout: float) -> tuple[Any, str]:
-    """The fastest package of flash-attn that can run here, or None; and the reason (Dao 2023; Shah et al. 2024)."""
+    """The fastest package of flash-attn that can run here, or None; and the reason (Dao 2023; Shah et al. 2024).
+
+    Version 4 (flash-attn-4, for Hopper and Blackwell) has had pre-releases only: nothing of it is tried.
+    """
     hopper = torch.cuda.get_device_capability(device)[0] == 9
     if hopper and not dropout and (flash := _imported("flash_attn_interface")):
         return flash, "FlashAttention 3 is installed and the device is a Hopper GPU"

@@ -3,29 +3,29 @@
 Legend: B batch, T tokens, D width of the residual stream, V vocabulary.
 """
 
-from typing import Literal
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from smoltrain.model.attention import Documents, Kernel
-from smoltrain.model.interface import LanguageModel
-from smoltrain.model.layers import Block, KVCache, norm, rotary_angles
+from smoltrain.compiling import Compilable
+from smoltrain.model.attention import Documents
+from smoltrain.model.interface import SDPA, Computing, LanguageModel
+from smoltrain.model.layers import Block, KVCache, Rotary, norm, rotary_angles
 from smoltrain.model.loss import summed_cross_entropy
+from smoltrain.model.recompute import Recompute
 from smoltrain.schema import ModelSection
-
-SDPA = Kernel("sdpa", "the default")
 
 
 class Decoder(LanguageModel):
     """A pre-norm decoder in the shape of Llama or GPT-2, as `section` says. Make it with `fresh`."""
 
-    def __init__(self, section: ModelSection, kernel: Kernel, recompute_every: int) -> None:
+    def __init__(self, section: ModelSection, computing: Computing) -> None:
         super().__init__()
-        self._section = section
-        self.kernel, self.recompute_every = kernel, recompute_every
+        self._section, self._computing = section, computing
+        self._recompute = Recompute(computing.gradient_checkpointing, computing.compiles)
+        kernel = computing.attention or SDPA
         V, D = section.vocab_size, section.hidden_size
         self.embed_tokens = nn.Embedding(V, D)
         learned = section.positions == "learned"
@@ -75,7 +75,7 @@ class Decoder(LanguageModel):
             documents = None
         else:
             positions = positions_BT
-            documents = Documents.packed(positions_BT, self.kernel, x_BTD.dtype)
+            documents = Documents.packed(positions_BT, self._computing.attention or SDPA, x_BTD.dtype)
         if self.embed_positions is not None:
             x_BTD = x_BTD + self.embed_positions(positions)
             rotary = None
@@ -83,12 +83,13 @@ class Decoder(LanguageModel):
             head_width = self.section.hidden_size // self.section.num_attention_heads
             rotary = rotary_angles(positions.unsqueeze(-2), head_width, self.section.rope_theta)  # alike in all heads
         x_BTD = self.dropout(x_BTD)
-        for i, block in enumerate(self.layers):
-            if self.training and self.recompute_every and i % self.recompute_every == 0:
-                # Keep the input only and run the block again in the backward pass (Chen et al. 2016).
-                x_BTD = checkpoint(block, x_BTD, rotary, cache, documents, use_reentrant=False)
+        # Compiled in training only: validation and generation have too many shapes.
+        run = _run.compiled if self._computing.compiles and self.training else _run
+        for i, block in enumerate(self._blocks()):
+            if self.training and self._recompute.takes(i):
+                x_BTD = self._recompute.run(run, block, x_BTD, rotary, cache, documents)
             else:
-                x_BTD = block(x_BTD, rotary, cache, documents)
+                x_BTD = run(block, x_BTD, rotary, cache, documents)
         if cache is not None:
             cache.length += ids_BT.size(1)
         if last_only:
@@ -97,7 +98,13 @@ class Decoder(LanguageModel):
         head_VD = (self.lm_head or self.embed_tokens).weight
         if labels_BT is None:
             return F.linear(x_BTD, head_VD)
-        return summed_cross_entropy(x_BTD.flatten(0, 1), head_VD, labels_BT.flatten())
+        how = self._computing
+        return summed_cross_entropy(x_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), how.loss, how.z_loss)
+
+    def _blocks(self) -> Iterator[Block]:
+        for block in self.layers:
+            assert isinstance(block, Block)
+            yield block
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
         """An empty key-value cache for this model, where its weights are and in their dtype."""
@@ -105,17 +112,18 @@ class Decoder(LanguageModel):
         return KVCache(self.section, batch, max_length, device=weight.device, dtype=weight.dtype)
 
 
-def fresh(
-    section: ModelSection,
-    gradient_checkpointing: Literal["none", "full"] | int,
-    attention: Kernel | None,
-    device: torch.device | str,
-) -> Decoder:
+@Compilable
+def _run(
+    block: Block, x_BTD: Tensor, rotary: Rotary | None, cache: KVCache | None, documents: Documents | None
+) -> Tensor:
+    """One block. All blocks have the same code, so that it is compiled once."""
+    return block(x_BTD, rotary, cache, documents)
+
+
+def fresh(section: ModelSection, computing: Computing, device: torch.device | str) -> Decoder:
     """See kinds.build."""
-    named = {"none": 0, "full": 1}
-    every = named[gradient_checkpointing] if isinstance(gradient_checkpointing, str) else gradient_checkpointing
     with torch.device("meta"):  # skips the initialization of torch's own layers
-        decoder = Decoder(section, attention or SDPA, every)
+        decoder = Decoder(section, computing)
     if torch.device(device).type != "meta":
         decoder.to_empty(device=device)
         decoder.initialize()

@@ -4,12 +4,28 @@ Legend: B batch, T tokens, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from smoltrain.model.attention import Kernel
+from smoltrain.model.loss import PLAIN, LossKernel
 from smoltrain.schema import ModelSection, TransformersSection
+
+SDPA = Kernel("sdpa", "the default")
+
+
+@dataclass(frozen=True)
+class Computing:
+    """How a model computes. Nothing of it changes a number beyond rounding, but for z_loss, which changes gradients."""
+
+    gradient_checkpointing: Literal["none", "selective", "full"] | int = "none"  # an int: of every n-th block
+    attention: Kernel | None = None  # None: SDPA where the model has it
+    loss: LossKernel = PLAIN
+    z_loss: float = 0.0
+    compiles: bool = False  # blocks, in training
 
 
 class LanguageModel(nn.Module, ABC):

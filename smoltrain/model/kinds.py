@@ -1,35 +1,33 @@
 """The two kinds of model behind one function: smoltrain's own decoder, and those of transformers."""
 
-from typing import Literal
-
 import torch
 from torch import nn
 
 from smoltrain.model import decoder, transformers_model
-from smoltrain.model.attention import Kernel
-from smoltrain.model.interface import LanguageModel
+from smoltrain.model.interface import Computing, LanguageModel
 from smoltrain.schema import ModelSection, TransformersSection
+
+DEFAULT = Computing()
 
 
 def build(
     section: ModelSection | TransformersSection,
+    computing: Computing = DEFAULT,
     *,
-    gradient_checkpointing: Literal["none", "full"] | int = "none",
-    attention: Kernel | None = None,
     device: torch.device | str = "cpu",
     document_mask: bool = False,
 ) -> LanguageModel:
     """A model with fresh fp32 weights; the same ones for the same torch.manual_seed.
 
-    Gradient checkpointing recomputes no block, every block, or every n-th block (of the decoder only). `attention` is
-    torch's SDPA where the model has it, unless `attention.choose` found better. On the device 'meta' no weight is
-    allocated, which is enough to count them, and to check the section. With `document_mask` it is also checked that the
-    model keeps packed documents apart; on 'meta' only that it takes their positions.
+    Of `computing` a model of transformers takes attention, z_loss, and gradient checkpointing of no block or of every
+    block. On the device 'meta' no weight is allocated, which is enough to count them, and to check the section. With
+    `document_mask` it is also checked that the model keeps packed documents apart; on 'meta' only that it takes their
+    positions.
     Errors: UserError for a section that transformers refuses, a kernel that this model does not have, or no such mask.
     """
     if isinstance(section, ModelSection):
-        return decoder.fresh(section, gradient_checkpointing, attention, device)
-    return transformers_model.fresh(section, gradient_checkpointing, attention, device, document_mask)
+        return decoder.fresh(section, computing, device)
+    return transformers_model.fresh(section, computing, device, document_mask)
 
 
 def attention_dropout(section: ModelSection | TransformersSection) -> float:

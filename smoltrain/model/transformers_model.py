@@ -9,14 +9,14 @@ Legend: B batch, T tokens, V vocabulary.
 import copy
 import inspect
 import re
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from smoltrain.errors import Problem, UserError, nearest
 from smoltrain.model.attention import Kernel, document_starts
-from smoltrain.model.interface import LanguageModel
+from smoltrain.model.interface import Computing, LanguageModel
 from smoltrain.model.loss import summed_cross_entropy_of_logits
 from smoltrain.schema import TransformersSection
 
@@ -38,9 +38,9 @@ class HuggingFaceCache:
 class HuggingFaceModel(LanguageModel):
     """`inner` is transformers' own model: the state dict's keys are 'inner.' and its own. Make it with `fresh`."""
 
-    def __init__(self, section: TransformersSection, inner: Any) -> None:
+    def __init__(self, section: TransformersSection, inner: Any, z_loss: float = 0.0) -> None:
         super().__init__()
-        self._section = section
+        self._section, self._z_loss = section, z_loss
         self.inner = inner
         self._takes = set(inspect.signature(inner.forward).parameters)
 
@@ -81,7 +81,7 @@ class HuggingFaceModel(LanguageModel):
             cache.past = out.past_key_values
         if labels_BT is None:
             return out.logits[:, -1:] if last_only else out.logits[:, -T:]
-        return summed_cross_entropy_of_logits(out.logits.flatten(0, 1), labels_BT.flatten())
+        return summed_cross_entropy_of_logits(out.logits.flatten(0, 1), labels_BT.flatten(), self._z_loss)
 
     def _documents(self, positions_BT: Tensor) -> dict[str, Any]:
         """The words in which transformers is told of packed documents."""
@@ -99,12 +99,12 @@ class HuggingFaceModel(LanguageModel):
 
 def fresh(
     section: TransformersSection,
-    gradient_checkpointing: Literal["none", "full"] | int,
-    attention: Kernel | None,
+    computing: Computing,
     device: torch.device | str,
     document_mask: bool,
 ) -> HuggingFaceModel:
     """See kinds.build."""
+    attention = computing.attention
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     config = _config(section)
@@ -120,7 +120,7 @@ def fresh(
             inner = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=name)
     except Exception as error:  # the class may stumble over its config anywhere
         raise _refusal(section, config, error) from error
-    model = HuggingFaceModel(section, inner)
+    model = HuggingFaceModel(section, inner, computing.z_loss)
     if document_mask and "position_ids" not in model._takes:
         raise _mixes(section, f"a forward of {cls.__name__} without position_ids")
     if not meta:
@@ -130,8 +130,8 @@ def fresh(
     if document_mask and not meta:
         # A copy goes where FlashAttention runs, for here it cannot.
         _check_documents(copy.deepcopy(model).to("cuda", torch.bfloat16) if flash else model)
-    if gradient_checkpointing != "none":
-        assert gradient_checkpointing == "full", "contradictions.py refuses a number"
+    if computing.gradient_checkpointing != "none":
+        assert computing.gradient_checkpointing == "full", "contradictions.py refuses all else"
         _recompute(inner)
     return model.to(device)
 

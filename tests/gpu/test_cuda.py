@@ -1,6 +1,7 @@
 """What only a CUDA device can show; `./tests/run.sh -m gpu` on such a machine."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from smoltrain.bench.loss import make_case, peak_mib
 from smoltrain.errors import DONE
-from smoltrain.model import Kernel, attention, build
+from smoltrain.model import Kernel, attention
+from smoltrain.model import loss as head
 from smoltrain.model.attention import Documents, attend, choose
 from smoltrain.schema import ModelSection, TransformersSection
 from tests import launches, tiny
+from tests.models import build_with
 
 pytestmark = [
     pytest.mark.gpu,
@@ -110,7 +114,7 @@ def test_a_decoder_keeps_documents_apart_in_bf16(checkpointing: Any) -> None:
     )
     kernel = choose("auto", CUDA, BF16, document_mask=True, head_width=32)
     torch.manual_seed(0)
-    model = build(section, attention=kernel, gradient_checkpointing=checkpointing).to(CUDA, BF16)
+    model = build_with(section, attention=kernel, gradient_checkpointing=checkpointing).to(CUDA, BF16)
     ids = torch.randint(61, (2, 256), device="cuda")
     packed = model(ids, positions_BT=positions())
     model(ids, ids, positions_BT=positions()).backward()
@@ -127,11 +131,65 @@ def test_transformers_keeps_documents_apart_on_flash_attn() -> None:
         kind="transformers", model_type="llama", vocab_size=61, max_position_embeddings=256, config=config
     )
     kernel = choose("flash", CUDA, BF16, document_mask=True)
-    model = build(section, attention=kernel, document_mask=True).to(CUDA, BF16)  # checked while it is built
+    model = build_with(section, attention=kernel, document_mask=True).to(CUDA, BF16)  # checked while it is built
     ids = torch.randint(61, (2, 256), device="cuda")
     packed = model(ids, positions_BT=positions())
     alone = torch.cat([model(document[None])[0] for document in ids[0].split(LENGTHS[0])])
     assert relative_error(packed[0], alone) < 0.03
+
+
+FUSED = head.choose("fused", CUDA, BF16, compiles=False)
+LOSSES = {
+    "fused": FUSED,
+    "compiled": replace(FUSED, compiles=True),
+    "auto": head.choose("auto", CUDA, BF16, compiles=True),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+def test_the_loss_and_its_gradients_are_those_of_fp32(
+    name: str, z_loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "LARGE_CHUNK_BYTES", 2**24)  # 13 chunks
+    case = make_case(2048, 49_152, 576, BF16, CUDA)
+    wide, plain = case.to(torch.float32), case.to(BF16)
+    truth, theirs = wide.run(head.PLAIN, z_loss), plain.run(head.PLAIN, z_loss)
+    ours = case.run(LOSSES[name], z_loss)
+    assert ours[0].dtype == torch.float32
+    assert relative_error(ours[0], truth[0]) < 1e-4
+    for gradient, plain_gradient, true_gradient in zip(ours[1:], theirs[1:], truth[1:], strict=True):
+        assert relative_error(gradient, true_gradient) < 1.34 * relative_error(plain_gradient, true_gradient)
+
+
+@pytest.mark.parametrize("name", ["fused", "compiled"])
+def test_our_loss_never_waits_for_the_device(name: str) -> None:
+    case = make_case(1024, 49_152, 576, BF16, CUDA)
+    case.run(LOSSES[name])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        case.run(LOSSES[name])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_loss_needs_a_quarter_of_the_memory_of_plain_logits(name: str) -> None:
+    case = make_case(8 * 2048, 49_152, 576, BF16, CUDA)
+    case.run(LOSSES[name])
+    ours, plain = (peak_mib(lambda k=k: case.run(k), CUDA) for k in (LOSSES[name], head.PLAIN))
+    assert 4 * ours < plain
+
+
+def test_fp16_gradients_survive_a_large_sum() -> None:
+    kernel = head.choose("auto", CUDA, torch.float16, compiles=True)
+    hidden = torch.full((16384, 64), 8.0, device=CUDA, dtype=torch.float16, requires_grad=True)
+    weight = torch.zeros(1000, 64, device=CUDA, dtype=torch.float16, requires_grad=True)
+    labels = torch.zeros(16384, device=CUDA, dtype=torch.long)  # one word's gradient adds up to twice fp16's largest
+    (head.summed_cross_entropy(hidden, weight, labels, kernel) / 16384).backward()
+    assert weight.grad is not None
+    assert weight.grad.isfinite().all()
+    assert relative_error(weight.grad[0], torch.full((64,), -8.0 * 0.999, device=CUDA)) < 0.01
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

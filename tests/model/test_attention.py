@@ -2,7 +2,9 @@
 
 import functools
 import inspect
+import platform
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smoltrain.errors import UserError
-from smoltrain.model import build
+from smoltrain.model import attention, build
 from smoltrain.model.attention import Documents, Kernel, attend, choose
 from smoltrain.schema import ModelSection
+from tests.models import build_with
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -52,7 +55,9 @@ FLASH3_BETA = Kernel("flash-attn", "test", lambda *args, **options: (fake_flash(
 
 
 @pytest.mark.parametrize(
-    "kernel", [Kernel("sdpa", ""), Kernel("math", ""), FLASH2, FLASH3_BETA], ids=["sdpa", "math", "flash2", "flash3"]
+    "kernel",
+    [Kernel("sdpa", ""), Kernel("math", ""), Kernel("blocked", ""), FLASH2, FLASH3_BETA],
+    ids=["sdpa", "math", "blocked", "flash2", "flash3"],
 )
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(("queries", "keys"), [(6, 6), (3, 7), (1, 7), (1, 1), (6, 7)])
@@ -80,7 +85,8 @@ def test_math_allows_no_fused_kernel(monkeypatch: pytest.MonkeyPatch, name: Any,
     assert allowed == [fused]
 
 
-def test_a_decoder_runs_on_flash_attention_as_on_sdpa():
+@pytest.mark.parametrize("kernel", [FLASH2, Kernel("blocked", "")], ids=["flash2", "blocked"])
+def test_a_decoder_runs_on_other_kernels_as_on_sdpa(kernel: Kernel):
     shape = ModelSection(
         vocab_size=31,
         hidden_size=32,
@@ -91,13 +97,13 @@ def test_a_decoder_runs_on_flash_attention_as_on_sdpa():
         max_position_embeddings=16,
         initializer_range=0.1,
     )
-    flash, sdpa = build(shape, attention=FLASH2), build(shape)
-    flash.load_state_dict(sdpa.state_dict())
+    ours, sdpa = build_with(shape, attention=kernel), build(shape)
+    ours.load_state_dict(sdpa.state_dict())
     ids = torch.arange(18).view(2, 9)
-    torch.testing.assert_close(flash(ids), sdpa(ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours(ids), sdpa(ids), rtol=0, atol=1e-5)
     with torch.no_grad():
-        cache = flash.new_cache(2, 9)
-        pieces = [flash(piece, cache=cache) for piece in ids.split([4, 1, 4], dim=1)]
+        cache = ours.new_cache(2, 9)
+        pieces = [ours(piece, cache=cache) for piece in ids.split([4, 1, 4], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, 1), sdpa(ids), rtol=0, atol=1e-5)
 
 
@@ -233,6 +239,8 @@ def test_the_call_is_one_that_torchs_varlen_takes(monkeypatch: pytest.MonkeyPatc
 def test_auto_is_sdpa_where_flash_cannot_run(monkeypatch: pytest.MonkeyPatch):
     install(monkeypatch, H100, "flash_attn", "flash_attn_interface")
     assert choose("auto", CPU, BF16) == Kernel("sdpa", "FlashAttention needs CUDA, the device is cpu")
+    mps = torch.device("mps")
+    assert choose("auto", mps, BF16, head_width=64) == Kernel("sdpa", "FlashAttention needs CUDA, the device is mps")
     assert choose("auto", CUDA, FP32) == Kernel("sdpa", "FlashAttention needs bf16 or fp16, the dtype is float32")
 
 
@@ -252,3 +260,67 @@ def test_an_explicit_flash_runs_or_is_refused(monkeypatch: pytest.MonkeyPatch):
     (problem,) = error.value.problems
     assert problem.change == "engine.attention"
     assert "the device is cpu" in problem.saw
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("dtype", "fast", "head_width", "name", "reason"),
+    [
+        (BF16, True, 64, "blocked", "faster than SDPA on a CPU with AVX512-bf16"),
+        (FP32, True, 64, "blocked", "faster than SDPA on a CPU with AVX512-bf16"),
+        (BF16, False, 64, "sdpa", "on CPUs with AVX512-bf16 only"),
+        (torch.float16, True, 64, "sdpa", "on CPUs with AVX512-bf16 only"),
+        (BF16, True, None, "sdpa", "the device is cpu"),
+    ],
+)
+def test_a_cpu_takes_our_own_where_it_was_found_faster(
+    *,
+    monkeypatch: pytest.MonkeyPatch,
+    dropout: float,
+    dtype: torch.dtype,
+    fast: bool,
+    head_width: int | None,
+    name: str,
+    reason: str,
+):
+    monkeypatch.setattr(attention, "_multiplies_bf16", lambda: fast)
+    kernel = choose("auto", CPU, dtype, dropout=dropout, head_width=head_width)
+    assert kernel.name == name
+    assert kernel.reason.endswith(reason)
+    masked = choose("auto", CPU, dtype, dropout=dropout, document_mask=True, head_width=head_width)
+    assert masked == Kernel(kernel.name, f"{kernel.reason}; a mask keeps documents apart")
+
+
+def test_this_cpu_is_asked_what_it_can_multiply():
+    cpus = Path("/proc/cpuinfo")
+    if not cpus.is_file() or platform.machine() != "x86_64":
+        pytest.skip("only x86 has the instructions, and Linux a file that tells")
+    assert attention._multiplies_bf16() == ("avx512_bf16" in cpus.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("device", "head_width", "saw"), [(CUDA, 64, "the device is cuda"), (CPU, None, "a model of transformers")]
+)
+def test_an_explicit_blocked_runs_or_is_refused(device: torch.device, head_width: int | None, saw: str):
+    asked = choose("blocked", CPU, FP32, document_mask=True, head_width=8)
+    assert asked == Kernel("blocked", "engine.attention is blocked; a mask keeps documents apart")
+    with pytest.raises(UserError) as error:
+        choose("blocked", device, BF16, head_width=head_width)
+    (problem,) = error.value.problems
+    assert (problem.saw, problem.change) == (saw, "engine.attention")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "only_causal", "allowed"),
+    [
+        ("sdpa", CUDA, True, True),  # torch knows when to prefer it
+        ("sdpa", CUDA, False, False),
+        ("sdpa", CPU, False, True),
+        ("math", CUDA, True, False),
+    ],
+)
+def test_cudnn_gets_causal_rows_only(*, name: Any, device: torch.device, only_causal: bool, allowed: bool):
+    with attention._allowed(Kernel(name, ""), device, only_causal=only_causal):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == allowed
+        assert torch.backends.cuda.mem_efficient_sdp_enabled() == (name != "math")
+    assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -16,9 +17,12 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from smoltrain.model import Decoder, Kernel, build, parameter_count
+from smoltrain.compiling import missing
+from smoltrain.model import Decoder, Kernel, blocked, build, parameter_count
 from smoltrain.model.layers import rotary_angles, rotate
+from smoltrain.model.recompute import ATEN, _policy
 from smoltrain.schema import ModelSection
+from tests.models import build_with
 
 Tensors = dict[str, Tensor]
 
@@ -42,7 +46,7 @@ def section(shape: dict[str, Any], **changes: Any) -> ModelSection:
 def built(section: ModelSection, *, seed: int = 0, **options: Any) -> Decoder:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = build(section, **options)
+        model: Any = build_with(section, **options)
     assert isinstance(model, Decoder)
     return model
 
@@ -321,9 +325,9 @@ def loss_and_gradients(model: Decoder) -> tuple[Tensor, Tensors]:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("mode", ["full", 1, 2, 5])
+@pytest.mark.parametrize("mode", ["full", "selective", 1, 2, 5])
 def test_gradient_checkpointing_changes_no_number(
-    mode: Literal["full"] | int, dropout: float, monkeypatch: pytest.MonkeyPatch
+    mode: Literal["full", "selective"] | int, dropout: float, monkeypatch: pytest.MonkeyPatch
 ):
     runs = []
     for chosen in ("none", mode):
@@ -336,8 +340,59 @@ def test_gradient_checkpointing_changes_no_number(
     assert torch.equal(loss, plain)
     assert all(torch.equal(grads[name], x) for name, x in plain_gradients.items())
     assert once == [0, 1, 2]
-    again = {"full": [2, 1, 0], 1: [2, 1, 0], 2: [2, 0], 5: [0]}[mode]
+    again = {"full": [2, 1, 0], "selective": [2, 1, 0], 1: [2, 1, 0], 2: [2, 0], 5: [0]}[mode]
     assert twice == [0, 1, 2, *again]
+
+
+@pytest.mark.parametrize(("mode", "times"), [("none", 1), ("selective", 1), ("full", 2)])
+def test_selective_does_not_compute_attention_again(mode: str, times: int, monkeypatch: pytest.MonkeyPatch):
+    """torch's profiler would count a matrix product that is only looked up, too; what is counted here is our code."""
+    model = built(section(LLAMA), gradient_checkpointing=mode, attention=Kernel("blocked", "test"))
+    computed, real = [], blocked._probabilities
+    monkeypatch.setattr(blocked, "_probabilities", lambda *args: (computed.append(1), real(*args))[1])
+    loss_and_gradients(model)
+    assert len(computed) == times * len(model.layers)
+
+
+def test_selective_keeps_matrix_products():
+    operations = (ATEN.mm.default, ATEN.addmm.default, ATEN.silu.default, ATEN.mul.Tensor)
+    kept = [op for op in operations if _policy(None, op) == CheckpointPolicy.MUST_SAVE]
+    assert kept == [ATEN.mm.default, ATEN.addmm.default]
+
+
+@pytest.mark.skipif(bool(missing("cpu")), reason="torch.compile needs a compiler; test_compiling.py: then it is off")
+@pytest.mark.parametrize(("shape", "mode"), [
+    (LLAMA, "full"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (LLAMA, "none"), (LLAMA, "selective"), (GPT2, "none"), (GPT2, "full"),
+    )),
+])  # fmt: skip
+def test_compiled_blocks_compute_what_they_say(shape: dict[str, Any], mode: str):
+    runs = []
+    for compiles in (False, True):
+        model = built(
+            section(shape, initializer_range=0.1), compiles=compiles, gradient_checkpointing=mode,
+            attention=Kernel("blocked", "test"),
+        )  # fmt: skip
+        runs.append(loss_and_gradients(model))
+    (a, grads_a), (b, grads_b) = runs
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
+    for name, x in grads_a.items():
+        torch.testing.assert_close(x, grads_b[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(bool(missing("cpu")), reason="torch.compile needs a compiler; test_compiling.py: then it is off")
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_compiled_dropout_is_the_same_for_the_same_random_state(mode: str):
+    options = {"compiles": True, "gradient_checkpointing": mode, "attention": Kernel("blocked", "test")}
+    model = built(section(LLAMA, dropout=0.2, attention_dropout=0.2), **options)
+    loss, first = loss_and_gradients(model)
+    model.zero_grad()
+    again, second = loss_and_gradients(model)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(first[name], x) for name, x in second.items())
+    plain = built(section(LLAMA), compiles=True, attention=Kernel("blocked", "test"))
+    assert not torch.equal(loss, loss_and_gradients(plain)[0])
 
 
 def test_the_kernels_agree():

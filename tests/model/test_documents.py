@@ -284,7 +284,7 @@ def test_the_engine_hands_the_positions_on():
             passed.append((*args, options))
             return torch.zeros(())
 
-    engine._ds = Wrapped(device=torch.device("cpu"))
+    engine._ds, engine._once = Wrapped(device=torch.device("cpu")), None
     (ids, labels), positions = drawn(LAYOUT), positions_of(LAYOUT)
     engine.forward(Batch(ids, labels, positions))
     engine.forward(Batch(ids, labels))

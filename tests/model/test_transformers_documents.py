@@ -13,6 +13,7 @@ from smoltrain.model import Kernel, build
 from smoltrain.model.transformers_model import HuggingFaceModel
 from tests.model.test_documents import LAYOUT, assert_packed_is_alone, drawn, positions_of, varlen2
 from tests.model.test_transformers_model import SHAPE, SHAPES, WIDE, built, section
+from tests.models import build_with
 
 MASKED: dict[str, Any] = {"document_mask": True}
 SMALL: dict[str, dict[str, Any]] = {
@@ -53,7 +54,7 @@ def test_the_check_leaves_weights_modes_and_random_numbers_alone():
     for options in ({}, MASKED):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = build(section("llama", attention_dropout=0.2), **options)
+            model = build_with(section("llama", attention_dropout=0.2), **options)
             runs.append((model.state_dict(), torch.get_rng_state()))
         assert model.training
     (weights, state), (checked, state_checked) = runs

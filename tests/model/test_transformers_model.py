@@ -24,6 +24,7 @@ from smoltrain.errors import UserError
 from smoltrain.model import Decoder, HuggingFaceModel, Kernel, attention_dropout, build, parameter_count
 from smoltrain.schema import ModelSection, TransformersSection
 from tests import test_engine, tiny
+from tests.models import build_with
 from tests.ranks import world
 from tests.test_engine import engine_losses, furthest, plain_losses
 
@@ -65,7 +66,7 @@ def section(model_type: str, **changes: Any) -> TransformersSection:
 def built(model_type: str, *, seed: int = 0, options: dict[str, Any] | None = None, **changes: Any) -> HuggingFaceModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = build(section(model_type, **changes), **options or {})
+        model = build_with(section(model_type, **changes), **options or {})
     assert isinstance(model, HuggingFaceModel)
     return model
 
@@ -141,7 +142,7 @@ def test_weights_depend_on_the_seed_alone():
 
 def test_the_recipe_has_the_published_number_of_parameters():
     recipe = config.load("smollm2-135m-hf").model
-    assert parameter_count(build(recipe, device="meta", gradient_checkpointing="full")) == 134_515_008
+    assert parameter_count(build_with(recipe, device="meta", gradient_checkpointing="full")) == 134_515_008
 
 
 @pytest.mark.parametrize("model_type", SHAPES)
@@ -331,7 +332,7 @@ def test_mistakes_are_told_together_and_on_meta_too():
 
 def test_a_class_without_gradient_checkpointing_is_refused():
     with pytest.raises(UserError, match=r"engine\.gradient_checkpointing"):
-        build(section("openai-gpt", **SHAPE), device="meta", gradient_checkpointing="full")
+        build_with(section("openai-gpt", **SHAPE), device="meta", gradient_checkpointing="full")
 
 
 # ---- under DeepSpeed, on two real ranks
