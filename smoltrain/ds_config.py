@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -77,11 +77,20 @@ def stage(tree: dict[str, Any]) -> int:
     return int(tree.get("zero_optimization", {}).get("stage", 0))
 
 
-def dtypes(tree: dict[str, Any], precision: str) -> str:
-    """In which precision gradients add up and travel; DeepSpeed's default for both is that of the weights."""
+class Dtypes(NamedTuple):
+    """The precision of gradients: where they add up, and where they travel."""
+
+    accumulation: str
+    reduction: str
+
+    def __str__(self) -> str:
+        return f"they add up in {self.accumulation} and travel in {self.reduction}"
+
+
+def dtypes(tree: dict[str, Any], precision: str) -> Dtypes:
+    """What the file says of gradients; DeepSpeed's default for both is the precision of the weights."""
     accumulation = tree.get("data_types", {}).get("grad_accum_dtype") or precision
-    reduction = tree.get("communication_data_type") or precision
-    return f"gradients accumulate in {accumulation} and travel in {reduction}, master weights are fp32"
+    return Dtypes(accumulation, tree.get("communication_data_type") or precision)
 
 
 def _path(name: str) -> Path:

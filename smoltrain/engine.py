@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from smoltrain.data import Batch
 from smoltrain.dist import World
 from smoltrain.errors import Problem, UserError
 from smoltrain.schema import Config
+from smoltrain.zero import OncePerStep
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns and guesses
@@ -25,6 +27,7 @@ import deepspeed
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import safe_get_full_grad
 from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -40,10 +43,12 @@ ALLOWED = (
 )  # the only classes that DeepSpeed's shards may hold
 
 
-def wrap(model: torch.nn.Module, config: Config, world: World, *, precision: str, accumulation: int) -> "Engine":
+def wrap(
+    model: torch.nn.Module, config: Config, world: World, *, precision: str, accumulation: int, compiles: bool = False
+) -> "Engine":
     """Hand the model to DeepSpeed with AdamW and the recipe's numbers. Collective.
 
-    Errors: UserError where the DeepSpeed config contradicts the recipe.
+    `compiles`: whether torch.compile may be used. Errors: UserError where the DeepSpeed config contradicts the recipe.
     """
     tree = ds_config.fill(config, precision=precision, accumulation=accumulation, world_size=world.size)
     model.to(world.device)
@@ -56,7 +61,31 @@ def wrap(model: torch.nn.Module, config: Config, world: World, *, precision: str
     )
     with _quiet():
         wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree, dist_init_required=False)
-    return Engine(wrapped, ds_config.dtypes(tree, precision), world)
+    dtypes = ds_config.dtypes(tree, precision)
+    once, why = None, _takes_micro_batches(wrapped, config.engine.reduce_gradients, world.device, dtypes)
+    if not why:
+        once = OncePerStep(wrapped.optimizer, world, clip=config.optimizer.gradient_clipping, compiles=compiles)
+    return Engine(wrapped, dtypes, world, once, why)
+
+
+def _takes_micro_batches(wrapped: Any, asked: str, device: torch.device, dtypes: ds_config.Dtypes) -> str:
+    """Why gradients travel after each micro-batch, as DeepSpeed has it; '' if once a step. Errors: UserError."""
+    optimizer, stage = wrapped.optimizer, int(wrapped.zero_optimization_stage())
+    unfit = ""
+    if not isinstance(optimizer, DeepSpeedZeroOptimizer):
+        unfit = f"ZeRO-{stage} is computed by {type(optimizer).__name__}"
+    elif optimizer.cpu_offload:
+        unfit = "the optimizer is offloaded"
+    elif dtypes != ("fp32", "fp32"):
+        unfit = str(dtypes)
+    elif wrapped.fp16_enabled():
+        unfit = "fp16 has a loss scale"
+    if unfit and asked == "step":
+        want = "ZeRO-1 or 2 in fp32, ZeRO-2 in bf16, without offload; or auto"
+        raise UserError(Problem("gradients cannot travel once a step", unfit, want, "engine.reduce_gradients"))
+    if unfit or asked == "micro_batch":
+        return unfit or "as engine.reduce_gradients asks"
+    return "" if asked == "step" or device.type == "cpu" else "auto, on a GPU"
 
 
 def weight_decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -71,9 +100,14 @@ def weight_decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
 class Engine:
     """What the training loop needs of DeepSpeed, in the loop's words."""
 
-    def __init__(self, wrapped: Any, dtypes: str, world: World) -> None:
-        self._ds = wrapped
-        self.dtypes = dtypes
+    def __init__(
+        self, wrapped: Any, dtypes: ds_config.Dtypes, world: World, once: OncePerStep | None, why_not: str
+    ) -> None:
+        """`once` takes gradients and update over from DeepSpeed; where it is None, `why_not` says why."""
+        self._ds, self._once = wrapped, once
+        self._world_size = world.size
+        self.reduction = f"once a step, {once.how}" if once else f"after each micro-batch; {why_not}"
+        self.gradients_travel = f"{dtypes}, {self.reduction}; master weights are fp32"
         self._ds.checkpoint_engine = _Shards(wrapped, world)
         self._ds._copy_recovery_script = lambda _: None  # zero_to_fp32.py: fails on tied weights and unpickles anything
         self.stage = int(wrapped.zero_optimization_stage())
@@ -96,10 +130,14 @@ class Engine:
         """Sum of the token losses of one micro-batch on this rank: fp32 scalar, nats."""
         device, positions_BT = self._ds.device, batch.positions_BT
         positions_BT = None if positions_BT is None else positions_BT.to(device)
-        return self._ds(batch.ids_BT.to(device), batch.labels_BT.to(device), positions_BT=positions_BT)
+        forward = self._ds.module if self._once else self._ds
+        return forward(batch.ids_BT.to(device), batch.labels_BT.to(device), positions_BT=positions_BT)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of `loss` up. DeepSpeed averages over ranks; the caller has scaled for that."""
+        """Add the gradient of `loss` up, for a mean over the ranks."""
+        if self._once:
+            (loss / self._world_size).backward()
+            return
         self._ds.backward(loss, scale_wrt_gas=False)
         if not self._ds.is_gradient_accumulation_boundary():
             self._ds.step()  # DeepSpeed's word for "next micro-batch"; nothing moves before the boundary
@@ -109,8 +147,9 @@ class Engine:
 
         Collective: every rank must run through all of them. W&B's own hooks would see one rank's local part.
         """
+        whole = self._once.gradients() if self._once else {}
         for name, parameter in self.module.named_parameters():
-            gradient = safe_get_full_grad(parameter)
+            gradient = whole[parameter] if self._once else safe_get_full_grad(parameter)
             if gradient is not None:
                 yield name, gradient.detach().float() / self.loss_scale
 
@@ -119,6 +158,8 @@ class Engine:
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
+        if self._once:
+            return self._update_once(self._once)
         if self.stage == 0:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._norm_before_clipping = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
@@ -129,6 +170,16 @@ class Engine:
         if self.stage != 0:
             self._norm_before_clipping = float(self._ds.get_global_grad_norm())
         return self._ds.was_step_applied()
+
+    def _update_once(self, once: OncePerStep) -> bool:
+        self._norm_before_clipping = once.norm()
+        if not math.isfinite(self._norm_before_clipping):
+            self.drop_gradients()
+            return False
+        once.update(self._norm_before_clipping)
+        self._ds.global_steps += 1  # which DeepSpeed writes into its files
+        self._ds.global_samples += self._ds.train_batch_size()
+        return True
 
     @property
     def grad_norm_before_clipping(self) -> float:
@@ -143,7 +194,9 @@ class Engine:
     def drop_gradients(self) -> None:
         """Forget what `backward` added up, as if it had not been: no weight moves, and no loss scale."""
         optimizer = self._ds.optimizer
-        if self.stage in (1, 2) and hasattr(optimizer, "has_overflow"):  # the step of a gradient that overflows
+        if self._once:
+            self._once.drop()
+        elif self.stage in (1, 2) and hasattr(optimizer, "has_overflow"):  # the step of a gradient that overflows
             optimizer.has_overflow, optimizer._update_scale = (lambda *_: True), (lambda *_: None)
             try:
                 self._ds.step()

@@ -12,14 +12,26 @@ from statistics import mean
 
 import torch
 
-from smoltrain import advice, checkpoint, data, dist, ds_config, engine, ledger, model, origin, plots, runfolder, track
+from smoltrain import (
+    advice,
+    checkpoint,
+    choices,
+    data,
+    dist,
+    engine,
+    ledger,
+    model,
+    origin,
+    plots,
+    runfolder,
+    track,
+)
 from smoltrain.checkpoint import WEIGHTS, Saver
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.dist import StopFlag, World
 from smoltrain.engine import Engine
 from smoltrain.errors import DONE, STOPPED, RankStopped, TrainingStopped, UserError
 from smoltrain.generate import generate
-from smoltrain.model import attention
 from smoltrain.plan import Plan
 from smoltrain.schema import Config
 from smoltrain.spikes import Guard, Rewind
@@ -82,31 +94,24 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
             config, world.rank, world.size, rows_per_step=folder.rows_per_step, accumulation=accumulation
         )
         opened.callback(loader.close)
-        precision, why = ds_config.choose_precision(config.engine.precision, world.device)
-        dtype, dropout = getattr(torch, DTYPES[precision]), model.attention_dropout(config.model)
-        kernel = attention.choose(
-            config.engine.attention, world.device, dtype, dropout=dropout,
-            document_mask=config.packing.document_mask, head_width=model.head_width(config.model),
-        )  # fmt: skip
+        chosen = choices.choose(config, world.device, folder.rows_per_step)
         torch.manual_seed(config.run.seed)  # the same weights on every rank
-        decoder = model.build(
-            config.model, gradient_checkpointing=config.engine.gradient_checkpointing, attention=kernel,
-            document_mask=config.packing.document_mask,
-        )  # fmt: skip
-        num_parameters = model.parameter_count(decoder)
+        decoder = model.build(config.model, chosen.computing, document_mask=config.packing.document_mask)
         if begin.weights_from:
             origin.load_weights(begin, config, decoder, loader.prepared.tokenizer)
         torch.manual_seed(config.run.seed + 1 + world.rank)  # other dropout on each
         watch.mark("engine")
-        wrapped = engine.wrap(decoder, config, world, precision=precision, accumulation=accumulation)
+        wrapped = engine.wrap(
+            decoder, config, world, precision=chosen.precision, accumulation=accumulation,
+            compiles=chosen.computing.compiles,
+        )  # fmt: skip
         for what, value in (
             ("run", folder.path),
             ("device", _device(world)),
-            ("precision", f"{precision}, {why}; {wrapped.dtypes}"),
-            ("attention kernel", f"{kernel.name}, {kernel.reason}"),
-            ("gradient checkpointing", f"{config.engine.gradient_checkpointing}, as the recipe asks"),
+            *chosen.reasons.items(),
+            ("gradients", wrapped.gradients_travel),
             ("engine", f"DeepSpeed ZeRO-{wrapped.stage}, from {config.engine.ds_config}"),
-            ("parameters", f"{num_parameters:,}"),
+            ("parameters", f"{chosen.num_parameters:,}"),
             ("rows per step", _rows(config, folder.rows_per_step, accumulation, world)),
             ("tokenizer", loader.prepared.describe_tokenizer()),
             ("data", loader.prepared.describe()),
@@ -147,7 +152,7 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
             if rows_ledger:
                 rows_ledger.sync()
             pause_s = saver.begin(
-                step, wrapped, loader, skipped_updates=skipped, precision=precision, wandb_id=folder.wandb_id,
+                step, wrapped, loader, skipped_updates=skipped, precision=chosen.precision, wandb_id=folder.wandb_id,
                 validation_loss=validation_loss, validation_rows=config.evaluate.rows,
             )  # fmt: skip
             tracker.metrics(step, {"speed/checkpoint_pause_s": pause_s})
@@ -267,7 +272,6 @@ PACKING = {
     False: "documents are chopped into rows and see each other there; packing.document_mask=true keeps them apart",
     True: "documents are chopped into rows; attention and positions stay within each, as packing.document_mask asks",
 }
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def _rows(config: Config, rows_per_step: int, accumulation: int, world: World) -> str:

@@ -105,7 +105,7 @@ def loader_of(settings: Config, rank: int, size: int) -> Loader:
 
 def fresh_model(settings: Config) -> Any:
     torch.manual_seed(settings.run.seed)
-    return model.build(settings.model, gradient_checkpointing=settings.engine.gradient_checkpointing)
+    return model.build(settings.model, model.Computing(settings.engine.gradient_checkpointing))
 
 
 def engine_norms(settings: Config) -> tuple[dict[str, float], dict[str, int], float]:

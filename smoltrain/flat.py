@@ -1,0 +1,100 @@
+"""A flat tensor on every rank, of which each rank owns a part: summed up into the parts, spread from the parts.
+
+Ranks on the CPU of one machine read each other's tensor in shared memory, where no byte needs to be sent. Others use
+the collectives of their group.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from smoltrain.dist import World
+
+SHARED_MEMORY = Path("/dev/shm")  # man 7 shm_overview; Linux alone has it
+
+
+class Flat:
+    """`own` is this rank's tensor, zeros at first; `part` the slice of it that this rank owns."""
+
+    def __init__(self, world: World, numel: int, dtype: torch.dtype) -> None:
+        """`numel` is a multiple of the ranks. Collective."""
+        assert numel % world.size == 0
+        self._world = world
+        self._everywhere = _shared(world, numel, dtype)
+        if self._everywhere:
+            self.own = self._everywhere[world.rank]
+        else:
+            self.own = torch.zeros(numel, dtype=dtype, device=world.device)
+        size = numel // world.size
+        self.part = slice(world.rank * size, (world.rank + 1) * size)
+
+    @property
+    def how(self) -> str:
+        """By which way the numbers travel."""
+        if self._world.size == 1:
+            return "nothing travels"
+        return "through shared memory" if self._everywhere else "by collectives"
+
+    def reduce_scatter(self) -> torch.Tensor:
+        """This rank's part of the sum over the ranks. Collective.
+
+        It stands in `own`, the rest of which is void then. No rank may write to `own` before the next collective.
+        """
+        mine = self.own[self.part]
+        if self._everywhere:
+            self._world.barrier()
+            for rank, other in enumerate(self._everywhere):
+                if rank != self._world.rank:
+                    mine += other[self.part]
+        elif self._world.size > 1:
+            total = torch.empty_like(mine)
+            self._world.reduce_scatter(total, self.own)
+            mine.copy_(total)
+        return mine
+
+    def all_gather(self) -> None:
+        """Fill `own` with the part of every rank. Collective."""
+        if self._everywhere:
+            self._world.barrier()
+            size = self.part.stop - self.part.start
+            for rank, other in enumerate(self._everywhere):
+                if rank != self._world.rank:
+                    theirs = slice(rank * size, (rank + 1) * size)
+                    self.own[theirs] = other[theirs]
+        elif self._world.size > 1:
+            self._world.all_gather(self.own, self.own[self.part])
+
+
+def _shared(world: World, numel: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Every rank's tensor in shared memory, or [] where they do not share any. Collective."""
+    if world.size == 1 or world.size != world.local_size or world.device.type != "cpu":
+        return []
+    path = _reserved(max(1, numel * dtype.itemsize))
+    paths = world.gather(str(path) if path else "")
+    tensors = []
+    if all(paths):
+        tensors = [torch.from_file(name, shared=True, size=numel, dtype=dtype) for name in paths]
+    world.barrier()
+    if path:
+        path.unlink()  # the kernel frees it when the last rank is gone, however that ends
+    return tensors
+
+
+def _reserved(num_bytes: int) -> Path | None:
+    """A file of zeros in shared memory, with its room reserved; None if there is none."""
+    if not SHARED_MEMORY.is_dir() or not hasattr(os, "posix_fallocate"):
+        return None
+    try:
+        handle, name = tempfile.mkstemp(prefix="smoltrain-", dir=SHARED_MEMORY)
+    except OSError:
+        return None
+    try:
+        os.posix_fallocate(handle, 0, num_bytes)  # else a page that the kernel lacks would be a SIGBUS
+    except OSError:
+        Path(name).unlink()
+        return None
+    finally:
+        os.close(handle)
+    return Path(name)
