@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from smoltrain.dist import num_cores
 
@@ -25,6 +26,7 @@ def about(settings: dict[str, Any], packages: Sequence[str]) -> dict[str, Any]:
             "processor": _processor(),
             "cores": num_cores(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in (*ALWAYS, *packages)},

@@ -1,0 +1,87 @@
+"""Timings on cores that others use too: which calls were disturbed, and the median of those that were not.
+
+A call that shares its cores can take ten times as long, and looks no different. The kernel knows: it counts for every
+thread the time in which it could have run and had no core (proc(5), /proc/PID/task/TID/schedstat, second field).
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+CLEAN = 0.05  # of a call's time at most may its threads have waited for a core
+FEWEST = 3  # clean calls that make a median
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What one function's calls took."""
+
+    median_s: float  # of the clean calls, of all where those are fewer than FEWEST
+    clean: str  # in words: how many calls were, and whether the median is theirs
+    rounds: int
+
+
+def interleaved(work: Mapping[str, Callable[[], object]], *, rounds: int = 10, warm_up: int = 2) -> dict[str, Timed]:
+    """Time functions by name: in each round every one is called once, in turn, so that all meet the same disturbances.
+
+    The first `warm_up` rounds are not counted. What a call leaves running on a GPU belongs to it.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in work}
+    waits: dict[str, list[float | None]] = {name: [] for name in work}
+    for round_ in range(warm_up + rounds):
+        for name, call in work.items():
+            took, waited = _timed(call)
+            if round_ >= warm_up:
+                seconds[name].append(took)
+                waits[name].append(waited)
+    return {name: summary(seconds[name], waits[name]) for name in work}
+
+
+def summary(seconds: Sequence[float], waits: Sequence[float | None]) -> Timed:
+    """The median of the clean calls among these (both in seconds); a wait that is None is not known."""
+    clean = clean_ones(seconds, waits)
+    if None in waits:
+        return Timed(median(seconds), "not known", len(seconds))
+    if len(clean) < FEWEST:
+        return Timed(median(seconds), f"{len(clean)} of {len(seconds)}, so all count", len(seconds))
+    return Timed(median(clean), f"{len(clean)} of {len(seconds)}", len(seconds))
+
+
+def clean_ones(seconds: Sequence[float], waits: Sequence[float | None]) -> list[float]:
+    """The calls in which threads waited for less than CLEAN of the time; unknown waits (None) count as none."""
+    return [took for took, waited in zip(seconds, waits, strict=True) if (waited or 0.0) < CLEAN * took]
+
+
+def waited_s(process: int | str = "self") -> float | None:
+    """Seconds that all living threads of a process have waited for a core so far; None where nobody counts them.
+
+    A thread that ends takes its count with it: between two calls the sum may fall.
+    """
+    try:
+        files = list(Path(PROC, str(process), "task").glob("*/schedstat"))
+    except OSError:
+        return None
+    waits = [field for file in files if (field := _second_field(file)) is not None]
+    return sum(waits) / 1e9 if waits else None
+
+
+def _timed(call: Callable[[], object]) -> tuple[float, float | None]:
+    """(seconds, seconds of waiting) of one call."""
+    before, began = waited_s(), time.perf_counter()
+    call()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    took, after = time.perf_counter() - began, waited_s()
+    return took, None if before is None or after is None else max(0.0, after - before)
+
+
+def _second_field(file: Path) -> int | None:
+    try:
+        return int(file.read_text(encoding="ascii").split()[1])
+    except (OSError, IndexError):  # the thread has ended, or this kernel was built without the counts
+        return None

@@ -1,0 +1,261 @@
+"""Whole trainers side by side: `smoltrain bench train`, ours and those that a user would take instead.
+
+All train the same shape on the same rows, in turn (A B C A B C), and are watched from outside. MFU is the share of the
+machine's measured matmul peak that the model's own operations take: tokens/s x (6 N + 12 L D T) / peak, recomputation
+not counted (Chowdhery et al. 2022, appendix B).
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Column, Table
+
+from smoltrain import config, dist, files, model, runfolder
+from smoltrain.bench import peers, random_rows, timing
+from smoltrain.bench.about import about
+from smoltrain.bench.watching import Failed, Watched, watch
+from smoltrain.ds_config import choose_precision
+from smoltrain.errors import Problem, TrainingStopped, UserError
+from smoltrain.schema import Config
+
+OURS = "smoltrain"
+WARM_UP = 3  # steps that compile, allocate and fill caches
+LEAST = WARM_UP + timing.FEWEST  # steps
+PACKAGES = ("deepspeed", "transformers")
+FOREIGN = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SMOLTRAIN_SUPERVISOR", "SMOLTRAIN_ASKED")
+# A fresh folder -> the command, the file of its lines, environment variables of its own.
+Start = Callable[[Path], tuple[list[str], Path, dict[str, str]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One trainer over all rounds."""
+
+    steps: timing.Timed
+    tokens_per_s: float
+    mfu: float
+    peak_gib: float
+    start_s: float  # of the last round, when all caches are warm
+    loss: tuple[float, float]  # of the first step and of the last one, nats per token
+    parameters: int | None
+
+
+def bench_training(
+    recipe: str, overrides: list[str], against: str, ranks: int, steps: int, rounds: int, micro_batch: int | None,
+    out: Path,
+) -> None:  # fmt: skip
+    """Measure, print a table, and write `out` (JSON). `micro_batch` is the peers', by default the recipe's.
+
+    Errors: UserError for recipe and names; TrainingStopped if our own run fails. A peer that fails has a row that says
+    why.
+    """
+    wanted = peers.named(against)
+    if steps < LEAST:
+        raise UserError(Problem("too few steps to measure", str(steps), f"{LEAST} or more", "--steps"))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        settings, rows_per_step = _prepare(recipe, overrides, Path(scratch), ranks, steps, bool(wanted))
+        device, section = dist.choose_device(settings.engine.device), settings.model
+        precision, _ = choose_precision(settings.engine.precision, device)
+        starts: dict[str, Start] = {OURS: _our_start(Path(scratch), ranks)}
+        reasons: dict[str, str] = {}
+        split = _split(micro_batch or settings.batch.micro_batch, rows_per_step, ranks)
+        base = split | _task(settings, Path(scratch, "rows.npy"), steps, precision, device.type)
+        for name, peer in wanted.items():
+            try:
+                task = base | peers.shape(peer, section)
+                starts[name] = _peer_start(peer, task, ranks)
+            except peers.Unavailable as why:
+                reasons[name] = str(why)
+        seen, peaks = _take_turns(starts, reasons, precision, rounds, steps, ranks, out, cuda=device.type == "cuda")
+    T = settings.batch.sequence_length
+    flops = flops_per_token(
+        model.parameter_count(model.build(section, device="meta")), *peers.depth_and_width(section), T
+    )
+    machines = ranks if device.type == "cuda" else 1  # ranks on a CPU share it
+    rows = {name: row(runs, rows_per_step * T, flops, max(peaks) * machines) for name, runs in seen.items()}
+    console = Console(markup=False, highlight=False)
+    console.print(table(rows, next(iter(wanted), None), device.type))
+    for name, why in reasons.items():
+        console.print(f"{name} was not measured: {why}", soft_wrap=True)
+    if disturbed := [name for name, found in rows.items() if "all" in found.steps.clean]:
+        console.print(f"too few clean steps, so that all count: {', '.join(disturbed)}", soft_wrap=True)
+    console.print(f"matmul peak in {precision}: {max(peaks) / 1e9:,.0f} GFLOP/s; {flops / 1e9:.3g} GFLOP per token")
+    used = {wanted[name].environment for name in rows if name in wanted}
+    depends = {
+        "recipe": recipe, "overrides": overrides, "ranks": ranks, "steps": steps, "rounds": rounds,
+        "device": device.type, "precision": precision, "rows_per_step": rows_per_step, "sequence_length": T,
+        "peers_micro_batch": micro_batch or settings.batch.micro_batch,
+    }  # fmt: skip
+    numbers = {
+        "matmul_flops": peaks, "flops_per_token": flops,
+        "measured": {name: dataclasses.asdict(found) for name, found in rows.items()}, "not_measured": reasons,
+        "runs": {name: [dataclasses.asdict(run) for run in runs] for name, runs in seen.items()},
+        "peers": {name: peers.versions(name) for name in sorted(used)},
+    }  # fmt: skip
+    files.write_json(out, about(depends, PACKAGES) | numbers)
+    console.print(out)
+
+
+def flops_per_token(parameters: int, layers: int, width: int, sequence_length: int) -> float:
+    """Floating-point operations of forward and backward: 6 N + 12 L D T, attention counted as if it were not causal."""
+    return 6 * parameters + 12 * layers * width * sequence_length
+
+
+def row(runs: list[Watched], tokens_per_step: int, flops: float, peak_flops: float) -> Row:
+    """A trainer's runs in numbers: medians over the clean steps of all, without each one's warm-up."""
+    seconds = [took for run in runs for took in run.step_s[WARM_UP:]]
+    steps = timing.summary(seconds, [waited for run in runs for waited in run.waits_s[WARM_UP:]])
+    rate = tokens_per_step / steps.median_s
+    first, last = (median(run.losses[i] for run in runs) for i in (0, -1))
+    peak_gib = max(run.peak_gib for run in runs)
+    return Row(steps, rate, rate * flops / peak_flops, peak_gib, runs[-1].start_s, (first, last), runs[-1].parameters)
+
+
+def table(rows: dict[str, Row], first: str | None, device: str) -> Table:
+    """A line for each trainer; ratios are to the tokens/s of the first peer, if that was measured."""
+    memory = "GPU" if device == "cuda" else "RSS"
+    heads = ("\nratio", "\nMFU", f"{memory}\nGiB", "start\nup s", "first\nloss", "last\nloss", "clean\nsteps")
+    table = Table(
+        Column("", no_wrap=True),
+        "step\ns",
+        "\ntokens/s",
+        *heads,
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    base = rows[first].tokens_per_s if first in rows else None
+    for name, found in rows.items():
+        ratio = f"{found.tokens_per_s / base:.2f}" if base else ""
+        numbers = (f"{found.steps.median_s:.3f}", f"{found.tokens_per_s:,.0f}", ratio, f"{found.mfu:.1%}")
+        others = (f"{found.peak_gib:.2f}", f"{found.start_s:.1f}", *(f"{loss:.3f}" for loss in found.loss))
+        table.add_row(name, *numbers, *others, found.steps.clean.partition(",")[0])
+    return table
+
+
+def _prepare(
+    recipe: str, overrides: list[str], scratch: Path, ranks: int, steps: int, compared: bool
+) -> tuple[Config, int]:
+    """What is trained, as scratch/bench.yaml too, and its rows per step; the rows for peers in scratch/rows.npy."""
+    phases = config.load(recipe, overrides).phases
+    first = f"phases.{phases[0].name}"
+    words = [
+        *overrides, *random_rows.overrides(scratch / "data"), "init.from=null", "run.name=bench",
+        f"run.folder={scratch / 'dealt'}", f"run.stop_after={phases[0].name}", f"{first}.steps={steps}",
+        f"{first}.schedule=constant", f"{first}.warmup_steps=0", f"{first}.decay_steps=0", f"{first}.final_lr=0",
+        *(f"phases.{phase.name}.mix=null" for phase in phases), "evaluate.every=0", "sample.every=0",
+        "checkpoint.every=0", "track.gradients_every=0", "track.wandb=off",
+    ]  # fmt: skip
+    if compared:
+        words.append("packing.document_mask=false")  # peers have none
+    settings = config.load(recipe, words)
+    # What a run chooses may depend on how long its plan is, so the plan goes on behind the steps that are measured.
+    rest = {"name": f"{phases[0].name}-rest", "steps": sum(phase.steps for phase in phases)}
+    settings = settings.model_copy(update={"phases": (settings.phases[0], settings.phases[0].model_copy(update=rest))})
+    rows_per_step, T = runfolder.check(settings, ranks, 0)["rows_per_step"], settings.batch.sequence_length
+    random_rows.write(scratch / "data", settings.model.vocab_size, (steps + 2) * rows_per_step * (T + 1), T)
+    (scratch / "bench.yaml").write_text(config.to_yaml(settings), encoding="utf-8")
+    np.save(scratch / "rows.npy", random_rows.deal(settings, steps, rows_per_step))
+    return settings, rows_per_step
+
+
+def _split(micro_batch: int, rows_per_step: int, ranks: int) -> dict[str, int]:
+    """The peers' micro-batches. Errors: UserError where they do not divide a step."""
+    accumulation, rest = divmod(rows_per_step, micro_batch * ranks)
+    if rest:
+        what = f"the peers' micro-batch does not divide {rows_per_step} rows on {ranks} ranks"
+        raise UserError(Problem(what, str(micro_batch), f"a divisor of {rows_per_step // ranks}", "--micro-batch"))
+    return {"micro_batch": micro_batch, "accumulation": accumulation}
+
+
+def _task(settings: Config, rows: Path, steps: int, precision: str, device: str) -> dict[str, Any]:
+    """What all peers are given (peers/peer.py)."""
+    phase, optimizer = settings.phases[0], settings.optimizer
+    return {
+        "rows": str(rows), "steps": steps, "precision": precision, "device": device, "seed": settings.run.seed,
+        "recompute": settings.engine.gradient_checkpointing == "full", "lr": phase.lr,
+        "weight_decay": phase.weight_decay, "beta1": optimizer.beta1, "beta2": optimizer.beta2, "eps": optimizer.eps,
+        "gradient_clipping": optimizer.gradient_clipping,
+    }  # fmt: skip
+
+
+def _our_start(scratch: Path, ranks: int) -> Start:
+    def start(folder: Path) -> tuple[list[str], Path, dict[str, str]]:
+        smoltrain = str(Path(sys.executable).with_name("smoltrain"))
+        words = [smoltrain, "train", str(scratch / "bench.yaml"), f"run.folder={folder}", f"--ranks={ranks}"]
+        return words, folder / "bench" / "metrics.jsonl", {}
+
+    return start
+
+
+def _peer_start(peer: peers.Peer, task: dict[str, Any], ranks: int) -> Start:
+    """Errors: peers.Unavailable, now rather than in the middle of the rounds."""
+    peers.command(peer, Path("task.json"), ranks, 0)
+
+    def start(folder: Path) -> tuple[list[str], Path, dict[str, str]]:
+        lines, file = folder / "lines.jsonl", folder / "task.json"
+        file.write_text(json.dumps(task | {"lines": str(lines), "folder": str(folder / "out")}), encoding="utf-8")
+        return peers.command(peer, file, ranks, dist.free_port()), lines, peers.variables(peer)
+
+    return start
+
+
+def _take_turns(
+    starts: dict[str, Start], reasons: dict[str, str], precision: str, rounds: int, steps: int, ranks: int, out: Path,
+    *, cuda: bool,
+) -> tuple[dict[str, list[Watched]], list[float]]:  # fmt: skip
+    """Each trainer's runs, and the matmul peak before each round; a peer that fails gets a reason and no more turns.
+
+    What a trainer that failed has said is kept beside `out`.
+    """
+    seen: dict[str, list[Watched]] = {name: [] for name in starts}
+    peaks = []
+    for number in range(1, rounds + 1):
+        peaks.append(_matmul_flops(precision))
+        for name, start in starts.items():
+            if name in reasons:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                command, lines, variables = start(Path(folder))
+                env = environment(Path(command[0]).parent, ranks, cuda=cuda) | variables
+                try:
+                    run = watch(command, lines, steps, env, Path(folder, "log"), cuda=cuda)
+                except Failed as why:
+                    kept = shutil.copy(Path(folder, "log"), out.with_suffix(f".{name}.log"))
+                    if name == OURS:
+                        raise TrainingStopped(f"the run that was to be measured: {why} ({kept})") from None
+                    reasons[name] = f"{why} ({kept})"
+                    continue
+            seen[name].append(run)
+            took = timing.summary(run.step_s[WARM_UP:], run.waits_s[WARM_UP:])
+            print(f"round {number}: {name}, {took.median_s:.3f} s a step, clean {took.clean}", flush=True)
+    return {name: runs for name, runs in seen.items() if runs}, peaks
+
+
+def environment(binaries: Path, ranks: int, *, cuda: bool) -> dict[str, str]:
+    """What every trainer is started under: its own folder of programs first, the cores shared out among the ranks."""
+    own = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
+    threads = max(1, dist.num_cores() // ranks)
+    device = {} if cuda else {"DS_ACCELERATOR": "cpu"}
+    path = f"{binaries}{os.pathsep}{own.get('PATH', '')}"
+    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    return own | quiet | device | {"OMP_NUM_THREADS": str(threads), "PATH": path}
+
+
+def _matmul_flops(precision: str) -> float:
+    words = [sys.executable, "-m", "smoltrain.bench.peak", precision]
+    return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
