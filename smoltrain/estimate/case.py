@@ -1,0 +1,191 @@
+"""What memory and time of a run depend on, as plain numbers: a config, on so many ranks of such a device."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from smoltrain import compiling, ds_config, model
+from smoltrain.errors import Problem, UserError
+from smoltrain.model import attention, loss
+from smoltrain.model.attention import Kernel
+from smoltrain.model.loss import PLAIN, LossKernel
+from smoltrain.plan import Plan
+from smoltrain.schema import Config, ModelSection, TransformersSection
+
+Recompute = str | int  # as engine.gradient_checkpointing: none, full, selective, or every n-th block
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+CPU, DTYPES = torch.device("cpu"), {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BUCKET = 500_000_000  # elements: DeepSpeed's default of zero_optimization.reduce_bucket_size
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's shape. Of a model of transformers it is what that one's config tells, the rest a Llama's."""
+
+    parameters: int
+    matmul_parameters: int  # those that a token is multiplied by: all matrices but the tables that are looked up
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    inner: int  # width inside the MLP
+    gated: bool = True
+    rmsnorm: bool = True
+    rotary: bool = True
+    tied: bool = True
+    dropout: bool = False
+
+    @property
+    def kv_width(self) -> int:
+        """Width of the keys, and of the values."""
+        return self.width // self.heads * self.kv_heads
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to train one model. `world` ranks, each with a device of its own; on a CPU they share one machine."""
+
+    shape: Shape
+    device: Literal["cuda", "cpu"]
+    world: int
+    micro_batch: int
+    length: int  # targets per row
+    accumulation: int
+    stage: int
+    precision: str  # bf16, fp16 or fp32
+    recompute: Recompute = "none"
+    attention: str = "sdpa"
+    loss: str = "fused"
+    compiled_blocks: bool = False
+    compiled_update: bool = True
+    once_a_step: bool = True  # gradients travel; else after each micro-batch
+    bucket: int = BUCKET
+    saves: bool = False  # before its end, while training goes on
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.micro_batch * self.length
+
+    @property
+    def width_bytes(self) -> int:
+        """Of one weight, or one activation."""
+        return BYTES[self.precision]
+
+    @property
+    def has_bucket(self) -> bool:
+        """Whether DeepSpeed gathers gradients in a bucket before they travel."""
+        return not self.once_a_step and (self.stage >= 2 or (self.stage == 1 and self.precision != "bf16"))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all ranks."""
+        return self.tokens * self.accumulation * self.world
+
+    def at_stage(self, stage: int, reduce_gradients: str = "auto") -> "Case":
+        """The same under another ZeRO stage."""
+        once = _once_a_step(stage, self.precision, self.device, reduce_gradients)
+        return replace(self, stage=stage, once_a_step=once)
+
+    def split(self, micro_batch: int) -> "Case | None":
+        """The same rows per step in micro-batches of another size; None where that does not divide them."""
+        rows = self.micro_batch * self.accumulation
+        if rows % micro_batch:
+            return None
+        return replace(self, micro_batch=micro_batch, accumulation=rows // micro_batch)
+
+
+def case(
+    config: Config, *, world: int, device: Literal["cuda", "cpu"], rows_per_step: int | None = None,
+    precision: str | None = None, computing: model.Computing | None = None,
+) -> Case:  # fmt: skip
+    """The case that `smoltrain train` would run on so many devices, elsewhere or here.
+
+    A run that has settled its rows per step, precision and kernels hands them over; else they are settled as they would
+    be here, but for CUDA, where a flash kernel, Liger's loss and a compiler are taken to be installed. What is still
+    `auto` counts as micro-batches of one row, without recomputation.
+    Errors: UserError where the rows per step do not divide among the ranks, or a kernel cannot run.
+    """
+    batch, engine = config.batch, config.engine
+    micro = batch.micro_batch if isinstance(batch.micro_batch, int) else 1
+    recompute = engine.gradient_checkpointing
+    rows = rows_per_step or batch.rows_per_step or micro * (batch.accumulation or 1) * world
+    if rows % (micro * world):
+        saw, want = f"{rows} rows on {world} ranks x {micro}", "a micro-batch that divides a rank's share"
+        raise UserError(Problem("the rows per step do not divide evenly", saw, want, "batch.micro_batch or --world"))
+    precision = precision or _precision(engine.precision, device)
+    settled = config.model_copy(update={"batch": batch.model_copy(update={"micro_batch": micro})})
+    tree = ds_config.fill(settled, precision=precision, accumulation=rows // (micro * world), world_size=world)
+    stage, size = ds_config.stage(tree), shape(config.model)
+    plan = Plan(config.phases)
+    tokens = plan.last_step * rows * batch.sequence_length
+    computing = computing or _computing(config, precision, device, 6.0 * size.parameters * tokens)
+    kernel = computing.attention.name if computing.attention else "sdpa"
+    return Case(
+        shape=size, device=device, world=world, micro_batch=micro, length=batch.sequence_length,
+        accumulation=rows // (micro * world), stage=stage, precision=precision,
+        recompute="none" if recompute == "auto" else recompute, attention=kernel, loss=computing.loss.name,
+        compiled_blocks=computing.compiles and isinstance(config.model, ModelSection),
+        compiled_update=computing.compiles,
+        once_a_step=_once_a_step(stage, precision, device, engine.reduce_gradients),
+        bucket=int(tree.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET)),
+        saves=plan.last_step > min([phase.last for phase in plan.phases] + [config.checkpoint.every or plan.last_step]),
+    )  # fmt: skip
+
+
+def shape(section: ModelSection | TransformersSection) -> Shape:
+    """The shape of a model, its parameters counted on the device 'meta'. Errors: UserError as model.build."""
+    built = model.build(section, device="meta")
+    parameters = model.parameter_count(built)
+    if isinstance(section, ModelSection):
+        m: Any = section
+        gated, rmsnorm, rotary = m.mlp == "swiglu", m.norm == "rmsnorm", m.positions == "rope"
+        tied, dropout, inner = m.tie_word_embeddings, m.dropout > 0, m.intermediate_size
+    else:
+        m = built.get_submodule("inner").config
+        names = [name for name, _ in built.named_parameters()]
+        gated, rotary = any("gate" in name for name in names), not any("wpe" in name for name in names)
+        rmsnorm = not any("norm" in name and name.endswith("bias") for name in names)
+        tied, dropout = bool(getattr(m, "tie_word_embeddings", True)), False
+        inner = getattr(m, "intermediate_size", None) or getattr(m, "n_inner", None) or 4 * m.hidden_size
+    looked_up = m.max_position_embeddings * m.hidden_size if not rotary else 0
+    if not tied:
+        looked_up += section.vocab_size * m.hidden_size
+    heads = m.num_attention_heads
+    return Shape(
+        parameters, parameters - looked_up, section.vocab_size, m.hidden_size, m.num_hidden_layers, heads,
+        getattr(m, "num_key_value_heads", None) or heads, inner, gated, rmsnorm, rotary, tied, dropout,
+    )  # fmt: skip
+
+
+def _precision(asked: str, device: str) -> str:
+    """As ds_config.choose_precision, of a GPU that computes bf16."""
+    return "bf16" if asked == "auto" or (asked, device) == ("fp16", "cpu") else asked
+
+
+def _computing(config: Config, precision: str, device: str, flop: float) -> model.Computing:
+    """As choices.py settles it, without its reasons."""
+    ours, dtype = isinstance(config.model, ModelSection), DTYPES[precision]
+    if device == "cuda":
+        kernel = Kernel("math" if config.engine.attention == "math" else "flash-attn", "of a GPU that may be elsewhere")
+        compiles = ours and config.engine.compile != "off"
+        asked = config.engine.loss if precision == "fp16" or config.engine.loss != "auto" else "liger"
+        head = (
+            LossKernel("liger", "likewise") if asked == "liger" else loss.choose(asked, CPU, dtype, compiles=compiles)
+        )
+    else:
+        compiles = ours and compiling.choose(config.engine.compile, CPU, flop).on
+        kernel = attention.choose(
+            config.engine.attention, CPU, dtype, dropout=model.attention_dropout(config.model),
+            document_mask=config.packing.document_mask, head_width=model.head_width(config.model),
+        )  # fmt: skip
+        head = loss.choose(config.engine.loss, CPU, dtype, compiles=compiles)
+    return model.Computing(attention=kernel, loss=head if ours else PLAIN, compiles=compiles)
+
+
+def _once_a_step(stage: int, precision: str, device: str, asked: str) -> bool:
+    """As engine.py decides when gradients travel."""
+    fits = stage in (1, 2) and precision != "fp16" and (stage, precision) != (1, "bf16")
+    return fits and (asked == "step" or (asked == "auto" and device == "cpu"))

@@ -1,0 +1,57 @@
+"""What to choose so that a run fits: pure functions of a config and the bytes there are."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+from smoltrain.estimate.case import Case, Recompute, case
+from smoltrain.estimate.memory import memory
+from smoltrain.schema import Config
+
+# By what they cost: no block again; every n-th; the cheap parts of all, which is little time but keeps a third; all.
+MODES: tuple[Recompute, ...] = ("none", "selective", 8, 4, 3, 2, "full")
+SPARE = 0.05  # of the memory, for what the estimate does not know
+
+
+def least_recomputation(
+    config: Config, device_memory_bytes: float, world: int, *, device: Literal["cuda", "cpu"], **settled: Any
+) -> Recompute:
+    """The value of engine.gradient_checkpointing that computes least again and fits one rank; full if none fits.
+
+    `device_memory_bytes` is what one rank may use: of a CPU, the machine's memory over its ranks. What the config
+    itself says of gradient checkpointing is not looked at. `settled` and errors: as `case`.
+    """
+    asked = case(config, world=world, device=device, **settled)
+    ways = (replace(asked, recompute=mode) for mode in modes(config, asked))
+    return next((way.recompute for way in ways if fits(way, device_memory_bytes)), "full")
+
+
+def largest_micro_batch(
+    config: Config, device_memory_bytes: float, world: int, *, device: Literal["cuda", "cpu"],
+    recompute: Recompute | None = None, **settled: Any,
+) -> int:  # fmt: skip
+    """The largest batch.micro_batch that divides a rank's rows of a step and fits it; 1 if none fits.
+
+    `recompute` takes the place of engine.gradient_checkpointing. `settled` and errors: as `case`.
+    """
+    asked = case(config, world=world, device=device, **settled)
+    asked = asked if recompute is None else replace(asked, recompute=recompute)
+    rows = asked.micro_batch * asked.accumulation
+    splits = (split for n in range(rows, 0, -1) if (split := asked.split(n)))
+    return next((split.micro_batch for split in splits if fits(split, device_memory_bytes)), 1)
+
+
+def fits(asked: Case, device_memory_bytes: float) -> bool:
+    """Whether the estimate leaves SPARE free."""
+    return memory(asked).total <= device_memory_bytes * (1 - SPARE)
+
+
+def modes(config: Config, asked: Case) -> list[Recompute]:
+    """Those of MODES that this model has and that differ: of transformers all or nothing; no n beyond the blocks.
+
+    Compiled blocks already compute their cheap parts again, so that selective is the same as none.
+    """
+    if config.model.kind == "transformers":
+        return ["none", "full"]
+    layers = asked.shape.layers
+    chosen = [mode for mode in MODES if not isinstance(mode, int) or mode < layers]
+    return [mode for mode in chosen if mode != "selective" or not asked.compiled_blocks]

@@ -1,0 +1,62 @@
+"""Some real steps of a recipe on this machine, by the real launch/train.py, to correct the estimate with."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from smoltrain import config, dist, files
+from smoltrain.errors import TrainingStopped
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
+STEPS, WARM_UP = 20, 5  # the first ones compile
+FOREIGN = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SMOLTRAIN_SUPERVISOR", "SMOLTRAIN_ASKED")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the run's own metrics say."""
+
+    step_s: float  # median of the steps after warm-up
+    peak_bytes: float  # of the largest rank
+
+
+def measure(recipe: str, overrides: list[str], ranks: int, steps: int = STEPS) -> Measured:
+    """Train the first phase for so many steps in a temporary folder, without evaluation, samples or W&B.
+
+    Errors: UserError for the recipe; TrainingStopped with the run's last words where it fails.
+    """
+    phase = config.load(recipe, overrides).phases[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        words = [
+            "run.name=measure", f"run.folder={scratch}", f"run.stop_after={phase.name}",
+            f"phases.{phase.name}.steps={steps}", f"phases.{phase.name}.warmup_steps=0",
+            f"phases.{phase.name}.decay_steps={steps if phase.decay_steps else 0}", "evaluate.every=0",
+            "sample.every=0", "checkpoint.every=0", "track.gradients_every=0", "track.wandb=off",
+        ]  # fmt: skip
+        launcher = [sys.executable]
+        if ranks > 1:
+            launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+            launcher += ["--master-port", str(dist.free_port())]
+        own = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
+        own.setdefault("OMP_NUM_THREADS", str(max(1, dist.num_cores() // ranks)))
+        done = subprocess.run(
+            [*launcher, str(SCRIPT), recipe, *overrides, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, errors="replace", env=own, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            what = f"the run that was to be measured ended with code {done.returncode}"
+            raise TrainingStopped(f"{what}: {done.stdout[-500:].strip()}")
+        lines = list(files.json_lines(Path(scratch, "measure", "metrics.jsonl")))
+    return of_metrics(lines)
+
+
+def of_metrics(lines: list[dict]) -> Measured:
+    """What the lines of a metrics.jsonl tell; of a run of few steps the later half."""
+    steps = [line for line in lines if "speed/step_s" in line]
+    late = steps[min(WARM_UP, len(steps) // 2) :]
+    peak_gib = max(line["memory/peak_gib"] for line in steps)
+    return Measured(median(line["speed/step_s"] for line in late), peak_gib * 2**30)
