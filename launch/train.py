@@ -1,9 +1,14 @@
-"""One rank of a training run: `deepspeed launch/train.py RECIPE [key=value ...]`, or torchrun, or plain python."""
+"""One rank of a training run: under `smoltrain train`, `deepspeed launch/train.py RECIPE ...`, torchrun or python."""
+
+import signal
+
+if __name__ == "__main__":  # before the imports, in which Python's own answer to Ctrl-C would be a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until train.run listens, it just ends this rank
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # supervise.py holds it back until here
 
 import ctypes
 import os
 import re
-import signal
 import sys
 import time
 import traceback
@@ -19,7 +24,6 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 def main(words: list[str]) -> int:
     """Train what the command line says; returns the exit code."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until train.run listens, Ctrl-C just ends this rank
     words = [word for word in words if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
     if not words or "=" in words[0]:
         words = ["quickstart", *words]

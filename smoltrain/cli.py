@@ -41,6 +41,7 @@ Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe'
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to use instead of the recipe's.")
 ]
+Out = Annotated[str, typer.Option(help="File for the numbers, what they depend on, and the command.")]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -85,6 +86,25 @@ def show(
         _show_plan(resolved)
     else:
         print(config.to_yaml(resolved) + _facts(resolved))
+
+
+@app.command(epilog="Example: smoltrain estimate smollm2-135m batch.micro_batch=8 --world 8 --device h100")
+def estimate(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    world: Annotated[int, typer.Option(min=1, help="Ranks, each with one device.")] = 1,
+    device: Annotated[
+        str, typer.Option(help="h200, h100, a100-80, a100-40, l4, 4090, or cpu: this machine, measured.")
+    ] = "cpu",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Train 20 real steps here, and correct the estimate by them.")
+    ] = False,
+) -> None:
+    """Estimate memory, time and disk of a run before it starts, with alternatives and advice."""
+    from smoltrain.estimate import estimate as tell
+
+    tell(recipe, overrides or [], world, device, measured=measure)
 
 
 @app.command(epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2")
@@ -229,9 +249,7 @@ def bench_data(
     ] = 0.5,
     tokenizer: Annotated[str, typer.Option(help="As tokenizer.name in a recipe.")] = "smollm2",
     mib: Annotated[float, typer.Option(min=1, help="MiB of text to make; streaming goes round and round in it.")] = 64,
-    out: Annotated[
-        str, typer.Option(help="File for the numbers, what they depend on, and the command.")
-    ] = "bench.json",
+    out: Out = "bench.json",
 ) -> None:
     """Measure tokens per second of the loader without a model, streaming and cached, and its memory."""
     from pathlib import Path
@@ -247,9 +265,7 @@ def bench_checkpoint(
     overrides: Overrides = None,
     saves: Annotated[int, typer.Option(min=2, help="Checkpoints in each of the two runs.")] = 3,
     every: Annotated[int, typer.Option(min=1, help="Steps between saves, for the share of a run that is told.")] = 200,
-    out: Annotated[
-        str, typer.Option(help="File for the numbers, what they depend on, and the command.")
-    ] = "bench.json",
+    out: Out = "bench.json",
 ) -> None:
     """Measure what saving costs a run: with its files written beside training, and with training waiting for them."""
     from pathlib import Path
@@ -257,6 +273,60 @@ def bench_checkpoint(
     from smoltrain.bench.checkpoint import bench_checkpoint as measure
 
     measure(recipe, overrides or [], saves, every, Path(out))
+
+
+@bench.command(name="train", epilog="Example: smoltrain bench train quickstart --against hf-trainer,plain --rounds 2")
+def bench_train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    *,
+    against: Annotated[
+        str, typer.Option(help="Other trainers: hf-trainer, hf-trainer+ds, litgpt, plain, plain+compile.")
+    ] = "",
+    ranks: Annotated[int, typer.Option(min=1, help="Processes of each trainer.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a run; the first three are warm-up.")] = 12,
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each trainer, in turn.")] = 2,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Micro-batch of the other trainers; by default the recipe's.")
+    ] = None,
+    out: Out = "bench.json",
+) -> None:
+    """Measure whole trainers side by side on the same shape and rows: tokens/s, MFU, memory, start-up."""
+    from pathlib import Path
+
+    from smoltrain.bench.training import bench_training as measure
+
+    measure(recipe, overrides or [], against, ranks, steps, rounds, micro_batch, Path(out))
+
+
+@bench.command(name="attention", epilog="Example: smoltrain bench attention smollm2-135m batch.sequence_length=1024")
+def bench_attention(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each kernel, in turn.")] = 10,
+    out: Out = "bench.json",
+) -> None:
+    """Measure the attention kernels at a recipe's shape: forward and backward, and the error against fp64."""
+    from pathlib import Path
+
+    from smoltrain.bench.attention import bench_attention as measure
+
+    measure(recipe, overrides or [], rounds, Path(out))
+
+
+@bench.command(name="loss", epilog="Example: smoltrain bench loss smollm2-135m batch.micro_batch=8")
+def bench_loss(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Calls of each kernel, in turn.")] = 10,
+    out: Out = "bench.json",
+) -> None:
+    """Measure the loss kernels at a recipe's shape: forward and backward, memory, and the error against fp32."""
+    from pathlib import Path
+
+    from smoltrain.bench.loss import bench_loss as measure
+
+    measure(recipe, overrides or [], rounds, Path(out))
 
 
 def _facts(config: "Config") -> str:

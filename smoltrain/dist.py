@@ -28,7 +28,10 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 ECHO_S = 0.5  # launchers pass on a Ctrl-C that the terminal has sent to their ranks already: no second one
-LOOK_S = 1.0  # between two looks at whether launchers and supervisor live
+LOOK_S = 1.0  # between two looks at whether the launchers live
+# Their names since torch 2.13, which warns of the older ones.
+_reduce_scatter = getattr(torch_dist, "reduce_scatter_single", torch_dist.reduce_scatter_tensor)
+_all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
 DEEPSPEED_LAUNCHER = "deepspeed.launcher.launch"
 
 
@@ -64,6 +67,14 @@ class World:
         tensor = torch.tensor(values, dtype=dtype)
         torch_dist.all_reduce(tensor, op=op, group=self.group)
         return tensor.tolist()
+
+    def reduce_scatter(self, part: torch.Tensor, whole: torch.Tensor) -> None:
+        """Add up every rank's `whole` (flat) into `part`: what is this rank's of it, by rank order."""
+        _reduce_scatter(part, whole)
+
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor) -> None:
+        """Put every rank's `part` into `whole` (flat) by rank order."""
+        _all_gather(whole, part)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
@@ -155,9 +166,9 @@ def free_port() -> int:
 class StopFlag:
     """Remembers that this rank was asked to stop; the loop adds the flags of all ranks up at each step.
 
-    Launchers signal their ranks one after another, seconds apart, so no rank may act on its own flag alone. A rank
-    whose launcher or supervisor has died will never be signalled: that counts as a request. As launchers hide the exit
-    codes of their ranks, a request is also noted in the file that SMOLTRAIN_ASKED names, if it names one.
+    Some launchers signal their ranks one after another, seconds apart, so no rank may act on its own flag alone. A rank
+    whose launcher has died will never be signalled: that counts as a request. As torchrun hides the exit codes of its
+    ranks, a request is also noted in the file that SMOLTRAIN_ASKED names, if it names one (launch/slurm.sbatch).
 
     Until `is_raised` is asked for the first time there is nothing to lose: a signal just ends the process, and so does
     a launcher's death, without which the ranks might wait for each other for ever.
@@ -171,7 +182,6 @@ class StopFlag:
         self._noted = "SMOLTRAIN_ASKED" not in os.environ
         # A bare `nohup python` has no launcher and may outlive its shell.
         self._launchers = _launchers() if "LOCAL_RANK" in os.environ else []
-        self._supervisor = int(os.environ.get("SMOLTRAIN_SUPERVISOR", "0")) if self._launchers else 0
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         if self._launchers:
@@ -179,15 +189,13 @@ class StopFlag:
 
     def _leave_with_launcher(self) -> None:
         while not self._listening.wait(LOOK_S):
-            if self._abandoned():
+            if self._is_abandoned():
                 self._note()
                 os._exit(STOPPED)
 
-    def _abandoned(self) -> str:
-        """Who of those that would pass a signal on is gone, in words; '' while all are there."""
-        if any(_parent(child) != parent for child, parent in self._launchers):
-            return "its launcher is gone"
-        return "its supervisor is gone" if self._supervisor and not _is_alive(self._supervisor) else ""
+    def _is_abandoned(self) -> bool:
+        """Whether one of those that would pass a signal on is gone."""
+        return any(_parent(child) != parent for child, parent in self._launchers)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
@@ -205,7 +213,7 @@ class StopFlag:
                 signal.signal(number, self._on_signal)
         if not self.reason and time.monotonic() >= self._next_look:  # a look costs 0.1 ms, and steps may be short
             self._next_look = time.monotonic() + LOOK_S
-            self.reason = self._abandoned()
+            self.reason = "its launcher is gone" if self._is_abandoned() else ""
         if self.reason:
             self._note()
         return bool(self.reason)
@@ -220,9 +228,12 @@ class StopFlag:
 def _launchers() -> list[tuple[int, int | None]]:
     """(process, its parent) from this rank upwards: links that hold as long as all of its launchers live.
 
-    DeepSpeed's launcher stands under a runner, and a signal to the runner ends nothing but the runner. None stands
-    for the parent of a process that was an orphan before anybody looked.
+    `smoltrain train` (SMOLTRAIN_SUPERVISOR is its process) is all that stands above its ranks. DeepSpeed's launcher
+    stands under a runner, and a signal to the runner ends nothing but the runner. None stands for the parent of a
+    process that was an orphan before anybody looked.
     """
+    if supervisor := os.environ.get("SMOLTRAIN_SUPERVISOR"):
+        return [(os.getpid(), int(supervisor))]
     links: list[tuple[int, int | None]] = []
     child = os.getpid()
     while True:
@@ -248,12 +259,3 @@ def _command_line(pid: int) -> list[str]:
         return psutil.Process(pid).cmdline()
     except psutil.Error:
         return []
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True

@@ -59,7 +59,7 @@ def wrap(
         eps=config.optimizer.eps,
         fused=world.device.type == "cuda",
     )
-    with _quiet():
+    with _quiet(), _eager_by_default():
         wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree, dist_init_required=False)
     dtypes = ds_config.dtypes(tree, precision)
     once, why = None, _takes_micro_batches(wrapped, config.engine.reduce_gradients, world.device, dtypes)
@@ -339,3 +339,14 @@ def _quiet() -> Iterator[None]:
     """DeepSpeed prints its settings with `print`; they stand in the run's config.yaml already."""
     with contextlib.redirect_stdout(None):
         yield
+
+
+@contextlib.contextmanager
+def _eager_by_default() -> Iterator[None]:
+    """DeepSpeed imports its Muon, which hands functions to torch.compile: with inductor that is a second of imports."""
+    set_default = getattr(torch.compiler, "set_default_backend", lambda _: None)  # since torch 2.13
+    set_default("eager")
+    try:
+        yield
+    finally:
+        set_default(None)

@@ -1,17 +1,21 @@
-"""Pictures as PNG files. matplotlib's object interface throughout: no window, no global state."""
+"""Pictures as PNG files. matplotlib's object interface throughout: no window, no global state.
+
+It is imported when something is drawn: training, which draws at its end, would begin half a second later.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from smoltrain.errors import Problem, UserError
 from smoltrain.files import json_lines
 from smoltrain.plan import Plan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREY, GREEN = "#2a6fb0", "#d1661f", "#5f6b76", "#3c7d4f"
 BANDS = ("#e6eef7", "#fbeed6", "#e4f2e3", "#f3e6f2")  # one per phase, in turn
@@ -19,6 +23,8 @@ BANDS = ("#e6eef7", "#fbeed6", "#e4f2e3", "#f3e6f2")  # one per phase, in turn
 
 def plan_png(plan: Plan, path: Path) -> None:
     """Draw learning rate and weight decay over the steps, each phase shaded and named."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 4.8), dpi=140, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     steps = range(1, plan.last_step + 1)
@@ -40,6 +46,8 @@ def run_pngs(plan: Plan, run: Path) -> list[Path]:
 
     Errors: UserError if the run has not trained a step yet.
     """
+    from matplotlib.figure import Figure
+
     metrics = _metrics(run / "metrics.jsonl")
     written = []
     counted = len(metrics.series("data/unique_documents")[0])  # not by older versions of smoltrain
@@ -87,7 +95,7 @@ def running_median(values: np.ndarray, width: int) -> np.ndarray:
     return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
 
 
-def _noisy(axes: Axes, metrics: Metrics, name: str, color: str, label: str | None = None) -> None:
+def _noisy(axes: "Axes", metrics: Metrics, name: str, color: str, label: str | None = None) -> None:
     """One value per step: thin and faint, with a running median where there are enough to need one."""
     steps, values = metrics.series(name)
     if len(steps) < 200:
@@ -99,7 +107,7 @@ def _noisy(axes: Axes, metrics: Metrics, name: str, color: str, label: str | Non
     axes.plot(steps, running_median(values, width), color=color, linewidth=1.6, label=label)
 
 
-def _loss(axes: Axes, metrics: Metrics) -> None:
+def _loss(axes: "Axes", metrics: Metrics) -> None:
     _noisy(axes, metrics, "train/loss_nats_per_token", BLUE, "training loss")
     validation = metrics.series("validation/loss_nats_per_token")
     axes.plot(*validation, "o-", color=ORANGE, markersize=4, label="validation loss")
@@ -108,33 +116,33 @@ def _loss(axes: Axes, metrics: Metrics) -> None:
     axes.yaxis.set_minor_formatter("{x:g}")
 
 
-def _lr(axes: Axes, metrics: Metrics) -> None:
+def _lr(axes: "Axes", metrics: Metrics) -> None:
     axes.plot(*metrics.series("train/lr"), color=GREY, linewidth=1.5)
     axes.margins(y=0.1)
     axes.set(ylabel="learning rate", ylim=(0, None))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
 
 
-def _gradient_norm(axes: Axes, metrics: Metrics) -> None:
+def _gradient_norm(axes: "Axes", metrics: Metrics) -> None:
     _noisy(axes, metrics, "train/grad_norm_before_clipping", GREEN)
     axes.set(yscale="log", ylabel="gradient norm\nbefore clipping")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
 
 
-def _throughput(axes: Axes, metrics: Metrics) -> None:
+def _throughput(axes: "Axes", metrics: Metrics) -> None:
     _noisy(axes, metrics, "speed/tokens_per_s", GREY)
     axes.set(ylabel="tokens/s,\nall ranks", ylim=(0, None))
     axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
-def _unique_rows(axes: Axes, metrics: Metrics) -> None:
+def _unique_rows(axes: "Axes", metrics: Metrics) -> None:
     axes.plot(*metrics.series("data/unique_rows"), color=GREEN, linewidth=1.5)
     axes.set(ylabel="unique rows\nseen", ylim=(0, None))
     axes.yaxis.set_major_formatter("{x:,.0f}")
 
 
-def _unique_documents(axes: Axes, metrics: Metrics) -> None:
+def _unique_documents(axes: "Axes", metrics: Metrics) -> None:
     """And the repeat factor on a scale of its own, to the right."""
     axes.plot(*metrics.series("data/unique_documents"), color=GREEN, linewidth=1.5)
     axes.set(ylabel="unique\ndocuments", ylim=(0, None))
@@ -150,7 +158,7 @@ def _unique_documents(axes: Axes, metrics: Metrics) -> None:
 PANELS = (_loss, _lr, _gradient_norm, _throughput, _unique_rows, _unique_documents)
 
 
-def _shade_phases(axes: Axes, plan: Plan) -> None:
+def _shade_phases(axes: "Axes", plan: Plan) -> None:
     for i, phase in enumerate(plan.phases):
         name = f"{phase.name}: {phase.first} to {phase.last}"
         axes.axvspan(phase.first - 0.5, phase.last + 0.5, color=BANDS[i % len(BANDS)], linewidth=0, label=name)
@@ -160,7 +168,9 @@ def _shade_phases(axes: Axes, plan: Plan) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _finish(figure: Figure, upper: Axes, lower: Axes, path: Path) -> None:
+def _finish(figure: "Figure", upper: "Axes", lower: "Axes", path: Path) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     lower.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
     lower.set_xlabel("step")
     figure.legend(*upper.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)

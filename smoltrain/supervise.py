@@ -1,7 +1,7 @@
-"""A fresh set of processes for each phase, under the real `deepspeed` launcher: what `./train.sh` does after set-up.
+"""A fresh set of rank processes for each phase, started and watched here: what `./train.sh` does after set-up.
 
 Each phase restores from disk on every rank, so a checkpoint that could not be restored would be found at once.
-This process owns the launcher's process group: it passes signals to the ranks themselves and leaves nothing behind.
+No launcher stands between: signals reach all ranks at once, and every exit code is seen.
 """
 
 import contextlib
@@ -9,24 +9,24 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import psutil
 import torch
 
-from smoltrain import checkpoint, config, data, dist, ds_config, files, model, origin, runfolder
+from smoltrain import config, data, dist, ds_config, files, model, origin, runfolder
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
 from smoltrain.plan import Plan
-from smoltrain.schema import Config
+from smoltrain.schema import Config, TransformersSection
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "train.py"
 CPU_RANKS = 2  # on a machine without a GPU: enough to make every collective real
-# As each launcher says that a rank, or it itself, was ended by one of them.
-ENDED_BY_SIGNAL = {code for number in dist.STOP_SIGNALS for code in (-number, 128 + number, 256 - number)}
-GRACE_S = 35.0  # for ranks whose launcher is gone, to save and leave
+LOOK_S = 0.02  # between two looks at the ranks
+NOTICE_S = 15.0  # for ranks to notice that another one has died; launch/train.py lets rank 0 speak first, for 5 s
+GRACE_S = 35.0  # from SIGTERM to SIGKILL, to save or to finish an upload
 
 
 def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> int:
@@ -66,33 +66,33 @@ def _run(recipe: str, overrides: list[str], ranks: int | None, signals: "Signals
                 flush=True,
             )
             words = [recipe, *overrides, f"run.stop_after={phase.name}"]
-            code = _launch(Ranks(words, ranks, device), settings.run_folder, phase.last, signals)
+            code = _launch(Ranks(words, ranks, device), signals)
             if code != DONE:
                 return code
     print(_summary(settings, plan, last))
     return DONE
 
 
-def _launch(ranks: "Ranks", run: Path, last: int, signals: "Signals") -> int:
-    """One launch, until step `last`: its true exit code, and a word to the user where the ranks could not give one."""
-    since = time.time()
-    said = ranks.run(signals)
+def _launch(ranks: "Ranks", signals: "Signals") -> int:
+    """One set of ranks from start to end: their exit code, and a word to the user where they could not give one."""
+    first = ranks.run(signals)
     if signals.interrupts > 1:
         print("left at once; the same command goes on from the last checkpoint")
         return INTERRUPTED
-    code = _verdict(said, _saved(run) >= last, signals.asked or ranks.were_asked, _has_lost(run, since))
-    if code == STOPPED != said:
+    if first is None:
+        return DONE
+    if first.verdict == STOPPED != first.code:
         print("stopped, and nothing was lost; the same command goes on from there")
-    if code == FAULT:
-        died = f"a rank, or what started it, died (exit code {said})"
-        print(f"error: {died}; the same command goes on from the last checkpoint", file=sys.stderr)
-    return code
+    if first.verdict == FAULT:
+        print(f"error: {first}; the same command goes on from the last checkpoint", file=sys.stderr)
+    return first.verdict
 
 
 def _check_engine(settings: Config, ranks: int, rows_per_step: int) -> None:
     """Errors: UserError for what the ranks would find wrong with model and engine, seconds later and all at once."""
     device = dist.choose_device(settings.engine.device)
-    model.build(settings.model, device="meta", document_mask=settings.packing.document_mask)
+    if isinstance(settings.model, TransformersSection):  # of our own decoder config.load knows all that can be wrong
+        model.build(settings.model, device="meta", document_mask=settings.packing.document_mask)
     precision, _ = ds_config.choose_precision(settings.engine.precision, device)
     accumulation = runfolder.accumulation(settings, rows_per_step, ranks)
     ds_config.fill(settings, precision=precision, accumulation=accumulation, world_size=ranks)
@@ -117,8 +117,7 @@ class Signals:
     """The signals that ask this command to stop: the ranks get them, who save; without ranks the command just ends."""
 
     def __init__(self) -> None:
-        self.ranks: Ranks | None = None
-        self.asked = False
+        self.kept: list[int] | None = None  # for the ranks, while there are any
         self.interrupts = 0
         self._before = {number: signal.signal(number, self._on_signal) for number in dist.STOP_SIGNALS}
 
@@ -128,108 +127,128 @@ class Signals:
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self.asked = True
         self.interrupts += number == signal.SIGINT
-        if self.ranks is None:
+        if self.kept is None:
             raise Asked
-        self.ranks.tell(signal.SIGKILL if self.interrupts > 1 else number)  # the second Ctrl-C: leave at once
+        self.kept.append(signal.SIGKILL if self.interrupts > 1 else number)  # the second Ctrl-C: leave at once
+
+
+@dataclass(frozen=True)
+class End:
+    """How a rank ended: `code` is its exit code, or -N if signal N ended it."""
+
+    rank: int
+    code: int
+
+    @property
+    def verdict(self) -> int:
+        """The exit code (errors.py) of a launch in which this was the first end of a rank that was not done."""
+        if -self.code in dist.STOP_SIGNALS:  # dist.StopFlag: only before the first step, when there is nothing to lose
+            return STOPPED
+        return self.code if self.code in (BAD_INPUT, STOPPED, INTERRUPTED) else FAULT
+
+    def __str__(self) -> str:
+        if self.code >= 0:
+            return f"rank {self.rank} ended with code {self.code}"
+        name = next((known.name for known in signal.Signals if known == -self.code), f"signal {-self.code}")
+        return f"rank {self.rank} was ended by {name}"
 
 
 class Ranks:
     """One launch of the ranks: start, pass signals on, wait, leave nothing behind."""
 
-    def __init__(self, words: list[str], ranks: int, device: str) -> None:
-        deepspeed = Path(sys.executable).with_name("deepspeed")
-        self._command = [str(deepspeed), "--num_accelerators", str(ranks), "--master_port", str(dist.free_port())]
-        self._command += ["--log_level", "critical"]  # it calls every exit code but 0 an error, 75 too
-        self._command += [str(SCRIPT), *words]
-        self._env = {} if device == "cuda" else {"DS_ACCELERATOR": device}
-        self._launcher = 0  # its process id, and that of the session that it leads
-        self.were_asked = False
+    def __init__(self, words: list[str], count: int, device: str) -> None:
+        self._command = [sys.executable, "-u", str(SCRIPT), *words]
+        self._env = os.environ | {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(dist.free_port()),
+            "SMOLTRAIN_SUPERVISOR": str(os.getpid()),
+        }
+        if device != "cuda":
+            self._env["DS_ACCELERATOR"] = device
+        self._count = count
+        self._processes: list[subprocess.Popen[bytes]] = []
 
-    def run(self, signals: Signals) -> int:
-        """The launcher's exit code, when nothing of the launch is alive any more."""
-        signals.ranks = self
-        with tempfile.TemporaryDirectory() as folder:
-            asked = Path(folder, "asked")
-            told = {"SMOLTRAIN_SUPERVISOR": str(os.getpid()), "SMOLTRAIN_ASKED": str(asked)}
-            launcher = subprocess.Popen(
-                self._command, env=os.environ | self._env | told, stdin=subprocess.DEVNULL, start_new_session=True
-            )
-            self._launcher = launcher.pid
-            try:
-                if signals.asked:  # in the meantime
-                    self.tell(signal.SIGTERM)
-                return launcher.wait()
-            finally:
-                self._sweep()
-                self.were_asked = asked.exists()
-                signals.ranks = None
+    def run(self, signals: Signals) -> End | None:
+        """The first rank that ended without being done, None if all were done. Nothing of them is alive afterwards."""
+        signals.kept = []
+        try:
+            self._start()
+            return self._wait(signals.kept)
+        finally:
+            self._sweep()
+            signals.kept = None
 
-    def tell(self, number: int) -> None:
-        """Signal the ranks alone, as the launcher would kill them one by one; before there are any, end the launch."""
-        if not self._launcher:
-            return
-        members = _members(self._launcher)
-        ranks = [process for process in members if str(SCRIPT) in _words(process)[:3]]  # python -u launch/train.py ...
-        with contextlib.suppress(ProcessLookupError):
-            if number == signal.SIGKILL or not ranks:
-                os.killpg(self._launcher, signal.SIGKILL if number == signal.SIGKILL else signal.SIGTERM)
-                return
-        for process in ranks:
-            with contextlib.suppress(psutil.Error):
-                process.send_signal(number)
+    def _start(self) -> None:
+        """A Ctrl-C is held back until all are there; each lets it in when Python could not answer with a traceback."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which children inherit
+        try:
+            for rank in map(str, range(self._count)):
+                env = self._env | {"RANK": rank, "LOCAL_RANK": rank}
+                process = subprocess.Popen(self._command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+                self._processes.append(process)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def _wait(self, asked: list[int]) -> End | None:
+        """Until all have ended; after the first that died the others are asked, and at last made, to end too."""
+        running, first = dict(enumerate(self._processes)), None
+        due: list[tuple[float, int]] = []  # when to send which signal
+        while running:
+            time.sleep(LOOK_S)
+            while asked:
+                self._tell(asked.pop(0))
+            ends = [End(rank, code) for rank, process in running.items() if (code := process.poll()) is not None]
+            for end in ends:
+                del running[end.rank]
+            early = [end for end in ends if end.code != DONE]
+            if first is None and early:
+                first = min(early, key=lambda end: (end.code == FAULT, end.code))  # who lost a dead one says FAULT
+                due = _due(first, time.monotonic())
+            while due and time.monotonic() >= due[0][0]:
+                self._tell(due.pop(0)[1])
+        return first
+
+    def _tell(self, number: int) -> None:
+        for process in self._processes:
+            process.send_signal(number)
 
     def _sweep(self) -> None:
-        """Nothing of the launch outlives it; where its launcher was killed, the ranks may still save."""
+        """Nothing outlives the launch: what is left in the sessions of the ranks is asked, then made, to end."""
         deadline = time.monotonic() + GRACE_S
-        if _members(self._launcher):
-            self.tell(signal.SIGTERM)
-        while _members(self._launcher):
-            if time.monotonic() > deadline:
-                self.tell(signal.SIGKILL)
-            time.sleep(0.1)
+        sessions = {process.pid for process in self._processes}
+        left, told = _members(sessions), set[int]()
+        while left:
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    if time.monotonic() > deadline:
+                        process.kill()
+                    elif process.pid not in told:
+                        told.add(process.pid)
+                        process.terminate()
+            time.sleep(LOOK_S)
+            left = _members(sessions)
 
 
-def _members(session: int) -> list[psutil.Process]:
-    """The living processes of a session."""
+def _due(first: End, now: float) -> list[tuple[float, int]]:
+    """When to send which signal to the others, who may wait for the one that ended for ever."""
+    if first.verdict == STOPPED:
+        if first.code == STOPPED:  # by agreement of all
+            return []
+        return [(now, signal.SIGTERM), (now + GRACE_S, signal.SIGKILL)]
+    return [(now + NOTICE_S, signal.SIGTERM), (now + NOTICE_S + GRACE_S, signal.SIGKILL)]
+
+
+def _members(sessions: set[int]) -> list[psutil.Process]:
+    """The living processes of these sessions."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+            if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
-
-
-def _words(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
-def _verdict(code: int, done: bool, asked: bool, lost: bool) -> int:
-    """The exit code that is true of one launch (errors.py), whatever its launcher said.
-
-    A runner whose launcher was killed says 0; a launcher that was signalled says 1, even if all ranks saved and left.
-    """
-    if code in (BAD_INPUT, STOPPED) or (code == DONE and done):
-        return code
-    stopped = code == DONE or code in ENDED_BY_SIGNAL or (asked and code == FAULT)
-    return STOPPED if stopped and not lost else FAULT
-
-
-def _has_lost(run: Path, since: float) -> bool:
-    """Whether steps were computed since then (seconds of time.time) that no checkpoint holds."""
-    metrics = run / "metrics.jsonl"
-    if not metrics.exists() or metrics.stat().st_mtime < since:
-        return False
-    return max((line["step"] for line in files.json_lines(metrics)), default=0) > _saved(run)
-
-
-def _saved(run: Path) -> int:
-    """The step of the newest checkpoint, 0 if there is none."""
-    return max(checkpoint.steps(run / "checkpoints"), default=0)
 
 
 def _summary(settings: Config, plan: Plan, done: int) -> str:

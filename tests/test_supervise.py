@@ -1,11 +1,12 @@
 """`smoltrain train`, which is what ./train.sh runs: phases in fresh processes, kills, signals, exit codes."""
 
-import re
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from smoltrain import checkpoint, supervise
@@ -59,11 +60,11 @@ def test_a_rank_killed_in_mid_run_costs_nothing_but_time(uninterrupted: Path, tm
     words, run_folder = tiny.words(tmp_path, *LONG), tmp_path / "runs" / "quickstart"
     process = launches.start("smoltrain", words, tmp_path / "log")
     launches.wait_for_step(run_folder, 25, process)
-    launches.ranks_alive(words)[1].kill()
+    next(rank for rank in launches.ranks_alive(words) if rank.environ()["RANK"] == "1").kill()
     assert process.wait(launches.TIMEOUT_S) == FAULT
     launches.wait_until_gone(words)
-    # Which of the two the launcher sees first is a matter of milliseconds: the killed one, or the one that lost it.
-    assert re.search(r"error: a rank, or what started it, died \(exit code (247|1)\)", (tmp_path / "log").read_text())
+    said = (tmp_path / "log").read_text()
+    assert "error: rank 1 was ended by SIGKILL; the same command goes on from the last checkpoint" in said
     left = checkpoint.newest_valid(run_folder / "checkpoints", print)
     assert left is not None
     assert 20 <= left.step < 60
@@ -112,6 +113,20 @@ def test_a_signal_before_the_first_step_ends_all_at_once(tmp_path: Path, number:
 
 
 @pytest.mark.slow
+def test_ranks_whose_supervisor_was_killed_save_and_leave(tmp_path: Path) -> None:
+    words, run_folder = tiny.words(tmp_path, *LONG, "checkpoint.every=0"), tmp_path / "runs" / "quickstart"
+    process = launches.start("smoltrain", words, tmp_path / "log")
+    launches.wait_for_step(run_folder, 5, process)
+    process.kill()
+    process.wait()
+    launches.wait_until_gone(words)
+    left = checkpoint.newest_valid(run_folder / "checkpoints", print)
+    assert left is not None
+    assert left.step == max(launches.losses(run_folder))
+    assert f"stopped after step {left.step} (its launcher is gone)" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
 def test_the_second_ctrl_c_leaves_at_once_and_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
     words, run_folder = tiny.words(tmp_path, "phases.main.steps=5000", "checkpoint.every=4"), tmp_path / "runs"
     process = launches.start("smoltrain", words, tmp_path / "log")
@@ -149,31 +164,120 @@ def test_a_signal_while_there_are_no_ranks_yet_ends_the_command(tmp_path: Path, 
     assert "new processes" not in said
 
 
+# ---- in a moment: a script that does as it is told stands in for launch/train.py
+
+STAND_IN = """
+import fcntl, os, signal, subprocess, sys, time
+own = open(os.environ["RANK"], "w")
+fcntl.flock(own, fcntl.LOCK_EX)
+own.write("here")
+own.flush()
+other = open(str(1 - int(os.environ["RANK"])), "a+")
+while not other.seek(0) and other.read() != "here":
+    time.sleep(0.01)
+
+def end(how):
+    os._exit(how) if how >= 0 else os.kill(os.getpid(), -how)
+
+def lose(other):  # the kernel lets go of a dead process's locks as it closes its sockets
+    fcntl.flock(other, fcntl.LOCK_EX)
+    os._exit(1)
+
+exec(sys.argv[1 + int(os.environ["RANK"])])
+"""
+WAITS = "time.sleep(60)"
+LOSES = "lose(other)"
+
+
+@pytest.fixture
+def signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[supervise.Signals]:
+    """What listens to this process's signals, while the script stands in for the ranks and they get little time."""
+    (tmp_path / "rank.py").write_text(STAND_IN)
+    monkeypatch.setattr(supervise, "SCRIPT", tmp_path / "rank.py")
+    monkeypatch.setattr(supervise, "NOTICE_S", 0.3)
+    monkeypatch.setattr(supervise, "GRACE_S", 1.0)
+    monkeypatch.chdir(tmp_path)
+    listening = supervise.Signals()
+    yield listening
+    listening.close()
+
+
 @pytest.mark.parametrize(
-    ("code", "done", "asked", "lost", "truth"),
+    ("first_rank", "second_rank", "said", "truth"),
     [
-        (DONE, True, False, False, DONE),
-        (DONE, True, True, False, DONE),  # too late to stop
-        (DONE, False, True, False, STOPPED),  # DeepSpeed's runner, whose launcher was killed; the ranks saved
-        (DONE, False, False, False, STOPPED),  # killed before a rank could notice
-        (DONE, False, True, True, FAULT),  # and did not
-        (DONE, False, False, True, FAULT),
-        (STOPPED, False, True, False, STOPPED),
-        (BAD_INPUT, False, False, False, BAD_INPUT),
-        (FAULT, False, False, False, FAULT),  # a loss that is no number, just after a save
-        (FAULT, False, True, False, STOPPED),  # DeepSpeed's launcher was signalled
-        (FAULT, False, True, True, FAULT),  # and then a disk was full
-        (-signal.SIGTERM, False, False, False, STOPPED),  # the runner was signalled
-        (256 - signal.SIGUSR1, False, False, False, STOPPED),  # a rank, before its first step
-        (256 - signal.SIGTERM, False, False, True, FAULT),
-        (256 - signal.SIGKILL, False, True, False, FAULT),  # out of memory; the launcher then asked the others
-        (256 - signal.SIGSEGV, False, False, False, FAULT),
+        ("end(0)", "end(0)", "None", DONE),
+        ("end(75)", "time.sleep(0.5); end(75)", "rank 0 ended with code 75", STOPPED),
+        ("end(2)", "time.sleep(0.5); end(2)", "rank 0 ended with code 2", BAD_INPUT),
+        ("end(2)", LOSES, "rank 0 ended with code 2", BAD_INPUT),
+        ("end(130)", WAITS, "rank 0 ended with code 130", INTERRUPTED),
+        (WAITS, "end(1)", "rank 1 ended with code 1", FAULT),
+        ("end(0)", "end(1)", "rank 1 ended with code 1", FAULT),
+        (LOSES, "end(-signal.SIGKILL)", "rank 1 was ended by SIGKILL", FAULT),
+        (WAITS, "end(-signal.SIGSEGV)", "rank 1 was ended by SIGSEGV", FAULT),
+        (WAITS, "end(-40)", "rank 1 was ended by signal 40", FAULT),
+        (LOSES, "end(-signal.SIGTERM)", "rank 1 was ended by SIGTERM", STOPPED),  # which a rank that trains survives
+        (WAITS, "end(-signal.SIGUSR1)", "rank 1 was ended by SIGUSR1", STOPPED),
+        (f"signal.signal(signal.SIGTERM, signal.SIG_IGN); {WAITS}", "end(1)", "rank 1 ended with code 1", FAULT),
     ],
 )
-def test_the_exit_code_is_true_whatever_the_launcher_says(
-    code: int, done: bool, asked: bool, lost: bool, truth: int
+def test_the_rank_that_died_first_tells_how_the_launch_ended(
+    signals: supervise.Signals, first_rank: str, second_rank: str, said: str, truth: int
 ) -> None:
-    assert supervise._verdict(code, done, asked, lost) == truth
+    first = supervise.Ranks([first_rank, second_rank], 2, "cpu").run(signals)
+    assert str(first) == said
+    assert (first.verdict if first else DONE) == truth
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "out", "err"),
+    [
+        (signal.SIGKILL, FAULT, "", "error: rank 1 was ended by SIGKILL; the same command goes on from the last check"),
+        (signal.SIGTERM, STOPPED, "stopped, and nothing was lost; the same command goes on from there", ""),
+    ],
+)
+def test_what_ranks_could_not_say_is_said_for_them(
+    signals: supervise.Signals, capfd: pytest.CaptureFixture[str], number: int, code: int, out: str, err: str
+) -> None:
+    assert supervise._launch(supervise.Ranks([WAITS, f"end(-{int(number)})"], 2, "cpu"), signals) == code
+    said = capfd.readouterr()
+    assert said.out.startswith(out)
+    assert said.err.startswith(err)
+    assert (bool(said.out), bool(said.err)) == (bool(out), bool(err))
+
+
+def test_what_ranks_started_does_not_outlive_them(signals: supervise.Signals, tmp_path: Path) -> None:
+    """Neither what would leave when asked, nor what would not."""
+    start = "child = subprocess.Popen(['sh', '-c', 'trap \"{}\" TERM; while :; do sleep 0.1; done'])"
+    write = "open('child' + os.environ['RANK'], 'w').write(str(child.pid)); end(0)"
+    words = [f"{start.format('exit')}; {write}", f"{start.format(':')}; {write}"]
+    assert supervise.Ranks(words, 2, "cpu").run(signals) is None
+    for rank in "01":
+        pid = int((tmp_path / f"child{rank}").read_text())
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_signal_reaches_all_ranks_as_it_is(signals: supervise.Signals, capfd: pytest.CaptureFixture[str]) -> None:
+    said = "signal.signal(signal.SIGUSR1, lambda *_: end(75))"
+    asks = "time.sleep(0.2); os.kill(os.getppid(), signal.SIGUSR1)"
+    words = [f"{said}; {WAITS}", f"{said}; {asks}; {WAITS}"]
+    assert supervise._launch(supervise.Ranks(words, 2, "cpu"), signals) == STOPPED
+    assert capfd.readouterr().out == "", "they have said so themselves"
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.4])
+def test_ctrl_c_while_a_rank_still_imports_shows_no_traceback(
+    capfd: pytest.CaptureFixture[str], after_s: float
+) -> None:
+    ranks = supervise.Ranks(["quickstart"], 2, "cpu")  # of launch/train.py itself
+    ranks._start()
+    try:
+        time.sleep(after_s)
+        first = ranks._wait([signal.SIGINT])
+    finally:
+        ranks._sweep()
+    assert first
+    assert first.code == -signal.SIGINT
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import models
 
-from smoltrain.data import hub, standins
+from smoltrain.data import standins
 from smoltrain.data.sources import one_line
 from smoltrain.data.tokenizer import FILE, Tokenizer, byte_level
 from smoltrain.errors import Problem, UserError, nearest
@@ -21,6 +21,8 @@ def named(section: TokenizerSection) -> Tokenizer:
 
     Errors: UserError if the name has no known form, or what it names cannot be had or read, or lacks the separator.
     """
+    from smoltrain.data import hub  # a quarter of a second, which a run whose tokenizer stands does not need
+
     name, separator, pad = section.name, section.separator, section.pad
     if not is_folder(name):
         if name in standins.NAMES:
@@ -42,6 +44,8 @@ def is_folder(name: str) -> bool:
 
 def _from_tiktoken() -> tokenizers.Tokenizer:
     """tiktoken's GPT-2 with the same ids. tiktoken keeps the ranks of the merged tokens, but not what was merged."""
+    from smoltrain.data import hub
+
     try:
         import tiktoken
     except ImportError:

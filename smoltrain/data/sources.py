@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
-import aiohttp
 import fsspec
 
 from smoltrain.errors import Problem, UserError
@@ -121,6 +120,8 @@ def _file_system(protocol: str, pid: int, stall_s: float) -> fsspec.AbstractFile
         return fsspec.filesystem("hf", skip_instance_cache=True)
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in ("http", "https"):
+        import aiohttp  # a sixth of a second that files on a disk do not need
+
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=stall_s, sock_read=stall_s)
         options |= {"client_kwargs": {"timeout": timeout, "trust_env": True}}  # HTTPS_PROXY and its like count
         options |= {"headers": {"Accept-Encoding": "identity"}}  # sizes and ranges are those of the file itself
@@ -138,6 +139,8 @@ def http_status(error: BaseException) -> int | None:
 
 def is_missing(error: BaseException) -> bool:
     """Whether there is no such file, rather than no answer (which fsspec's http calls FileNotFoundError too)."""
+    import aiohttp
+
     if (status := http_status(error)) is not None:
         return status in (404, 410)
     last = [*_causes(error)][-1]
