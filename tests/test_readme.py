@@ -84,7 +84,7 @@ def test_a_call_of_smoltrain_is_valid(
 ):
     _, verb, *rest = words
     given = options(verb, rest)
-    if verb in ("recipes", "show"):
+    if verb in ("recipes", "show", "estimate"):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as left:
             cli.main([verb, *rest])
