@@ -32,7 +32,7 @@ def _transformers(m: TransformersSection, c: Config) -> Iterator[Problem]:
             yield Problem(
                 f"{key} stands in the wrong place", f"model.config.{key}", f"model.{key}", f"model.config.{key}"
             )
-    if c.engine.gradient_checkpointing not in ("none", "full"):
+    if c.engine.gradient_checkpointing not in ("auto", "none", "full"):
         what, want = "a transformers model recomputes all blocks or none", "none or full"
         yield Problem(what, str(c.engine.gradient_checkpointing), want, "engine.gradient_checkpointing")
     for key, value in (("loss", "fused"), ("compile", "on")):

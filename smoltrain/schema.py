@@ -218,10 +218,10 @@ class EngineSection(Section):
     )
     ds_config: str = Field(default="zero2", description="a name in ds_configs/ or a path to DeepSpeed JSON")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto", description="of weights and activations")
-    gradient_checkpointing: Literal["none", "selective", "full"] | int = Field(
+    gradient_checkpointing: Literal["auto", "none", "selective", "full"] | int = Field(
         default="none",
         description="recompute no block, all but matrix products and fused attention, every block, or every n-th block "
-        "in the backward pass",
+        "in the backward pass; auto: the least of it that `smoltrain estimate` sees fit",
     )
     attention: Literal["auto", "flash", "blocked", "sdpa", "math"] = Field(
         default="auto", description="kernel; auto takes the fastest; blocked is smoltrain's own for the CPU"

@@ -94,7 +94,7 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
             config, world.rank, world.size, rows_per_step=folder.rows_per_step, accumulation=accumulation
         )
         opened.callback(loader.close)
-        chosen = choices.choose(config, world.device, folder.rows_per_step)
+        chosen = choices.choose(config, world, folder.rows_per_step)
         torch.manual_seed(config.run.seed)  # the same weights on every rank
         decoder = model.build(config.model, chosen.computing, document_mask=config.packing.document_mask)
         if begin.weights_from:

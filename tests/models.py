@@ -3,7 +3,7 @@
 from typing import Any
 
 from smoltrain.model import Computing, LanguageModel, build
-from smoltrain.schema import ModelSection, TransformersSection
+from smoltrain.schema import Config, ModelSection, TransformersSection
 
 
 def build_with(
@@ -11,3 +11,10 @@ def build_with(
 ) -> LanguageModel:
     """`build` with the fields of Computing as keywords."""
     return build(section, Computing(**computing), device=device, document_mask=document_mask)
+
+
+def from_config(settings: Config) -> LanguageModel:
+    """The model of a run, with the gradient checkpointing that its recipe asks for."""
+    mode = settings.engine.gradient_checkpointing
+    assert mode != "auto"
+    return build(settings.model, Computing(mode))

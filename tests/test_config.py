@@ -193,7 +193,7 @@ def test_an_unknown_key_is_met_with_the_nearest(override: str, key: str, want: s
         ("model.dropout=1", "less than 1"),
         ("model.norm=batchnorm", "'rmsnorm' or 'layernorm'"),
         ("model.tie_word_embeddings=perhaps", "true or false"),
-        ("engine.gradient_checkpointing=some", "'none', 'selective' or 'full' or a whole number"),
+        ("engine.gradient_checkpointing=some", "'auto', 'none', 'selective' or 'full' or a whole number"),
         ("run.name=../elsewhere", "a plain name, as in main-2"),
         ("run.name=[a]", "text"),
         ("phases.main.name='a b'", "a plain name, as in main-2"),

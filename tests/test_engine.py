@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from smoltrain import data, model
+from smoltrain import data
 from smoltrain.data import Loader
 from smoltrain.plan import Plan
 from smoltrain.schema import Config
 from tests import tiny
+from tests.models import from_config
 from tests.ranks import world
 from tests.test_reshape import ROWS, settings_of, whole_state, write_files
 
@@ -29,7 +30,7 @@ def loader_of(settings: Config, rank: int, size: int, accumulation: int = 2) -> 
 
 def fresh_model(settings: Config) -> Any:
     torch.manual_seed(settings.run.seed)
-    return model.build(settings.model, model.Computing(settings.engine.gradient_checkpointing))
+    return from_config(settings)
 
 
 def engine_losses(

@@ -12,6 +12,7 @@ from smoltrain import data, gradients, model
 from smoltrain.data import Loader
 from smoltrain.schema import Config, TransformersSection
 from tests import tiny
+from tests.models import from_config
 from tests.ranks import world
 
 ACCUMULATION = 2
@@ -105,7 +106,7 @@ def loader_of(settings: Config, rank: int, size: int) -> Loader:
 
 def fresh_model(settings: Config) -> Any:
     torch.manual_seed(settings.run.seed)
-    return model.build(settings.model, model.Computing(settings.engine.gradient_checkpointing))
+    return from_config(settings)
 
 
 def engine_norms(settings: Config) -> tuple[dict[str, float], dict[str, int], float]:

@@ -13,7 +13,7 @@ from smoltrain.model.loss import PLAIN, LossKernel
 from smoltrain.plan import Plan
 from smoltrain.schema import Config, ModelSection, TransformersSection
 
-Recompute = str | int  # as engine.gradient_checkpointing: none, full, selective, or every n-th block
+Recompute = Literal["none", "selective", "full"] | int  # as model.Computing has it
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 CPU, DTYPES = torch.device("cpu"), {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BUCKET = 500_000_000  # elements: DeepSpeed's default of zero_optimization.reduce_bucket_size

@@ -22,7 +22,8 @@ def least_recomputation(
     """
     asked = case(config, world=world, device=device, **settled)
     ways = (replace(asked, recompute=mode) for mode in modes(config, asked))
-    return next((way.recompute for way in ways if fits(way, device_memory_bytes)), "full")
+    found: list[Recompute] = [way.recompute for way in ways if fits(way, device_memory_bytes)]
+    return found[0] if found else "full"
 
 
 def largest_micro_batch(
@@ -53,5 +54,5 @@ def modes(config: Config, asked: Case) -> list[Recompute]:
     if config.model.kind == "transformers":
         return ["none", "full"]
     layers = asked.shape.layers
-    chosen = [mode for mode in MODES if not isinstance(mode, int) or mode < layers]
+    chosen: list[Recompute] = [mode for mode in MODES if not isinstance(mode, int) or mode < layers]
     return [mode for mode in chosen if mode != "selective" or not asked.compiled_blocks]
