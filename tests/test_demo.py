@@ -373,9 +373,13 @@ def test_a_person_writes_stops_and_changes_the_checkpoint(run: Path, address: st
         assert text() == stopped
 
         find("#step input").click()
-        entries = chromium.find_elements(By.CSS_SELECTOR, "[role=option]")
-        assert [entry.text.removeprefix("✓").strip() for entry in entries] == ["step 12", "step 9", "step 8"]
-        entries[2].click()
+
+        def entries() -> list[str]:
+            found = chromium.find_elements(By.CSS_SELECTOR, "[role=option]")
+            return [entry.text.removeprefix("✓").strip() for entry in found]
+
+        wait_until(lambda: entries() == ["step 12", "step 9", "step 8"])
+        chromium.find_elements(By.CSS_SELECTOR, "[role=option]")[2].click()
         find("#generate").click()  # answered only if the long text let go of the one place in the queue
         wait_until(lambda: "step 8" in find("#about").text)
         find("#stop").click()

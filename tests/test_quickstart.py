@@ -25,7 +25,8 @@ def test_quickstart_learns_to_write_something_like_a_play(tmp_path: Path) -> Non
     last = [s["text"] for s in samples if s["step"] == samples[-1]["step"]]
     for text in last:
         assert text.count("\n") >= 4, "lines break"
-    assert any(re.search(r"\*\*[A-Z][A-Z ]+\*\*", text) for text in last), "speakers' names in capitals"
+    name = r"\*\*[A-Z][A-Za-z ]*[A-Z][A-Za-z ]*\*\*"  # as **KING HENRY** or **First LORD**
+    assert any(re.search(name, text) for text in last), "speakers"
     phases = config.load("quickstart").phases
     assert phases[1].steps == 50
     assert {phases[0].steps, phases[0].steps + 50} <= set(checkpoint.steps(run / "checkpoints"))

@@ -131,6 +131,8 @@ def test_the_second_ctrl_c_leaves_at_once_and_the_last_checkpoint_is_whole(tmp_p
     words, run_folder = tiny.words(tmp_path, "phases.main.steps=5000", "checkpoint.every=4"), tmp_path / "runs"
     process = launches.start("smoltrain", words, tmp_path / "log")
     launches.wait_for_step(run_folder / "quickstart", 6, process)
+    while not checkpoint.steps(run_folder / "quickstart" / "checkpoints"):  # it is written beside training
+        assert process.poll() is None
     for rank in launches.ranks_alive(words):
         rank.suspend()  # nothing could be saved now
     launches.interrupt(process, signal.SIGINT)
