@@ -4,15 +4,13 @@ Ranks on the CPU of one machine read each other's tensor in shared memory, where
 the collectives of their group.
 """
 
+import contextlib
 import os
-import tempfile
-from pathlib import Path
 
+import psutil
 import torch
 
 from smoltrain.dist import World
-
-SHARED_MEMORY = Path("/dev/shm")  # man 7 shm_overview; Linux alone has it
 
 
 class Flat:
@@ -71,30 +69,28 @@ def _shared(world: World, numel: int, dtype: torch.dtype) -> list[torch.Tensor]:
     """Every rank's tensor in shared memory, or [] where they do not share any. Collective."""
     if world.size == 1 or world.size != world.local_size or world.device.type != "cpu":
         return []
-    path = _reserved(max(1, numel * dtype.itemsize))
-    paths = world.gather(str(path) if path else "")
-    tensors = []
+    handle = _reserved(max(1, numel * dtype.itemsize))
+    paths = world.gather("" if handle is None else f"/proc/{os.getpid()}/fd/{handle}")
+    tensors: list[torch.Tensor] = []
     if all(paths):
-        tensors = [torch.from_file(name, shared=True, size=numel, dtype=dtype) for name in paths]
-    world.barrier()
-    if path:
-        path.unlink()  # the kernel frees it when the last rank is gone, however that ends
-    return tensors
+        with contextlib.suppress(RuntimeError):  # where a rank may not look at another's files
+            tensors = [torch.from_file(path, shared=True, size=numel, dtype=dtype) for path in paths]
+    [without] = world.sum_ints(not tensors)
+    if handle is not None:
+        os.close(handle)  # the maps stay
+    return [] if without else tensors
 
 
-def _reserved(num_bytes: int) -> Path | None:
-    """A file of zeros in shared memory, with its room reserved; None if there is none."""
-    if not SHARED_MEMORY.is_dir() or not hasattr(os, "posix_fallocate"):
+def _reserved(num_bytes: int) -> int | None:
+    """A handle of zeros in memory that has no name, so that no kill can leave it behind; None if there is no room."""
+    if not hasattr(os, "memfd_create"):  # Linux alone has it: man 2 memfd_create
         return None
+    if psutil.virtual_memory().available < num_bytes:
+        return None
+    handle = os.memfd_create("smoltrain")
     try:
-        handle, name = tempfile.mkstemp(prefix="smoltrain-", dir=SHARED_MEMORY)
+        os.posix_fallocate(handle, 0, num_bytes)  # else a page that the kernel lacks would be a SIGBUS later
     except OSError:
-        return None
-    try:
-        os.posix_fallocate(handle, 0, num_bytes)  # else a page that the kernel lacks would be a SIGBUS
-    except OSError:
-        Path(name).unlink()
-        return None
-    finally:
         os.close(handle)
-    return Path(name)
+        return None
+    return handle

@@ -9,16 +9,17 @@ import torch
 from tests.ranks import world
 
 NUMEL = 12  # of 1, 2 and 3 ranks
-HERE = "/dev/shm"
 
 
-def there_and_back(memory: str, dtype: torch.dtype, times: int) -> list[tuple[str, list[float], list[float]]]:
+def there_and_back(shares: bool, dtype: torch.dtype, times: int) -> list[tuple[str, list[float], list[float]]]:
     """(how, this rank's part of the sum, the whole of it) of `times` tensors in turn; runs on every rank."""
     from smoltrain import flat
 
-    flat.SHARED_MEMORY = Path(memory)
     here = world()
-    one, results = flat.Flat(here, NUMEL, dtype), []
+    with pytest.MonkeyPatch.context() as patch:
+        if not shares:
+            patch.setattr(flat, "_reserved", lambda _: None)
+        one, results = flat.Flat(here, NUMEL, dtype), []
     assert not one.own.any()
     for n in range(times):
         one.own.copy_(torch.arange(NUMEL) * (here.rank + 1) + n)
@@ -30,42 +31,41 @@ def there_and_back(memory: str, dtype: torch.dtype, times: int) -> list[tuple[st
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("size", "memory", "how"), [
-    (1, HERE, "nothing travels"), (2, HERE, "through shared memory"), (3, HERE, "through shared memory"),
-    (2, "/not/there", "by collectives"), (3, "/not/there", "by collectives"),
+@pytest.mark.parametrize(("size", "shares", "how"), [
+    (1, True, "nothing travels"), (2, True, "through shared memory"), (3, True, "through shared memory"),
+    (2, False, "by collectives"), (3, False, "by collectives"),
 ])  # fmt: skip
-def test_parts_are_sums_over_the_ranks(ranks: Any, size: int, memory: str, how: str, dtype: torch.dtype) -> None:
+def test_parts_are_sums_over_the_ranks(ranks: Any, size: int, shares: bool, how: str, dtype: torch.dtype) -> None:
     whole = [[sum(i * (rank + 1) + n for rank in range(size)) for i in range(NUMEL)] for n in range(3)]
     width = NUMEL // size
-    for rank, results in enumerate(ranks(size).run(there_and_back, memory, dtype, 3)):
+    for rank, results in enumerate(ranks(size).run(there_and_back, shares, dtype, 3)):
         assert [seen for seen, *_ in results] == [how] * 3
         assert [part for _, part, _ in results] == [row[rank * width : (rank + 1) * width] for row in whole]
         assert [own for *_, own in results] == whole
 
 
-def names_there() -> list[str]:
-    """Files of ours in shared memory while two tensors are in use; runs on every rank."""
+def handles() -> tuple[bool, int, int]:
+    """(whether memory is shared, open files before and after); runs on every rank."""
     from smoltrain import flat
 
-    flat.SHARED_MEMORY = Path(HERE)
-    tensors = [flat.Flat(world(), NUMEL, torch.float32) for _ in range(2)]
-    world().barrier()
-    found = [path.name for path in Path(HERE).glob("smoltrain-*")]
-    assert all(one.how == "through shared memory" for one in tensors)
-    return found
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    tensors = [flat.Flat(world(), NUMEL, torch.float32) for _ in range(3)]
+    return (
+        all(one.how == "through shared memory" for one in tensors),
+        before,
+        len(list(Path("/proc/self/fd").iterdir())),
+    )
 
 
-def test_no_file_is_left_for_a_kill_to_leave_behind(ranks: Any) -> None:
-    assert ranks(2).run(names_there) == [[], []]
+def test_nothing_is_left_for_a_kill_to_leave_behind(ranks: Any) -> None:
+    before = set(Path("/dev/shm").iterdir())
+    for shared, first, last in ranks(2).run(handles):
+        assert shared
+        assert first == last
+    assert not {path for path in set(Path("/dev/shm").iterdir()) - before if "smoltrain" in path.name}
 
 
-def without_room() -> tuple[bool, str]:
+def test_room_that_is_not_there_is_no_crash_later() -> None:
     from smoltrain import flat
 
-    flat.SHARED_MEMORY = Path(HERE)
-    return flat._reserved(1 << 60) is None, flat.Flat(world(), NUMEL, torch.float32).how
-
-
-def test_room_that_is_not_there_is_no_crash_later(ranks: Any) -> None:
-    assert ranks(2).run(without_room) == [(True, "through shared memory")] * 2
-    assert not list(Path(HERE).glob("smoltrain-*"))
+    assert flat._reserved(1 << 60) is None
