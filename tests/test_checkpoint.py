@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from collections import OrderedDict, namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,17 +280,29 @@ def test_training_goes_on_while_one_rank_still_writes(settings: Config, ranks: A
 
 
 def failing_to_write(settings: Config) -> list[str]:
-    """The errors of a save that fails on rank 1, and of the next one."""
+    """The errors of a save that fails on rank 1 while rank 0 still writes, and of the next one in the same place."""
     here, said = world(), []
     wrapped, loader, plan = trained(settings, 1)
-    writer = saver_of(settings, plan)
+    writer, failed, go = saver_of(settings, plan), threading.Event(), threading.Event()
+    write = files.write_tensors
+
+    def slow(path: Path, tree: Any) -> None:
+        go.wait(60)
+        write(path, tree)
 
     def full(path: Path, _: Any) -> None:
+        failed.set()
         raise OSError(28, "No space left on device", str(path))
 
-    write, files.write_tensors = files.write_tensors, files.write_tensors if here.is_first else full
+    files.write_tensors = slow if here.is_first else full
     try:
         writer.begin(9, wrapped, loader, **FACTS)
+        if not here.is_first:
+            assert failed.wait(60)
+        here.barrier()
+        time.sleep(0.2)  # an error that has been raised reaches its future
+        assert not writer.poll(), "rank 0 is at work in the folder that the next save clears"
+        go.set()
         writer.finish()
     except TrainingStopped as error:
         said.append(str(error))

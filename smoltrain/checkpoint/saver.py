@@ -94,19 +94,21 @@ class Saver:
     def poll(self) -> bool:
         """Publish what every rank has written; whether nothing is left in the making.
 
-        Errors: TrainingStopped on every rank when one could not write.
+        Errors: TrainingStopped on every rank when one could not write, once no other writes either: whoever saves next
+        clears the folder, and no writer may be at work in it then.
         """
         if self._writing is None:
             return True
         done = self._writing.records.done()
         error = self._writing.records.exception() if done else None
         failed, unfinished = self._world.sum_ints(error is not None, not done)
+        if unfinished:
+            return False
         if failed:
             self._give_up(self._world.gather(files.reason(error) if error else ""))
-        if not unfinished:
-            self._publish(self._writing)
-            self._writing = None
-        return not unfinished
+        self._publish(self._writing)
+        self._writing = None
+        return True
 
     def finish(self) -> None:
         """Wait until nothing is in the making, and nothing on its way out. Errors: those of `poll`."""
