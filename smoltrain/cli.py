@@ -41,6 +41,7 @@ Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe'
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to use instead of the recipe's.")
 ]
+Calls = Annotated[int, typer.Option("--rounds", min=1, help="Calls of each kernel, in turn.")]
 Out = Annotated[str, typer.Option(help="File for the numbers, what they depend on, and the command.")]
 
 
@@ -303,7 +304,7 @@ def bench_train(
 def bench_attention(
     recipe: Recipe,
     overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Calls of each kernel, in turn.")] = 10,
+    rounds: Calls = 10,
     out: Out = "bench.json",
 ) -> None:
     """Measure the attention kernels at a recipe's shape: forward and backward, and the error against fp64."""
@@ -318,7 +319,7 @@ def bench_attention(
 def bench_loss(
     recipe: Recipe,
     overrides: Overrides = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Calls of each kernel, in turn.")] = 10,
+    rounds: Calls = 10,
     out: Out = "bench.json",
 ) -> None:
     """Measure the loss kernels at a recipe's shape: forward and backward, memory, and the error against fp32."""

@@ -32,6 +32,7 @@ LOOK_S = 1.0  # between two looks at whether the launchers live
 # Their names since torch 2.13, which warns of the older ones.
 _reduce_scatter = getattr(torch_dist, "reduce_scatter_single", torch_dist.reduce_scatter_tensor)
 _all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
+OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SMOLTRAIN_SUPERVISOR", "SMOLTRAIN_ASKED")
 DEEPSPEED_LAUNCHER = "deepspeed.launcher.launch"
 
 
@@ -154,6 +155,11 @@ def open(device: Literal["auto", "cuda", "cpu", "mps"] = "auto") -> World:
 def num_cores() -> int:
     """The CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment() -> dict[str, str]:
+    """This process's environment variables, but for those by which a launcher tells its ranks who they are."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(OF_LAUNCHERS)}
 
 
 def free_port() -> int:

@@ -10,6 +10,7 @@ from smoltrain.config import DS_CONFIGS
 from smoltrain.errors import Problem, UserError, nearest
 from smoltrain.schema import Config
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # The recipe's side of each value that DeepSpeed's JSON must leave "auto" or repeat.
 RECIPE_KEYS = {
     "train_micro_batch_size_per_gpu": "batch.micro_batch",

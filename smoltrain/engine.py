@@ -189,7 +189,7 @@ class Engine:
     def _has_bad_gradient(self) -> bool:
         if self.stage == 3:
             return bool(self._ds.optimizer.has_overflow())  # all-reduced by DeepSpeed
-        return not torch.isfinite(torch.tensor(self._norm_before_clipping)).item()
+        return not math.isfinite(self._norm_before_clipping)
 
     def drop_gradients(self) -> None:
         """Forget what `backward` added up, as if it had not been: no weight moves, and no loss scale."""

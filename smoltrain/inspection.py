@@ -17,6 +17,7 @@ from smoltrain import checkpoint, config, data, dist, files, huggingface, ledger
 from smoltrain.checkpoint import Manifest
 from smoltrain.data import Loader
 from smoltrain.data.packing import NO_LABEL
+from smoltrain.ds_config import DTYPES
 from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.ledger import History
 from smoltrain.model import LanguageModel
@@ -26,7 +27,6 @@ from smoltrain.schema import Config
 SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 RANDOM = re.compile(r"^rank-(\d+)\.pt$")
 MODEL_STATES = "model_states.pt"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # How far a loss that is computed again may be off, as a share of it. Other kernels and other batches add the same
 # numbers up in another order: measured 6e-6 in bf16 and 4e-8 in fp32. A bf16 model computed in fp32 was 4e-5 off.
 TOLERANCES = {"bf16": 5e-4, "fp16": 1e-4, "fp32": 1e-6}

@@ -16,7 +16,7 @@ LAYERS = (
     {"contradictions", "reshape", "compiling", "sums"},
     {"config"},
     {"plan", "ds_config", "model", "data", "dist", "gradients", "plots", "runfolder", "watchdog"},
-    {"flat"},
+    {"flat", "kernels"},
     {"zero"},
     {"generate", "engine", "track", "huggingface", "ledger", "spikes", "estimate"},
     {"checkpoint", "step", "choices"},

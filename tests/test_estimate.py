@@ -304,7 +304,7 @@ def test_the_verb_tells_parts_alternatives_and_advice(capsys: pytest.CaptureFixt
 )
 def test_what_cannot_be_is_one_line(words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]):
     if torch.cuda.is_available() and "--measure" in words:
-        pytest.skip("there is a CUDA device")
+        pytest.skip("there is a CUDA device, so that it would run; the other cases refuse")
     assert run("quickstart", *words) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from smoltrain import config, dist, ds_config, files
+from smoltrain import config, dist, files, model
 from smoltrain.bench.about import about
-from smoltrain.bench.peak import DTYPES
 from smoltrain.bench.timing import interleaved
+from smoltrain.ds_config import DTYPES, choose_precision
 from smoltrain.errors import Problem, UserError
 from smoltrain.model.attention import Kernel, attend, choose
 from smoltrain.schema import ModelSection
@@ -61,7 +61,7 @@ def bench_attention(recipe: str, overrides: list[str], rounds: int, out: Path) -
         raise UserError(Problem("only our own attention is measured", settings.run.name, want, "model.kind"))
     out.parent.mkdir(parents=True, exist_ok=True)
     device = dist.choose_device(settings.engine.device)
-    precision, _ = ds_config.choose_precision(settings.engine.precision, device)
+    precision, _ = choose_precision(settings.engine.precision, device)
     B, T = settings.batch.micro_batch, settings.batch.sequence_length
     case = Case(settings.model, B, T, device, DTYPES[precision], settings.run.seed)
     kernels = runnable(settings.model, device, DTYPES[precision])
@@ -92,7 +92,7 @@ def bench_attention(recipe: str, overrides: list[str], rounds: int, out: Path) -
 
 def needs(section: ModelSection) -> dict[str, Any]:
     """What `choose` wants to know of a decoder."""
-    return {"dropout": section.attention_dropout, "head_width": section.hidden_size // section.num_attention_heads}
+    return {"dropout": section.attention_dropout, "head_width": model.head_width(section)}
 
 
 def runnable(section: ModelSection, device: torch.device, dtype: torch.dtype) -> dict[str, Kernel]:

@@ -21,10 +21,9 @@ from smoltrain import compiling, config, dist, files
 from smoltrain.bench.about import about
 from smoltrain.bench.peers import depth_and_width
 from smoltrain.bench.timing import Timed, interleaved
-from smoltrain.ds_config import choose_precision
+from smoltrain.ds_config import DTYPES, choose_precision
 from smoltrain.model.loss import IGNORED, PLAIN, LossKernel, choose, summed_cross_entropy
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MIB = 2**20
 REFERENCE = LossKernel("recomputed", "a chunk at a time, in fp32")
 

@@ -9,8 +9,8 @@ import torch
 
 from smoltrain.bench.timing import interleaved
 from smoltrain.dist import choose_device, num_cores
+from smoltrain.ds_config import DTYPES
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZE = 4096
 
 

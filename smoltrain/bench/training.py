@@ -28,13 +28,13 @@ from smoltrain.bench.about import about
 from smoltrain.bench.watching import Failed, Watched, watch
 from smoltrain.ds_config import choose_precision
 from smoltrain.errors import Problem, TrainingStopped, UserError
+from smoltrain.estimate import flops_per_token
 from smoltrain.schema import Config
 
 OURS = "smoltrain"
 WARM_UP = 3  # steps that compile, allocate and fill caches
 LEAST = WARM_UP + timing.FEWEST  # steps
 PACKAGES = ("deepspeed", "transformers")
-FOREIGN = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SMOLTRAIN_SUPERVISOR", "SMOLTRAIN_ASKED")
 # A fresh folder -> the command, the file of its lines, environment variables of its own.
 Start = Callable[[Path], tuple[list[str], Path, dict[str, str]]]
 
@@ -107,11 +107,6 @@ def bench_training(
     }  # fmt: skip
     files.write_json(out, about(depends, PACKAGES) | numbers)
     console.print(out)
-
-
-def flops_per_token(parameters: int, layers: int, width: int, sequence_length: int) -> float:
-    """Floating-point operations of forward and backward: 6 N + 12 L D T, attention counted as if it were not causal."""
-    return 6 * parameters + 12 * layers * width * sequence_length
 
 
 def row(runs: list[Watched], tokens_per_step: int, flops: float, peak_flops: float) -> Row:
@@ -248,7 +243,7 @@ def _take_turns(
 
 def environment(binaries: Path, ranks: int, *, cuda: bool) -> dict[str, str]:
     """What every trainer is started under: its own folder of programs first, the cores shared out among the ranks."""
-    own = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
+    own = dist.environment()
     threads = max(1, dist.num_cores() // ranks)
     device = {} if cuda else {"DS_ACCELERATOR": "cpu"}
     path = f"{binaries}{os.pathsep}{own.get('PATH', '')}"

@@ -13,16 +13,16 @@ from smoltrain.dist import num_cores
 from smoltrain.errors import Problem, UserError
 from smoltrain.estimate import report
 from smoltrain.estimate.case import Case, Recompute, Shape, case, shape
-from smoltrain.estimate.choices import MODES, fits, largest_micro_batch, least_recomputation
 from smoltrain.estimate.devices import Device, find
+from smoltrain.estimate.fitting import MODES, fits, largest_micro_batch, least_recomputation
 from smoltrain.estimate.measure import measure
 from smoltrain.estimate.memory import GIB, Memory, memory
-from smoltrain.estimate.speed import CPU, CUDA, Rates, Speed, corrected, rates_of, speed
+from smoltrain.estimate.speed import CPU, CUDA, Rates, Speed, corrected, flops_per_token, rates_of, speed
 
 __all__ = [
     "CPU", "CUDA", "GIB", "MODES", "Case", "Device", "Memory", "Rates", "Recompute", "Shape", "Speed", "case",
-    "corrected", "estimate", "find", "fits", "largest_micro_batch", "least_recomputation", "measure", "memory",
-    "rates_of", "report", "shape", "speed",
+    "corrected", "estimate", "find", "fits", "flops_per_token", "largest_micro_batch", "least_recomputation",
+    "measure", "memory", "rates_of", "report", "shape", "speed",
 ]  # fmt: skip
 
 

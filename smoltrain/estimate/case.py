@@ -5,17 +5,16 @@ from typing import Any, Literal
 
 import torch
 
-from smoltrain import compiling, ds_config, model
+from smoltrain import ds_config, kernels, model
 from smoltrain.errors import Problem, UserError
-from smoltrain.model import attention, loss
+from smoltrain.model import loss
 from smoltrain.model.attention import Kernel
 from smoltrain.model.loss import PLAIN, LossKernel
 from smoltrain.plan import Plan
 from smoltrain.schema import Config, ModelSection, TransformersSection
 
 Recompute = Literal["none", "selective", "full"] | int  # as model.Computing has it
-BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-CPU, DTYPES = torch.device("cpu"), {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+CPU = torch.device("cpu")
 BUCKET = 500_000_000  # elements: DeepSpeed's default of zero_optimization.reduce_bucket_size
 
 
@@ -72,7 +71,7 @@ class Case:
     @property
     def width_bytes(self) -> int:
         """Of one weight, or one activation."""
-        return BYTES[self.precision]
+        return ds_config.DTYPES[self.precision].itemsize
 
     @property
     def has_bucket(self) -> bool:
@@ -120,8 +119,10 @@ def case(
     tree = ds_config.fill(settled, precision=precision, accumulation=rows // (micro * world), world_size=world)
     stage, size = ds_config.stage(tree), shape(config.model)
     plan = Plan(config.phases)
-    tokens = plan.last_step * rows * batch.sequence_length
-    computing = computing or _computing(config, precision, device, 6.0 * size.parameters * tokens)
+    if computing is None and device == "cuda":
+        computing = _on_cuda(config, precision)
+    elif computing is None:
+        computing, _ = kernels.settle(config, CPU, precision, num_parameters=size.parameters, rows_per_step=rows)
     kernel = computing.attention.name if computing.attention else "sdpa"
     return Case(
         shape=size, device=device, world=world, micro_batch=micro, length=batch.sequence_length,
@@ -160,29 +161,25 @@ def shape(section: ModelSection | TransformersSection) -> Shape:
     )  # fmt: skip
 
 
-def _precision(asked: str, device: str) -> str:
-    """As ds_config.choose_precision, of a GPU that computes bf16."""
-    return "bf16" if asked == "auto" or (asked, device) == ("fp16", "cpu") else asked
+def _precision(asked: Literal["auto", "bf16", "fp16", "fp32"], device: str) -> str:
+    """As ds_config.choose_precision settles it, on a GPU that computes bf16."""
+    if device == "cpu":
+        return ds_config.choose_precision(asked, CPU)[0]
+    return "bf16" if asked == "auto" else asked
 
 
-def _computing(config: Config, precision: str, device: str, flop: float) -> model.Computing:
-    """As choices.py settles it, without its reasons."""
-    ours, dtype = isinstance(config.model, ModelSection), DTYPES[precision]
-    if device == "cuda":
-        kernel = Kernel("math" if config.engine.attention == "math" else "flash-attn", "of a GPU that may be elsewhere")
-        compiles = ours and config.engine.compile != "off"
-        asked = config.engine.loss if precision == "fp16" or config.engine.loss != "auto" else "liger"
-        head = (
-            LossKernel("liger", "likewise") if asked == "liger" else loss.choose(asked, CPU, dtype, compiles=compiles)
-        )
+def _on_cuda(config: Config, precision: str) -> model.Computing:
+    """As kernels.settle settles it where a flash kernel, Liger's loss and a compiler are installed."""
+    engine, ours = config.engine, isinstance(config.model, ModelSection)
+    kernel = Kernel("math" if engine.attention == "math" else "flash-attn", "of a GPU that may be elsewhere")
+    compiles = ours and engine.compile != "off"
+    if not ours:
+        head = PLAIN
+    elif precision == "fp16" or engine.loss != "auto":
+        head = loss.choose(engine.loss, CPU, ds_config.DTYPES[precision], compiles=compiles)
     else:
-        compiles = ours and compiling.choose(config.engine.compile, CPU, flop).on
-        kernel = attention.choose(
-            config.engine.attention, CPU, dtype, dropout=model.attention_dropout(config.model),
-            document_mask=config.packing.document_mask, head_width=model.head_width(config.model),
-        )  # fmt: skip
-        head = loss.choose(config.engine.loss, CPU, dtype, compiles=compiles)
-    return model.Computing(attention=kernel, loss=head if ours else PLAIN, compiles=compiles)
+        head = LossKernel("liger", "likewise")
+    return model.Computing(attention=kernel, loss=head, compiles=compiles)
 
 
 def _once_a_step(stage: int, precision: str, device: str, asked: str) -> bool:

@@ -1,6 +1,5 @@
 """Some real steps of a recipe on this machine, by the real launch/train.py, to correct the estimate with."""
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,6 @@ from smoltrain.errors import TrainingStopped
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
 STEPS, WARM_UP = 20, 5  # the first ones compile
-FOREIGN = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SMOLTRAIN_SUPERVISOR", "SMOLTRAIN_ASKED")
 
 
 @dataclass(frozen=True)
@@ -41,7 +39,7 @@ def measure(recipe: str, overrides: list[str], ranks: int, steps: int = STEPS) -
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
             launcher += ["--master-port", str(dist.free_port())]
-        own = {key: value for key, value in os.environ.items() if not key.startswith(FOREIGN)}
+        own = dist.environment()
         own.setdefault("OMP_NUM_THREADS", str(max(1, dist.num_cores() // ranks)))
         done = subprocess.run(
             [*launcher, str(SCRIPT), recipe, *overrides, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from smoltrain.estimate import choices
+from smoltrain.estimate import fitting
 from smoltrain.estimate.case import Case
 from smoltrain.estimate.devices import Device
 from smoltrain.estimate.memory import GIB, MASTER, MOMENTS, PARTS, Memory, memory
@@ -40,7 +40,7 @@ class Outlook:
     @property
     def fits(self) -> bool:
         """Whether it fits one rank's memory, with some to spare."""
-        return self.memory.total <= self.device.memory * (1 - choices.SPARE)
+        return self.memory.total <= self.device.memory * (1 - fitting.SPARE)
 
 
 def outlook(case: Case, device: Device, rates: Rates | None = None, base: float | None = None) -> Outlook:
@@ -71,7 +71,7 @@ def alternatives(one: Outlook, config: Config, rates: Rates | None, base: float 
         if stage == 0 and one.case.precision == "bf16":
             continue
         at_stage = one.case.at_stage(stage, asked if asked != "step" or stage in (1, 2) else "auto")
-        for mode in choices.modes(config, one.case):
+        for mode in fitting.modes(config, one.case):
             found[stage, mode] = outlook(replace(at_stage, recompute=mode), one.device, rates, base)
     return found
 

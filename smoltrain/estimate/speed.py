@@ -86,7 +86,12 @@ def speed(case: Case, device: Device, rates: Rates | None = None) -> Speed:
 def mfu(case: Case, tokens_per_s: float, peak: float) -> float:
     """Share of the peak (of one rank, operations per second) that the model's own operations take."""
     s = case.shape
-    return tokens_per_s * (6 * s.parameters + 12 * s.layers * s.width * case.length) / (peak * case.world)
+    return tokens_per_s * flops_per_token(s.parameters, s.layers, s.width, case.length) / (peak * case.world)
+
+
+def flops_per_token(parameters: int, layers: int, width: int, sequence_length: int) -> float:
+    """Floating-point operations of forward and backward: 6 N + 12 L D T, attention counted as if it were not causal."""
+    return 6 * parameters + 12 * layers * width * sequence_length
 
 
 def corrected(rates: Rates, estimated_s: float, measured_s: float) -> Rates:

@@ -25,13 +25,13 @@ class Decoder(LanguageModel):
         super().__init__()
         self._section, self._computing = section, computing
         self._recompute = Recompute(computing.gradient_checkpointing, computing.compiles)
-        kernel = computing.attention or SDPA
+        self._kernel = computing.attention or SDPA
         V, D = section.vocab_size, section.hidden_size
         self.embed_tokens = nn.Embedding(V, D)
         learned = section.positions == "learned"
         self.embed_positions = nn.Embedding(section.max_position_embeddings, D) if learned else None
         self.dropout = nn.Dropout(section.dropout)
-        self.layers = nn.ModuleList(Block(section, kernel, i) for i in range(section.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(section, self._kernel, i) for i in range(section.num_hidden_layers))
         self.norm = norm(section)
         self.lm_head = None if section.tie_word_embeddings else nn.Linear(D, V, bias=False)
 
@@ -75,7 +75,7 @@ class Decoder(LanguageModel):
             documents = None
         else:
             positions = positions_BT
-            documents = Documents.packed(positions_BT, self._computing.attention or SDPA, x_BTD.dtype)
+            documents = Documents.packed(positions_BT, self._kernel, x_BTD.dtype)
         if self.embed_positions is not None:
             x_BTD = x_BTD + self.embed_positions(positions)
             rotary = None

@@ -29,7 +29,9 @@ from smoltrain.model.loss import (
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FUSED, RECOMPUTED = LossKernel("fused", "a test"), LossKernel("recomputed", "a test")
 COMPILED = replace(FUSED, compiles=True)
-needs_compiler = pytest.mark.skipif(bool(compiling.missing("cpu")), reason=compiling.missing("cpu"))
+needs_compiler = pytest.mark.skipif(
+    bool(compiling.missing("cpu")), reason=f"{compiling.missing('cpu')}; the same tests run without it"
+)
 V, D = 50, 16
 
 
