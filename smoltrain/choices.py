@@ -9,11 +9,17 @@ from smoltrain import ds_config, estimate, kernels, model
 from smoltrain.dist import World
 from smoltrain.schema import Config
 
+FITS = {  # `smoltrain estimate` shows by how much
+    "micro-batch": "auto: what keeps a device busy and is estimated to fit",
+    "gradient checkpointing": "auto: the least that is estimated to fit",
+}
+
 
 @dataclass(frozen=True)
 class Choices:
     """How this run computes; `reasons` are (what, which and why) for the console."""
 
+    config: Config  # with a value for what was `auto` in batch and gradient checkpointing
     precision: str
     computing: model.Computing
     num_parameters: int
@@ -30,26 +36,23 @@ def choose(config: Config, world: World, rows_per_step: int) -> Choices:
     computing, reasons = kernels.settle(
         config, world.device, precision, num_parameters=num_parameters, rows_per_step=rows_per_step
     )
-    recompute, reason = config.engine.gradient_checkpointing, "as the recipe asks"
-    if recompute == "auto":
-        recompute, reason = world.on_first(lambda: _least(config, world, rows_per_step, precision, computing))
-    return Choices(
-        precision,
-        replace(computing, gradient_checkpointing=recompute),
-        num_parameters,
-        {"precision": f"{precision}, {why}", **reasons, "gradient checkpointing": f"{recompute}, {reason}"},
-    )
+    asked = {"micro-batch": config.batch.micro_batch, "gradient checkpointing": config.engine.gradient_checkpointing}
+    if "auto" in asked.values():
+        config = world.on_first(lambda: _fitted(config, world, rows_per_step, precision, computing))
+    recompute, rows = config.engine.gradient_checkpointing, config.batch.rows_at_once
+    assert recompute != "auto", "it has been settled"
+    for what, value in (("micro-batch", f"{rows} row{'s' * (rows > 1)}"), ("gradient checkpointing", recompute)):
+        reasons[what] = f"{value}, {FITS[what] if asked[what] == 'auto' else 'as the recipe asks'}"
+    computing = replace(computing, gradient_checkpointing=recompute)
+    return Choices(config, precision, computing, num_parameters, {"precision": f"{precision}, {why}", **reasons})
 
 
-def _least(
-    config: Config, world: World, rows_per_step: int, precision: str, computing: model.Computing
-) -> tuple[estimate.Recompute, str]:
-    """The least gradient checkpointing that fits a rank's memory by the estimate, and the reason."""
+def _fitted(config: Config, world: World, rows_per_step: int, precision: str, computing: model.Computing) -> Config:
+    """What is left to the estimator is settled by the memory of the ranks' device."""
     kind = "cuda" if world.device.type == "cuda" else "cpu"
     memory = psutil.virtual_memory().total / world.local_size
     if kind == "cuda":
         memory = torch.cuda.get_device_properties(world.device).total_memory
-    found = estimate.least_recomputation(
+    return estimate.settle(
         config, memory, world.size, device=kind, rows_per_step=rows_per_step, precision=precision, computing=computing
     )
-    return found, f"auto: the least that is estimated to fit {memory / 2**30:.0f} GiB a rank"

@@ -337,7 +337,7 @@ def _facts(config: "Config") -> str:
     batch = config.batch
     rows, ranks = batch.rows_per_step, "over all ranks"
     if batch.accumulation is not None:
-        rows, ranks = batch.micro_batch * batch.accumulation, "on each rank"
+        rows, ranks = batch.rows(1), "on each rank"
     assert rows is not None, "one of the two is given, or the config is refused"
     parameters = parameter_count(build(config.model, device="meta"))
     return f"# {parameters:,} parameters\n# {rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}"

@@ -127,7 +127,7 @@ def _problems(
     """pydantic's errors in smoltrain's own form, by key; a value that fails every type of a union is one problem."""
     merged: dict[str, Problem] = {}
     for e in error.errors():
-        parts = [p for p in e["loc"] if p != "int" and not str(p).startswith("literal[")]
+        parts = [p for p in e["loc"] if p not in ("int", "constrained-int") and not str(p).startswith("literal[")]
         if parts[0] == "model" and len(parts) > 1:  # pydantic names the kind of model that it read
             del parts[1]
         named = [_name(values, parts[:i], p) for i, p in enumerate(parts)]

@@ -54,6 +54,10 @@ def _batch_and_data(c: Config) -> Iterator[Problem]:
         saw = f"accumulation={b.accumulation}, rows_per_step={b.rows_per_step}"
         keys = "batch.accumulation or batch.rows_per_step"
         yield Problem("the batch is not said exactly once", saw, "one of the two", keys)
+    if b.micro_batch == "auto" and b.rows_per_step is None:
+        what, saw = "there is nothing to split into micro-batches", f"auto x {b.accumulation} accumulated"
+        want, keys = "batch.rows_per_step, and accumulation null", "batch.rows_per_step or batch.micro_batch"
+        yield Problem(what, saw, want, keys)
     yield from _sources(c)
     if c.init.source is None and c.init.load == "all":
         yield Problem("there is nothing to load all of", "init.from=null", "a run", "init.from or init.load")

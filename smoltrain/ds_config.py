@@ -43,9 +43,9 @@ def fill(config: Config, *, precision: str, accumulation: int, world_size: int) 
     path = _path(config.engine.ds_config)
     tree = _read(path)
     wanted = {
-        "train_micro_batch_size_per_gpu": config.batch.micro_batch,
+        "train_micro_batch_size_per_gpu": config.batch.rows_at_once,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": config.batch.micro_batch * accumulation * world_size,
+        "train_batch_size": config.batch.rows_at_once * accumulation * world_size,
         "gradient_clipping": config.optimizer.gradient_clipping,
         "bf16.enabled": precision == "bf16",
         "fp16.enabled": precision == "fp16",

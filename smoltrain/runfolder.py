@@ -86,7 +86,7 @@ def check(config: Config, world_size: int, done: int, ancestor: Path | None = No
             return provenance
         rows = provenance["rows_per_step"]
     else:
-        rows = config.batch.rows_per_step or config.batch.micro_batch * (config.batch.accumulation or 1) * world_size
+        rows = config.batch.rows(world_size)
     return {"rows_per_step": rows, "wandb_id": secrets.token_hex(4), "starts": [start]}
 
 
@@ -108,7 +108,7 @@ def accumulation(config: Config, rows_per_step: int, world_size: int) -> int:
 
     Errors: UserError naming the worlds that fit.
     """
-    micro = config.batch.micro_batch
+    micro = config.batch.rows_at_once
     if rows_per_step % (micro * world_size):
         fits = [n for n in range(1, rows_per_step // micro + 1) if rows_per_step % (micro * n) == 0]
         want = f"one of {', '.join(map(str, fits))} ranks" if fits else f"a micro-batch that divides {rows_per_step}"

@@ -201,13 +201,25 @@ class BatchSection(Section):
     """Rows of one optimizer step: micro_batch x accumulation x world, or rows_per_step outright."""
 
     sequence_length: int = Field(gt=1, description="targets per row, tokens")
-    micro_batch: int = Field(gt=0, description="rows of one forward and backward on one rank")
+    micro_batch: Literal["auto"] | Annotated[int, Field(gt=0)] = Field(
+        description="rows of one forward and backward on one rank; auto, with rows_per_step: as many as keep the "
+        "device busy and are estimated to fit it"
+    )
     accumulation: int | None = Field(
         default=None, gt=0, description="micro-batches per step and rank at the first start"
     )
     rows_per_step: int | None = Field(
         default=None, gt=0, description="rows per step over all ranks; instead of accumulation"
     )
+
+    @property
+    def rows_at_once(self) -> int:
+        """micro_batch as a number: one row, as long as nobody has settled what is auto (estimate/fitting.py)."""
+        return 1 if self.micro_batch == "auto" else self.micro_batch
+
+    def rows(self, world_size: int) -> int:
+        """Rows of a step over so many ranks, at the first start."""
+        return self.rows_per_step or self.rows_at_once * (self.accumulation or 1) * world_size
 
 
 class EngineSection(Section):

@@ -80,6 +80,8 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
             print(f"{config.run.name}: {_complete(plan, done)}")
         return DONE
     folder = world.on_first(lambda: runfolder.enter(config, world.size, done, begin.ancestor))
+    chosen = choices.choose(config, world, folder.rows_per_step)
+    config = chosen.config
     accumulation = runfolder.accumulation(config, folder.rows_per_step, world.size)
 
     with track.open(config, folder, world.rank, done, last_step) as tracker, contextlib.ExitStack() as opened:
@@ -94,7 +96,6 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
             config, world.rank, world.size, rows_per_step=folder.rows_per_step, accumulation=accumulation
         )
         opened.callback(loader.close)
-        chosen = choices.choose(config, world, folder.rows_per_step)
         torch.manual_seed(config.run.seed)  # the same weights on every rank
         decoder = model.build(config.model, chosen.computing, document_mask=config.packing.document_mask)
         if begin.weights_from:
@@ -275,7 +276,7 @@ PACKING = {
 
 
 def _rows(config: Config, rows_per_step: int, accumulation: int, world: World) -> str:
-    split = f"{config.batch.micro_batch} x {accumulation} accumulated x {world.size} ranks"
+    split = f"{config.batch.rows_at_once} x {accumulation} accumulated x {world.size} ranks"
     return f"{rows_per_step} = {split} = {rows_per_step * config.batch.sequence_length:,} tokens"
 
 

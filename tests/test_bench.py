@@ -160,7 +160,7 @@ def test_every_function_is_called_once_a_round_in_turn():
 
 def test_a_thread_that_has_to_wait_for_a_core_is_seen():
     """Two threads of this very process, held on one core, wait for each other half of the time."""
-    if timing.waited_s() is None:
+    if not timing.waits_s():
         pytest.skip("this kernel does not count waiting; the tests of `summary` and `clean_ones` give them waits")
     code = """if True:
         import hashlib, os, threading
@@ -170,11 +170,11 @@ def test_a_thread_that_has_to_wait_for_a_core_is_seen():
         def work():
             hashlib.pbkdf2_hmac("sha256", b"", b"", 500_000)
             done.wait()
-        before = timing.waited_s()
+        before = timing.waits_s()
         workers = [threading.Thread(target=work) for _ in range(2)]
         [worker.start() for worker in workers]
         while done.n_waiting < 2: workers[0].join(0.01)
-        print(timing.waited_s() - before)
+        print(timing.longest_s(before, timing.waits_s()))
         done.wait()
         """
     waited = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
@@ -183,13 +183,19 @@ def test_a_thread_that_has_to_wait_for_a_core_is_seen():
 
 def test_where_nothing_counts_waiting_it_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(timing, "PROC", tmp_path)
-    assert timing.waited_s() is None
+    assert timing.waits_s() == {}
     assert timing.interleaved({"nothing": int}, rounds=3)["nothing"].clean == "not known"
     tasks = tmp_path / "7" / "task"
     for thread, text in {"7": "10 2000000000 3\n", "8": "10 500000000 3\n", "9": ""}.items():
         (tasks / thread).mkdir(parents=True)
         (tasks / thread / "schedstat").write_text(text)
-    assert timing.waited_s(7) == 2.5
+    assert timing.waits_s(7) == {"7": 2.0, "8": 0.5}
+
+
+def test_a_wait_is_that_of_the_thread_that_waited_most():
+    before, after = {"1": 5.0, "2": 1.0, "4": 3.0}, {"1": 5.25, "2": 1.5, "3": 0.375}
+    assert timing.longest_s(before, after) == 0.5, "one thread has ended, one is new"
+    assert timing.longest_s({}, {}) is None
 
 
 def test_the_matmul_peak_counts_a_multiplication_and_an_addition_each(monkeypatch: pytest.MonkeyPatch):

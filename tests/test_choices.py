@@ -20,7 +20,7 @@ def told(settings: Config, bytes_there: int | None = None) -> tuple[dict[str, st
     with pytest.MonkeyPatch.context() as patch:
         if bytes_there:
             patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=bytes_there))
-        chosen = choices.choose(settings, world(), settings.batch.micro_batch)
+        chosen = choices.choose(settings, world(), settings.batch.rows(1))
     return chosen.reasons, chosen.computing.gradient_checkpointing
 
 
@@ -32,6 +32,7 @@ def test_every_choice_comes_with_its_reason(tmp_path: Path, ranks: Any) -> None:
         "attention kernel": "sdpa, engine.attention is sdpa",
         "loss kernel": "plain, engine.loss is plain",
         "torch.compile": "off, as engine.compile asks",
+        "micro-batch": "2 rows, as the recipe asks",
         "gradient checkpointing": "full, as the recipe asks",
     }
     assert recompute == "full"
@@ -43,6 +44,14 @@ def test_auto_recomputes_the_least_that_fits(tmp_path: Path, ranks: Any, gib: fl
     for reasons, recompute in ranks(1).run(told, settings, int(gib * 2**30)):
         assert recompute == mode
         assert reasons["gradient checkpointing"].startswith(f"{mode}, auto: the least that is estimated to fit")
+
+
+@pytest.mark.parametrize(("gib", "rows"), [(64, 8), (1e-3, 1)])
+def test_an_auto_micro_batch_is_what_fits(tmp_path: Path, ranks: Any, gib: float, rows: int) -> None:
+    settings = tiny.load(tmp_path, "batch.micro_batch=auto", "batch.rows_per_step=8", "batch.accumulation=null")
+    for reasons, _ in ranks(1).run(told, settings, int(gib * 2**30)):
+        what = f"{rows} rows" if rows > 1 else "1 row"
+        assert reasons["micro-batch"] == f"{what}, auto: what keeps a device busy and is estimated to fit"
 
 
 def test_a_model_of_transformers_is_not_compiled_and_makes_its_own_logits(tmp_path: Path) -> None:

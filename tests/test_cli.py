@@ -77,7 +77,7 @@ def test_each_mistake_in_a_recipe_is_one_line(run: Run):
     assert err == (
         "error: unknown key model.hiden_size: saw 'hiden_size', want 'hidden_size' (the nearest valid one); "
         "change model.hiden_size on the command line\n"
-        "error: batch.micro_batch is not valid: saw '0', want greater than 0; "
+        "error: batch.micro_batch is not valid: saw '0', want 'auto' or greater than 0; "
         "change batch.micro_batch on the command line\n"
     )
 

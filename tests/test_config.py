@@ -180,11 +180,13 @@ def test_an_unknown_key_is_met_with_the_nearest(override: str, key: str, want: s
 @pytest.mark.parametrize(
     ("override", "want"),
     [
-        ("batch.micro_batch=0", "greater than 0"),
-        ("batch.micro_batch=many", "a whole number"),
-        ("batch.micro_batch=1.5", "a whole number"),
-        ("batch.micro_batch=true", "a whole number"),
-        ("batch.micro_batch=null", "a whole number"),
+        ("batch.micro_batch=0", "'auto' or greater than 0"),
+        ("batch.micro_batch=many", "'auto' or a whole number"),
+        ("batch.micro_batch=1.5", "'auto' or a whole number"),
+        ("batch.micro_batch=true", "'auto' or a whole number"),
+        ("batch.micro_batch=null", "'auto' or a whole number"),
+        ("batch.sequence_length=1.5", "a whole number"),
+        ("batch.sequence_length=true", "a whole number"),
         ("phases.main.lr=fast", "a number"),
         ("phases.main.lr=-1", "greater than 0"),
         ("phases.main.lr=inf", "a finite number"),

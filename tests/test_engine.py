@@ -24,7 +24,7 @@ PLAN = ("phases.main.steps=20", "phases.main.warmup_steps=5", "phases.main.weigh
 
 
 def loader_of(settings: Config, rank: int, size: int, accumulation: int = 2) -> Loader:
-    rows = settings.batch.micro_batch * accumulation * size
+    rows = settings.batch.rows_at_once * accumulation * size
     return data.open(settings, rank, size, rows_per_step=rows, accumulation=accumulation)
 
 

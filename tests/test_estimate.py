@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from smoltrain import cli, config, estimate, model
 from smoltrain.checkpoint import retention
 from smoltrain.errors import UserError
-from smoltrain.estimate import report
+from smoltrain.estimate import fitting, report
 from smoltrain.estimate.devices import GPUS
 from smoltrain.estimate.measure import of_metrics
 from smoltrain.estimate.memory import activations, attention, block, head, num_recomputed
@@ -22,7 +22,7 @@ from smoltrain.model.attention import Kernel
 from smoltrain.model.layers import Block, rotary_angles
 from smoltrain.model.loss import LossKernel
 from smoltrain.plan import Plan
-from smoltrain.schema import ModelSection
+from smoltrain.schema import Config, ModelSection
 from tests import tiny
 
 LLAMA = ("model.hidden_size=64", "model.num_hidden_layers=3", "model.intermediate_size=192")
@@ -147,13 +147,13 @@ def test_zero0_in_bf16_is_not_among_the_alternatives():
 # ---- what to choose
 
 
-def fitting(words: tuple[str, ...], gib: float, **more: Any) -> Any:
+def least(words: tuple[str, ...], gib: float, **more: Any) -> Any:
     return estimate.least_recomputation(config.load(SMOL, list(words)), gib * 2**30, 8, device="cuda", **more)
 
 
 def test_the_least_recomputation_that_fits():
     words = ("batch.sequence_length=2048", "batch.micro_batch=8", "engine.compile=off")
-    chosen = [fitting(words, gib) for gib in (40, 14, 12, 10, 8, 6, 1)]
+    chosen = [least(words, gib) for gib in (40, 14, 12, 10, 8, 6, 1)]
     order = [estimate.MODES.index(mode) for mode in chosen]
     assert order == sorted(order)
     assert (chosen[0], chosen[-1]) == ("none", "full")
@@ -173,19 +173,30 @@ def test_a_model_of_transformers_recomputes_all_or_nothing():
     assert estimate.least_recomputation(settings, 8e9, 1, device="cuda") == "full"
 
 
+def split(rows: int, *words: str) -> Config:
+    """SmolLM2-135M, so many rows a step, split by the machine."""
+    said = ["batch.accumulation=null", f"batch.rows_per_step={rows}", "batch.micro_batch=auto", *words]
+    return config.load(SMOL, said)
+
+
 @examples(max_examples=15)
-@given(rows=st.integers(1, 64), gib=st.floats(0.1, 64))
-def test_the_largest_micro_batch_divides_and_fits(rows: int, gib: float):
-    settings = config.load(
-        "quickstart", ["batch.accumulation=null", f"batch.rows_per_step={2 * rows}", "batch.micro_batch=1"]
-    )
-    settings = settings.model_copy(update={"model": config.load(SMOL).model})
-    n = estimate.largest_micro_batch(settings, gib * 2**30, 2, device="cuda")
+@given(rows=st.integers(1, 64), length=st.sampled_from([64, 2048]), gib=st.floats(0.1, 64))
+def test_a_chosen_micro_batch_divides_and_fits_and_keeps_the_device_busy(rows: int, length: int, gib: float):
+    settings = split(2 * rows, f"batch.sequence_length={length}")
+    n = estimate.choose_micro_batch(settings, gib * 2**30, 2, device="cuda")
     case = estimate.case(settings, world=2, device="cuda")
-    assert rows % n == 0
-    larger = [m for m in range(n + 1, rows + 1) if rows % m == 0]
-    assert not any(estimate.fits(case.split(m), gib * 2**30) for m in larger)  # type: ignore[arg-type]
-    assert n == 1 or estimate.fits(case.split(n), gib * 2**30)  # type: ignore[arg-type]
+    ways = {m: case.split(m) for m in range(1, rows + 1) if rows % m == 0}
+    possible = [m for m, way in ways.items() if way and estimate.fits(way, gib * 2**30)]
+    busy = [m for m in possible if m * length >= fitting.BUSY["cuda"]]
+    assert n == (busy[0] if busy else possible[-1] if possible else 1)
+
+
+@pytest.mark.parametrize(("gib", "rows", "recompute"), [(64, 16, "none"), (8, 2, "none"), (2.5, 1, "full")])
+def test_what_is_auto_is_settled_together(gib: float, rows: int, recompute: str):
+    settings = split(64, "engine.gradient_checkpointing=auto", "batch.sequence_length=2048", "engine.compile=off")
+    settled = estimate.settle(settings, gib * 2**30, 2, device="cuda")
+    assert (settled.batch.micro_batch, settled.engine.gradient_checkpointing) == (rows, recompute)
+    assert estimate.settle(settled, 1, 2, device="cuda") == settled, "what a recipe says is left alone"
 
 
 def test_a_run_hands_over_what_it_has_settled():
@@ -193,7 +204,7 @@ def test_a_run_hands_over_what_it_has_settled():
     computing = model.Computing(attention=Kernel("math", ""), loss=LossKernel("plain", ""), compiles=True)
     case = estimate.case(settings, world=2, device="cpu", rows_per_step=24, precision="fp32", computing=computing)
     assert (case.attention, case.loss, case.precision, case.compiled_blocks) == ("math", "plain", "fp32", True)
-    assert case.accumulation == 24 // (settings.batch.micro_batch * 2)
+    assert case.accumulation == 24 // (settings.batch.rows_at_once * 2)
     with pytest.raises(UserError, match="do not divide"):
         estimate.case(settings, world=2, device="cpu", rows_per_step=25)
 

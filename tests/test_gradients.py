@@ -100,7 +100,7 @@ def test_no_gradient_is_too_flat_too_small_or_too_large_for_a_histogram(entries:
 
 
 def loader_of(settings: Config, rank: int, size: int) -> Loader:
-    rows = settings.batch.micro_batch * ACCUMULATION * size
+    rows = settings.batch.rows_at_once * ACCUMULATION * size
     return data.open(settings, rank, size, rows_per_step=rows, accumulation=ACCUMULATION)
 
 

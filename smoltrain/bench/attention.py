@@ -62,7 +62,7 @@ def bench_attention(recipe: str, overrides: list[str], rounds: int, out: Path) -
     out.parent.mkdir(parents=True, exist_ok=True)
     device = dist.choose_device(settings.engine.device)
     precision, _ = choose_precision(settings.engine.precision, device)
-    B, T = settings.batch.micro_batch, settings.batch.sequence_length
+    B, T = settings.batch.rows_at_once, settings.batch.sequence_length
     case = Case(settings.model, B, T, device, DTYPES[precision], settings.run.seed)
     kernels = runnable(settings.model, device, DTYPES[precision])
     truth = case.truth()

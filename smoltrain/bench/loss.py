@@ -66,7 +66,7 @@ def bench_loss(recipe: str, overrides: list[str], rounds: int, out: Path) -> Non
     out.parent.mkdir(parents=True, exist_ok=True)
     device = dist.choose_device(settings.engine.device)
     precision, _ = choose_precision(settings.engine.precision, device)
-    N = settings.batch.micro_batch * settings.batch.sequence_length
+    N = settings.batch.rows_at_once * settings.batch.sequence_length
     V, (_, D) = settings.model.vocab_size, depth_and_width(settings.model)
     case = make_case(N, V, D, DTYPES[precision], device)
     kernels, left_out = _kernels(case)

@@ -50,7 +50,7 @@ def write(folder: Path, vocab_size: int, num_tokens: int, sequence_length: int) 
 def deal(settings: Config, steps: int, rows_per_step: int) -> np.ndarray:
     """The very rows of a run's first steps on any number of ranks, int32 (steps x rows_per_step, T + 1)."""
     data.prepare(settings, rows_per_step, 1)
-    accumulation = rows_per_step // settings.batch.micro_batch
+    accumulation = rows_per_step // settings.batch.rows_at_once
     loader = data.open(settings, 0, 1, rows_per_step=rows_per_step, accumulation=accumulation)
     dealt: list[torch.Tensor] = []
     for _ in range(steps):

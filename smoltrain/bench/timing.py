@@ -1,7 +1,8 @@
 """Timings on cores that others use too: which calls were disturbed, and the median of those that were not.
 
 A call that shares its cores can take ten times as long, and looks no different. The kernel knows: it counts for every
-thread the time in which it could have run and had no core (proc(5), /proc/PID/task/TID/schedstat, second field).
+thread the time in which it could have run and had no core (proc(5), /proc/PID/task/TID/schedstat, second field). Of a
+call that is the wait of the thread that waited most: a sum would blame a program for having many threads that sleep.
 """
 
 import time
@@ -12,7 +13,7 @@ from statistics import median
 
 import torch
 
-CLEAN = 0.05  # of a call's time at most may its threads have waited for a core
+CLEAN = 0.05  # of a call's time at most may a thread have waited for a core
 FEWEST = 3  # clean calls that make a median
 PROC = Path("/proc")
 
@@ -53,31 +54,31 @@ def summary(seconds: Sequence[float], waits: Sequence[float | None]) -> Timed:
 
 
 def clean_ones(seconds: Sequence[float], waits: Sequence[float | None]) -> list[float]:
-    """The calls in which threads waited for less than CLEAN of the time; unknown waits (None) count as none."""
+    """The calls in which no thread waited for CLEAN of the time; unknown waits (None) count as none."""
     return [took for took, waited in zip(seconds, waits, strict=True) if (waited or 0.0) < CLEAN * took]
 
 
-def waited_s(process: int | str = "self") -> float | None:
-    """Seconds that all living threads of a process have waited for a core so far; None where nobody counts them.
-
-    A thread that ends takes its count with it: between two calls the sum may fall.
-    """
+def waits_s(process: int | str = "self") -> dict[str, float]:
+    """Seconds that each living thread of a process has waited for a core so far, by its id; {} where nobody counts."""
     try:
         files = list(Path(PROC, str(process), "task").glob("*/schedstat"))
     except OSError:
-        return None
-    waits = [field for file in files if (field := _second_field(file)) is not None]
-    return sum(waits) / 1e9 if waits else None
+        return {}
+    return {file.parent.name: field / 1e9 for file in files if (field := _second_field(file)) is not None}
+
+
+def longest_s(before: Mapping[str, float], after: Mapping[str, float]) -> float | None:
+    """The longest wait of one thread between two looks at the same processes; None where nobody counts."""
+    return max((waited - before.get(thread, 0.0) for thread, waited in after.items()), default=None)
 
 
 def _timed(call: Callable[[], object]) -> tuple[float, float | None]:
     """(seconds, seconds of waiting) of one call."""
-    before, began = waited_s(), time.perf_counter()
+    before, began = waits_s(), time.perf_counter()
     call()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    took, after = time.perf_counter() - began, waited_s()
-    return took, None if before is None or after is None else max(0.0, after - before)
+    return time.perf_counter() - began, longest_s(before, waits_s())
 
 
 def _second_field(file: Path) -> int | None:

@@ -62,6 +62,8 @@ def bench_training(
     why.
     """
     wanted = peers.named(against)
+    if wanted and micro_batch is None and config.load(recipe, overrides).batch.micro_batch == "auto":
+        raise UserError(Problem("the peers cannot choose for themselves", "auto", "a number", "--micro-batch"))
     if steps < LEAST:
         raise UserError(Problem("too few steps to measure", str(steps), f"{LEAST} or more", "--steps"))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +73,8 @@ def bench_training(
         precision, _ = choose_precision(settings.engine.precision, device)
         starts: dict[str, Start] = {OURS: _our_start(Path(scratch), ranks)}
         reasons: dict[str, str] = {}
-        split = _split(micro_batch or settings.batch.micro_batch, rows_per_step, ranks)
+        micro_batch = micro_batch or settings.batch.rows_at_once
+        split = _split(micro_batch, rows_per_step, ranks)
         base = split | _task(settings, Path(scratch, "rows.npy"), steps, precision, device.type)
         for name, peer in wanted.items():
             try:
@@ -97,7 +100,7 @@ def bench_training(
     depends = {
         "recipe": recipe, "overrides": overrides, "ranks": ranks, "steps": steps, "rounds": rounds,
         "device": device.type, "precision": precision, "rows_per_step": rows_per_step, "sequence_length": T,
-        "peers_micro_batch": micro_batch or settings.batch.micro_batch,
+        "peers_micro_batch": micro_batch,
     }  # fmt: skip
     numbers = {
         "matmul_flops": peaks, "flops_per_token": flops,

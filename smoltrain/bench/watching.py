@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from smoltrain.bench.timing import PROC, waited_s
+from smoltrain.bench.timing import PROC, longest_s, waits_s
 
 LOOK_S = 0.002  # between two looks at the file of lines
 STALL_S = 900.0  # without a line, after which a trainer is ended
@@ -38,7 +38,7 @@ class Watched:
 
     start_s: float = 0.0  # from the command to the end of the first step
     step_s: list[float] = field(default_factory=list)  # the first is start_s
-    waits_s: list[float | None] = field(default_factory=list)  # of the rank that waited most; None: not known
+    waits_s: list[float | None] = field(default_factory=list)  # of the thread that waited most; None: not known
     losses: list[float] = field(default_factory=list)
     peak_gib: float = 0.0  # CPU: resident memory of all ranks at their peaks; CUDA: allocated, the largest rank
     parameters: int | None = None  # as the trainer counts them, if it does
@@ -74,7 +74,7 @@ def watch(command: Sequence[str], lines: Path, steps: int, env: Mapping[str, str
 
 def _steps(process: subprocess.Popen, lines: Path, steps: int, began: float, *, cuda: bool) -> Watched:
     """Look at the file until the last step is in it, or the process has ended. Errors: TimeoutError."""
-    seen, at, last, ranks, waits = Watched(), 0, began, [], []
+    seen, at, last, ranks, waits = Watched(), 0, began, [], {}
     while len(seen.losses) < steps:
         ended = process.poll() is not None
         at, new = _new_lines(lines, at)
@@ -83,9 +83,9 @@ def _steps(process: subprocess.Popen, lines: Path, steps: int, began: float, *, 
                 continue
             now = time.perf_counter()
             ranks = ranks or ranks_of(process.pid)
-            before, waits = waits, [waited_s(rank.pid) for rank in ranks]
+            before, waits = waits, {thread: s for rank in ranks for thread, s in waits_s(rank.pid).items()}
             seen.step_s.append(now - last)
-            seen.waits_s.append(_most(before, waits))
+            seen.waits_s.append(longest_s(before, waits))
             seen.losses.append(line[LOSS])
             seen.start_s = seen.start_s or now - began
             seen.peak_gib = line.get(PEAK, 0.0) if cuda else sum(map(peak_rss_gib, ranks)) or seen.peak_gib
@@ -111,12 +111,6 @@ def _new_lines(file: Path, at: int) -> tuple[int, list[dict[str, Any]]]:
         return at, []
     whole = new[: new.rfind(b"\n") + 1]
     return at + len(whole), [json.loads(line) for line in whole.splitlines()]
-
-
-def _most(before: list[float | None], after: list[float | None]) -> float | None:
-    """The longest of the ranks' waits between two looks, which a thread's end may make look negative."""
-    known = [b - a for a, b in zip(before, after, strict=False) if a is not None and b is not None]
-    return max(0.0, *known) if known else None
 
 
 def ranks_of(root: int) -> list[psutil.Process]:

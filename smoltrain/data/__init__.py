@@ -32,7 +32,7 @@ def open(config: Config, rank: int, world_size: int, *, rows_per_step: int, accu
     prepared = load(config)
     batch, data, seed = config.batch, config.data, config.run.seed
     shape = Shape(
-        batch.sequence_length, rows_per_step, batch.micro_batch, accumulation, rank, world_size,
+        batch.sequence_length, rows_per_step, batch.rows_at_once, accumulation, rank, world_size,
         config.packing.document_mask,
     )  # fmt: skip
     identity: dict[str, Any] = {

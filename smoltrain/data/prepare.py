@@ -91,7 +91,7 @@ def prepare(config: Config, rows_per_step: int | None = None, world_size: int = 
     ever overwritten.
     """
     batch = config.batch
-    rows_per_step = rows_per_step or batch.rows_per_step or batch.micro_batch * (batch.accumulation or 1)
+    rows_per_step = rows_per_step or batch.rows(1)
     if _index_file(config.run_folder).exists():
         prepared = load(config)
         if _compare(config, prepared.index):

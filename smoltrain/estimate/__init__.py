@@ -14,15 +14,15 @@ from smoltrain.errors import Problem, UserError
 from smoltrain.estimate import report
 from smoltrain.estimate.case import Case, Recompute, Shape, case, shape
 from smoltrain.estimate.devices import Device, find
-from smoltrain.estimate.fitting import MODES, fits, largest_micro_batch, least_recomputation
+from smoltrain.estimate.fitting import MODES, choose_micro_batch, fits, least_recomputation, settle
 from smoltrain.estimate.measure import measure
 from smoltrain.estimate.memory import GIB, Memory, memory
 from smoltrain.estimate.speed import CPU, CUDA, Rates, Speed, corrected, flops_per_token, rates_of, speed
 
 __all__ = [
     "CPU", "CUDA", "GIB", "MODES", "Case", "Device", "Memory", "Rates", "Recompute", "Shape", "Speed", "case",
-    "corrected", "estimate", "find", "fits", "flops_per_token", "largest_micro_batch", "least_recomputation",
-    "measure", "memory", "rates_of", "report", "shape", "speed",
+    "choose_micro_batch", "corrected", "estimate", "find", "fits", "flops_per_token", "least_recomputation", "measure",
+    "memory", "rates_of", "report", "settle", "shape", "speed",
 ]  # fmt: skip
 
 
@@ -35,6 +35,7 @@ def estimate(recipe: str, overrides: list[str], world: int, device: str, *, meas
     """
     console = Console(markup=False, highlight=False)
     settings, here = config.load(recipe, overrides), find(device, world)
+    settings = settle(settings, here.memory, world, device=here.kind)
     asked = case(settings, world=world, device=here.kind)
     rates, base = (_corrections(recipe, overrides, world, here, console)) if measured else (None, None)
     one = report.outlook(asked, here, rates, base)
@@ -62,7 +63,9 @@ def _corrections(
         raise UserError(Problem("--measure runs on this machine", "no CUDA device", "--device cpu", "--device"))
     ranks = min(world, gpus if device.kind == "cuda" else num_cores())
     here = find(device.name, ranks)
-    asked = case(config.load(recipe, overrides), world=ranks, device=here.kind)
+    asked = case(
+        settle(config.load(recipe, overrides), here.memory, ranks, device=here.kind), world=ranks, device=here.kind
+    )
     expected = report.outlook(replace(asked, saves=False), here)
     found = measure(recipe, [*overrides, f"engine.device={device.kind}"], ranks)
     console.print(

@@ -108,15 +108,13 @@ def case(
     Errors: UserError where the rows per step do not divide among the ranks, or a kernel cannot run.
     """
     batch, engine = config.batch, config.engine
-    micro = batch.micro_batch if isinstance(batch.micro_batch, int) else 1
-    recompute = engine.gradient_checkpointing
-    rows = rows_per_step or batch.rows_per_step or micro * (batch.accumulation or 1) * world
+    micro, recompute = batch.rows_at_once, engine.gradient_checkpointing
+    rows = rows_per_step or batch.rows(world)
     if rows % (micro * world):
         saw, want = f"{rows} rows on {world} ranks x {micro}", "a micro-batch that divides a rank's share"
         raise UserError(Problem("the rows per step do not divide evenly", saw, want, "batch.micro_batch or --world"))
     precision = precision or _precision(engine.precision, device)
-    settled = config.model_copy(update={"batch": batch.model_copy(update={"micro_batch": micro})})
-    tree = ds_config.fill(settled, precision=precision, accumulation=rows // (micro * world), world_size=world)
+    tree = ds_config.fill(config, precision=precision, accumulation=rows // (micro * world), world_size=world)
     stage, size = ds_config.stage(tree), shape(config.model)
     plan = Plan(config.phases)
     if computing is None and device == "cuda":

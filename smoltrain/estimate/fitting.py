@@ -9,7 +9,28 @@ from smoltrain.schema import Config
 
 # By what they cost: no block again; every n-th; the cheap parts of all, which is little time but keeps a third; all.
 MODES: tuple[Recompute, ...] = ("none", "selective", 8, 4, 3, 2, "full")
+# Tokens of a micro-batch beyond which none was faster: measured on CPUs (docs/performance.md), on GPUs a guess.
+BUSY = {"cpu": 2048, "cuda": 32768}
 SPARE = 0.05  # of the memory, for what the estimate does not know
+
+
+def settle(
+    config: Config, device_memory_bytes: float, world: int, *, device: Literal["cuda", "cpu"], **settled: Any
+) -> Config:
+    """The config with a value for what is `auto`: batch.micro_batch and engine.gradient_checkpointing.
+
+    Where both are, rows are split so that nothing is computed again, as far as that fits. `device_memory_bytes` is
+    what one rank may use: of a CPU, the machine's memory over its ranks. `settled` and errors: as `case`.
+    """
+    batch, engine = config.batch, config.engine
+    if batch.micro_batch == "auto":
+        keep = "none" if engine.gradient_checkpointing == "auto" else None
+        n = choose_micro_batch(config, device_memory_bytes, world, device=device, recompute=keep, **settled)
+        config = config.model_copy(update={"batch": batch.model_copy(update={"micro_batch": n})})
+    if engine.gradient_checkpointing == "auto":
+        mode = least_recomputation(config, device_memory_bytes, world, device=device, **settled)
+        config = config.model_copy(update={"engine": engine.model_copy(update={"gradient_checkpointing": mode})})
+    return config
 
 
 def least_recomputation(
@@ -17,8 +38,7 @@ def least_recomputation(
 ) -> Recompute:
     """The value of engine.gradient_checkpointing that computes least again and fits one rank; full if none fits.
 
-    `device_memory_bytes` is what one rank may use: of a CPU, the machine's memory over its ranks. What the config
-    itself says of gradient checkpointing is not looked at. `settled` and errors: as `case`.
+    What the config itself says of gradient checkpointing is not looked at. `settled` and errors: as `case`.
     """
     asked = case(config, world=world, device=device, **settled)
     ways = (replace(asked, recompute=mode) for mode in modes(config, asked))
@@ -26,19 +46,22 @@ def least_recomputation(
     return found[0] if found else "full"
 
 
-def largest_micro_batch(
+def choose_micro_batch(
     config: Config, device_memory_bytes: float, world: int, *, device: Literal["cuda", "cpu"],
     recompute: Recompute | None = None, **settled: Any,
 ) -> int:  # fmt: skip
-    """The largest batch.micro_batch that divides a rank's rows of a step and fits it; 1 if none fits.
+    """The batch.micro_batch that splits a rank's rows of a step: of those that fit, the smallest that keeps the device
+    busy, else the largest; 1 if none fits.
 
     `recompute` takes the place of engine.gradient_checkpointing. `settled` and errors: as `case`.
     """
     asked = case(config, world=world, device=device, **settled)
     asked = asked if recompute is None else replace(asked, recompute=recompute)
     rows = asked.micro_batch * asked.accumulation
-    splits = (split for n in range(rows, 0, -1) if (split := asked.split(n)))
-    return next((split.micro_batch for split in splits if fits(split, device_memory_bytes)), 1)
+    splits = (split for n in range(1, rows + 1) if (split := asked.split(n)))
+    fitting = [split for split in splits if fits(split, device_memory_bytes)]
+    busy = [split.micro_batch for split in fitting if split.tokens >= BUSY[device]]
+    return busy[0] if busy else max((split.micro_batch for split in fitting), default=1)
 
 
 def fits(asked: Case, device_memory_bytes: float) -> bool:
