@@ -64,3 +64,20 @@ def test_a_function_stays_what_it_is_and_has_a_compiled_form() -> None:
     assert calls == [False]
     if not compiling.missing("cpu"):
         assert torch.equal(double.compiled(x), double(x))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="inductor then draws for itself; on a CPU the draws are torch's")
+def test_a_compiled_dropout_draws_as_the_written_one() -> None:
+    @Compilable
+    def thinned(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.dropout(x * 2, 0.25)
+
+    x, functions = torch.ones(4096), [thinned]
+    if not compiling.missing("cpu"):
+        functions.append(thinned.compiled)
+    drawn = []
+    for function in functions:
+        torch.manual_seed(3)
+        drawn.append(function(x))
+    assert 0.2 < (drawn[0] == 0).float().mean() < 0.3
+    assert torch.equal(drawn[0], drawn[-1])

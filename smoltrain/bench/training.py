@@ -141,7 +141,7 @@ def table(rows: dict[str, Row], first: str | None, device: str) -> Table:
         ratio = f"{found.tokens_per_s / base:.2f}" if base else ""
         numbers = (f"{found.steps.median_s:.3f}", f"{found.tokens_per_s:,.0f}", ratio, f"{found.mfu:.1%}")
         others = (f"{found.peak_gib:.2f}", f"{found.start_s:.1f}", *(f"{loss:.3f}" for loss in found.loss))
-        table.add_row(name, *numbers, *others, found.steps.clean.partition(",")[0])
+        table.add_row(name, *numbers, *others, found.steps.clean.partition(",")[0].replace(" of ", "/"))
     return table
 
 

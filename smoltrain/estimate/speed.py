@@ -25,14 +25,15 @@ class Rates:
     link: float
     touches: float  # how often what a block keeps is read or written, forward and backward
     launch_s: float  # of one block forward and backward, the time that the host needs to start its kernels
+    eager_launch_s: float  # the same of a block that is not compiled
     step_s: float  # reductions of counts, the optimizer's own work on the host, logs
     factor: float = 1.0  # of the whole, from --measure
 
 
-# GPUs: from published runs of small models (llm.c, llm-foundry: 41 and 45 % MFU), not from our own. CPUs: from runs of
-# SmolLM2-135M's shape.
-CUDA = Rates(0.62, {"flash-attn": 0.45, "sdpa": 0.45, "math": 0.05}, 0.8, 0.6, 5.0, 0.8e-3, 5e-3)
-CPU = Rates(0.95, {"blocked": 0.28, "sdpa": 0.11, "math": 0.08}, 0.9, 0.4, 3.0, 0.2e-3, 20e-3)
+# GPUs: from published runs of small models (llm.c, llm-foundry: 41 and 45 % MFU), not from our own. CPUs: from eight
+# shapes of 2 to 30 blocks on two cores (docs/performance.md).
+CUDA = Rates(0.62, {"flash-attn": 0.45, "sdpa": 0.45, "math": 0.05}, 0.8, 0.6, 5.0, 0.8e-3, 0.8e-3, 5e-3)
+CPU = Rates(0.92, {"blocked": 0.24, "sdpa": 0.11, "math": 0.08}, 0.9, 0.4, 4.5, 1e-3, 4e-3, 20e-3)
 
 
 def rates_of(kind: str) -> Rates:
@@ -65,7 +66,8 @@ def speed(case: Case, device: Device, rates: Rates | None = None) -> Speed:
     attention = attention_operations(case, 0 if selective else again) / (peak * kernel)
     elementwise = rates.touches * (1 + again / 3) * case.tokens * block(case) * case.shape.layers / bandwidth
     elementwise += logit_bytes(case) / bandwidth
-    launch = rates.launch_s * case.shape.layers * (1 + again / 3)  # beside the device's own work on a GPU, else before
+    start_s = rates.launch_s if case.compiled_blocks else rates.eager_launch_s
+    launch = start_s * case.shape.layers * (1 + again / 3)  # beside the device's own work on a GPU, else before
     computing = max(matmul + attention + elementwise, launch) if case.device == "cuda" else (
         matmul + attention + elementwise + launch)  # fmt: skip
     per_step = {

@@ -4,6 +4,7 @@ Its GPT has no learned positions and no dropout: shapes with the former get rota
 its GPT-NeoX models do, and the latter is left out.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def main() -> None:
         data=Rows(), devices=1, logger_name="csv", seed=TASK["seed"],
         train=TrainArgs(
             save_interval=None, log_interval=1, global_batch_size=rows_per_step, micro_batch_size=MICRO_BATCH,
-            lr_warmup_steps=0, max_norm=TASK["gradient_clipping"] or None, min_lr=TASK["lr"],
+            lr_warmup_steps=0, max_norm=TASK["gradient_clipping"] or math.inf, min_lr=TASK["lr"],
             max_tokens=STEPS * rows_per_step * T, max_seq_length=T, tie_embeddings=SHAPE["tie_word_embeddings"],
         ),
         eval=EvalArgs(interval=10**9, initial_validation=False, final_validation=False),
