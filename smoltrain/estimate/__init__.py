@@ -67,7 +67,8 @@ def _corrections(
         settle(config.load(recipe, overrides), here.memory, ranks, device=here.kind), world=ranks, device=here.kind
     )
     expected = report.outlook(replace(asked, saves=False), here)
-    found = measure(recipe, [*overrides, f"engine.device={device.kind}"], ranks)
+    compiles = "on" if asked.compiled_update else "off"  # `auto` would find a plan of few steps too short for it
+    found = measure(recipe, [*overrides, f"engine.device={device.kind}", f"engine.compile={compiles}"], ranks)
     console.print(
         f"measured here, {ranks} x {here.name}: step {found.step_s:.3f} s, estimated {expected.speed.step_s:.3f} s; "
         f"memory {found.peak_bytes / GIB:.2f} GiB, estimated {expected.memory.total / GIB:.2f} GiB",

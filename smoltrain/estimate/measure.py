@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from smoltrain import config, dist, files
+from smoltrain import config, data, dist, files
 from smoltrain.errors import TrainingStopped
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
@@ -25,7 +25,7 @@ class Measured:
 def measure(recipe: str, overrides: list[str], ranks: int, steps: int = STEPS) -> Measured:
     """Train the first phase for so many steps in a temporary folder, without evaluation, samples or W&B.
 
-    Errors: UserError for the recipe; TrainingStopped with the run's last words where it fails.
+    Errors: UserError for the recipe and its data; TrainingStopped with the run's last words where it fails.
     """
     phase = config.load(recipe, overrides).phases[0]
     with tempfile.TemporaryDirectory() as scratch:
@@ -35,6 +35,8 @@ def measure(recipe: str, overrides: list[str], ranks: int, steps: int = STEPS) -
             f"phases.{phase.name}.decay_steps={steps if phase.decay_steps else 0}", "evaluate.every=0",
             "sample.every=0", "checkpoint.every=0", "track.gradients_every=0", "track.wandb=off",
         ]  # fmt: skip
+        settings = config.load(recipe, [*overrides, *words])
+        data.prepare(settings, settings.batch.rows(ranks), ranks)  # here: it takes memory that training does not
         launcher = [sys.executable]
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
