@@ -75,8 +75,8 @@ class Compilable(Generic[P, R]):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of torch.jit
             # Inductor's own random numbers save a pass over memory on a GPU; on a CPU torch's take half their time.
-            options = {"fallback_random": not torch.cuda.is_available()}
-            compiled = torch.compile(self._function, dynamic=False, options=options)
+            on_cpu = not torch.cuda.is_available()
+            compiled = torch.compile(self._function, dynamic=False, options={"fallback_random": on_cpu})
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
         return compiled
 
