@@ -33,7 +33,7 @@ class Rates:
 # GPUs: from published runs of small models (llm.c, llm-foundry: 41 and 45 % MFU), not from our own. CPUs: from eight
 # shapes of 2 to 30 blocks on two cores (docs/performance.md).
 CUDA = Rates(0.62, {"flash-attn": 0.45, "sdpa": 0.45, "math": 0.05}, 0.8, 0.6, 5.0, 0.8e-3, 0.8e-3, 5e-3)
-CPU = Rates(0.92, {"blocked": 0.24, "sdpa": 0.11, "math": 0.08}, 0.9, 0.4, 4.5, 1e-3, 4e-3, 20e-3)
+CPU = Rates(0.92, {"blocked": 0.24, "sdpa": 0.11, "math": 0.08}, 0.9, 0.4, 4.5, 1e-3, 6e-3, 20e-3)
 
 
 def rates_of(kind: str) -> Rates:
