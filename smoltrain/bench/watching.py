@@ -151,6 +151,8 @@ def end(process: subprocess.Popen) -> None:
     for child in family:
         with contextlib.suppress(psutil.Error):  # which also sees that a number is another process's by now
             child.kill()
+    with contextlib.suppress(ProcessLookupError):  # one that it started after the look at its children
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def last_words(log: Path) -> str:
