@@ -246,7 +246,7 @@ def test_a_trainer_that_stands_still_is_ended(tmp_path: Path, monkeypatch: pytes
     sleeper = [sys.executable, "-c", "import subprocess, sys; subprocess.run(['sleep', '77.125'])"]
     with pytest.raises(watching.Failed, match="no step for 0 s; it said nothing"):
         watching.watch(sleeper, tmp_path / "none", 1, os.environ, tmp_path / "log", cuda=False)
-    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "77.125"]]
+    until(lambda: not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "77.125"]])
 
 
 def test_the_ranks_are_what_the_launcher_started_and_not_what_they_start():

@@ -153,6 +153,7 @@ def end(process: subprocess.Popen) -> None:
             child.kill()
     with contextlib.suppress(ProcessLookupError):  # one that it started after the look at its children
         os.killpg(process.pid, signal.SIGKILL)
+    psutil.wait_procs(family, GRACE_S)  # to be killed takes a moment
 
 
 def last_words(log: Path) -> str:
