@@ -12,9 +12,10 @@ import pytest
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, STOPPED
 from tests import launches, tiny
 
-# python: 1 rank x 4 x 2; the others: 2 ranks x 2 x 2. A constant continuation may be prolonged.
+# python: 1 rank that splits 8 rows for itself; the others: 2 ranks x 2 x 2. A constant continuation may be prolonged.
 SAME_ROWS = ("batch.accumulation=null", "batch.rows_per_step=8", "phases.continuation.schedule=constant")
 LAUNCHERS = ("python", "torchrun", "deepspeed")
+OWN = {"python": ("batch.micro_batch=auto",)}
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +24,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for launcher in LAUNCHERS:
         folder = tmp_path_factory.mktemp(launcher)
-        assert launches.run(launcher, tiny.words(folder, *SAME_ROWS), folder / "log") == DONE, (
-            folder / "log"
-        ).read_text()
+        words = tiny.words(folder, *SAME_ROWS, *OWN.get(launcher, ()))
+        assert launches.run(launcher, words, folder / "log") == DONE, (folder / "log").read_text()
         folders[launcher] = folder / "runs" / "quickstart"
     return folders
 
@@ -41,6 +41,13 @@ def test_all_launchers_train_the_same_run(finished: dict[str, Path]) -> None:
         for launcher, folder in finished.items()
     }
     assert ledgers["python"] == ledgers["torchrun"] == ledgers["deepspeed"], "the data do not depend on the world size"
+
+
+def test_rows_are_split_by_the_machine_where_the_recipe_leaves_it_to_that(finished: dict[str, Path]) -> None:
+    said = (finished["python"].parent.parent / "log").read_text()
+    assert "8 rows, auto: " in said
+    assert "8 = 8 x 1 accumulated x 1 ranks" in said
+    assert "micro_batch: auto\n" in (finished["python"] / "config.yaml").read_text(), "another start may split anew"
 
 
 def test_a_finished_plan_says_so_and_exits_0(finished: dict[str, Path]) -> None:
