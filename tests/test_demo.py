@@ -365,7 +365,7 @@ def test_a_person_writes_stops_and_changes_the_checkpoint(run: Path, address: st
         find("#max-tokens input[type=number]").send_keys(Keys.TAB)
         find("#generate").click()
         lengths = set[int]()
-        wait_until(lambda: lengths.add(len(text())) or len(lengths) > 5)
+        wait_until(lambda: lengths.add(len(text())) or len(lengths) > 2)  # it grows: a busy browser paints rarely
         find("#stop").click()
         time.sleep(1)  # what was on its way has come
         stopped = text()

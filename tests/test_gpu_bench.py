@@ -25,5 +25,5 @@ def test_every_cell_is_a_line_of_the_table_and_one_that_fails_ends_no_other(tmp_
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == [f"| {x}" for x in ("beside-others", *cells)]
     assert done.stderr.count("failed\n") == 4, "flash needs CUDA"
     assert "error: " in done.stderr
-    found = json.loads((tmp_path / "out" / f"{cells[0]}.json").read_text())
-    assert {"engine.attention=sdpa", "engine.compile=off", "engine.ds_config=zero1"} <= set(found["overrides"])
+    told = json.loads((tmp_path / "out" / f"{cells[0]}.json").read_text())["settings"]["overrides"]
+    assert {"engine.attention=sdpa", "engine.compile=off", "engine.ds_config=zero1"} <= set(told)
