@@ -81,7 +81,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         assert output.returncode == 0, output.stdout + output.stderr
     settings = tiny.load(folder, *words)
     run = settings.run_folder
-    offline = [(path.parent, wandb_files.read(path)) for path in run.glob("wandb/offline-run-*/run-*.wandb")]
+    offline = [(path.parent, wandb_files.read_finished(path)) for path in run.glob("wandb/offline-run-*/run-*.wandb")]
     offline.sort(key=lambda pair: min(pair[1].steps))
     return Story(settings, outputs, json_lines(run / "metrics.jsonl"), json_lines(run / "samples.jsonl"), offline)
 
@@ -320,7 +320,7 @@ def test_a_server_that_does_not_answer_costs_no_run(tmp_path: Path) -> None:
     assert re.fullmatch(r"W&B +offline, going online failed \(.+\); run id [0-9a-f]{8}", said)
     assert "Traceback" not in output.stderr
     (path,) = tmp_path.glob("runs/quickstart/wandb/offline-run-*/run-*.wandb")
-    offline = wandb_files.read(path)
+    offline = wandb_files.read_finished(path)
     assert said.endswith(offline.run_id)
     losses = {step: values["train/loss_nats_per_token"] for step, values in offline.steps.items()}
     assert losses == launches.losses(tmp_path / "runs" / "quickstart")
@@ -404,7 +404,7 @@ def test_a_step_that_is_done_again_is_kept_aside_and_reaches_wandb_once(tmp_path
     assert [line["step"] for line in json_lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
     assert [line["step"] for line in json_lines(run / track.UNDONE)] == [4, 5, 4]
     for path in run.glob("wandb/offline-run-*/run-*.wandb"):
-        told += wandb_files.read(path).steps
+        told += wandb_files.read_finished(path).steps
     assert sorted(told) == [1, 2, 3, 4, 5, 6, 7]
 
 

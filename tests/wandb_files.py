@@ -1,7 +1,9 @@
 """W&B's offline files, read back: LevelDB's log framing around wandb's protobuf records."""
 
+import contextlib
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -50,6 +52,17 @@ def read(path: Path) -> Offline:
             case "exit":
                 offline.exit_code = record.exit.exit_code
     return offline
+
+
+def read_finished(path: Path, patience_s: float = 20) -> Offline:
+    """The file of a run that was finished: W&B's own process may write the last records after finish() has returned."""
+    deadline = time.monotonic() + patience_s
+    while time.monotonic() < deadline:
+        with contextlib.suppress(AssertionError):  # half a chunk
+            if (offline := read(path)).exit_code is not None:
+                return offline
+        time.sleep(0.05)
+    return read(path)
 
 
 def records(content: bytes) -> Iterator[bytes]:
