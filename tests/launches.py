@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,14 @@ def command(launcher: str) -> list[str]:
         "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port, SCRIPT],
         "smoltrain": [str(BIN / "smoltrain"), "train"],
     }[launcher]
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
+    """Look again and again, until it is true."""
+    last = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < last, "waited in vain"
+        time.sleep(0.02)
 
 
 def environment() -> dict[str, str]:

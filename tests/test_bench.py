@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from smoltrain.bench import data as bench
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.schema import SourceSection
 from tests import tiny
+from tests.launches import wait_until
 
 
 def texts(folder: Path) -> list[list[str]]:
@@ -246,7 +247,9 @@ def test_a_trainer_that_stands_still_is_ended(tmp_path: Path, monkeypatch: pytes
     sleeper = [sys.executable, "-c", "import subprocess, sys; subprocess.run(['sleep', '77.125'])"]
     with pytest.raises(watching.Failed, match="no step for 0 s; it said nothing"):
         watching.watch(sleeper, tmp_path / "none", 1, os.environ, tmp_path / "log", cuda=False)
-    until(lambda: not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "77.125"]])
+    wait_until(
+        lambda: not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "77.125"]], 20
+    )
 
 
 def test_the_ranks_are_what_the_launcher_started_and_not_what_they_start():
@@ -259,7 +262,7 @@ def test_the_ranks_are_what_the_launcher_started_and_not_what_they_start():
     plain = {key: value for key, value in os.environ.items() if key != "RANK"}
     launcher = subprocess.Popen([sys.executable, "-c", code], env=plain)
     try:
-        until(lambda: len(psutil.Process(launcher.pid).children(recursive=True)) == 4)
+        wait_until(lambda: len(psutil.Process(launcher.pid).children(recursive=True)) == 4, 20)
         ranks = watching.ranks_of(launcher.pid)
         assert len(ranks) == 2
         assert {rank.ppid() for rank in ranks} == {launcher.pid}
@@ -268,14 +271,7 @@ def test_the_ranks_are_what_the_launcher_started_and_not_what_they_start():
         watching.end(alone)
     finally:
         watching.end(launcher)
-    until(lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks))
-
-
-def until(true: Callable[[], bool], patience_s: float = 20) -> None:
-    deadline = time.monotonic() + patience_s
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), 20)
 
 
 # ---- trainers side by side

@@ -22,6 +22,7 @@ from smoltrain.errors import DONE, UserError
 from smoltrain.loading import LoadedRun, load_run
 from smoltrain.schema import GenerationSection
 from tests import tiny
+from tests.launches import wait_until
 
 POSITIONS = 4096
 SETTINGS = {"temperature": 0.7, "top_k": 30, "top_p": 0.95, "max_tokens": 24}
@@ -238,13 +239,6 @@ def test_what_cannot_be_is_said_in_the_page(
 def test_a_checkpoint_that_training_deleted_is_said_in_the_page(shelf: demo.Shelf):
     with pytest.raises(demo.gr.Error, match="no checkpoint of this step: saw 3, want one of 8, 9, 12"):
         next(demo.write(shelf, PROMPT, 3, *DEFAULTS[1:]))
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
-    last = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < last, "waited in vain"
-        time.sleep(0.02)
 
 
 # --- serving
