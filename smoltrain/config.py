@@ -80,6 +80,16 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
+def first_steps(config: Config, steps: int) -> list[str]:
+    """Overrides by which its recipe trains so many steps of its first phase and does nothing beside, to measure."""
+    phase = config.phases[0]
+    return [
+        f"run.stop_after={phase.name}", f"phases.{phase.name}.steps={steps}", f"phases.{phase.name}.warmup_steps=0",
+        f"phases.{phase.name}.decay_steps={steps if phase.decay_steps else 0}", "evaluate.every=0", "sample.every=0",
+        "checkpoint.every=0", "track.gradients_every=0", "track.wandb=off",
+    ]  # fmt: skip
+
+
 def revise(settings: GenerationSection, **options: float | None) -> GenerationSection:
     """`settings` with those command-line options that were given, checked again."""
     given = {key: value for key, value in options.items() if value is not None}

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
@@ -22,6 +22,7 @@ import psutil
 import torch
 import torch.distributed as torch_dist
 
+from smoltrain import cores
 from smoltrain.errors import INTERRUPTED, STOPPED, Problem, TrainingStopped, UserError
 
 T = TypeVar("T")
@@ -33,6 +34,7 @@ LOOK_S = 1.0  # between two looks at whether the launchers live
 _reduce_scatter = getattr(torch_dist, "reduce_scatter_single", torch_dist.reduce_scatter_tensor)
 _all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
 OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SMOLTRAIN_SUPERVISOR", "SMOLTRAIN_ASKED")
+NOT_ASKED = cores.Share(1, frozenset(), "not bound")
 DEEPSPEED_LAUNCHER = "deepspeed.launcher.launch"
 
 
@@ -46,6 +48,7 @@ class World:
     local_size: int
     device: torch.device
     group: Any = None  # a gloo group for host numbers; None is the default group, gloo itself on the CPU
+    share: cores.Share = NOT_ASKED  # of the cores of its machine
 
     @property
     def is_first(self) -> bool:
@@ -146,15 +149,19 @@ def open(device: Literal["auto", "cuda", "cpu", "mps"] = "auto") -> World:
     cuda = own.type == "cuda"
     if cuda:
         torch.cuda.set_device(own)
-    torch.set_num_threads(int(os.environ.get("SMOLTRAIN_THREADS") or max(1, num_cores() // local_size)))
     torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
     group = torch_dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if cuda else None
-    return World(rank, size, local_rank, local_size, own, group)
+    world = World(rank, size, local_rank, local_size, own, group)
+    world = replace(world, share=_share(world))
+    torch.set_num_threads(world.share.threads)
+    return world
 
 
-def num_cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _share(world: World) -> cores.Share:
+    """This rank's part of the cores of its machine. Collective."""
+    host, asked = socket.gethostname(), os.environ.get("SMOLTRAIN_THREADS")
+    beside = {rank: theirs for rank, (name, theirs) in enumerate(world.gather((host, cores.usable()))) if name == host}
+    return cores.share(list(beside.values()), list(beside).index(world.rank), int(asked) if asked else None)
 
 
 def environment() -> dict[str, str]:

@@ -64,7 +64,8 @@ def wrap(
     dtypes = ds_config.dtypes(tree, precision)
     once, why = None, _takes_micro_batches(wrapped, config.engine.reduce_gradients, world.device, dtypes)
     if not why:
-        once = OncePerStep(wrapped.optimizer, world, clip=config.optimizer.gradient_clipping, compiles=compiles)
+        clip = config.optimizer.gradient_clipping
+        once = OncePerStep(wrapped.optimizer, world, accumulation=accumulation, clip=clip, compiles=compiles)
     return Engine(wrapped, dtypes, world, once, why)
 
 
@@ -128,10 +129,9 @@ class Engine:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Sum of the token losses of one micro-batch on this rank: fp32 scalar, nats."""
-        device, positions_BT = self._ds.device, batch.positions_BT
-        positions_BT = None if positions_BT is None else positions_BT.to(device)
+        batch = batch.to(self._ds.device)
         forward = self._ds.module if self._once else self._ds
-        return forward(batch.ids_BT.to(device), batch.labels_BT.to(device), positions_BT=positions_BT)
+        return forward(batch.ids_BT, batch.labels_BT, positions_BT=batch.positions_BT)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss` up, for a mean over the ranks."""

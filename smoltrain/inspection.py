@@ -276,8 +276,8 @@ def validation_loss(loaded: loading.LoadedRun, batches: list[data.Batch], device
         parameter.data = parameter.data.to(dtype)  # buffers stay in fp32, as DeepSpeed leaves them
     total, num_tokens = 0.0, 0
     for batch in batches:
-        positions_BT = None if batch.positions_BT is None else batch.positions_BT.to(device)
-        total += float(loaded.model(batch.ids_BT.to(device), batch.labels_BT.to(device), positions_BT=positions_BT))
+        there = batch.to(device)
+        total += float(loaded.model(there.ids_BT, there.labels_BT, positions_BT=there.positions_BT))
         num_tokens += int((batch.labels_BT != NO_LABEL).sum())
     return total / num_tokens
 

@@ -16,9 +16,11 @@ from smoltrain import (
     advice,
     checkpoint,
     choices,
+    cores,
     data,
     dist,
     engine,
+    garbage,
     ledger,
     model,
     origin,
@@ -92,6 +94,8 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
         watch = Watchdog(folder.path / "logs", world.rank, world.size, config.engine.hang_s)
         opened.callback(watch.close)
         watch.begin(done)
+        if world.device.type == "cpu":  # a GPU's ranks leave it to their launcher, which may know what is near it
+            opened.enter_context(cores.bound(world.share.cpus))
         loader = data.open(
             config, world.rank, world.size, rows_per_step=folder.rows_per_step, accumulation=accumulation
         )
@@ -172,6 +176,7 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
             return STOPPED
 
         # ---- the loop
+        collect = opened.enter_context(garbage.by_hand())
         for step in range(done + 1, last_step + 1):
             watch.begin(step)
             result = train_step(
@@ -210,6 +215,7 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
                 texts = sample(wrapped, loader.prepared.tokenizer, config, world, stop=stop.is_raised, mark=watch.mark)
                 tracker.samples(step, texts)
 
+            collect(step)
             watch.mark("reduction")
             stopping = world.sum_ints(stop.is_raised())[0] > 0
             if plan.due(step, config.checkpoint.every) or plan.ends_phase(step) or stopping:
@@ -288,7 +294,9 @@ def _device(world: World) -> str:
             return "1 rank on Apple's MPS, best effort: DeepSpeed there was never tried by us; engine.device=cpu is"
     found = "CUDA was not asked for" if torch.cuda.is_available() else "no CUDA device was found"
     hint = "; engine.device=mps would try this machine's GPU" if torch.backends.mps.is_available() else ""
-    return f"{world.size} CPU ranks, {torch.get_num_threads()} threads each, gloo; {found}{hint}"
+    ranks = f"{world.size} CPU rank{'s' * (world.size > 1)}"
+    each = f"{world.share.threads} thread{'s' * (world.share.threads > 1)} each, {world.share.how}"
+    return f"{ranks}, {each}, gloo; {found}{hint}"
 
 
 def _complete(plan: Plan, done: int) -> str:

@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"errors", "exported", "advice"},
     {"schema", "tree", "files"},
-    {"contradictions", "reshape", "compiling", "sums"},
+    {"contradictions", "reshape", "compiling", "sums", "cores", "garbage"},
     {"config"},
     {"plan", "ds_config", "model", "data", "dist", "gradients", "plots", "runfolder", "watchdog"},
     {"flat", "kernels"},

@@ -312,11 +312,3 @@ def test_a_free_port_can_be_listened_on() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", port))
     assert 1024 <= port < 65536
-
-
-def test_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 1 <= dist.num_cores() <= (os.cpu_count() or 1)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 5, 7})
-    assert dist.num_cores() == 3
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert dist.num_cores() == (os.cpu_count() or 1)

@@ -59,6 +59,31 @@ def test_compiled_it_trains_as_deepspeed_does(tmp_path: Path, ranks: Any, precis
     assert expected[-1] < expected[0] - 0.3
 
 
+def test_a_lone_micro_batch_on_a_lone_rank_is_not_added_up(tmp_path: Path, ranks: Any) -> None:
+    """Its bf16 gradients are the sums: of no other value than in fp32."""
+    options = ("engine.precision=bf16", "batch.accumulation=1", "optimizer.gradient_clipping=0.5")
+    each, once = (settings_of(tmp_path, *options, f"engine.reduce_gradients={by}") for by in ("micro_batch", "step"))
+    [(_, expected, wanted)] = ranks(1).run(trained, each, 12, False)
+    [(how, losses, weights)] = ranks(1).run(trained, once, 12, False)
+    assert how == "once a step, nothing travels"
+    assert losses == pytest.approx(expected, rel=5e-4)
+    for name, value in weights.items():
+        torch.testing.assert_close(value.float(), wanted[name].float(), rtol=0, atol=0.025)
+    [(_, compiled, _)] = ranks(1).run(trained, once, 12, True)
+    assert compiled == pytest.approx(expected, rel=5e-4)
+
+
+def sums_of(settings: Config) -> set[torch.dtype]:
+    return {sums.own.dtype for sums in wrap(settings)._once._sums}
+
+
+def test_sums_of_more_than_one_are_in_fp32(tmp_path: Path, ranks: Any) -> None:
+    alone = settings_of(tmp_path, "engine.precision=bf16", "batch.accumulation=1")
+    assert ranks(1).run(sums_of, alone) == [{torch.bfloat16}]
+    assert ranks(2).run(sums_of, alone) == [{torch.float32}] * 2
+    assert ranks(1).run(sums_of, settings_of(tmp_path, "engine.precision=bf16")) == [{torch.float32}]
+
+
 def gradients_of(settings: Config) -> tuple[dict[str, torch.Tensor], float, bool, bool]:
     """Gradients by name, their norm, and whether they were dropped and then made again the same; on every rank."""
     wrapped, here = wrap(settings), world()

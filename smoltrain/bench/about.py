@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import torch
 
-from smoltrain.dist import num_cores
+from smoltrain.cores import num_cores
 
 ALWAYS = ("smoltrain", "torch", "numpy")
 

@@ -72,11 +72,8 @@ def cost(lines: list[dict]) -> Cost:
 
 
 def _run(recipe: str, overrides: list[str], folder: Path, steps: int, background: str) -> Cost:
-    phase = config.load(recipe, overrides).phases[0]
     words = [
-        "run.name=bench", f"run.folder={folder}", f"run.stop_after={phase.name}", f"phases.{phase.name}.steps={steps}",
-        f"phases.{phase.name}.warmup_steps=0", f"phases.{phase.name}.decay_steps={steps if phase.decay_steps else 0}",
-        "evaluate.every=0", "sample.every=0", "track.gradients_every=0", "track.wandb=off",
+        *config.first_steps(config.load(recipe, overrides), steps), "run.name=bench", f"run.folder={folder}",
         f"checkpoint.every={2 * BESIDE}", "checkpoint.keep_last=1", f"checkpoint.background={background}",
     ]  # fmt: skip
     command = [str(Path(sys.executable).with_name("smoltrain")), "train", recipe, *overrides, *words]

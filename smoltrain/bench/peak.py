@@ -8,7 +8,8 @@ import sys
 import torch
 
 from smoltrain.bench.timing import interleaved
-from smoltrain.dist import choose_device, num_cores
+from smoltrain.cores import num_cores
+from smoltrain.dist import choose_device
 from smoltrain.ds_config import DTYPES
 
 SIZE = 4096

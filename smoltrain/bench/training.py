@@ -22,7 +22,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from smoltrain import config, dist, files, model, runfolder
+from smoltrain import config, cores, dist, files, model, runfolder
 from smoltrain.bench import peers, random_rows, timing
 from smoltrain.bench.about import about
 from smoltrain.bench.watching import Failed, Watched, watch
@@ -149,14 +149,12 @@ def _prepare(
     recipe: str, overrides: list[str], scratch: Path, ranks: int, steps: int, compared: bool
 ) -> tuple[Config, int]:
     """What is trained, as scratch/bench.yaml too, and its rows per step; the rows for peers in scratch/rows.npy."""
-    phases = config.load(recipe, overrides).phases
-    first = f"phases.{phases[0].name}"
+    asked = config.load(recipe, overrides)
+    phases, first = asked.phases, f"phases.{asked.phases[0].name}"
     words = [
-        *overrides, *random_rows.overrides(scratch / "data"), "init.from=null", "run.name=bench",
-        f"run.folder={scratch / 'dealt'}", f"run.stop_after={phases[0].name}", f"{first}.steps={steps}",
-        f"{first}.schedule=constant", f"{first}.warmup_steps=0", f"{first}.decay_steps=0", f"{first}.final_lr=0",
-        *(f"phases.{phase.name}.mix=null" for phase in phases), "evaluate.every=0", "sample.every=0",
-        "checkpoint.every=0", "track.gradients_every=0", "track.wandb=off",
+        *overrides, *random_rows.overrides(scratch / "data"), *config.first_steps(asked, steps),
+        f"{first}.schedule=constant", f"{first}.decay_steps=0", f"{first}.final_lr=0", "init.from=null",
+        *(f"phases.{phase.name}.mix=null" for phase in phases), "run.name=bench", f"run.folder={scratch / 'dealt'}",
     ]  # fmt: skip
     if compared:
         words.append("packing.document_mask=false")  # peers have none
@@ -247,7 +245,7 @@ def _take_turns(
 def environment(binaries: Path, ranks: int, *, cuda: bool) -> dict[str, str]:
     """What every trainer is started under: its own folder of programs first, the cores shared out among the ranks."""
     own = dist.environment()
-    threads = max(1, dist.num_cores() // ranks)
+    threads = max(1, cores.num_cores() // ranks)
     device = {} if cuda else {"DS_ACCELERATOR": "cpu"}
     path = f"{binaries}{os.pathsep}{own.get('PATH', '')}"
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}

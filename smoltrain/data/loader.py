@@ -40,6 +40,15 @@ class Batch:
         positions_BT = None if self.positions_BT is None else self.positions_BT[first:last]
         return Batch(self.ids_BT[first:last], self.labels_BT[first:last], positions_BT)
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same on this device. The host does not wait for a GPU, which only pinned memory allows."""
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+        positions_BT = None if self.positions_BT is None else moved(self.positions_BT)
+        return Batch(moved(self.ids_BT), moved(self.labels_BT), positions_BT)
+
 
 @dataclass(frozen=True)
 class StepRows:

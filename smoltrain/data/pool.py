@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from smoltrain.cores import num_cores
 from smoltrain.data.faults import Health
 from smoltrain.data.progress import telling
 from smoltrain.data.tokenizer import Tokenizer
-from smoltrain.dist import num_cores
 from smoltrain.errors import TrainingStopped
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from smoltrain import config
-from smoltrain.dist import num_cores
+from smoltrain.cores import num_cores
 from smoltrain.errors import Problem, UserError
 from smoltrain.estimate import report
 from smoltrain.estimate.case import Case, Recompute, Shape, case, shape

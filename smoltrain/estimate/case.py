@@ -74,6 +74,12 @@ class Case:
         return ds_config.DTYPES[self.precision].itemsize
 
     @property
+    def sum_bytes(self) -> int:
+        """Of one gradient that is added up; a lone micro-batch on a lone rank has nothing to add (zero.py)."""
+        lone = self.once_a_step and self.accumulation == self.world == 1
+        return self.width_bytes if lone else 4
+
+    @property
     def has_bucket(self) -> bool:
         """Whether DeepSpeed gathers gradients in a bucket before they travel."""
         return not self.once_a_step and (self.stage >= 2 or (self.stage == 1 and self.precision != "bf16"))

@@ -12,7 +12,7 @@ from typing import Literal
 import psutil
 import torch
 
-from smoltrain.dist import num_cores
+from smoltrain.cores import num_cores
 from smoltrain.errors import Problem, UserError, nearest
 
 GB, TERA = 1e9, 1e12

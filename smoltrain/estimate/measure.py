@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from smoltrain import config, data, dist, files
+from smoltrain import config, cores, data, dist, files
 from smoltrain.errors import TrainingStopped
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "train.py"
@@ -27,14 +27,9 @@ def measure(recipe: str, overrides: list[str], ranks: int, steps: int = STEPS) -
 
     Errors: UserError for the recipe and its data; TrainingStopped with the run's last words where it fails.
     """
-    phase = config.load(recipe, overrides).phases[0]
+    quiet = config.first_steps(config.load(recipe, overrides), steps)
     with tempfile.TemporaryDirectory() as scratch:
-        words = [
-            "run.name=measure", f"run.folder={scratch}", f"run.stop_after={phase.name}",
-            f"phases.{phase.name}.steps={steps}", f"phases.{phase.name}.warmup_steps=0",
-            f"phases.{phase.name}.decay_steps={steps if phase.decay_steps else 0}", "evaluate.every=0",
-            "sample.every=0", "checkpoint.every=0", "track.gradients_every=0", "track.wandb=off",
-        ]  # fmt: skip
+        words = [*quiet, "run.name=measure", f"run.folder={scratch}"]
         settings = config.load(recipe, [*overrides, *words])
         data.prepare(settings, settings.batch.rows(ranks), ranks)  # here: it takes memory that training does not
         launcher = [sys.executable]
@@ -42,7 +37,7 @@ def measure(recipe: str, overrides: list[str], ranks: int, steps: int = STEPS) -
             launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
             launcher += ["--master-port", str(dist.free_port())]
         own = dist.environment()
-        own.setdefault("OMP_NUM_THREADS", str(max(1, dist.num_cores() // ranks)))
+        own.setdefault("OMP_NUM_THREADS", str(max(1, cores.num_cores() // ranks)))
         done = subprocess.run(
             [*launcher, str(SCRIPT), recipe, *overrides, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, errors="replace", env=own, check=False,

@@ -55,8 +55,8 @@ def memory(case: Case, base: float | None = None) -> Memory:
     moments = {
         "loss": {"activations": kept, "logits": max(works, keeps)},
         "backward begins": {"activations": kept + one_more, "logits": keeps},
-        # A tied table has two gradients, of the head and of the look-up, and their sum.
-        "backward ends": {**ending, "logits": embedding * (3 if case.shape.tied else 1)},
+        # A tied table has two gradients on a GPU, of the head and of the look-up, and their sum.
+        "backward ends": {**ending, "logits": embedding * (3 if case.shape.tied and case.device == "cuda" else 1)},
         "update": updating,
     }
     held = sum(states.values())
@@ -101,7 +101,8 @@ def _engine(case: Case) -> tuple[Parts, Parts, Parts]:
     allocation, at stages 0 to 3 on one rank and two:
 
     stage 0 (fp32)       weights 4N, gradients 4N, moments 8N
-    once a step (1, 2)   weights cN, sums of gradients 4N on every rank, masters and moments 12P
+    once a step (1, 2)   weights cN, sums of gradients 4N on every rank, masters and moments 12P; of a lone micro-batch
+                         on a lone rank cN
     2, each micro-batch  weights cN, gradients 4P, 12P; and for a bucket of b elements at the end of backward: the
                          bucket cb (CUDA holds it whole, on a CPU only what was touched counts), 6b of casts to fp32
     1 in bf16            weights 2N, gradients 4N + 2N, 12P; 4b
@@ -116,7 +117,7 @@ def _engine(case: Case) -> tuple[Parts, Parts, Parts]:
         states = {"weights": c * N, "gradients": SUM * N, "optimizer": MOMENTS * N}
         return states, {"reduction": SUM * b}, {"update": 0.0}
     if case.once_a_step:
-        states = {"weights": c * N, "gradients": SUM * N, "optimizer": masters * P}
+        states = {"weights": c * N, "gradients": case.sum_bytes * N, "optimizer": masters * P}
         if case.device == "cpu":  # in shared memory, where a rank reads its part of the others' sums, and their weights
             states["reduction"] = (W - 1) * (SUM + c) * P
         return states, {}, {"update": 0 if case.compiled_update else adamw}
@@ -173,7 +174,7 @@ def block(case: Case) -> float:
         kept += c * s.width
     kept += c * s.inner * (2 + s.gated + (s.gated and not case.compiled_blocks))
     if s.dropout:
-        kept += 2 * s.width * (c if case.device == "cpu" and not case.compiled_blocks else 1)
+        kept += 2 * s.width  # a byte for what is dropped
     return kept + attention(case)
 
 

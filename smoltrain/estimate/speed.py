@@ -126,14 +126,14 @@ def logit_bytes(case: Case) -> float:
 def gradient_bytes(case: Case) -> float:
     """Read and written to add up one micro-batch's gradients, beyond what backward itself does."""
     N, c = case.shape.parameters, case.width_bytes
-    return N * (c + 8) if case.once_a_step or case.stage == 0 else N * (2 * c + 24)
+    return N * (c + 2 * case.sum_bytes) if case.once_a_step or case.stage == 0 else N * (2 * c + 24)
 
 
 def update_bytes(case: Case) -> float:
     """Read and written by one update: gradient, master and moments, the weights; torch's unfused AdamW passes more."""
     P, c = case.shape.parameters / (case.world if case.stage else 1), case.width_bytes
     unfused = case.device == "cpu" and not (case.once_a_step and case.compiled_update)
-    return P * (32 + c + (60 if unfused else 0))
+    return P * (28 + case.sum_bytes + c + (60 if unfused else 0))
 
 
 def reduction_bytes(case: Case) -> float:

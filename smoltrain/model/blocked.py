@@ -15,6 +15,7 @@ Legend: B batch, T tokens, H query heads, K key-value heads, E width per head, N
 in each of the H / K heads), S keys that the block may see.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -22,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smoltrain.model.dropout import levels, scale_of, threshold_of
+
 QUERIES = 128  # of a block; of 64, 128, 256 none was faster on two cores of an AMD EPYC (Zen 4)
 # Longest row whose probabilities stay in memory for the backward pass, H * (T + QUERIES) / 2 of them per token; of
 # longer ones they are computed again there, which takes 1.25 times as long. At T 1024 they are about half
 # of what else a block of SmolLM2-135M keeps in bf16 (10 of 23 KiB per token), and they grow with T.
 KEPT_LENGTH = 1024
-LEVELS = 1 << 15  # of the random numbers that decide about dropout
 
 
 def attend(
@@ -167,14 +169,19 @@ def _probabilities(q_BHTE: Tensor, k_NTE: Tensor, block: slice, mask_B1TT: Tenso
     if mask_B1TT is not None:
         unseen = mask_B1TT[:, :, block, : block.stop]
     else:  # earlier blocks' keys are seen by all
-        Q = s_BHQS.size(2)
-        s_BHQS, unseen = s_BHQS[..., block], s_BHQS.new_full((Q, Q), float("-inf")).triu(1)
+        s_BHQS, unseen = s_BHQS[..., block], _later_keys(s_BHQS.size(2), s_BHQS.dtype)
     s_BHQS += unseen
     if s_NRS.dtype.itemsize < 4:
         largest_NR1 = s_NRS.amax(-1, keepdim=True)
         torch.baddbmm(largest_NR1, q_NRE, k_NES, beta=-1, alpha=_scale(E), out=s_NRS)
         s_BHQS += unseen
     return torch.softmax(s_NRS, -1, out=s_NRS)
+
+
+@functools.lru_cache(maxsize=8)
+def _later_keys(Q: int, dtype: torch.dtype) -> Tensor:
+    """-inf for the keys that come after a query, [Q, Q]. Made once: torch takes longer for it than for a softmax."""
+    return torch.full((Q, Q), float("-inf"), dtype=dtype).triu(1)
 
 
 class _Dropout:
@@ -184,19 +191,14 @@ class _Dropout:
     """
 
     def __init__(self, rate: float, seed: Tensor | None) -> None:
-        self.threshold = round(rate * LEVELS) - LEVELS // 2
-        self.scale = LEVELS / (LEVELS // 2 - self.threshold)  # 1 / (1 - rate)
+        self.threshold, self.scale = threshold_of(rate), scale_of(rate)
         self.draws = None if seed is None else torch.Generator().manual_seed(int(seed))
 
     def sign(self, p_NRS: Tensor) -> Tensor:
         """The block's weights, those that are dropped now with a minus."""
         if self.draws is None:
             return p_NRS
-        # Four weights share 64 random bits: torch draws on one thread, and bernoulli_ would take five times as long.
-        bits = torch.empty(math.ceil(p_NRS.numel() / 4), dtype=torch.int64)
-        bits.random_(-(1 << 63), None, generator=self.draws)
-        levels_NRS = (bits.view(torch.int16) >> 1)[: p_NRS.numel()].view_as(p_NRS)
-        return p_NRS.copysign_(levels_NRS - self.threshold)
+        return p_NRS.copysign_(levels(p_NRS.shape, self.draws) - self.threshold)
 
     def surviving(self, p_NRS: Tensor) -> Tensor:
         """Zero instead of what is dropped; the caller multiplies its result by `scale`."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from smoltrain.compiling import Compilable
 from smoltrain.model.attention import Documents
+from smoltrain.model.dropout import Dropout
 from smoltrain.model.interface import SDPA, Computing, LanguageModel
 from smoltrain.model.layers import Block, KVCache, Rotary, norm, rotary_angles
 from smoltrain.model.loss import summed_cross_entropy
@@ -30,7 +31,7 @@ class Decoder(LanguageModel):
         self.embed_tokens = nn.Embedding(V, D)
         learned = section.positions == "learned"
         self.embed_positions = nn.Embedding(section.max_position_embeddings, D) if learned else None
-        self.dropout = nn.Dropout(section.dropout)
+        self.dropout = Dropout(section.dropout)
         self.layers = nn.ModuleList(Block(section, self._kernel, i) for i in range(section.num_hidden_layers))
         self.norm = norm(section)
         self.lm_head = None if section.tie_word_embeddings else nn.Linear(D, V, bias=False)
@@ -68,7 +69,7 @@ class Decoder(LanguageModel):
     ) -> Tensor:
         """See LanguageModel."""
         assert cache is None or positions_BT is None, "a cache continues one text, not packed documents"
-        x_BTD = self.embed_tokens(ids_BT)
+        x_BTD = self._embed(ids_BT)
         if positions_BT is None:
             start = cache.length if cache is not None else 0
             positions = torch.arange(start, start + ids_BT.size(1), device=ids_BT.device)
@@ -100,6 +101,11 @@ class Decoder(LanguageModel):
             return F.linear(x_BTD, head_VD)
         how = self._computing
         return summed_cross_entropy(x_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), how.loss, how.z_loss)
+
+    def _embed(self, ids_BT: Tensor) -> Tensor:
+        """On a CPU the few rows that were looked up are added to a tied table's gradient, not a table of zeros."""
+        weight = self.embed_tokens.weight
+        return F.embedding(ids_BT, weight, sparse=self.lm_head is None and weight.device.type == "cpu")
 
     def _blocks(self) -> Iterator[Block]:
         for block in self.layers:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smoltrain.model.attention import Documents, Kernel, attend
+from smoltrain.model.dropout import Dropout
 from smoltrain.schema import ModelSection
 
 Rotary = tuple[Tensor, Tensor]
@@ -115,7 +116,7 @@ class Block(nn.Module):
         self.self_attn = Attention(model, kernel, layer)
         self.post_attention_layernorm = norm(model)
         self.mlp = MLP(model)
-        self.dropout = nn.Dropout(model.dropout)
+        self.dropout = Dropout(model.dropout)
 
     def forward(
         self, x_BTD: Tensor, rotary: Rotary | None, cache: KVCache | None, documents: Documents | None

@@ -143,8 +143,8 @@ class _Fused(torch.autograd.Function):
         losses_N = hidden_ND.new_empty(N, dtype=_wide(dtype))
         dhidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
         dweight_VD = None
-        if ctx.needs_input_grad[1]:  # a lone chunk has nothing to add up
-            dweight_VD = torch.zeros_like(weight_VD, dtype=_wide(dtype) if rows < N else dtype)
+        if ctx.needs_input_grad[1] and rows < N:
+            dweight_VD = torch.zeros_like(weight_VD, dtype=_wide(dtype))
         for start in range(0, N, rows):
             chunk = slice(start, start + rows)
             hidden_CD, labels_C = hidden_ND[chunk], labels_N[chunk]
@@ -156,6 +156,8 @@ class _Fused(torch.autograd.Function):
                 torch.mm(dlogits_CV, weight_VD, out=dhidden_ND[chunk])
             if dweight_VD is not None:
                 _add_product(dweight_VD, dlogits_CV, hidden_CD)
+            elif ctx.needs_input_grad[1]:  # of a lone chunk: nothing to add up
+                dweight_VD = torch.mm(dlogits_CV.T, hidden_CD)
         ctx.save_for_backward(dhidden_ND, dweight_VD)
         ctx.dtype = dtype
         return losses_N.sum()

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smoltrain.bench.loss import make_case, peak_mib
+from smoltrain.data import Batch
 from smoltrain.errors import DONE
 from smoltrain.model import Kernel, attention
 from smoltrain.model import loss as head
@@ -169,6 +170,28 @@ def test_our_loss_never_waits_for_the_device(name: str) -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         case.run(LOSSES[name])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_micro_batch_never_waits_for_the_device() -> None:
+    section = ModelSection(
+        vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=256, max_position_embeddings=256,
+    )  # fmt: skip
+    kernel = choose("auto", CUDA, BF16, head_width=64)
+    model = build_with(section, attention=kernel, loss=FUSED).to(CUDA, BF16)
+    ids = torch.randint(512, (2, 257))
+    batch = Batch(ids[:, :-1], ids[:, 1:])
+
+    def run() -> None:
+        there = batch.to(CUDA)
+        model(there.ids_BT, there.labels_BT).backward()
+
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from smoltrain.model import Kernel, blocked
 from smoltrain.model.attention import Documents, attend
+from smoltrain.model.dropout import LEVELS
 from tests.model.test_decoder import GPT2, LLAMA, built, gradients, section
 
 BLOCKED, SDPA, MATH = Kernel("blocked", "test"), Kernel("sdpa", "test"), Kernel("math", "test")
@@ -171,7 +172,7 @@ def test_so_many_weights_are_dropped_and_the_expectation_stays(rate: float):
     seen = torch.ones(256, 256, dtype=torch.bool).tril()
     survives = (out[..., seen] > 0).double()
     deviation = (rate * (1 - rate) / survives.numel()) ** 0.5
-    assert abs(survives.mean() - (1 - rate)) < 5 * deviation + 1 / blocked.LEVELS
+    assert abs(survives.mean() - (1 - rate)) < 5 * deviation + 1 / LEVELS
     mean = out.double().sum(-1).mean((0, 1))  # of 16 rows that would add up to 1
     assert abs(mean[128:].mean() - 1) < 5 * (rate / (1 - rate) / (16 * 128 * 192)) ** 0.5
     assert (out[..., ~seen] == 0).all()

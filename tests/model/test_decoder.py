@@ -19,6 +19,7 @@ from transformers import (
 
 from smoltrain.compiling import missing
 from smoltrain.model import Decoder, Kernel, blocked, build, parameter_count
+from smoltrain.model.dropout import Dropout
 from smoltrain.model.layers import rotary_angles, rotate
 from smoltrain.model.recompute import ATEN, _policy
 from smoltrain.schema import ModelSection
@@ -419,11 +420,33 @@ def test_dropout_sits_on_embeddings_and_both_branches():
     model = decoder(LLAMA, dropout=0.1)
     acted: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Dropout):
+        if isinstance(module, Dropout):
             module.register_forward_hook(lambda m, args, out, name=name: acted.append(name))
     with torch.random.fork_rng():
         model(batch()[0])
     assert acted == ["dropout"] + [f"layers.{i}.dropout" for i in range(3) for _ in range(2)]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_gradient_of_the_table_is_that_of_all_its_uses(tied: bool):
+    """On a CPU the look-up's part of a tied table is sparse until it meets the head's."""
+    model, (ids, labels) = decoder(LLAMA, tie_word_embeddings=tied).double(), batch()
+    ids[:, :5] = 7  # a word that comes again and again
+    model(ids, labels).backward()
+    table, gradient = model.embed_tokens.weight, model.embed_tokens.weight.grad
+    assert gradient is not None
+    assert gradient.layout == torch.strided
+    nudge = torch.zeros_like(table)
+    for word in (7, int(labels[0, 3])):
+        nudge[word, 1] = 1e-6
+        with torch.no_grad():
+            table += nudge
+            above = model(ids, labels)
+            table -= 2 * nudge
+            below = model(ids, labels)
+            table += nudge
+        assert float(above - below) / 2e-6 == pytest.approx(float(gradient[word, 1]), rel=1e-4), word
+        nudge.zero_()
 
 
 def test_positions_stay_exact_in_a_bf16_model():
