@@ -158,8 +158,12 @@ def open(device: Literal["auto", "cuda", "cpu", "mps"] = "auto") -> World:
 
 
 def _share(world: World) -> cores.Share:
-    """This rank's part of the cores of its machine. Collective."""
-    host, asked = socket.gethostname(), os.environ.get("SMOLTRAIN_THREADS")
+    """This rank's part of the cores of its machine. Collective. Errors: UserError for SMOLTRAIN_THREADS."""
+    asked = os.environ.get("SMOLTRAIN_THREADS") or None
+    if asked and not (asked.isdecimal() and int(asked)):
+        want, change = "a whole number, 1 or more", "the environment variable SMOLTRAIN_THREADS"
+        raise UserError(Problem("no number of threads", repr(asked), want, change))
+    host = socket.gethostname()
     beside = {rank: theirs for rank, (name, theirs) in enumerate(world.gather((host, cores.usable()))) if name == host}
     return cores.share(list(beside.values()), list(beside).index(world.rank), int(asked) if asked else None)
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from smoltrain import cores
+from smoltrain import cores, dist
 from smoltrain.cores import Core, Share, share
+from smoltrain.errors import UserError
 from tests.ranks import world
 
 ONE_SOCKET: list[Core] = [(0,), (1,), (2,), (3,)]
@@ -123,12 +124,28 @@ def test_all_threads_are_bound_inside_and_free_again_afterwards() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def place_and_share() -> tuple[int, Share]:
-    return os.getpid(), world().share
+def share_of_a_rank(threads: str) -> Share | str:
+    """What a rank is given where SMOLTRAIN_THREADS says this, or the error."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMOLTRAIN_THREADS", threads)
+        try:
+            return dist._share(world())
+        except UserError as error:
+            return str(error)
 
 
 def test_real_ranks_agree_on_their_shares(ranks: Any) -> None:
-    (one, first), (two, second) = ranks(2).run(place_and_share)
-    assert one != two
-    assert (first.threads, second.threads) == (1, 1)
+    first, second = ranks(2).run(share_of_a_rank, "")
+    assert first.threads == second.threads == max(1, cores.num_cores() // 2)
     assert not first.cpus & second.cpus
+    assert len(first.cpus) == len(second.cpus)
+    assert bool(first.cpus) == (cores.num_cores() > 1)
+
+
+def test_a_number_of_threads_may_be_asked_for(ranks: Any) -> None:
+    assert ranks(2).run(share_of_a_rank, "3") == [Share(3, frozenset(), "not bound, as SMOLTRAIN_THREADS is set")] * 2
+    for wrong in ("two", "0", "-1", "1.5"):
+        message = f"no number of threads: saw '{wrong}', want a whole number, 1 or more; "
+        assert (
+            ranks(2).run(share_of_a_rank, wrong) == [message + "change the environment variable SMOLTRAIN_THREADS"] * 2
+        )
