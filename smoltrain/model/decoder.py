@@ -104,8 +104,9 @@ class Decoder(LanguageModel):
 
     def _embed(self, ids_BT: Tensor) -> Tensor:
         """On a CPU the few rows that were looked up are added to a tied table's gradient, not a table of zeros."""
-        weight = self.embed_tokens.weight
-        return F.embedding(ids_BT, weight, sparse=self.lm_head is None and weight.device.type == "cpu")
+        table = self.embed_tokens
+        table.sparse = self.lm_head is None and table.weight.device.type == "cpu"
+        return table(ids_BT)
 
     def _blocks(self) -> Iterator[Block]:
         for block in self.layers:
