@@ -55,6 +55,11 @@ def num_cores() -> int:
     return max(1, num)
 
 
+def cores_each(processes: int) -> int:
+    """How many cores each of so many processes has, where they share them out evenly: one at least."""
+    return max(1, num_cores() // processes)
+
+
 def share(usable_by: list[list[Core]], place: int, asked: int | None = None) -> Share:
     """The part of the rank at `place` among those of its machine, each of which may use the cores in `usable_by`.
 
@@ -66,7 +71,7 @@ def share(usable_by: list[list[Core]], place: int, asked: int | None = None) -> 
         return Share(asked, frozenset(), "not bound, as SMOLTRAIN_THREADS is set")
     if any(other != own for other in usable_by):
         return Share(min(len(own), num_cores()), frozenset(), f"bound to {_count(own)} by the launcher")
-    threads = max(1, num_cores() // num)
+    threads = cores_each(num)
     size = len(own) // num
     mine = own[place * size : (place + 1) * size]
     if num == 1 or not mine:

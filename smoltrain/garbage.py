@@ -18,11 +18,12 @@ def by_hand() -> Iterator[Callable[[int], None]]:
     gc.freeze()  # what is alive now is not looked at again
     gc.disable()
     try:
-        yield lambda step: None if step % EVERY else _collect()
+        yield _collect
     finally:
         gc.enable()
         gc.unfreeze()
 
 
-def _collect() -> None:
-    gc.collect()
+def _collect(step: int) -> None:
+    if step % EVERY == 0:
+        gc.collect()

@@ -25,6 +25,11 @@ from smoltrain.sums import add_to
 CHUNK = 2**20  # elements whose squares are added up in fp32, before fp64 takes over
 
 
+def dtype_of_sums(weights: torch.dtype, accumulation: int, world_size: int) -> torch.dtype:
+    """fp32, but for a lone micro-batch on a lone rank, whose gradients have the dtype of the weights and stay so."""
+    return weights if accumulation == world_size == 1 else torch.float32
+
+
 class OncePerStep:
     """Takes over from DeepSpeed's optimizer (of stage 1 or 2) all that happens between backward and the next forward.
 
@@ -43,7 +48,7 @@ class OncePerStep:
             handle.remove()
         for i, theirs in enumerate(optimizer.bit16_groups_flat):
             self._adopt_weights(i, theirs)
-            dtype = theirs.dtype if accumulation == world.size == 1 else torch.float32
+            dtype = dtype_of_sums(theirs.dtype, accumulation, world.size)
             self._sums.append(sums := Flat(world, theirs.numel(), dtype))
             for parameter, place in self._within(i, sums.own):
                 self._places[parameter] = place
@@ -107,14 +112,9 @@ class OncePerStep:
 
     def norm(self) -> float:
         """L2 norm of the whole gradient. Collective."""
-        own = torch.stack([self._sum_of_squares(part) for part in self.reduce()]).sum()
+        squared = _sum_of_squares.compiled if self._compiles else _sum_of_squares_eagerly
+        own = torch.stack([squared(part).double() for part in self.reduce()]).sum()
         return math.sqrt(self._world.sum_floats(float(own))[0])
-
-    def _sum_of_squares(self, part: torch.Tensor) -> torch.Tensor:
-        if self._compiles:
-            return _sum_of_squares.compiled(part).double()
-        norms = [torch.linalg.vector_norm(chunk.float()) for chunk in part.split(CHUNK)]
-        return torch.stack(norms).double().square().sum()
 
     @torch.no_grad()
     def update(self, norm: float) -> None:
@@ -161,6 +161,12 @@ class OncePerStep:
 def _sum_of_squares(part: torch.Tensor) -> torch.Tensor:
     """In fp32, in which a sum of 10^9 squares was off by 6e-6 of itself."""
     return part.float().square().sum()
+
+
+def _sum_of_squares_eagerly(part: torch.Tensor) -> torch.Tensor:
+    """The same, in fp64 over chunks, without a whole copy in fp32."""
+    norms = [torch.linalg.vector_norm(chunk.float()) for chunk in part.split(CHUNK)]
+    return torch.stack(norms).double().square().sum()
 
 
 @Compilable

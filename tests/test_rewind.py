@@ -21,8 +21,8 @@ PLAN = (
     "phases.main.steps=60", "phases.continuation.steps=4", "checkpoint.every=10", "evaluate.rows=32", "sample.every=0",
     "model.dropout=0.1", "engine.precision=fp32", "spikes.on_spike=rewind", "spikes.history=16", "spikes.deviations=4",
 )  # fmt: skip
-NAN_AT, HIGH_AT = 35, 50  # the steps that first meet the poison, with the seeds below
-NAN, HIGH = "run.seed=3", "run.seed=10"
+NAN_AT, HIGH_AT = 35, 58  # the steps that first meet the poison, with the seeds below
+NAN, HIGH = "run.seed=3", "run.seed=12"
 # One rank, with what a bad document would do to the forward of a larger model: no number for those micro-batches that
 # hold it. "killed" dies in the moment between the journal and the restart.
 CHILD = """
@@ -147,7 +147,7 @@ def test_a_kill_once_the_journal_is_written_changes_nothing(
 
 
 def test_a_loss_far_above_the_others_is_met_in_the_same_way(tmp_path: Path) -> None:
-    code, said = train(tmp_path / "bad", "clean", HIGH, "spikes.deviations=3")  # it is 3.7 to 4.2 of them
+    code, said = train(tmp_path / "bad", "clean", HIGH)
     assert code == 0, said
     (line,) = read(run_of(tmp_path / "bad"))
     assert line["step"] == HIGH_AT

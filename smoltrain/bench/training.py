@@ -245,11 +245,10 @@ def _take_turns(
 def environment(binaries: Path, ranks: int, *, cuda: bool) -> dict[str, str]:
     """What every trainer is started under: its own folder of programs first, the cores shared out among the ranks."""
     own = dist.environment()
-    threads = max(1, cores.num_cores() // ranks)
     device = {} if cuda else {"DS_ACCELERATOR": "cpu"}
     path = f"{binaries}{os.pathsep}{own.get('PATH', '')}"
     quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    return own | quiet | device | {"OMP_NUM_THREADS": str(threads), "PATH": path}
+    return own | quiet | device | {"OMP_NUM_THREADS": str(cores.cores_each(ranks)), "PATH": path}
 
 
 def _matmul_flops(precision: str) -> float:

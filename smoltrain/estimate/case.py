@@ -12,6 +12,7 @@ from smoltrain.model.attention import Kernel
 from smoltrain.model.loss import PLAIN, LossKernel
 from smoltrain.plan import Plan
 from smoltrain.schema import Config, ModelSection, TransformersSection
+from smoltrain.zero import dtype_of_sums
 
 Recompute = Literal["none", "selective", "full"] | int  # as model.Computing has it
 CPU = torch.device("cpu")
@@ -75,9 +76,10 @@ class Case:
 
     @property
     def sum_bytes(self) -> int:
-        """Of one gradient that is added up; a lone micro-batch on a lone rank has nothing to add (zero.py)."""
-        lone = self.once_a_step and self.accumulation == self.world == 1
-        return self.width_bytes if lone else 4
+        """Of one element of the sum of gradients."""
+        if not self.once_a_step:
+            return torch.float32.itemsize
+        return dtype_of_sums(ds_config.DTYPES[self.precision], self.accumulation, self.world).itemsize
 
     @property
     def has_bucket(self) -> bool:

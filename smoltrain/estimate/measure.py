@@ -37,7 +37,7 @@ def measure(recipe: str, overrides: list[str], ranks: int, steps: int = STEPS) -
             launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
             launcher += ["--master-port", str(dist.free_port())]
         own = dist.environment()
-        own.setdefault("OMP_NUM_THREADS", str(max(1, cores.num_cores() // ranks)))
+        own.setdefault("OMP_NUM_THREADS", str(cores.cores_each(ranks)))
         done = subprocess.run(
             [*launcher, str(SCRIPT), recipe, *overrides, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, errors="replace", env=own, check=False,
