@@ -109,7 +109,7 @@ def test_importing_the_command_is_cheap() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_files_and_functions_stay_readable(path: Path) -> None:
     source = path.read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 400
+    assert len(source.splitlines()) <= 500
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and node.name != "life":  # train.py's table of contents
             assert (node.end_lineno or 0) - node.lineno <= 75, f"{path.name}: {node.name}"
