@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from smoltrain import tree
@@ -77,7 +76,7 @@ def read(path: Path) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The whole config as YAML, which `load` and `read` turn back into an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return tree.write(config.model_dump(mode="json"))
 
 
 def first_steps(config: Config, steps: int) -> list[str]:
@@ -106,7 +105,7 @@ def _recipe_path(recipe: str) -> Path:
         return shipped[recipe]
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
-        if path.is_file():
+        if path.exists():
             return path
         raise UserError(Problem("the recipe file is missing", str(path), "an existing YAML file", "the first argument"))
     want = f"{nearest(recipe, shipped)}, or a path to a .yaml file"
@@ -115,7 +114,8 @@ def _recipe_path(recipe: str) -> Path:
 
 def _replace_source(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
     """A data source on the command line takes the place of the recipe's, with the keys that belonged to that one."""
-    given = {text.partition("=")[0] for text in overrides if not text.endswith("=null")}
+    typed = [text.partition("=") for text in overrides]
+    given = {key for key, _, text in typed if tree.value(text) is not None}
     data = values.get("data")
     if given & {f"data.{key}" for key in SOURCES} and isinstance(data, dict):
         for key in {*SourceSection.model_fields, "sources"} - {"text_field"}:

@@ -13,7 +13,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from smoltrain import config as config_module
-from smoltrain import files
+from smoltrain import files, tree
 from smoltrain.errors import Problem, UserError
 from smoltrain.plan import Plan
 from smoltrain.schema import Config, SourceSection
@@ -98,8 +98,8 @@ def enter(config: Config, world_size: int, done: int, ancestor: Path | None = No
     provenance = check(config, world_size, done, ancestor)
     accumulation(config, provenance["rows_per_step"], world_size)
     config.run_folder.mkdir(parents=True, exist_ok=True)
-    tree = config.model_dump(mode="json") | {"provenance": provenance}
-    files.write_text(config.run_folder / "config.yaml", yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    text = tree.write(config.model_dump(mode="json") | {"provenance": provenance})
+    files.write_text(config.run_folder / "config.yaml", text)
     return RunFolder(config.run_folder, provenance["rows_per_step"], provenance["wandb_id"])
 
 

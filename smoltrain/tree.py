@@ -1,4 +1,4 @@
-"""YAML text to a tree of plain values, and `section.key=value` overrides put into it."""
+"""YAML text to a tree of plain values and back, and `section.key=value` overrides put into it."""
 
 from pathlib import Path
 from typing import Any
@@ -7,16 +7,32 @@ import yaml
 
 from smoltrain.errors import Problem, UserError, nearest, seen
 
+LONGEST = 2**20  # bytes of a file: a recipe has some thousands, and PyYAML reads about 100,000 a second
+MOST = 100_000  # values in a file, an alias counted as often as it stands there
+DEEPEST = 50  # mappings and lists within each other
+NULLS = ("", "~", "null", "Null", "NULL")  # of YAML 1.1
+BREAKS = ("\r", "\x85", "\u2028", "\u2029")  # that YAML reads back as \n unless they are escaped
 
-def read(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds. Errors: UserError if it is not YAML, or no mapping."""
+
+def read(path: Path, *, typed: bool = False) -> dict[str, Any]:
+    """The mapping that a YAML file holds; its plain values are text, or with `typed` what YAML takes them for.
+
+    Errors: UserError if it is not a file, too large or too deep to be a recipe, not YAML, or no mapping.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(Problem("the file cannot be read as YAML", "a folder, pipe or device", "a file", str(path)))
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _PlainText)  # a SafeLoader
+        size = path.stat().st_size
+        if size > LONGEST:
+            want = f"at most {LONGEST:,} bytes of YAML"
+            raise UserError(Problem("the file is too large to be a recipe", f"{size:,} bytes", want, str(path)))
+        tree = yaml.load(path.read_bytes(), yaml.SafeLoader if typed else _PlainText)  # both are safe
+        _check_size(tree)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        saw = f"line {line}: {error.problem}"
+        saw = f"line {line}: {' '.join(str(error.problem).split())}"
         raise UserError(Problem("the file cannot be read as YAML", saw, "valid YAML", str(path))) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         saw = " ".join(str(error).split())
         raise UserError(Problem("the file cannot be read as YAML", saw, "valid YAML", str(path))) from None
     if not isinstance(tree, dict):
@@ -25,18 +41,39 @@ def read(path: Path) -> dict[str, Any]:
     return tree
 
 
+def write(tree: dict[str, Any]) -> str:
+    """YAML that `read` turns back into the same values, whatever characters are in its texts."""
+    return yaml.dump(tree, Dumper=_Exact, sort_keys=False, allow_unicode=True, width=120)
+
+
+def value(text: str) -> Any:
+    """What was typed behind `key=`: YAML where it begins with a bracket or a quote, null, else the text itself.
+
+    So a path may hold ` #` and `: `. What begins like YAML and is none, or not to its end, is text as well: `[SEP`.
+    """
+    if text in NULLS:
+        return None
+    if not text.startswith(("[", "{", '"', "'")):
+        return text
+    try:
+        node = yaml.compose(text, _PlainText)
+        if node is None or text[node.end_mark.index :].strip():  # a comment behind it
+            return text
+        found = yaml.load(text, _PlainText)  # a SafeLoader
+        _check_size(found)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+    return found
+
+
 def override(tree: dict[str, Any], words: str) -> Problem | None:
     """Set one `section.key=value` in the tree; items of a list are addressed by name: `phases.main.steps=100`."""
     key, equals, text = words.partition("=")
     where = "the command line"
-    if not equals or not key:
-        return Problem("an override is not key=value", repr(words), "section.key=value", where)
-    try:
-        value = yaml.load(text, _PlainText)  # a SafeLoader
-    except yaml.YAMLError:  # `**/*.md` or `[SEP`: not YAML, but a text
-        value = text
-    node: Any = tree
     *parents, last = key.split(".")
+    if not equals or "" in (*parents, last):
+        return Problem("an override is not key=value", repr(words), "section.key=value", where)
+    node: Any = tree
     for depth, part in enumerate(parents):
         if isinstance(node, list):
             named = {str(p.get("name")): p for p in node if isinstance(p, dict)}
@@ -49,11 +86,26 @@ def override(tree: dict[str, Any], words: str) -> Problem | None:
         if isinstance(node, str) and parents == ["tokenizer"]:
             node = tree["tokenizer"] = {"name": node}
         if not isinstance(node, dict | list):
-            return Problem(f"{key} goes below a plain value", repr(node), "section.key=value", where)
+            return Problem(f"{key} goes below a plain value", seen(node), "section.key=value", where)
     if isinstance(node, list):
         return Problem(f"{key} names a whole item", repr(text), f"{key}.KEY=value", where)
-    node[last] = value
+    node[last] = value(text)
     return None
+
+
+def _check_size(tree: Any) -> None:
+    """Errors: ValueError for more values, or deeper ones, than any recipe has: aliases of aliases become billions."""
+    count, level = 0, [tree]
+    for _ in range(DEEPEST):
+        inner: list[Any] = []
+        for node in level:
+            inner += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+            if count + len(inner) > MOST:
+                raise ValueError(f"it has more than {MOST:,} values")
+        if not inner:
+            return
+        count, level = count + len(inner), inner
+    raise ValueError(f"its values lie more than {DEEPEST} deep")
 
 
 class _PlainText(yaml.SafeLoader):
@@ -69,9 +121,23 @@ class _PlainText(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep)
-        keys = [self.construct_object(key) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                mark = node.value[i][0].start_mark
+        known: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node)
+            if key in known:
+                mark = key_node.start_mark
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key} stands twice", mark)
+            known.add(key)
         return mapping
+
+
+class _Exact(yaml.SafeDumper):
+    """YAML in which a text with one of YAML's other line breaks is quoted and escaped."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if any(mark in text for mark in BREAKS) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Exact.add_representer(str, _text)

@@ -260,8 +260,7 @@ def test_a_resolved_config_reads_back_equal(tmp_path: Path, name: str):
 
 @settings(deadline=None)
 @given(
-    # PyYAML reads its three other line breaks back as \n
-    prompts=st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85\u2028\u2029"))),
+    prompts=st.lists(st.text(st.characters(exclude_categories=["Cs"]))),
     separator=st.sampled_from(["off", "null", "~", "", "1e5", "0x10", "2024-01-01", "a: b", "# c", "[SEP]", "*x", "é"]),
     lr=st.floats(min_value=1e-300, max_value=1e300),
 )
