@@ -1,17 +1,22 @@
-"""Files that survive a crash and tensors that cannot run code."""
+"""Files that survive a crash, records whose damage is seen, and tensors that cannot run code."""
 
 import hashlib
 import json
 import os
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from smoltrain.errors import TrainingStopped
+from smoltrain.errors import Problem, TrainingStopped, UserError
+
+SEAL = ', "crc32": "'  # before the checksum with which each line of a run's .jsonl ends
 
 
 def sync(path: Path) -> None:
@@ -31,8 +36,13 @@ def sha256(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a whole file so that a reader, or a crash, sees either the old or the new one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """The same of bytes."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content)
     commit(temporary, path)
 
 
@@ -48,11 +58,87 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a .jsonl; none if there is no such file. A last one that a crash cut short never was."""
-    if path.exists():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            yield from (json.loads(line) for line in file if line.endswith("}\n"))
+@dataclass(frozen=True)
+class Line:
+    """A line of a .jsonl, as it stands there."""
+
+    number: int  # from 1
+    raw: bytes  # with its end
+    value: dict[str, Any]  # without its checksum; {} where the line is damaged
+    fault: str  # what is wrong with it; '' if nothing is
+
+
+def json_line(value: dict[str, Any]) -> str:
+    """A line for a .jsonl of a run: ASCII alone, NaN and Infinity as Python writes them, sealed with a CRC-32."""
+    text = json.dumps(value)
+    return f'{text[:-1]}{SEAL}{zlib.crc32(text.encode()):08x}"}}\n'
+
+
+def lines(path: Path, keys: Sequence[str] = ("step",)) -> Iterator[Line]:
+    """Every line of a .jsonl that `json_line` wrote, which must have these keys; none if there is no such file.
+
+    A last one without an end never was, as a crash cut it short. Lines of older versions have no checksum.
+    Errors: UserError for a file that cannot be read at all.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("it is a folder, a pipe or a device")
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UserError(Problem("the records cannot be read", reason(error), "a file of lines", str(path))) from None
+    *whole, rest = content.split(b"\n")  # bytes end a line at \n alone, where text may have eight other ends
+    sealed = False
+    for number, text in enumerate(whole, 1):
+        raw = text + b"\n"
+        value, fault = _parsed(raw, keys, sealed)
+        sealed = sealed or SEAL.encode() in raw
+        yield Line(number, raw, value, fault)
+    if rest and not _parsed(rest[:-1] + b"\n", keys, sealed=True)[1]:
+        yield Line(len(whole) + 1, rest + b"\n", {}, "its end is not what was written")
+
+
+def _parsed(raw: bytes, keys: Sequence[str], sealed: bool) -> tuple[dict[str, Any], str]:
+    """The value of a line, or what is wrong with it. `sealed`: one without a checksum is not whole."""
+    head, mark, tail = raw.rpartition(SEAL.encode())
+    text = head + b"}" if mark else raw
+    if mark and tail != f'{zlib.crc32(text):08x}"}}\n'.encode():
+        return {}, "its checksum differs"
+    if sealed and not mark:
+        return {}, "it has no checksum"
+    try:
+        value = json.loads(text.decode())
+    except (ValueError, RecursionError):
+        return {}, "it is not JSON"
+    missing = [key for key in keys if key not in value] if isinstance(value, dict) else keys
+    if missing or ("step" in keys and type(value["step"]) is not int):
+        return {}, f"it has no {(*missing, 'step')[0]}"
+    return value, ""
+
+
+def warn(text: str) -> None:
+    """To whoever reads stderr."""
+    print(f"WARNING: {text}", file=sys.stderr)
+
+
+def json_lines(
+    path: Path, keys: Sequence[str] = ("step",), say: Callable[[str], None] = warn
+) -> Iterator[dict[str, Any]]:
+    """The values of the lines that are whole; damaged ones are left out, which is said in one line at the end."""
+    damaged = []
+    for line in lines(path, keys):
+        if line.fault:
+            damaged.append(line)
+        else:
+            yield line.value
+    if damaged:
+        say(f"{damage(path, damaged)}; left out")
+
+
+def damage(path: Path, damaged: Iterable[Line]) -> str:
+    """In one line, where a .jsonl is damaged."""
+    first, *others = damaged
+    more = f", and {len(others)} more of its lines" if others else ""
+    return f"{path}, line {first.number} is damaged ({first.fault}){more}"
 
 
 def write_tensors(path: Path, tree: Any) -> None:

@@ -13,9 +13,22 @@ from typing import Any
 
 import torch
 
-from smoltrain import checkpoint, config, data, dist, files, huggingface, ledger, loading, model, reshape, runfolder
+from smoltrain import (
+    checkpoint,
+    config,
+    data,
+    dist,
+    files,
+    huggingface,
+    ledger,
+    loading,
+    model,
+    reshape,
+    runfolder,
+    spikes,
+)
 from smoltrain.checkpoint import Manifest
-from smoltrain.data import Loader
+from smoltrain.data import Loader, bad_records
 from smoltrain.data.packing import NO_LABEL
 from smoltrain.ds_config import DTYPES
 from smoltrain.errors import Problem, TrainingStopped, UserError
@@ -23,6 +36,7 @@ from smoltrain.ledger import History
 from smoltrain.model import LanguageModel
 from smoltrain.plan import Plan
 from smoltrain.schema import Config
+from smoltrain.track import UNDONE
 
 SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 RANDOM = re.compile(r"^rank-(\d+)\.pt$")
@@ -72,6 +86,9 @@ def verify(source: str, other: str | None = None, *, forward: bool = False) -> b
                 raise
             print(error)
             fine = False
+        for fault in _records(folder):
+            print(fault)
+            fine = False
     if not steps:
         return fine
     run = _open(folder, forward)
@@ -82,6 +99,17 @@ def verify(source: str, other: str | None = None, *, forward: bool = False) -> b
             print(f"{at}: {looked_at}", *(f"{at} is not as it should be: {fault}" for fault in faults), sep="\n")
             fine = fine and not faults
     return fine
+
+
+def _records(folder: Path) -> list[str]:
+    """Where the run's records are damaged, but for metrics.jsonl, which the ledger is compared with."""
+    found = []
+    steps, source = ("step",), ("source",)
+    named = {UNDONE: steps, "samples.jsonl": steps, spikes.FILE: steps, f"data/{bad_records.FILE}": source}
+    for name, keys in named.items():
+        if damaged := [line for line in files.lines(folder / name, keys) if line.fault]:
+            found.append(files.damage(folder / name, damaged))
+    return found
 
 
 def _open(folder: Path, needs_data: bool) -> Run:

@@ -67,6 +67,7 @@ class History:
     steps: np.ndarray  # (steps,) int64
     rows: np.ndarray  # (steps,) int64, consumed up to the step's end
     chain: str  # the last data/ledger; '' if there is none
+    damage: str = ""  # where metrics.jsonl cannot be read
 
     def place(self, position: int) -> tuple[int, int]:
         """(step, row within the step), both from 1, of a position. A step with skipped updates has more than B rows."""
@@ -143,7 +144,8 @@ class Comparison:
 def read(run: Path) -> History:
     """The history of a run folder. Errors: UserError if it has trained no row yet, or is not one the run wrote."""
     # The metrics first: a run that lives appends to the ledger before it does to them.
-    lines = [line for line in json_lines(run / "metrics.jsonl") if "data/rows" in line]
+    damage: list[str] = []
+    lines = [line for line in json_lines(run / "metrics.jsonl", say=damage.append) if "data/rows" in line]
     path = run / FILE
     num = path.stat().st_size // DIGEST.itemsize if path.is_file() else 0
     if not num:
@@ -156,6 +158,7 @@ def read(run: Path) -> History:
         np.array([line["step"] for line in lines], np.int64),
         np.array([line["data/rows"] for line in lines], np.int64),
         lines[-1]["data/ledger"] if lines else "",
+        "".join(damage),
     )
 
 
@@ -178,7 +181,7 @@ def verify(runs: Sequence[Path]) -> bool:
     Errors: those of `read`.
     """
     histories = [read(run) for run in runs]
-    faults = [fault for history in histories if (fault := history.fault())]
+    faults = [fault for history in histories for fault in (history.fault(), history.damage) if fault]
     comparisons = [compare(ours, theirs) for ours, theirs in itertools.pairwise(histories)]
     print(*histories, *faults, *comparisons, sep="\n")
     return not faults and all(comparison.parts_at is None for comparison in comparisons)

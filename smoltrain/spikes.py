@@ -5,7 +5,6 @@ that say "rewind" are the truth about which rows the run passes over, at every l
 B: rows per step.
 """
 
-import json
 import math
 import os
 import time
@@ -19,7 +18,7 @@ from typing import Any
 from smoltrain import files
 from smoltrain.data import NamedRow
 from smoltrain.dist import World
-from smoltrain.errors import TrainingStopped
+from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.schema import SpikesSection
 
 FILE = "spikes.jsonl"
@@ -189,7 +188,7 @@ class Guard:
         def append() -> None:
             try:
                 with journal.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    file.write(files.json_line(line))
                     file.flush()
                     os.fsync(file.fileno())
                 files.sync(journal.parent)
@@ -200,17 +199,24 @@ class Guard:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """The lines of RUN/spikes.jsonl; a last one that a crash cut short never was, and is removed."""
+    """The lines of RUN/spikes.jsonl; a last one that a crash cut short never was, and is removed.
+
+    Errors: UserError for a damaged one, as nobody could say which rows the run passes over.
+    """
     path = folder / FILE
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    whole, _, rest = text.rpartition("\n")
-    if rest:
-        files.write_text(path, whole + "\n" if whole else "")
-    return [json.loads(line) for line in whole.splitlines()]
+    lines = list(files.lines(path, ("step", "does", "rows")))
+    if damaged := [line for line in lines if line.fault]:
+        want = "the line as it was written; without it the run would train on rows that it had passed over"
+        change = "the line, or delete it to accept that"
+        raise UserError(Problem("the journal of spikes is damaged", files.damage(path, damaged), want, change))
+    whole = b"".join(line.raw for line in lines)
+    if path.exists() and path.stat().st_size > len(whole):
+        files.write_bytes(path, whole)
+    return [line.value for line in lines]
 
 
 def _losses(path: Path, last_step: int) -> Iterable[tuple[float, int]]:
     """(loss, rows consumed after it) of each training step up to `last_step` in metrics.jsonl."""
-    for line in files.json_lines(path):
+    for line in files.json_lines(path, say=lambda _: None):  # the tracker says what is damaged
         if line["step"] <= last_step and "data/rows" in line:
             yield line["train/loss_nats_per_token"], int(line["data/rows"])

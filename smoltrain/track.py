@@ -4,7 +4,6 @@ Rank 0 writes; the trackers of the other ranks take the same calls and keep sile
 """
 
 import contextlib
-import json
 import logging
 import math
 import netrc
@@ -12,6 +11,7 @@ import os
 import sys
 import time
 import urllib.parse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,11 @@ class Tracker:
             return
         self._console = Console(highlight=False, soft_wrap=True)
         self._progress = _progress(self._console, first_step, last_step) if self._console.is_terminal else None
-        self._metrics = _reopen(folder.path / "metrics.jsonl", first_step, folder.path / UNDONE)
-        self._wandb_has = _last_step(folder.path / UNDONE)  # W&B takes back no step; most come out as they did before
-        self._samples = _reopen(folder.path / "samples.jsonl", first_step)
+        self._metrics = _reopen(folder.path / "metrics.jsonl", first_step, self.say, folder.path / UNDONE)
+        self._wandb_has = _last_step(
+            folder.path / UNDONE, self.say
+        )  # W&B takes back no step; most come out as they did before
+        self._samples = _reopen(folder.path / "samples.jsonl", first_step, self.say)
         self._table = _sample_rows(folder.path / "samples.jsonl")
         mode, reason = wandb_mode(config)
         self.chosen("W&B", self._open_wandb(config, folder, mode, reason))
@@ -115,7 +117,7 @@ class Tracker:
         if not self._writes:
             return
         line = {"step": step, "time_s": round(time.time(), 3), **metrics}
-        self._metrics.write(json.dumps(line, allow_nan=True) + "\n")
+        self._metrics.write(files.json_line(line))
         self._metrics.flush()
         self._to_wandb(step, {k: v for k, v in metrics.items() if not isinstance(v, str)})
 
@@ -152,7 +154,7 @@ class Tracker:
         if not self._writes:
             return
         for prompt, text in texts:
-            self._samples.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
+            self._samples.write(files.json_line({"step": step, "prompt": prompt, "text": text}))
             self._samples.flush()
             self._table.append([step, prompt, text])
             indented = "\n".join(f"    {_printable(line)}".rstrip() for line in (prompt + text).splitlines())
@@ -287,37 +289,42 @@ def _progress(console: Console, first_step: int, last_step: int) -> Progress:
     return progress
 
 
-def _reopen(path: Path, step: int, undone: Path | None = None) -> Any:
+def _reopen(path: Path, step: int, say: Callable[[str], None], undone: Path | None = None) -> Any:
     """Open a .jsonl for appending after `step`; what an interrupted run wrote beyond it is about to happen again.
 
-    It is kept in `undone`, if that is given.
+    It is kept in `undone`, if that is given. Damaged lines are set aside in a file of their own, which is said.
     """
+    lines = list(files.lines(path))
+    beyond = [line for line in lines if not line.fault and line.value["step"] > step]
+    damaged = [line for line in lines if line.fault]
+    if undone:
+        _append(undone, beyond)
+    if damaged:
+        aside = path.with_suffix(".damaged")
+        _append(aside, damaged)
+        say(f"WARNING: {files.damage(path, damaged)}; set aside in {aside}")
     if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        beyond = [line for line in lines if step < _step_of(line) < math.inf]
-        if undone and beyond:
-            with undone.open("a", encoding="utf-8") as file:
-                file.writelines(line + "\n" for line in beyond)
-        files.write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
+        kept = [line for line in lines if not line.fault and line.value["step"] <= step]
+        files.write_bytes(path, b"".join(line.raw for line in kept))
     return path.open("a", encoding="utf-8")
 
 
-def _last_step(path: Path) -> float:
+def _append(path: Path, lines: list[files.Line]) -> None:
+    if lines:
+        with path.open("ab") as file:
+            file.writelines(line.raw for line in lines)
+
+
+def _last_step(path: Path, say: Callable[[str], None]) -> int:
     """The last step that a .jsonl tells of; 0 if there is none."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return max((step for step in map(_step_of, lines) if step < math.inf), default=0)
+    told = files.json_lines(path, say=lambda text: say(f"WARNING: {text}"))
+    return max((line["step"] for line in told), default=0)
 
 
 def _sample_rows(path: Path) -> list[list[Any]]:
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [[line["step"], line["prompt"], line["text"]] for line in lines]
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line cut short by a crash
+    """What `_reopen` kept, which has said what is damaged."""
+    keys = ("step", "prompt", "text")
+    return [[line[key] for key in keys] for line in files.json_lines(path, keys, say=lambda _: None)]
 
 
 def _rank_log(path: Path) -> logging.Logger:

@@ -182,4 +182,4 @@ def test_json_lines_are_all_but_one_that_a_crash_cut_short(tmp_path: Path) -> No
     path = tmp_path / "metrics.jsonl"
     assert list(files.json_lines(path)) == []
     path.write_bytes(b'{"step": 1}\n{"step": 2, "text": "\xff"}\n{"step": 3}')
-    assert list(files.json_lines(path)) == [{"step": 1}, {"step": 2, "text": "\ufffd"}]
+    assert list(files.json_lines(path)) == [{"step": 1}], "a line that is not UTF-8 is damaged"

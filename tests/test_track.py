@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from smoltrain import track
+from smoltrain import files, track
 from smoltrain.gradients import LayerGradient
 from smoltrain.plan import Plan
 from smoltrain.runfolder import RunFolder
@@ -66,7 +66,7 @@ class Story:
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return list(files.json_lines(path))
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
 """Records that are no documents: each is logged with its address and skipped, up to a limit."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from smoltrain import files
 from smoltrain.data.readers import BadRecord
 from smoltrain.errors import Problem, UserError
 from smoltrain.schema import DataSection
@@ -58,4 +58,4 @@ def summary(found: Iterable[Bad], folder: Path) -> list[str]:
 
 
 def _line(bad: Bad) -> str:
-    return json.dumps(asdict(bad), ensure_ascii=False) + "\n"
+    return files.json_line(asdict(bad))
