@@ -21,6 +21,15 @@ from smoltrain.verify import NUM_CASES, NUM_GREEDY, Verdict, verify
 
 MARKER = "smoltrain.json"  # written last, into exports that passed: what they are of, and what their files are
 FORMAT = 1
+MARKED: dict[str, Any] = {  # what must stand in a marker
+    "format": int,
+    "smoltrain": str,
+    "run": str,
+    "run_id": str,
+    "step": int | None,
+    "last_step": int | None,
+    "files": dict,
+}
 SPARE_BYTES = 64 << 20  # left free beside an export
 
 
@@ -77,9 +86,10 @@ def what_of(loaded: LoadedRun) -> Of:
 def marker_of(folder: Path) -> dict[str, Any] | None:
     """What an export says of itself; None for a folder that is no verified export."""
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        return marker if marker["format"] == FORMAT and isinstance(marker["files"], dict) else None
-    except (OSError, ValueError, TypeError, KeyError):
+        marker = json.loads(files.read_text(folder / MARKER))
+        known = all(isinstance(marker[key], kind) for key, kind in MARKED.items())
+        return marker if known and marker["format"] == FORMAT else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
 
 

@@ -1,10 +1,12 @@
 """Files that survive a crash, records whose damage is seen, and tensors that cannot run code."""
 
+import errno
 import hashlib
 import json
 import os
 import pickle
 import re
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,7 +16,7 @@ from typing import Any
 
 import torch
 
-from smoltrain.errors import Problem, TrainingStopped, UserError
+from smoltrain.errors import Problem, TrainingStopped, UserError, seen
 
 SEAL = ', "crc32": "'  # before the checksum with which each line of a run's .jsonl ends
 
@@ -28,10 +30,39 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def regular(path: Path) -> os.stat_result:
+    """What the system says of a regular file. Errors: OSError for anything else: a pipe would be read for ever."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return about
+
+
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, hex."""
+    """SHA-256 of a regular file's bytes, hex. Errors: OSError."""
+    regular(path)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular file. Errors: OSError, and UnicodeDecodeError, which is a ValueError."""
+    regular(path)
+    return path.read_text(encoding="utf-8")
+
+
+def inside(folder: Path, name: str, change: str) -> Path:
+    """FOLDER/NAME for a name that came out of a file, which may be anybody's: it never leads out of the folder.
+
+    Errors: UserError, blaming `change`, for an absolute or empty name, one with `..`, and one that a symbolic link
+    takes elsewhere.
+    """
+    path = folder / name
+    plain = bool(name) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
+    if not plain or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        want = f"a name that stays within {folder}, without `..` and links"
+        raise UserError(Problem("a name leads out of its folder", seen(name), want, change))
+    return path
 
 
 def write_text(path: Path, text: str) -> None:
@@ -81,8 +112,8 @@ def lines(path: Path, keys: Sequence[str] = ("step",)) -> Iterator[Line]:
     Errors: UserError for a file that cannot be read at all.
     """
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise OSError("it is a folder, a pipe or a device")
+        if path.exists():
+            regular(path)
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise UserError(Problem("the records cannot be read", reason(error), "a file of lines", str(path))) from None

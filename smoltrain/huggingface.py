@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smoltrain import model
+from smoltrain import files, model
 from smoltrain.errors import Problem, UserError, invalid, seen
 from smoltrain.schema import ModelSection
 
@@ -223,10 +223,10 @@ def check_tensors(want: dict[str, torch.Size], have: Tensors, where: Path) -> No
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Errors: UserError if there is none."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(files.read_text(file))
         if not isinstance(value, dict):
             raise TypeError(f"it holds a {type(value).__name__}")
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(Problem(f"{file.name} cannot be read", str(error), "a JSON object", str(file))) from None
     return value
 

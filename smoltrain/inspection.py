@@ -5,7 +5,6 @@ Nothing is written, and the run may be under way.
 
 import contextlib
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from smoltrain import (
     runfolder,
     spikes,
 )
-from smoltrain.checkpoint import Manifest
+from smoltrain.checkpoint import MODEL_STATES, RANDOM, SHARD, Manifest
 from smoltrain.data import Loader, bad_records
 from smoltrain.data.packing import NO_LABEL
 from smoltrain.ds_config import DTYPES
@@ -38,9 +37,6 @@ from smoltrain.plan import Plan
 from smoltrain.schema import Config
 from smoltrain.track import UNDONE
 
-SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
-RANDOM = re.compile(r"^rank-(\d+)\.pt$")
-MODEL_STATES = "model_states.pt"
 # How far a loss that is computed again may be off, as a share of it. Other kernels and other batches add the same
 # numbers up in another order: measured 6e-6 in bf16 and 4e-8 in fp32. A bf16 model computed in fp32 was 4e-5 off.
 TOLERANCES = {"bf16": 5e-4, "fp16": 1e-4, "fp32": 1e-6}
@@ -175,16 +171,8 @@ def _states(run: Run, folder: Path, manifest: Manifest) -> Look:
     names, world, stage = sorted(manifest.files), manifest.world_size, manifest.zero_stage
     shards = {name: int(found[1]) for name in names if (found := SHARD.search(name))}
     modules = [name for name in names if name.endswith(MODEL_STATES)]
-    draws = {name: int(found[1]) for name in names if (found := RANDOM.match(name))}
-    faults = [
-        f"it has the {what} of {len(have)} ranks, not of {num}"
-        for what, have, num in (
-            ("random states", draws.values(), world),
-            ("optimizer states", shards.values(), world if stage else 0),
-            ("model states", range(len(modules)), world if stage == 3 else 1),
-        )
-        if sorted(have) != list(range(num))
-    ]
+    draws = [name for name in names if RANDOM.match(name)]
+    faults = checkpoint.lacking(manifest)
     strays = {str(path.relative_to(folder)) for path in folder.rglob("*.pt")} - set(names)
     faults += [f"{name} is no file of this checkpoint" for name in sorted(strays)]
     shapes: Any = None  # DeepSpeed's, of the flat tensors in the shards

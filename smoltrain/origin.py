@@ -30,7 +30,7 @@ def find(config: Config, say: Callable[[str], None]) -> Origin:
     Errors: UserError when checkpoints exist but none verifies, or init.from is nothing to begin with.
     """
     own = config.run_folder / "checkpoints"
-    if manifest := checkpoint.newest_valid(own, say):
+    if manifest := checkpoint.newest_valid(own, say, trains=True):
         return Origin(manifest.step, manifest, checkpoint.folder_of(own, manifest.step))
     source = config.init.source
     if source is None:

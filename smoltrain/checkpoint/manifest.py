@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +21,9 @@ MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 DIGEST = "manifest_sha256"  # in manifest.json: of everything else in it
 PREFIX = "step-"
+MODEL_STATES = "model_states.pt"  # ends the names of the files in which DeepSpeed keeps the weights
+SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
+RANDOM = re.compile(r"^rank-(\d+)\.pt$")
 
 
 class Record(TypedDict):
@@ -64,18 +68,21 @@ def steps(checkpoints: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def newest_valid(checkpoints: Path, say: Callable[[str], None]) -> Manifest | None:
+def newest_valid(checkpoints: Path, say: Callable[[str], None], *, trains: bool = False) -> Manifest | None:
     """The manifest of the newest checkpoint whose files are all as they were written; None if there never was one.
 
-    Says which newer ones were passed over and why. Errors: UserError when checkpoints exist but none verifies: a run
-    never starts from scratch without being told to.
+    To go on training (`trains`) takes more files than to use the weights. Says which newer ones were passed over and
+    why. Errors: UserError when checkpoints exist but none verifies: a run never starts from scratch without being told
+    to.
     """
     found = steps(checkpoints)
     wrong: list[str] = []
     for step in reversed(found):
         manifest = verify(folder_of(checkpoints, step))
         if isinstance(manifest, Manifest):
-            return manifest
+            if not trains or not (faults := lacking(manifest)):
+                return manifest
+            manifest = f"{folder_of(checkpoints, step)} cannot be trained on: {', '.join(faults)}"
         wrong.append(manifest)
         say(f"checkpoint of step {step} is passed over: {manifest}")
     if found:
@@ -99,9 +106,12 @@ def verify(checkpoint: Path) -> Manifest | str:
     if isinstance(manifest, str):
         return manifest
     for name, record in manifest.files.items():
-        path = checkpoint / name
         try:
-            if (size := path.stat().st_size) != record["bytes"]:
+            path = files.inside(checkpoint, name, str(checkpoint / MANIFEST))
+        except UserError as error:
+            return str(error)
+        try:
+            if (size := files.regular(path).st_size) != record["bytes"]:
                 return f"{path} has {size} bytes, not {record['bytes']}"
             if files.sha256(path) != record["sha256"]:
                 return f"{path} is not what was written (SHA-256 differs)"
@@ -116,7 +126,7 @@ def read_manifest(checkpoint: Path) -> Manifest | str:
     """The manifest alone, its files unread, or what is wrong with it."""
     path = checkpoint / MANIFEST
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = json.loads(files.read_text(path))
         if tree.get("format") != FORMAT:
             return f"{path} has format {tree.get('format')}, not {FORMAT}"
         if tree.pop(DIGEST, None) != _digest(tree):
@@ -127,10 +137,29 @@ def read_manifest(checkpoint: Path) -> Manifest | str:
         return f"{path} cannot be read ({'.'.join(map(str, first['loc']))}: {first['msg']})"
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return f"{path} cannot be read ({error})"
+    if WEIGHTS not in manifest.files:
+        return f"{path} names no {WEIGHTS}, without which a checkpoint is none"
     name = checkpoint.resolve().name
     if name.startswith(PREFIX) and name != folder_of(checkpoint, manifest.step).name:
         return f"{path} is that of step {manifest.step}"
     return manifest
+
+
+def lacking(manifest: Manifest) -> list[str]:
+    """What a checkpoint must name, for training to go on from it, and does not; in words."""
+    names, world, stage = sorted(manifest.files), manifest.world_size, manifest.zero_stage
+    shards = [int(found[1]) for name in names if (found := SHARD.search(name))]
+    modules = [name for name in names if name.endswith(MODEL_STATES)]
+    draws = [int(found[1]) for name in names if (found := RANDOM.match(name))]
+    return [
+        f"it has the {what} of {len(have)} ranks, not of {num}"
+        for what, have, num in (
+            ("random states", draws, world),
+            ("optimizer states", shards, world if stage else 0),
+            ("model states", list(range(len(modules))), world if stage == 3 else 1),
+        )
+        if sorted(have) != list(range(num))
+    ]
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

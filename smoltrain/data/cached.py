@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from smoltrain import files
-from smoltrain.data import bad_records, faults, fingerprints, packing, pool, tokens
+from smoltrain.data import bad_records, faults, fingerprints, index, packing, pool, tokens
 from smoltrain.data.bad_records import Bad
 from smoltrain.data.faults import Health
 from smoltrain.data.fingerprints import Listing
@@ -124,12 +124,14 @@ def tokenise(
         for part in _parts(source, listed[source.name], fingerprint, tokenizer, folder / source.name)
     ]
     work = Work(config.data, tokenizer, parts, np.zeros((len(parts), 5), np.int64), Health())
-    whole = {number: record for number, part in enumerate(parts) if (record := _whole(part))}
+    itemsize = dtype_of(tokenizer).itemsize
+    whole = {number: record for number, part in enumerate(parts) if (record := _whole(part, itemsize))}
     for number, record in whole.items():
         sides = [record[side] for side in SIDES]
         num_documents, num_tokens = sum(side["documents"] for side in sides), [side["tokens"] for side in sides]
         work.counts[number] = num_documents, *num_tokens, parts[number].size, len(record["bad"])
     for source in config.data.parts:
+        files.inside(folder, source.name, str(folder))
         mine = [number for number in whole if parts[number].source.name == source.name]
         names = {name for number in mine for name in (parts[number].record_file.name, *_files(whole[number]))}
         _keep(folder / source.name, names)
@@ -151,7 +153,10 @@ def tokenise(
 def sweep(folder: Path, sources: dict[str, Any]) -> None:
     """Remove whatever is in FOLDER/NAME of each source but not in the index: what is only of use to a restart."""
     for name, about in sources.items():
-        _keep(folder / name, {file for side in SIDES if side in about for file in about[side]["files"]})
+        _keep(
+            files.inside(folder, name, str(folder)),
+            {file for side in SIDES if side in about for file in about[side]["files"]},
+        )
 
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:
@@ -189,15 +194,15 @@ def _parts(
     return made
 
 
-def _whole(part: Part) -> dict[str, Any] | None:
-    """The record of a part that is done, made of the same, and as it was written."""
+def _whole(part: Part, itemsize: int) -> dict[str, Any] | None:
+    """The record of a part that is done, made of the same, and as it was written; its ids take `itemsize` bytes."""
     try:
-        record = json.loads(part.record_file.read_text(encoding="utf-8"))
-        same = record["made_of"] == part.made_of
-        whole = same and all(
-            files.sha256(part.folder / name) == made["sha256"] for name, made in _files(record).items()
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        tree = json.loads(files.read_text(part.record_file))
+        record = index.record_of(tree, part.number, itemsize)
+        if record is None or record["made_of"] != part.made_of:
+            return None
+        whole = all(files.sha256(part.folder / name) == made["sha256"] for name, made in _files(record).items())
+    except (OSError, ValueError, RecursionError):
         return None
     return record if whole else None
 

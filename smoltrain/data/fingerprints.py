@@ -165,8 +165,8 @@ def _short(value: object) -> str:
     match value:
         case None:
             return "none"
-        case {"bytes": size, "sha256": sha256}:
+        case {"bytes": int(size), "sha256": str(sha256)}:
             return f"{size:,} bytes ({sha256[:8]})"
-        case {"bytes": size, "version": version}:
+        case {"bytes": int(size), "version": version}:
             return f"{size:,} bytes ({version})"
     return str(value)

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -19,7 +20,8 @@ import filelock
 import numpy as np
 
 from smoltrain import files
-from smoltrain.data import bad_records, cached, faults, fingerprints, naming, order, packing, tokens, validation
+from smoltrain.data import bad_records, cached, damage, faults, fingerprints, naming, order, packing, validation
+from smoltrain.data import index as index_module
 from smoltrain.data.cached import SIDES
 from smoltrain.data.faults import Health
 from smoltrain.data.fingerprints import Listing
@@ -28,10 +30,9 @@ from smoltrain.data.readers import Document
 from smoltrain.data.sources import Shard
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.data.tokens import Tokens
-from smoltrain.errors import Problem, UserError
+from smoltrain.errors import Problem, UserError, seen
 from smoltrain.schema import Config, MixedSource
 
-FORMAT = 2
 CACHED_MIB = 256  # of local files, up to which they are cached of themselves
 CHARACTERS_TO_TRAIN_ON = 10**8  # for a BPE of its own, of sources that are larger
 
@@ -92,10 +93,11 @@ def prepare(config: Config, rows_per_step: int | None = None, world_size: int = 
     """
     batch = config.batch
     rows_per_step = rows_per_step or batch.rows(1)
-    if _index_file(config.run_folder).exists():
+    if index_module.file_of(config.run_folder).exists():
+        index = read_index(config)
+        listed = _compare(config, index)
+        _look_at_all(config, index, listed)
         prepared = load(config)
-        if _compare(config, prepared.index):
-            prepared = load(config)
         if prepared.mode == "stream":
             _check_streams(config, prepared.streams, rows_per_step, world_size)
         check_rows(prepared.index, config, rows_per_step)
@@ -109,7 +111,7 @@ def prepare(config: Config, rows_per_step: int | None = None, world_size: int = 
     if ahead and config.data.mode == "auto" and mode == "stream":
         mode, why = "cached", "it was prepared ahead"
     fingerprint = fingerprints.make(config, given, mode, listed)
-    index = {"format": FORMAT, "mode": mode, "why": why, "fingerprint": fingerprint}
+    index = {"format": index_module.FORMAT, "mode": mode, "why": why, "fingerprint": fingerprint}
     if mode == "stream":
         _prepare_stream(config, given, listed, index, rows_per_step, world_size)
     elif config.data.cache is None:
@@ -121,18 +123,8 @@ def prepare(config: Config, rows_per_step: int | None = None, world_size: int = 
 
 def load(config: Config) -> Prepared:
     """What `prepare` made. Errors: UserError if there is nothing, or if files were changed since."""
-    folder = config.run_folder
-    index = _read(_index_file(folder))
-    names = [part.name for part in config.data.parts]
-    if set(names) != set(index["sources"]):
-        what, want = f"the run {config.run.name!r} was prepared from other sources", ", ".join(index["sources"])
-        raise UserError(Problem(what, ", ".join(names), want, "data.sources, or run.name"))
-    index["sources"] = {name: index["sources"][name] for name in names}
-    pad = index["fingerprint"]["pad"]  # not the config's: `prepare` compares the two and shows both
-    tokenizer = Tokenizer.from_folder(folder / "tokenizer", config.tokenizer.separator, pad)
-    if tokenizer.fingerprint() != index["tokenizer_sha256"]:
-        want = "what was prepared (delete the folder to prepare anew)"
-        raise UserError(Problem("the run's tokenizer has changed", "another one", want, str(folder / "tokenizer")))
+    index = read_index(config)
+    tokenizer = _tokenizer_of(config, config.run_folder / "tokenizer", index)
     home, sources = tokens_folder(config, index), index["sources"].items()
     streaming = index["mode"] == "stream"
     train, held = (
@@ -145,6 +137,16 @@ def load(config: Config) -> Prepared:
     )  # fmt: skip
 
 
+def read_index(config: Config) -> dict[str, Any]:
+    """The run's index, its sources in the config's order. Errors: those of index.read; UserError for other sources."""
+    index = index_module.read(index_module.file_of(config.run_folder))
+    names = [part.name for part in config.data.parts]
+    if set(names) != set(index["sources"]):
+        what, want = f"the run {config.run.name!r} was prepared from other sources", ", ".join(index["sources"])
+        raise UserError(Problem(what, ", ".join(names), want, "data.sources, or run.name"))
+    return index | {"sources": {name: index["sources"][name] for name in names}}
+
+
 def tokens_folder(config: Config, index: dict[str, Any]) -> Path:
     """Where the tokens of a run are. Errors: UserError if they are in a cache that the config does not name."""
     if "cache" not in index:
@@ -152,7 +154,8 @@ def tokens_folder(config: Config, index: dict[str, Any]) -> Path:
     if config.data.cache is None:
         want = f"the folder that holds {index['cache']}"
         raise UserError(Problem("the tokens of the run are in a cache", "data.cache=null", want, "data.cache"))
-    return config.data.cache.expanduser() / index["cache"] / "data"
+    cache = config.data.cache.expanduser()
+    return files.inside(cache, index["cache"], str(index_module.file_of(config.run_folder))) / "data"
 
 
 def check_rows(index: dict[str, Any], config: Config, rows_per_step: int) -> None:
@@ -180,30 +183,32 @@ def check_rows(index: dict[str, Any], config: Config, rows_per_step: int) -> Non
 # ---- what stands already
 
 
-def _index_file(folder: Path) -> Path:
-    return folder / "data" / "index.json"
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """An index. Errors: UserError if there is none, or none of this version."""
-    if not file.exists():
-        raise UserError(Problem("the data are not prepared", f"no {file}", "`prepare` to run first", "run.name"))
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        form = index["format"]
-    except (ValueError, TypeError, KeyError) as error:
+def _tokenizer_of(config: Config, folder: Path, index: dict[str, Any]) -> Tokenizer:
+    """The tokenizer beside an index. Errors: UserError if it is another one than its ids were made with."""
+    pad = index["fingerprint"]["pad"]  # not the config's: `prepare` compares the two and shows both
+    tokenizer = Tokenizer.from_folder(folder, config.tokenizer.separator, pad)
+    own = tokenizer.fingerprint(), tokenizer.separator_id, cached.dtype_of(tokenizer).name
+    if own != (index["tokenizer_sha256"], index["separator_id"], index["dtype"]):
         want = "what was prepared (delete the folder to prepare anew)"
-        raise UserError(Problem("the index of the data is damaged", repr(error), want, str(file))) from None
-    if form != FORMAT:
-        what, want = "the data were prepared by another version of smoltrain", f"format {FORMAT}"
-        change = f"{file.parent}: delete it to prepare anew, or run.name"
-        raise UserError(Problem(what, f"format {form}", want, change))
-    return index
+        raise UserError(Problem("the run's tokenizer has changed", "another one", want, str(folder)))
+    return tokenizer
 
 
-def _compare(config: Config, index: dict[str, Any]) -> bool:
-    """Whether the index had to be written anew. Errors: UserError for another mode, or other data, than at first."""
-    mode, file = index["mode"], _index_file(config.run_folder)
+def _look_at_all(config: Config, index: dict[str, Any], listed: dict[str, Listing]) -> None:
+    """Mend what is damaged of tokens and tokenizer. Errors: UserError for what cannot be mended."""
+    tokenizer = _tokenizer_of(config, config.run_folder / "tokenizer", index)
+    damage.mend_tokenizer(config.run_folder / "tokenizer", index, tokenizer)
+    home = tokens_folder(config, index)
+    with _alone(home.parent) if "cache" in index else contextlib.nullcontext():
+        damage.mend(config, index, home, listed, tokenizer)
+
+
+def _compare(config: Config, index: dict[str, Any]) -> dict[str, Listing]:
+    """The files of the sources that were listed, beside which the index stands as it is, or was written anew.
+
+    Errors: UserError for another mode, or other data, than at first.
+    """
+    mode, file = index["mode"], index_module.file_of(config.run_folder)
     if config.data.mode not in ("auto", mode):
         what = f"the run {config.run.name!r} was prepared in the other mode"
         raise UserError(Problem(what, config.data.mode, f"{mode} or auto", "data.mode, or run.name"))
@@ -223,8 +228,8 @@ def _compare(config: Config, index: dict[str, Any]) -> bool:
         new["fingerprint"] = now
         new.setdefault("changes", []).append({"saw": saw, "was": was})
     if new != index:
-        tokens.write_json(file, new)
-    return new != index
+        index_module.write(file, new)
+    return listed
 
 
 def _check_streams(config: Config, num_streams: int, rows_per_step: int, world_size: int) -> None:
@@ -289,15 +294,34 @@ def _prepare_shared(
     assert config.data.cache is not None
     words = json.dumps(index["fingerprint"], sort_keys=True)
     key = hashlib.sha256(words.encode()).hexdigest()[:16]
-    home = config.data.cache.expanduser() / key
-    home.mkdir(parents=True, exist_ok=True)
+    cache = config.data.cache.expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    home = files.inside(cache, key, "data.cache")
+    home.mkdir(exist_ok=True)
+    _refuse_links(home)
     with _alone(home):
-        if not _index_file(home).exists():
+        stood = index_module.file_of(home).exists()
+        if not stood:
             _prepare_cached(config, given, listed, index, rows_per_step, home)
-    made = _read(_index_file(home))
+        made = index_module.read(index_module.file_of(home))
+        if json.dumps(made["fingerprint"], sort_keys=True) != words:
+            want = f"the data whose key is {key} (delete the folder to prepare anew)"
+            raise UserError(Problem("the cache holds other data", seen(made["fingerprint"]), want, str(home)))
+        tokenizer = _tokenizer_of(config, home / "tokenizer", made)
+        if stood:
+            damage.mend_tokenizer(home / "tokenizer", made, tokenizer)
+            damage.mend(config, made, home / "data", listed, tokenizer)
     check_rows(made, config, rows_per_step)
-    tokenizer = Tokenizer.from_folder(home / "tokenizer", config.tokenizer.separator, config.tokenizer.pad)
     _finish(config.run_folder, tokenizer, made | {"cache": key})
+
+
+def _refuse_links(home: Path) -> None:
+    """Errors: UserError for a link below a folder that many may write to: what is written there would go elsewhere."""
+    for folder, folders, names in os.walk(home):
+        for path in (Path(folder) / name for name in (*folders, *names)):
+            if path.is_symlink():
+                what, want = "the cache holds a link, which could lead anywhere", "files and folders alone"
+                raise UserError(Problem(what, str(path.readlink()), want, f"{path}, or data.cache"))
 
 
 @contextlib.contextmanager
@@ -357,12 +381,15 @@ def _about(tokenizer: Tokenizer, num_streams: int) -> dict[str, Any]:
 
 def _finish(home: Path, tokenizer: Tokenizer, index: dict[str, Any]) -> None:
     """Beside whole tokens the tokenizer, and last of all the index; then what it does not name can go."""
-    tokenizer.save(home / "tokenizer")
-    for path in (*(home / "tokenizer").iterdir(), home / "tokenizer"):
+    folder, file = home / "tokenizer", index_module.file_of(home)
+    tokenizer.save(folder)
+    beside = sorted(path for path in folder.iterdir() if path.is_file())
+    for path in (*beside, folder):
         files.sync(path)
-    _index_file(home).parent.mkdir(parents=True, exist_ok=True)
-    tokens.write_json(_index_file(home), index)
-    cached.sweep(_index_file(home).parent, index["sources"])
+    made = {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for path in beside}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    index_module.write(file, index | {"tokenizer_files": made})
+    cached.sweep(file.parent, index["sources"])
 
 
 def _train_tokenizer(config: Config, listed: dict[str, Listing]) -> Tokenizer:

@@ -43,11 +43,11 @@ class Tokens:
     def open(cls, folder: Path, about: dict[str, Any]) -> "Tokens":
         """One side of a source, as its index says: `about` is what `joined` returned.
 
-        Errors: UserError if a file has not the size that it had.
+        Errors: UserError if a file has not the size that it had; what is in it was looked at before (damage.py).
         """
         for name, made in about["files"].items():
-            path = folder / name
-            saw = path.stat().st_size if path.exists() else 0
+            path = files.inside(folder.parent, f"{folder.name}/{name}", str(folder.parent))
+            saw = path.stat().st_size if path.is_file() else 0
             if saw != made["bytes"]:
                 want = f"{made['bytes']:,} bytes"
                 raise UserError(Problem(f"{name} is damaged", f"{saw:,} bytes", want, str(folder)))
@@ -160,7 +160,8 @@ class _File:
 
     def __init__(self, final: Path) -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
-        self._final, self._file, self._sha256 = final, partial(final).open("wb"), hashlib.sha256()
+        partial(final).unlink(missing_ok=True)  # it may be a link: what it leads to is not ours
+        self._final, self._file, self._sha256 = final, partial(final).open("xb"), hashlib.sha256()
 
     def write(self, array: np.ndarray | np.generic) -> None:
         raw = array.tobytes()

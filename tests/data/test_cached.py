@@ -345,8 +345,6 @@ def test_open_before_prepare(root: Path):
 @pytest.mark.parametrize(
     ("file", "shown"),
     [
-        ("data/data/train-00000.bin", "train-00000.bin is damaged"),
-        ("data/data/train.starts", "train.starts is damaged"),
         ("data/index.json", "the index of the data is damaged"),
         ("tokenizer/tokenizer.json", "the run's tokenizer has changed"),
     ],

@@ -1,0 +1,138 @@
+"""Are the tokens, and the tokenizer beside them, still what was written? If not: the same once more, or a refusal.
+
+Looked at whenever a run starts, before anything is read of them, at about 1 GB/s and core: a disk or a copy that
+changed one bit would otherwise train, and nothing would ever say so.
+"""
+
+import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from smoltrain import files
+from smoltrain.cores import num_cores
+from smoltrain.data import cached, fingerprints, validation
+from smoltrain.data.cached import SIDES
+from smoltrain.data.faults import Health
+from smoltrain.data.fingerprints import Listing
+from smoltrain.data.progress import telling
+from smoltrain.data.tokenizer import Tokenizer
+from smoltrain.errors import Problem, UserError
+from smoltrain.schema import Config, MixedSource
+
+LARGE = 2**30  # bytes, from which on it is said that they are looked at
+ANEW = "anew.partial"  # where damaged tokens are made once more
+
+
+def written(index: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """SOURCE/NAME of each file of tokens -> its size (bytes) and SHA-256."""
+    return {
+        f"{name}/{file}": made
+        for name, about in index["sources"].items()
+        for side in SIDES
+        for file, made in about.get(side, {"files": {}})["files"].items()
+    }
+
+
+def damaged(folder: Path, records: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Those files below `folder` that are not as they were written -> what is wrong with each. Reads all of them."""
+    size, done, began = sum(made["bytes"] for made in records.values()), [0], time.monotonic()
+
+    def look(name: str) -> str:
+        wrong = _wrong(folder, name, records[name])
+        done[0] += records[name]["bytes"]
+        return wrong
+
+    def state() -> tuple[str, float]:
+        words = f"{done[0] / 2**30:.1f} of {size / 2**30:.1f} GiB of tokens looked at for damage"
+        return words, done[0] / max(1, size)
+
+    with telling(state if size >= LARGE else None, Health()), ThreadPoolExecutor(max(1, num_cores())) as threads:
+        found = dict(zip(records, threads.map(look, records), strict=True))
+    if size >= LARGE:
+        took = time.monotonic() - began
+        print(f"data: {size / 2**30:.1f} GiB of tokens looked at for damage in {took:.0f} s", flush=True)
+    return {name: wrong for name, wrong in found.items() if wrong}
+
+
+def _wrong(folder: Path, name: str, made: dict[str, Any]) -> str:
+    path = files.inside(folder, name, str(folder / "index.json"))
+    try:
+        if (saw := files.regular(path).st_size) != made["bytes"]:
+            return f"{saw:,} bytes, not {made['bytes']:,}"
+        return "" if files.sha256(path) == made["sha256"] else "other bytes than were written (SHA-256 differs)"
+    except OSError as error:
+        return files.reason(error)
+
+
+def mend(config: Config, index: dict[str, Any], folder: Path, listed: dict[str, Listing], tokenizer: Tokenizer) -> None:
+    """Look at all tokens below `folder`, and make those that are damaged once more out of their documents.
+
+    `listed` are the files of those sources that were listed already. Errors: UserError, naming the file, where that
+    does not give what was there before; nothing was replaced then.
+    """
+    records = written(index)
+    wrong = damaged(folder, records)
+    for part in config.data.parts:
+        mine = {name: why for name, why in wrong.items() if name.startswith(f"{part.name}/")}
+        for name, why in mine.items():
+            print(f"data: {name} is damaged ({why}); it is made anew from the documents of {part.name!r}", flush=True)
+        if mine:
+            shutil.rmtree(folder / ANEW, ignore_errors=True)
+            try:
+                _replace(part, mine, records, folder, lambda p=part: _anew(p, config, index, folder, listed, tokenizer))
+            finally:
+                shutil.rmtree(folder / ANEW, ignore_errors=True)
+
+
+def mend_tokenizer(folder: Path, index: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """What stands beside a tokenizer.json that is right, written once more if it is damaged."""
+    records = index.get("tokenizer_files") or {}
+    if wrong := {name: why for name, made in records.items() if (why := _wrong(folder, name, made))}:
+        names = ", ".join(f"{name} ({why})" for name, why in wrong.items())
+        print(f"data: {folder} is damaged: {names}; it is written anew", flush=True)
+        tokenizer.save(folder)
+        still = [name for name, made in records.items() if _wrong(folder, name, made)]
+        if still:
+            want = "what was prepared (delete the folder to prepare anew)"
+            raise UserError(Problem(f"the run's tokenizer is damaged: {still[0]}", wrong[still[0]], want, str(folder)))
+
+
+def _replace(part: MixedSource, wrong: dict[str, str], records: dict[str, Any], folder: Path, anew: Any) -> None:
+    """Put files made anew in the place of the damaged ones. Errors: UserError unless they are the very same bytes."""
+    try:
+        made = anew()
+    except (UserError, OSError) as error:
+        first = error.problems[0] if isinstance(error, UserError) else files.reason(error)
+        raise _lost(wrong, folder, f"its documents cannot be read again ({first})") from None
+    if any(made.get(name) != records[name] for name in wrong):
+        raise _lost(wrong, folder, f"the documents of {part.name!r} no longer give the same tokens")
+    for name in wrong:
+        files.commit(folder / ANEW / name, folder / name)
+
+
+def _anew(
+    part: MixedSource, config: Config, index: dict[str, Any], folder: Path, listed: dict[str, Listing],
+    tokenizer: Tokenizer,
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """All tokens of a source once more, into FOLDER/ANEW; what `written` says of them."""
+    data, about = config.data, index["sources"][part.name]
+    listing = listed.get(part.name) or fingerprints.listing(part, data)
+    if index["mode"] == "stream":
+        made, _ = validation.collect(
+            part, data, listing, tokenizer, folder / ANEW,
+            num_tokens=about["validation"]["tokens"], num_streams=index["streams"],
+        )  # fmt: skip
+        return written({"sources": {part.name: made}})
+    alone = data.model_copy(update={"sources": (part,)}) if data.sources else data
+    only = config.model_copy(update={"data": alone})
+    made = cached.tokenise(only, tokenizer, {part.name: listing}, index["fingerprint"], folder / ANEW)
+    return written({"sources": made})
+
+
+def _lost(wrong: dict[str, str], folder: Path, why: str) -> UserError:
+    name, saw = next(iter(wrong.items()))
+    want = f"what was written; it cannot be made anew, as {why}"
+    change = f"the data, back to what they were, or {folder}: delete it to prepare anew"
+    return UserError(Problem(f"{name} is damaged", saw, want, change))
