@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,17 @@ import filelock
 import numpy as np
 
 from smoltrain import files
-from smoltrain.data import bad_records, cached, faults, fingerprints, naming, order, packing, tokens, validation
+from smoltrain.data import bad_records, bpe, cached, fingerprints, naming, order, packing, tokens, validation
 from smoltrain.data.cached import SIDES
-from smoltrain.data.faults import Health
 from smoltrain.data.fingerprints import Listing
-from smoltrain.data.progress import telling
-from smoltrain.data.readers import Document
 from smoltrain.data.sources import Shard
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.data.tokens import Tokens
 from smoltrain.errors import Problem, UserError
-from smoltrain.schema import Config, MixedSource
+from smoltrain.schema import Config
 
 FORMAT = 2
 CACHED_MIB = 256  # of local files, up to which they are cached of themselves
-CHARACTERS_TO_TRAIN_ON = 10**8  # for a BPE of its own, of sources that are larger
 
 
 @dataclass(frozen=True)
@@ -275,7 +270,7 @@ def _prepare_cached(
     home: Path,
 ) -> None:
     """HOME/tokenizer, HOME/data and their index."""
-    tokenizer = given or _train_tokenizer(config, listed)
+    tokenizer = given or bpe.train(config, listed, small=_mib(listed) <= CACHED_MIB)
     index = index | _about(tokenizer, 1)
     index["sources"] = cached.tokenise(config, tokenizer, listed, index["fingerprint"], home / "data")
     check_rows(index, config, rows_per_step)
@@ -327,7 +322,7 @@ def _prepare_stream(
     data, folder = config.data, config.run_folder / "data"
     num_streams = data.streams or order.num_streams(rows_per_step, world_size)
     _check_streams(config, num_streams, rows_per_step, world_size)
-    tokenizer = given or _train_tokenizer(config, listed)
+    tokenizer = given or bpe.train(config, listed, small=_mib(listed) <= CACHED_MIB)
     index = index | _about(tokenizer, num_streams) | {"sources": {}}
     weights = tuple(part.weight for part in data.parts)
     rows = order.shares(max(config.evaluate.rows, len(weights)), weights)
@@ -363,29 +358,6 @@ def _finish(home: Path, tokenizer: Tokenizer, index: dict[str, Any]) -> None:
     _index_file(home).parent.mkdir(parents=True, exist_ok=True)
     tokens.write_json(_index_file(home), index)
     cached.sweep(_index_file(home).parent, index["sources"])
-
-
-def _train_tokenizer(config: Config, listed: dict[str, Listing]) -> Tokenizer:
-    """On all documents, the held-out ones too: which ones those are can depend on the number of tokens.
-
-    Of sources that are large, or not on this machine, on the first CHARACTERS_TO_TRAIN_ON, shared by weight.
-    """
-    section, data, health = config.tokenizer, config.data, Health()
-    small = _mib(listed) <= CACHED_MIB
-
-    def texts(part: MixedSource) -> Iterator[str]:
-        left = math.inf if small else CHARACTERS_TO_TRAIN_ON * part.weight / sum(p.weight for p in data.parts)
-        for shard in listed[part.name].shards:
-            for item in faults.documents(shard, part, data=data, health=health):
-                if isinstance(item, Document):
-                    yield item.text
-                    left -= len(item.text)
-                if left <= 0:
-                    return
-
-    with telling(None, health):
-        everything = chain.from_iterable(texts(part) for part in data.parts)
-        return Tokenizer.train_bpe(everything, section.vocab_size or 0, section.separator, section.pad)
 
 
 def _check_ids(num_ids: int, config: Config) -> None:

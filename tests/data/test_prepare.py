@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from smoltrain import cli, data
+from smoltrain.data import bpe as bpe_module
 from smoltrain.data import cached, faults, sources
 from smoltrain.data.fingerprints import Listing
 from smoltrain.data.sources import Shard
@@ -194,7 +195,7 @@ def test_a_bpe_is_trained_on_the_first_documents_of_each_source(root: Path, monk
     data.prepare(mixed(root, "cached", **bpe))
     assert len(seen) == 5 * 25  # all of them, the held-out ones too
     monkeypatch.setattr(module, "CACHED_MIB", 0)
-    monkeypatch.setattr(module, "CHARACTERS_TO_TRAIN_ON", 4000)
+    monkeypatch.setattr(bpe_module, "CHARACTERS_TO_TRAIN_ON", 4000)
     data.prepare(mixed(root, "stream", run__name="b", **bpe))
     for name, share in (("poems", 3000), ("code", 1000)):
         some = [text for text in seen if name in text]
