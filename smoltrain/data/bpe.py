@@ -4,15 +4,21 @@ import math
 from collections.abc import Iterator
 from itertools import chain
 
-from smoltrain.data import faults
+from smoltrain.data import faults, special
 from smoltrain.data.faults import Health
 from smoltrain.data.fingerprints import Listing
 from smoltrain.data.progress import telling
 from smoltrain.data.readers import Document
 from smoltrain.data.tokenizer import Tokenizer
-from smoltrain.schema import Config, MixedSource
+from smoltrain.schema import Config, MixedSource, TokenizerSection
 
 CHARACTERS_TO_TRAIN_ON = 10**8  # of sources that are large, or not on this machine
+
+
+def check(section: TokenizerSection) -> None:
+    """Known before any text is read. Errors: UserError if the separator is one that no byte-level BPE can have."""
+    if section.name == "bpe" and special.is_letter(section.separator):
+        raise special.no_letter(section.separator, "tokenizer.separator")
 
 
 def train(config: Config, listed: dict[str, Listing], *, small: bool) -> Tokenizer:

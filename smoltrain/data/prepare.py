@@ -96,6 +96,7 @@ def prepare(config: Config, rows_per_step: int | None = None, world_size: int = 
         check_rows(prepared.index, config, rows_per_step)
         return prepared
     section = config.tokenizer
+    bpe.check(section)
     given = None if section.name == "bpe" else naming.named(section)
     num_ids = given.num_ids if given else (section.vocab_size or 0) + (section.pad is not None)
     _check_ids(num_ids, config)  # a BPE: before training it
