@@ -18,10 +18,22 @@ import filelock
 import numpy as np
 
 from smoltrain import files
-from smoltrain.data import bad_records, bpe, cached, fingerprints, naming, order, packing, tokens, validation
+from smoltrain.data import (
+    bad_records,
+    bpe,
+    cached,
+    fingerprints,
+    naming,
+    order,
+    packing,
+    spelling,
+    tokens,
+    validation,
+)
 from smoltrain.data.cached import SIDES
 from smoltrain.data.fingerprints import Listing
 from smoltrain.data.sources import Shard
+from smoltrain.data.spelling import Spelling
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.data.tokens import Tokens
 from smoltrain.errors import Problem, UserError
@@ -67,10 +79,47 @@ class Prepared:
         )
 
     def describe_tokenizer(self) -> str:
-        """One line: name, number of ids, special tokens."""
+        """One line: name, number of ids, special tokens, how much of the text they spell."""
         t = self.tokenizer
+        asked = f" ({self._num_asked:,} were asked for)" if t.num_ids < self._num_asked else ""
         pad = "" if t.pad is None else f", pad {t.pad} = {t.pad_id}"
-        return f"{self.tokenizer_name}: {t.num_ids:,} ids, separator {t.separator} = {t.separator_id}{pad}"
+        about = f"{self.tokenizer_name}: {t.num_ids:,} ids{asked}, separator {t.separator} = {t.separator_id}{pad}"
+        spelled = self._spelling(*SIDES)
+        if not spelled.sampled:  # prepared before this was counted
+            return about
+        share = f"{spelled.lost_share:.2%}" if spelled.lost_share >= 0.0001 else "less than 0.01%"
+        return f"{about}; {f'{share} of the bytes of' if spelled.lost else 'nothing of'} a sample of the text is lost"
+
+    def bytes_per_id(self) -> np.ndarray:
+        """How many bytes of the validation texts each id stands for, (num_ids,) float64; separators for none.
+
+        Those of Tokenizer.bytes_per_id; bytes that no id spells are shared out evenly over all tokens of these texts.
+        """
+        sizes = self.tokenizer.bytes_per_id() + self._spelling("validation").unspelled_per_token
+        sizes[self.tokenizer.separator_id] = 0
+        return sizes
+
+    def warnings(self, vocab_size: int) -> list[str]:
+        """What is wrong with the tokenizer for these texts, and a model of `vocab_size` rows. One line each."""
+        found, share = [], self._spelling(*SIDES).lost_share
+        if share >= spelling.WORTH_A_WARNING:
+            lost = f"the tokenizer {self.tokenizer_name} cannot spell the text: {share:.2%} of the bytes of a sample"
+            found.append(f"{lost} do not come back from its ids; tokenizer=bpe loses none")
+        if self.tokenizer.num_ids < self._num_asked:
+            few = f"the text gave a tokenizer of {self.tokenizer.num_ids:,} ids, {self._num_asked:,} were asked for"
+            rows = f"{vocab_size - self.tokenizer.num_ids:,} of the {vocab_size:,} rows of the model's table"
+            found.append(f"{few}: {rows} will never be used; smaller are tokenizer.vocab_size and model.vocab_size")
+        return found
+
+    @property
+    def _num_asked(self) -> int:
+        """Ids that a BPE of the run's own was to have; 0 for any other tokenizer."""
+        asked = self.index.get("fingerprint", {}).get("tokenizer", {}).get("bpe") or 0
+        return asked + (self.tokenizer.pad is not None) if asked else 0
+
+    def _spelling(self, *sides: str) -> Spelling:
+        sources = self.index.get("sources", {}).values()
+        return spelling.joined(about[side] for about in sources for side in sides if side in about)
 
 
 def prepare(config: Config, rows_per_step: int | None = None, world_size: int = 1, *, ahead: bool = False) -> Prepared:
@@ -112,7 +161,10 @@ def prepare(config: Config, rows_per_step: int | None = None, world_size: int = 
         _prepare_cached(config, given, listed, index, rows_per_step, config.run_folder)
     else:
         _prepare_shared(config, given, listed, index, rows_per_step)
-    return load(config)
+    prepared = load(config)
+    for line in prepared.warnings(config.model.vocab_size):
+        print(f"WARNING: {line}", flush=True)
+    return prepared
 
 
 def load(config: Config) -> Prepared:

@@ -120,7 +120,8 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = tiny.words(tmp_path, f"data.cache={tmp_path / 'cache'}")
     result = CliRunner().invoke(cli.app, ["prepare", "data", "quickstart", *words])
     assert result.exit_code == 0, result.output
-    line, folder = result.stdout.splitlines()
+    about, line, folder = result.stdout.splitlines()
+    assert about.startswith("bpe: 320 ids, separator <|endoftext|> = 0; nothing of a sample of the text is lost")
     assert line.startswith("cached, as data.cache names a folder; ")
     assert (Path(folder) / "data" / "train-00000.bin").is_file()
     assert Path(folder).parent.parent == tmp_path / "cache"

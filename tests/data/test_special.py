@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer
 
 from smoltrain.data import naming, packing, special, standins
 from smoltrain.data.tokenizer import Tokenizer
@@ -130,7 +132,7 @@ def test_a_tokenizer_that_can_make_none_is_used_as_it_is(name: str):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_it_holds_after_a_round_trip_through_a_folder(tmp_path):
+def test_it_holds_after_a_round_trip_through_a_folder(tmp_path: Path):
     for separator in ("END", "###"):
         trained(separator).save(tmp_path)
         again = Tokenizer.from_folder(tmp_path, separator, "</s>")
@@ -173,3 +175,12 @@ def test_an_unknown_token_is_no_separator():
         unknown_is("</s>", "</s>")()
     with pytest.raises(UserError, match=r"what the tokenizer cannot spell: saw .*UNK.*, want an unknown token; change"):
         unknown_is(None, "</s>")()
+
+
+def test_what_transformers_makes_of_a_special_token_in_a_text(tmp_path: Path):
+    tokenizer = trained("<|endoftext|>")
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "of<|endoftext|> act"
+    assert tokenizer.separator_id in theirs(text)["input_ids"]
+    assert theirs(text, split_special_tokens=True)["input_ids"] == tokenizer.encode(text)
