@@ -200,6 +200,7 @@ def prepare_data(recipe: Recipe, overrides: Overrides = None) -> None:
 
     settings = config.load(recipe, overrides or [])
     prepared = data.prepare(settings, ahead=True)
+    print(prepared.describe_tokenizer())
     print(prepared.describe())
     print(tokens_folder(settings, prepared.index))
 

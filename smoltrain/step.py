@@ -185,7 +185,7 @@ def evaluate(
                 return None
             loss += float(engine.forward(batch))
     labels = torch.cat([batch.labels_BT[batch.labels_BT != NO_LABEL] for batch in batches])
-    loss, num_tokens, num_bytes = world.sum_floats(loss, len(labels), int(bytes_per_id[labels].sum()))
+    loss, num_tokens, num_bytes = world.sum_floats(loss, len(labels), float(bytes_per_id[labels].sum()))
     return loss / num_tokens, loss / math.log(2) / num_bytes
 
 

@@ -49,7 +49,7 @@ METRICS = {
     "speed/checkpoint_pause_s": "seconds that training stood still for a checkpoint, the slowest rank",
     "validation/loss_nats_per_token": "mean over the validation rows' tokens, all ranks",
     "validation/perplexity": "exp of the validation loss",
-    "validation/bits_per_byte": "validation loss in bits over the UTF-8 bytes of its tokens; separators have none",
+    "validation/bits_per_byte": "validation loss in bits over the bytes (UTF-8) of its texts, spelled by an id or not",
 }
 WANDB_FINISH_S = 120.0  # for the last upload; what is left stays on disk for `wandb sync`
 SOURCE_TOKENS = "data/tokens_by_source/"  # + source: as data/tokens, of that source alone

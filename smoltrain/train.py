@@ -141,7 +141,7 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
                 tracker.say(
                     f"WARNING: {ledger.FILE} has lost {rows_ledger.lost:,} rows, as `smoltrain verify` will say"
                 )
-        bytes_per_id = torch.from_numpy(loader.prepared.tokenizer.bytes_per_id())
+        bytes_per_id = torch.from_numpy(loader.prepared.bytes_per_id())
         recent: deque[StepResult] = deque(maxlen=max(20, config.track.print_every))
         guard = Guard.open(folder.path, config.spikes, world, step=done)
         saver = Saver(

@@ -129,7 +129,7 @@ def validation_loss(settings: Config, rows: int) -> tuple[float, float, float, f
 
     wrapped, here = engine_for(settings, "fp32"), world()
     loader = loader_of(settings, here.rank, here.size)
-    bytes_per_id = torch.from_numpy(loader.prepared.tokenizer.bytes_per_id())
+    bytes_per_id = torch.from_numpy(loader.prepared.bytes_per_id())
     found = evaluate(wrapped, loader.validation(rows), bytes_per_id, here)
     assert found is not None
     ours, bits = found
@@ -157,7 +157,7 @@ def evaluation_with_a_stop(settings: Config) -> tuple[Any, list[str]]:
 
     wrapped, here, marks = engine_for(settings, "fp32"), world(), []
     loader = loader_of(settings, here.rank, here.size)
-    batches, bytes_per_id = loader.validation(12), torch.from_numpy(loader.prepared.tokenizer.bytes_per_id())
+    batches, bytes_per_id = loader.validation(12), torch.from_numpy(loader.prepared.bytes_per_id())
     assert len(batches) == 3
     return evaluate(
         wrapped, batches, bytes_per_id, here, stop=lambda: here.rank == 1 and len(marks) == 2, mark=marks.append

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from smoltrain import files
-from smoltrain.data import bad_records, faults, fingerprints, index, packing, pool, tokens
+from smoltrain.data import bad_records, faults, fingerprints, index, packing, pool, spelling, tokens
 from smoltrain.data.bad_records import Bad
 from smoltrain.data.faults import Health
 from smoltrain.data.fingerprints import Listing
 from smoltrain.data.progress import telling
 from smoltrain.data.readers import BadRecord
 from smoltrain.data.sources import Shard
+from smoltrain.data.spelling import Speller
 from smoltrain.data.split import held_out
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.data.tokens import Writer
@@ -70,6 +71,7 @@ class Work:
         counts[:] = 0
         bad: list[Bad] = []
         writers = {side: Writer(part.folder, f"{side}-{part.number:05}") for side in SIDES}
+        spellers = {side: Speller(self.tokenizer) for side in SIDES}
         try:
             current = None
             for piece in packing.encoded(self._documents(number, bad), self.tokenizer, dtype_of(self.tokenizer)):
@@ -79,8 +81,12 @@ class Work:
                     writers[side].begin(hashed)
                     counts[DOCUMENTS] += 1
                 writers[side].add(piece.ids)
+                spellers[side].add(piece)
                 counts[TRAIN if side == "train" else VALIDATION] += len(piece.ids)
-            made = {side: writer.commit() for side, writer in writers.items()}
+            made = {
+                side: writer.commit() | {"spelling": spelling.to_json(spellers[side].found)}
+                for side, writer in writers.items()
+            }
         finally:
             for writer in writers.values():
                 writer.discard()

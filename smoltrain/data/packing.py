@@ -29,6 +29,7 @@ class Piece(Generic[T]):
     about: T
     offset: int
     ids: np.ndarray
+    text: str = ""  # what the ids were made of
 
 
 def encoded(
@@ -41,9 +42,9 @@ def encoded(
     offset = 0
     for batch in _batches(documents, characters):
         encodings = tokenizer.encode_batch([text for _, text, _ in batch])
-        for (about, _, ends), ids in zip(batch, encodings, strict=True):
+        for (about, text, ends), ids in zip(batch, encodings, strict=True):
             part = stream(ids, tokenizer.separator_id if ends else None, dtype)
-            yield Piece(about, offset, part)
+            yield Piece(about, offset, part, text)
             offset = 0 if ends else offset + len(part)
 
 

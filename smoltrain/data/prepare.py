@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,29 @@ import filelock
 import numpy as np
 
 from smoltrain import files
-from smoltrain.data import bad_records, cached, damage, faults, fingerprints, naming, order, packing, validation
+from smoltrain.data import (
+    bad_records,
+    bpe,
+    cached,
+    damage,
+    fingerprints,
+    naming,
+    order,
+    packing,
+    spelling,
+    validation,
+)
 from smoltrain.data import index as index_module
 from smoltrain.data.cached import SIDES
-from smoltrain.data.faults import Health
 from smoltrain.data.fingerprints import Listing
-from smoltrain.data.progress import telling
-from smoltrain.data.readers import Document
 from smoltrain.data.sources import Shard
+from smoltrain.data.spelling import Spelling
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.data.tokens import Tokens
 from smoltrain.errors import Problem, UserError, seen
-from smoltrain.schema import Config, MixedSource
+from smoltrain.schema import Config
 
 CACHED_MIB = 256  # of local files, up to which they are cached of themselves
-CHARACTERS_TO_TRAIN_ON = 10**8  # for a BPE of its own, of sources that are larger
 
 
 @dataclass(frozen=True)
@@ -73,10 +80,47 @@ class Prepared:
         )
 
     def describe_tokenizer(self) -> str:
-        """One line: name, number of ids, special tokens."""
+        """One line: name, number of ids, special tokens, how much of the text they spell."""
         t = self.tokenizer
+        asked = f" ({self._num_asked:,} were asked for)" if t.num_ids < self._num_asked else ""
         pad = "" if t.pad is None else f", pad {t.pad} = {t.pad_id}"
-        return f"{self.tokenizer_name}: {t.num_ids:,} ids, separator {t.separator} = {t.separator_id}{pad}"
+        about = f"{self.tokenizer_name}: {t.num_ids:,} ids{asked}, separator {t.separator} = {t.separator_id}{pad}"
+        spelled = self._spelling(*SIDES)
+        if not spelled.sampled:  # prepared before this was counted
+            return about
+        share = f"{spelled.lost_share:.2%}" if spelled.lost_share >= 0.0001 else "less than 0.01%"
+        return f"{about}; {f'{share} of the bytes of' if spelled.lost else 'nothing of'} a sample of the text is lost"
+
+    def bytes_per_id(self) -> np.ndarray:
+        """How many bytes of the validation texts each id stands for, (num_ids,) float64; separators for none.
+
+        Those of Tokenizer.bytes_per_id; bytes that no id spells are shared out evenly over all tokens of these texts.
+        """
+        sizes = self.tokenizer.bytes_per_id() + self._spelling("validation").unspelled_per_token
+        sizes[self.tokenizer.separator_id] = 0
+        return sizes
+
+    def warnings(self, vocab_size: int) -> list[str]:
+        """What is wrong with the tokenizer for these texts, and a model of `vocab_size` rows. One line each."""
+        found, share = [], self._spelling(*SIDES).lost_share
+        if share >= spelling.WORTH_A_WARNING:
+            lost = f"the tokenizer {self.tokenizer_name} cannot spell the text: {share:.2%} of the bytes of a sample"
+            found.append(f"{lost} do not come back from its ids; tokenizer=bpe loses none")
+        if self.tokenizer.num_ids < self._num_asked:
+            few = f"the text gave a tokenizer of {self.tokenizer.num_ids:,} ids, {self._num_asked:,} were asked for"
+            rows = f"{vocab_size - self.tokenizer.num_ids:,} of the {vocab_size:,} rows of the model's table"
+            found.append(f"{few}: {rows} will never be used; smaller are tokenizer.vocab_size and model.vocab_size")
+        return found
+
+    @property
+    def _num_asked(self) -> int:
+        """Ids that a BPE of the run's own was to have; 0 for any other tokenizer."""
+        asked = self.index.get("fingerprint", {}).get("tokenizer", {}).get("bpe") or 0
+        return asked + (self.tokenizer.pad is not None) if asked else 0
+
+    def _spelling(self, *sides: str) -> Spelling:
+        sources = self.index.get("sources", {}).values()
+        return spelling.joined(about[side] for about in sources for side in sides if side in about)
 
 
 def prepare(config: Config, rows_per_step: int | None = None, world_size: int = 1, *, ahead: bool = False) -> Prepared:
@@ -103,6 +147,7 @@ def prepare(config: Config, rows_per_step: int | None = None, world_size: int = 
         check_rows(prepared.index, config, rows_per_step)
         return prepared
     section = config.tokenizer
+    bpe.check(section)
     given = None if section.name == "bpe" else naming.named(section)
     num_ids = given.num_ids if given else (section.vocab_size or 0) + (section.pad is not None)
     _check_ids(num_ids, config)  # a BPE: before training it
@@ -118,7 +163,10 @@ def prepare(config: Config, rows_per_step: int | None = None, world_size: int = 
         _prepare_cached(config, given, listed, index, rows_per_step, config.run_folder)
     else:
         _prepare_shared(config, given, listed, index, rows_per_step)
-    return load(config)
+    prepared = load(config)
+    for line in prepared.warnings(config.model.vocab_size):
+        print(f"WARNING: {line}", flush=True)
+    return prepared
 
 
 def load(config: Config) -> Prepared:
@@ -280,7 +328,7 @@ def _prepare_cached(
     home: Path,
 ) -> None:
     """HOME/tokenizer, HOME/data and their index."""
-    tokenizer = given or _train_tokenizer(config, listed)
+    tokenizer = given or bpe.train(config, listed, small=_mib(listed) <= CACHED_MIB)
     index = index | _about(tokenizer, 1)
     index["sources"] = cached.tokenise(config, tokenizer, listed, index["fingerprint"], home / "data")
     check_rows(index, config, rows_per_step)
@@ -351,7 +399,7 @@ def _prepare_stream(
     data, folder = config.data, config.run_folder / "data"
     num_streams = data.streams or order.num_streams(rows_per_step, world_size)
     _check_streams(config, num_streams, rows_per_step, world_size)
-    tokenizer = given or _train_tokenizer(config, listed)
+    tokenizer = given or bpe.train(config, listed, small=_mib(listed) <= CACHED_MIB)
     index = index | _about(tokenizer, num_streams) | {"sources": {}}
     weights = tuple(part.weight for part in data.parts)
     rows = order.shares(max(config.evaluate.rows, len(weights)), weights)
@@ -390,29 +438,6 @@ def _finish(home: Path, tokenizer: Tokenizer, index: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     index_module.write(file, index | {"tokenizer_files": made})
     cached.sweep(file.parent, index["sources"])
-
-
-def _train_tokenizer(config: Config, listed: dict[str, Listing]) -> Tokenizer:
-    """On all documents, the held-out ones too: which ones those are can depend on the number of tokens.
-
-    Of sources that are large, or not on this machine, on the first CHARACTERS_TO_TRAIN_ON, shared by weight.
-    """
-    section, data, health = config.tokenizer, config.data, Health()
-    small = _mib(listed) <= CACHED_MIB
-
-    def texts(part: MixedSource) -> Iterator[str]:
-        left = math.inf if small else CHARACTERS_TO_TRAIN_ON * part.weight / sum(p.weight for p in data.parts)
-        for shard in listed[part.name].shards:
-            for item in faults.documents(shard, part, data=data, health=health):
-                if isinstance(item, Document):
-                    yield item.text
-                    left -= len(item.text)
-                if left <= 0:
-                    return
-
-    with telling(None, health):
-        everything = chain.from_iterable(texts(part) for part in data.parts)
-        return Tokenizer.train_bpe(everything, section.vocab_size or 0, section.separator, section.pad)
 
 
 def _check_ids(num_ids: int, config: Config) -> None:

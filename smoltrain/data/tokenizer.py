@@ -10,6 +10,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from smoltrain.data import special as special_tokens
 from smoltrain.errors import Problem, UserError
 
 FILE = "tokenizer.json"
@@ -49,13 +50,14 @@ class Tokenizer:
     """A `tokenizers.Tokenizer`, the special token that ends each document, and perhaps one that stands for padding.
 
     Text is only ever text: where it spells out a special token it is encoded like any other characters, so that no
-    document can forge an end of document.
+    document can forge an end of document. Whoever loads the saved file elsewhere may find special tokens in a text.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, separator: str, pad: str | None = None) -> None:
         """Takes over `inner`, and adds `pad` behind its last id unless it is a special token already.
 
-        Errors: UserError if `separator` is none of its special tokens, or `pad` cannot be one.
+        Errors: UserError if `separator` is none of its special tokens, or `pad` cannot be one, or a special token is a
+        letter that a byte-level tokenizer needs.
         """
         inner.encode_special_tokens = True
         inner.no_truncation()  # some published files cut at 512 tokens, or pad: both would falsify the data
@@ -63,18 +65,22 @@ class Tokenizer:
         if inner.num_special_tokens_to_add(is_pair=False):
             # We never add a BOS; whoever loads the saved file elsewhere shall not show the model one either.
             inner.post_processor = None
-        special = _special_tokens(inner)
+        special = special_tokens.words(inner)
         if separator not in special:
             want = "one of " + ", ".join(list(special)[:8]) if special else "a tokenizer with special tokens"
             what = "the separator is not a special token of the tokenizer"
             raise UserError(Problem(what, repr(separator), want, "tokenizer.separator"))
         if pad is not None and pad not in special:
             _add_pad(inner, pad)
-            special = _special_tokens(inner)
+            special = special_tokens.words(inner)
         self._inner = inner
+        about = json.loads(inner.to_str())
+        self._of_text = special_tokens.out_of_reach(inner, about)
         self.separator, self.pad = separator, pad
         self.separator_id = special[separator]
         self.pad_id = None if pad is None else special[pad]
+        self._unknown_ends = special_tokens.unknown_id(about["model"]) == self.separator_id
+        self._decodes_bytes = '"ByteLevel"' in json.dumps(about["decoder"])
         self.special_ids = frozenset(special.values())
         self.num_ids = _num_ids(inner)
 
@@ -98,8 +104,10 @@ class Tokenizer:
         """A byte-level BPE (Sennrich 2016, Radford 2019) of at most `vocab_size` ids; `separator` is id 0.
 
         `pad` comes on top. All 256 bytes are in the alphabet, so any text has ids. Equal texts in equal order give an
-        equal tokenizer.
+        equal tokenizer. Errors: UserError if the separator is the letter of a byte.
         """
+        if special_tokens.is_letter(separator):
+            raise special_tokens.no_letter(separator, "tokenizer.separator")
         inner = byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -111,12 +119,23 @@ class Tokenizer:
         return cls(inner, separator, pad)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without special ones."""
-        return self._inner.encode(text, add_special_tokens=False).ids
+        """The ids of a text, without special ones. Errors: as `encode_batch`."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of each text, on all cores (or RAYON_NUM_THREADS of them)."""
-        return [e.ids for e in self._inner.encode_batch_fast(texts, add_special_tokens=False)]
+        """The ids of each text, on all cores (or RAYON_NUM_THREADS of them).
+
+        Errors: UserError if the tokenizer has neither ids nor an unknown token for something in a text, or an unknown
+        token that is the separator.
+        """
+        try:
+            encodings = self._of_text.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises nothing more precise
+            raise _cannot_spell(" ".join(str(error).split()), "an unknown token") from None
+        ids = [encoding.ids for encoding in encodings]
+        if self._unknown_ends and any(self.separator_id in of_text for of_text in ids):
+            raise _cannot_spell(f"{self.separator!r} for it", "an unknown token that is not the separator")
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special ones are left out, bytes that are no UTF-8 become U+FFFD."""
@@ -133,12 +152,10 @@ class Tokenizer:
         without those that the vocabulary lacks (SmolLM2's has no id for six control characters). For others a word
         counts as it is spelled, U+2581 as the space that it stands for and <0xNN> as its byte.
         """
-        decoder = json.loads(self._inner.to_str())["decoder"] or {}
-        kinds = {part["type"] for part in [decoder, *decoder.get("decoders", [])] if part}
         added = {token.content for token in self._inner.get_added_tokens_decoder().values()}
         sizes = np.zeros(self.num_ids, np.int64)
         for word, i in self._inner.get_vocab(with_added_tokens=True).items():
-            if "ByteLevel" in kinds and word not in added:
+            if self._decodes_bytes and word not in added:
                 sizes[i] = len(word)  # each character of the byte-level alphabet is one byte
             else:
                 sizes[i] = 1 if BYTE.fullmatch(word) else len(word.replace("\u2581", " ").encode())
@@ -170,8 +187,8 @@ def _special(word: str) -> AddedToken:
     return AddedToken(word, special=True, normalized=False)
 
 
-def _special_tokens(inner: tokenizers.Tokenizer) -> dict[str, int]:
-    return {token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special}
+def _cannot_spell(saw: str, want: str) -> UserError:
+    return UserError(Problem("a text has what the tokenizer cannot spell", saw, want, "tokenizer.name"))
 
 
 def _num_ids(inner: tokenizers.Tokenizer) -> int:

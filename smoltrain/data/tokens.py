@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 
 from smoltrain import files
+from smoltrain.data import spelling
 from smoltrain.errors import Problem, UserError
 
 KINDS = (".bin", ".starts", ".hashes")
@@ -152,7 +153,10 @@ def joined(folder: Path, name: str, parts: Iterable[dict[str, Any]], dtype: np.d
         first += part["tokens"]
     found |= starts.commit() | hashes.commit()
     num_documents = sum(part["documents"] for part in parts)
-    return {"tokens": first, "documents": num_documents, "dtype": dtype.name, "first": 0, "files": found}
+    counted = (
+        {"spelling": spelling.to_json(spelling.joined(parts))} if all("spelling" in part for part in parts) else {}
+    )
+    return {"tokens": first, "documents": num_documents, "dtype": dtype.name, "first": 0, "files": found} | counted
 
 
 class _File:

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from smoltrain.data import bad_records, faults, fingerprints, order, packing, tokens
+from smoltrain.data import bad_records, faults, fingerprints, order, packing, spelling, tokens
 from smoltrain.data.bad_records import Bad
 from smoltrain.data.cached import dtype_of, no_documents
 from smoltrain.data.faults import Health
@@ -15,6 +15,7 @@ from smoltrain.data.fingerprints import Listing
 from smoltrain.data.progress import telling
 from smoltrain.data.readers import BadRecord, Document
 from smoltrain.data.sources import Shard
+from smoltrain.data.spelling import Speller
 from smoltrain.data.split import held_out
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.data.tokens import Writer
@@ -76,7 +77,7 @@ def collect(
     own = fingerprints.holds_out_by_itself(source)
     share = 0.0 if own else data.validation_share
     reading = Reading(source, data, folder, Health())
-    writer = Writer(folder / source.name, "validation-00000")
+    writer, speller = Writer(folder / source.name, "validation-00000"), Speller(tokenizer)
 
     def write(document: Document) -> None:
         reading.num_held_out += 1
@@ -84,6 +85,7 @@ def collect(
             writer.begin(tokens.content_hash(document.text))
             for piece in packing.encoded([(None, document.text)], tokenizer, dtype_of(tokenizer)):
                 writer.add(piece.ids)
+                speller.add(piece)
 
     def state() -> tuple[str, float]:
         words = f"{writer.num_tokens:,} of {num_tokens:,} validation tokens of {source.name}"
@@ -105,7 +107,7 @@ def collect(
                     if reading.num_train >= num_streams and (own or writer.num_tokens >= num_tokens):
                         break
         _check(reading, own=own, num_streams=num_streams)
-        made = writer.commit()
+        made = writer.commit() | {"spelling": spelling.to_json(speller.found)}
     finally:
         writer.discard()
     option = "validation_split" if source.validation_split else "validation_path"

@@ -259,9 +259,8 @@ def test_a_pad_token_is_recorded_and_may_not_change(root: Path):
     prepared = data.prepare(config)
     num_ids = prepared.tokenizer.num_ids
     assert prepared.tokenizer.pad_id == num_ids - 1
-    assert (
-        prepared.describe_tokenizer() == f"bpe: {num_ids} ids, separator <|endoftext|> = 0, pad <|pad|> = {num_ids - 1}"
-    )
+    said = f"separator <|endoftext|> = 0, pad <|pad|> = {num_ids - 1}; nothing of a sample of the text is lost"
+    assert prepared.describe_tokenizer() == f"bpe: {num_ids} ids, {said}"
     assert '"pad_token": "<|pad|>"' in (config.run_folder / "tokenizer" / "tokenizer_config.json").read_text()
     assert (prepared.index["fingerprint"]["pad"], prepared.index["separator_id"]) == ("<|pad|>", 0)
     assert data.prepare(config).tokenizer.pad_id == prepared.tokenizer.pad_id
@@ -281,7 +280,8 @@ def test_what_version_0_1_prepared_is_refused(root: Path):
 
 def test_one_line_about_the_tokenizer(root: Path):
     prepared = data.prepare(make(root))
-    assert prepared.describe_tokenizer() == f"bpe: {prepared.tokenizer.num_ids} ids, separator <|endoftext|> = 0"
+    about = f"bpe: {prepared.tokenizer.num_ids} ids, separator <|endoftext|> = 0"
+    assert prepared.describe_tokenizer() == f"{about}; nothing of a sample of the text is lost"
 
 
 def test_a_long_preparation_says_how_far_it_is(

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from smoltrain import cli, data
+from smoltrain.data import bpe as bpe_module
 from smoltrain.data import cached, faults, sources
 from smoltrain.data.fingerprints import Listing
 from smoltrain.data.sources import Shard
@@ -119,7 +120,8 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     words = tiny.words(tmp_path, f"data.cache={tmp_path / 'cache'}")
     result = CliRunner().invoke(cli.app, ["prepare", "data", "quickstart", *words])
     assert result.exit_code == 0, result.output
-    line, folder = result.stdout.splitlines()
+    about, line, folder = result.stdout.splitlines()
+    assert about.startswith("bpe: 320 ids, separator <|endoftext|> = 0; nothing of a sample of the text is lost")
     assert line.startswith("cached, as data.cache names a folder; ")
     assert (Path(folder) / "data" / "train-00000.bin").is_file()
     assert Path(folder).parent.parent == tmp_path / "cache"
@@ -194,7 +196,7 @@ def test_a_bpe_is_trained_on_the_first_documents_of_each_source(root: Path, monk
     data.prepare(mixed(root, "cached", **bpe))
     assert len(seen) == 5 * 25  # all of them, the held-out ones too
     monkeypatch.setattr(module, "CACHED_MIB", 0)
-    monkeypatch.setattr(module, "CHARACTERS_TO_TRAIN_ON", 4000)
+    monkeypatch.setattr(bpe_module, "CHARACTERS_TO_TRAIN_ON", 4000)
     data.prepare(mixed(root, "stream", run__name="b", **bpe))
     for name, share in (("poems", 3000), ("code", 1000)):
         some = [text for text in seen if name in text]
