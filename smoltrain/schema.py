@@ -302,7 +302,7 @@ class GenerationSection(Section):
     """How text is sampled from the model, during training and by `smoltrain generate`."""
 
     max_tokens: int = Field(default=100, gt=0, description="new tokens at most")
-    temperature: float = Field(default=1.0, gt=0, description="divides the logits")
+    temperature: float = Field(default=1.0, ge=0, description="divides the logits; 0 takes the likeliest token")
     top_k: int = Field(default=0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
     top_p: float = Field(default=1.0, gt=0, le=1, description="keep the likeliest tokens that hold this probability")
 

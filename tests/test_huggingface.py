@@ -183,7 +183,7 @@ def test_our_own_class_writes_the_same_text(case: str):
     ours = folders.lively(shape)
     theirs: Any = own_model(shape, dict(ours.named_parameters()))
     settings, prompt = GenerationSection(max_tokens=16), ids(1, 12)
-    want = list(generate(ours, prompt[0].tolist(), settings, stop_id=None, greedy=True))
+    want = list(generate(ours, prompt[0].tolist(), settings, stop_ids=(), greedy=True))
     assert len(set(want)) > 3
     for options in ({}, {"use_cache": False}):
         new = theirs.generate(prompt, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0, **options)

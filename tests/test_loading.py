@@ -180,10 +180,10 @@ def test_its_way_to_sample_is_kept(hub: Path):
     (hub / "generation_config.json").write_text(json.dumps(about))
     want = GenerationSection(temperature=0.6, top_k=40, max_tokens=7)
     assert load_run(str(hub)).generation == want
-    edit(hub / "generation_config.json", temperature=0)
-    assert problem(hub).startswith("temperature is not valid: saw 0, want greater than 0")
+    edit(hub / "generation_config.json", temperature=-1)
+    assert problem(hub).startswith("temperature is not valid: saw -1, want greater than or equal to 0")
     edit(hub / "generation_config.json", do_sample=False)
-    assert load_run(str(hub)).generation == GenerationSection(), "a folder that is greedy says nothing of sampling"
+    assert load_run(str(hub)).generation == GenerationSection(temperature=0, max_tokens=7), "it is greedy"
 
 
 def test_its_special_tokens_may_be_objects(hub: Path):
@@ -200,7 +200,9 @@ def test_its_special_tokens_may_be_objects(hub: Path):
     [
         (lambda f: (f / FILE).unlink(), f"the folder has no tokenizer: saw no {FILE}"),
         (lambda f: (f / FILE).write_text("{}"), "the tokenizer cannot be read"),
-        (lambda f: (f / "tokenizer_config.json").unlink(), "tokenizer_config.json cannot be read"),
+        (lambda f: (f / "tokenizer_config.json").unlink(), "nothing says which token ends a text"),
+        (lambda f: (f / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json cannot be read"),
+        (lambda f: (f / "config.json").write_text("[" * 200_000), "config.json cannot be read: saw values nested"),
         (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "the weights cannot be read"),
         (lambda f: edit(f / "config.json", architectures=["BloomForCausalLM"]), "the folder's class is not supported"),
         (
