@@ -7,6 +7,7 @@ generation_config.json    how its authors want it to write, and the ids that end
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,11 @@ class Companions:
             x for some in more if not isinstance(some, str) for x in some
         ]
         return {word for x in words if (word := _word(x)) is not None}
+
+
+def is_one(name: str) -> bool:
+    """Whether a file of a repository is of those that stand beside a tokenizer."""
+    return name in (CONFIG, MAP, TEMPLATE) or re.fullmatch(rf"{TEMPLATES}/[^/]+\.jinja", name) is not None
 
 
 def read(folder: Path) -> Companions:

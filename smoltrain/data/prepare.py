@@ -296,7 +296,9 @@ def _prepare_shared(
             _prepare_cached(config, given, listed, index, rows_per_step, home)
     made = _read(_index_file(home))
     check_rows(made, config, rows_per_step)
-    tokenizer = Tokenizer.from_folder(home / "tokenizer", config.tokenizer.separator, config.tokenizer.pad)
+    # Two tokenizers of equal ids may have other chat templates: then the cache holds those of whoever made it.
+    kept = Tokenizer.from_folder(home / "tokenizer", config.tokenizer.separator, config.tokenizer.pad)
+    tokenizer = kept if given is None else given
     _finish(config.run_folder, tokenizer, made | {"cache": key})
 
 
