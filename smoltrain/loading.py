@@ -74,8 +74,10 @@ def load_run(source: str, step: int | None = None, runs: Path = RUNS) -> LoadedR
     settings = config.read(folder / "config.yaml")
     change = "the RUN argument" if step is None else "--checkpoint"
     manifest = valid_manifest(folder, named if step is None else step, change, _warn)
+    # Compared first with a model that takes no memory: a config that is not theirs may ask for any amount of it.
+    bare = model.build(settings.model, device="meta")
+    weights = read_weights(checkpoint.folder_of(folder / "checkpoints", manifest.step), bare)
     built = model.build(settings.model)
-    weights = read_weights(checkpoint.folder_of(folder / "checkpoints", manifest.step), built)
     built.load_state_dict({name: x.float() for name, x in weights.items()}, strict=False)
     wants = settings.tokenizer
     tokenizer = Tokenizer.from_folder(folder / "tokenizer", wants.separator, wants.pad)

@@ -88,8 +88,8 @@ def generation(folder: Path) -> dict[str, Any]:
 def end_ids(about: Mapping[str, Any]) -> list[int]:
     """The ids that end a text by a generation_config.json: there it is one, or a list."""
     said = about.get("eos_token_id")
-    ids = said if isinstance(said, list) else [said]
-    return [i for i in dict.fromkeys(ids) if isinstance(i, int) and not isinstance(i, bool) and i >= 0]
+    ids = [i for i in (said if isinstance(said, list) else [said]) if type(i) is int and i >= 0]
+    return list(dict.fromkeys(ids))
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -105,7 +105,9 @@ class Tokenizer:
             reason = " ".join(str(error).split())
             raise UserError(Problem("the tokenizer cannot be read", reason, f"a valid {FILE}", str(file))) from None
         beside = companions.read(file.parent)
-        word = inner.id_to_token(separator) if isinstance(separator, int) else separator
+        word = separator
+        if isinstance(separator, int):  # the library takes no number of more than 32 bits
+            word = inner.id_to_token(separator) if separator < _num_ids(inner) else None
         if word is None:
             raise UserError(Problem("the end of a text has no token", f"id {separator}", "an id it has", str(file)))
         ends = {word} if isinstance(separator, int) else set()
