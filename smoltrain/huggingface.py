@@ -249,8 +249,10 @@ def _tidied(name: str, section: ModelSection, theirs: Tensors, folder: Path) -> 
     """What a file may say otherwise: no prefix, the old name of the head, buffers, the tied table twice."""
     prefix = PREFIXES[name]
     kept = {n if n.startswith((prefix, "lm_head.", "embed_out.")) else prefix + n: x for n, x in theirs.items()}
-    kept = {n.replace("embed_out.", "lm_head."): x for n, x in kept.items() if not BUFFERS.search(n)}
-    if section.tie_word_embeddings and (head := kept.pop("lm_head.weight", None)) is not None:
+    head_name = _their_name(name, "lm_head.weight")
+    heads = ("lm_head.weight", "embed_out.weight")
+    kept = {head_name if n in heads else n: x for n, x in kept.items() if not BUFFERS.search(n)}
+    if section.tie_word_embeddings and (head := kept.pop(head_name, None)) is not None:
         table = kept.get(_their_name(name, "embed_tokens.weight"))
         if table is not None and not torch.equal(head, table):
             want = "equal ones, or tie_word_embeddings false"
@@ -300,7 +302,7 @@ def _groups(name: str, section: ModelSection) -> dict[str, list[str]]:
 def _their_name(name: str, ours: str) -> str:
     module, _, kind = ours.rpartition(".")
     if module == "lm_head":
-        return ours
+        return "embed_out.weight" if name == NEOX else ours  # transformers 5 takes this name too, 4 takes no other
     if name not in MODULES:
         return f"{PREFIXES[name]}{ours}"
     if not module.startswith("layers."):

@@ -60,7 +60,13 @@ def read(folder: Path) -> Companions:
     about = {key: value for key, value in about.items() if key not in LEFT_OUT}
     if isinstance(about.get(MORE[1]), list):  # transformers 4 takes no list under the newer word
         about.setdefault(MORE[0], about.pop(MORE[1]))
-    return Companions(about, {name: _text(folder / name) for name in _templates(folder)})
+    templates = {name: _text(folder / name) for name in _templates(folder)}
+    if templates:  # transformers before 4.48 reads no such files
+        named = [{"name": Path(name).stem, "template": text} for name, text in templates.items() if name != TEMPLATE]
+        default = templates.get(TEMPLATE)
+        named = [{"name": "default", "template": default}, *named] if default is not None and named else named
+        about["chat_template"] = named or default
+    return Companions(about, templates)
 
 
 def write(companions: Companions, folder: Path, ours: dict[str, Any]) -> None:

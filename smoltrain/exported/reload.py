@@ -15,6 +15,7 @@ from typing import Any
 sys.modules["smoltrain"] = None  # pyright: ignore[reportArgumentType] # from here on importing it is an error
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
 
@@ -24,7 +25,8 @@ def main(folder: str, cases_file: str, answers: str) -> None:
     asked = json.loads(Path(cases_file).read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     options = {"trust_remote_code": asked["trust_remote_code"], "output_loading_info": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    options["torch_dtype" if transformers.__version__.startswith("4.") else "dtype"] = torch.float32
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     model, report = loaded
     model.eval()
     # In place of the folder's own settings, which may penalise or draw.
