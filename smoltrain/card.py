@@ -11,6 +11,7 @@ from smoltrain.huggingface import OWN
 from smoltrain.loading import LoadedRun
 from smoltrain.schema import Config, DataSection
 
+TRANSFORMERS = "4.46"  # the lowest version that loads an export and generates with it, of each class
 LOSSES = {
     "train/loss_nats_per_token": "training loss of the last step, nats per token",
     "validation/loss_nats_per_token": "validation loss, nats per token",
@@ -37,7 +38,8 @@ def text(loaded: LoadedRun, class_name: str, num_parameters: int, unfinished: st
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}\n\n{label}"
         f"A causal language model, {origin} smoltrain {__version__}.\n\n| | |\n|---|---|\n{table}\n\n"
-        f"## How to load it\n\n```python\n{_loading(name, class_name == OWN)}```\n"
+        f"## How to load it\n\nWith transformers {TRANSFORMERS} or newer:\n\n"
+        f"```python\n{_loading(name, class_name == OWN)}```\n"
     )
 
 

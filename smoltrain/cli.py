@@ -125,7 +125,7 @@ def generate(
     run: Model,
     *,
     prompt: Annotated[str, typer.Option(help="Text to go on from; empty begins a new document.")] = "",
-    temperature: Annotated[float | None, typer.Option(help="Divides the logits.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Divides the logits; 0 is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this probability.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="New tokens at most.")] = None,

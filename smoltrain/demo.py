@@ -125,7 +125,7 @@ def build(shelf: Shelf) -> gr.Blocks:
                         visible=bool(shelf.steps()),
                         elem_id="step",
                     ),
-                    slider("Temperature", settings.temperature, 0.01, 2, 0.01),
+                    slider("Temperature", settings.temperature, 0, 2, 0.01),
                     slider("Top-k (0 keeps all)", settings.top_k, 0, 200, 1),
                     slider("Top-p", settings.top_p, 0.01, 1, 0.01),
                     slider("New tokens at most", min(settings.max_tokens, most), 1, most, 1, elem_id="max-tokens"),

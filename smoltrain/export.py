@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from smoltrain import __version__, card, files, huggingface
+from smoltrain.data import companions
+from smoltrain.data.companions import read_object
+from smoltrain.data.tokenizer import FILE
 from smoltrain.errors import Problem, UserError
 from smoltrain.loading import LoadedRun, load_run
 from smoltrain.model import HuggingFaceModel, parameter_count
 from smoltrain.plan import Plan
-from smoltrain.schema import ModelSection
+from smoltrain.schema import GenerationSection, ModelSection
 from smoltrain.verify import NUM_CASES, NUM_GREEDY, Verdict, verify
 
 MARKER = "smoltrain.json"  # written last, into exports that passed: what they are of, and what their files are
@@ -148,12 +151,14 @@ def _write(loaded: LoadedRun, of: Of, folder: Path) -> None:
     else:
         about = _write_transformers(loaded, folder)
     # No pad_token_id here: transformers would give that row of the embedding no gradient when the model is tuned.
-    ids = {"bos_token_id": tokenizer.separator_id, "eos_token_id": tokenizer.separator_id}
+    ids = {"bos_token_id": _begin_id(loaded), "eos_token_id": tokenizer.separator_id}
     dtype = str(loaded.dtype).removeprefix("torch.")
     about |= ids | {"dtype": dtype, "torch_dtype": dtype}  # the second word is that of transformers 4
     files.write_json(folder / "config.json", about)
-    files.write_json(folder / "generation_config.json", _generation(loaded))
+    files.write_json(folder / companions.GENERATION, _generation(loaded))
     tokenizer.save(folder, section.max_position_embeddings)
+    if loaded.config is None:  # nothing was trained: also its way to frame a text with special tokens stays
+        shutil.copy(loaded.folder / FILE, folder)
     text = card.text(loaded, about["architectures"][0], parameter_count(loaded.model), of.unfinished, of.last_step)
     files.write_text(folder / "README.md", text)
 
@@ -165,24 +170,41 @@ def _write_transformers(loaded: LoadedRun, folder: Path) -> dict[str, Any]:
     own = {name for name, _ in (*inner.named_parameters(), *inner.named_buffers())}  # a tied one once
     state = {n: x.to(loaded.dtype) if x.is_floating_point() else x for n, x in inner.state_dict().items() if n in own}
     inner.save_pretrained(folder, state_dict=state, max_shard_size="1TB")
-    return {key: value for key, value in huggingface.read_json(folder / "config.json").items() if value is not None}
+    return {key: value for key, value in read_object(folder / "config.json").items() if value is not None}
+
+
+def _begin_id(loaded: LoadedRun) -> int:
+    """The id that begins a text: of the token that came in for that, else the separator."""
+    named = loaded.tokenizer.id_of(loaded.tokenizer.beside.word("bos_token"))
+    return loaded.tokenizer.separator_id if named is None else named
 
 
 def _generation(loaded: LoadedRun) -> dict[str, Any]:
-    """generation_config.json: the recipe's way to sample. Ids that stand for no text are never drawn."""
-    s, tokenizer = loaded.generation, loaded.tokenizer
-    separator = tokenizer.separator_id
-    unspoken = set(tokenizer.unspoken_ids(loaded.model.section.vocab_size)) - {separator}
-    return {
-        "do_sample": True,
-        "temperature": s.temperature,
-        "top_k": s.top_k,
-        "top_p": s.top_p,
-        "max_new_tokens": s.max_tokens,
-        "bos_token_id": separator,
-        "eos_token_id": separator,
-        "pad_token_id": separator if tokenizer.pad_id is None else tokenizer.pad_id,
-    } | ({"suppress_tokens": sorted(unspoken)} if unspoken else {})
+    """generation_config.json: the one that came with the weights, and over it what the recipe says of sampling.
+
+    Of the ids it suppresses those that no token has. Special tokens may be drawn: one that ends a turn must be.
+    """
+    s, tokenizer, theirs = loaded.generation, loaded.tokenizer, dict(loaded.inherited)
+    said: dict[str, Any] = {"temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
+    said["max_new_tokens"] = s.max_tokens
+    # Where something came in, what the recipe leaves at its default stays as it came.
+    if loaded.config is None or theirs.keys() - {"bos_token_id", "eos_token_id", "pad_token_id"}:
+        default = GenerationSection()
+        usual = {"temperature": default.temperature, "top_k": default.top_k, "top_p": default.top_p}
+        usual["max_new_tokens"] = default.max_tokens
+        said = {key: value for key, value in said.items() if value != usual[key]}
+    if said.keys() - {"max_new_tokens"}:
+        said["do_sample"] = s.temperature > 0
+    about = theirs | said
+    if about.get("do_sample") is False:  # transformers warns of settings that it does not use
+        about = {key: value for key, value in about.items() if key not in ("temperature", "top_k", "top_p")}
+    ends, pad = loaded.end_ids, tokenizer.id_of(tokenizer.pad or tokenizer.beside.word("pad_token"))
+    about.setdefault("bos_token_id", _begin_id(loaded))
+    about["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if tokenizer.pad is not None or "pad_token_id" not in about:
+        about["pad_token_id"] = tokenizer.separator_id if pad is None else pad
+    unused = {*(about.get("suppress_tokens") or ()), *tokenizer.unused_ids(loaded.model.section.vocab_size)}
+    return about | ({"suppress_tokens": sorted(unused)} if unused else {})
 
 
 def _mark(folder: Path, of: Of, verdict: Verdict) -> None:

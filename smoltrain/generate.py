@@ -3,7 +3,7 @@
 Legend: B batch (1 here), T tokens, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +15,18 @@ from smoltrain.schema import GenerationSection
 
 
 def sample(logits_V: Tensor, settings: GenerationSection, greedy: bool, generator: torch.Generator) -> int:
-    """One id: the likeliest if greedy, else drawn by temperature, then top-k, then top-p. `generator` is on the CPU.
+    """One id: the likeliest if greedy or at temperature 0, else drawn by temperature, then top-k, then top-p.
 
+    `generator` is on the CPU.
     Top-p keeps the smallest set of likeliest tokens whose probability reaches p (nucleus, Holtzman et al. 2020).
     """
     logits_V = logits_V.detach().cpu().double()  # on the CPU one seed gives one text, whatever the device
-    if greedy:
+    if greedy or settings.temperature == 0:
         return int(logits_V.argmax())
     logits, ids = logits_V.sort(descending=True, stable=True)
     if settings.top_k:
         logits = logits[: settings.top_k]
-    probabilities = (logits / settings.temperature).softmax(0)
+    probabilities = ((logits - logits[0]) / settings.temperature).softmax(0)  # no temperature is so low as to overflow
     if settings.top_p < 1:
         before = probabilities.cumsum(0)[:-1]  # what the likelier tokens hold, from the second token on
         probabilities = probabilities[: 1 + int((before < settings.top_p).sum())]
@@ -37,14 +38,14 @@ def generate(
     prompt_ids: Sequence[int],
     settings: GenerationSection,
     *,
-    stop_id: int | None,
+    stop_ids: Collection[int] = (),
     banned_ids: Sequence[int] = (),
     greedy: bool = False,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Yield new ids until `stop_id` (not yielded), settings.max_tokens, or the last position of the model.
+    """Yield new ids until one of `stop_ids` (not yielded), settings.max_tokens, or the last position of the model.
 
-    `banned_ids` but `stop_id` are never drawn. Neither torch's random state nor the model's training mode changes.
+    `banned_ids` but `stop_ids` are never drawn. Neither torch's random state nor the model's training mode changes.
     Errors: UserError, at once, for a prompt that is empty or leaves no position free.
     """
     free = model.section.max_position_embeddings - len(prompt_ids)
@@ -53,7 +54,7 @@ def generate(
     if free <= 0:
         want = f"fewer than model.max_position_embeddings = {model.section.max_position_embeddings}"
         raise UserError(Problem("the prompt is too long", f"{len(prompt_ids)} tokens", want, "the prompt"))
-    banned = [i for i in banned_ids if i != stop_id]
+    banned = [i for i in banned_ids if i not in stop_ids]
     count = min(free, settings.max_tokens)
 
     def new_ids() -> Iterator[int]:  # a function of its own, so that the errors above do not wait for the first next()
@@ -64,7 +65,7 @@ def generate(
             logits_V = _next_logits(model, fed, cache)
             logits_V[banned] = -torch.inf
             new = sample(logits_V, settings, greedy, generator)
-            if new == stop_id:
+            if new in stop_ids:
                 return
             yield new
             fed = [new]

@@ -3,7 +3,6 @@
 Files are read and written as they are; nothing here needs transformers. Our parameter names are Llama's.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from smoltrain import files, model
+from smoltrain import model
+from smoltrain.data.companions import read_object
 from smoltrain.errors import Problem, UserError, invalid, seen
 from smoltrain.schema import ModelSection
 
@@ -189,7 +189,7 @@ def read(folder: Path) -> tuple[ModelSection, Tensors]:
     or pickled, and tensors that are missing, unknown or of another shape than config.json says.
     """
     file = folder / "config.json"
-    about = read_json(file)
+    about = read_object(file)
     section = section_of(about, file)
     name = about["architectures"][0]
     theirs = _tidied(name, section, read_weights(folder), folder)
@@ -220,17 +220,6 @@ def check_tensors(want: dict[str, torch.Size], have: Tensors, where: Path) -> No
         raise UserError(*wrong[:5])
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Errors: UserError if there is none."""
-    try:
-        value = json.loads(files.read_text(file))
-        if not isinstance(value, dict):
-            raise TypeError(f"it holds a {type(value).__name__}")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(Problem(f"{file.name} cannot be read", str(error), "a JSON object", str(file))) from None
-    return value
-
-
 def read_safetensors(file: Path) -> Tensors:
     """All tensors of a file. Errors: UserError if it is missing or not whole."""
     try:
@@ -248,7 +237,7 @@ def read_weights(folder: Path) -> Tensors:
         pickles = sorted(p.name for p in folder.glob("*.bin"))
         saw = f"{pickles[0]}, a pickle, which could run code" if pickles else "neither of the two"
         raise UserError(Problem("the folder has no weights", saw, f"model.safetensors or {INDEX}", str(folder)))
-    names = read_json(folder / INDEX).get("weight_map")
+    names = read_object(folder / INDEX).get("weight_map")
     shards = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
     if not shards or any(Path(shard).name != shard for shard in shards):
         saw, want = seen(shards), "a weight_map that names files of the folder"
@@ -260,8 +249,10 @@ def _tidied(name: str, section: ModelSection, theirs: Tensors, folder: Path) -> 
     """What a file may say otherwise: no prefix, the old name of the head, buffers, the tied table twice."""
     prefix = PREFIXES[name]
     kept = {n if n.startswith((prefix, "lm_head.", "embed_out.")) else prefix + n: x for n, x in theirs.items()}
-    kept = {n.replace("embed_out.", "lm_head."): x for n, x in kept.items() if not BUFFERS.search(n)}
-    if section.tie_word_embeddings and (head := kept.pop("lm_head.weight", None)) is not None:
+    head_name = _their_name(name, "lm_head.weight")
+    heads = ("lm_head.weight", "embed_out.weight")
+    kept = {head_name if n in heads else n: x for n, x in kept.items() if not BUFFERS.search(n)}
+    if section.tie_word_embeddings and (head := kept.pop(head_name, None)) is not None:
         table = kept.get(_their_name(name, "embed_tokens.weight"))
         if table is not None and not torch.equal(head, table):
             want = "equal ones, or tie_word_embeddings false"
@@ -311,7 +302,7 @@ def _groups(name: str, section: ModelSection) -> dict[str, list[str]]:
 def _their_name(name: str, ours: str) -> str:
     module, _, kind = ours.rpartition(".")
     if module == "lm_head":
-        return ours
+        return "embed_out.weight" if name == NEOX else ours  # transformers 5 takes this name too, 4 takes no other
     if name not in MODULES:
         return f"{PREFIXES[name]}{ours}"
     if not module.startswith("layers."):

@@ -2,14 +2,16 @@
 
 import re
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from smoltrain import checkpoint, config, huggingface, model
+from smoltrain.data import companions
 from smoltrain.data.tokenizer import FILE, Tokenizer
 from smoltrain.errors import Problem, UserError, invalid
 from smoltrain.generate import generate, spoken
@@ -33,6 +35,7 @@ class LoadedRun:
     step: int | None = None  # of the checkpoint; None for a Hugging Face folder, as are the next two
     manifest: checkpoint.Manifest | None = None
     config: Config | None = None
+    inherited: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json that came with the weights
 
     def text(self, prompt: str, settings: GenerationSection, *, greedy: bool, seed: int) -> Iterator[str]:
         """Pieces of the text behind a prompt, as they come; an empty prompt begins a document.
@@ -40,10 +43,18 @@ class LoadedRun:
         Errors: UserError, at once, for a prompt that is too long.
         """
         ids = self.tokenizer.encode(prompt) or [self.tokenizer.separator_id]
-        banned = self.tokenizer.unspoken_ids(self.model.section.vocab_size)
-        stop = self.tokenizer.separator_id
-        new = generate(self.model, ids, settings, stop_id=stop, banned_ids=banned, greedy=greedy, seed=seed)
+        new = self.new_ids(ids, settings, greedy=greedy, seed=seed)
         return spoken(ids, new, self.tokenizer.decode)
+
+    def new_ids(self, ids: list[int], settings: GenerationSection, *, greedy: bool, seed: int = 0) -> Iterator[int]:
+        """What the model writes behind ids, up to any end of the text. Errors: as `text`."""
+        banned = self.tokenizer.unused_ids(self.model.section.vocab_size)
+        return generate(self.model, ids, settings, stop_ids=self.end_ids, banned_ids=banned, greedy=greedy, seed=seed)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end a text: the separator, and those that its authors named, as the end of a turn in a chat."""
+        return end_ids(self.tokenizer, self.inherited)
 
 
 def load_run(source: str, step: int | None = None, runs: Path = RUNS) -> LoadedRun:
@@ -63,8 +74,10 @@ def load_run(source: str, step: int | None = None, runs: Path = RUNS) -> LoadedR
     settings = config.read(folder / "config.yaml")
     change = "the RUN argument" if step is None else "--checkpoint"
     manifest = valid_manifest(folder, named if step is None else step, change, _warn)
+    # Compared first with a model that takes no memory: a config that is not theirs may ask for any amount of it.
+    bare = model.build(settings.model, device="meta")
+    weights = read_weights(checkpoint.folder_of(folder / "checkpoints", manifest.step), bare)
     built = model.build(settings.model)
-    weights = read_weights(checkpoint.folder_of(folder / "checkpoints", manifest.step), built)
     built.load_state_dict({name: x.float() for name, x in weights.items()}, strict=False)
     wants = settings.tokenizer
     tokenizer = Tokenizer.from_folder(folder / "tokenizer", wants.separator, wants.pad)
@@ -72,8 +85,15 @@ def load_run(source: str, step: int | None = None, runs: Path = RUNS) -> LoadedR
     dtype = huggingface.stored_dtype(weights.values())
     seed = settings.run.seed
     return LoadedRun(
-        built.eval(), dtype, tokenizer, settings.generation, seed, folder, manifest.step, manifest, settings
-    )
+        built.eval(), dtype, tokenizer, settings.generation, seed, folder, manifest.step, manifest, settings,
+        companions.generation(folder / "tokenizer"),
+    )  # fmt: skip
+
+
+def end_ids(tokenizer: Tokenizer, inherited: Mapping[str, Any]) -> list[int]:
+    """The separator, and what a generation_config.json names as the end of a text."""
+    theirs = [i for i in companions.end_ids(inherited) if i < tokenizer.num_ids]
+    return theirs if tokenizer.separator_id in theirs else [tokenizer.separator_id, *theirs]
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -150,29 +170,47 @@ def _from_huggingface(folder: Path) -> LoadedRun:
     built.load_state_dict({name: x.float() for name, x in weights.items()})
     if not (folder / FILE).is_file():
         raise UserError(Problem("the folder has no tokenizer", f"no {FILE}", "the tokenizer's own file", str(folder)))
-    tokenizer = Tokenizer.from_folder(folder, *_special_words(folder))
+    inherited = companions.generation(folder)
+    tokenizer = Tokenizer.from_folder(folder, *_special_words(folder, inherited))
     _check_ids(tokenizer, built, folder / FILE)
     dtype = huggingface.stored_dtype(weights.values())
-    return LoadedRun(built.eval(), dtype, tokenizer, _generation(folder), RunSection().seed, folder)
+    settings = _generation(inherited, folder / companions.GENERATION)
+    return LoadedRun(built.eval(), dtype, tokenizer, settings, RunSection().seed, folder, inherited=inherited)
 
 
-def _special_words(folder: Path) -> tuple[str, str | None]:
-    """The tokens that end a text and that pad, which tokenizer_config.json holds as text or as an object."""
-    file = folder / "tokenizer_config.json"
-    about = huggingface.read_json(file)
-    end, pad = (x.get("content") if isinstance(x := about.get(key), dict) else x for key in ("eos_token", "pad_token"))
-    if not isinstance(end, str):
-        raise UserError(Problem("nothing says which token ends a text", "no eos_token", "a special token", str(file)))
-    return end, pad if isinstance(pad, str) else None
+def has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer of a Hugging Face folder is this one."""
+    try:
+        theirs = Tokenizer.from_folder(folder, *_special_words(folder, companions.generation(folder)))
+    except UserError:  # it has none, or none that can be read
+        return False
+    return theirs.fingerprint() == tokenizer.fingerprint()
 
 
-def _generation(folder: Path) -> GenerationSection:
-    """The sampling settings of generation_config.json, where it samples; else the defaults."""
-    file = folder / "generation_config.json"
-    about = huggingface.read_json(file) if file.is_file() else {}
-    if not about.get("do_sample"):
-        return GenerationSection()
+def _special_words(folder: Path, inherited: Mapping[str, Any]) -> tuple[str | int, str | None]:
+    """The token that ends a text, or its id, and the one that pads.
+
+    The first is named by the tokenizer's files, or by those of the model: published folders differ in this.
+    """
+    beside = companions.read(folder)
+    end = beside.word("eos_token")
+    if end is None:
+        ids = companions.end_ids(inherited)
+        if not ids:
+            saw = f"no eos_token in {companions.CONFIG} or {companions.MAP}, no eos_token_id in config.json"
+            raise UserError(Problem("nothing says which token ends a text", saw, "one of these", str(folder)))
+        return ids[0], None
+    return end, beside.word("pad_token")
+
+
+def _generation(about: Mapping[str, Any], file: Path) -> GenerationSection:
+    """The sampling settings of generation_config.json, where it says whether it samples; else the defaults."""
     names = {"max_tokens": "max_new_tokens", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p"}
+    match about.get("do_sample"):
+        case None:
+            return GenerationSection()
+        case False:
+            names, about = {"max_tokens": "max_new_tokens", "temperature": "temperature"}, {**about, "temperature": 0}
     try:
         return GenerationSection(**{ours: about[name] for ours, name in names.items() if about.get(name) is not None})
     except ValidationError as error:

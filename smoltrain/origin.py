@@ -5,8 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from smoltrain import checkpoint, huggingface, ledger, loading, spikes
+from smoltrain import checkpoint, files, huggingface, ledger, loading, spikes
 from smoltrain.checkpoint import Manifest
+from smoltrain.data import companions
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import Problem, UserError
 from smoltrain.model import HuggingFaceModel, LanguageModel
@@ -82,6 +83,25 @@ def load_weights(origin: Origin, config: Config, model: LanguageModel, tokenizer
         what, want = "the weights were trained with another tokenizer", f"the one beside them in {origin.weights_from}"
         raise UserError(Problem(what, config.tokenizer.name, want, "tokenizer.name"))
     model.load_state_dict(loaded.model.state_dict())
+
+
+def keep_generation(origin: Origin, config: Config, tokenizer: Tokenizer, say: Callable[[str], None]) -> None:
+    """Beside the tokenizer: how the authors of the weights want them to write, and all ids that end a text.
+
+    Once, by one process, when a run begins. What another tokenizer's ids mean is not known, so it is left out.
+    """
+    kept = config.run_folder / "tokenizer" / companions.GENERATION
+    kept.unlink(missing_ok=True)  # of a start before, which took other weights
+    source = origin.weights_from
+    if source is None:
+        return
+    theirs = loading.is_huggingface(Path(source))
+    folder = Path(source) if theirs else loading.locate(source, config.run.folder, "init.from")[0] / "tokenizer"
+    about = companions.generation(folder)
+    if about and theirs and not loading.has_tokenizer(folder, tokenizer):
+        say(f"{companions.GENERATION} of {source} is left out: its token ids are those of another tokenizer")
+    elif about:
+        files.write_json(kept, about)
 
 
 def _load_as_is(folder: Path, model: HuggingFaceModel) -> None:

@@ -9,6 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+# Beyond any model: what is larger is a slip, and would take all memory or time before it is refused.
+MOST = 2**31 - 1
+MOST_LAYERS = 1_000
+
 
 class Section(BaseModel):
     """Frozen; a key that is not a field is an error, and so is a number that is not finite."""
@@ -48,13 +52,15 @@ class ModelSection(Section):
     """The decoder's shape; names are those of transformers' LlamaConfig wherever it has one."""
 
     kind: Literal["decoder"] = Field(default="decoder", description="smoltrain's own decoder")
-    vocab_size: int = Field(gt=0, description="rows of the embedding table")
-    hidden_size: int = Field(gt=0, description="width of the residual stream")
-    num_hidden_layers: int = Field(gt=0, description="blocks")
-    num_attention_heads: int = Field(gt=0, description="query heads per block")
-    num_key_value_heads: int = Field(gt=0, description="key and value heads per block (fewer than queries: GQA)")
-    intermediate_size: int = Field(gt=0, description="width inside the MLP")
-    max_position_embeddings: int = Field(gt=0, description="longest sequence, tokens")
+    vocab_size: int = Field(gt=0, le=MOST, description="rows of the embedding table")
+    hidden_size: int = Field(gt=0, le=2**20, description="width of the residual stream")
+    num_hidden_layers: int = Field(gt=0, le=MOST_LAYERS, description="blocks")
+    num_attention_heads: int = Field(gt=0, le=2**20, description="query heads per block")
+    num_key_value_heads: int = Field(
+        gt=0, le=2**20, description="key and value heads per block (fewer than queries: GQA)"
+    )
+    intermediate_size: int = Field(gt=0, le=2**24, description="width inside the MLP")
+    max_position_embeddings: int = Field(gt=0, le=MOST, description="longest sequence, tokens")
     norm: Literal["rmsnorm", "layernorm"] = Field(default="rmsnorm", description="layernorm has weight and bias")
     rms_norm_eps: float = Field(default=1e-5, gt=0, description="added to the variance, in either norm")
     positions: Literal["rope", "learned"] = Field(default="rope", description="rotary, or a table of learned positions")
@@ -73,8 +79,8 @@ class TransformersSection(Section):
 
     kind: Literal["transformers"]
     model_type: str = Field(description="as in AutoConfig: llama, gpt2, gpt_neox, ...")
-    vocab_size: int = Field(gt=0, description="rows of the embedding table")
-    max_position_embeddings: int = Field(gt=0, description="longest sequence, tokens")
+    vocab_size: int = Field(gt=0, le=MOST, description="rows of the embedding table")
+    max_position_embeddings: int = Field(gt=0, le=MOST, description="longest sequence, tokens")
     config: dict[str, Any] = Field(default={}, description="the other keys of that model's config class")
 
     @field_validator("config", mode="before")
@@ -302,7 +308,7 @@ class GenerationSection(Section):
     """How text is sampled from the model, during training and by `smoltrain generate`."""
 
     max_tokens: int = Field(default=100, gt=0, description="new tokens at most")
-    temperature: float = Field(default=1.0, gt=0, description="divides the logits")
+    temperature: float = Field(default=1.0, ge=0, description="divides the logits; 0 takes the likeliest token")
     top_k: int = Field(default=0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
     top_p: float = Field(default=1.0, gt=0, le=1, description="keep the likeliest tokens that hold this probability")
 

@@ -22,6 +22,7 @@ from smoltrain import (
     engine,
     garbage,
     ledger,
+    loading,
     model,
     origin,
     plots,
@@ -29,6 +30,7 @@ from smoltrain import (
     track,
 )
 from smoltrain.checkpoint import WEIGHTS, Saver
+from smoltrain.data import companions
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.dist import StopFlag, World
 from smoltrain.engine import Engine
@@ -104,6 +106,8 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
         decoder = model.build(config.model, chosen.computing, document_mask=config.packing.document_mask)
         if begin.weights_from:
             origin.load_weights(begin, config, decoder, loader.prepared.tokenizer)
+        if begin.manifest is None:
+            world.on_first(lambda: origin.keep_generation(begin, config, loader.prepared.tokenizer, tracker.say))
         torch.manual_seed(config.run.seed + 1 + world.rank)  # other dropout on each
         watch.mark("engine")
         wrapped = engine.wrap(
@@ -253,7 +257,8 @@ def sample(
 
     Every rank samples the same text, as ZeRO-3's forward is collective.
     """
-    banned = tokenizer.unspoken_ids(config.model.vocab_size)
+    banned = tokenizer.unused_ids(config.model.vocab_size)
+    ends = loading.end_ids(tokenizer, companions.generation(config.run_folder / "tokenizer"))
     texts = []
     for prompt in config.sample.prompts:
         mark("sampling")
@@ -262,7 +267,7 @@ def sample(
         ids = tokenizer.encode(prompt) or [tokenizer.separator_id]
         with engine.evaluating():
             new = generate(
-                engine.module, ids, config.generation, stop_id=tokenizer.separator_id,
+                engine.module, ids, config.generation, stop_ids=ends,
                 banned_ids=banned, seed=config.run.seed,
             )  # fmt: skip
             texts.append((prompt, tokenizer.decode(list(new))))

@@ -18,7 +18,6 @@ from safetensors import safe_open
 
 from smoltrain import data, huggingface
 from smoltrain.errors import TrainingStopped
-from smoltrain.generate import generate
 from smoltrain.loading import LoadedRun
 from smoltrain.schema import GenerationSection
 
@@ -60,7 +59,7 @@ def verify(loaded: LoadedRun, folder: Path) -> Verdict:
     """
     asked = cases(loaded)
     with tempfile.TemporaryDirectory() as scratch:
-        answers = _reload(folder, asked, Path(scratch))
+        answers = _reload(loaded, folder, asked, Path(scratch))
         if answers["not_loaded"]:
             raise TrainingStopped(f"transformers could not place tensors of the export: {answers['not_loaded'][:3]}")
         differences = [0.0]
@@ -109,11 +108,13 @@ def _validation_ids(loaded: LoadedRun) -> list[int]:
     return tokens.rows(np.zeros(1, int), min(len(tokens), NUM_CASES * LONG_CASE_TOKENS))[0].tolist()
 
 
-def _reload(folder: Path, asked: list[Case], scratch: Path) -> dict:
+def _reload(loaded: LoadedRun, folder: Path, asked: list[Case], scratch: Path) -> dict:
     """What the script answers in a process that has transformers and cannot import smoltrain."""
     question = {
         "trust_remote_code": (folder / huggingface.CODE.name).is_file(),
         "cases": [asdict(case) for case in asked],
+        "end_ids": loaded.end_ids,
+        "unused_ids": loaded.tokenizer.unused_ids(loaded.model.section.vocab_size),
     }
     (scratch / "cases.json").write_text(json.dumps(question), encoding="utf-8")
     own = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules"), "CUDA_VISIBLE_DEVICES": ""}
@@ -137,20 +138,12 @@ def _difference(loaded: LoadedRun, case: Case, theirs_TV: torch.Tensor) -> float
 
 def _check_text(loaded: LoadedRun, case: Case, answer: dict) -> None:
     """Errors: TrainingStopped if the tokenizer gives other ids, or greedy generation another text."""
-    tokenizer, section = loaded.tokenizer, loaded.model.section
+    tokenizer = loaded.tokenizer
     if case.text is not None and answer["ids"] != case.ids:
         raise TrainingStopped(f"the export's tokenizer gives other ids for {case.text!r}; it was deleted")
     if not case.new_tokens:
         return
-    new = generate(
-        loaded.model,
-        case.ids,
-        GenerationSection(max_tokens=case.new_tokens),
-        stop_id=tokenizer.separator_id,
-        banned_ids=tokenizer.unspoken_ids(section.vocab_size),
-        greedy=True,
-    )
-    ids = list(new)
+    ids = list(loaded.new_ids(case.ids, GenerationSection(max_tokens=case.new_tokens), greedy=True))
     if (answer["new"], answer["text"]) != (ids, tokenizer.decode(case.ids + ids)):
         saw, want = answer["text"], tokenizer.decode(case.ids + ids)
         raise TrainingStopped(f"the export goes on with another text: {saw!r}, not {want!r}; it was deleted")

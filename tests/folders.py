@@ -5,9 +5,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import tokenizers
 import torch
 from safetensors.torch import save_file
+from tokenizers import AddedToken, processors
 
 from smoltrain import checkpoint, data, files, huggingface, model, runfolder
 from smoltrain.checkpoint.manifest import Record
@@ -89,3 +92,54 @@ def hub(folder: Path, section: ModelSection, *, dtype: torch.dtype = torch.float
     shutil.copy(huggingface.CODE, folder)
     tokenizer().save(folder)
     return built
+
+
+CHAT_SHAPE = ModelSection(
+    vocab_size=330,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    intermediate_size=64,
+    max_position_embeddings=64,
+)
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|user|>{{ m['role'] }}: {{ m['content'] }}<|turn|>\n{% endfor %}"
+)
+CHAT_GENERATION = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.1, "min_p": 0.05}
+
+
+def chat(folder: Path, *, template_file: bool = False, **about: Any) -> dict[str, int]:
+    """A Hugging Face folder of a model that chats: it has what authors put beside weights. Returns its special ids."""
+    hub(folder, CHAT_SHAPE)
+    (folder / huggingface.CODE.name).unlink()
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    words = ("<|user|>", "<|turn|>", "<|begin|>", "<|tool|>")
+    inner.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in words])
+    ids = {word: inner.token_to_id(word) for word in (SEPARATOR, *words)}
+    begin = ("<|begin|>", ids["<|begin|>"])
+    inner.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[begin])
+    inner.save(str(folder / "tokenizer.json"))
+    said: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin|>",
+        "eos_token": SEPARATOR,
+        "pad_token": "<|turn|>",
+        "additional_special_tokens": ["<|user|>", "<|turn|>", "<|tool|>"],
+        "padding_side": "left",
+        "truncation_side": "left",
+        "add_bos_token": True,
+        "name_or_path": "/home/somebody/chat",
+        "chat_template": CHAT_TEMPLATE,
+    }
+    if template_file:
+        del said["chat_template"]
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("TOOLS " + CHAT_TEMPLATE)
+    (folder / "tokenizer_config.json").write_text(json.dumps(said | about))
+    ends = {"eos_token_id": [ids[SEPARATOR], ids["<|turn|>"]], "bos_token_id": ids["<|begin|>"]}
+    (folder / "generation_config.json").write_text(
+        json.dumps(CHAT_GENERATION | ends | {"transformers_version": "4.40"})
+    )
+    return ids

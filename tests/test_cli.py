@@ -210,11 +210,11 @@ def test_train_ends_as_the_run_does(
 class Bytes:
     """A tokenizer whose ids are bytes; 0 separates, 255 is special too. Like real ones it decodes neither."""
 
-    separator_id = 0
+    separator_id, num_ids = 0, 256
     special_ids = frozenset({0, 255})
 
-    def unspoken_ids(self, vocab_size: int) -> list[int]:
-        return [*sorted(self.special_ids), *range(256, vocab_size)]
+    def unused_ids(self, vocab_size: int) -> list[int]:
+        return list(range(256, vocab_size))
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -253,7 +253,7 @@ def test_generate_takes_the_settings_of_the_run(run: Run, generated: SimpleNames
     ((model, ids, settings, options),) = generated.drawn
     assert (model.section.vocab_size, ids) == (260, list(b"Romeo, "))
     assert settings == config.load(EXAMPLE).generation
-    assert options == {"stop_id": 0, "banned_ids": [0, 255, 256, 257, 258, 259], "greedy": False, "seed": 7}
+    assert options == {"stop_ids": [0], "banned_ids": [256, 257, 258, 259], "greedy": False, "seed": 7}
 
 
 def test_generate_passes_its_options_on(run: Run, generated: SimpleNamespace):
@@ -267,9 +267,9 @@ def test_generate_passes_its_options_on(run: Run, generated: SimpleNamespace):
 
 
 def test_generate_refuses_bad_settings(run: Run, generated: SimpleNamespace):
-    code, out, err = run("generate", "quickstart", "--temperature", "0", "--top-p", "2")
+    code, out, err = run("generate", "quickstart", "--temperature", "-1", "--top-p", "2")
     assert (code, out, err.count("\n")) == (2, "", 2)
-    assert err.startswith("error: generation.temperature is not valid: saw 0.0, want greater than 0; change --temp")
+    assert err.startswith("error: generation.temperature is not valid: saw -1.0, want greater than or equal to 0")
     assert not generated.drawn
 
 

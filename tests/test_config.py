@@ -295,9 +295,9 @@ def test_given_options_revise_the_settings():
 
 def test_bad_options_name_themselves():
     with pytest.raises(UserError) as caught:
-        config.revise(config.load(EXAMPLE).generation, temperature=0, top_p=2)
+        config.revise(config.load(EXAMPLE).generation, temperature=-1, top_p=2)
     assert [str(p) for p in caught.value.problems] == [
-        "generation.temperature is not valid: saw 0, want greater than 0; change --temperature",
+        "generation.temperature is not valid: saw -1, want greater than or equal to 0; change --temperature",
         "generation.top_p is not valid: saw 2, want less than or equal to 1; change --top-p",
     ]
 

@@ -121,7 +121,7 @@ def test_a_banned_token_is_never_drawn():
 
 
 def test_the_cache_gives_what_the_whole_text_gives(model: LanguageModel):
-    assert list(generate(model, PROMPT, settings(), stop_id=None, greedy=True)) == naive(model, PROMPT, 10)
+    assert list(generate(model, PROMPT, settings(), stop_ids=(), greedy=True)) == naive(model, PROMPT, 10)
 
 
 def test_greedy_text_is_that_of_transformers():
@@ -130,7 +130,7 @@ def test_greedy_text_is_that_of_transformers():
     theirs = model.inner.eval().generate(
         torch.tensor([PROMPT]), attention_mask=torch.ones(1, 5), max_new_tokens=20, do_sample=False, pad_token_id=0
     )
-    ours = list(generate(model, PROMPT, settings(max_tokens=20), stop_id=None, greedy=True))
+    ours = list(generate(model, PROMPT, settings(max_tokens=20), stop_ids=(), greedy=True))
     assert PROMPT + ours == theirs[0].tolist()
     assert len(set(ours)) > 3
 
@@ -138,14 +138,14 @@ def test_greedy_text_is_that_of_transformers():
 def test_only_the_last_logits_are_made(model: LanguageModel):
     made: list[torch.Size] = []
     hook = model.register_forward_hook(lambda module, args, out: made.append(out.shape))
-    list(generate(model, PROMPT, settings(max_tokens=3), stop_id=None))
+    list(generate(model, PROMPT, settings(max_tokens=3), stop_ids=()))
     hook.remove()
     assert made == [(1, 1, 40)] * 3
 
 
 def test_one_seed_one_text(model: LanguageModel):
     def text(seed: int) -> list[int]:
-        return list(generate(model, PROMPT, settings(max_tokens=20), stop_id=None, seed=seed))
+        return list(generate(model, PROMPT, settings(max_tokens=20), stop_ids=(), seed=seed))
 
     assert text(7) == text(7)
     assert text(7) != text(8)
@@ -154,27 +154,27 @@ def test_one_seed_one_text(model: LanguageModel):
 def test_it_stops_at_the_stop_token_and_does_not_yield_it(model: LanguageModel):
     whole = naive(model, PROMPT, 10)
     stop = whole[4]
-    assert list(generate(model, PROMPT, settings(), stop_id=stop, greedy=True)) == whole[: whole.index(stop)]
+    assert list(generate(model, PROMPT, settings(), stop_ids=[stop], greedy=True)) == whole[: whole.index(stop)]
 
 
 def test_banned_ids_are_avoided_but_the_stop_token_is_not(model: LanguageModel):
     first = naive(model, PROMPT, 1)[0]
-    assert list(generate(model, PROMPT, settings(), stop_id=first, banned_ids=[first], greedy=True)) == []
+    assert list(generate(model, PROMPT, settings(), stop_ids=[first], banned_ids=[first], greedy=True)) == []
     banned = [i for i in range(40) if i not in (8, 9)]
-    drawn = list(generate(model, PROMPT, settings(max_tokens=25), stop_id=None, banned_ids=banned))
+    drawn = list(generate(model, PROMPT, settings(max_tokens=25), stop_ids=(), banned_ids=banned))
     assert set(drawn) == {8, 9}
-    assert first not in list(generate(model, PROMPT, settings(), stop_id=None, banned_ids=(first,), greedy=True))
+    assert first not in list(generate(model, PROMPT, settings(), stop_ids=(), banned_ids=(first,), greedy=True))
 
 
 @pytest.mark.parametrize(("prompt", "new"), [(5, 27), (30, 2), (31, 1)])
 def test_it_stops_when_positions_are_used_up(model: LanguageModel, prompt: int, new: int):
-    assert len(list(generate(model, [1] * prompt, settings(max_tokens=99), stop_id=None))) == new
+    assert len(list(generate(model, [1] * prompt, settings(max_tokens=99), stop_ids=()))) == new
 
 
 @pytest.mark.parametrize(("prompt", "saw"), [([], "no tokens"), ([1] * 32, "32 tokens"), ([1] * 40, "40 tokens")])
 def test_a_prompt_that_cannot_be_continued_is_refused_at_once(model: LanguageModel, prompt: list[int], saw: str):
     with pytest.raises(UserError) as error:
-        generate(model, prompt, settings(), stop_id=None)
+        generate(model, prompt, settings(), stop_ids=())
     assert error.value.problems[0].saw == saw
 
 
@@ -185,7 +185,7 @@ def test_the_caller_finds_everything_as_it_was(model: LanguageModel):
     for training in (True, False):
         model.train(training)
         before = state()
-        ids = generate(model, PROMPT, settings(), stop_id=None)
+        ids = generate(model, PROMPT, settings(), stop_ids=())
         for _ in range(3):  # also between two tokens, and when abandoned
             next(ids)
             training_now, grad_now, rng_now = state()

@@ -180,10 +180,10 @@ def test_its_way_to_sample_is_kept(hub: Path):
     (hub / "generation_config.json").write_text(json.dumps(about))
     want = GenerationSection(temperature=0.6, top_k=40, max_tokens=7)
     assert load_run(str(hub)).generation == want
-    edit(hub / "generation_config.json", temperature=0)
-    assert problem(hub).startswith("temperature is not valid: saw 0, want greater than 0")
+    edit(hub / "generation_config.json", temperature=-1)
+    assert problem(hub).startswith("temperature is not valid: saw -1, want greater than or equal to 0")
     edit(hub / "generation_config.json", do_sample=False)
-    assert load_run(str(hub)).generation == GenerationSection(), "a folder that is greedy says nothing of sampling"
+    assert load_run(str(hub)).generation == GenerationSection(temperature=0, max_tokens=7), "it is greedy"
 
 
 def test_its_special_tokens_may_be_objects(hub: Path):
@@ -195,13 +195,53 @@ def test_its_special_tokens_may_be_objects(hub: Path):
     assert problem(hub).startswith("nothing says which token ends a text")
 
 
+def write(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(values))
+
+
+ENDS: dict[str, Callable[[Path], object]] = {
+    "config.json": lambda f: edit(f / "config.json", eos_token_id=0),
+    "a list in config.json": lambda f: edit(f / "config.json", eos_token_id=[0, 7]),
+    "its text_config": lambda f: edit(f / "config.json", text_config={"eos_token_id": 0}),
+    "generation_config.json": lambda f: write(f / "generation_config.json", eos_token_id=0),
+    "a list there": lambda f: write(f / "generation_config.json", eos_token_id=[0, 7]),
+    "one of two": lambda f: (write(f / "generation_config.json"), edit(f / "config.json", eos_token_id=0)),
+    "special_tokens_map.json": lambda f: write(f / "special_tokens_map.json", eos_token=folders.SEPARATOR),
+    "an object there": lambda f: write(f / "special_tokens_map.json", eos_token={"content": folders.SEPARATOR}),
+}
+
+
+@pytest.mark.parametrize("bare", [True, False], ids=["no tokenizer_config", "one without an end"])
+@pytest.mark.parametrize("where", ENDS)
+def test_the_end_of_a_text_may_stand_in_any_file(hub: Path, where: str, bare: bool):
+    if bare:
+        (hub / "tokenizer_config.json").unlink()
+    else:
+        write(hub / "tokenizer_config.json", model_max_length=64)
+    assert problem(hub).startswith("nothing says which token ends a text")
+    ENDS[where](hub)
+    loaded = load_run(str(hub))
+    assert (loaded.tokenizer.separator, loaded.end_ids) == (folders.SEPARATOR, [0, 7] if "list" in where else [0])
+    assert "".join(loaded.text("the king", GenerationSection(max_tokens=3), greedy=True, seed=0)) is not None
+
+
+@pytest.mark.parametrize("said", [True, "0", -1, None, [], 1.5, {"id": 0}, 10**9])
+def test_an_end_that_is_none(hub: Path, said: object):
+    write(hub / "tokenizer_config.json")
+    edit(hub / "config.json", eos_token_id=said)
+    assert "of a text" in problem(hub) or "ends a text" in problem(hub)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda f: (f / FILE).unlink(), f"the folder has no tokenizer: saw no {FILE}"),
         (lambda f: (f / FILE).write_text("{}"), "the tokenizer cannot be read"),
-        (lambda f: (f / "tokenizer_config.json").unlink(), "tokenizer_config.json cannot be read"),
+        (lambda f: (f / "tokenizer_config.json").unlink(), "nothing says which token ends a text"),
+        (lambda f: (f / "tokenizer_config.json").write_text("[]"), "tokenizer_config.json cannot be read"),
+        (lambda f: (f / "config.json").write_text("[" * 200_000), "config.json cannot be read: saw values nested"),
         (lambda f: (f / "model.safetensors").write_bytes(b"cut"), "the weights cannot be read"),
+        (lambda f: edit(f / "config.json", num_hidden_layers=10**9), "num_hidden_layers is not valid"),
         (lambda f: edit(f / "config.json", architectures=["BloomForCausalLM"]), "the folder's class is not supported"),
         (
             lambda f: edit(f / "config.json", vocab_size=400),

@@ -89,7 +89,7 @@ def test_the_decoder_writes_the_tokens_of_transformers(ours: LoadedRun, theirs: 
     for text in TEXTS:
         x = ids(ours, text)
         settings = GenerationSection(max_tokens=64)
-        mine = list(generate(ours.model, x[0].tolist(), settings, stop_id=None, greedy=True))
+        mine = list(generate(ours.model, x[0].tolist(), settings, stop_ids=(), greedy=True))
         options = {"do_sample": False, "max_new_tokens": 64, "eos_token_id": None, "pad_token_id": 0}
         wanted = theirs.generate(x, attention_mask=torch.ones_like(x), **options)
         assert mine == wanted[0, x.size(1) :].tolist(), text

@@ -1,4 +1,4 @@
-"""Read from the Hugging Face Hub: a tokenizer.json, and which files a dataset has. Nothing is written there.
+"""Read from the Hugging Face Hub: a tokenizer, and which files a dataset has. Nothing is written there.
 
 HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and the cache work as huggingface_hub documents them. It would try a Hub that is
 out of reach for half a minute, so the first question of each kind is asked here, once and with a limit.
@@ -22,6 +22,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
+from smoltrain.data import companions
 from smoltrain.data.sources import file_system, one_line
 from smoltrain.data.tokenizer import FILE
 from smoltrain.errors import Problem, UserError, nearest
@@ -38,14 +39,19 @@ def is_name(name: str) -> bool:
 
 
 def tokenizer_file(name: str) -> Path:
-    """The tokenizer.json of the repository OWNER/NAME, in the Hub's cache on this machine.
+    """The tokenizer.json of the repository OWNER/NAME, in the Hub's cache on this machine; companions.py beside it.
 
     Errors: UserError if there is none, or the Hub does not answer within ANSWER_S and the cache does not have it.
     """
     try:
         url = hf_hub_url(name, FILE)
         within(ANSWER_S, lambda: get_hf_file_metadata(url, timeout=ANSWER_S))
-        return Path(hf_hub_download(name, FILE))
+        file = Path(hf_hub_download(name, FILE))
+        held = within(ANSWER_S, lambda: HfApi().model_info(name, timeout=ANSWER_S)).siblings or ()
+        for other in held:
+            if companions.is_one(other.rfilename):
+                hf_hub_download(name, other.rfilename)
+        return file
     except Exception as error:  # of the library, of its HTTP client, of the system: there is no common base
         cached = None if _has_answered(error) else try_to_load_from_cache(name, FILE)
         if isinstance(cached, str):

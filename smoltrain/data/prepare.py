@@ -360,7 +360,8 @@ def _prepare_shared(
             damage.mend_tokenizer(home / "tokenizer", made, tokenizer)
             damage.mend(config, made, home / "data", listed, tokenizer)
     check_rows(made, config, rows_per_step)
-    _finish(config.run_folder, tokenizer, made | {"cache": key})
+    # Two tokenizers of equal ids may have other chat templates: the cache holds those of whoever made it.
+    _finish(config.run_folder, given or tokenizer, made | {"cache": key})
 
 
 def _refuse_links(home: Path) -> None:

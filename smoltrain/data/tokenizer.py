@@ -10,7 +10,9 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from smoltrain.data import companions
 from smoltrain.data import special as special_tokens
+from smoltrain.data.companions import Companions
 from smoltrain.errors import Problem, UserError
 
 FILE = "tokenizer.json"
@@ -53,9 +55,16 @@ class Tokenizer:
     document can forge an end of document. Whoever loads the saved file elsewhere may find special tokens in a text.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, separator: str, pad: str | None = None) -> None:
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        separator: str,
+        pad: str | None = None,
+        beside: Companions | None = None,
+    ) -> None:
         """Takes over `inner`, and adds `pad` behind its last id unless it is a special token already.
 
+        `beside` is what came with it, and goes where it is saved.
         Errors: UserError if `separator` is none of its special tokens, or `pad` cannot be one, or a special token is a
         letter that a byte-level tokenizer needs.
         """
@@ -76,6 +85,7 @@ class Tokenizer:
         self._inner = inner
         about = json.loads(inner.to_str())
         self._of_text = special_tokens.out_of_reach(inner, about)
+        self.beside = beside or Companions()
         self.separator, self.pad = separator, pad
         self.separator_id = special[separator]
         self.pad_id = None if pad is None else special[pad]
@@ -85,8 +95,11 @@ class Tokenizer:
         self.num_ids = _num_ids(inner)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, separator: str, pad: str | None = None) -> "Tokenizer":
-        """That of FOLDER/tokenizer.json. Errors: UserError if it is missing or unreadable, and those of Tokenizer."""
+    def from_folder(cls, folder: str | Path, separator: str | int, pad: str | None = None) -> "Tokenizer":
+        """That of FOLDER/tokenizer.json and what stands beside it; the separator may be named by its id.
+
+        Errors: UserError if it is missing or unreadable, and those of Tokenizer.
+        """
         file = Path(folder).expanduser() / FILE
         if not file.is_file():
             saw = f"no {FILE} in {folder}" if file.parent.is_dir() else f"no folder {folder}"
@@ -97,7 +110,15 @@ class Tokenizer:
         except Exception as error:  # the library raises nothing more precise
             reason = " ".join(str(error).split())
             raise UserError(Problem("the tokenizer cannot be read", reason, f"a valid {FILE}", str(file))) from None
-        return cls(inner, separator, pad)
+        beside = companions.read(file.parent)
+        word = separator
+        if isinstance(separator, int):  # the library takes no number of more than 32 bits
+            word = inner.id_to_token(separator) if separator < _num_ids(inner) else None
+        if word is None:
+            raise UserError(Problem("the end of a text has no token", f"id {separator}", "an id it has", str(file)))
+        ends = {word} if isinstance(separator, int) else set()
+        _make_special(inner, beside.special | ends)
+        return cls(inner, word, pad, beside)
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int, separator: str, pad: str | None = None) -> "Tokenizer":
@@ -141,9 +162,13 @@ class Tokenizer:
         """The text of ids; special ones are left out, bytes that are no UTF-8 become U+FFFD."""
         return self._inner.decode(list(ids), skip_special_tokens=True)
 
-    def unspoken_ids(self, vocab_size: int) -> list[int]:
-        """Ids that stand for no text: the special ones, and rows of a model's table beyond this tokenizer's ids."""
-        return [*sorted(self.special_ids), *range(self.num_ids, vocab_size)]
+    def id_of(self, word: str | None) -> int | None:
+        """The id of a token; None where there is none."""
+        return None if word is None else self._inner.token_to_id(word)
+
+    def unused_ids(self, vocab_size: int) -> list[int]:
+        """Rows of a model's table that stand for no token: those beyond this tokenizer's ids, and gaps in them."""
+        return sorted(set(range(vocab_size)) - set(self._inner.get_vocab(with_added_tokens=True).values()))
 
     def bytes_per_id(self) -> np.ndarray:
         """How many bytes of UTF-8 text each id stands for, (num_ids,) int64; special tokens and gaps for none.
@@ -167,7 +192,8 @@ class Tokenizer:
         return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
 
     def save(self, folder: Path, model_max_length: int | None = None) -> None:
-        """Write tokenizer.json and what transformers' AutoTokenizer.from_pretrained needs beside it for equal ids.
+        """Write tokenizer.json, what transformers' AutoTokenizer.from_pretrained needs beside it for equal ids, and
+        what came with it: chat templates and special tokens.
 
         model_max_length (tokens) is the longest input that transformers lets pass without a warning.
         """
@@ -176,11 +202,12 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.separator,
             "clean_up_tokenization_spaces": False,  # true would delete spaces before punctuation when decoding
+            "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
         }
         about |= {} if self.pad is None else {"pad_token": self.pad}
         about |= {} if model_max_length is None else {"model_max_length": model_max_length}
         (folder / FILE).write_text(self._inner.to_str(), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        companions.write(self.beside, folder, about)
 
 
 def _special(word: str) -> AddedToken:
@@ -189,6 +216,16 @@ def _special(word: str) -> AddedToken:
 
 def _cannot_spell(saw: str, want: str) -> UserError:
     return UserError(Problem("a text has what the tokenizer cannot spell", saw, want, "tokenizer.name"))
+
+
+def _make_special(inner: tokenizers.Tokenizer, words: Iterable[str]) -> None:
+    """As transformers does with tokens that have a role, whatever tokenizer.json says of them; their ids stay."""
+    added = {token.content: token for token in inner.get_added_tokens_decoder().values()}
+    for word in sorted(words):
+        token = added.get(word, _special(word))
+        if inner.token_to_id(word) is not None and (word not in added or not token.special):
+            token.special = True
+            inner.add_special_tokens([token])
 
 
 def _num_ids(inner: tokenizers.Tokenizer) -> int:

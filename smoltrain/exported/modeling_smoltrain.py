@@ -1,6 +1,7 @@
 """smoltrain's decoder as a class of transformers, for shapes that none of transformers' own classes has.
 
-This file is copied into exports, so it needs torch and transformers and nothing else. Parameter names are Llama's.
+This file is copied into exports, so it needs torch and transformers (4.46 or newer) and nothing else.
+Parameter names are Llama's.
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
 Legend: B batch, T tokens, S keys (T and what the cache holds), D width of the residual stream, H query heads,
@@ -12,13 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 Rotary = tuple[Tensor, Tensor]
 
 
-class SmoltrainConfig(PreTrainedConfig):
+class SmoltrainConfig(PretrainedConfig):
     """The decoder's shape; the names are those of the `model` section of a recipe."""
 
     model_type = "smoltrain"
@@ -181,6 +182,14 @@ class SmoltrainModel(SmoltrainPreTrainedModel):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = norm(config)
         self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of tokens."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Another table."""
+        self.embed_tokens = value
 
     def forward(self, x_BTD: Tensor, attention_mask: Tensor | None, positions_BT: Tensor | None, cache: Any) -> Tensor:
         """The hidden states [B, T, D] of embedded tokens; with a cache they continue the tokens in it."""

@@ -1,6 +1,6 @@
 """Load an export with `transformers` alone and say what it answers: python -I reload.py FOLDER CASES.json ANSWERS
 
-CASES.json    {"trust_remote_code", "cases": [{"text": str or null, "ids": [...], "new_tokens": n}, ...]}
+CASES.json    {"trust_remote_code", "end_ids", "unused_ids", "cases": [{"text" or null, "ids", "new_tokens"}, ...]}
 ANSWERS       a folder, which receives answers.json (class, parameters, and per case the ids of the text, the new ids,
               and all of it as text) and logits.safetensors (fp32 [T, V] per case, named by its number)
 
@@ -15,8 +15,9 @@ from typing import Any
 sys.modules["smoltrain"] = None  # pyright: ignore[reportArgumentType] # from here on importing it is an error
 
 import torch  # noqa: E402
+import transformers  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: E402
 
 
 def main(folder: str, cases_file: str, answers: str) -> None:
@@ -24,14 +25,23 @@ def main(folder: str, cases_file: str, answers: str) -> None:
     asked = json.loads(Path(cases_file).read_text(encoding="utf-8"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     options = {"trust_remote_code": asked["trust_remote_code"], "output_loading_info": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    options["torch_dtype" if transformers.__version__.startswith("4.") else "dtype"] = torch.float32
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     model, report = loaded
     model.eval()
+    # In place of the folder's own settings, which may penalise or draw.
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        bos_token_id=asked["end_ids"][0],
+        eos_token_id=asked["end_ids"],
+        pad_token_id=asked["end_ids"][0],
+        suppress_tokens=asked["unused_ids"] or None,
+    )
     logits, told = {}, []
     for i, case in enumerate(asked["cases"]):
         with torch.no_grad():
             logits[str(i)] = model(torch.tensor([case["ids"]]), use_cache=False).logits[0].contiguous()
-        told.append(answer(model, tokenizer, case))
+        told.append(answer(model, tokenizer, case, asked["end_ids"]))
     save_file(logits, Path(answers) / "logits.safetensors")
     about = {
         "class": type(model).__name__,
@@ -42,7 +52,7 @@ def main(folder: str, cases_file: str, answers: str) -> None:
     (Path(answers) / "answers.json").write_text(json.dumps(about), encoding="utf-8")
 
 
-def answer(model: Any, tokenizer: Any, case: dict[str, Any]) -> dict[str, Any]:
+def answer(model: Any, tokenizer: Any, case: dict[str, Any], end_ids: list[int]) -> dict[str, Any]:
     """The ids of the case's text, and what the model writes next, greedily, up to the end of the text."""
     ids = None
     if case["text"] is not None:  # special tokens spelled out in a text are text
@@ -50,13 +60,10 @@ def answer(model: Any, tokenizer: Any, case: dict[str, Any]) -> dict[str, Any]:
     if not case["new_tokens"]:
         return {"ids": ids, "new": [], "text": ""}
     prompt = torch.tensor([case["ids"]])
-    # The sampling settings in generation_config.json would make transformers warn that they are not used.
-    greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    mask = torch.ones_like(prompt)
-    written = model.generate(prompt, attention_mask=mask, max_new_tokens=case["new_tokens"], **greedy)[0]
+    written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=case["new_tokens"])[0]
     new = written[len(case["ids"]) :].tolist()
-    if tokenizer.eos_token_id in new:
-        new = new[: new.index(tokenizer.eos_token_id)]
+    end = next((i for i, token in enumerate(new) if token in end_ids), len(new))
+    new = new[:end]
     return {"ids": ids, "new": new, "text": tokenizer.decode(case["ids"] + new, skip_special_tokens=True)}
 
 

@@ -18,7 +18,7 @@ from smoltrain.errors import Problem, UserError, nearest
 from smoltrain.model.attention import Kernel, document_starts
 from smoltrain.model.interface import Computing, LanguageModel
 from smoltrain.model.loss import summed_cross_entropy_of_logits
-from smoltrain.schema import TransformersSection
+from smoltrain.schema import MOST_LAYERS, TransformersSection
 
 ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # older names, which transformers still reads
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -180,6 +180,10 @@ def _config(section: TransformersSection) -> Any:
     # here that is a token like any other, for rows are full and nothing is padding.
     optional = {name for name in SPECIAL_IDS if name in keys and "None" in str(keys[name].annotation)}
     values = dict.fromkeys(optional) | values
+    layers = alias.get("num_hidden_layers", "num_hidden_layers")
+    if isinstance(values.get(layers), int) and values[layers] > MOST_LAYERS:
+        want = f"at most {MOST_LAYERS:,}"
+        raise UserError(Problem("too many blocks", f"{values[layers]:,}", want, f"model.config.{layers}"))
     try:
         return AutoConfig.for_model(kind, **values)
     except Exception as error:  # TypeErrors, ValueErrors and those of huggingface_hub's strict dataclasses

@@ -37,6 +37,13 @@ def lines(*texts: str) -> bytes:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
 
 
+BESIDE = {
+    "tokenizer_config.json": b'{"bos_token": "<|begin|>", "eos_token": "<|endoftext|>"}',
+    "chat_template.jinja": b"{{ messages }}",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+}
+
+
 def repos() -> list[Repo]:
     shards = {name: shard(TEXTS[i * NUM_ROWS : (i + 1) * NUM_ROWS]) for i, name in enumerate(SHARDS)}
     card = """---
@@ -63,7 +70,7 @@ configs:
         "table.csv": b"text\n1\n",
     }
     return [
-        Repo("me/tokenizer", {"tokenizer.json": TOKENIZER_JSON}),
+        Repo("me/tokenizer", {"tokenizer.json": TOKENIZER_JSON, "model.safetensors": b""} | BESIDE),
         Repo("me/gated", {"tokenizer.json": TOKENIZER_JSON}, token="hf_secret"),
         Repo("me/weights", {"config.json": b"{}"}),
         Repo("me/texts", shards, kind="datasets"),
@@ -96,6 +103,10 @@ def note(what, do):
 def tokenizer(name):
     return naming.named(TokenizerSection(name=name)).encode("Document number 1")
 
+def beside(name):
+    came = naming.named(TokenizerSection(name=name)).beside
+    return came.word("bos_token"), list(came.templates)
+
 def shards(held_out=False, **keys):
     section = DataSection(**{"hub": "me/texts"} | keys)
     commit = hub.revision(section)
@@ -127,6 +138,7 @@ def ledger(name, num_steps, **keys):
 
 ONLINE = """
 note("tokenizer", lambda: tokenizer("me/tokenizer"))
+note("beside", lambda: beside("me/tokenizer"))
 note("no file", lambda: tokenizer("me/weights"))
 note("no repository", lambda: tokenizer("me/nothing"))
 note("gated", lambda: tokenizer("me/gated"))
@@ -166,6 +178,7 @@ note("dataset", rows)
 from huggingface_hub import constants
 constants.HF_HUB_OFFLINE = True  # what HF_HUB_OFFLINE=1 sets
 note("offline, cached", lambda: tokenizer("me/tokenizer"))
+note("beside, cached", lambda: beside("me/tokenizer"))
 note("offline", lambda: tokenizer("me/other"))
 print(json.dumps(results))
 """
@@ -197,7 +210,9 @@ def test_a_tokenizer_comes_from_the_hub(said: dict[str, Any]):
     ids = TOKENIZER.encode("Document number 1")
     assert said["tokenizer"] == said["gated, token"] == [ids, ""]
     asked = [question for question in said["asked"] if "me/tokenizer" in question]
-    assert {question.rpartition("/")[2] for question in asked} == {"tokenizer.json"}  # and nothing else is downloaded
+    got = {question.partition("/resolve/main/")[2] for question in asked} - {""}
+    assert got == {"tokenizer.json", *BESIDE}, "and nothing else is downloaded"
+    assert said["beside"][0] == said["beside, cached"][0] == ["<|begin|>", list(BESIDE)[1:]]
 
 
 @pytest.mark.parametrize(
