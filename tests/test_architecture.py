@@ -16,7 +16,7 @@ LAYERS = (
     {"contradictions", "reshape", "compiling", "sums", "cores", "garbage"},
     {"config"},
     {"plan", "ds_config", "model", "data", "dist", "gradients", "plots", "runfolder", "watchdog"},
-    {"flat", "kernels"},
+    {"flat", "kernels", "wandb_run"},
     {"zero"},
     {"generate", "engine", "track", "huggingface", "ledger", "spikes", "estimate"},
     {"checkpoint", "step", "choices"},
@@ -29,7 +29,7 @@ LAYERS = (
 OWNERS = {
     "torch.distributed": "dist.py",
     "deepspeed": "engine.py",
-    "wandb": "track.py",
+    "wandb": "wandb_run.py",
     "flash_attn": "model/attention.py",
     "matplotlib": "plots.py",
     "gradio": "demo.py",
