@@ -20,6 +20,7 @@ from smoltrain.errors import DONE, FAULT
 from smoltrain.gradients import LayerGradient
 from smoltrain.runfolder import RunFolder
 from smoltrain.schema import Config
+from smoltrain.wandb_id import UNDONE
 from smoltrain.wandb_run import WandbRun
 
 # Every name that may be logged: its unit, its scope, what it is averaged over. Anything else is refused.
@@ -50,7 +51,6 @@ METRICS = {
     "validation/bits_per_byte": "validation loss in bits over the UTF-8 bytes of its tokens; separators have none",
 }
 SOURCE_TOKENS = "data/tokens_by_source/"  # + source: as data/tokens, of that source alone
-UNDONE = "metrics.undone.jsonl"  # lines of steps that were done again, after a kill or a rewind
 GRADIENT_NORM = "gradients/norm_before_clipping/"  # + layer: L2 norm of that layer's whole gradient, all ranks averaged
 
 
@@ -75,7 +75,7 @@ class Tracker:
         self._metrics = _reopen(folder.path / "metrics.jsonl", first_step, folder.path / UNDONE)
         self._samples = _reopen(folder.path / "samples.jsonl", first_step)
         self._table = _sample_rows(folder.path / "samples.jsonl")
-        self._wandb = WandbRun(config, folder, has_step=_last_step(folder.path / UNDONE))
+        self._wandb = WandbRun(config, folder, first_step, self.say)
         self.chosen("W&B", self._wandb.words)
 
     def say(self, text: str) -> None:
@@ -217,12 +217,6 @@ def _reopen(path: Path, step: int, undone: Path | None = None) -> Any:
                 file.writelines(line + "\n" for line in beyond)
         files.write_text(path, "".join(line + "\n" for line in lines if _step_of(line) <= step))
     return path.open("a", encoding="utf-8")
-
-
-def _last_step(path: Path) -> float:
-    """The last step that a .jsonl tells of; 0 if there is none."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    return max((step for step in map(_step_of, lines) if step < math.inf), default=0)
 
 
 def _sample_rows(path: Path) -> list[list[Any]]:

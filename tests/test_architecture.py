@@ -12,11 +12,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a module imports only modules of lower layers (or of its own room).
 LAYERS = (
     {"errors", "exported", "advice"},
-    {"schema", "tree", "files"},
+    {"schema", "tree", "files", "wandb_env"},
     {"contradictions", "reshape", "compiling", "sums", "cores", "garbage"},
     {"config"},
     {"plan", "ds_config", "model", "data", "dist", "gradients", "plots", "runfolder", "watchdog"},
-    {"flat", "kernels", "wandb_run"},
+    {"flat", "kernels", "wandb_id", "wandb_run"},
     {"zero"},
     {"generate", "engine", "track", "huggingface", "ledger", "spikes", "estimate"},
     {"checkpoint", "step", "choices"},

@@ -305,6 +305,8 @@ def test_auto_looks_for_the_servers_key_in_netrc(home: Path, monkeypatch: pytest
     assert wandb_run.wandb_mode(settings)[0] == "offline"
     netrc(home / "elsewhere", "wandb.example")
     monkeypatch.setenv("NETRC", str(home / "elsewhere"))
+    assert wandb_run.wandb_mode(settings)[0] == "offline", "wandb asks for the machine with its port"
+    netrc(home / "elsewhere", "wandb.example:8080")
     assert wandb_run.wandb_mode(settings)[0] == "online"
     (home / "elsewhere").write_text("machine", encoding="utf-8")
     assert wandb_run.wandb_mode(settings)[0] == "offline", "a broken file is no key, and no error"
