@@ -1,15 +1,16 @@
 """From a recipe and `section.key=value` overrides to a checked Config (schema.py), with every problem said at once.
 
-Nothing here touches torch, the network or the data; `load` is pure but for reading files.
+Nothing here touches torch, the network or the data; `load` is pure but for reading files and W&B's variables.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from smoltrain import tree
+from smoltrain import tree, wandb_env
 from smoltrain.contradictions import contradictions
 from smoltrain.errors import Problem, UserError, invalid, nearest
 from smoltrain.schema import (
@@ -47,6 +48,7 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     path = _recipe_path(recipe)
     values = tree.read(path)
     values.pop("provenance", None)  # a run's own config.yaml is a recipe too
+    _set_by_environment(values)
     problems = [p for text in overrides if (p := tree.override(values, text))]
     _replace_source(values, overrides)
     run = values.setdefault("run", {})
@@ -97,6 +99,13 @@ def revise(settings: GenerationSection, **options: float | None) -> GenerationSe
     except ValidationError as error:
         named = [(e, f"generation.{e['loc'][0]}", f"--{e['loc'][0]}".replace("_", "-")) for e in error.errors()]
         raise UserError(*[invalid(key, e, option) for e, key, option in named]) from None
+
+
+def _set_by_environment(values: dict[str, Any]) -> None:
+    """W&B's variables take the place of the recipe's keys; overrides come later, and win."""
+    if isinstance(track := values.setdefault("track", {}), dict):
+        for one in wandb_env.asked(track, os.environ):
+            track[one.key] = one.value
 
 
 def _recipe_path(recipe: str) -> Path:

@@ -35,7 +35,7 @@ from smoltrain.ledger import History
 from smoltrain.model import LanguageModel
 from smoltrain.plan import Plan
 from smoltrain.schema import Config
-from smoltrain.track import UNDONE
+from smoltrain.wandb_id import UNDONE
 
 # How far a loss that is computed again may be off, as a share of it. Other kernels and other batches add the same
 # numbers up in another order: measured 6e-6 in bf16 and 4e-8 in fp32. A bf16 model computed in fp32 was 4e-5 off.

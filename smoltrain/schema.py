@@ -359,10 +359,21 @@ class TrackSection(Section):
         default="auto", description="auto: online if a key is set and the server answers, else offline"
     )
     wandb_project: str = Field(default="smoltrain", description="W&B project")
-    wandb_model: Literal["none", "phase", "checkpoint"] = Field(
-        default="none", description="model artifact in W&B: never, at the end of each phase, or with each checkpoint"
+    wandb_entity: str | None = Field(default=None, description="user or team of the W&B project; null is your default")
+    wandb_id: str | None = Field(
+        default=None, description="id of the run in W&B; null is one of the run folder's own, the same at every start"
     )
-    wandb_timeout_s: float = Field(default=15.0, gt=0, description="seconds to wait for the W&B server before offline")
+    wandb_name: str | None = Field(default=None, description="name that W&B shows; null is run.name")
+    wandb_group: str | None = Field(default=None, description="W&B group of runs that belong together")
+    wandb_tags: tuple[str, ...] = Field(default=(), description="W&B tags")
+    wandb_notes: str | None = Field(default=None, description="a longer text about the run in W&B")
+    wandb_model: Literal["none", "end", "phase", "checkpoint"] = Field(
+        default="none",
+        description="model artifact in W&B: never, at the end of the plan, of each phase, or with each checkpoint",
+    )
+    wandb_timeout_s: float = Field(
+        default=15.0, gt=0, description="seconds that training waits for an answer of W&B before it goes on without"
+    )
 
 
 AnyModelSection = Annotated[

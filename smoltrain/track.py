@@ -1,4 +1,4 @@
-"""What a run writes down: console, metrics.jsonl, samples.jsonl, W&B. The only importer of wandb.
+"""What a run writes down: console, metrics.jsonl, samples.jsonl, and W&B through wandb_run.py.
 
 Rank 0 writes; the trackers of the other ranks take the same calls and keep silent, so the loop has no `if rank == 0`.
 """
@@ -6,11 +6,8 @@ Rank 0 writes; the trackers of the other ranks take the same calls and keep sile
 import contextlib
 import logging
 import math
-import netrc
-import os
 import sys
 import time
-import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,8 @@ from smoltrain.errors import DONE, FAULT
 from smoltrain.gradients import LayerGradient
 from smoltrain.runfolder import RunFolder
 from smoltrain.schema import Config
+from smoltrain.wandb_id import UNDONE
+from smoltrain.wandb_run import WandbRun
 
 # Every name that may be logged: its unit, its scope, what it is averaged over. Anything else is refused.
 METRICS = {
@@ -51,11 +50,8 @@ METRICS = {
     "validation/perplexity": "exp of the validation loss",
     "validation/bits_per_byte": "validation loss in bits over the bytes (UTF-8) of its texts, spelled by an id or not",
 }
-WANDB_FINISH_S = 120.0  # for the last upload; what is left stays on disk for `wandb sync`
 SOURCE_TOKENS = "data/tokens_by_source/"  # + source: as data/tokens, of that source alone
-UNDONE = "metrics.undone.jsonl"  # lines of steps that were done again, after a kill or a rewind
 GRADIENT_NORM = "gradients/norm_before_clipping/"  # + layer: L2 norm of that layer's whole gradient, all ranks averaged
-GRADIENT_HISTOGRAM = "gradients/histogram/"  # + layer: its entries, W&B only
 
 
 def open(config: Config, folder: RunFolder, rank: int, first_step: int, last_step: int) -> "Tracker":
@@ -68,26 +64,19 @@ class Tracker:
 
     def __init__(self, config: Config, folder: RunFolder, rank: int, first_step: int, last_step: int) -> None:
         self._writes = rank == 0
-        self._print_every, self._artifacts, self._folder = (
-            config.track.print_every,
-            config.track.wandb_model,
-            folder.path,
-        )
+        self._print_every = config.track.print_every
         self._log = _rank_log(folder.path / "logs" / f"rank{rank}.log")
-        self._wandb: Any = None
+        self._wandb: WandbRun | None = None
         self._warned: set[str] = set()
         if not self._writes:
             return
         self._console = Console(highlight=False, soft_wrap=True)
         self._progress = _progress(self._console, first_step, last_step) if self._console.is_terminal else None
         self._metrics = _reopen(folder.path / "metrics.jsonl", first_step, self.say, folder.path / UNDONE)
-        self._wandb_has = _last_step(
-            folder.path / UNDONE, self.say
-        )  # W&B takes back no step; most come out as they did before
         self._samples = _reopen(folder.path / "samples.jsonl", first_step, self.say)
         self._table = _sample_rows(folder.path / "samples.jsonl")
-        mode, reason = wandb_mode(config)
-        self.chosen("W&B", self._open_wandb(config, folder, mode, reason))
+        self._wandb = WandbRun(config, folder, first_step, self.say)
+        self.chosen("W&B", self._wandb.words)
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
@@ -119,12 +108,8 @@ class Tracker:
         line = {"step": step, "time_s": round(time.time(), 3), **metrics}
         self._metrics.write(files.json_line(line))
         self._metrics.flush()
-        self._to_wandb(step, {k: v for k, v in metrics.items() if not isinstance(v, str)})
-
-    def _to_wandb(self, step: int, values: dict[str, Any]) -> None:
-        """Once for each step, however often it was done."""
-        if self._wandb and step > self._wandb_has:
-            self._wandb.log(values, step=step)
+        if self._wandb:
+            self._wandb.log(step, {k: v for k, v in metrics.items() if not isinstance(v, str)})
 
     def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         """The loss on the held-out rows, nats per token, and what follows from it."""
@@ -144,10 +129,7 @@ class Tracker:
         """Norm of each layer everywhere, its histogram in W&B."""
         self.metrics(step, {GRADIENT_NORM + name: layer.norm for name, layer in layers.items()})
         if self._wandb:
-            import wandb
-
-            histograms = {name: wandb.Histogram(np_histogram=(g.counts, g.edges)) for name, g in layers.items()}
-            self._to_wandb(step, {GRADIENT_HISTOGRAM + name: h for name, h in histograms.items()})
+            self._wandb.histograms(step, layers)
 
     def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
         """(prompt, continuation) pairs: samples.jsonl, the console, a W&B table that grows with the run."""
@@ -160,23 +142,12 @@ class Tracker:
             indented = "\n".join(f"    {_printable(line)}".rstrip() for line in (prompt + text).splitlines())
             self.say(f"sample at step {step}:\n{indented}")
         if self._wandb:
-            import wandb
-
-            table = wandb.Table(columns=["step", "prompt", "text"], data=list(self._table))
-            self._to_wandb(step, {"samples": table})
+            self._wandb.samples(step, self._table)
 
     def model(self, step: int, weights: Path, *, ends_phase: bool) -> None:
-        """The checkpoint's model.safetensors and the run's tokenizer as a W&B artifact, where the recipe wants one."""
-        wanted = self._artifacts == "checkpoint" or (self._artifacts == "phase" and ends_phase)
-        if not self._wandb or not wanted:
-            return
-        import wandb
-
-        artifact = wandb.Artifact(f"{self._wandb.name}-model", type="model", metadata={"step": step})
-        artifact.add_file(str(weights))
-        artifact.add_dir(str(self._folder / "tokenizer"), name="tokenizer")
-        artifact.add_file(str(self._folder / "config.yaml"))
-        self._wandb.log_artifact(artifact, aliases=[f"step-{step}"])
+        """A published checkpoint's weights, for W&B where the recipe wants them there."""
+        if self._wandb:
+            self._wandb.model(step, weights, ends_phase=ends_phase)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -193,64 +164,8 @@ class Tracker:
                 with contextlib.suppress(OSError):  # whoever wrote the last line heard of it
                     file.close()
         if self._wandb:
-            self._wandb.finish(exit_code=exit_code)
+            self._wandb.finish(exit_code)
         logging.shutdown()
-
-    def _open_wandb(self, config: Config, folder: RunFolder, mode: str, reason: str) -> str:
-        """Start W&B in this mode; online falls back to offline when the server does not answer in time."""
-        if mode == "off":
-            return f"off, {reason}"
-        import wandb
-
-        def init(mode: str) -> Any:
-            return wandb.init(
-                project=config.track.wandb_project,
-                id=folder.wandb_id,
-                name=config.run.name,
-                dir=str(folder.path),
-                mode=mode,  # pyright: ignore[reportArgumentType]
-                resume="allow",
-                config=config.model_dump(mode="json"),
-                settings=wandb.Settings(
-                    init_timeout=config.track.wandb_timeout_s,
-                    finish_timeout=WANDB_FINISH_S,
-                    console="off",
-                    silent=True,
-                ),
-            )
-
-        try:
-            self._wandb = init(mode)
-        except Exception as error:  # whatever W&B raises, it must not cost a run
-            first = (str(error) or type(error).__name__).splitlines()[0]
-            if mode == "offline":
-                return f"off, W&B cannot write here ({first})"
-            wandb.teardown()  # its background process still holds the run id
-            reason = f"going online failed ({first})"
-            return self._open_wandb(config, folder, "offline", reason)
-        return f"{mode}, {reason}; run id {folder.wandb_id}"
-
-
-def wandb_mode(config: Config) -> tuple[str, str]:
-    """(online | offline | off, reason), before anybody has asked the server."""
-    asked = config.track.wandb
-    if asked != "auto":
-        return asked, "as track.wandb asks"
-    named = os.environ.get("WANDB_MODE", "")
-    if named in ("offline", "disabled"):
-        return ("off" if named == "disabled" else named), f"WANDB_MODE={named}"
-    if os.environ.get("WANDB_API_KEY") or _netrc_key(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")):
-        return "online", "an API key is configured"
-    return "offline", "no API key is configured (`wandb login` sets one; `wandb sync` uploads later)"
-
-
-def _netrc_key(url: str) -> bool:
-    try:
-        return (
-            netrc.netrc(os.environ.get("NETRC")).authenticators(urllib.parse.urlparse(url).hostname or "") is not None
-        )
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def console_line(step: int, last_step: int, phase: str, metrics: dict[str, Any]) -> str:
@@ -313,12 +228,6 @@ def _append(path: Path, lines: list[files.Line]) -> None:
     if lines:
         with path.open("ab") as file:
             file.writelines(line.raw for line in lines)
-
-
-def _last_step(path: Path, say: Callable[[str], None]) -> int:
-    """The last step that a .jsonl tells of; 0 if there is none."""
-    told = files.json_lines(path, say=lambda text: say(f"WARNING: {text}"))
-    return max((line["step"] for line in told), default=0)
 
 
 def _sample_rows(path: Path) -> list[list[Any]]:

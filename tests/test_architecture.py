@@ -12,11 +12,11 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a module imports only modules of lower layers (or of its own room).
 LAYERS = (
     {"errors", "exported", "advice"},
-    {"schema", "tree", "files"},
+    {"schema", "tree", "files", "wandb_env"},
     {"contradictions", "reshape", "compiling", "sums", "cores", "garbage"},
     {"config"},
     {"plan", "ds_config", "model", "data", "dist", "gradients", "plots", "runfolder", "watchdog"},
-    {"flat", "kernels"},
+    {"flat", "kernels", "wandb_id", "wandb_run"},
     {"zero"},
     {"generate", "engine", "track", "huggingface", "ledger", "spikes", "estimate"},
     {"checkpoint", "step", "choices"},
@@ -29,7 +29,7 @@ LAYERS = (
 OWNERS = {
     "torch.distributed": "dist.py",
     "deepspeed": "engine.py",
-    "wandb": "track.py",
+    "wandb": "wandb_run.py",
     "flash_attn": "model/attention.py",
     "matplotlib": "plots.py",
     "gradio": "demo.py",

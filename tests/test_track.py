@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-from smoltrain import files, track
+from smoltrain import files, track, wandb_run
 from smoltrain.gradients import LayerGradient
 from smoltrain.plan import Plan
 from smoltrain.runfolder import RunFolder
@@ -215,10 +215,12 @@ def test_wandb_has_a_histogram_per_layer(story: Story) -> None:
     entries = {"embed_tokens": 320 * 32, "norm": 32, "layers.00": 9280, "layers.01": 9280}
     logged = {step: values for _, offline in story.wandb for step, values in offline.steps.items()}
     for step, values in logged.items():
-        found = {key.removeprefix(track.GRADIENT_HISTOGRAM) for key in values if key.startswith("gradients/histogram")}
+        found = {
+            key.removeprefix(wandb_run.GRADIENT_HISTOGRAM) for key in values if key.startswith("gradients/histogram")
+        }
         assert found == (set(entries) if step in (4, 8, 12) else set())
         for layer in found:
-            histogram = values[track.GRADIENT_HISTOGRAM + layer]
+            histogram = values[wandb_run.GRADIENT_HISTOGRAM + layer]
             assert histogram["_type"] == "histogram"
             assert sum(histogram["values"]) == entries[layer]
             assert len(histogram["bins"]) == len(histogram["values"]) + 1
@@ -268,7 +270,7 @@ def netrc(path: Path, host: str) -> None:
 def test_what_the_recipe_asks_beats_everything(home: Path, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    assert track.wandb_mode(tiny.load(home, f"track.wandb={asked}")) == (asked, "as track.wandb asks")
+    assert wandb_run.wandb_mode(tiny.load(home, f"track.wandb={asked}")) == (asked, "as track.wandb asks")
 
 
 @pytest.mark.parametrize(
@@ -288,7 +290,7 @@ def test_auto_looks_at_the_environment(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    found, why = track.wandb_mode(tiny.load(home, "track.wandb=auto"))
+    found, why = wandb_run.wandb_mode(tiny.load(home, "track.wandb=auto"))
     assert found == mode
     assert why.startswith(reason)
 
@@ -296,16 +298,18 @@ def test_auto_looks_at_the_environment(
 def test_auto_looks_for_the_servers_key_in_netrc(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = tiny.load(home, "track.wandb=auto")
     netrc(home / ".netrc", "other.example")
-    assert track.wandb_mode(settings)[0] == "offline"
+    assert wandb_run.wandb_mode(settings)[0] == "offline"
     netrc(home / ".netrc", "api.wandb.ai")
-    assert track.wandb_mode(settings) == ("online", "an API key is configured")
+    assert wandb_run.wandb_mode(settings) == ("online", "an API key is configured")
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example:8080/")
-    assert track.wandb_mode(settings)[0] == "offline"
+    assert wandb_run.wandb_mode(settings)[0] == "offline"
     netrc(home / "elsewhere", "wandb.example")
     monkeypatch.setenv("NETRC", str(home / "elsewhere"))
-    assert track.wandb_mode(settings)[0] == "online"
+    assert wandb_run.wandb_mode(settings)[0] == "offline", "wandb asks for the machine with its port"
+    netrc(home / "elsewhere", "wandb.example:8080")
+    assert wandb_run.wandb_mode(settings)[0] == "online"
     (home / "elsewhere").write_text("machine", encoding="utf-8")
-    assert track.wandb_mode(settings)[0] == "offline", "a broken file is no key, and no error"
+    assert wandb_run.wandb_mode(settings)[0] == "offline", "a broken file is no key, and no error"
 
 
 @pytest.mark.slow
