@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from smoltrain import files
-from smoltrain.data import bad_records, faults, fingerprints, packing, pool, tokens
+from smoltrain.data import bad_records, both_sides, faults, fingerprints, packing, pool, tokens
 from smoltrain.data.bad_records import Bad
+from smoltrain.data.both_sides import SIDES
 from smoltrain.data.faults import Health
 from smoltrain.data.fingerprints import Listing
 from smoltrain.data.progress import telling
@@ -31,7 +32,6 @@ from smoltrain.data.tokens import Writer
 from smoltrain.errors import Problem, UserError
 from smoltrain.schema import Config, DataSection, MixedSource
 
-SIDES = ("train", "validation")
 PART_BYTES = 64 * 2**20  # of shards as they lie on a disk: no part but the last of a source is shorter
 DOCUMENTS, TRAIN, VALIDATION, BYTES, BAD = range(5)  # what is counted of a part
 
@@ -141,10 +141,20 @@ def tokenise(
     bad_records.write(folder, found)
     for line in bad_records.summary(found, folder):
         print(f"data: {line}", flush=True)
+    made: dict[str, list[dict[str, Any]]] = {source.name: [] for source in config.data.parts}
+    for part, record in zip(parts, records, strict=True):
+        made[part.source.name].append(record)
+    own = {source.name for source in config.data.parts if fingerprints.holds_out_by_itself(source)}
+    dtype = dtype_of(tokenizer)
+    made, copies = both_sides.apart(made, own, folder, dtype, config.data.validation_share)
     about = {}
     for source in config.data.parts:
-        mine = [record for part, record in zip(parts, records, strict=True) if part.source.name == source.name]
-        about[source.name] = _joined(source, config.data, mine, folder / source.name, dtype_of(tokenizer))
+        name = source.name
+        about[name] = _joined(source, config.data, made[name], folder / name, dtype) | {"copies": copies[name]}
+        if copies[name]:
+            print(
+                f"data: {copies[name]:,} documents of {name} are not trained on: their texts are held out", flush=True
+            )
     return about
 
 

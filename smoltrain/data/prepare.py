@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -19,7 +20,19 @@ import filelock
 import numpy as np
 
 from smoltrain import files
-from smoltrain.data import bad_records, cached, faults, fingerprints, naming, order, packing, tokens, validation
+from smoltrain.data import (
+    bad_records,
+    cached,
+    faults,
+    fingerprints,
+    first_look,
+    kinds,
+    naming,
+    order,
+    packing,
+    tokens,
+    validation,
+)
 from smoltrain.data.cached import SIDES
 from smoltrain.data.faults import Health
 from smoltrain.data.fingerprints import Listing
@@ -65,7 +78,11 @@ class Prepared:
         rules = " and ".join(sorted({about["held_out"] for about in sources.values()}))
         num_bad = sum(about["bad_records"] for about in sources.values())
         streams = f" through {self.streams} streams" if self.mode == "stream" else ""
-        skipped = f"; {num_bad:,} bad record{'s' * (num_bad > 1)} skipped" if num_bad else ""
+        copies = sum(about.get("copies", 0) for about in sources.values())
+        skipped = f"; {copies:,} copies of held-out documents left out" if copies else ""
+        if others := self.index.get("not_read"):
+            skipped += f"; not read: {kinds.counted(others)}"
+        skipped += f"; {num_bad:,} bad record{'s' * (num_bad > 1)} skipped" if num_bad else ""
         return (
             f"{self.mode}, as {self.why}; {', '.join(read)}{streams};"
             f" validation {total['tokens']:,} of {total['documents']:,}, held out by {rules}{skipped}"
@@ -105,11 +122,14 @@ def prepare(config: Config, rows_per_step: int | None = None, world_size: int = 
     num_ids = given.num_ids if given else (section.vocab_size or 0) + (section.pad is not None)
     _check_ids(num_ids, config)  # a BPE: before training it
     listed = fingerprints.listings(config)
+    for line in first_look.look(listed, config.data):
+        print(f"data: {line}", flush=True)
     mode, why = _choose_mode(config, listed)
     if ahead and config.data.mode == "auto" and mode == "stream":
         mode, why = "cached", "it was prepared ahead"
     fingerprint = fingerprints.make(config, given, mode, listed)
-    index = {"format": FORMAT, "mode": mode, "why": why, "fingerprint": fingerprint}
+    others = dict(sum((Counter(listing.others) for listing in listed.values()), Counter[str]()))
+    index = {"format": FORMAT, "mode": mode, "why": why, "fingerprint": fingerprint, "not_read": others}
     if mode == "stream":
         _prepare_stream(config, given, listed, index, rows_per_step, world_size)
     elif config.data.cache is None:
@@ -297,7 +317,7 @@ def _prepare_shared(
     made = _read(_index_file(home))
     check_rows(made, config, rows_per_step)
     tokenizer = Tokenizer.from_folder(home / "tokenizer", config.tokenizer.separator, config.tokenizer.pad)
-    _finish(config.run_folder, tokenizer, made | {"cache": key})
+    _finish(config.run_folder, tokenizer, made | {"cache": key, "not_read": index["not_read"]})
 
 
 @contextlib.contextmanager
@@ -327,6 +347,7 @@ def _prepare_stream(
     data, folder = config.data, config.run_folder / "data"
     num_streams = data.streams or order.num_streams(rows_per_step, world_size)
     _check_streams(config, num_streams, rows_per_step, world_size)
+    first_look.check_streams(listed, data, num_streams)
     tokenizer = given or _train_tokenizer(config, listed)
     index = index | _about(tokenizer, num_streams) | {"sources": {}}
     weights = tuple(part.weight for part in data.parts)

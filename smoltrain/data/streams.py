@@ -87,6 +87,7 @@ class Source:
     dtype: np.dtype
     sequence_length: int
     seed: int
+    held_out: frozenset[int] = frozenset()  # content hashes of texts that are validated on, of any source
 
 
 class Stream:
@@ -141,8 +142,8 @@ class Stream:
 
     # ---- on the pool's threads: documents -> pieces -> blocks
 
-    def _documents(self, cursor: Cursor) -> Iterator[tuple[Cursor, Document]]:
-        """Training documents from a cursor on, for ever, each with its own cursor. Errors: UserError."""
+    def _documents(self, cursor: Cursor) -> Iterator[tuple[Cursor, int, Document]]:
+        """Training documents from a cursor on, for ever, each with its cursor and content hash. Errors: UserError."""
         source, num_bad = self._source, cursor.num_bad
         mine = dealt(source.shards, self._number, source.num_streams)
         share = 0.0 if fingerprints.holds_out_by_itself(source.section) else source.data.validation_share
@@ -163,12 +164,21 @@ class Stream:
                             num_bad += 1
                             self._skip(item, num_bad)
                     elif not held_out(item.name, share):
+                        if (hashed := content_hash(item.text)) in source.held_out:
+                            self._leave_out(item.name)
+                            continue
                         found = True
-                        yield Cursor(epoch, i, item.record, 0, num_bad), item
+                        yield Cursor(epoch, i, item.record, 0, num_bad), hashed, item
                 cursor = Cursor()
             if not found:
                 raise _too_few(source, self._number)
             epoch, found = epoch + 1, False
+
+    def _leave_out(self, name: str) -> None:
+        """Say it of the first document that is left out."""
+        source = self._source.section.name
+        line = f"documents of {source} are not trained on where their texts are held out; the first one: {name}"
+        self._health.note_once(f"held out of {source}", line)
 
     def _skip(self, record: BadRecord, num_bad: int) -> None:
         """Log a bad record, the num_bad-th of this stream. Errors: UserError past data.max_bad_records."""
@@ -182,7 +192,7 @@ class Stream:
     def _tokens(self, cursor: Cursor) -> Iterator[Tokens]:
         """Tokens from a cursor on, for ever, with their own cursors."""
         skip = cursor.offset
-        documents = (((where, content_hash(d.text), d.name), d.text) for where, d in self._documents(cursor))
+        documents = (((where, hashed, d.name), d.text) for where, hashed, d in self._documents(cursor))
         block = self._source.data.shuffle_rows * self._source.sequence_length
         characters = min(CHARACTERS_PER_TOKEN * block, packing.CHARACTERS_AT_ONCE)
         for piece in packing.encoded(documents, self._source.tokenizer, self._source.dtype, characters):
