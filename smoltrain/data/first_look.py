@@ -40,7 +40,8 @@ def check_pointers(shards: Iterable[Shard], source: str) -> None:
     found = {shard.name: pointer for shard in small if (pointer := readers.pointer_in(_bytes(shard)))}
     if found:
         whose, get = next(iter(found.values()))
-        what = f"{len(found):,} files of {source!r} are pointers of {whose}, not the files themselves"
+        are = "file of {!r} is a pointer" if len(found) == 1 else "files of {!r} are pointers"
+        what = f"{len(found):,} {are.format(source)} of {whose}, not the data"
         raise UserError(
             Problem(what, few(found), f"the files: `{get}` in their folder", str(Path(small[0].place).parent))
         )

@@ -68,20 +68,24 @@ class Prepared:
         """One line: mode, how many tokens and documents of each source, how the validation side was held out."""
         sources = self.index["sources"]
         read = []
-        for name, about in sources.items():
-            side = about.get("train", {"tokens": 0, "documents": 0})
-            what = f"{side['tokens']:,} tokens of {side['documents']:,} documents"
-            what = f"{len(about['shards']):,} files" if self.mode == "stream" else what
+        for number, (name, about) in enumerate(sources.items()):
+            if self.mode == "stream":
+                what = f"{len(about['shards']):,} files"
+            else:
+                num_documents = len(self.train[number].starts)  # with the one that is cut, where its tail is held out
+                what = f"{about['train']['tokens']:,} tokens of {num_documents:,} document{'s' * (num_documents != 1)}"
             read.append(what if len(sources) == 1 else f"{name} {what}")
         held = [sources[name]["validation"] for name in sources]
         total = {key: sum(side[key] for side in held) for key in ("tokens", "documents")}
         rules = " and ".join(sorted({about["held_out"] for about in sources.values()}))
+        num_empty = sum(about.get("empty_records", 0) for about in sources.values())
         num_bad = sum(about["bad_records"] for about in sources.values())
         streams = f" through {self.streams} streams" if self.mode == "stream" else ""
         copies = sum(about.get("copies", 0) for about in sources.values())
         skipped = f"; {copies:,} copies of held-out documents left out" if copies else ""
         if others := self.index.get("not_read"):
             skipped += f"; not read: {kinds.counted(others)}"
+        skipped += f"; {num_empty:,} empty records passed over" if num_empty else ""
         skipped += f"; {num_bad:,} bad record{'s' * (num_bad > 1)} skipped" if num_bad else ""
         return (
             f"{self.mode}, as {self.why}; {', '.join(read)}{streams};"
