@@ -149,7 +149,7 @@ def tokenise(
     for source in config.data.parts:
         of_source = [part.source.name == source.name for part in parts]
         if num_empty := int(work.counts[of_source, EMPTY].sum()):
-            print(f"data: {num_empty:,} empty records of {source.name} are passed over", flush=True)
+            print(f"data: {_many(num_empty, 'empty record', source.name)} passed over", flush=True)
         bad = [bad for bad in found if bad.source == source.name]
         bad_records.check(folder, source.name, bad, int(work.counts[of_source][:, RECORDS].sum()), config.data)
     made: dict[str, list[dict[str, Any]]] = {source.name: [] for source in config.data.parts}
@@ -167,6 +167,10 @@ def tokenise(
                 f"data: {copies[name]:,} documents of {name} are not trained on: their texts are held out", flush=True
             )
     return about
+
+
+def _many(count: int, what: str, source: str) -> str:
+    return f"{count:,} {what}{'s' * (count > 1)} of {source} {'are' if count > 1 else 'is'}"
 
 
 def sweep(folder: Path, sources: dict[str, Any]) -> None:

@@ -82,10 +82,10 @@ class Prepared:
         num_bad = sum(about["bad_records"] for about in sources.values())
         streams = f" through {self.streams} streams" if self.mode == "stream" else ""
         copies = sum(about.get("copies", 0) for about in sources.values())
-        skipped = f"; {copies:,} copies of held-out documents left out" if copies else ""
+        skipped = f"; {copies:,} cop{'ies' if copies > 1 else 'y'} of held-out documents left out" if copies else ""
         if others := self.index.get("not_read"):
             skipped += f"; not read: {kinds.counted(others)}"
-        skipped += f"; {num_empty:,} empty records passed over" if num_empty else ""
+        skipped += f"; {num_empty:,} empty record{'s' * (num_empty > 1)} passed over" if num_empty else ""
         skipped += f"; {num_bad:,} bad record{'s' * (num_bad > 1)} skipped" if num_bad else ""
         return (
             f"{self.mode}, as {self.why}; {', '.join(read)}{streams};"
