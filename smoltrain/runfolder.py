@@ -21,7 +21,7 @@ from smoltrain.schema import Config, SourceSection
 # What the weights of the past depend on; changing any of it would make the run another run.
 IDENTITY = ("model", "tokenizer", "data", "packing", "optimizer", "run.seed", "batch.sequence_length")
 # What may change of these: the data themselves are compared by their fingerprint, wherever they lie now.
-ELSEWHERE = ("path", "cache", "patience_s", "max_bad_records", "allow_changed", "mode", "streams")
+ELSEWHERE = ("path", "cache", "patience_s", "max_bad_records", "max_bad_share", "allow_changed", "mode", "streams")
 FREE = tuple(f"data.{key}" for key in ELSEWHERE)
 UNWRITABLE = {
     errno.EACCES: "a folder that this user may write",

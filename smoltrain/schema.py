@@ -129,8 +129,8 @@ class SourceSection(Section):
     package: str | None = Field(default=None, description="installed Python package whose files are the documents")
     path: str | None = Field(
         default=None,
-        description="a .txt, .md, .jsonl or .parquet file (all but parquet also .gz or .zst), a folder of them, or a "
-        "glob; also as http(s)://, s3:// or gs:// URL",
+        description="a .txt, .md, .jsonl, .ndjson or .parquet file (all but parquet also .gz or .zst), a folder of "
+        "them, or a glob; also as http(s)://, s3:// or gs:// URL",
     )
     hub: str | None = Field(default=None, description="OWNER/NAME of a dataset on the Hugging Face Hub")
     hub_config: str | None = Field(
@@ -138,7 +138,7 @@ class SourceSection(Section):
     )
     hub_split: str = Field(default="train", description="the dataset's split")
     pattern: str = Field(default="**/*", description="which files of the package or folder, as a glob")
-    text_field: str = Field(default="text", description="field or column of the text in .jsonl and .parquet")
+    text_field: str = Field(default="text", description="field or column of the text in .jsonl, .ndjson and .parquet")
     documents: Literal["file", "blank_lines", "separator"] = Field(
         default="file", description="how a .txt or .md file is cut: one document, or at blank lines, or at a separator"
     )
@@ -178,8 +178,15 @@ class DataSection(SourceSection):
     shuffle_rows: int = Field(default=256, gt=0, description="rows of a stream that are shuffled with each other")
     validation_share: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents held out, by hash")
     max_document_mib: float = Field(default=50, gt=0, description="a longer record is a bad one; whole files may be")
-    max_bad_records: int = Field(
-        default=100, ge=0, description="records of a stream (cached: of a source) that may be bad and are skipped"
+    max_bad_share: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="share of the records of a stream (cached: of a source) that may be bad and are skipped; 100 may "
+        "always",
+    )
+    max_bad_records: int | None = Field(
+        default=None, ge=0, description="how many may be bad, instead of a share; null: max_bad_share says it"
     )
     patience_s: float = Field(
         default=3600, ge=0, description="seconds to try a server again that fails or is silent, before the run stops"

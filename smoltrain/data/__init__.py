@@ -48,10 +48,11 @@ def open(config: Config, rank: int, world_size: int, *, rows_per_step: int, accu
         supply = CachedRows(prepared.train, batch.sequence_length, seed)
         identity["num_rows"] = supply.num_rows
     else:
+        held_out = frozenset(int(hashed) for tokens in prepared.validation for hashed in tokens.hashes)
         sources = tuple(
             Source(
                 number, part, data, shards, prepared.streams, prepared.tokenizer, prepared.dtype,
-                batch.sequence_length, seed,
+                batch.sequence_length, seed, held_out,
             )
             for number, (part, shards) in enumerate(zip(data.parts, prepared.shards, strict=True))
         )  # fmt: skip

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from smoltrain import files
-from smoltrain.data import bad_records, faults, fingerprints, index, packing, pool, spelling, tokens
+from smoltrain.data import bad_records, both_sides, faults, fingerprints, index, packing, pool, spelling, tokens
 from smoltrain.data.bad_records import Bad
+from smoltrain.data.both_sides import SIDES
 from smoltrain.data.faults import Health
 from smoltrain.data.fingerprints import Listing
 from smoltrain.data.progress import telling
@@ -32,9 +33,9 @@ from smoltrain.data.tokens import Writer
 from smoltrain.errors import Problem, UserError
 from smoltrain.schema import Config, DataSection, MixedSource
 
-SIDES = ("train", "validation")
 PART_BYTES = 64 * 2**20  # of shards as they lie on a disk: no part but the last of a source is shorter
-DOCUMENTS, TRAIN, VALIDATION, BYTES, BAD = range(5)  # what is counted of a part
+DOCUMENTS, TRAIN, VALIDATION, BYTES, BAD, EMPTY = COUNTED = range(6)  # what is counted of a part
+RECORDS = (DOCUMENTS, BAD, EMPTY)
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Work:
     data: DataSection
     tokenizer: Tokenizer
     parts: list[Part]
-    counts: np.ndarray  # (parts, 5) int64, how far each part is; with several processes in memory that they share
+    counts: np.ndarray  # (parts, 6) int64, how far each part is; with several processes in memory that they share
     health: Health
 
     def tokenise(self, number: int) -> None:
@@ -90,7 +91,8 @@ class Work:
         finally:
             for writer in writers.values():
                 writer.discard()
-        tokens.write_json(part.record_file, {"made_of": part.made_of, **made, "bad": [asdict(b) for b in bad]})
+        record = {"made_of": part.made_of, **made, "bad": [asdict(b) for b in bad], "empty": int(counts[EMPTY])}
+        tokens.write_json(part.record_file, record)
         counts[BYTES] = part.size
 
     def _documents(self, number: int, bad: list[Bad]) -> Iterator[tuple[tuple[str, int], str]]:
@@ -100,10 +102,13 @@ class Work:
         for shard in part.shards:
             end = counts[BYTES] + (shard.size or 0)
             for item in faults.documents(shard, part.source, data=self.data, health=self.health):
-                if isinstance(item, BadRecord):
+                if isinstance(item, BadRecord) and item.empty:
+                    counts[EMPTY] += 1
+                elif isinstance(item, BadRecord):
                     counts[BAD] += 1
-                    count = int(self.counts[of_source, BAD].sum())
-                    bad.append(bad_records.note(part.folder.parent, part.source.name, item, count, self.data))
+                    count, seen = self.counts[of_source, BAD].sum(), self.counts[of_source][:, RECORDS].sum()
+                    name = part.source.name
+                    bad.append(bad_records.note(part.folder.parent, name, item, int(count), int(seen), self.data))
                 else:
                     side = "validation" if held_out(item.name, self.data.validation_share) else "train"
                     yield (part.side or side, tokens.content_hash(item.text)), item.text
@@ -129,13 +134,13 @@ def tokenise(
         for source in config.data.parts
         for part in _parts(source, listed[source.name], fingerprint, tokenizer, folder / source.name)
     ]
-    work = Work(config.data, tokenizer, parts, np.zeros((len(parts), 5), np.int64), Health())
+    work = Work(config.data, tokenizer, parts, np.zeros((len(parts), len(COUNTED)), np.int64), Health())
     itemsize = dtype_of(tokenizer).itemsize
     whole = {number: record for number, part in enumerate(parts) if (record := _whole(part, itemsize))}
     for number, record in whole.items():
         sides = [record[side] for side in SIDES]
         num_documents, num_tokens = sum(side["documents"] for side in sides), [side["tokens"] for side in sides]
-        work.counts[number] = num_documents, *num_tokens, parts[number].size, len(record["bad"])
+        work.counts[number] = num_documents, *num_tokens, parts[number].size, len(record["bad"]), record.get("empty", 0)
     for source in config.data.parts:
         files.inside(folder, source.name, str(folder))
         mine = [number for number in whole if parts[number].source.name == source.name]
@@ -149,11 +154,31 @@ def tokenise(
     bad_records.write(folder, found)
     for line in bad_records.summary(found, folder):
         print(f"data: {line}", flush=True)
+    for source in config.data.parts:
+        of_source = [part.source.name == source.name for part in parts]
+        if num_empty := int(work.counts[of_source, EMPTY].sum()):
+            print(f"data: {_many(num_empty, 'empty record', source.name)} passed over", flush=True)
+        bad = [bad for bad in found if bad.source == source.name]
+        bad_records.check(folder, source.name, bad, int(work.counts[of_source][:, RECORDS].sum()), config.data)
+    made: dict[str, list[dict[str, Any]]] = {source.name: [] for source in config.data.parts}
+    for part, record in zip(parts, records, strict=True):
+        made[part.source.name].append(record)
+    own = {source.name for source in config.data.parts if fingerprints.holds_out_by_itself(source)}
+    dtype = dtype_of(tokenizer)
+    made, copies = both_sides.apart(made, own, folder, dtype, config.data.validation_share)
     about = {}
     for source in config.data.parts:
-        mine = [record for part, record in zip(parts, records, strict=True) if part.source.name == source.name]
-        about[source.name] = _joined(source, config.data, mine, folder / source.name, dtype_of(tokenizer))
+        name = source.name
+        about[name] = _joined(source, config.data, made[name], folder / name, dtype) | {"copies": copies[name]}
+        if copies[name]:
+            print(
+                f"data: {copies[name]:,} documents of {name} are not trained on: their texts are held out", flush=True
+            )
     return about
+
+
+def _many(count: int, what: str, source: str) -> str:
+    return f"{count:,} {what}{'s' * (count > 1)} of {source} {'are' if count > 1 else 'is'}"
 
 
 def sweep(folder: Path, sources: dict[str, Any]) -> None:
@@ -256,7 +281,10 @@ def _joined(
     num = {side: sum(record[side]["documents"] for record in records) for side in SIDES}
     if not any(num.values()):
         raise no_documents(source.name, "document", data)
-    about: dict[str, Any] = {"bad_records": sum(len(record["bad"]) for record in records)}
+    about: dict[str, Any] = {
+        "bad_records": sum(len(record["bad"]) for record in records),
+        "empty_records": sum(record.get("empty", 0) for record in records),
+    }
     if all(num.values()):
         option = "validation_split" if source.validation_split else "validation_path"
         about["held_out"] = option if fingerprints.holds_out_by_itself(source) else "documents"

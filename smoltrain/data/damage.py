@@ -125,6 +125,10 @@ def _anew(
             num_tokens=about["validation"]["tokens"], num_streams=index["streams"],
         )  # fmt: skip
         return written({"sources": {part.name: made}})
+    if any(source.get("copies") for source in index["sources"].values()):  # what is left out, the other sources decide
+        everything = {p.name: listed.get(p.name) or fingerprints.listing(p, data) for p in data.parts}
+        made = cached.tokenise(config, tokenizer, everything, index["fingerprint"], folder / ANEW)
+        return written({"sources": made})
     alone = data.model_copy(update={"sources": (part,)}) if data.sources else data
     only = config.model_copy(update={"data": alone})
     made = cached.tokenise(only, tokenizer, {part.name: listing}, index["fingerprint"], folder / ANEW)

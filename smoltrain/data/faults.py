@@ -72,6 +72,13 @@ class Health:
         with self._lock:
             self._notes.append(line)
 
+    def note_once(self, kind: str, line: str) -> None:
+        """A line to be handed out, unless one of its kind was."""
+        with self._lock:
+            if (kind, "") not in self._noted:
+                self._noted[kind, ""] = time.monotonic()
+                self._notes.append(line)
+
     def stop(self) -> None:
         """No reader waits any longer: those that do, and those that would, raise their UserError."""
         self._stop.set()
@@ -174,7 +181,7 @@ class _Tries:
         now = time.monotonic()
         left = self._since + self._patience_s - now
         pause = min(self._wait_s * _JITTER.uniform(0.5, 1), max(left, 0))
-        note = f"{self._shard.url}: {what}; it is tried again for up to {self._patience_s:g} s"
+        note = f"{self._shard.place}: {what}; it is tried again for up to {self._patience_s:g} s"
         self._health.failed(self, _Wait(self._shard.name, what, self._since, now + pause), note)
         if left <= 0 or not self._health.slept(pause):
             self._health.over(self)
@@ -185,7 +192,7 @@ class _Tries:
         if isinstance(error, BrokenFile):
             return error
         want = f"an answer within data.patience_s = {self._patience_s:g} (the same command then goes on from here)"
-        change = f"data.patience_s, or {self._shard.url}"
+        change = f"data.patience_s, or {self._shard.place}"
         return UserError(Problem("a shard cannot be read", f"{what}, for {after_s:.0f} s", want, change))
 
 
@@ -265,17 +272,17 @@ def _raise_if_lasting(error: Exception, shard: Shard) -> None:
     refused = status is None and isinstance(error, PermissionError)
     if refused or (status is not None and 400 <= status < 500 and status not in PASSING):
         want = "leave to read it (with the credentials of this machine)"
-        raise UserError(Problem("a shard is refused", said(error), want, shard.url)) from None
+        raise UserError(Problem("a shard is refused", said(error), want, shard.place)) from None
     if type(error) is ValueError:
         want = "a server that gives parts of a file (Range), or a copy on a disk"
-        raise UserError(Problem("a shard cannot be read in parts", said(error), want, shard.url)) from None
+        raise UserError(Problem("a shard cannot be read in parts", said(error), want, shard.place)) from None
 
 
 def _gone(shard: Shard, saw: str) -> UserError:
-    return UserError(Problem("a shard is gone", saw, "the file that was there when the data were listed", shard.url))
+    return UserError(Problem("a shard is gone", saw, "the file that was there when the data were listed", shard.place))
 
 
 def _changed(shard: Shard, now: tuple[int | None, str]) -> UserError:
     want = f"{shard.size} bytes, {shard.version}"
     what = "the shard changed while the run read it"
-    return UserError(Problem(what, f"{now[0]} bytes, {now[1]}", want, shard.url))
+    return UserError(Problem(what, f"{now[0]} bytes, {now[1]}", want, shard.place))

@@ -1,11 +1,12 @@
 """What the tokens of a run are a function of, as JSON; made at the first `prepare`, compared at every later one."""
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from smoltrain.data import naming, sources
+from smoltrain.data import kinds, naming, overlap, sources
 from smoltrain.data.sources import Shard
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import Problem, UserError
@@ -18,6 +19,8 @@ class Listing:
 
     shards: tuple[Shard, ...]
     held_out: tuple[Shard, ...] = ()
+    others: dict[str, int] = field(default_factory=dict)  # what lies there and is not read: how many of which kind
+    left_out: tuple[str, ...] = ()  # lines about files that would be read twice, or on both sides
 
     @property
     def all(self) -> tuple[Shard, ...]:
@@ -26,16 +29,53 @@ class Listing:
 
 
 def listings(config: Config) -> dict[str, Listing]:
-    """The files of each source by its name. Errors: those of `sources.shards`."""
-    return {part.name: listing(part, config.data) for part in config.data.parts}
+    """The files of each source by its name. Errors: those of `sources.shards`; those of `apart`."""
+    return apart({part.name: listing(part, config.data) for part in config.data.parts}, config.data)
 
 
 def listing(part: MixedSource, data: DataSection) -> Listing:
-    """The files of one source. Errors: those of `sources.shards`."""
-    key = f"data.sources.{part.name}" if data.sources else "data"
-    shards = tuple(sources.shards(part, key=key))
-    commit = _commit(shards) if part.hub else None
-    return Listing(shards, tuple(sources.shards(part, key=key, commit=commit, held_out=True)))
+    """The files of one source by itself. Errors: those of `sources.shards`."""
+    key = _key(part, data)
+    train = sources.found(part, key=key)
+    commit = _commit(tuple(train.shards)) if part.hub else None
+    held = sources.found(part, key=key, commit=commit, held_out=True)
+    shards, again = overlap.unique(train.shards)
+    held_out, held_again = overlap.unique(held.shards)
+    left = [f"the same file of {part.name} is read once: {kinds.few(again + held_again)}"] if again + held_again else []
+    others = dict(Counter(train.others) + Counter(held.others))
+    return Listing(tuple(shards), tuple(held_out), others, tuple(left))
+
+
+def apart(listed: dict[str, Listing], data: DataSection) -> dict[str, Listing]:
+    """The same files, but none that any source holds out is trained on, and none is trained on by two sources.
+
+    Errors: UserError if a source has no file left to train on.
+    """
+    held = {key for listing in listed.values() for known in overlap.keys(listing.held_out) for key in known}
+    taken: set[str] = set()
+    made = {}
+    for part in data.parts:
+        if part.name not in listed:
+            continue
+        listing = listed[part.name]
+        shards, out = overlap.without(listing.shards, held)
+        lines = list(listing.left_out)
+        if out:
+            lines.append(overlap.files_of(part.name, out, "held out, so not trained on"))
+        shards, out = overlap.without(shards, taken, part.text_field)
+        if out:
+            lines.append(overlap.files_of(part.name, out, "read for a source named before it"))
+        if not shards:
+            what, want = f"the source {part.name!r} has no file to train on", "at least one that is no other's"
+            raise UserError(Problem(what, "; ".join(lines), want, f"{_key(part, data)}.path or validation_path"))
+        taken |= {key for known in overlap.reading(shards, part.text_field) for key in known}
+        made[part.name] = replace(listing, shards=tuple(shards), left_out=tuple(lines))
+    return made
+
+
+def _key(part: MixedSource, data: DataSection) -> str:
+    """The section of the config that a mistake is blamed on."""
+    return f"data.sources.{part.name}" if data.sources else "data"
 
 
 def holds_out_by_itself(part: MixedSource) -> bool:
@@ -67,7 +107,8 @@ def again(config: Config, made: dict[str, Any], mode: str) -> tuple[dict[str, An
         tokenizer = {"name": was.get("name"), "sha256": naming.named(section).fingerprint()}
     else:
         tokenizer = {"name": section.name, "sha256": was.get("sha256")}
-    about, listed = {}, {}
+    about: dict[str, Any] = {}
+    listed: dict[str, Listing] = {}
     for part in config.data.parts:
         before = made["sources"].get(part.name, {})
         if part.hub and not part.validation_path:
@@ -80,8 +121,9 @@ def again(config: Config, made: dict[str, Any], mode: str) -> tuple[dict[str, An
                 raise
             print(f"data: {error}; the tokens that were made of it stay in use", flush=True)
             about[part.name] = before
-        else:
-            about[part.name] = _source(part, config.data, mode, listed[part.name])
+    listed = apart(listed, config.data)
+    by_name = {part.name: part for part in config.data.parts}
+    about |= {name: _source(by_name[name], config.data, mode, found) for name, found in listed.items()}
     return {"sources": about, "tokenizer": tokenizer, "separator": section.separator, "pad": section.pad}, listed
 
 

@@ -12,7 +12,7 @@ from smoltrain.data.faults import Health
 from smoltrain.data.prepare import Prepared
 from smoltrain.data.readers import Document
 from smoltrain.data.split import held_out
-from smoltrain.data.tokens import content_hash
+from smoltrain.data.tokens import Tokens, content_hash
 from smoltrain.errors import UserError
 from smoltrain.schema import DataSection, MixedSource
 
@@ -75,7 +75,7 @@ def located(rows: list[NamedRow], data: DataSection, prepared: Prepared) -> list
         wanted = {passage.number for row in rows if row.source == part.name for passage in row.passages}
         numbers = {number for number in wanted if number is not None}
         try:
-            for number, document in _again(part, data, prepared) if numbers else ():
+            for number, document in _again(part, data, prepared, index) if numbers else ():
                 if number in numbers and content_hash(document.text) == int(prepared.train[index].hashes[number]):
                     found[part.name, number] = document.name
                 if number >= max(numbers) or time.monotonic() > until:
@@ -91,17 +91,32 @@ def located(rows: list[NamedRow], data: DataSection, prepared: Prepared) -> list
     return [named(row) for row in rows]
 
 
-def _again(part: MixedSource, data: DataSection, prepared: Prepared) -> Iterator[tuple[int, Document]]:
-    """(number, document) of each training document of a source, as they were tokenised; none if some are elsewhere."""
+def _again(part: MixedSource, data: DataSection, prepared: Prepared, index: int) -> Iterator[tuple[int, Document]]:
+    """(number, document) of each training document of source number `index`; none if some of its files are elsewhere.
+
+    Only files and documents that were tokenised count: held-out ones, and copies of them, are among the others.
+    """
     if part.hub:
         return
-    shards = fingerprints.listing(part, data).shards
+    tokenised = prepared.index["fingerprint"]["sources"][part.name]["files"]
+    shards = [shard for shard in fingerprints.listing(part, data).shards if shard.name in tokenised]
     if not all(shard.is_local for shard in shards):
         return
-    by_name = prepared.index["sources"][part.name]["held_out"] == "documents"
-    share, number = data.validation_share if by_name else 0.0, 0
+    about = prepared.index["sources"][part.name]
+    share = data.validation_share if about["held_out"] == "documents" else 0.0
+    copies = (
+        {int(hashed) for tokens in prepared.validation for hashed in tokens.hashes} if about.get("copies") else set()
+    )
+    number = 0
     for shard in shards:
         for item in faults.documents(shard, part, data=data, health=Health()):
             if isinstance(item, Document) and not held_out(item.name, share):
+                if copies and content_hash(item.text) in copies and not _is(item, number, prepared.train[index]):
+                    continue
                 yield number, item
                 number += 1
+
+
+def _is(document: Document, number: int, tokens: Tokens) -> bool:
+    """Whether it is the training document of that number: the one that is cut is held out in part."""
+    return number < len(tokens.hashes) and content_hash(document.text) == int(tokens.hashes[number])

@@ -81,7 +81,7 @@ def _end_with(alive: Connection) -> None:
 
 
 def _view(counts: Any) -> np.ndarray:
-    return np.frombuffer(counts, np.int64).reshape(-1, 5)
+    return np.frombuffer(counts, np.int64).reshape(-1, 6)
 
 
 _work: "Work | None" = None

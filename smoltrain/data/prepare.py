@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from smoltrain.data import (
     cached,
     damage,
     fingerprints,
+    first_look,
+    kinds,
     naming,
     order,
     packing,
@@ -63,17 +66,25 @@ class Prepared:
         """One line: mode, how many tokens and documents of each source, how the validation side was held out."""
         sources = self.index["sources"]
         read = []
-        for name, about in sources.items():
-            side = about.get("train", {"tokens": 0, "documents": 0})
-            what = f"{side['tokens']:,} tokens of {side['documents']:,} documents"
-            what = f"{len(about['shards']):,} files" if self.mode == "stream" else what
+        for number, (name, about) in enumerate(sources.items()):
+            if self.mode == "stream":
+                what = f"{len(about['shards']):,} files"
+            else:
+                num_documents = len(self.train[number].starts)  # with the one that is cut, where its tail is held out
+                what = f"{about['train']['tokens']:,} tokens of {num_documents:,} document{'s' * (num_documents != 1)}"
             read.append(what if len(sources) == 1 else f"{name} {what}")
         held = [sources[name]["validation"] for name in sources]
         total = {key: sum(side[key] for side in held) for key in ("tokens", "documents")}
         rules = " and ".join(sorted({about["held_out"] for about in sources.values()}))
+        num_empty = sum(about.get("empty_records", 0) for about in sources.values())
         num_bad = sum(about["bad_records"] for about in sources.values())
         streams = f" through {self.streams} streams" if self.mode == "stream" else ""
-        skipped = f"; {num_bad:,} bad record{'s' * (num_bad > 1)} skipped" if num_bad else ""
+        copies = sum(about.get("copies", 0) for about in sources.values())
+        skipped = f"; {copies:,} cop{'ies' if copies > 1 else 'y'} of held-out documents left out" if copies else ""
+        if others := self.index.get("not_read"):
+            skipped += f"; not read: {kinds.counted(others)}"
+        skipped += f"; {num_empty:,} empty record{'s' * (num_empty > 1)} passed over" if num_empty else ""
+        skipped += f"; {num_bad:,} bad record{'s' * (num_bad > 1)} skipped" if num_bad else ""
         return (
             f"{self.mode}, as {self.why}; {', '.join(read)}{streams};"
             f" validation {total['tokens']:,} of {total['documents']:,}, held out by {rules}{skipped}"
@@ -152,11 +163,20 @@ def prepare(config: Config, rows_per_step: int | None = None, world_size: int = 
     num_ids = given.num_ids if given else (section.vocab_size or 0) + (section.pad is not None)
     _check_ids(num_ids, config)  # a BPE: before training it
     listed = fingerprints.listings(config)
+    for line in first_look.look(listed, config.data):
+        print(f"data: {line}", flush=True)
     mode, why = _choose_mode(config, listed)
     if ahead and config.data.mode == "auto" and mode == "stream":
         mode, why = "cached", "it was prepared ahead"
     fingerprint = fingerprints.make(config, given, mode, listed)
-    index = {"format": index_module.FORMAT, "mode": mode, "why": why, "fingerprint": fingerprint}
+    others = dict(sum((Counter(listing.others) for listing in listed.values()), Counter[str]()))
+    index = {
+        "format": index_module.FORMAT,
+        "mode": mode,
+        "why": why,
+        "fingerprint": fingerprint,
+        "not_read": others,
+    }
     if mode == "stream":
         _prepare_stream(config, given, listed, index, rows_per_step, world_size)
     elif config.data.cache is None:
@@ -361,7 +381,7 @@ def _prepare_shared(
             damage.mend(config, made, home / "data", listed, tokenizer)
     check_rows(made, config, rows_per_step)
     # Two tokenizers of equal ids may have other chat templates: the cache holds those of whoever made it.
-    _finish(config.run_folder, given or tokenizer, made | {"cache": key})
+    _finish(config.run_folder, given or tokenizer, made | {"cache": key, "not_read": index["not_read"]})
 
 
 def _refuse_links(home: Path) -> None:
@@ -400,6 +420,7 @@ def _prepare_stream(
     data, folder = config.data, config.run_folder / "data"
     num_streams = data.streams or order.num_streams(rows_per_step, world_size)
     _check_streams(config, num_streams, rows_per_step, world_size)
+    first_look.check_streams(listed, data, num_streams)
     tokenizer = given or bpe.train(config, listed, small=_mib(listed) <= CACHED_MIB)
     index = index | _about(tokenizer, num_streams) | {"sources": {}}
     weights = tuple(part.weight for part in data.parts)

@@ -9,23 +9,36 @@ import contextlib
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import zstandard
 
-from smoltrain.data.sources import Shard, one_line, opened, suffix_of, unreadable
+from smoltrain.data.kinds import RECORDS, suffix_of
+from smoltrain.data.sources import Shard, one_line, opened, unreadable
 from smoltrain.errors import Problem, UserError
 from smoltrain.schema import SourceSection
 
 BLOCK = 4 * 2**20  # bytes read at once
 NUM_ROWS = 128  # of parquet, made into text at once
+FRAGMENT = 2**12  # bytes of a .zst that are decompressed at once: what comes out is at most 128 MiB
+LONGEST_WINDOW = 2**31  # bytes that a .zst may look back: all that `zstd --long=31` can ask for
+POINTER_BYTES = 1024  # a file that stands for another one is shorter
+LFS = re.compile(rb"version https://(git-lfs\.github|hawser\.github)\.com/spec/v\d+\r?\n(.*\r?\n)*oid sha256:")
+ANNEX = re.compile(rb"(\S*/)?annex/objects/\S+\s*")
+HEAD = 2**12  # bytes by which a file's encoding is told
+WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # that of UTF-32-LE begins like the first
+CONTROL = bytes({*range(32)} - {*b"\t\n\f\r\x1b"})  # characters that texts do not hold
+AFTER_CR = re.compile(rb"\}\s*\r\s*\{")  # a record that begins where the one before ends in CR
 NOT_UTF8 = "the text is not UTF-8"
+WIDE = "the text is UTF-16 or UTF-32, not UTF-8 (`iconv -f UTF-16 -t UTF-8` makes it so)"
 Raw = bytes | None  # of a record; None where it is longer than allowed, and so was not kept
 
 
@@ -45,6 +58,7 @@ class BadRecord:
     place: str
     record: int
     why: str
+    empty: bool = field(default=False, compare=False)  # nothing is wrong with it, but that it holds nothing
 
 
 class BrokenFile(UserError):
@@ -66,33 +80,67 @@ def read(
     """The records number first, first + stride, ... of a shard, in its order. Blank lines and blank parts are none.
 
     Errors: UserError if the file cannot be read, or its records have no text_field (parquet; jsonl: the first one has
-    none); BrokenFile if its compression or its parquet makes no sense.
+    none), or is only a pointer to the file; BrokenFile if its compression or its parquet makes no sense.
     """
     wanted, limit = range(first, 2**63, stride), int(max_document_mib * 2**20)
     try:
         with opener(shard) as file:
             if shard.size == 0:
                 yield from _empty(shard, wanted)
-            elif (suffix := suffix_of(shard.name)) == ".parquet":
+                return
+            if shard.size is not None and shard.size < POINTER_BYTES:
+                _check_pointer(shard, file)
+            if (suffix := suffix_of(shard.name)) == ".parquet":
                 yield from _rows(shard, file, source.text_field, wanted, limit)
-            elif suffix in (".jsonl", ".json"):
+            elif suffix in RECORDS:
                 yield from _lines(shard, file, source.text_field, wanted, limit)
             elif source.documents == "file":
                 yield from _whole(shard, file, wanted)
             else:
                 yield from _parts(shard, file, source, wanted, limit)
     except OSError as error:
-        raise unreadable(error, shard.url) from None
+        raise unreadable(error, shard.place) from None
+
+
+def pointer_in(raw: bytes) -> tuple[str, str] | None:
+    """Whose pointer a small file is, and the command that brings the file it stands for."""
+    if LFS.match(raw):
+        return "Git LFS", "git lfs pull"
+    return ("git-annex", "git annex get") if ANNEX.fullmatch(raw) else None
+
+
+def _check_pointer(shard: Shard, file: BinaryIO) -> None:
+    """Errors: UserError if the file only stands for another one."""
+    pointer = pointer_in(file.read(POINTER_BYTES))
+    file.seek(0)
+    if pointer:
+        whose, get = pointer
+        what = f"the file is a pointer of {whose}, not the file itself"
+        raise UserError(Problem(what, f"{shard.size:,} bytes", f"the file: `{get}` where it comes from", shard.place))
+
+
+def head(shard: Shard, file: BinaryIO, count: int) -> bytes:
+    """The first bytes of a file, decompressed; at most so many. Errors: BrokenFile."""
+    with _plain(shard, file, lambda: shard.place) as plain:
+        return plain.read(count)
 
 
 class _Bad(Exception):
     """Why a record is bad, in one line."""
 
 
+class _Empty(_Bad):
+    """There is nothing in it."""
+
+
+def _bad(place: str, record: int, why: _Bad) -> BadRecord:
+    return BadRecord(place, record, str(why), empty=isinstance(why, _Empty))
+
+
 def _empty(shard: Shard, wanted: range) -> Iterator[Record]:
-    """What a file without any record is: a bad one."""
+    """What a file without any record is: an empty one."""
     if 0 in wanted:
-        yield BadRecord(shard.url, 0, "the file is empty")
+        yield BadRecord(shard.place, 0, "the file is empty", empty=True)
 
 
 # ---- bytes, decompressed
@@ -108,14 +156,57 @@ def _plain(shard: Shard, file: BinaryIO, place: Callable[[], str]) -> Iterator[i
             case ".gz":
                 yield gzip.GzipFile(fileobj=raw)
             case ".zst":
-                yield io.BufferedReader(pa.input_stream(raw, compression="zstd"), 2**16)
+                yield io.BufferedReader(_Zstd(raw), 2**16)
             case _:
                 yield raw
-    except (EOFError, zlib.error, OSError) as error:
+    except (EOFError, zlib.error, zstandard.ZstdError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's own, not the decompressor's
             raise
         problem = Problem("the file cannot be decompressed", one_line(error), f"a whole {suffix} file", place())
         raise BrokenFile(problem) from None
+
+
+class _Zstd(io.RawIOBase):
+    """What the frames of a .zst hold, one after another, each with a window as long as it asks for."""
+
+    def __init__(self, file: io.BufferedIOBase) -> None:
+        self._file = file
+        self._zstd = zstandard.ZstdDecompressor(max_window_size=LONGEST_WINDOW)
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._raw = self._plain = b""
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Errors: zstandard.ZstdError; EOFError within a frame."""
+        while self._at == len(self._plain):
+            self._raw = self._raw or self._file.read(FRAGMENT)
+            if not self._raw:
+                if self._frame is not None:
+                    raise EOFError("it ends within a frame")
+                return 0
+            self._frame = self._frame or self._zstd.decompressobj()
+            self._plain, self._at = self._frame.decompress(self._raw), 0
+            self._raw = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        given = self._plain[self._at : self._at + len(buffer)]
+        buffer[: len(given)] = given
+        self._at += len(given)
+        return len(given)
+
+
+def _is_wide(opening: bytes) -> bool:
+    """Whether the first bytes of a text are of UTF-16 or UTF-32: a mark, or control characters in every other place."""
+    if opening.startswith(WIDE_BOMS):
+        return True
+    if len(opening) < 8:
+        return False
+    places = (opening[0:HEAD:2], opening[1:HEAD:2])
+    few, many = sorted(1 - len(half.translate(None, CONTROL)) / len(half) for half in places)
+    return many > 0.8 and few < 0.6
 
 
 def _bounded_lines(file: io.BufferedIOBase, limit: int) -> Iterator[Raw]:
@@ -146,13 +237,16 @@ def _whole(shard: Shard, file: BinaryIO, wanted: range) -> Iterator[Record]:
     """The one record of a file that is not cut; it may be of any length."""
     if 0 not in wanted:
         return
-    with _plain(shard, file, lambda: shard.url) as plain:
+    with _plain(shard, file, lambda: shard.place) as plain:
         raw = plain.read().removeprefix(codecs.BOM_UTF8)
+    if _is_wide(raw[:HEAD]):
+        yield BadRecord(shard.place, 0, WIDE)
+        return
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
         line = 1 + raw.count(b"\n", 0, error.start)
-        yield BadRecord(f"{shard.url}:{line}", 0, f"{NOT_UTF8}: {one_line(error)}")
+        yield BadRecord(f"{shard.place}:{line}", 0, f"{NOT_UTF8}: {one_line(error)}")
         return
     yield from [Document(shard.name, 0, text)] if text else _empty(shard, wanted)
 
@@ -160,8 +254,13 @@ def _whole(shard: Shard, file: BinaryIO, wanted: range) -> Iterator[Record]:
 def _parts(shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, limit: int) -> Iterator[Record]:
     """The parts of a file that is cut, without the line ends around them; those without a character do not count."""
     record = -1
-    with _plain(shard, file, lambda: f"{shard.url}, part {record + 2}") as plain:
-        if plain.peek(3).startswith(codecs.BOM_UTF8):  # pyright: ignore[reportAttributeAccessIssue]
+    with _plain(shard, file, lambda: f"{shard.place}, part {record + 2}") as plain:
+        opening = _opening(plain)
+        if _is_wide(opening):
+            if 0 in wanted:
+                yield BadRecord(shard.place, 0, WIDE)
+            return
+        if opening.startswith(codecs.BOM_UTF8):
             plain.read(3)
         if source.documents == "separator":
             parts = _separated(plain, source.document_separator.encode(), limit)
@@ -174,9 +273,14 @@ def _parts(shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, l
                     text = _decoded(part if part is None else part.strip(b"\r\n"), limit)
                     yield Document(f"{shard.name}:{record + 1}", record, text)
                 except _Bad as bad:
-                    yield BadRecord(f"{shard.url}, part {record + 1}", record, str(bad))
+                    yield _bad(f"{shard.place}, part {record + 1}", record, bad)
     if record < 0:
         yield from _empty(shard, wanted)
+
+
+def _opening(file: io.BufferedIOBase) -> bytes:
+    """The next bytes, which remain to be read: HEAD of them, or fewer."""
+    return file.peek(HEAD)[:HEAD]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _between_blank_lines(file: io.BufferedIOBase, limit: int) -> Iterator[Raw]:
@@ -210,17 +314,18 @@ def _separated(file: io.BufferedIOBase, separator: bytes, limit: int) -> Iterato
     yield None if too_long else bytes(buffer)
 
 
-# ---- .jsonl
+# ---- .jsonl, and .json and .ndjson, which must be the same
 
 
 def _lines(shard: Shard, file: BinaryIO, text_field: str, wanted: range, limit: int) -> Iterator[Record]:
     record, found = -1, False
-    with _plain(shard, file, lambda: f"{shard.url}:{record + 2}") as plain:
+    with _plain(shard, file, lambda: f"{shard.place}:{record + 2}") as plain:
+        _check_lines(_opening(plain), shard.place)
         for record, line in enumerate(_bounded_lines(plain, limit)):
             if line is not None and line.isspace():
                 continue
             if record in wanted or not found:
-                place = f"{shard.url}:{record + 1}"
+                place = f"{shard.place}:{record + 1}"
                 try:
                     fields = _object(line, limit)
                     if not found and text_field not in fields:
@@ -228,11 +333,40 @@ def _lines(shard: Shard, file: BinaryIO, text_field: str, wanted: range, limit: 
                     if record in wanted:
                         yield Document(f"{shard.name}:{record + 1}", record, _text(fields, text_field))
                 except _Bad as bad:
+                    if not found and line is not None and AFTER_CR.search(line):
+                        raise _no_lines("lines that end in CR alone", "`tr '\\r' '\\n'`", shard.place) from None
                     if record in wanted:
-                        yield BadRecord(place, record, str(bad))
+                        yield _bad(place, record, bad)
             found = True
     if not found:
         yield from _empty(shard, wanted)
+
+
+def _check_lines(opening: bytes, place: str) -> None:
+    """Errors: UserError if the first bytes of a file show that its lines are no records."""
+    if _is_wide(opening):
+        raise UserError(Problem("the file is not UTF-8", "UTF-16 or UTF-32", "`iconv -f UTF-16 -t UTF-8` of it", place))
+    lines = [line for line in opening.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
+    if lines and lines[0].lstrip().startswith(b"["):
+        raise _no_lines("one JSON document, an array", "`jq -c '.[]'`", place)
+    if len(lines) > 1 and lines[0].startswith(b"{") and not lines[1].startswith(b"{") and _goes_on(lines[0]):
+        raise _no_lines("one JSON document over several lines", "`jq -c`", place)
+
+
+def _goes_on(line: bytes) -> bool:
+    """Whether a line is the beginning of JSON."""
+    try:
+        json.loads(line)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(error.doc.rstrip()) - 1
+    except ValueError:
+        return False
+    return False
+
+
+def _no_lines(saw: str, how: str, place: str) -> UserError:
+    want = f"one record per line, as {how} makes it"
+    return UserError(Problem("the file holds no JSON Lines", saw, want, place))
 
 
 def _object(line: Raw, limit: int) -> dict[str, Any]:
@@ -249,11 +383,13 @@ def _object(line: Raw, limit: int) -> dict[str, Any]:
 def _text(fields: dict[str, Any], text_field: str) -> str:
     """The text of a record. JSON can spell lone surrogates ("\\ud800"), which no UTF-8 text contains. Errors: _Bad."""
     value = fields.get(text_field)
+    if value is None and text_field in fields:
+        raise _Empty(f"the field {text_field!r} is no text, but null")
     if not isinstance(value, str):
-        saw = "missing" if text_field not in fields else "null" if value is None else f"a {type(value).__name__}"
+        saw = "missing" if text_field not in fields else f"a {type(value).__name__}"
         raise _Bad(f"the field {text_field!r} is no text, but {saw}")
     if not value:
-        raise _Bad("the text is empty")
+        raise _Empty("the text is empty")
     if not value.isascii():
         try:
             value.encode()
@@ -275,14 +411,19 @@ def _rows(shard: Shard, file: BinaryIO, text_field: str, wanted: range, limit: i
         with pq.ParquetFile(file, buffer_size=BLOCK, pre_buffer=False) as table:  # row groups may be huge
             schema = table.schema_arrow
             if text_field not in schema.names:
-                raise _no_field(text_field, schema.names, shard.url)
-            _check_type(schema.field(text_field).type, text_field, shard.url)
+                raise _no_field(text_field, schema.names, shard.place)
+            if schema.names.count(text_field) > 1:
+                saw, want = f"{schema.names.count(text_field)} of them", "one; or another field"
+                what = f"there are several columns {text_field!r}"
+                raise UserError(Problem(what, saw, want, f"data.text_field, or {shard.place}"))
+            _check_type(schema.field(text_field).type, text_field, shard.place)
             begin = 0
             for group in range(table.num_row_groups):
                 end = begin + table.metadata.row_group(group).num_rows
                 if _among(wanted, begin, end):
                     for batch in table.iter_batches(NUM_ROWS, [group], [text_field], use_threads=False):
-                        yield from _batch(shard, batch.column(0), text_field, begin, wanted, limit)
+                        column = batch.column(batch.schema.names.index(text_field))  # "a.b" brings the b of a along
+                        yield from _batch(shard, column, text_field, begin, wanted, limit)
                         begin += batch.num_rows
                 begin = end
             if begin == 0:
@@ -291,7 +432,7 @@ def _rows(shard: Shard, file: BinaryIO, text_field: str, wanted: range, limit: i
         if isinstance(error, OSError) and error.errno is not None:
             raise
         what, want = "the file cannot be read as parquet", "a whole parquet file"
-        raise BrokenFile(Problem(what, one_line(error), want, shard.url)) from None
+        raise BrokenFile(Problem(what, one_line(error), want, shard.place)) from None
 
 
 def _check_type(kind: pa.DataType, text_field: str, place: str) -> None:
@@ -320,7 +461,7 @@ def _batch(shard: Shard, column: pa.Array, text_field: str, begin: int, wanted: 
         column = column.take(pa.array([record - begin for record in records]))
     for record, text in zip(records, _texts(column, text_field, limit), strict=True):
         if isinstance(text, _Bad):
-            yield BadRecord(f"{shard.url}, row {record + 1}", record, str(text))
+            yield _bad(f"{shard.place}, row {record + 1}", record, text)
         else:
             yield Document(f"{shard.name}:{record + 1}", record, text)
 

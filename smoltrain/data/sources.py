@@ -17,12 +17,11 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from smoltrain.data import folders, kinds
+from smoltrain.data.kinds import SUFFIXES, suffix_of
 from smoltrain.errors import Problem, UserError
 from smoltrain.schema import SourceSection
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
-COMPRESSED = (".gz", ".zst")  # behind any suffix but .parquet, which compresses its own columns
-WANT_SUFFIX = f"{' or '.join(SUFFIXES)}, or all but the last with {' or '.join(COMPRESSED)} behind it"
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}  # protocols that need one more package
 STALL_S = 25.0  # without a byte from an http server, after which it has failed to answer
 Info = dict[str, Any]  # what a file system tells about a file
@@ -42,10 +41,28 @@ class Shard:
         """Whether it is read from this machine's own file systems, where a fault is no matter of patience."""
         return _protocol(self.url) is None
 
+    @property
+    def place(self) -> str:
+        """The url as a message shows it."""
+        return kinds.shown(self.url)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of documents in one place, and what else lies there: how many of which kind, in words."""
+
+    shards: list[Shard]
+    others: dict[str, int]
+
 
 def shards(
     source: SourceSection, *, key: str = "data", commit: str | None = None, held_out: bool = False
 ) -> list[Shard]:
+    """Only the files of `found`."""
+    return found(source, key=key, commit=commit, held_out=held_out).shards
+
+
+def found(source: SourceSection, *, key: str = "data", commit: str | None = None, held_out: bool = False) -> Found:
     """The files of a source, sorted by name; with held_out those of validation_path or validation_split ([]: neither).
 
     key is the config's section that a mistake is blamed on; commit is the dataset's (None asks the Hub for the newest).
@@ -55,21 +72,15 @@ def shards(
     if held_out:
         path, package, split, option = source.validation_path, None, source.validation_split, "validation_path"
     if path is None and package is None and split is None:
-        return []
+        return Found([], {})
     if path is not None and (protocol := _protocol(path)) not in (None, "file"):
-        return sorted(_behind_url(path, str(protocol), source.pattern, f"{key}.{option}"), key=lambda s: s.name)
+        return _behind_url(path, str(protocol), source.pattern, f"{key}.{option}")
     if path is not None:
         return _local(Path(path.removeprefix("file://")).expanduser(), source.pattern, f"{key}.{option}", key)
     if package is not None:
         root = _package_folder(package, f"{key}.package")
         return _matching(root, source.pattern, f"{key}.package or {key}.pattern")
-    return sorted(_on_hub(source, str(split), commit, key), key=lambda s: s.name)
-
-
-def suffix_of(name: str) -> str:
-    """The suffix that says how to read a file: the one before .gz or .zst, if it has such."""
-    *_, before, last = ("", "", *(suffix.lower() for suffix in PurePosixPath(name).suffixes))
-    return before if last in COMPRESSED and before != ".parquet" else last
+    return Found(sorted(_on_hub(source, str(split), commit, key), key=lambda s: s.name), {})
 
 
 def sha256_of(shard: Shard) -> str:
@@ -81,7 +92,7 @@ def sha256_of(shard: Shard) -> str:
         with Path(shard.url).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise unreadable(error, shard.url) from None
+        raise unreadable(error, shard.place) from None
 
 
 def opened(shard: Shard) -> BinaryIO:
@@ -184,7 +195,7 @@ def _protocol(url: str) -> str | None:
 # ---- on this machine
 
 
-def _local(path: Path, pattern: str, option: str, key: str) -> list[Shard]:
+def _local(path: Path, pattern: str, option: str, key: str) -> Found:
     """A file, a folder or a glob."""
     if path.is_dir():
         return _matching(path, pattern, f"{option} or {key}.pattern")
@@ -192,21 +203,20 @@ def _local(path: Path, pattern: str, option: str, key: str) -> list[Shard]:
         return _matching(path.parent, glob.escape(path.name), option)
     magic = [i for i, part in enumerate(path.parts) if any(sign in part for sign in "*?[")]
     if not magic:
-        raise _missing(str(path), option)
+        saw = f"{path}, which is no regular file" if path.exists() else str(path)
+        raise _missing(kinds.shown(saw), option)
     return _matching(Path(*path.parts[: magic[0]]), "/".join(path.parts[magic[0] :]), option)
 
 
-def _matching(root: Path, pattern: str, where: str) -> list[Shard]:
-    """The files below root. Hidden ones and other suffixes are not matched."""
-    matches = {Path(match) for match in glob.glob(pattern, root_dir=root, recursive=True)}  # noqa: PTH207 (skips hidden)
-    found = sorted((match.as_posix(), root / match) for match in matches if (root / match).is_file())
-    _check_found([name for name, _ in found], root, pattern, where)
+def _matching(root: Path, pattern: str, where: str) -> Found:
+    """The files of documents below root."""
+    files, passed = folders.matching(root, pattern)
+    documents, others = _documents(list(files), root, pattern, where, passed)
     listed = []
-    for name, path in found:
-        if suffix_of(name) in SUFFIXES:
-            about = path.stat()
-            listed.append(Shard(name, str(path), about.st_size, f"mtime {about.st_mtime_ns}"))
-    return listed
+    for name in documents:
+        about = files[name].stat()
+        listed.append(Shard(kinds.shown(name), str(files[name]), about.st_size, f"mtime {about.st_mtime_ns}"))
+    return Found(listed, others)
 
 
 def _package_folder(package: str, key: str) -> Path:
@@ -226,17 +236,29 @@ def _package_folder(package: str, key: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)), *below)
 
 
-def _check_found(names: list[str], root: object, pattern: str, where: str) -> None:
+def _documents(
+    names: list[str], root: object, pattern: str, where: str, passed: dict[str, int]
+) -> tuple[list[str], dict[str, int]]:
+    """As kinds.chosen, with what was passed over. Errors: UserError if there is no file, or none to read."""
     if not names:
-        raise UserError(Problem("no file matches", f"nothing at {pattern!r} in {root}", "at least one file", where))
-    if not any(suffix_of(name) in SUFFIXES for name in names):
+        saw = f"nothing at {pattern!r} in {root}"
+        saw += f" but {kinds.counted(passed)}" if passed else ""
+        raise UserError(Problem("no file matches", kinds.shown(saw), "at least one file", where))
+    documents, others = kinds.chosen(names)
+    if not documents:
         raise unsupported(names, f"{root}/{pattern}", where)
+    return documents, others | passed
 
 
 def unsupported(names: list[str], place: str, where: str) -> UserError:
     """No file, or not every file, has a suffix that can be read."""
-    saw = ", ".join(sorted({PurePosixPath(name).suffix or "no suffix" for name in names}))
-    return UserError(Problem(f"no file to read at {place}", saw, WANT_SUFFIX, where))
+    named = [name for name in names if not kinds.is_card(name)] or names
+    saw, want = ", ".join(sorted({PurePosixPath(name).suffix or "no suffix" for name in named})), kinds.WANT
+    if kinds.save_to_disk(names):
+        arrow = kinds.few(sorted(name for name in names if name.endswith(".arrow")))
+        saw = f"{arrow}, as datasets' save_to_disk writes them"
+        want = f"what `datasets.load_from_disk({str(place).partition('/*')[0]!r})` gives, written by its to_parquet"
+    return UserError(Problem(f"no file to read at {place}", kinds.shown(saw), want, where))
 
 
 def _missing(saw: str, where: str, want: str = "an existing file, folder or glob") -> UserError:
@@ -246,7 +268,7 @@ def _missing(saw: str, where: str, want: str = "an existing file, folder or glob
 # ---- behind a URL
 
 
-def _behind_url(url: str, protocol: str, pattern: str, where: str) -> list[Shard]:
+def _behind_url(url: str, protocol: str, pattern: str, where: str) -> Found:
     """The file, folder or glob of a URL; over http a single file, as http cannot list."""
     try:
         system, path = file_system(url)
@@ -257,19 +279,19 @@ def _behind_url(url: str, protocol: str, pattern: str, where: str) -> list[Shard
     try:
         if protocol in ("http", "https"):
             root, pattern, found = url, "", {path: system.info(path)}
-            names = {path: PurePosixPath(urlsplit(url).path).name}
+            names = {PurePosixPath(urlsplit(url).path).name: path}
         else:
             root, pattern, found = _found(system, path, pattern)
-            names = {path: path[len(root) + 1 :] for path in found}
+            names = {path[len(root) + 1 :]: path for path in found}
     except Exception as error:  # of a server, its client, the system: there is no common base
         raise _no_listing(error, url, where) from None
-    visible = [name for name in names.values() if not any(part.startswith(".") for part in name.split("/"))]
-    _check_found(visible, root, pattern, where)
-    return [
-        Shard(name, system.unstrip_protocol(path), _size(found[path], path), _version(found[path]))
-        for path, name in names.items()
-        if name in visible and suffix_of(name) in SUFFIXES
-    ]
+    visible = sorted(name for name in names if not any(part.startswith(".") for part in name.split("/")))
+    documents, others = _documents(visible, root, pattern, where, {})
+    infos = [(name, names[name], found[names[name]]) for name in documents]
+    return Found(
+        [Shard(name, system.unstrip_protocol(path), _size(info, path), _version(info)) for name, path, info in infos],
+        others,
+    )
 
 
 def _found(system: fsspec.AbstractFileSystem, path: str, pattern: str) -> tuple[str, str, dict[str, Info]]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from smoltrain.data import faults, fingerprints, order, packing
+from smoltrain.data import bad_records, faults, fingerprints, order, packing
 from smoltrain.data.faults import Health
 from smoltrain.data.passages import Passage, spans
 from smoltrain.data.readers import BadRecord, Document
@@ -87,6 +87,7 @@ class Source:
     dtype: np.dtype
     sequence_length: int
     seed: int
+    held_out: frozenset[int] = frozenset()  # content hashes of texts that are validated on, of any source
 
 
 class Stream:
@@ -141,9 +142,9 @@ class Stream:
 
     # ---- on the pool's threads: documents -> pieces -> blocks
 
-    def _documents(self, cursor: Cursor) -> Iterator[tuple[Cursor, Document]]:
-        """Training documents from a cursor on, for ever, each with its own cursor. Errors: UserError."""
-        source, num_bad = self._source, cursor.num_bad
+    def _documents(self, cursor: Cursor) -> Iterator[tuple[Cursor, int, Document]]:
+        """Training documents from a cursor on, for ever, each with its cursor and content hash. Errors: UserError."""
+        source, num_bad, num_read, before = self._source, cursor.num_bad, 0, cursor.num_bad
         mine = dealt(source.shards, self._number, source.num_streams)
         share = 0.0 if fingerprints.holds_out_by_itself(source.section) else source.data.validation_share
         epoch, found = cursor.epoch, cursor != Cursor()
@@ -158,31 +159,47 @@ class Stream:
                     shard, source.section, first=cursor.record or first, stride=stride, data=source.data,
                     health=self._health,
                 ):  # fmt: skip
-                    if isinstance(item, BadRecord):
+                    num_read += epoch == 0
+                    if isinstance(item, BadRecord) and item.empty:
+                        self._health.note_once("empty", f"empty records are passed over; the first one: {item.place}")
+                    elif isinstance(item, BadRecord):
                         if epoch == 0:
                             num_bad += 1
-                            self._skip(item, num_bad)
+                            self._skip(item, num_bad, num_bad - before, num_read)
                     elif not held_out(item.name, share):
+                        if (hashed := content_hash(item.text)) in source.held_out:
+                            self._leave_out(item.name)
+                            continue
                         found = True
-                        yield Cursor(epoch, i, item.record, 0, num_bad), item
+                        yield Cursor(epoch, i, item.record, 0, num_bad), hashed, item
                 cursor = Cursor()
             if not found:
                 raise _too_few(source, self._number)
             epoch, found = epoch + 1, False
 
-    def _skip(self, record: BadRecord, num_bad: int) -> None:
-        """Log a bad record, the num_bad-th of this stream. Errors: UserError past data.max_bad_records."""
+    def _leave_out(self, name: str) -> None:
+        """Say it of the first document that is left out."""
+        source = self._source.section.name
+        line = f"documents of {source} are not trained on where their texts are held out; the first one: {name}"
+        self._health.note_once(f"held out of {source}", line)
+
+    def _skip(self, record: BadRecord, num_bad: int, num_lately: int, num_read: int) -> None:
+        """Log a bad record, the num_bad-th of this stream, and the num_lately-th of so many read since it began here.
+
+        Errors: UserError where they are too many: all of them for a number, those read here for a share.
+        """
         self._health.note(f"a bad record is skipped: {record.place}: {record.why}")
-        limit = self._source.data.max_bad_records
-        if num_bad > limit:
-            what = f"more than {limit} records of a stream are bad; the last one: {record.why}"
-            want = "readable records, or a higher limit"
-            raise UserError(Problem(what, record.place, want, "data.max_bad_records, or the data"))
+        data = self._source.data
+        count = num_lately if data.max_bad_records is None else num_bad
+        if count > bad_records.allowed(data, num_read):
+            what = f"more than {count - 1} records of a stream are bad; the last one: {record.why}"
+            want, change = "readable records, or a higher limit", f"{bad_records.KEYS}, or the data"
+            raise UserError(Problem(what, record.place, want, change))
 
     def _tokens(self, cursor: Cursor) -> Iterator[Tokens]:
         """Tokens from a cursor on, for ever, with their own cursors."""
         skip = cursor.offset
-        documents = (((where, content_hash(d.text), d.name), d.text) for where, d in self._documents(cursor))
+        documents = (((where, hashed, d.name), d.text) for where, hashed, d in self._documents(cursor))
         block = self._source.data.shuffle_rows * self._source.sequence_length
         characters = min(CHARACTERS_PER_TOKEN * block, packing.CHARACTERS_AT_ONCE)
         for piece in packing.encoded(documents, self._source.tokenizer, self._source.dtype, characters):

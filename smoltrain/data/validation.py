@@ -35,9 +35,15 @@ class Reading:
     health: Health
     num_train: int = 0  # documents to train on
     num_held_out: int = 0
+    num_empty: int = 0
 
     def __post_init__(self) -> None:
         self.bad: list[Bad] = []
+
+    @property
+    def num_records(self) -> int:
+        """All that came by."""
+        return self.num_train + self.num_held_out + self.num_empty + len(self.bad)
 
     def documents(self, shards: tuple[Shard, ...]) -> Generator[Document]:
         """One document of each of AT_ONCE shards in turn. Evenly spaced shards come first, then the others in order."""
@@ -52,9 +58,11 @@ class Reading:
             item = next(reader, None)
             if item is not None:
                 readers.append(reader)
-            if isinstance(item, BadRecord):
-                count = len(self.bad) + 1
-                self.bad.append(bad_records.note(self.folder, self.source.name, item, count, self.data))
+            if isinstance(item, BadRecord) and item.empty:
+                self.num_empty += 1
+            elif isinstance(item, BadRecord):
+                count, name = len(self.bad) + 1, self.source.name
+                self.bad.append(bad_records.note(self.folder, name, item, count, self.num_records + 1, self.data))
             elif item is not None:
                 yield item
 
@@ -106,6 +114,7 @@ def collect(
                         reading.num_train += 1
                     if reading.num_train >= num_streams and (own or writer.num_tokens >= num_tokens):
                         break
+        bad_records.check(folder, source.name, reading.bad, reading.num_records, data)
         _check(reading, own=own, num_streams=num_streams)
         made = writer.commit() | {"spelling": spelling.to_json(speller.found)}
     finally:
@@ -113,6 +122,7 @@ def collect(
     option = "validation_split" if source.validation_split else "validation_path"
     about = {
         "bad_records": len(reading.bad),
+        "empty_records": reading.num_empty,
         "held_out": option if own else "documents",
         "validation": tokens.joined(folder / source.name, "validation", [made], dtype_of(tokenizer)),
         "shards": to_json(listing.shards),

@@ -274,7 +274,7 @@ def on_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
         paths = sorted((root / "source").iterdir())
         return [Shard(path.name, str(path), path.stat().st_size, "commit c0ffee") for path in paths]
 
-    monkeypatch.setattr(sources, "shards", shards)
+    monkeypatch.setattr(sources, "found", lambda *args, **more: sources.Found(shards(*args, **more), {}))
     return asked
 
 
@@ -304,7 +304,7 @@ def test_a_cached_run_does_without_its_server(root: Path, monkeypatch: pytest.Mo
     def shards(*_: Any, **__: Any) -> list[Shard]:
         raise UserError(Problem("no server", "nothing", "an answer", "it"))
 
-    monkeypatch.setattr(sources, "shards", shards)
+    monkeypatch.setattr(sources, "found", shards)
     assert data.prepare(config(root, "cached", **changes)).index == first.index
     assert "no server" in capsys.readouterr().out
     assert "no server" in problem(config(root, "stream", run__name="b", **changes))

@@ -122,7 +122,7 @@ def test_missing_and_empty_places(tmp_path: Path):
 
 def test_an_unsupported_suffix_names_the_supported_ones(tmp_path: Path):
     (tmp_path / "a.csv").write_text("a")
-    assert "saw .csv, want .txt or .md or .jsonl or .json or .parquet" in problem(at(tmp_path / "a.csv"))
+    assert "saw .csv, want .txt or .md or .jsonl or .json or .ndjson or .parquet" in problem(at(tmp_path / "a.csv"))
     for name in ("b.csv.gz", "b.parquet.zst", "b.gz"):
         (tmp_path / name).write_bytes(gzip.compress(b"a"))
         assert "or all but the last with .gz or .zst behind it" in problem(at(tmp_path / name))

@@ -157,7 +157,7 @@ def test_held_out_documents_are_never_trained_on(make: Make):
 def test_bad_records_are_counted_once_and_too_many_stop_the_run(tmp_path: Path):
     folder = write(tmp_path / "c", corpus(12, 6, "a"))
     with (folder / "004.jsonl").open("a") as file:
-        file.write('{"text": ""}\n{"no": 1}\nnot json\n')
+        file.write('{"text": 1}\n{"text": ""}\n{"no": 1}\nnot json\n')  # an empty one is not bad
     folders = {"s0": folder}
     ranks = World(streamed(folders, V), 2, section(folders, max_bad_records=3))
     ranks.steps(120)  # several epochs

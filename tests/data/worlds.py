@@ -70,6 +70,7 @@ class World:
         micro_batch: int = 1,
         weights: dict[str, float] | None = None,
         document_mask: bool = False,
+        held_out: frozenset[int] = frozenset(),
         **changes: Any,
     ) -> None:
         names = [part.name for part in data.parts] if data else [f"s{i}" for i in range(len(prepared.train))]
@@ -80,20 +81,24 @@ class World:
             shape = Shape(T, identity["rows_per_step"], micro_batch, identity["rows_per_step"] // size // micro_batch,
                           rank, size, document_mask)  # fmt: skip
             supply: Supply
+            health = Health()
             if prepared.mode == "cached":
                 supply = CachedRows(prepared.train, T, identity["seed"])
                 own = identity | {"num_rows": supply.num_rows}
             else:
                 assert data is not None
-                own, health = identity, Health()
+                own = identity
                 supply = StreamedRows(
                     tuple(
-                        Source(i, part, data, found, prepared.streams, TOKENIZER, prepared.dtype, T, identity["seed"])
+                        Source(
+                            i, part, data, found, prepared.streams, TOKENIZER, prepared.dtype, T, identity["seed"],
+                            held_out,
+                        )
                         for i, (part, found) in enumerate(zip(data.parts, prepared.shards, strict=True))
                     ),
                     rank, size, health,
                 )  # fmt: skip
-            self.ranks.append(Loader(prepared, supply, shape, identity=own, weights=weights))
+            self.ranks.append(Loader(prepared, supply, shape, identity=own, weights=weights, health=health))
 
     def step(self) -> np.ndarray:
         """One step on all ranks; the digests of its rows, by position."""
