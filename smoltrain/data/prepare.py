@@ -158,6 +158,24 @@ def tokens_folder(config: Config, index: dict[str, Any]) -> Path:
     return files.inside(cache, index["cache"], str(index_module.file_of(config.run_folder))) / "data"
 
 
+def inspect(config: Config) -> tuple[str, list[str]]:
+    """What was looked at of a run's tokens and tokenizer, in words, and what is wrong with them; nothing is mended.
+
+    Errors: UserError if there are none, or another data.cache than theirs.
+    """
+    index = read_index(config)
+    home, records = tokens_folder(config, index), damage.written(index)
+    faults = [f"{name}: {wrong}" for name, wrong in damage.damaged(home, records).items()]
+    folder = config.run_folder / "tokenizer"
+    faults += [f"{name}: {wrong}" for name, wrong in damage.of_tokenizer(folder, index).items()]
+    try:
+        _tokenizer_of(config, folder, index)
+    except UserError as error:
+        faults += [str(problem) for problem in error.problems]
+    size = sum(made["bytes"] for made in records.values()) / 2**20
+    return f"{len(records)} files of tokens ({size:,.1f} MiB) and the tokenizer are as they were written", faults
+
+
 def check_rows(index: dict[str, Any], config: Config, rows_per_step: int) -> None:
     """Errors: UserError unless each source has a row to train on and one to validate on, and one alone a whole step."""
     length, problems = config.batch.sequence_length, []
