@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from smoltrain import tree
+from smoltrain import redact, tree
 from smoltrain.contradictions import contradictions
 from smoltrain.errors import Problem, UserError, invalid, nearest
 from smoltrain.schema import (
@@ -47,12 +47,13 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """
     path = _recipe_path(recipe)
     values = tree.read(path)
-    values.pop("provenance", None)  # a run's own config.yaml is a recipe too
+    own = values.pop("provenance", None)  # a run's own config.yaml is a recipe too
     problems = [p for text in overrides if (p := tree.override(values, text))]
     _replace_source(values, overrides)
     run = values.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = run.get("name") or path.stem
+        run["recipe"] = run.get("recipe") or ("" if own else path.stem)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -76,8 +77,14 @@ def read(path: Path) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole config as YAML, which `load` and `read` turn back into an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    """The whole config as YAML, which `load` and `read` turn back into an equal one, but for secrets in its URLs."""
+    return yaml.safe_dump(recorded(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def recorded(config: Config) -> dict[str, Any]:
+    """The config as it is written down, and as two of them are compared: no URL has its secret."""
+    values = config.model_dump(mode="json")
+    return values | {"data": redact.tree(values["data"])}
 
 
 def first_steps(config: Config, steps: int) -> list[str]:

@@ -18,7 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from smoltrain import files
+from smoltrain import files, redact
+from smoltrain.config import recorded
 from smoltrain.errors import DONE, FAULT
 from smoltrain.gradients import LayerGradient
 from smoltrain.runfolder import RunFolder
@@ -89,6 +90,7 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
+        text = redact.text(text)
         self._log.info(text)
         if self._writes:
             self._console.print(text, markup=False)
@@ -208,7 +210,7 @@ class Tracker:
                 dir=str(folder.path),
                 mode=mode,  # pyright: ignore[reportArgumentType]
                 resume="allow",
-                config=config.model_dump(mode="json"),
+                config=recorded(config),
                 settings=wandb.Settings(
                     init_timeout=config.track.wandb_timeout_s,
                     finish_timeout=WANDB_FINISH_S,

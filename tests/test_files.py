@@ -194,7 +194,7 @@ def test_no_name_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
     folder.mkdir()
     (folder / "out").symlink_to(tmp_path)
     (folder / "loop").symlink_to("../loop")
-    with pytest.raises(UserError, match="a name leads out of its folder: .* change the list"):
+    with pytest.raises(UserError, match=r"a name leads out of its folder: .* change the list"):
         files.inside(folder, name, "the list")
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from smoltrain import redact
 from smoltrain.data.readers import BadRecord
 from smoltrain.errors import Problem, UserError
 from smoltrain.schema import DataSection
@@ -23,7 +24,7 @@ class Bad:
 
 def note(folder: Path, source: str, record: BadRecord, count: int, data: DataSection) -> Bad:
     """Log a bad record, the `count`-th of its source. Errors: UserError past data.max_bad_records."""
-    bad = Bad(source, record.place, record.why)
+    bad = Bad(source, redact.text(record.place), redact.text(record.why))
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("a", encoding="utf-8") as file:
         file.write(_line(bad))

@@ -126,11 +126,11 @@ def load(config: Config) -> Prepared:
     index = read_index(config)
     tokenizer = _tokenizer_of(config, config.run_folder / "tokenizer", index)
     home, sources = tokens_folder(config, index), index["sources"].items()
-    streaming = index["mode"] == "stream"
     train, held = (
         tuple(Tokens.open(home / name, about[side]) for name, about in sources if side in about) for side in SIDES
     )
-    shards = tuple(tuple(Shard(*shard) for shard in about["shards"]) for _, about in sources) if streaming else ()
+    parts = config.data.parts if index["mode"] == "stream" else ()
+    shards = tuple(validation.from_json(index["sources"][part.name]["shards"], part) for part in parts)
     return Prepared(
         tokenizer, config.tokenizer.name, index["mode"], index["why"], np.dtype(index["dtype"]), train, held, shards,
         index["streams"], index,

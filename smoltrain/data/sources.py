@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from smoltrain import redact
 from smoltrain.errors import Problem, UserError
 from smoltrain.schema import SourceSection
 
@@ -56,6 +57,9 @@ def shards(
         path, package, split, option = source.validation_path, None, source.validation_split, "validation_path"
     if path is None and package is None and split is None:
         return []
+    if path is not None and redact.is_redacted(path):
+        what, want = "a URL without the secret that was taken out when it was written down", "the URL as it was given"
+        raise UserError(Problem(what, path, want, f"{key}.{option} on the command line"))
     if path is not None and (protocol := _protocol(path)) not in (None, "file"):
         return sorted(_behind_url(path, str(protocol), source.pattern, f"{key}.{option}"), key=lambda s: s.name)
     if path is not None:
