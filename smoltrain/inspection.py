@@ -162,8 +162,7 @@ def _states(run: Run, folder: Path, manifest: Manifest) -> Look:
     modules = [name for name in names if name.endswith(MODEL_STATES)]
     draws = [name for name in names if RANDOM.match(name)]
     faults = checkpoint.lacking(manifest)
-    strays = {str(path.relative_to(folder)) for path in folder.rglob("*.pt")} - set(names)
-    faults += [f"{name} is no file of this checkpoint" for name in sorted(strays)]
+    faults += checkpoint.strays(folder, manifest)
     shapes: Any = None  # DeepSpeed's, of the flat tensors in the shards
     for name in [*modules, *shards, *draws]:
         try:

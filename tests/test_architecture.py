@@ -20,7 +20,7 @@ LAYERS = (
     {"flat", "kernels"},
     {"zero"},
     {"generate", "engine", "track", "huggingface", "ledger", "spikes", "estimate"},
-    {"checkpoint", "step", "choices"},
+    {"checkpoint", "step", "choices", "beforehand"},
     {"loading"},
     {"origin", "card", "verify", "inspection"},
     {"export"},

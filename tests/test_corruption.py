@@ -213,6 +213,16 @@ def test_a_file_that_a_link_takes_elsewhere_is_none_of_the_checkpoint(run: Path,
     assert isinstance(checkpoint.verify(moved), Manifest)
 
 
+def test_a_shard_that_the_manifest_does_not_name_is_not_trained_on(run: Path) -> None:
+    """DeepSpeed would take it for its own, as it finds files by how their names end, and nobody has hashed it."""
+    shutil.copy(folder_of(run, 2) / MODEL, folder_of(run) / "deepspeed" / "0_mp_rank_00_model_states.pt")
+    said: list[str] = []
+    found = checkpoint.newest_valid(run / "checkpoints", said.append, trains=True)
+    assert found is not None
+    assert found.step == 2
+    assert "deepspeed/0_mp_rank_00_model_states.pt is no file of this checkpoint" in said[0]
+
+
 def test_a_manifest_that_is_a_pipe_is_not_waited_for(run: Path) -> None:
     path = folder_of(run) / MANIFEST
     path.unlink()

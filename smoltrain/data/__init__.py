@@ -15,7 +15,7 @@ from typing import Any
 from smoltrain.data.faults import Health
 from smoltrain.data.loader import Batch, Loader, Shape, StepRows, StepTotals, merged
 from smoltrain.data.passages import NamedRow, located
-from smoltrain.data.prepare import Prepared, inspect, load, prepare
+from smoltrain.data.prepare import Prepared, check_tokenizer, inspect, load, prepare
 from smoltrain.data.streams import Source
 from smoltrain.data.supply import CachedRows, StreamedRows, Supply
 from smoltrain.schema import Config
@@ -27,6 +27,7 @@ __all__ = [
     "Prepared",
     "StepRows",
     "StepTotals",
+    "check_tokenizer",
     "inspect",
     "load",
     "merged",

@@ -158,6 +158,13 @@ def tokens_folder(config: Config, index: dict[str, Any]) -> Path:
     return files.inside(cache, index["cache"], str(index_module.file_of(config.run_folder))) / "data"
 
 
+def check_tokenizer(config: Config) -> None:
+    """Errors: UserError for a tokenizer whose ids the model has no room for, if it lies in a folder of this machine."""
+    section = config.tokenizer
+    if section.name != "bpe" and naming.is_folder(section.name):
+        _check_ids(naming.named(section).num_ids, config)
+
+
 def inspect(config: Config) -> tuple[str, list[str]]:
     """What was looked at of a run's tokens and tokenizer, in words, and what is wrong with them; nothing is mended.
 
