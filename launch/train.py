@@ -14,7 +14,7 @@ import time
 import traceback
 import warnings
 
-from smoltrain import config
+from smoltrain import config, redact
 from smoltrain.errors import BAD_INPUT, FAULT, RankStopped, TrainingStopped, UserError, report
 
 LAST_WORD_S = 5.0
@@ -29,6 +29,7 @@ def main(words: list[str]) -> int:
         words = ["quickstart", *words]
     try:
         settings = config.load(words[0], words[1:])
+        sys.argv[1:] = map(redact.text, sys.argv[1:])  # which W&B writes down
         if settings.engine.device != "auto":
             os.environ["DS_ACCELERATOR"] = settings.engine.device  # which DeepSpeed reads when it is imported
         keep_freed_memory()

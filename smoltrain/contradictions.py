@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from smoltrain.errors import Problem, nearest
 from smoltrain.schema import Config, ModelSection, PhaseSection, SourceSection, TransformersSection
 
+# Ids of the tokenizers that have no file to look into before they are fetched.
+NUM_IDS = {"gpt2": 50257, "tiktoken:gpt2": 50257, "smollm2": 49152}
+
 
 def contradictions(c: Config) -> list[Problem]:
     """Every rule that the config breaks."""
@@ -68,6 +71,11 @@ def _batch_and_data(c: Config) -> Iterator[Problem]:
     if t.vocab_size is not None and t.vocab_size > c.model.vocab_size:
         what, want = "the embedding table cannot hold the tokenizer's ids", f"at least {t.vocab_size}"
         yield Problem(what, str(c.model.vocab_size), want, "model.vocab_size")
+    if t.name in NUM_IDS and (num_ids := NUM_IDS[t.name] + (t.pad is not None)) > c.model.vocab_size:
+        want = f"at most model.vocab_size = {c.model.vocab_size:,}"
+        yield Problem(
+            "the tokenizer has more ids than the model", f"{num_ids:,}", want, "model.vocab_size or tokenizer"
+        )
 
 
 def _sources(c: Config) -> Iterator[Problem]:

@@ -1,6 +1,7 @@
 """DeepSpeed's JSON, filled from the recipe: "auto" takes the recipe's value, anything else must agree with it."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,23 +35,25 @@ def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
     return requested, "as the recipe asks"
 
 
-def fill(config: Config, *, precision: str, accumulation: int, world_size: int) -> dict[str, Any]:
-    """The dict for deepspeed.initialize.
+def fill(config: Config, *, precision: str | None, accumulation: int | None, world_size: int | None) -> dict[str, Any]:
+    """The dict for deepspeed.initialize. What is None, as long as nobody knows it, is neither filled in nor compared.
 
     Errors: UserError for an unknown file, a value that contradicts the recipe (both named), a section that is none or
     that the recipe owns, and bf16 under ZeRO-0, which DeepSpeed computes with another optimizer (docs/decisions.md).
     """
     path = _path(config.engine.ds_config)
     tree = _read(path)
+    micro = None if config.batch.micro_batch == "auto" and accumulation is None else config.batch.rows_at_once
+    whole = None if None in (micro, accumulation, world_size) else math.prod((micro, accumulation, world_size))
     wanted = {
-        "train_micro_batch_size_per_gpu": config.batch.rows_at_once,
+        "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": config.batch.rows_at_once * accumulation * world_size,
+        "train_batch_size": whole,
         "gradient_clipping": config.optimizer.gradient_clipping,
-        "bf16.enabled": precision == "bf16",
-        "fp16.enabled": precision == "fp16",
+        "bf16.enabled": precision and precision == "bf16",
+        "fp16.enabled": precision and precision == "fp16",
     }
-    problems = [_agree(tree, key, value, path) for key, value in wanted.items()]
+    problems = [_agree(tree, key, value, path) for key, value in wanted.items() if value is not None]
     for section in ("optimizer", "scheduler"):
         if section in tree:
             problems.append(

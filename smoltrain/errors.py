@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from smoltrain import redact
+
 # Exit codes of every entry point (README, "Resume").
 DONE, FAULT, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
@@ -19,7 +21,7 @@ class Problem:
     change: str
 
     def __str__(self) -> str:
-        return f"{self.what}: saw {self.saw}, want {self.want}; change {self.change}"
+        return redact.text(f"{self.what}: saw {self.saw}, want {self.want}; change {self.change}")
 
 
 class UserError(Exception):
@@ -32,6 +34,9 @@ class UserError(Exception):
 
 class TrainingStopped(Exception):
     """The run itself went wrong (a loss that is not a number, a full disk): exit code 1, message, no traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact.text(message))
 
 
 class RankStopped(TrainingStopped):
@@ -47,7 +52,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 def seen(value: object) -> str:
     """A value as a message shows it: on one line, and not too long."""
-    text = repr(value)
+    text = redact.text(repr(value))  # before it is cut, so that no secret loses the sign by which it is known
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -85,16 +85,34 @@ def verify(source: str, other: str | None = None, *, forward: bool = False) -> b
         for fault in _records(folder):
             print(fault)
             fine = False
-    if not steps:
-        return fine
-    run = _open(folder, forward)
+    run = _open(folder, forward) if steps else None
     for each in steps:
+        assert run is not None
         at = checkpoint.folder_of(folder / "checkpoints", each)
         looked_at, faults = inspect(run, at, forward=forward)
         if at.is_dir():  # a run under way deletes old ones
             print(f"{at}: {looked_at}", *(f"{at} is not as it should be: {fault}" for fault in faults), sep="\n")
             fine = fine and not faults
-    return fine
+    return fine if step is not None else _tokens(folder) and fine
+
+
+def _config(folder: Path) -> Config:
+    """A run's own, wherever its folder lies now. Errors: UserError for one that this version cannot read."""
+    settings = config.read(folder / "config.yaml")
+    here = settings.run.model_copy(update={"folder": folder.parent, "name": folder.name})
+    return settings.model_copy(update={"run": here})
+
+
+def _tokens(folder: Path) -> bool:
+    """Whether a run's tokens and tokenizer are what was written; prints what was looked at."""
+    try:
+        looked_at, faults = data.inspect(_config(folder))
+    except UserError as error:  # they are away, or in a cache that is
+        print(f"{folder / 'data'}: not looked into ({error.problems[0]})")
+        return not (folder / "data" / "index.json").exists()
+    wrong = [f"{folder / 'data'} is not as it should be: {fault}" for fault in faults]
+    print(*(wrong or [f"{folder / 'data'}: {looked_at}"]), sep="\n")
+    return not faults
 
 
 def _records(folder: Path) -> list[str]:
@@ -110,9 +128,8 @@ def _records(folder: Path) -> list[str]:
 
 def _open(folder: Path, needs_data: bool) -> Run:
     """Errors: UserError for a config that this version cannot read, and for data that are needed and not there."""
-    settings, provenance = config.read(folder / "config.yaml"), runfolder.provenance_of(folder / "config.yaml")
-    here = settings.run.model_copy(update={"folder": folder.parent, "name": folder.name})  # wherever it lies now
-    settings, rows = settings.model_copy(update={"run": here}), provenance["rows_per_step"]
+    settings, provenance = _config(folder), runfolder.provenance_of(folder / "config.yaml")
+    rows = provenance["rows_per_step"]
     history, loader, no_loader = None, None, ""
     try:
         accumulation = runfolder.accumulation(settings, rows, 1)
@@ -173,8 +190,7 @@ def _states(run: Run, folder: Path, manifest: Manifest) -> Look:
     modules = [name for name in names if name.endswith(MODEL_STATES)]
     draws = [name for name in names if RANDOM.match(name)]
     faults = checkpoint.lacking(manifest)
-    strays = {str(path.relative_to(folder)) for path in folder.rglob("*.pt")} - set(names)
-    faults += [f"{name} is no file of this checkpoint" for name in sorted(strays)]
+    faults += checkpoint.strays(folder, manifest)
     shapes: Any = None  # DeepSpeed's, of the flat tensors in the shards
     for name in [*modules, *shards, *draws]:
         try:

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smoltrain import checkpoint, files, huggingface, ledger, loading, spikes
+from smoltrain import config as config_module
 from smoltrain.checkpoint import Manifest
 from smoltrain.data import companions
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import Problem, UserError
 from smoltrain.model import HuggingFaceModel, LanguageModel
-from smoltrain.schema import Config
+from smoltrain.schema import Config, ModelSection, TransformersSection
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ def find(config: Config, say: Callable[[str], None]) -> Origin:
     if source is None:
         return Origin()
     if config.init.load == "weights":
+        _check_model(source, config)
         say(f"the weights are those of {source}; step, moments and data begin anew")
         return Origin(weights_from=source)
     if loading.is_huggingface(Path(source)):
@@ -72,13 +74,7 @@ def load_weights(origin: Origin, config: Config, model: LanguageModel, tokenizer
         _load_as_is(Path(origin.weights_from), model)
         return
     loaded = loading.load_run(origin.weights_from, runs=config.run.folder)
-    wrong = [
-        Problem(f"the weights are of another model: {key}", repr(now), repr(was), f"model.{key} or init.from")
-        for key, now in config.model.model_dump().items()
-        if (was := getattr(loaded.model.section, key, None)) != now and key not in ("dropout", "attention_dropout")
-    ]
-    if wrong:
-        raise UserError(*wrong)
+    _compare(config, loaded.model.section)
     if loaded.tokenizer.fingerprint() != tokenizer.fingerprint():
         what, want = "the weights were trained with another tokenizer", f"the one beside them in {origin.weights_from}"
         raise UserError(Problem(what, config.tokenizer.name, want, "tokenizer.name"))
@@ -102,6 +98,23 @@ def keep_generation(origin: Origin, config: Config, tokenizer: Tokenizer, say: C
         say(f"{companions.GENERATION} of {source} is left out: its token ids are those of another tokenizer")
     elif about:
         files.write_json(kept, about)
+
+
+def _check_model(source: str, config: Config) -> None:
+    """Of a run, as its config tells, before anything slow begins. Errors: UserError, as `load_weights`."""
+    if not loading.is_huggingface(Path(source)):
+        run, _ = loading.locate(source, config.run.folder, "init.from")
+        _compare(config, config_module.read(run / "config.yaml").model)
+
+
+def _compare(config: Config, section: ModelSection | TransformersSection) -> None:
+    wrong = [
+        Problem(f"the weights are of another model: {key}", repr(now), repr(was), f"model.{key} or init.from")
+        for key, now in config.model.model_dump().items()
+        if (was := getattr(section, key, None)) != now and key not in ("dropout", "attention_dropout")
+    ]
+    if wrong:
+        raise UserError(*wrong)
 
 
 def _load_as_is(folder: Path, model: HuggingFaceModel) -> None:

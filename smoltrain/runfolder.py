@@ -98,7 +98,7 @@ def enter(config: Config, world_size: int, done: int, ancestor: Path | None = No
     provenance = check(config, world_size, done, ancestor)
     accumulation(config, provenance["rows_per_step"], world_size)
     config.run_folder.mkdir(parents=True, exist_ok=True)
-    text = tree.write(config.model_dump(mode="json") | {"provenance": provenance})
+    text = tree.write(config_module.recorded(config) | {"provenance": provenance})
     files.write_text(config.run_folder / "config.yaml", text)
     return RunFolder(config.run_folder, provenance["rows_per_step"], provenance["wandb_id"])
 
@@ -120,7 +120,7 @@ def accumulation(config: Config, rows_per_step: int, world_size: int) -> int:
 
 def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     """(dotted key, old value, new value) wherever two configs differ."""
-    was, now = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    was, now = _flat(config_module.recorded(old)), _flat(config_module.recorded(new))
     return [(key, was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)]
 
 

@@ -28,6 +28,7 @@ class RunSection(Section):
     name: str = Field(
         default="", pattern=r"^(\w[\w.-]*)?$", description="folder under run.folder; empty takes the recipe's name"
     )
+    recipe: str = Field(default="", description="name of the recipe, for the model card; empty takes that of its file")
     folder: Path = Field(default=Path("runs"), description="parent folder of all runs")
     seed: int = Field(default=1234, ge=0, description="seeds initial weights, dropout and data order")
     stop_after: str | None = Field(

@@ -17,10 +17,10 @@ from types import FrameType
 import psutil
 import torch
 
-from smoltrain import config, data, dist, ds_config, files, model, origin, runfolder
+from smoltrain import beforehand, config, data, dist, files, origin, runfolder
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
 from smoltrain.plan import Plan
-from smoltrain.schema import Config, TransformersSection
+from smoltrain.schema import Config
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "train.py"
 CPU_RANKS = 2  # on a machine without a GPU: enough to make every collective real
@@ -53,12 +53,13 @@ def _run(recipe: str, overrides: list[str], ranks: int | None, signals: "Signals
     done = begin.step
     last = plan.named(settings.run.stop_after).last if settings.run.stop_after else plan.last_step
     rows_per_step = runfolder.check(settings, ranks, done, begin.ancestor)["rows_per_step"]
+    if done < last:
+        beforehand.of_start(settings, dist.choose_device(settings.engine.device), ranks, rows_per_step)
     origin.inherit_data(settings, begin)
     data.prepare(settings, rows_per_step, ranks)
     if done >= last:
         print(f"{settings.run.name}: the plan is complete at step {done}; nothing to do")
         return DONE
-    _check_engine(settings, ranks, rows_per_step)
     for phase in plan.phases:
         if done < phase.last <= last:
             print(
@@ -86,16 +87,6 @@ def _launch(ranks: "Ranks", signals: "Signals") -> int:
     if first.verdict == FAULT:
         print(f"error: {first}; the same command goes on from the last checkpoint", file=sys.stderr)
     return first.verdict
-
-
-def _check_engine(settings: Config, ranks: int, rows_per_step: int) -> None:
-    """Errors: UserError for what the ranks would find wrong with model and engine, seconds later and all at once."""
-    device = dist.choose_device(settings.engine.device)
-    if isinstance(settings.model, TransformersSection):  # of our own decoder config.load knows all that can be wrong
-        model.build(settings.model, device="meta", document_mask=settings.packing.document_mask)
-    precision, _ = ds_config.choose_precision(settings.engine.precision, device)
-    accumulation = runfolder.accumulation(settings, rows_per_step, ranks)
-    ds_config.fill(settings, precision=precision, accumulation=accumulation, world_size=ranks)
 
 
 def num_ranks(asked: int | None, device: str) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from smoltrain import files
+from smoltrain import files, redact
 from smoltrain.errors import DONE, FAULT
 from smoltrain.gradients import LayerGradient
 from smoltrain.runfolder import RunFolder
@@ -80,6 +80,7 @@ class Tracker:
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
+        text = redact.text(text)
         self._log.info(text)
         if self._writes:
             self._console.print(text, markup=False)

@@ -14,6 +14,7 @@ import torch
 
 from smoltrain import (
     advice,
+    beforehand,
     checkpoint,
     choices,
     cores,
@@ -78,7 +79,7 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
     begin = world.on_first(lambda: origin.find(config, notes.append))
     done, manifest = begin.step, begin.manifest
     rows_per_step = world.on_first(lambda: runfolder.check(config, world.size, done, begin.ancestor))["rows_per_step"]
-    world.on_first(lambda: _prepare(config, begin, rows_per_step, world.size))
+    world.on_first(lambda: _prepare(config, begin, rows_per_step, world, begins=done < last_step))
     if done >= last_step:
         if world.is_first:
             print(f"{config.run.name}: {_complete(plan, done)}")
@@ -274,10 +275,12 @@ def sample(
     return texts
 
 
-def _prepare(config: Config, begin: origin.Origin, rows_per_step: int, world_size: int) -> None:
+def _prepare(config: Config, begin: origin.Origin, rows_per_step: int, world: World, *, begins: bool) -> None:
     """Tokenise what is not yet; nothing is returned, for nothing but a word of success should travel to the ranks."""
+    if begins and "SMOLTRAIN_SUPERVISOR" not in os.environ:  # which has looked already
+        beforehand.of_start(config, world.device, world.size, rows_per_step)
     origin.inherit_data(config, begin)
-    data.prepare(config, rows_per_step, world_size)
+    data.prepare(config, rows_per_step, world.size)
 
 
 PACKING = {

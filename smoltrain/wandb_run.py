@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from smoltrain import files, wandb_env, wandb_id
+from smoltrain.config import recorded
 from smoltrain.gradients import LayerGradient
 from smoltrain.plan import Plan
 from smoltrain.runfolder import RunFolder
@@ -215,7 +216,7 @@ class WandbRun:
             dir=str(self._folder),
             mode=mode,  # pyright: ignore[reportArgumentType]
             resume="allow",
-            config=self._config.model_dump(mode="json"),
+            config=recorded(self._config),
             settings=wandb.Settings(
                 init_timeout=track.wandb_timeout_s,
                 finish_timeout=FINISH_S,

@@ -11,6 +11,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first: a module imports only modules of lower layers (or of its own room).
 LAYERS = (
+    {"redact"},
     {"errors", "exported", "advice"},
     {"schema", "tree", "files", "wandb_env"},
     {"contradictions", "reshape", "compiling", "sums", "cores", "garbage"},
@@ -19,7 +20,7 @@ LAYERS = (
     {"flat", "kernels", "wandb_id", "wandb_run"},
     {"zero"},
     {"generate", "engine", "track", "huggingface", "ledger", "spikes", "estimate"},
-    {"checkpoint", "step", "choices"},
+    {"checkpoint", "step", "choices", "beforehand"},
     {"loading"},
     {"origin", "card", "verify", "inspection"},
     {"export"},

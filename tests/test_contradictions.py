@@ -43,6 +43,7 @@ RULES = [
     ([*LLAMA, "engine.loss=fused"], "a transformers model cannot have", "engine.loss"),
     (["tokenizer.vocab_size=null"], "tokenizer.vocab_size does not fit", "tokenizer.vocab_size"),
     (["model.vocab_size=2047"], "the embedding table cannot hold", "model.vocab_size"),
+    (["tokenizer=gpt2", "tokenizer.vocab_size=null"], "the tokenizer has more ids than the model", "model.vocab_size"),
     (["phases=[]"], "there is no phase", "phases"),
     (["phases.continuation.name=main"], "two phases share a name", "phases.main.name"),
     (["run.stop_after=mian"], "run.stop_after names no phase", "run.stop_after"),

@@ -151,7 +151,7 @@ def edited(run: Path, change: Callable[[dict[str, Any]], object], seal: bool = F
 FIELDS = [field.name for field in dataclasses.fields(Manifest)]
 ANOTHER = {int: lambda x: x + 1, str: lambda x: x + "x", dict: lambda x: {**x, "more": {}}, type(None): lambda x: 1.5}
 ANOTHER[float] = lambda x: x * 1.01
-MANIFESTS = {
+MANIFESTS: dict[str, bytes] = {
     "empty": b"",
     "half": b'{"format": 2, "step": 4, ',
     "not JSON": b"step 4",
@@ -166,6 +166,68 @@ MANIFESTS = {
     "a very long number": b'{"format": ' + b"9" * 10_000 + b"}",
     "a pickle": pickle.dumps({"format": 2}),
 }
+
+
+def renamed(tree: dict[str, Any], name: str) -> None:
+    """The weights' record under another name, as whoever seals a manifest of their own may write it."""
+    tree["files"][name] = tree["files"][FILES[-1]]
+
+
+FORGED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "above": (lambda t: renamed(t, "../step-00000002/model.safetensors"), "a name leads out of its folder"),
+    "absolute": (lambda t: renamed(t, "/etc/passwd"), "a name leads out of its folder"),
+    "empty": (lambda t: renamed(t, ""), "a name leads out of its folder"),
+    "no file": (lambda t: t.update(files={}), "names no model.safetensors"),
+    "no weights": (lambda t: t["files"].pop("model.safetensors"), "names no model.safetensors"),
+    "no shards": (
+        lambda t: t.update(files={n: r for n, r in t["files"].items() if "optim" not in n}),
+        "cannot be trained on: it has the optimizer states of 0 ranks, not of 2",
+    ),
+    "no states": (
+        lambda t: t["files"].pop(MODEL),
+        "cannot be trained on: it has the model states of 0 ranks, not of 1",
+    ),
+    "one state": (lambda t: t["files"].pop("rank-00001.pt"), "the random states of 1 ranks, not of 2"),
+}
+
+
+@pytest.mark.parametrize("case", FORGED)
+def test_a_sealed_manifest_may_name_no_other_files_and_must_name_its_own(run: Path, case: str) -> None:
+    change, told = FORGED[case]
+    edited(run, change, seal=True)
+    said: list[str] = []
+    found = checkpoint.newest_valid(run / "checkpoints", said.append, trains=True)
+    assert found is not None
+    assert found.step == 2
+    assert told in said[0]
+
+
+def test_a_file_that_a_link_takes_elsewhere_is_none_of_the_checkpoint(run: Path, tmp_path: Path) -> None:
+    path = folder_of(run) / "model.safetensors"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert "a name leads out of its folder" in str(checkpoint.verify(folder_of(run)))
+    moved = run / "checkpoints" / "step-00000002"
+    moved.rename(tmp_path / "step-00000002")
+    moved.symlink_to(tmp_path / "step-00000002")  # of the folder itself its user has disposed
+    assert isinstance(checkpoint.verify(moved), Manifest)
+
+
+def test_a_shard_that_the_manifest_does_not_name_is_not_trained_on(run: Path) -> None:
+    """DeepSpeed would take it for its own, as it finds files by how their names end, and nobody has hashed it."""
+    shutil.copy(folder_of(run, 2) / MODEL, folder_of(run) / "deepspeed" / "0_mp_rank_00_model_states.pt")
+    said: list[str] = []
+    found = checkpoint.newest_valid(run / "checkpoints", said.append, trains=True)
+    assert found is not None
+    assert found.step == 2
+    assert "deepspeed/0_mp_rank_00_model_states.pt is no file of this checkpoint" in said[0]
+
+
+def test_a_manifest_that_is_a_pipe_is_not_waited_for(run: Path) -> None:
+    path = folder_of(run) / MANIFEST
+    path.unlink()
+    os.mkfifo(path)
+    assert "no regular file" in str(checkpoint.verify(folder_of(run)))
 
 
 @pytest.mark.parametrize("content", MANIFESTS.values(), ids=MANIFESTS)

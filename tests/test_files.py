@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from smoltrain import files
-from smoltrain.errors import TrainingStopped
+from smoltrain.errors import TrainingStopped, UserError
 
 # ---- writing
 
@@ -183,3 +183,33 @@ def test_json_lines_are_all_but_one_that_a_crash_cut_short(tmp_path: Path) -> No
     assert list(files.json_lines(path)) == []
     path.write_bytes(b'{"step": 1}\n{"step": 2, "text": "\xff"}\n{"step": 3}')
     assert list(files.json_lines(path)) == [{"step": 1}], "a line that is not UTF-8 is damaged"
+
+
+# ---- names that come out of files
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "a/../../x", "/etc/passwd", "", "a\x00b", "out/x", "out", "loop"])
+def test_no_name_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "out").symlink_to(tmp_path)
+    (folder / "loop").symlink_to("../loop")
+    with pytest.raises(UserError, match=r"a name leads out of its folder: .* change the list"):
+        files.inside(folder, name, "the list")
+
+
+@pytest.mark.parametrize("name", ["x", "a/b.bin", "..x", "link/x", "not there/yet"])
+def test_a_name_within_its_folder_is_followed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder" / "real").mkdir(parents=True)
+    (tmp_path / "folder" / "link").symlink_to("real")
+    (tmp_path / "another").symlink_to("folder")  # the folder itself may be a link: its user named it
+    for folder in (tmp_path / "folder", tmp_path / "another"):
+        assert files.inside(folder, name, "the list") == folder / name
+
+
+def test_only_a_regular_file_is_hashed_or_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (files.sha256, files.read_text):
+        for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+            with pytest.raises(OSError, match="no regular file"):
+                read(path)

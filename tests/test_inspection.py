@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,8 +88,11 @@ def rewrite(path: Path, change: Callable[[Any], object]) -> None:
 
 
 def test_a_sound_run_has_a_line_for_its_rows_and_one_for_each_checkpoint(run: Path, verify: Callable[..., Verified]):
-    code, (rows, *lines) = verify(run)
+    code, (rows, *lines, tokens) = verify(run)
     assert (code, rows.startswith(f"{run}: 32 rows (steps 1 to 8)")) == (0, True)
+    assert re.fullmatch(
+        rf"{run}/data: 6 files of tokens \([0-9.]+ MiB\) and the tokenizer are as they were written", tokens
+    )
     sizes = [sum(record["bytes"] for record in manifest_of(p).files.values()) / 2**20 for p in checkpoints(run)]
     assert lines == [
         f"{at}: 4 files ({size:.1f} MiB) are as they were written, 20 tensors fit the config, "
@@ -347,7 +351,7 @@ def test_a_run_whose_ledger_is_gone(run: Path, verify: Callable[..., Verified]):
     code, lines = verify(run)
     assert code == FAULT
     assert lines[0].startswith("there are no rows to verify: saw no ledger.bin")
-    assert [line.rpartition(", ")[2] for line in lines[1:]] == ["16 rows", "32 rows"]
+    assert [line.rpartition(", ")[2] for line in lines[1:-1]] == ["16 rows", "32 rows"]
 
 
 def test_a_run_whose_data_are_gone(run: Path, verify: Callable[..., Verified]):
@@ -355,8 +359,35 @@ def test_a_run_whose_data_are_gone(run: Path, verify: Callable[..., Verified]):
     code, lines = verify(run)
     assert code == 0
     assert "32 rows as in ledger.bin (not compared with the data: the data are not prepared: saw no " in lines[2]
+    assert "data: not looked into (the data are not prepared: saw no " in lines[-1]
     code, lines = verify(run, "--forward")
     assert (code, lines[-1].startswith("error: the data are not prepared")) == (BAD_INPUT, True)
+
+
+@pytest.mark.parametrize(
+    "name", ["data/data/train-00000.bin", "data/data/validation.starts", "tokenizer/tokenizer_config.json"]
+)
+def test_a_bit_of_the_tokens_is_found(run: Path, verify: Callable[..., Verified], name: str):
+    path = run / name
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+    code, lines = verify(run)
+    assert code == FAULT
+    assert lines[-1].startswith(
+        f"{run}/data is not as it should be: {name.removeprefix('data/').removeprefix('tokenizer/')}: "
+    )
+    assert path.read_bytes() == raw, "nothing is mended"
+
+
+@pytest.mark.parametrize("damage", ["{}", "null", None])
+def test_an_index_that_is_none_is_a_fault(run: Path, verify: Callable[..., Verified], damage: str | None):
+    index = run / "data" / "index.json"
+    index.unlink()
+    index.mkdir() if damage is None else index.write_text(damage)
+    code, lines = verify(run)
+    assert code == FAULT
+    assert "the index of the data is damaged: saw " in lines[-1]
 
 
 def test_what_cannot_be_verified(run: Path, verify: Callable[..., Verified], tmp_path: Path):

@@ -23,6 +23,7 @@ from smoltrain.checkpoint.manifest import (
     newest_valid,
     read_manifest,
     steps,
+    strays,
     verify,
     write_manifest,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "read_manifest",
     "restore",
     "steps",
+    "strays",
     "sweep",
     "verify",
     "write_manifest",

@@ -80,7 +80,8 @@ def newest_valid(checkpoints: Path, say: Callable[[str], None], *, trains: bool 
     for step in reversed(found):
         manifest = verify(folder_of(checkpoints, step))
         if isinstance(manifest, Manifest):
-            if not trains or not (faults := lacking(manifest)):
+            faults = [*lacking(manifest), *strays(folder_of(checkpoints, step), manifest)] if trains else []
+            if not faults:
                 return manifest
             manifest = f"{folder_of(checkpoints, step)} cannot be trained on: {', '.join(faults)}"
         wrong.append(manifest)
@@ -160,6 +161,15 @@ def lacking(manifest: Manifest) -> list[str]:
         )
         if sorted(have) != list(range(num))
     ]
+
+
+def strays(checkpoint: Path, manifest: Manifest) -> list[str]:
+    """In words, the files of training that lie in a checkpoint and that its manifest does not name, so nobody hashed.
+
+    DeepSpeed finds its files by how their names end.
+    """
+    found = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*.pt")}
+    return [f"{name} is no file of this checkpoint" for name in sorted(found - set(manifest.files))]
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -15,12 +15,25 @@ from typing import Any
 from smoltrain.data.faults import Health
 from smoltrain.data.loader import Batch, Loader, Shape, StepRows, StepTotals, merged
 from smoltrain.data.passages import NamedRow, located
-from smoltrain.data.prepare import Prepared, load, prepare
+from smoltrain.data.prepare import Prepared, check_tokenizer, inspect, load, prepare
 from smoltrain.data.streams import Source
 from smoltrain.data.supply import CachedRows, StreamedRows, Supply
 from smoltrain.schema import Config
 
-__all__ = ["Batch", "Loader", "NamedRow", "Prepared", "StepRows", "StepTotals", "load", "merged", "open", "prepare"]
+__all__ = [
+    "Batch",
+    "Loader",
+    "NamedRow",
+    "Prepared",
+    "StepRows",
+    "StepTotals",
+    "check_tokenizer",
+    "inspect",
+    "load",
+    "merged",
+    "open",
+    "prepare",
+]
 
 
 def open(config: Config, rank: int, world_size: int, *, rows_per_step: int, accumulation: int) -> Loader:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from smoltrain import files
+from smoltrain import files, redact
 from smoltrain.data.readers import BadRecord
 from smoltrain.errors import Problem, UserError
 from smoltrain.schema import DataSection
@@ -30,7 +30,7 @@ def note(folder: Path, source: str, record: BadRecord, count: int, num_records: 
     Errors: UserError past data.max_bad_records; without one, where most of many records are bad. A share of all is
     judged when all are known (`check`), as bad records may stand together.
     """
-    bad = Bad(source, record.place, record.why)
+    bad = Bad(source, redact.text(record.place), redact.text(record.why))
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / FILE).open("a", encoding="utf-8") as file:
         file.write(_line(bad))

@@ -86,17 +86,21 @@ def mend(config: Config, index: dict[str, Any], folder: Path, listed: dict[str, 
                 shutil.rmtree(folder / ANEW, ignore_errors=True)
 
 
+def of_tokenizer(folder: Path, index: dict[str, Any]) -> dict[str, str]:
+    """As `damaged`, of a tokenizer's folder; nothing is known of one that was prepared before it was recorded."""
+    records = index.get("tokenizer_files") or {}
+    return {name: why for name, made in records.items() if (why := _wrong(folder, name, made))}
+
+
 def mend_tokenizer(folder: Path, index: dict[str, Any], tokenizer: Tokenizer) -> None:
     """What stands beside a tokenizer.json that is right, written once more if it is damaged."""
-    records = index.get("tokenizer_files") or {}
-    if wrong := {name: why for name, made in records.items() if (why := _wrong(folder, name, made))}:
+    if wrong := of_tokenizer(folder, index):
         names = ", ".join(f"{name} ({why})" for name, why in wrong.items())
         print(f"data: {folder} is damaged: {names}; it is written anew", flush=True)
         tokenizer.save(folder)
-        still = [name for name, made in records.items() if _wrong(folder, name, made)]
-        if still:
+        for name, why in of_tokenizer(folder, index).items():
             want = "what was prepared (delete the folder to prepare anew)"
-            raise UserError(Problem(f"the run's tokenizer is damaged: {still[0]}", wrong[still[0]], want, str(folder)))
+            raise UserError(Problem(f"the run's tokenizer is damaged: {name}", why, want, str(folder)))
 
 
 def _replace(part: MixedSource, wrong: dict[str, str], records: dict[str, Any], folder: Path, anew: Any) -> None:

@@ -24,7 +24,10 @@ MANY = 2**53  # more than any count is
 Count = Annotated[int, Field(ge=0, le=MANY)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 SourceName = Annotated[str, StringConstraints(pattern=r"^\w[\w-]*$")]  # as schema.MixedSource has it
-FileName = Annotated[str, StringConstraints(pattern=r"^(train|validation|whole)(-[0-9]{5,}(-apart)?)?\.(bin|starts|hashes)$")]
+NAME_OF_FILE = r"^(train|validation|whole)(-[0-9]{5,}(-apart)?)?\.(bin|starts|hashes)$"
+FileName = Annotated[str, StringConstraints(pattern=NAME_OF_FILE)]
+    str, StringConstraints(pattern=r"^(train|validation|whole)(-[0-9]{5,}(-apart)?)?\.(bin|starts|hashes)$")
+]
 
 
 class _Part(BaseModel):

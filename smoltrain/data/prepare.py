@@ -194,11 +194,11 @@ def load(config: Config) -> Prepared:
     index = read_index(config)
     tokenizer = _tokenizer_of(config, config.run_folder / "tokenizer", index)
     home, sources = tokens_folder(config, index), index["sources"].items()
-    streaming = index["mode"] == "stream"
     train, held = (
         tuple(Tokens.open(home / name, about[side]) for name, about in sources if side in about) for side in SIDES
     )
-    shards = tuple(tuple(Shard(*shard) for shard in about["shards"]) for _, about in sources) if streaming else ()
+    parts = config.data.parts if index["mode"] == "stream" else ()
+    shards = tuple(validation.from_json(index["sources"][part.name]["shards"], part) for part in parts)
     return Prepared(
         tokenizer, config.tokenizer.name, index["mode"], index["why"], np.dtype(index["dtype"]), train, held, shards,
         index["streams"], index,
@@ -224,6 +224,31 @@ def tokens_folder(config: Config, index: dict[str, Any]) -> Path:
         raise UserError(Problem("the tokens of the run are in a cache", "data.cache=null", want, "data.cache"))
     cache = config.data.cache.expanduser()
     return files.inside(cache, index["cache"], str(index_module.file_of(config.run_folder))) / "data"
+
+
+def check_tokenizer(config: Config) -> None:
+    """Errors: UserError for a tokenizer whose ids the model has no room for, if it lies in a folder of this machine."""
+    section = config.tokenizer
+    if section.name != "bpe" and naming.is_folder(section.name):
+        _check_ids(naming.named(section).num_ids, config)
+
+
+def inspect(config: Config) -> tuple[str, list[str]]:
+    """What was looked at of a run's tokens and tokenizer, in words, and what is wrong with them; nothing is mended.
+
+    Errors: UserError if there are none, or another data.cache than theirs.
+    """
+    index = read_index(config)
+    home, records = tokens_folder(config, index), damage.written(index)
+    faults = [f"{name}: {wrong}" for name, wrong in damage.damaged(home, records).items()]
+    folder = config.run_folder / "tokenizer"
+    faults += [f"{name}: {wrong}" for name, wrong in damage.of_tokenizer(folder, index).items()]
+    try:
+        _tokenizer_of(config, folder, index)
+    except UserError as error:
+        faults += [str(problem) for problem in error.problems]
+    size = sum(made["bytes"] for made in records.values()) / 2**20
+    return f"{len(records)} files of tokens ({size:,.1f} MiB) and the tokenizer are as they were written", faults
 
 
 def check_rows(index: dict[str, Any], config: Config, rows_per_step: int) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from smoltrain import redact
 from smoltrain.data.faults import Health
 
 PROGRESS_S = 10.0  # between lines
@@ -28,7 +29,7 @@ def telling(state: Callable[[], tuple[str, float]] | None, health: Health) -> It
             nonlocal said
             while not ended.wait(TICK_S):
                 for note in health.notes():
-                    say(f"data: {note}")
+                    say(redact.text(f"data: {note}"))
                 if state and bar and task is not None:
                     words, share = state()
                     bar.update(task, description=words, completed=share)

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
+from smoltrain import redact
 from smoltrain.data import folders, kinds
 from smoltrain.data.kinds import SUFFIXES, suffix_of
 from smoltrain.errors import Problem, UserError
@@ -73,6 +74,9 @@ def found(source: SourceSection, *, key: str = "data", commit: str | None = None
         path, package, split, option = source.validation_path, None, source.validation_split, "validation_path"
     if path is None and package is None and split is None:
         return Found([], {})
+    if path is not None and redact.is_redacted(path):
+        what, want = "a URL without the secret that was taken out when it was written down", "the URL as it was given"
+        raise UserError(Problem(what, path, want, f"{key}.{option} on the command line"))
     if path is not None and (protocol := _protocol(path)) not in (None, "file"):
         return _behind_url(path, str(protocol), source.pattern, f"{key}.{option}")
     if path is not None:

@@ -3,10 +3,11 @@
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from smoltrain import redact
 from smoltrain.data import bad_records, faults, fingerprints, order, packing, spelling, tokens
 from smoltrain.data.bad_records import Bad
 from smoltrain.data.cached import dtype_of, no_documents
@@ -131,8 +132,14 @@ def collect(
 
 
 def to_json(shards: tuple[Shard, ...]) -> list[list[Any]]:
-    """As the index holds them."""
-    return [list(astuple(shard)) for shard in shards]
+    """As the index holds them, without the secrets of their URLs."""
+    return [list(astuple(replace(shard, url=redact.url(shard.url)))) for shard in shards]
+
+
+def from_json(rows: list[list[Any]], source: MixedSource) -> tuple[Shard, ...]:
+    """The inverse, with the secrets that the source's own URL brings."""
+    own = {redact.url(url): url for url in (source.path, source.validation_path) if url}
+    return tuple(Shard(name, own.get(url, url), size, version) for name, url, size, version in rows)
 
 
 def _check(reading: Reading, *, own: bool, num_streams: int) -> None:

@@ -1,0 +1,191 @@
+"""A secret in a URL is for its server: it stands in no file, on no console, and opens nothing a second time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from smoltrain import config, data, redact, runfolder
+from smoltrain.data import sources
+from smoltrain.errors import Problem, TrainingStopped, UserError, seen
+from tests import tiny
+from tests.data import test_prepare
+from tests.faulty_server import FaultyServer
+
+SECRET = "Zx9SeCrEt7"
+AMZ = f"X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIA1/{SECRET}&X-Amz-Date=2026&X-Amz-Signature={SECRET}"
+GOOGLE = f"X-Goog-Credential=a%40b&X-Goog-Expires=9&X-Goog-Signature={SECRET}"
+SAS = f"sv=2024-01-01&st=2026&se=2027&sr=b&sp=r&sig={SECRET}%3D"
+CLOUDFRONT = f"Expires=17&Policy=e30_&Key-Pair-Id=K2&Signature={SECRET}"
+QUERIES = (
+    AMZ, GOOGLE, SAS, CLOUDFRONT, f"token={SECRET}", f"access_token={SECRET}", f"apiKey={SECRET}", f"key={SECRET}",
+    f"api-key={SECRET}", f"client_secret={SECRET}", f"password={SECRET}", f"pwd={SECRET}", f"auth={SECRET}",
+    f"X%2DAmz%2DSignature={SECRET}", f"Signature={SECRET}", f"jwt={SECRET}", f"session_id={SECRET}", f"hf_{SECRET}",
+    f"q-signature={SECRET}&q-ak=1", f"x=eyJhbGciOiJ9.{SECRET}", f"a=1;token={SECRET}", f"a=1&amp;sig={SECRET}",
+)  # fmt: skip
+USERS = (SECRET, f"me:{SECRET}", f":{SECRET}", f"me:a@{SECRET}", f"me:a/{SECRET}", f"me:a#{SECRET}", f"me:a?b={SECRET}")
+
+
+# ---- one URL
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_no_secret_of_a_query_stays_and_the_file_can_still_be_told(query: str):
+    for before, kept in (("", ""), ("version=3&", "version=3&"), ("id=9&page=2&", "id=9&page=2&")):
+        found = redact.url(f"https://host.example/data/a.jsonl?{before}{query}")
+        assert SECRET not in found
+        assert found.startswith(f"https://host.example/data/a.jsonl?{kept}")
+        assert found.endswith(redact.REDACTED)
+        assert redact.is_redacted(found)
+        assert redact.url(found) == found
+    assert SECRET not in redact.url(f"https://host.example/a.jsonl#{query}")
+
+
+@pytest.mark.parametrize("user", USERS)
+def test_no_user_stays(user: str):
+    for scheme in ("https", "s3", "ftp", "webdav+https"):
+        found = redact.url(f"{scheme}://{user}@host.example:8443/a.jsonl")
+        assert found == f"{scheme}://{redact.REDACTED}@host.example:8443/a.jsonl"
+        assert redact.is_redacted(found)
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        "https://host/a.parquet?version=3&author=me&keyword=x&sort=key&design=1&page=2&se=5",
+        "hf://datasets/owner/name@c0ffee/train.parquet", "abfs://container@account.dfs.core.windows.net/a",
+        "s3://bucket/@me/a.jsonl", "https://[::1]:80/a@b", "/a/b?token=1", "a:b@c", "", "https://", "https://h?#",
+    ],
+)  # fmt: skip
+def test_what_holds_no_secret_is_left(plain: str):
+    assert redact.url(plain) == redact.text(plain) == plain
+    assert not redact.is_redacted(plain)
+
+
+def test_a_url_that_is_signed_anew_reads_the_same():
+    one = redact.url(f"https://h/a?{AMZ}")
+    longer = ("&X-Amz-Date", "&X-Amz-Security-Token=5&X-Amz-Date")
+    for change in (("2026", "2031"), (SECRET, "other"), ("AKIA1", "ASIA2"), longer):
+        assert redact.url(f"https://h/a?{AMZ.replace(*change)}") == one
+
+
+def test_urls_are_found_in_any_text():
+    url = f"https://me:{SECRET}@host/a.jsonl?token={SECRET}"
+    for words in (f"saw {url}, want", f"saw '{url}'", f'"{url}"', f"({url})", f"<{url}>", f"{url}\n{url}", f"x::{url}"):
+        assert SECRET not in redact.text(words)
+    assert redact.tree({"a": [url, {"b": (url, 5, None)}]}) == {
+        "a": [redact.url(url), {"b": (redact.url(url), 5, None)}]
+    }
+
+
+def test_errors_hold_none():
+    url = f"https://me:{SECRET}@host/a.jsonl?token={SECRET}"
+    problem = Problem(url, url, url, url)
+    for words in (str(problem), str(UserError(problem)), str(TrainingStopped(f"no {url}"))):
+        assert SECRET not in words
+    for length in range(len(url)):  # nor is any left over where a message is cut
+        assert SECRET[:4] not in seen(" " * length + url)
+
+
+# ---- a run whose data lie behind such a URL
+
+
+@pytest.fixture
+def served(tmp_path: Path):
+    lines = "".join(json.dumps({"text": f"This is document number {i}. " * 4}) + "\n" for i in range(120))
+    test_prepare.twelve(tmp_path)
+    with FaultyServer({"a.jsonl": ("{broken\n" + lines).encode()}) as server:
+        yield server
+
+
+def url_of(server: FaultyServer, name: str = "a.jsonl", **replace: str) -> str:
+    query = AMZ.replace("2026", replace.get("date", "2026")).replace(SECRET, replace.get("secret", SECRET))
+    return server.url(f"{name}?version=3&{query}").replace("http://", f"http://me:{SECRET}@")
+
+
+def leaks(folder: Path) -> list[str]:
+    return [str(path) for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize("mode", ["stream", "cached"])
+def test_no_file_of_the_data_holds_the_secret_and_a_new_signature_is_no_change(
+    tmp_path: Path, served: FaultyServer, mode: str, capsys: pytest.CaptureFixture[str]
+):
+    changes: dict[str, Any] = {"data__cache": tmp_path / "cache"} if mode == "cached" else {}
+    settings = test_prepare.config(tmp_path, mode, data__path=url_of(served), **changes)
+    first = data.prepare(settings)
+    runfolder.enter(settings, 1, 0)
+    assert leaks(tmp_path) == []
+    assert (settings.run_folder / "config.yaml").read_text().count(redact.REDACTED) >= 1
+    assert next(tmp_path.rglob("bad-records.jsonl")).read_text().count(redact.REDACTED) >= 1
+    anew = test_prepare.config(tmp_path, mode, data__path=url_of(served, date="2031", secret="another"), **changes)
+    again = data.prepare(anew)
+    assert again.index["fingerprint"] == first.index["fingerprint"]
+    assert runfolder.check(anew, 1, 0)["starts"][-1]["changes"] == []
+    if mode == "stream":
+        ((shard,),) = again.shards
+        assert shard.url == url_of(served, date="2031", secret="another"), "it can be opened"
+    assert SECRET not in capsys.readouterr().out
+
+
+def test_a_gone_file_does_not_tell_its_secret(tmp_path: Path, served: FaultyServer):
+    with pytest.raises(UserError, match="the data are missing") as caught:
+        data.prepare(test_prepare.config(tmp_path, "stream", data__path=url_of(served, "gone.jsonl")))
+    assert SECRET not in str(caught.value)
+
+
+def test_the_own_config_of_a_run_asks_for_the_url_again(
+    tmp_path: Path, served: FaultyServer, capsys: pytest.CaptureFixture[str]
+):
+    for mode in ("stream", "cached"):
+        settings = test_prepare.config(tmp_path, mode, data__path=url_of(served), run__name=mode)
+        data.prepare(settings)
+        runfolder.enter(settings, 1, 0)
+        own = str(settings.run_folder / "config.yaml")
+        if mode == "stream":
+            with pytest.raises(UserError) as caught:
+                data.prepare(config.load(own))
+            assert "the secret that was taken out" in str(caught.value)
+            assert str(caught.value).endswith("change data.path on the command line")
+        else:
+            data.prepare(config.load(own))
+            assert "the tokens that were made of it stay in use" in capsys.readouterr().out
+        assert data.prepare(config.load(own, [f"data.path={url_of(served)}"])).mode == mode
+
+
+def test_held_out_files_and_mixed_sources_too(tmp_path: Path, served: FaultyServer):
+    parts = [{"name": n, "path": url_of(served), "validation_path": url_of(served), "weight": 1.0} for n in ("a", "b")]
+    settings = test_prepare.config(tmp_path, "stream", data__path=None, data__sources=parts)
+    data.prepare(settings)
+    runfolder.enter(settings, 1, 0)
+    assert leaks(tmp_path) == []
+    anew = [part | {key: url_of(served, date="2031") for key in ("path", "validation_path")} for part in parts]
+    assert runfolder.check(test_prepare.config(tmp_path, "stream", data__path=None, data__sources=anew), 1, 0)
+    own = yaml.safe_load((settings.run_folder / "config.yaml").read_text())
+    with pytest.raises(UserError, match=r"change data\.sources\.a\.path on the command line"):
+        sources.shards(config.read(settings.run_folder / "config.yaml").data.parts[0], key="data.sources.a")
+    assert own["data"]["sources"][1]["validation_path"].endswith(f"?version=3&{redact.REDACTED}")
+
+
+def test_show_prints_none(tmp_path: Path):
+    shown = config.to_yaml(tiny.load(tmp_path, f"data.path=https://me:{SECRET}@host/a.jsonl?{AMZ}"))
+    assert SECRET not in shown
+    assert f"path: https://{redact.REDACTED}@host/a.jsonl?{redact.REDACTED}" in shown
+
+
+@pytest.mark.slow
+def test_nothing_of_a_whole_run_holds_it(tmp_path: Path, served: FaultyServer):
+    """Files, W&B's offline ones too, and console: of a run that streams, ends, and is refused from its own config."""
+    words = (f"data.path={url_of(served)}", "track.wandb=offline", "data.mode=stream", "evaluate.rows=2")
+    done = tiny.train(tmp_path, *words, "data.validation_share=0.3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(tmp_path.rglob("*.wandb"))
+    assert SECRET not in done.stdout + done.stderr
+    assert leaks(tmp_path) == []
+    served.files.clear()
+    lost = tiny.train(tmp_path, *words, "data.validation_share=0.3", "phases.continuation.steps=6")
+    assert lost.returncode == 2
+    assert SECRET not in lost.stdout + lost.stderr
+    assert leaks(tmp_path) == []
