@@ -26,6 +26,7 @@ from smoltrain.schema import (
 
 RECIPES = Path(__file__).parent / "recipes"
 SOURCES = ("package", "path", "hub")
+ON_STDIN = "--config-on-stdin"  # before the words of launch/train.py, which then are for the list of processes alone
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 
 
@@ -78,6 +79,11 @@ def read(path: Path) -> Config:
 def to_yaml(config: Config) -> str:
     """The whole config as YAML, which `load` and `read` turn back into an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def up_to(config: Config, phase: str) -> Config:
+    """The same, to be trained up to the end of this phase."""
+    return config.model_copy(update={"run": config.run.model_copy(update={"stop_after": phase})})
 
 
 def first_steps(config: Config, steps: int) -> list[str]:

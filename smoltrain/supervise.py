@@ -17,9 +17,10 @@ from types import FrameType
 import psutil
 import torch
 
-from smoltrain import config, data, dist, ds_config, files, model, origin, runfolder
+from smoltrain import config, data, dist, ds_config, handing, model, origin, rendezvous, runfolder
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
 from smoltrain.plan import Plan
+from smoltrain.rendezvous import Place
 from smoltrain.schema import Config, TransformersSection
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "train.py"
@@ -38,7 +39,8 @@ def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> in
     try:
         return _run(recipe, overrides, ranks, signals)
     except Asked:
-        print("stopped before the first step; nothing was lost")
+        began = "stopped before the first step; nothing was lost"
+        print("stopped; the same command goes on from there" if signals.passed_on else began)
         return STOPPED
     finally:
         signals.close()
@@ -46,6 +48,7 @@ def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> in
 
 def _run(recipe: str, overrides: list[str], ranks: int | None, signals: "Signals") -> int:
     settings = config.load(recipe, overrides)
+    ds_config.remember(settings.engine.ds_config, ds_config.text(settings.engine.ds_config))  # for all phases
     device = dist.choose_device(settings.engine.device).type
     ranks = num_ranks(ranks, device)
     plan = Plan(settings.phases)
@@ -55,18 +58,21 @@ def _run(recipe: str, overrides: list[str], ranks: int | None, signals: "Signals
     rows_per_step = runfolder.check(settings, ranks, done, begin.ancestor)["rows_per_step"]
     origin.inherit_data(settings, begin)
     data.prepare(settings, rows_per_step, ranks)
-    if done >= last:
+    missed = origin.misses_validation(settings, begin, last)
+    if done >= last and not missed:
         print(f"{settings.run.name}: the plan is complete at step {done}; nothing to do")
         return DONE
     _check_engine(settings, ranks, rows_per_step)
+    words = [recipe, *overrides]
     for phase in plan.phases:
-        if done < phase.last <= last:
-            print(
-                f"phase {phase.name}: steps {max(done + 1, phase.first)} to {phase.last}, {ranks} new processes",
-                flush=True,
-            )
-            words = [recipe, *overrides, f"run.stop_after={phase.name}"]
-            code = _launch(Ranks(words, ranks, device), signals)
+        if done < phase.last <= last or (missed and done == phase.last == last):
+            what = f"steps {max(done + 1, phase.first)} to {phase.last}" if done < phase.last else "its last validation"
+            print(f"phase {phase.name}: {what}, {ranks} new processes", flush=True)
+            part = config.up_to(settings, phase.name)
+            code = _launch(Ranks([*words, f"run.stop_after={phase.name}"], ranks, device, part), signals)
+            if code == DONE and signals.asked:  # too late for the ranks, which had left their last step behind
+                print(f"stopped after step {phase.last} ({signals.asked}); the same command goes on from there")
+                return STOPPED
             if code != DONE:
                 return code
     print(_summary(settings, plan, last))
@@ -118,8 +124,10 @@ class Signals:
 
     def __init__(self) -> None:
         self.kept: list[int] | None = None  # for the ranks, while there are any
+        self.passed_on = False  # whether there ever were any
+        self.asked = ""  # the name of the first one, which no phase may begin after
         self.interrupts = 0
-        self._before = {number: signal.signal(number, self._on_signal) for number in dist.STOP_SIGNALS}
+        self._before = {number: signal.signal(number, self._on_signal) for number in dist.stop_signals()}
 
     def close(self) -> None:
         """Listen no longer."""
@@ -128,6 +136,7 @@ class Signals:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.interrupts += number == signal.SIGINT
+        self.asked = self.asked or signal.Signals(number).name
         if self.kept is None:
             raise Asked
         self.kept.append(signal.SIGKILL if self.interrupts > 1 else number)  # the second Ctrl-C: leave at once
@@ -155,17 +164,24 @@ class End:
 
 
 class Ranks:
-    """One launch of the ranks: start, pass signals on, wait, leave nothing behind."""
+    """One launch of the ranks: start, pass signals on, wait, leave nothing behind.
 
-    def __init__(self, words: list[str], count: int, device: str) -> None:
-        self._command = [sys.executable, "-u", str(SCRIPT), *words]
-        self._env = os.environ | {
+    They train `settings`, which they read from stdin: recipe and DeepSpeed's JSON may have been edited since the
+    command read them. `words` then only tell who looks at the list of processes what runs.
+    """
+
+    def __init__(self, words: list[str], count: int, device: str, settings: Config | None = None) -> None:
+        self._settings = b"" if settings is None else handing.pack(settings)
+        mark = [] if settings is None else [config.ON_STDIN]
+        self._command = [sys.executable, "-u", str(SCRIPT), *mark, *words]
+        self._env = dist.environment() | {
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(dist.free_port()),
             "SMOLTRAIN_SUPERVISOR": str(os.getpid()),
         }
+        if asked := os.environ.get("SMOLTRAIN_ASKED"):  # by whoever started this command
+            self._env["SMOLTRAIN_ASKED"] = asked
         if device != "cuda":
             self._env["DS_ACCELERATOR"] = device
         self._count = count
@@ -173,7 +189,7 @@ class Ranks:
 
     def run(self, signals: Signals) -> End | None:
         """The first rank that ended without being done, None if all were done. Nothing of them is alive afterwards."""
-        signals.kept = []
+        signals.kept, signals.passed_on = [], True
         try:
             self._start()
             return self._wait(signals.kept)
@@ -183,13 +199,23 @@ class Ranks:
 
     def _start(self) -> None:
         """A Ctrl-C is held back until all are there; each lets it in when Python could not answer with a traceback."""
+        listener = rendezvous.listen(Place(size=self._count))  # here, so that nobody takes the port meanwhile
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which children inherit
         try:
             for rank in map(str, range(self._count)):
-                env = self._env | {"RANK": rank, "LOCAL_RANK": rank}
-                process = subprocess.Popen(self._command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+                env = self._env | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(listener.getsockname()[1])}
+                heirs = ()
+                if rank == "0":
+                    env, heirs = env | {"SMOLTRAIN_LISTENER": str(listener.fileno())}, (listener.fileno(),)
+                process = subprocess.Popen(
+                    self._command, env=env, stdin=subprocess.PIPE, start_new_session=True, pass_fds=heirs
+                )
                 self._processes.append(process)
+                assert process.stdin is not None
+                with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # one that has ended is seen in _wait
+                    pipe.write(self._settings)
         finally:
+            listener.close()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def _wait(self, asked: list[int]) -> End | None:
@@ -254,9 +280,8 @@ def _members(sessions: set[int]) -> list[psutil.Process]:
 def _summary(settings: Config, plan: Plan, done: int) -> str:
     """What was reached and what to do with it."""
     run, command = settings.run_folder, os.path.relpath(Path(sys.executable).with_name("smoltrain"))
-    name = "validation/loss_nats_per_token"
-    losses = [line[name] for line in files.json_lines(run / "metrics.jsonl") if name in line]
-    reached = f", validation loss {losses[-1]:.4f} nats per token" if losses else ""
+    loss = origin.validation_at(run, done)  # of no older step: the last one's may never have been measured
+    reached = "" if loss is None else f", validation loss {loss:.4f} nats per token"
     lines = [f"done: {done} of {plan.last_step} steps{reached}; weights, curves and metrics are in {run}", "next:"]
     lines.append(f"  {command} generate {run} --prompt 'To be'")
     if list(run.glob("wandb/offline-run-*")):

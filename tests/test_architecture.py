@@ -11,12 +11,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first: a module imports only modules of lower layers (or of its own room).
 LAYERS = (
-    {"errors", "exported", "advice"},
+    {"errors", "exported", "advice", "console"},
     {"schema", "tree", "files"},
-    {"contradictions", "reshape", "compiling", "sums", "cores", "garbage"},
+    {"contradictions", "reshape", "compiling", "sums", "cores", "garbage", "rendezvous"},
     {"config"},
     {"plan", "ds_config", "model", "data", "dist", "gradients", "plots", "runfolder", "watchdog"},
-    {"flat", "kernels"},
+    {"flat", "kernels", "handing"},
     {"zero"},
     {"generate", "engine", "track", "huggingface", "ledger", "spikes", "estimate"},
     {"checkpoint", "step", "choices"},
