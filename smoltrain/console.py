@@ -16,16 +16,19 @@ _news: list[str] = []
 
 
 def open() -> None:
-    """Guard this process's streams. To be called before anything that stays opens a file."""
+    """Guard this process's streams. To be called before anything that stays opens a file.
+
+    Python that was told to take the words of its command line for ASCII begins again, in its UTF-8 mode.
+    """
+    if sys.getfilesystemencoding() == "ascii":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
     _news.extend(line for line in [os.environ.get(LOST)] if line)
-    for number in range(len(NAMES)):
-        try:
-            os.fstat(number)
-        except OSError:  # closed, as daemons leave it: the next file to be opened would be taken for it
-            os.open(os.devnull, os.O_RDWR)
-            os.set_inheritable(number, True)
-            if number:
-                _lose(number, "closed before the start")
+    closed = [number for number in range(len(NAMES)) if not _is_open(number)]
+    for number in closed:  # as daemons leave it: the next file to be opened would be taken for it
+        os.open(os.devnull, os.O_RDWR)
+        os.set_inheritable(number, True)
+    _lose([number for number in closed if number], "closed before the start")
     if sys.stdin is None:
         sys.stdin = os.fdopen(0, closefd=False)
     if sys.stdout is sys.__stdout__:  # nobody has put another one there
@@ -56,17 +59,28 @@ class _Stream(io.FileIO):
             try:
                 written: int | None = super().write(data)
             except OSError as error:
-                _lose(self.fileno(), error.strerror or str(error))
+                _lose([self.fileno()], error.strerror or str(error))
                 return len(data)
             if written is not None:
                 return written
             select.select([], [self], [], 1.0)  # a pipe that somebody has set not to block, and that is full
 
 
-def _lose(number: int, why: str) -> None:
-    """From now on this file descriptor leads nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, number)
-    os.close(nowhere)
-    os.environ[LOST] = f"the console is dropped: {NAMES[number]} cannot be written to ({why}); all else goes on"
-    _news.append(os.environ[LOST])
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def _lose(numbers: list[int], why: str) -> None:
+    """From now on these file descriptors lead nowhere."""
+    for number in numbers:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+    if numbers:
+        names = " and ".join(NAMES[number] for number in numbers)
+        os.environ[LOST] = f"the console is dropped: {names} cannot be written to ({why}); all else goes on"
+        _news.append(os.environ[LOST])

@@ -1,6 +1,7 @@
 """Who a rank is and where all ranks meet, as a launcher's environment variables tell; nothing here touches torch."""
 
 import ipaddress
+import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,10 +43,10 @@ class Place:
 def place(environment: Mapping[str, str]) -> Place:
     """What the variables say; a bare `python` is a world of one. Errors: RankRefused for one that makes no sense."""
     size = _number(environment, "WORLD_SIZE", 1, 1)
-    rank = _number(environment, "RANK", 0, 0, size - 1, "WORLD_SIZE")
+    rank = _number(environment, "RANK", 0, 0, size - 1, f"WORLD_SIZE is {size}")
     of_machine = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
-    local_size = _number(environment, of_machine, size, 1, size, "WORLD_SIZE")
-    local_rank = _number(environment, "LOCAL_RANK", 0, 0, local_size - 1, of_machine)
+    local_size = _number(environment, of_machine, size, 1, size, f"WORLD_SIZE is {size}")
+    local_rank = _number(environment, "LOCAL_RANK", 0, 0, local_size - 1, f"{of_machine} is {local_size}")
     if rank and "MASTER_PORT" not in environment:
         saw = f"RANK={rank}, no MASTER_PORT"
         want = "a launcher, which sets both, or neither for a run of one process"
@@ -66,8 +67,8 @@ def _number(
     text = environment[name].strip()
     if text.isascii() and text.isdecimal() and least <= int(text) and (most is None or int(text) <= most):
         return int(text)
-    limit = f" or more, {most} at most" if most is not None else " or more"
-    want = f"a whole number, {least}{limit}{f' (below {because})' if because and most is not None else ''}"
+    allowed = f"{least} or more" if most is None else f"{least} to {most}" if least != most else str(least)
+    want = f"a whole number, {allowed}" + (f", as {because}" if because else "")
     change = f"the environment variable {name}, which launchers set: unset it for a run of one process"
     raise RankRefused(Problem(f"{name} makes no sense", repr(environment[name]), want, change))
 
@@ -83,7 +84,7 @@ def listen(place: Place) -> socket.socket:
     try:
         return socket.create_server(where, family=family, backlog=128, dualstack_ipv6=both and not alone)
     except OSError as error:
-        saw = f"{place.port} at {place.address}: {error.strerror}"
+        saw = f"{place.port} at {place.address}: {os.strerror(error.errno or 0)}"
         what, want = "the port where ranks would meet cannot be used", "one that is free"
         raise RankRefused(Problem(what, saw, want, "the environment variable MASTER_PORT")) from None
 

@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from smoltrain import config, data, dist, ds_config, handing, model, origin, rendezvous, runfolder
+from smoltrain.awake import AwakeClock
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
 from smoltrain.plan import Plan
 from smoltrain.rendezvous import Place
@@ -26,6 +27,7 @@ from smoltrain.schema import Config, TransformersSection
 SCRIPT = Path(__file__).parent.parent / "launch" / "train.py"
 CPU_RANKS = 2  # on a machine without a GPU: enough to make every collective real
 LOOK_S = 0.02  # between two looks at the ranks
+MOST_S = 3.0  # between two such looks, if this process was not suspended
 NOTICE_S = 15.0  # for ranks to notice that another one has died; launch/train.py lets rank 0 speak first, for 5 s
 GRACE_S = 35.0  # from SIGTERM to SIGKILL, to save or to finish an upload
 
@@ -127,7 +129,10 @@ class Signals:
         self.passed_on = False  # whether there ever were any
         self.asked = ""  # the name of the first one, which no phase may begin after
         self.interrupts = 0
+        self.ranks: Ranks | None = None  # those that Ctrl-Z stops too
         self._before = {number: signal.signal(number, self._on_signal) for number in dist.stop_signals()}
+        if signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN:  # as shells without job control leave it
+            self._before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._on_ctrl_z)
 
     def close(self) -> None:
         """Listen no longer."""
@@ -140,6 +145,15 @@ class Signals:
         if self.kept is None:
             raise Asked
         self.kept.append(signal.SIGKILL if self.interrupts > 1 else number)  # the second Ctrl-C: leave at once
+
+    def _on_ctrl_z(self, number: int, _frame: FrameType | None) -> None:
+        """The ranks are in sessions of their own, where a terminal's signals do not come."""
+        processes = self.ranks.members() if self.ranks else []
+        _send(processes, signal.SIGSTOP)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)  # here this process stands still, until `fg` or `bg`
+        signal.signal(number, self._on_ctrl_z)
+        _send(processes, signal.SIGCONT)
 
 
 @dataclass(frozen=True)
@@ -189,13 +203,17 @@ class Ranks:
 
     def run(self, signals: Signals) -> End | None:
         """The first rank that ended without being done, None if all were done. Nothing of them is alive afterwards."""
-        signals.kept, signals.passed_on = [], True
+        signals.kept, signals.passed_on, signals.ranks = [], True, self
         try:
             self._start()
             return self._wait(signals.kept)
         finally:
             self._sweep()
-            signals.kept = None
+            signals.kept = signals.ranks = None
+
+    def members(self) -> list[psutil.Process]:
+        """The living processes of the ranks' sessions: they and whatever they have started."""
+        return _members({process.pid for process in self._processes})
 
     def _start(self) -> None:
         """A Ctrl-C is held back until all are there; each lets it in when Python could not answer with a traceback."""
@@ -220,7 +238,7 @@ class Ranks:
 
     def _wait(self, asked: list[int]) -> End | None:
         """Until all have ended; after the first that died the others are asked, and at last made, to end too."""
-        running, first = dict(enumerate(self._processes)), None
+        running, first, clock = dict(enumerate(self._processes)), None, AwakeClock(MOST_S)
         due: list[tuple[float, int]] = []  # when to send which signal
         while running:
             time.sleep(LOOK_S)
@@ -232,8 +250,8 @@ class Ranks:
             early = [end for end in ends if end.code != DONE]
             if first is None and early:
                 first = min(early, key=lambda end: (end.code == FAULT, end.code))  # who lost a dead one says FAULT
-                due = _due(first, time.monotonic())
-            while due and time.monotonic() >= due[0][0]:
+                due = _due(first, clock.now())
+            while due and clock.now() >= due[0][0]:
                 self._tell(due.pop(0)[1])
         return first
 
@@ -243,19 +261,17 @@ class Ranks:
 
     def _sweep(self) -> None:
         """Nothing outlives the launch: what is left in the sessions of the ranks is asked, then made, to end."""
-        deadline = time.monotonic() + GRACE_S
-        sessions = {process.pid for process in self._processes}
-        left, told = _members(sessions), set[int]()
+        clock, left, told = AwakeClock(MOST_S), self.members(), set[int]()
         while left:
             for process in left:
                 with contextlib.suppress(psutil.Error):
-                    if time.monotonic() > deadline:
+                    if clock.now() > GRACE_S:
                         process.kill()
                     elif process.pid not in told:
                         told.add(process.pid)
                         process.terminate()
             time.sleep(LOOK_S)
-            left = _members(sessions)
+            left = self.members()
 
 
 def _due(first: End, now: float) -> list[tuple[float, int]]:
@@ -265,6 +281,13 @@ def _due(first: End, now: float) -> list[tuple[float, int]]:
             return []
         return [(now, signal.SIGTERM), (now + GRACE_S, signal.SIGKILL)]
     return [(now + NOTICE_S, signal.SIGTERM), (now + NOTICE_S + GRACE_S, signal.SIGKILL)]
+
+
+def _send(processes: list[psutil.Process], number: int) -> None:
+    """A signal to those that are still there."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
 
 
 def _members(sessions: set[int]) -> list[psutil.Process]:

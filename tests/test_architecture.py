@@ -11,7 +11,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Lowest first: a module imports only modules of lower layers (or of its own room).
 LAYERS = (
-    {"errors", "exported", "advice", "console"},
+    {"errors", "exported", "advice", "console", "awake", "backstop"},
     {"schema", "tree", "files"},
     {"contradictions", "reshape", "compiling", "sums", "cores", "garbage", "rendezvous"},
     {"config"},
