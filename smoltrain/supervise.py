@@ -151,7 +151,7 @@ class Signals:
         processes = self.ranks.members() if self.ranks else []
         _send(processes, signal.SIGSTOP)
         signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)  # here this process stands still, until `fg` or `bg`
+        signal.raise_signal(number)  # here this process stands still, until `fg` or `bg`
         signal.signal(number, self._on_ctrl_z)
         _send(processes, signal.SIGCONT)
 

@@ -229,6 +229,7 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
             if plan.due(step, config.checkpoint.every) or plan.ends_phase(step) or stopping:
                 save(step, validation_loss)
                 saved = step
+                stopping = stopping or world.sum_ints(stop.is_raised())[0] > 0  # meanwhile: no further phase begins
             if stopping and step < last_step:
                 saver.finish()
                 reason = reason_to_stop(world, stop)
