@@ -80,7 +80,7 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
 
     # ---- what is on disk: where to begin, the run's identity, data
     notes: list[str] = []
-    world.on_first(lambda: checkpoint.sweep(config.run_folder / "checkpoints"))
+    world.on_first(lambda: notes.extend(checkpoint.sweep(config.run_folder / "checkpoints")))
     begin = world.on_first(lambda: origin.find(config, notes.append))
     done, manifest = begin.step, begin.manifest
     rows_per_step = world.on_first(lambda: runfolder.check(config, world.size, done, begin.ancestor))["rows_per_step"]

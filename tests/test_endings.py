@@ -158,11 +158,13 @@ def test_ctrl_z_stops_training_and_fg_goes_on(tmp_path: Path) -> None:
 # ---- a reader that goes away
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "launcher",
-    ["smoltrain", *(pytest.param(name, marks=pytest.mark.long) for name in ("torchrun", "deepspeed", "python"))],
+    [
+        pytest.param("smoltrain", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("torchrun", "deepspeed", "python")),
+    ],
 )
 def test_a_reader_that_goes_away_costs_no_step(tmp_path: Path, launcher: str) -> None:
     words, run_folder = tiny.words(tmp_path, *LONG, "phases.main.steps=40"), tmp_path / "runs" / "quickstart"
