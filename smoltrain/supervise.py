@@ -6,6 +6,7 @@ No launcher stands between: signals reach all ranks at once, and every exit code
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -301,13 +302,14 @@ def _members(sessions: set[int]) -> list[psutil.Process]:
 
 
 def _summary(settings: Config, plan: Plan, done: int) -> str:
-    """What was reached and what to do with it."""
-    run, command = settings.run_folder, os.path.relpath(Path(sys.executable).with_name("smoltrain"))
+    """What was reached and what to do with it: commands that a shell can be given as they are."""
+    run, bin_folder = settings.run_folder, Path(os.path.relpath(Path(sys.executable).parent))
+    command, folder = shlex.quote(str(bin_folder / "smoltrain")), shlex.quote(str(run))
     loss = origin.validation_at(run, done)  # of no older step: the last one's may never have been measured
     reached = "" if loss is None else f", validation loss {loss:.4f} nats per token"
     lines = [f"done: {done} of {plan.last_step} steps{reached}; weights, curves and metrics are in {run}", "next:"]
-    lines.append(f"  {command} generate {run} --prompt 'To be'")
+    lines.append(f"  {command} generate {folder} --prompt 'To be'")
     if list(run.glob("wandb/offline-run-*")):
-        lines.append(f"  {Path(command).with_name('wandb')} sync {run}/wandb/offline-run-*")
-    lines.append(f"  {command} show {run}/config.yaml --plan")
+        lines.append(f"  {shlex.quote(str(bin_folder / 'wandb'))} sync {folder}/wandb/offline-run-*")
+    lines.append(f"  {command} show {shlex.quote(str(run / 'config.yaml'))} --plan")
     return "\n".join(lines)

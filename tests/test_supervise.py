@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -396,6 +397,22 @@ def test_the_summary_shows_no_older_loss_as_the_last_one(tmp_path: Path) -> None
     plan = Plan(settings.phases)
     assert supervise._summary(settings, plan, 12).startswith("done: 12 of 12 steps; weights")
     assert supervise._summary(settings, plan, 8).startswith("done: 8 of 12 steps, validation loss 5.2500 nats")
+
+
+def test_the_commands_of_the_summary_can_be_given_to_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny.load(tmp_path / "two words; $HOME")
+    (settings.run_folder / "wandb" / "offline-run-1").mkdir(parents=True)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "my bin" / "python"))
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line) for line in supervise._summary(settings, Plan(settings.phases), 12).splitlines()[2:]]
+    folder = str(settings.run_folder)
+    assert commands == [
+        ["my bin/smoltrain", "generate", folder, "--prompt", "To be"],
+        ["my bin/wandb", "sync", f"{folder}/wandb/offline-run-*"],
+        ["my bin/smoltrain", "show", f"{folder}/config.yaml", "--plan"],
+    ]
+    ends = supervise._summary(settings, Plan(settings.phases), 12).splitlines()[3]
+    assert ends.endswith("/wandb/offline-run-*"), "which the shell completes, so it stands outside the quotes"
 
 
 @pytest.mark.parametrize(
