@@ -14,8 +14,9 @@ import time
 import traceback
 import warnings
 
-from smoltrain import config, redact
-from smoltrain.errors import BAD_INPUT, FAULT, RankStopped, TrainingStopped, UserError, report
+from smoltrain import config, console, redact
+from smoltrain.errors import BAD_INPUT, FAULT, RankRefused, RankStopped, TrainingStopped, UserError, report
+from smoltrain.schema import Config
 
 LAST_WORD_S = 5.0
 LOST = re.compile("Connection (closed|reset) by peer|Broken pipe")  # gloo's words
@@ -25,10 +26,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def main(words: list[str]) -> int:
     """Train what the command line says; returns the exit code."""
     words = [word for word in words if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
-    if not words or "=" in words[0]:
-        words = ["quickstart", *words]
     try:
-        settings = config.load(words[0], words[1:])
+        settings = read(words)
         sys.argv[1:] = map(redact.text, sys.argv[1:])  # which W&B writes down
         if settings.engine.device != "auto":
             os.environ["DS_ACCELERATOR"] = settings.engine.device  # which DeepSpeed reads when it is imported
@@ -37,7 +36,7 @@ def main(words: list[str]) -> int:
 
         return train.run(settings)
     except (UserError, TrainingStopped) as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankStopped):
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankStopped | RankRefused):
             print(report(error), file=sys.stderr, flush=True)
         else:
             time.sleep(LAST_WORD_S)  # launchers kill all ranks when one has left: let rank 0 say why
@@ -55,6 +54,17 @@ def main(words: list[str]) -> int:
         return FAULT
 
 
+def read(words: list[str]) -> Config:
+    """The config that the words describe, or the one that the supervisor hands over. Errors: UserError."""
+    if words[:1] == [config.ON_STDIN]:
+        from smoltrain import handing  # and torch with it
+
+        return handing.unpack(sys.stdin.buffer)
+    if not words or "=" in words[0]:
+        words = ["quickstart", *words]
+    return config.load(words[0], words[1:])
+
+
 def keep_freed_memory() -> None:
     """Let malloc keep what is freed instead of giving it back to the kernel (man 3 mallopt), where libc is glibc.
 
@@ -66,6 +76,7 @@ def keep_freed_memory() -> None:
 
 
 if __name__ == "__main__":
+    console.open()
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, at DeepSpeed, on every rank
     code = main(sys.argv[1:])
     sys.stdout.flush()

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from smoltrain import console
 from smoltrain.errors import BAD_INPUT, FAULT, INTERRUPTED, TrainingStopped, UserError, report
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ Out = Annotated[str, typer.Option(help="File for the numbers, what they depend o
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit: a mistake of the user's ends with readable lines and a code, never a traceback."""
+    if arguments is None:  # this is a process of its own
+        console.open()
     try:
         app(arguments)
     except UserError as error:

@@ -26,6 +26,7 @@ from smoltrain.schema import (
 
 RECIPES = Path(__file__).parent / "recipes"
 SOURCES = ("package", "path", "hub")
+ON_STDIN = "--config-on-stdin"  # before the words of launch/train.py, which then are for the list of processes alone
 DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 
 
@@ -86,6 +87,11 @@ def recorded(config: Config) -> dict[str, Any]:
     """The config as it is written down, and as two of them are compared: no URL has its secret."""
     values = config.model_dump(mode="json")
     return values | {"data": redact.tree(values["data"])}
+
+
+def up_to(config: Config, phase: str) -> Config:
+    """The same, to be trained up to the end of this phase."""
+    return config.model_copy(update={"run": config.run.model_copy(update={"stop_after": phase})})
 
 
 def first_steps(config: Config, steps: int) -> list[str]:

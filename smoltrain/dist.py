@@ -6,14 +6,16 @@ a GPU; tensors are DeepSpeed's business.
 
 import contextlib
 import datetime
+import functools
+import itertools
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, TypeVar
@@ -22,18 +24,21 @@ import psutil
 import torch
 import torch.distributed as torch_dist
 
-from smoltrain import cores
-from smoltrain.errors import INTERRUPTED, STOPPED, Problem, TrainingStopped, UserError
+from smoltrain import cores, rendezvous
+from smoltrain.errors import INTERRUPTED, STOPPED, Problem, RankRefused, TrainingStopped, UserError
+from smoltrain.rendezvous import Place
 
 T = TypeVar("T")
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+# What bounds a wait is the watchdog (engine.hang_s), which knows when a job was suspended; a collective does not.
+COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
+MEET_S = 1800.0  # for all ranks to come
+SAY_S = (10.0, 60.0)  # until a rank says whom it waits for, and between one such line and the next
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 ECHO_S = 0.5  # launchers pass on a Ctrl-C that the terminal has sent to their ranks already: no second one
 LOOK_S = 1.0  # between two looks at whether the launchers live
 # Their names since torch 2.13, which warns of the older ones.
 _reduce_scatter = getattr(torch_dist, "reduce_scatter_single", torch_dist.reduce_scatter_tensor)
 _all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
-OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SMOLTRAIN_SUPERVISOR", "SMOLTRAIN_ASKED")
 NOT_ASKED = cores.Share(1, frozenset(), "not bound")
 DEEPSPEED_LAUNCHER = "deepspeed.launcher.launch"
 
@@ -49,6 +54,8 @@ class World:
     device: torch.device
     group: Any = None  # a gloo group for host numbers; None is the default group, gloo itself on the CPU
     share: cores.Share = NOT_ASKED  # of the cores of its machine
+    store: Any = None  # where the ranks have met
+    _works: Iterator[int] = field(default_factory=itertools.count)  # of on_first
 
     @property
     def is_first(self) -> bool:
@@ -91,8 +98,14 @@ class World:
         self.sum_ints(0)
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 alone and give every rank its result, or raise its error on every rank."""
+        """Run `work` on rank 0 alone and give every rank its result, or raise its error on every rank.
+
+        However long it takes: the others ask now and then, instead of waiting in a collective that would time out.
+        """
         outcome: list[Any] = [None]
+        done = f"work/{next(self._works)}"
+        if self.store and not self.is_first:
+            _look_for(lambda: self.store.check([done]))
         if self.is_first:
             try:
                 outcome = [work()]
@@ -100,6 +113,8 @@ class World:
                 outcome = [error]
             except OSError as error:
                 outcome = [TrainingStopped(f"rank 0: {error}")]
+            if self.store:
+                self.store.set(done, "")
         torch_dist.broadcast_object_list(outcome, src=0, group=self.group)
         if isinstance(outcome[0], Exception):
             raise outcome[0]
@@ -132,29 +147,89 @@ def choose_device(asked: Literal["auto", "cuda", "cpu", "mps"] = "auto", local_r
 def open(device: Literal["auto", "cuda", "cpu", "mps"] = "auto") -> World:
     """Join the process group that the launcher's environment describes; a bare `python` is a world of one.
 
-    Errors: UserError for a device that this machine does not have.
+    Errors: UserError for a device that this machine does not have, or an environment that makes no sense.
     """
-    rendezvous = {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()) if "MASTER_PORT" not in os.environ else "",
-    }
-    for key, value in rendezvous.items():
-        os.environ.setdefault(key, value)
-    rank, size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", size)))
-    own = choose_device(device, local_rank)
+    here = rendezvous.place(os.environ)
+    own = choose_device(device, here.local_rank)
+    if here.on_one_machine and (name := rendezvous.loopback_name()):  # what others cannot reach, they cannot attack
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+    store, port = _meet(here)
+    for key, value in {  # which DeepSpeed asks for
+        "RANK": here.rank,
+        "WORLD_SIZE": here.size,
+        "LOCAL_RANK": here.local_rank,
+        "MASTER_ADDR": here.address,
+        "MASTER_PORT": port,
+    }.items():
+        os.environ.setdefault(key, str(value))
     cuda = own.type == "cuda"
     if cuda:
         torch.cuda.set_device(own)
-    torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    torch_dist.init_process_group(
+        "nccl" if cuda else "gloo", store=store, rank=here.rank, world_size=here.size, timeout=COLLECTIVE_TIMEOUT
+    )
     group = torch_dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if cuda else None
-    world = World(rank, size, local_rank, local_size, own, group)
+    world = World(here.rank, here.size, here.local_rank, here.local_size, own, group, store=store)
     world = replace(world, share=_share(world))
     torch.set_num_threads(world.share.threads)
     return world
+
+
+def _meet(here: Place) -> tuple[Any, int]:
+    """(the store in which all ranks have met, its port). Errors: UserError if the port is taken or nobody comes."""
+    if here.kept_by_launcher:
+        store, *_ = next(torch_dist.rendezvous("env://", here.rank, here.size, timeout=COLLECTIVE_TIMEOUT))
+        return store, here.port or 0
+    if here.size == 1 and here.port is None:
+        return torch_dist.HashStore(), free_port()
+    make = functools.partial(torch_dist.TCPStore, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False)
+    if here.rank == 0:
+        listener = rendezvous.listen(here) if here.listener is None else socket.socket(fileno=here.listener)
+        address, port = listener.getsockname()[:2]
+        address = here.address if here.on_one_machine else "127.0.0.1"
+        store = make(address, port, here.size, True, master_listen_fd=listener.detach())
+    else:
+        port = here.port or 0
+        _look_for(lambda: _answers(here), lambda: f"rank {here.rank} waits for rank 0 at {here.address}:{port}")
+        store = make(here.address, port, here.size, False)
+    store.set(f"here/{here.rank}", "")
+    missing = set(range(here.size))
+
+    def all_here() -> bool:
+        missing.difference_update([rank for rank in missing if store.check([f"here/{rank}"])])
+        return not missing
+
+    def whom() -> str:
+        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, sorted(missing)))}"
+        return f"rank {here.rank} of {here.size} waits for {ranks} at {here.address}:{port}"
+
+    _look_for(all_here, whom if here.rank == 0 else None)
+    return store, port
+
+
+def _answers(here: Place) -> bool:
+    """Whether somebody listens where rank 0 is to be."""
+    try:
+        socket.create_connection((here.address, here.port or 0), timeout=5.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def _look_for(there: Callable[[], bool], waits: Callable[[], str] | None = None) -> None:
+    """Return when it is `there`; a rank that `waits` says so, and leaves after MEET_S. Errors: UserError then."""
+    began, pause, say_at = time.monotonic(), 0.002, time.monotonic() + SAY_S[0]
+    while not there():
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.5)
+        if waits and time.monotonic() > say_at:
+            say_at = time.monotonic() + SAY_S[1]
+            print(f"{waits()} (MASTER_ADDR and MASTER_PORT); without WORLD_SIZE one process trains alone", flush=True)
+        if waits and time.monotonic() > began + MEET_S:
+            saw = f"{waits()} for {MEET_S:.0f} s"
+            want = "all ranks to be started, or no WORLD_SIZE for a run of one process"
+            raise RankRefused(Problem("not all ranks have come", saw, want, "the launcher's environment variables"))
 
 
 def _share(world: World) -> cores.Share:
@@ -170,7 +245,7 @@ def _share(world: World) -> cores.Share:
 
 def environment() -> dict[str, str]:
     """This process's environment variables, but for those by which a launcher tells its ranks who they are."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(OF_LAUNCHERS)}
+    return {key: value for key, value in os.environ.items() if not key.startswith(rendezvous.OF_LAUNCHERS)}
 
 
 def free_port() -> int:
@@ -178,6 +253,12 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """What asks this process to stop; not SIGHUP where it is ignored, as `nohup` has it, and children inherit."""
+    ignores = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return tuple(number for number in STOP_SIGNALS if not (number == signal.SIGHUP and ignores))
 
 
 class StopFlag:
@@ -199,7 +280,8 @@ class StopFlag:
         self._noted = "SMOLTRAIN_ASKED" not in os.environ
         # A bare `nohup python` has no launcher and may outlive its shell.
         self._launchers = _launchers() if "LOCAL_RANK" in os.environ else []
-        for number in STOP_SIGNALS:
+        self._signals = stop_signals()
+        for number in self._signals:
             signal.signal(number, signal.SIG_DFL)
         if self._launchers:
             threading.Thread(target=self._leave_with_launcher, name="launcher", daemon=True).start()
@@ -226,7 +308,7 @@ class StopFlag:
         """Whether this rank has a reason to stop."""
         if not self._listening.is_set():
             self._listening.set()
-            for number in STOP_SIGNALS:
+            for number in self._signals:
                 signal.signal(number, self._on_signal)
         if not self.reason and time.monotonic() >= self._next_look:  # a look costs 0.1 ms, and steps may be short
             self._next_look = time.monotonic() + LOOK_S

@@ -21,6 +21,7 @@ RECIPE_KEYS = {
     "bf16.enabled": "engine.precision",
     "fp16.enabled": "engine.precision",
 }
+_texts: dict[str, str] = {}  # of files that may be edited while a run is on, by name
 
 
 def choose_precision(requested: str, device: torch.device) -> tuple[str, str]:
@@ -42,7 +43,7 @@ def fill(config: Config, *, precision: str | None, accumulation: int | None, wor
     that the recipe owns, and bf16 under ZeRO-0, which DeepSpeed computes with another optimizer (docs/decisions.md).
     """
     path = _path(config.engine.ds_config)
-    tree = _read(path)
+    tree = _parse(text(config.engine.ds_config), path)
     micro = None if config.batch.micro_batch == "auto" and accumulation is None else config.batch.rows_at_once
     whole = None if None in (micro, accumulation, world_size) else math.prod((micro, accumulation, world_size))
     wanted = {
@@ -107,10 +108,26 @@ def _path(name: str) -> Path:
     raise UserError(Problem("no such DeepSpeed config", repr(name), want, "engine.ds_config"))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def text(name: str) -> str:
+    """The JSON that engine.ds_config names; what is remembered of it, if anything is. Errors: UserError."""
+    if name in _texts:
+        return _texts[name]
+    path = _path(name)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(Problem("the DeepSpeed config is not JSON", str(error), "valid JSON", str(path))) from None
+
+
+def remember(name: str, text: str) -> None:
+    """This is what the file said when the run's command began, whatever it says by now."""
+    _texts[name] = text
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(Problem("the DeepSpeed config is not JSON", str(error), "valid JSON", str(path))) from None
     if not isinstance(tree, dict):
         raise UserError(Problem("the DeepSpeed config is not an object", type(tree).__name__, "an object", str(path)))

@@ -32,6 +32,10 @@ class UserError(Exception):
         self.problems = problems
 
 
+class RankRefused(UserError):
+    """Mistakes that concern one rank alone, which must say so itself."""
+
+
 class TrainingStopped(Exception):
     """The run itself went wrong (a loss that is not a number, a full disk): exit code 1, message, no traceback."""
 

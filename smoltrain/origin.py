@@ -12,6 +12,7 @@ from smoltrain.data import companions
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import Problem, UserError
 from smoltrain.model import HuggingFaceModel, LanguageModel
+from smoltrain.plan import Plan
 from smoltrain.schema import Config, ModelSection, TransformersSection
 
 
@@ -48,6 +49,24 @@ def find(config: Config, say: Callable[[str], None]) -> Origin:
     manifest = loading.valid_manifest(run, step, "init.from", say)
     say(f"goes on from step {manifest.step} (phase {manifest.phase}) of {run}, with everything that it had")
     return Origin(manifest.step, manifest, checkpoint.folder_of(run / "checkpoints", manifest.step), run)
+
+
+def misses_validation(config: Config, origin: Origin, last_step: int) -> bool:
+    """Whether a validation was due at the step of the checkpoint, and a signal forestalled it: it is made up for.
+
+    `last_step` is where this command ends: a run that has gone further has nothing to make up for.
+    """
+    if origin.manifest is None or origin.manifest.validation_loss is not None or origin.step > last_step:
+        return False
+    due = Plan(config.phases).due(origin.step, config.evaluate.every)
+    return due and validation_at(config.run_folder, origin.step) is None
+
+
+def validation_at(run_folder: Path, step: int) -> float | None:
+    """The validation loss of this very step, nats per token, as the run's metrics tell; None if they do not."""
+    name = "validation/loss_nats_per_token"
+    lines = files.json_lines(run_folder / "metrics.jsonl")
+    return next((line[name] for line in lines if line["step"] == step and name in line), None)
 
 
 def inherit_data(config: Config, origin: Origin) -> None:

@@ -4,6 +4,7 @@ The client takes its settings from the environment: HF_TOKEN (or the token that 
 """
 
 import json
+import shlex
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -80,7 +81,7 @@ def _export(source: str, say: Callable[[str], None]) -> tuple[Path, dict[str, An
     if loading.is_huggingface(Path(source)):
         folder = Path(source)
         if not export.is_whole(folder):
-            want = f"a run, or a folder as `smoltrain export {source} OUT` writes it"
+            want = f"a run, or a folder as `smoltrain export {shlex.quote(source)} OUT` writes it"
             raise UserError(Problem("the folder is no verified export", source, want, "the RUN argument"))
         return folder, export.marker_of(folder) or {}
     run = loading.run_folder(source)

@@ -4,10 +4,11 @@ Nothing here reads a file: config.py does, and contradictions.py checks what no 
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 # Beyond any model: what is larger is a slip, and would take all memory or time before it is refused.
 MOST = 2**31 - 1
@@ -22,6 +23,11 @@ class Section(BaseModel):
     )
 
 
+# A shell leaves the ~ of `run.folder=~/runs` as it is. Path.expanduser would raise for a user who is not there.
+HomePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]  # noqa: PTH111
+HomeText = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
 class RunSection(Section):
     """Where the run lives and how far it goes."""
 
@@ -29,7 +35,7 @@ class RunSection(Section):
         default="", pattern=r"^(\w[\w.-]*)?$", description="folder under run.folder; empty takes the recipe's name"
     )
     recipe: str = Field(default="", description="name of the recipe, for the model card; empty takes that of its file")
-    folder: Path = Field(default=Path("runs"), description="parent folder of all runs")
+    folder: HomePath = Field(default=Path("runs"), description="parent folder of all runs")
     seed: int = Field(default=1234, ge=0, description="seeds initial weights, dropout and data order")
     stop_after: str | None = Field(
         default=None, description="name of the phase after which this process ends; null runs all"
@@ -39,7 +45,7 @@ class RunSection(Section):
 class InitSection(Section):
     """What a new run folder begins with; fresh weights without `from`. A run with checkpoints of its own ignores it."""
 
-    source: str | None = Field(
+    source: HomeText | None = Field(
         default=None,
         alias="from",
         description="a run (folder, or name under run.folder), the folder of a checkpoint, or a Hugging Face folder",
@@ -242,7 +248,7 @@ class EngineSection(Section):
     device: Literal["auto", "cuda", "cpu", "mps"] = Field(
         default="auto", description="auto: CUDA if there is a device, else the CPU; mps is best effort, on one rank"
     )
-    ds_config: str = Field(default="zero2", description="a name in ds_configs/ or a path to DeepSpeed JSON")
+    ds_config: HomeText = Field(default="zero2", description="a name in ds_configs/ or a path to DeepSpeed JSON")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto", description="of weights and activations")
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] | int = Field(
         default="none",

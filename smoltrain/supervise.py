@@ -6,6 +6,7 @@ No launcher stands between: signals reach all ranks at once, and every exit code
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,14 +18,17 @@ from types import FrameType
 import psutil
 import torch
 
-from smoltrain import beforehand, config, data, dist, files, origin, runfolder
+from smoltrain import beforehand, config, data, dist, ds_config, handing, origin, rendezvous, runfolder
+from smoltrain.awake import AwakeClock
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
 from smoltrain.plan import Plan
+from smoltrain.rendezvous import Place
 from smoltrain.schema import Config
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "train.py"
 CPU_RANKS = 2  # on a machine without a GPU: enough to make every collective real
 LOOK_S = 0.02  # between two looks at the ranks
+MOST_S = 3.0  # between two such looks, if this process was not suspended
 NOTICE_S = 15.0  # for ranks to notice that another one has died; launch/train.py lets rank 0 speak first, for 5 s
 GRACE_S = 35.0  # from SIGTERM to SIGKILL, to save or to finish an upload
 
@@ -38,7 +42,8 @@ def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> in
     try:
         return _run(recipe, overrides, ranks, signals)
     except Asked:
-        print("stopped before the first step; nothing was lost")
+        began = "stopped before the first step; nothing was lost"
+        print("stopped; the same command goes on from there" if signals.passed_on else began)
         return STOPPED
     finally:
         signals.close()
@@ -46,6 +51,7 @@ def supervise(recipe: str, overrides: list[str], ranks: int | None = None) -> in
 
 def _run(recipe: str, overrides: list[str], ranks: int | None, signals: "Signals") -> int:
     settings = config.load(recipe, overrides)
+    ds_config.remember(settings.engine.ds_config, ds_config.text(settings.engine.ds_config))  # for all phases
     device = dist.choose_device(settings.engine.device).type
     ranks = num_ranks(ranks, device)
     plan = Plan(settings.phases)
@@ -57,17 +63,20 @@ def _run(recipe: str, overrides: list[str], ranks: int | None, signals: "Signals
         beforehand.of_start(settings, dist.choose_device(settings.engine.device), ranks, rows_per_step)
     origin.inherit_data(settings, begin)
     data.prepare(settings, rows_per_step, ranks)
-    if done >= last:
+    missed = origin.misses_validation(settings, begin, last)
+    if done >= last and not missed:
         print(f"{settings.run.name}: the plan is complete at step {done}; nothing to do")
         return DONE
+    words = [recipe, *overrides]
     for phase in plan.phases:
-        if done < phase.last <= last:
-            print(
-                f"phase {phase.name}: steps {max(done + 1, phase.first)} to {phase.last}, {ranks} new processes",
-                flush=True,
-            )
-            words = [recipe, *overrides, f"run.stop_after={phase.name}"]
-            code = _launch(Ranks(words, ranks, device), signals)
+        if done < phase.last <= last or (missed and done == phase.last == last):
+            what = f"steps {max(done + 1, phase.first)} to {phase.last}" if done < phase.last else "its last validation"
+            print(f"phase {phase.name}: {what}, {ranks} new processes", flush=True)
+            part = config.up_to(settings, phase.name)
+            code = _launch(Ranks([*words, f"run.stop_after={phase.name}"], ranks, device, part), signals)
+            if code == DONE and signals.asked:  # too late for the ranks, which had left their last step behind
+                print(f"stopped after step {phase.last} ({signals.asked}); the same command goes on from there")
+                return STOPPED
             if code != DONE:
                 return code
     print(_summary(settings, plan, last))
@@ -109,8 +118,13 @@ class Signals:
 
     def __init__(self) -> None:
         self.kept: list[int] | None = None  # for the ranks, while there are any
+        self.passed_on = False  # whether there ever were any
+        self.asked = ""  # the name of the first one, which no phase may begin after
         self.interrupts = 0
-        self._before = {number: signal.signal(number, self._on_signal) for number in dist.STOP_SIGNALS}
+        self.ranks: Ranks | None = None  # those that Ctrl-Z stops too
+        self._before = {number: signal.signal(number, self._on_signal) for number in dist.stop_signals()}
+        if signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN:  # as shells without job control leave it
+            self._before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._on_ctrl_z)
 
     def close(self) -> None:
         """Listen no longer."""
@@ -119,9 +133,19 @@ class Signals:
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.interrupts += number == signal.SIGINT
+        self.asked = self.asked or signal.Signals(number).name
         if self.kept is None:
             raise Asked
         self.kept.append(signal.SIGKILL if self.interrupts > 1 else number)  # the second Ctrl-C: leave at once
+
+    def _on_ctrl_z(self, number: int, _frame: FrameType | None) -> None:
+        """The ranks are in sessions of their own, where a terminal's signals do not come."""
+        processes = self.ranks.members() if self.ranks else []
+        _send(processes, signal.SIGSTOP)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)  # here this process stands still, until `fg` or `bg`
+        signal.signal(number, self._on_ctrl_z)
+        _send(processes, signal.SIGCONT)
 
 
 @dataclass(frozen=True)
@@ -146,17 +170,24 @@ class End:
 
 
 class Ranks:
-    """One launch of the ranks: start, pass signals on, wait, leave nothing behind."""
+    """One launch of the ranks: start, pass signals on, wait, leave nothing behind.
 
-    def __init__(self, words: list[str], count: int, device: str) -> None:
-        self._command = [sys.executable, "-u", str(SCRIPT), *words]
-        self._env = os.environ | {
+    They train `settings`, which they read from stdin: recipe and DeepSpeed's JSON may have been edited since the
+    command read them. `words` then only tell who looks at the list of processes what runs.
+    """
+
+    def __init__(self, words: list[str], count: int, device: str, settings: Config | None = None) -> None:
+        self._settings = b"" if settings is None else handing.pack(settings)
+        mark = [] if settings is None else [config.ON_STDIN]
+        self._command = [sys.executable, "-u", str(SCRIPT), *mark, *words]
+        self._env = dist.environment() | {
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(dist.free_port()),
             "SMOLTRAIN_SUPERVISOR": str(os.getpid()),
         }
+        if asked := os.environ.get("SMOLTRAIN_ASKED"):  # by whoever started this command
+            self._env["SMOLTRAIN_ASKED"] = asked
         if device != "cuda":
             self._env["DS_ACCELERATOR"] = device
         self._count = count
@@ -164,28 +195,42 @@ class Ranks:
 
     def run(self, signals: Signals) -> End | None:
         """The first rank that ended without being done, None if all were done. Nothing of them is alive afterwards."""
-        signals.kept = []
+        signals.kept, signals.passed_on, signals.ranks = [], True, self
         try:
             self._start()
             return self._wait(signals.kept)
         finally:
             self._sweep()
-            signals.kept = None
+            signals.kept = signals.ranks = None
+
+    def members(self) -> list[psutil.Process]:
+        """The living processes of the ranks' sessions: they and whatever they have started."""
+        return _members({process.pid for process in self._processes})
 
     def _start(self) -> None:
         """A Ctrl-C is held back until all are there; each lets it in when Python could not answer with a traceback."""
+        listener = rendezvous.listen(Place(size=self._count))  # here, so that nobody takes the port meanwhile
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which children inherit
         try:
             for rank in map(str, range(self._count)):
-                env = self._env | {"RANK": rank, "LOCAL_RANK": rank}
-                process = subprocess.Popen(self._command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+                env = self._env | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(listener.getsockname()[1])}
+                heirs = ()
+                if rank == "0":
+                    env, heirs = env | {"SMOLTRAIN_LISTENER": str(listener.fileno())}, (listener.fileno(),)
+                process = subprocess.Popen(
+                    self._command, env=env, stdin=subprocess.PIPE, start_new_session=True, pass_fds=heirs
+                )
                 self._processes.append(process)
+                assert process.stdin is not None
+                with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # one that has ended is seen in _wait
+                    pipe.write(self._settings)
         finally:
+            listener.close()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
     def _wait(self, asked: list[int]) -> End | None:
         """Until all have ended; after the first that died the others are asked, and at last made, to end too."""
-        running, first = dict(enumerate(self._processes)), None
+        running, first, clock = dict(enumerate(self._processes)), None, AwakeClock(MOST_S)
         due: list[tuple[float, int]] = []  # when to send which signal
         while running:
             time.sleep(LOOK_S)
@@ -197,8 +242,8 @@ class Ranks:
             early = [end for end in ends if end.code != DONE]
             if first is None and early:
                 first = min(early, key=lambda end: (end.code == FAULT, end.code))  # who lost a dead one says FAULT
-                due = _due(first, time.monotonic())
-            while due and time.monotonic() >= due[0][0]:
+                due = _due(first, clock.now())
+            while due and clock.now() >= due[0][0]:
                 self._tell(due.pop(0)[1])
         return first
 
@@ -208,19 +253,17 @@ class Ranks:
 
     def _sweep(self) -> None:
         """Nothing outlives the launch: what is left in the sessions of the ranks is asked, then made, to end."""
-        deadline = time.monotonic() + GRACE_S
-        sessions = {process.pid for process in self._processes}
-        left, told = _members(sessions), set[int]()
+        clock, left, told = AwakeClock(MOST_S), self.members(), set[int]()
         while left:
             for process in left:
                 with contextlib.suppress(psutil.Error):
-                    if time.monotonic() > deadline:
+                    if clock.now() > GRACE_S:
                         process.kill()
                     elif process.pid not in told:
                         told.add(process.pid)
                         process.terminate()
             time.sleep(LOOK_S)
-            left = _members(sessions)
+            left = self.members()
 
 
 def _due(first: End, now: float) -> list[tuple[float, int]]:
@@ -230,6 +273,13 @@ def _due(first: End, now: float) -> list[tuple[float, int]]:
             return []
         return [(now, signal.SIGTERM), (now + GRACE_S, signal.SIGKILL)]
     return [(now + NOTICE_S, signal.SIGTERM), (now + NOTICE_S + GRACE_S, signal.SIGKILL)]
+
+
+def _send(processes: list[psutil.Process], number: int) -> None:
+    """A signal to those that are still there."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
 
 
 def _members(sessions: set[int]) -> list[psutil.Process]:
@@ -243,14 +293,14 @@ def _members(sessions: set[int]) -> list[psutil.Process]:
 
 
 def _summary(settings: Config, plan: Plan, done: int) -> str:
-    """What was reached and what to do with it."""
-    run, command = settings.run_folder, os.path.relpath(Path(sys.executable).with_name("smoltrain"))
-    name = "validation/loss_nats_per_token"
-    losses = [line[name] for line in files.json_lines(run / "metrics.jsonl") if name in line]
-    reached = f", validation loss {losses[-1]:.4f} nats per token" if losses else ""
+    """What was reached and what to do with it: commands that a shell can be given as they are."""
+    run, bin_folder = settings.run_folder, Path(os.path.relpath(Path(sys.executable).parent))
+    command, folder = shlex.quote(str(bin_folder / "smoltrain")), shlex.quote(str(run))
+    loss = origin.validation_at(run, done)  # of no older step: the last one's may never have been measured
+    reached = "" if loss is None else f", validation loss {loss:.4f} nats per token"
     lines = [f"done: {done} of {plan.last_step} steps{reached}; weights, curves and metrics are in {run}", "next:"]
-    lines.append(f"  {command} generate {run} --prompt 'To be'")
+    lines.append(f"  {command} generate {folder} --prompt 'To be'")
     if list(run.glob("wandb/offline-run-*")):
-        lines.append(f"  {Path(command).with_name('wandb')} sync {run}/wandb/offline-run-*")
-    lines.append(f"  {command} show {run}/config.yaml --plan")
+        lines.append(f"  {shlex.quote(str(bin_folder / 'wandb'))} sync {folder}/wandb/offline-run-*")
+    lines.append(f"  {command} show {shlex.quote(str(run / 'config.yaml'))} --plan")
     return "\n".join(lines)

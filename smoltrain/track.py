@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from smoltrain import files, redact
+from smoltrain import console, files, redact
 from smoltrain.errors import DONE, FAULT
 from smoltrain.gradients import LayerGradient
 from smoltrain.runfolder import RunFolder
@@ -84,6 +84,8 @@ class Tracker:
         self._log.info(text)
         if self._writes:
             self._console.print(text, markup=False)
+        for line in console.news():
+            self._log.warning(line)
 
     def chosen(self, what: str, value: str) -> None:
         """One line on a choice and its reason."""
@@ -241,7 +243,7 @@ def _rank_log(path: Path) -> logging.Logger:
     """logs/rankN.log: what this rank said, and every warning of DeepSpeed and torch on it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     logging.raiseExceptions = False  # a full disk must not cover the console with tracebacks
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
     log = logging.getLogger("smoltrain")
     log.setLevel(logging.INFO)

@@ -20,6 +20,7 @@ from smoltrain import (
     cores,
     data,
     dist,
+    ds_config,
     engine,
     garbage,
     ledger,
@@ -50,12 +51,19 @@ def run(config: Config) -> int:
     Errors: UserError and TrainingStopped, on every rank alike; RankStopped where one rank cannot write its own files.
     """
     stop = StopFlag()
+    ds_config.remember(config.engine.ds_config, ds_config.text(config.engine.ds_config))  # for all lives
     world = dist.open(config.engine.device)
     claims = []  # of the run folder, until this process ends
     world.on_first(lambda: claims.append(runfolder.claim(config)))
     while True:
         try:
-            return life(config, world, stop)
+            code = life(config, world, stop)
+            reason = reason_to_stop(world, stop) if code == DONE else ""
+            if reason and world.is_first:  # while W&B was uploading, say
+                print(
+                    f"stopped at the end of the last step ({reason}); the same command goes on from there", flush=True
+                )
+            return STOPPED if reason else code
         except OSError as error:  # of this rank's own files: metrics, samples, ledger, log
             raise RankStopped(
                 f"rank {world.rank}: {error}; {checkpoint.left(config.run_folder / 'checkpoints')}"
@@ -75,12 +83,13 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
 
     # ---- what is on disk: where to begin, the run's identity, data
     notes: list[str] = []
-    world.on_first(lambda: checkpoint.sweep(config.run_folder / "checkpoints"))
+    world.on_first(lambda: notes.extend(checkpoint.sweep(config.run_folder / "checkpoints")))
     begin = world.on_first(lambda: origin.find(config, notes.append))
     done, manifest = begin.step, begin.manifest
     rows_per_step = world.on_first(lambda: runfolder.check(config, world.size, done, begin.ancestor))["rows_per_step"]
     world.on_first(lambda: _prepare(config, begin, rows_per_step, world, begins=done < last_step))
-    if done >= last_step:
+    missed = world.on_first(lambda: origin.misses_validation(config, begin, last_step))
+    if done >= last_step and not missed:
         if world.is_first:
             print(f"{config.run.name}: {_complete(plan, done)}")
         return DONE
@@ -175,7 +184,6 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
             tracker.validation(step, *found)
             return found[0]
 
-        missed = manifest is not None and manifest.validation_loss is None and plan.due(done, config.evaluate.every)
         if missed and validate(done) is None:
             tracker.say(f"stopped before step {done + 1}; the same command goes on from there")
             return STOPPED
@@ -226,9 +234,10 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
             if plan.due(step, config.checkpoint.every) or plan.ends_phase(step) or stopping:
                 save(step, validation_loss)
                 saved = step
+                stopping = stopping or world.sum_ints(stop.is_raised())[0] > 0  # meanwhile: no further phase begins
             if stopping and step < last_step:
                 saver.finish()
-                reason = next(r for r in world.gather(stop.reason) if r)
+                reason = reason_to_stop(world, stop)
                 tracker.say(f"stopped after step {step} ({reason}); the same command goes on from there")
                 return STOPPED
 
@@ -236,8 +245,17 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
         saver.finish()
         if world.is_first:
             plots.run_pngs(plan, folder.path)
+        if reason := reason_to_stop(world, stop):
+            tracker.say(f"stopped after step {last_step} ({reason}); the same command goes on from there")
+            return STOPPED
         tracker.say(f"{config.run.name}: {_complete(plan, last_step)}; the curves are in {folder.path / 'plots'}")
         return DONE
+
+
+def reason_to_stop(world: World, stop: StopFlag) -> str:
+    """Why the lowest of the ranks that were asked to stop was; '' if none was. Collective."""
+    stopping = world.sum_ints(stop.is_raised())[0] > 0
+    return next(reason for reason in world.gather(stop.reason) if reason) if stopping else ""
 
 
 @contextlib.contextmanager

@@ -4,15 +4,19 @@ Ranks meet in reductions, so one that hangs stops them all, and each finds its o
 time. They learn of each other through the files that they write, as no collective can be trusted then.
 """
 
+import contextlib
 import faulthandler
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from smoltrain.awake import AwakeClock
 from smoltrain.errors import FAULT
 
 TICK_S = 1.0  # between two looks at the last sign of life
@@ -48,29 +52,28 @@ class Report:
 class Watchdog:
     """Watches from the first `begin` to `close`; `logs` is a folder that all ranks share. limit_s 0: never.
 
-    Its thread needs the interpreter's lock. For a hang that never gives it back (native code), faulthandler's own
-    thread prints all stacks on stderr and ends the process. A process stopped from outside (SIGSTOP) for longer than
-    the limit counts as hanging too.
+    Its thread needs the interpreter's lock; a hang that never gives it back (native code) is what the process beside it
+    (backstop.py) ends. While all ranks are suspended no time passes. One that is stopped alone hangs for the others.
     """
 
     def __init__(self, logs: Path, rank: int, size: int, limit_s: float) -> None:
         self._logs, self._rank, self._size, self._limit_s = logs, rank, size, limit_s
         self._opened = time.time()
-        self._last = (time.monotonic(), 0, 0, "")  # when, step, marks, place: one object, so always of one moment
+        self._last = (0, 0, "")  # step, marks, place: one object, so always of one moment
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
     def begin(self, step: int) -> None:
         """A step begins; the first one starts the watch."""
-        self._last = (time.monotonic(), step, 0, "begin")
+        self._last = (step, 0, "begin")
         if self._limit_s and not self._thread:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
 
     def mark(self, place: str) -> None:
         """A sign of life: the rank enters this place now. Costs less than a microsecond."""
-        _, step, marks, _ = self._last
-        self._last = (time.monotonic(), step, marks + 1, place)
+        step, marks, _ = self._last
+        self._last = (step, marks + 1, place)
 
     def close(self) -> None:
         """End the watch. Where a hang was found already the process ends here: whoever leaves first breaks the others'
@@ -81,14 +84,35 @@ class Watchdog:
             self._thread.join()
 
     def _watch(self) -> None:
-        while True:
-            faulthandler.dump_traceback_later(self._limit_s + BACKSTOP_S, exit=True, file=STDERR)  # FAULT is its code
-            if self._closed.wait(min(TICK_S, self._limit_s / 4)):
-                faulthandler.cancel_dump_traceback_later()
-                return
-            silence = time.monotonic() - self._last[0]
-            if silence >= self._limit_s:
-                self._leave(silence)
+        faulthandler.enable(STDERR)
+        with self._backstop() as pulse:
+            silence = self._await_silence(pulse)
+        if silence:
+            self._leave(silence)
+
+    def _await_silence(self, pulse: int) -> float:
+        """Seconds without a sign of life, when they have become too many; 0 when the watch is closed."""
+        tick_s = min(TICK_S, self._limit_s / 4)
+        clock, seen, since = AwakeClock(3 * tick_s), self._last, 0.0
+        while not self._closed.wait(tick_s):
+            with contextlib.suppress(OSError):  # whoever ended the process beside this one did not mean this one
+                os.write(pulse, b".")
+            now = clock.now()
+            if self._last is not seen:
+                seen, since = self._last, now
+            if now - since >= self._limit_s:
+                return now - since
+        return 0.0
+
+    @contextlib.contextmanager
+    def _backstop(self) -> Iterator[int]:
+        """The file descriptor through which the process beside this one hears that this thread runs."""
+        script = str(Path(__file__).with_name("backstop.py"))
+        command = [sys.executable, "-I", "-S", script, str(self._limit_s + BACKSTOP_S)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+            assert process.stdin is not None
+            os.set_blocking(process.stdin.fileno(), False)
+            yield process.stdin.fileno()
 
     def _leave(self, silence: float) -> None:
         """Write, wait for the others to write, let the lowest rank that did so speak; then the process ends."""
@@ -111,7 +135,7 @@ class Watchdog:
 
     def _write(self, silence: float) -> None:
         """The report, and the stacks of all threads; whole or not at all for those who read it."""
-        _, step, marks, place = self._last
+        step, marks, place = self._last
         line, in_collective = _main_thread()
         path = self._path(self._rank)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -12,12 +12,12 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Lowest first: a module imports only modules of lower layers (or of its own room).
 LAYERS = (
     {"redact"},
-    {"errors", "exported", "advice"},
+    {"errors", "exported", "advice", "console", "awake", "backstop"},
     {"schema", "tree", "files", "wandb_env"},
-    {"contradictions", "reshape", "compiling", "sums", "cores", "garbage"},
+    {"contradictions", "reshape", "compiling", "sums", "cores", "garbage", "rendezvous"},
     {"config"},
     {"plan", "ds_config", "model", "data", "dist", "gradients", "plots", "runfolder", "watchdog"},
-    {"flat", "kernels", "wandb_id", "wandb_run"},
+    {"flat", "kernels", "handing", "wandb_id", "wandb_run"},
     {"zero"},
     {"generate", "engine", "track", "huggingface", "ledger", "spikes", "estimate"},
     {"checkpoint", "step", "choices", "beforehand"},

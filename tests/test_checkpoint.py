@@ -1,5 +1,6 @@
 """Checkpoints in one process pair: whole or not there, verified before use, the right ones kept."""
 
+import errno
 import json
 import shutil
 import threading
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from smoltrain import checkpoint, data, files
-from smoltrain.checkpoint import saver
+from smoltrain.checkpoint import retention, saver
 from smoltrain.errors import TrainingStopped, UserError
 from smoltrain.plan import Plan
 from smoltrain.schema import CheckpointSection, Config
@@ -212,6 +213,77 @@ def test_leftovers_of_a_crash_are_no_checkpoints_and_are_swept(two_checkpoints: 
     assert checkpoint.steps(two_checkpoints) == [3, 6]
     checkpoint.sweep(two_checkpoints)
     assert sorted(p.name for p in two_checkpoints.iterdir()) == ["step-00000003", "step-00000006"]
+
+
+def test_links_and_files_among_checkpoints_go_without_harm_to_what_they_lead_to(
+    settings: Config, tmp_path: Path
+) -> None:
+    checkpoints, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for folder in (checkpoints / "step-00000004", elsewhere / "step-00000002", elsewhere / "half"):
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    (checkpoints / "step-00000002").symlink_to("../elsewhere/step-00000002")
+    (checkpoints / "step-00000003").symlink_to(elsewhere / "nowhere")
+    (checkpoints / "step-00000001").write_text("a file")
+    (checkpoints / "step-00000007.tmp").symlink_to(elsewhere / "half")
+    (checkpoints / "step-00000008.tmp").write_text("a file")
+    (checkpoints / "step-00000009.tmp").mkdir()
+    assert checkpoint.sweep(checkpoints) == []
+    section = settings.checkpoint.model_copy(update={"keep_last": 1})
+    assert retention.prune(checkpoints, 4, Plan(settings.phases), section) == []
+    left = sorted(path.name for path in checkpoints.iterdir())
+    assert left == ["step-00000001", "step-00000003", "step-00000004"], "what is no checkpoint is nobody's to delete"
+    assert (elsewhere / "step-00000002" / "manifest.json").exists()
+    assert (elsewhere / "half" / "manifest.json").exists()
+
+
+def test_what_cannot_be_deleted_is_named_and_left_and_the_rest_goes(
+    settings: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("step-00000002", "step-00000003", "step-00000004", "step-00000005.tmp", "step-00000006.tmp"):
+        (tmp_path / name).mkdir()
+    whole = shutil.rmtree
+
+    def refuse(path: Path) -> None:
+        if "2" in path.name or "5" in path.name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path / "x"))
+        whole(path)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    [line] = checkpoint.sweep(tmp_path)
+    assert line == (
+        f"WARNING: {tmp_path}/step-00000005.tmp is left over and could not be deleted "
+        f"(Permission denied: {tmp_path}/step-00000005.tmp/x)"
+    )
+    section = settings.checkpoint.model_copy(update={"keep_last": 1})
+    [line] = retention.prune(tmp_path, 4, Plan(settings.phases), section)
+    assert line.startswith(
+        f"WARNING: {tmp_path}/step-00000002 is left over and could not be deleted (Permission denied"
+    )
+    left = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert left == ["step-00000002.old.tmp", "step-00000004", "step-00000005.tmp"]
+
+
+def save_over(settings: Config, kind: str) -> str:
+    """Save step 3 where something of its names lies already; what is then wrong with it."""
+    checkpoints = settings.run_folder / "checkpoints"
+    here = world()
+    if here.is_first:
+        checkpoints.mkdir(parents=True)
+        for name in ("step-00000003", "step-00000003.tmp"):
+            if kind == "file":
+                (checkpoints / name).write_text("a file")
+            else:
+                (checkpoints / name).symlink_to("nowhere")
+    here.barrier()
+    save_steps(settings, [3], 2)
+    return str(checkpoint.verify(checkpoint.folder_of(checkpoints, 3)))
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_step_is_saved_whatever_lies_in_its_place(settings: Config, ranks: Any, kind: str) -> None:
+    for verdict in ranks(2).run(save_over, settings, kind):
+        assert verdict.startswith("Manifest(")
 
 
 def test_a_folder_that_cannot_be_looked_at_is_not_an_empty_one(tmp_path: Path) -> None:

@@ -318,3 +318,12 @@ def test_a_wrong_value_does_not_hide_a_broken_rule():
         "the heads do not divide the width",
         "the sequence is longer than the positions",
     ]
+
+
+@pytest.mark.parametrize("key", ["run.folder", "init.from", "engine.ds_config"])
+def test_the_home_folder_is_meant_by_what_a_shell_leaves_of_it(monkeypatch: pytest.MonkeyPatch, key: str):
+    monkeypatch.setenv("HOME", "/home/me")
+    section, name = key.split(".")
+    for text, meant in (("~/x", "/home/me/x"), ("~nobody-of-this-name/x", "~nobody-of-this-name/x"), ("a~/x", "a~/x")):
+        found = config.load(EXAMPLE, [f"{key}={text}"])
+        assert str(found.model_dump()[section][name]) == meant

@@ -1,16 +1,21 @@
 """`smoltrain train`, which is what ./train.sh runs: phases in fresh processes, kills, signals, exit codes."""
 
+import io
+import os
+import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from smoltrain import checkpoint, supervise
+from smoltrain import checkpoint, config, ds_config, handing, supervise
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED
+from smoltrain.plan import Plan
+from smoltrain.schema import Config
 from tests import launches, tiny
 
 LONG = (
@@ -266,6 +271,44 @@ def test_a_signal_reaches_all_ranks_as_it_is(signals: supervise.Signals, capfd: 
     assert capfd.readouterr().out == "", "they have said so themselves"
 
 
+def test_ctrl_z_stops_the_ranks_and_what_they_started(
+    signals: supervise.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process itself is not stopped here: what it would do is looked at instead."""
+    found = []
+
+    def stand_still(number: int) -> None:
+        assert number == signal.SIGTSTP
+        assert signal.getsignal(number) == signal.SIG_DFL
+        launches.wait_until(lambda: len(states := [p.status() for p in seen()]) == 3 and set(states) == {"stopped"}, 10)
+        found.append("stopped")
+
+    def seen() -> list[psutil.Process]:
+        assert signals.ranks is not None
+        return signals.ranks.members()
+
+    monkeypatch.setattr(signal, "raise_signal", stand_still)
+    asks = "time.sleep(0.2); os.kill(os.getppid(), signal.SIGTSTP); time.sleep(0.3)"
+    words = ["child = subprocess.Popen(['sleep', '60']); time.sleep(0.5); child.kill(); end(0)", f"{asks}; end(0)"]
+    assert supervise.Ranks(words, 2, "cpu").run(signals) is None
+    assert found == ["stopped"], "and went on, or they would not have ended"
+    assert signal.getsignal(signal.SIGTSTP) == signals._on_ctrl_z
+
+
+def test_a_hangup_that_nohup_has_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        listening = supervise.Signals()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        listening.close()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        listening = supervise.Signals()
+        assert signal.getsignal(signal.SIGHUP) == listening._on_signal
+        listening.close()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("after_s", [0.0, 0.05, 0.4])
 def test_ctrl_c_while_a_rank_still_imports_shows_no_traceback(
     capfd: pytest.CaptureFixture[str], after_s: float
@@ -280,6 +323,96 @@ def test_ctrl_c_while_a_rank_still_imports_shows_no_traceback(
     assert first
     assert first.code == -signal.SIGINT
     assert capfd.readouterr().err == ""
+
+
+# ---- between phases
+
+
+class Phase:
+    """Stands in for the ranks of a phase, which are always done at once; `during` is what happens meanwhile."""
+
+    launched: list[Config]
+    during: Callable[[supervise.Signals], None]
+
+    def __init__(self, words: list[str], count: int, device: str, settings: Config) -> None:
+        self.launched.append(settings)
+
+    def run(self, signals: supervise.Signals) -> None:
+        signals.passed_on = True
+        Phase.during(signals)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The configs of the phases that were launched."""
+    monkeypatch.setattr(supervise, "Ranks", Phase)
+    Phase.launched = []
+    return Phase.launched
+
+
+def ask_late(signals: supervise.Signals) -> None:
+    """A signal that the ranks were told of when they had left their last step behind."""
+    signals.kept = []
+    os.kill(os.getpid(), signal.SIGTERM)
+    signals.kept = None
+
+
+def ask_after(signals: supervise.Signals) -> None:
+    """A signal while there are no ranks."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("ask", [ask_late, ask_after])
+def test_no_phase_begins_after_a_signal(
+    launched: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str], ask: Callable[..., None]
+) -> None:
+    Phase.during = ask
+    assert supervise.supervise("quickstart", tiny.words(tmp_path)) == STOPPED
+    assert [settings.run.stop_after for settings in launched] == ["main"]
+    assert capsys.readouterr().out.splitlines()[-1].endswith("; the same command goes on from there")
+
+
+def test_all_phases_train_what_the_recipe_said_at_the_start(launched: list[Config], tmp_path: Path) -> None:
+    recipe, engine = tmp_path / "my.yaml", tmp_path / "mine.json"
+    recipe.write_text(config.recipes()["quickstart"].read_text(encoding="utf-8"), encoding="utf-8")
+    engine.write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
+
+    def edit(_signals: supervise.Signals) -> None:
+        recipe.write_text(recipe.read_text(encoding="utf-8").replace("lr: 2.0e-4", "lr: 9.9e-3") + "x: 1", "utf-8")
+        engine.write_text("{", encoding="utf-8")
+
+    Phase.during = edit
+    words = [word for word in tiny.words(tmp_path) if not word.startswith("phases.continuation.lr=")]
+    assert supervise.supervise(str(recipe), [*words, f"engine.ds_config={engine}"]) == DONE
+    handed = [handing.unpack(io.BytesIO(handing.pack(settings))) for settings in launched]
+    assert [(at.run.stop_after, at.phases[1].lr) for at in handed] == [("main", 2e-4), ("continuation", 2e-4)]
+    assert ds_config.stage(ds_config.fill(handed[1], precision="fp32", accumulation=2, world_size=2)) == 1
+
+
+def test_the_summary_shows_no_older_loss_as_the_last_one(tmp_path: Path) -> None:
+    settings = tiny.load(tmp_path)
+    settings.run_folder.mkdir(parents=True)
+    name = "validation/loss_nats_per_token"
+    (settings.run_folder / "metrics.jsonl").write_text(f'{{"step": 8, "{name}": 5.25}}\n{{"step": 12}}\n')
+    plan = Plan(settings.phases)
+    assert supervise._summary(settings, plan, 12).startswith("done: 12 of 12 steps; weights")
+    assert supervise._summary(settings, plan, 8).startswith("done: 8 of 12 steps, validation loss 5.2500 nats")
+
+
+def test_the_commands_of_the_summary_can_be_given_to_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny.load(tmp_path / "two words; $HOME")
+    (settings.run_folder / "wandb" / "offline-run-1").mkdir(parents=True)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "my bin" / "python"))
+    monkeypatch.chdir(tmp_path)
+    commands = [shlex.split(line) for line in supervise._summary(settings, Plan(settings.phases), 12).splitlines()[2:]]
+    folder = str(settings.run_folder)
+    assert commands == [
+        ["my bin/smoltrain", "generate", folder, "--prompt", "To be"],
+        ["my bin/wandb", "sync", f"{folder}/wandb/offline-run-*"],
+        ["my bin/smoltrain", "show", f"{folder}/config.yaml", "--plan"],
+    ]
+    ends = supervise._summary(settings, Plan(settings.phases), 12).splitlines()[3]
+    assert ends.endswith("/wandb/offline-run-*"), "which the shell completes, so it stands outside the quotes"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from smoltrain.checkpoint.manifest import (
     write_manifest,
 )
 from smoltrain.checkpoint.restoring import restore
-from smoltrain.checkpoint.saver import Saver, sweep
+from smoltrain.checkpoint.retention import sweep
+from smoltrain.checkpoint.saver import Saver
 
 __all__ = [
     "FORMAT",

@@ -1,9 +1,9 @@
 """Which checkpoints are kept, and how one is deleted without ever looking like a damaged one."""
 
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from smoltrain import files
 from smoltrain.checkpoint.manifest import Manifest, folder_of, read_manifest, steps
 from smoltrain.plan import Plan
 from smoltrain.schema import CheckpointSection
@@ -24,19 +24,43 @@ def kept(losses: Mapping[int, float | None], plan: Plan, section: CheckpointSect
     return keep
 
 
-def prune(checkpoints: Path, published: int, plan: Plan, section: CheckpointSection) -> None:
-    """Delete what is not to be kept, after that of the step `published` was; one of a later step did not verify."""
+def prune(checkpoints: Path, published: int, plan: Plan, section: CheckpointSection) -> list[str]:
+    """Delete what is not to be kept, after that of the step `published` was; one of a later step did not verify.
+
+    What is left, as it cannot be deleted, in a line each.
+    """
     losses: dict[int, float | None] = {}
     for step in (step for step in steps(checkpoints) if step <= published):
-        manifest = read_manifest(folder_of(checkpoints, step))
-        losses[step] = manifest.validation_loss if isinstance(manifest, Manifest) else None
-    for step in losses.keys() - kept(losses, plan, section):
-        discard(folder_of(checkpoints, step))
+        if (folder := folder_of(checkpoints, step)).is_dir():  # a file of that name is none of ours
+            manifest = read_manifest(folder)
+            losses[step] = manifest.validation_loss if isinstance(manifest, Manifest) else None
+    old = [folder_of(checkpoints, step) for step in sorted(losses.keys() - kept(losses, plan, section))]
+    return [line for folder in old if (line := _tried(discard, folder))]
+
+
+def sweep(checkpoints: Path) -> list[str]:
+    """Delete what a crash, or a signal, left half done. One process calls this, while nobody saves.
+
+    What is left, as it cannot be deleted, in a line each.
+    """
+    return [line for leftover in sorted(checkpoints.glob("step-*.tmp")) if (line := _tried(files.remove, leftover))]
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint: it leaves by a rename, so that a crash midway leaves no half of one behind."""
+    """Delete a checkpoint: it leaves by a rename, so that a crash midway leaves no half of one behind.
+
+    One that lies elsewhere, behind a link, stays there: the link alone is deleted. Errors: OSError.
+    """
     leaving = folder.with_name(f"{folder.name}.old.tmp")
-    shutil.rmtree(leaving, ignore_errors=True)
+    files.remove(leaving)
     folder.rename(leaving)
-    shutil.rmtree(leaving)
+    files.remove(leaving)
+
+
+def _tried(delete: Callable[[Path], None], path: Path) -> str:
+    """What to say of it: nothing, once it is deleted."""
+    try:
+        delete(path)
+    except OSError as error:  # nothing is lost by it but room on the disk
+        return f"WARNING: {path} is left over and could not be deleted ({files.reason(error)})"
+    return ""

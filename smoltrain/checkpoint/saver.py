@@ -9,6 +9,7 @@ leaves a folder that is called .tmp, and all older checkpoints as they were.
 """
 
 import copy
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -59,7 +60,8 @@ class Saver:
         self._checkpoints, self._world, self._plan, self._section = checkpoints, world, plan, section
         self._say, self._published = say, published
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._pruning: Future[None] | None = None  # on rank 0
+        self._pruning: Future[list[str]] | None = None  # on rank 0
+        self._told: set[str] = set()  # what it could not delete is said once
         self._writing: Writing | None = None
 
     def begin(self, step: int, engine: "Engine", loader: Loader, **facts: Any) -> float:
@@ -116,8 +118,10 @@ class Saver:
             assert self._writing is not None
             wait([self._writing.records], LOOK_S)
         if self._pruning:
-            if error := self._pruning.exception():  # nothing is lost by it but room on the disk
-                self._say(f"WARNING: an old checkpoint could not be deleted ({files.reason(error)})")
+            left_over = self._pruning.result()
+            for line in (line for line in left_over if line not in self._told):
+                self._say(line)
+            self._told.update(left_over)
             self._pruning = None
 
     def close(self) -> None:
@@ -135,7 +139,7 @@ class Saver:
                 for folder in {(writing.aside / name).parent for name in whole}:
                     files.sync(folder)
                 write_manifest(writing.aside, manifest)  # syncs its folder too
-                if final.exists():  # the same step again: the one that is there did not verify
+                if os.path.lexists(final):  # the same step again: the one that is there did not verify
                     retention.discard(final)
                 files.commit(writing.aside, final)
             except OSError as error:
@@ -163,12 +167,6 @@ class Saver:
         step = self._writing.manifest.step
         what = f"the checkpoint of step {step} could not be written ({wrong})"
         return f"{what}; {left(self._checkpoints)}; mend the cause, then the same command goes on from there"
-
-
-def sweep(checkpoints: Path) -> None:
-    """Delete what a crash, or a signal, left half done. One process calls this, while nobody saves."""
-    for leftover in checkpoints.glob("step-*.tmp"):
-        shutil.rmtree(leftover)
 
 
 def on_host(tree: Any, known: dict[Any, torch.Tensor]) -> Any:
@@ -206,7 +204,7 @@ def _make_room(checkpoints: Path, aside: Path, needed: int) -> None:
     """Make the folder, and refuse if the disk would overflow."""
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        files.remove(aside)
         free = shutil.disk_usage(checkpoints).free
         if free < needed + SPARE_BYTES:
             want = f"{(needed + SPARE_BYTES) / 2**20:,.0f} MiB for the next checkpoint; {left(checkpoints)}"

@@ -26,8 +26,6 @@ Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 SourceName = Annotated[str, StringConstraints(pattern=r"^\w[\w-]*$")]  # as schema.MixedSource has it
 NAME_OF_FILE = r"^(train|validation|whole)(-[0-9]{5,}(-apart)?)?\.(bin|starts|hashes)$"
 FileName = Annotated[str, StringConstraints(pattern=NAME_OF_FILE)]
-    str, StringConstraints(pattern=r"^(train|validation|whole)(-[0-9]{5,}(-apart)?)?\.(bin|starts|hashes)$")
-]
 
 
 class _Part(BaseModel):
