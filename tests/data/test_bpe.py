@@ -9,7 +9,8 @@ import pytest
 
 from smoltrain import data
 from smoltrain.data import bpe, progress
-from smoltrain.data.bpe import Progress
+from smoltrain.data import tokenizer as module
+from smoltrain.data.bpe import Progress, Words
 from smoltrain.data.tokenizer import Tokenizer
 from tests.data.test_cached import make, problem, twenty
 
@@ -57,3 +58,39 @@ def test_a_separator_that_cannot_be_is_known_before_anything_is_read(root: Path,
     assert "a sign that texts are made of: saw '|', want two characters or more" in problem(
         make(root, tokenizer__separator="|")
     )
+
+
+# ---- memory
+
+
+def test_words_that_differ_are_counted_once():
+    english, chinese, mixed = Words(), Words(), random.Random(1)
+    common = ["".join(mixed.choices("abcdefgh", k=6)) for _ in range(20_000)]
+    for _ in range(3):
+        english.add(" ".join(common))
+    assert english.num_bytes == pytest.approx(6 * len(set(common)), rel=0.15)
+    for _ in range(3):
+        chinese.add("".join(chr(0x4E00 + mixed.randrange(3000)) for _ in range(100_000)))
+    assert chinese.num_bytes == pytest.approx(900_000, rel=0.15), "no two stretches are equal"
+    same = Words()
+    same.add("=" * 100_000 + "\0" * 100_000 + " " * 100_000)
+    assert same.num_bytes <= 3 * 64 * bpe.SAMPLED
+
+
+def test_a_text_of_ever_new_words_is_left_off(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(bpe, "DIFFERENT_BYTES", 200_000)
+    seen: list[str] = []
+    train_bpe = Tokenizer.train_bpe
+    monkeypatch.setattr(
+        Tokenizer, "train_bpe", lambda texts, *rest: train_bpe([seen.append(text) or text for text in texts], *rest)
+    )
+    letters = random.Random(2)
+    novel = "".join(chr(0x4E00 + letters.randrange(3000)) for _ in range(300_000))
+    (root / "source" / "novel.txt").write_text(novel)
+    data.prepare(make(root))
+    num_characters = sum(map(len, seen))
+    assert 66_000 <= num_characters < 66_000 + 20 * 300 + 2 * (bpe.CHARACTERS_AT_ONCE + module.SEARCHED)
+    line = f"data: the tokenizer is trained on the first {num_characters:,} characters of data; more have ever more"
+    assert line in capsys.readouterr().out
