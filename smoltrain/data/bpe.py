@@ -1,18 +1,43 @@
 """The tokenizer that `tokenizer.name=bpe` stands for: a byte-level BPE trained on the run's own documents."""
 
 import math
+import re
+import time
+import zlib
 from collections.abc import Iterator
-from itertools import chain
+from dataclasses import dataclass, field
 
 from smoltrain.data import faults, special
 from smoltrain.data.faults import Health
 from smoltrain.data.fingerprints import Listing
 from smoltrain.data.progress import telling
 from smoltrain.data.readers import Document
-from smoltrain.data.tokenizer import Tokenizer
-from smoltrain.schema import Config, MixedSource, TokenizerSection
+from smoltrain.data.tokenizer import Tokenizer, pieces
+from smoltrain.schema import Config, DataSection, MixedSource, TokenizerSection
 
 CHARACTERS_TO_TRAIN_ON = 10**8  # of sources that are large, or not on this machine
+DIFFERENT_BYTES = 2**24  # of words that differ: the library needs 80 bytes for each, so 1.3 GB at most
+WORD = re.compile(r"\w{1,64}|[^\w\s]{8,64}|\s{8,64}")  # what may be new each time; about what the library counts
+SAMPLED = 64  # one word of so many is remembered
+CHARACTERS_AT_ONCE = 2**16  # are searched for words
+
+
+class Words:
+    """How many bytes the different words of a text have together, estimated: of English few, of Chinese all.
+
+    The trainer's memory grows with them. Equal texts give equal estimates in every process.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._seen: set[bytes] = set()
+
+    def add(self, text: str) -> None:
+        """More of the text."""
+        for raw in map(str.encode, set(WORD.findall(text))):
+            if zlib.crc32(raw) % SAMPLED == 0 and raw not in self._seen:
+                self._seen.add(raw)
+                self.num_bytes += len(raw) * SAMPLED
 
 
 def check(section: TokenizerSection) -> None:
@@ -21,23 +46,65 @@ def check(section: TokenizerSection) -> None:
         raise special.no_letter(section.separator, "tokenizer.separator")
 
 
-def train(config: Config, listed: dict[str, Listing], *, small: bool) -> Tokenizer:
+@dataclass
+class Progress:
+    """How far the training of a tokenizer is: first it reads, then it merges, in the library and without a word."""
+
+    total: float  # characters that will be read, about
+    read: int = 0
+    read_by: float | None = None  # when the last one was, by the monotonic clock
+    cut: dict[str, int] = field(default_factory=dict)  # sources that were left off early, and their characters so far
+
+    def state(self) -> tuple[str, float]:
+        """In words, and the share that was read."""
+        words = f"{self.read:,} characters to train the tokenizer on"
+        if self.read_by is not None:
+            words += f", merged for {time.monotonic() - self.read_by:.0f} s"
+        return words, min(1.0, self.read / max(1.0, self.total))
+
+
+def train(config: Config, listed: dict[str, Listing], *, num_bytes: float, small: bool) -> Tokenizer:
     """On all documents, the held-out ones too: which ones those are can depend on the number of tokens.
 
-    Of sources that are not `small` on the first CHARACTERS_TO_TRAIN_ON, shared by weight.
+    Of sources that are not `small` on the first CHARACTERS_TO_TRAIN_ON, shared by weight; of any only until their
+    different words come to DIFFERENT_BYTES. num_bytes is their size.
     """
     section, data, health = config.tokenizer, config.data, Health()
+    progress = Progress(num_bytes if small else CHARACTERS_TO_TRAIN_ON)
 
-    def texts(part: MixedSource) -> Iterator[str]:
-        left = math.inf if small else CHARACTERS_TO_TRAIN_ON * part.weight / sum(p.weight for p in data.parts)
-        for shard in listed[part.name].shards:
-            for item in faults.documents(shard, part, data=data, health=health):
-                if isinstance(item, Document):
-                    yield item.text
-                    left -= len(item.text)
-                if left <= 0:
-                    return
+    def everything() -> Iterator[str]:
+        for part in data.parts:
+            share = part.weight / sum(p.weight for p in data.parts)
+            left = math.inf if small else CHARACTERS_TO_TRAIN_ON * share
+            yield from _some(_texts(part, listed[part.name], data, health), left, share, part.name, progress)
+        progress.read_by = time.monotonic()
 
-    with telling(None, health):
-        everything = chain.from_iterable(texts(part) for part in data.parts)
-        return Tokenizer.train_bpe(everything, section.vocab_size or 0, section.separator, section.pad)
+    with telling(progress.state, health):
+        tokenizer = Tokenizer.train_bpe(everything(), section.vocab_size or 0, section.separator, section.pad)
+    for name, num_characters in progress.cut.items():
+        saw = f"the first {num_characters:,} characters of {name}"
+        print(f"data: the tokenizer is trained on {saw}; more have ever more different words, which take memory")
+    return tokenizer
+
+
+def _texts(part: MixedSource, listing: Listing, data: DataSection, health: Health) -> Iterator[str]:
+    for shard in listing.shards:
+        for item in faults.documents(shard, part, data=data, health=health):
+            if isinstance(item, Document):
+                yield item.text
+
+
+def _some(texts: Iterator[str], left: float, share: float, name: str, progress: Progress) -> Iterator[str]:
+    """The first texts of a source, in pieces: `left` characters or a little more, fewer if their words differ much."""
+    words, num_characters = Words(), 0
+    for text in texts:
+        for piece in pieces(text, CHARACTERS_AT_ONCE):
+            yield piece
+            words.add(piece)
+            progress.read += len(piece)
+            num_characters += len(piece)
+            if words.num_bytes > DIFFERENT_BYTES * share:
+                progress.cut[name] = num_characters
+                return
+        if num_characters >= left:
+            return

@@ -16,7 +16,7 @@ from smoltrain.data.tokenizer import Tokenizer, pieces
 
 T = TypeVar("T")
 NO_LABEL = -100  # torch's cross_entropy leaves these targets out
-CHARACTERS_AT_ONCE = 2**19  # tokenised in one call: enough to keep some cores busy, in about 50 MB
+CHARACTERS_AT_ONCE = 2**19  # tokenised in one call: enough to keep some cores busy, in about 50 MB of English
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def encoded(
     """
     offset = 0
     for batch in _batches(documents, characters):
-        encodings = tokenizer.encode_batch([text for _, text, _ in batch])
-        for (about, text, ends), ids in zip(batch, encodings, strict=True):
+        texts, goes_on = [text for _, text, _, _ in batch], [not begins for *_, begins in batch]
+        for (about, text, ends, _), ids in zip(batch, tokenizer.encode_batch(texts, goes_on), strict=True):
             part = stream(ids, tokenizer.separator_id if ends else None, dtype)
             yield Piece(about, offset, part, text)
             offset = 0 if ends else offset + len(part)
@@ -71,13 +71,16 @@ def positions_in_documents(ids_BT: np.ndarray, separator_id: int) -> np.ndarray:
     return places_T - np.maximum.accumulate(begins_BT, axis=1)
 
 
-def _batches(documents: Iterable[tuple[T, str]], characters: int) -> Iterator[list[tuple[T, str, bool]]]:
-    """The documents in lists of about so many characters: (about, a piece of its text, whether it is the last one)."""
+def _batches(documents: Iterable[tuple[T, str]], characters: int) -> Iterator[list[tuple[T, str, bool, bool]]]:
+    """The documents in lists of about so many characters: (about, a piece, whether it ends its document, or begins it).
+
+    A list is longer by one piece at most, whatever the texts.
+    """
     batch, size = [], 0
     for about, text in documents:
-        *first, last = pieces(text, CHARACTERS_AT_ONCE)
-        for piece, ends in (*((piece, False) for piece in first), (last, True)):
-            batch.append((about, piece, ends))
+        parts = list(pieces(text, CHARACTERS_AT_ONCE))
+        for number, piece in enumerate(parts, start=1):
+            batch.append((about, piece, number == len(parts), number == 1))
             size += len(piece)
             if size >= characters:
                 yield batch

@@ -373,7 +373,7 @@ def _prepare_cached(
     home: Path,
 ) -> None:
     """HOME/tokenizer, HOME/data and their index."""
-    tokenizer = given or bpe.train(config, listed, small=_mib(listed) <= CACHED_MIB)
+    tokenizer = given or _trained(config, listed)
     index = index | _about(tokenizer, 1)
     index["sources"] = cached.tokenise(config, tokenizer, listed, index["fingerprint"], home / "data")
     check_rows(index, config, rows_per_step)
@@ -446,7 +446,7 @@ def _prepare_stream(
     num_streams = data.streams or order.num_streams(rows_per_step, world_size)
     _check_streams(config, num_streams, rows_per_step, world_size)
     first_look.check_streams(listed, data, num_streams)
-    tokenizer = given or bpe.train(config, listed, small=_mib(listed) <= CACHED_MIB)
+    tokenizer = given or _trained(config, listed)
     index = index | _about(tokenizer, num_streams) | {"sources": {}}
     weights = tuple(part.weight for part in data.parts)
     rows = order.shares(max(config.evaluate.rows, len(weights)), weights)
@@ -485,6 +485,11 @@ def _finish(home: Path, tokenizer: Tokenizer, index: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     index_module.write(file, index | {"tokenizer_files": made})
     cached.sweep(file.parent, index["sources"])
+
+
+def _trained(config: Config, listed: dict[str, Listing]) -> Tokenizer:
+    mib = _mib(listed)
+    return bpe.train(config, listed, num_bytes=mib * 2**20, small=mib <= CACHED_MIB)
 
 
 def _check_ids(num_ids: int, config: Config) -> None:

@@ -3,30 +3,40 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from smoltrain.data import companions
+from smoltrain.data import companions, inside
 from smoltrain.data import special as special_tokens
 from smoltrain.data.companions import Companions
 from smoltrain.errors import Problem, UserError
 
 FILE = "tokenizer.json"
 SEAM = re.compile(r"(?<=\w)(?= \w)")  # before a space between two words, where byte-level pre-tokenizers cut anyway
+OTHER_SEAM = re.compile(r"(?<=[^\W_])(?=[\n.,;:!?\u3001\u3002\uff0c\uff01\uff1f\uff1a\uff1b])")  # they cut there too
+SEARCHED = 2**16  # characters in which a seam is looked for
+LONGEST_WORD = 256  # bytes, to train on: of a run of one kind of character the library's time is its square
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how a vocabulary with byte fallback spells a byte
 
 
 def pieces(text: str, size: int) -> Iterator[str]:
-    """The text cut into pieces of `size` characters or a little more, only at seams.
+    """The text cut into pieces of `size` characters or a little more, and of at most SEARCHED more.
 
-    The library needs some 100 bytes per character at work, so a long text must not go in whole. Byte-level BPE gives
-    the pieces the very ids of the whole; so do most others.
+    The library needs some 100 bytes per byte of text at work, so a long text must not go in whole. It is cut at seams
+    only, where byte-level BPE gives the pieces the very ids of the whole, as most others do. A text without any seam
+    in SEARCHED characters (a genome, a page of signs, a file filled up with NULs) is cut anywhere.
     """
     start = 0
+    while len(text) - start > size + SEARCHED:
+        window = start + size, start + size + SEARCHED
+        seam = SEAM.search(text, *window) or OTHER_SEAM.search(text, *window)
+        end = seam.start() if seam else window[1]
+        yield text[start:end]
+        start = end
     while (seam := SEAM.search(text, start + size)) is not None:
         yield text[start : seam.start()]
         start = seam.start()
@@ -86,6 +96,7 @@ class Tokenizer:
         about = json.loads(inner.to_str())
         self._of_text = special_tokens.out_of_reach(inner, about)
         self.beside = beside or Companions()
+        self._inside = inside.going_on(self._of_text, about)
         self.separator, self.pad = separator, pad
         self.separator_id = special[separator]
         self.pad_id = None if pad is None else special[pad]
@@ -130,6 +141,9 @@ class Tokenizer:
         if special_tokens.is_letter(separator):
             raise special_tokens.no_letter(separator, "tokenizer.separator")
         inner = byte_level(models.BPE())
+        cuts = inner.pre_tokenizer
+        too_long = pre_tokenizers.Split(tokenizers.Regex(f".{{{LONGEST_WORD}}}"), "isolated")
+        inner.pre_tokenizer = pre_tokenizers.Sequence([cuts, too_long])  # to train, not to encode
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[separator],
@@ -137,20 +151,30 @@ class Tokenizer:
             show_progress=False,
         )
         inner.train_from_iterator((piece for text in texts for piece in pieces(text, 4096)), trainer)
+        inner.pre_tokenizer = cuts
         return cls(inner, separator, pad)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special ones. Errors: as `encode_batch`."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+    def encode_batch(self, texts: list[str], goes_on: Sequence[bool] = ()) -> list[list[int]]:
         """The ids of each text, on all cores (or RAYON_NUM_THREADS of them).
 
+        `goes_on` says of each text whether it is a later piece of a document; () stands for none of them.
         Errors: UserError if the tokenizer has neither ids nor an unknown token for something in a text, or an unknown
         token that is the separator.
         """
+        if self._inside is self._of_text or not any(goes_on):
+            return self._encoded(self._of_text, texts)
+        pairs = list(zip(texts, goes_on, strict=True))
+        first = iter(self._encoded(self._of_text, [text for text, later in pairs if not later]))
+        others = iter(self._encoded(self._inside, [text for text, later in pairs if later]))
+        return [next(others if later else first) for later in goes_on]
+
+    def _encoded(self, tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
         try:
-            encodings = self._of_text.encode_batch_fast(texts, add_special_tokens=False)
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         except Exception as error:  # the library raises nothing more precise
             raise _cannot_spell(" ".join(str(error).split()), "an unknown token") from None
         ids = [encoding.ids for encoding in encodings]
