@@ -182,7 +182,7 @@ def _from_huggingface(folder: Path) -> LoadedRun:
     if not (folder / FILE).is_file():
         raise UserError(Problem("the folder has no tokenizer", f"no {FILE}", "the tokenizer's own file", str(folder)))
     inherited = companions.generation(folder)
-    tokenizer = Tokenizer.from_folder(folder, *_special_words(folder, inherited))
+    tokenizer = Tokenizer.from_folder(folder, _end_of_text(folder, inherited))
     _check_ids(tokenizer, built, folder / FILE)
     dtype = huggingface.stored_dtype(weights.values())
     settings = _generation(inherited, folder / companions.GENERATION)
@@ -192,26 +192,23 @@ def _from_huggingface(folder: Path) -> LoadedRun:
 def has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer of a Hugging Face folder is this one."""
     try:
-        theirs = Tokenizer.from_folder(folder, *_special_words(folder, companions.generation(folder)))
+        theirs = Tokenizer.from_folder(folder, _end_of_text(folder, companions.generation(folder)))
     except UserError:  # it has none, or none that can be read
         return False
     return theirs.fingerprint() == tokenizer.fingerprint()
 
 
-def _special_words(folder: Path, inherited: Mapping[str, Any]) -> tuple[str | int, str | None]:
-    """The token that ends a text, or its id, and the one that pads.
+def _end_of_text(folder: Path, inherited: Mapping[str, Any]) -> str | int:
+    """The token that ends a text, or its id.
 
-    The first is named by the tokenizer's files, or by those of the model: published folders differ in this.
+    The tokenizer's files name it, or those of the model: published folders differ in this.
     """
-    beside = companions.read(folder)
-    end = beside.word("eos_token")
-    if end is None:
-        ids = companions.end_ids(inherited)
-        if not ids:
-            saw = f"no eos_token in {companions.CONFIG} or {companions.MAP}, no eos_token_id in config.json"
-            raise UserError(Problem("nothing says which token ends a text", saw, "one of these", str(folder)))
-        return ids[0], None
-    return end, beside.word("pad_token")
+    ids = companions.end_ids(inherited)
+    end = companions.read(folder).word("eos_token")
+    if end is None and not ids:
+        saw = f"no eos_token in {companions.CONFIG} or {companions.MAP}, no eos_token_id in config.json"
+        raise UserError(Problem("nothing says which token ends a text", saw, "one of these", str(folder)))
+    return ids[0] if end is None else end
 
 
 def _generation(about: Mapping[str, Any], file: Path) -> GenerationSection:

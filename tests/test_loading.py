@@ -270,6 +270,12 @@ def test_the_end_of_a_text_may_stand_in_any_file(hub: Path, where: str, bare: bo
     assert "".join(loaded.text("the king", GenerationSection(max_tokens=3), greedy=True, seed=0)) is not None
 
 
+@pytest.mark.parametrize("pad", ["a", "[PAD]", folders.SEPARATOR, 5, {"content": "b"}])
+def test_a_token_that_pads_is_not_needed(hub: Path, pad: object):
+    edit(hub / "tokenizer_config.json", pad_token=pad, additional_special_tokens=[None, 3, {"content": 5}, "[X]"])
+    assert load_run(str(hub)).tokenizer.num_ids == folders.tokenizer().num_ids
+
+
 @pytest.mark.parametrize("said", [True, "0", -1, None, [], 1.5, {"id": 0}, 10**9])
 def test_an_end_that_is_none(hub: Path, said: object):
     write(hub / "tokenizer_config.json")
