@@ -1,5 +1,8 @@
 """The `smoltrain` command: one verb, one function call."""
 
+import io
+import itertools
+import os
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +12,8 @@ from smoltrain import console
 from smoltrain.errors import BAD_INPUT, FAULT, INTERRUPTED, TrainingStopped, UserError, report
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from rich.table import Table
 
     from smoltrain.plan import Plan
@@ -145,11 +150,11 @@ def generate(
     settings = config.revise(
         loaded.generation, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
     )
-    pieces = loaded.text(prompt, settings, greedy=greedy, seed=loaded.seed if seed is None else seed)
-    print(prompt, end="", flush=True)
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print()
+    notes: list[str] = []
+    seed = loaded.seed if seed is None else seed
+    _write([prompt], loaded.text(prompt, settings, greedy=greedy, seed=seed, say=notes.append), ["\n"])
+    for note in notes:
+        print(note, file=sys.stderr)
 
 
 @app.command(epilog="Example: smoltrain plot quickstart")
@@ -333,6 +338,21 @@ def bench_loss(
     from smoltrain.bench.loss import bench_loss as measure
 
     measure(recipe, overrides or [], rounds, Path(out))
+
+
+def _write(*parts: "Iterable[str]") -> None:
+    """Print pieces of text as they come; whoever reads may leave before the end."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character that a model writes
+    try:
+        for piece in itertools.chain(*parts):
+            print(piece, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        raise typer.Exit() from None
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise TrainingStopped(f"the text cannot be written: {error.strerror}") from None
 
 
 def _facts(config: "Config") -> str:

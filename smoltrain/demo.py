@@ -14,7 +14,7 @@ from threading import Lock
 import torch
 
 from smoltrain import checkpoint, config, dist
-from smoltrain.errors import Problem, UserError
+from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.loading import LoadedRun, load_run
 from smoltrain.model import parameter_count
 
@@ -171,17 +171,19 @@ def write(
     seed: int | None,
 ) -> Iterator[tuple[str, str]]:
     """The prompt and what the model makes of it, longer each time, beside the facts. Errors: gr.Error, for the page."""
+    text, notes = prompt, []
     try:
         loaded = shelf.take(step)
         settings = config.revise(
             loaded.generation, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
         )
-        pieces = loaded.text(prompt, settings, greedy=greedy, seed=loaded.seed if seed is None else seed)
-    except UserError as error:
+        seed = loaded.seed if seed is None else seed
+        for piece in loaded.text(prompt, settings, greedy=greedy, seed=seed, say=notes.append):
+            text += piece
+            yield text.translate(SHOWN), facts(loaded, shelf.device)
+    except (UserError, TrainingStopped) as error:
         raise gr.Error(html.escape(str(error)), print_exception=False) from None
-    text = prompt
-    for piece in pieces:
-        text += piece
-        yield text.translate(SHOWN), facts(loaded, shelf.device)
+    for note in notes:
+        gr.Info(note)
     if text == prompt:
         gr.Info("The model ended the document here. Another seed may write more.", title="No text")

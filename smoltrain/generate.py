@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoltrain.errors import Problem, UserError
+from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.model import LanguageModel
 from smoltrain.schema import GenerationSection
+
+MOST_SEED = 2**63 - 1
 
 
 def sample(logits_V: Tensor, settings: GenerationSection, greedy: bool, generator: torch.Generator) -> int:
@@ -42,11 +44,14 @@ def generate(
     banned_ids: Sequence[int] = (),
     greedy: bool = False,
     seed: int = 0,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[int]:
     """Yield new ids until one of `stop_ids` (not yielded), settings.max_tokens, or the last position of the model.
 
-    `banned_ids` but `stop_ids` are never drawn. Neither torch's random state nor the model's training mode changes.
-    Errors: UserError, at once, for a prompt that is empty or leaves no position free.
+    The last of these is said. `banned_ids` but `stop_ids` are never drawn. Neither torch's random state nor the model's
+    training mode changes.
+    Errors: UserError, at once, for a prompt that is empty or leaves no position free, and for a seed out of range;
+    TrainingStopped where the model's logits are no numbers.
     """
     free = model.section.max_position_embeddings - len(prompt_ids)
     if not prompt_ids:
@@ -54,6 +59,8 @@ def generate(
     if free <= 0:
         want = f"fewer than model.max_position_embeddings = {model.section.max_position_embeddings}"
         raise UserError(Problem("the prompt is too long", f"{len(prompt_ids)} tokens", want, "the prompt"))
+    if not 0 <= seed <= MOST_SEED:
+        raise UserError(Problem("the seed is out of range", str(seed), f"0 to {MOST_SEED}", "the seed"))
     banned = [i for i in banned_ids if i not in stop_ids]
     count = min(free, settings.max_tokens)
 
@@ -63,12 +70,17 @@ def generate(
         fed = list(prompt_ids)
         for _ in range(count):
             logits_V = _next_logits(model, fed, cache)
+            if not logits_V.isfinite().all():
+                raise TrainingStopped("the model cannot write: its logits are not finite numbers")
             logits_V[banned] = -torch.inf
             new = sample(logits_V, settings, greedy, generator)
             if new in stop_ids:
                 return
             yield new
             fed = [new]
+        if count < settings.max_tokens:
+            room = model.section.max_position_embeddings
+            say(f"the text stops where the context of {room:,} tokens ends: prompt {len(prompt_ids):,}, new {count:,}")
 
     return new_ids()
 

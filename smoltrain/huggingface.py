@@ -121,7 +121,8 @@ def section_of(about: dict[str, Any], where: Path) -> ModelSection:
 
     Errors: UserError for a class or an option that the decoder does not have, and for values that make no decoder.
     """
-    name = str((about.get("architectures") or [None])[0])
+    named = about.get("architectures")
+    name = str(named[0]) if isinstance(named, list) and named else str(named)
     if name not in MODEL_TYPES:
         raise UserError(Problem("the folder's class is not supported", name, f"one of {SUPPORTED}", str(where)))
     values = SHAPES[name] | {f: about.get(key, DEFAULTS[name].get(f)) for f, key in KEYS[name].items()}
@@ -159,10 +160,11 @@ def section_of(about: dict[str, Any], where: Path) -> ModelSection:
 
 def _rope_theta(about: dict[str, Any], name: str, where: Path) -> Any:
     """The base of plain rotary positions over the whole head; transformers 4 and 5 say it in different words."""
-    rope = about.get("rope_parameters") or about.get("rope_scaling") or {}
+    rope: Any = about.get("rope_parameters") or about.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if kind != "default":
         raise UserError(Problem("rope scaling is not supported", seen(kind), "'default'", str(where)))
+    rope = rope if isinstance(rope, dict) else {}
     old_share, old_theta = (
         ("rotary_pct", "rotary_emb_base") if name == NEOX else ("partial_rotary_factor", "rope_theta")
     )
@@ -203,7 +205,8 @@ def read(folder: Path) -> tuple[ModelSection, Tensors]:
 
 
 def check_tensors(want: dict[str, torch.Size], have: Tensors, where: Path) -> None:
-    """Errors: UserError with up to five problems if names, shapes or dtypes of `have` are not what is wanted."""
+    """Errors: UserError with up to five problems if names, shapes or dtypes of `have` are not what is wanted, or
+    values no numbers."""
     wrong = [
         Problem("a tensor is missing", f"no {name}", str(tuple(want[name])), str(where)) for name in want - have.keys()
     ]
@@ -216,6 +219,8 @@ def check_tensors(want: dict[str, torch.Size], have: Tensors, where: Path) -> No
             wrong.append(Problem(what, str(tuple(x.shape)), f"{tuple(want[name])} as the config says", str(where)))
         elif x.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             wrong.append(Problem(f"{name} has another dtype", str(x.dtype), "float32, bfloat16 or float16", str(where)))
+        elif not x.isfinite().all():
+            wrong.append(Problem(f"{name} holds values that are no numbers", "nan or inf", "finite ones", str(where)))
     if wrong:
         raise UserError(*wrong[:5])
 

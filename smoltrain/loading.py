@@ -13,13 +13,13 @@ from pydantic import ValidationError
 from smoltrain import checkpoint, config, huggingface, model
 from smoltrain.data import companions
 from smoltrain.data.tokenizer import FILE, Tokenizer
-from smoltrain.errors import Problem, UserError, invalid
+from smoltrain.errors import Problem, UserError, invalid, seen
 from smoltrain.generate import generate, spoken
 from smoltrain.model import LanguageModel
 from smoltrain.schema import Config, GenerationSection, RunSection
 
 RUNS = Path("runs")
-CHECKPOINT = re.compile(r"step-(\d{8,})")  # the name of a published checkpoint's folder
+CHECKPOINT = re.compile(r"step-([0-9]{8,})")  # the name of a published checkpoint's folder
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,30 @@ class LoadedRun:
     config: Config | None = None
     inherited: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json that came with the weights
 
-    def text(self, prompt: str, settings: GenerationSection, *, greedy: bool, seed: int) -> Iterator[str]:
+    def text(
+        self,
+        prompt: str,
+        settings: GenerationSection,
+        *,
+        greedy: bool,
+        seed: int,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> Iterator[str]:
         """Pieces of the text behind a prompt, as they come; an empty prompt begins a document.
 
-        Errors: UserError, at once, for a prompt that is too long.
+        The prompt is text, also where it spells a special token. Errors: UserError, at once, for a prompt that is no
+        text or too long; and those of `generate`.
         """
+        if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python reads bytes that are no UTF-8
+            raise UserError(Problem("the prompt is not text", seen(prompt), "text in UTF-8", "the prompt"))
         ids = self.tokenizer.encode(prompt) or [self.tokenizer.separator_id]
-        new = self.new_ids(ids, settings, greedy=greedy, seed=seed)
+        new = self.new_ids(ids, settings, greedy=greedy, seed=seed, say=say)
         return spoken(ids, new, self.tokenizer.decode)
 
-    def new_ids(self, ids: list[int], settings: GenerationSection, *, greedy: bool, seed: int = 0) -> Iterator[int]:
-        """What the model writes behind ids, up to any end of the text. Errors: as `text`."""
+    def new_ids(self, ids: list[int], settings: GenerationSection, **options: Any) -> Iterator[int]:
+        """What the model writes behind ids, up to any end of the text. Options and errors: those of `generate`."""
         banned = self.tokenizer.unused_ids(self.model.section.vocab_size)
-        return generate(self.model, ids, settings, stop_ids=self.end_ids, banned_ids=banned, greedy=greedy, seed=seed)
+        return generate(self.model, ids, settings, stop_ids=self.end_ids, banned_ids=banned, **options)
 
     @property
     def end_ids(self) -> list[int]:
@@ -171,7 +182,7 @@ def _from_huggingface(folder: Path) -> LoadedRun:
     if not (folder / FILE).is_file():
         raise UserError(Problem("the folder has no tokenizer", f"no {FILE}", "the tokenizer's own file", str(folder)))
     inherited = companions.generation(folder)
-    tokenizer = Tokenizer.from_folder(folder, *_special_words(folder, inherited))
+    tokenizer = Tokenizer.from_folder(folder, _end_of_text(folder, inherited))
     _check_ids(tokenizer, built, folder / FILE)
     dtype = huggingface.stored_dtype(weights.values())
     settings = _generation(inherited, folder / companions.GENERATION)
@@ -181,26 +192,23 @@ def _from_huggingface(folder: Path) -> LoadedRun:
 def has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer of a Hugging Face folder is this one."""
     try:
-        theirs = Tokenizer.from_folder(folder, *_special_words(folder, companions.generation(folder)))
+        theirs = Tokenizer.from_folder(folder, _end_of_text(folder, companions.generation(folder)))
     except UserError:  # it has none, or none that can be read
         return False
     return theirs.fingerprint() == tokenizer.fingerprint()
 
 
-def _special_words(folder: Path, inherited: Mapping[str, Any]) -> tuple[str | int, str | None]:
-    """The token that ends a text, or its id, and the one that pads.
+def _end_of_text(folder: Path, inherited: Mapping[str, Any]) -> str | int:
+    """The token that ends a text, or its id.
 
-    The first is named by the tokenizer's files, or by those of the model: published folders differ in this.
+    The tokenizer's files name it, or those of the model: published folders differ in this.
     """
-    beside = companions.read(folder)
-    end = beside.word("eos_token")
-    if end is None:
-        ids = companions.end_ids(inherited)
-        if not ids:
-            saw = f"no eos_token in {companions.CONFIG} or {companions.MAP}, no eos_token_id in config.json"
-            raise UserError(Problem("nothing says which token ends a text", saw, "one of these", str(folder)))
-        return ids[0], None
-    return end, beside.word("pad_token")
+    ids = companions.end_ids(inherited)
+    end = companions.read(folder).word("eos_token")
+    if end is None and not ids:
+        saw = f"no eos_token in {companions.CONFIG} or {companions.MAP}, no eos_token_id in config.json"
+        raise UserError(Problem("nothing says which token ends a text", saw, "one of these", str(folder)))
+    return ids[0] if end is None else end
 
 
 def _generation(about: Mapping[str, Any], file: Path) -> GenerationSection:

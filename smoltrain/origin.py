@@ -1,19 +1,24 @@
 """Where a run begins: at its own newest checkpoint, at another run's, with somebody's weights, or fresh."""
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from smoltrain import checkpoint, files, huggingface, ledger, loading, spikes
 from smoltrain import config as config_module
 from smoltrain.checkpoint import Manifest
 from smoltrain.data import companions
 from smoltrain.data.tokenizer import Tokenizer
-from smoltrain.errors import Problem, UserError
+from smoltrain.errors import Problem, UserError, seen
 from smoltrain.model import HuggingFaceModel, LanguageModel
 from smoltrain.plan import Plan
 from smoltrain.schema import Config, ModelSection, TransformersSection
+
+# Keys of transformers' configs that act in training only, or say how fresh weights are drawn.
+OF_TRAINING = re.compile(r"drop|pdrop|initializer|init_std|use_cache")
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,18 @@ def inherit_data(config: Config, origin: Origin) -> None:
     shutil.copy(origin.ancestor / "data" / "index.json", own / "data" / "index.json")
 
 
+def meaning(section: ModelSection | TransformersSection) -> dict[str, Any]:
+    """What of a model's section the shape or the meaning of its weights depends on; the rest may be another now."""
+    values = section.model_dump()
+    if isinstance(section, TransformersSection):
+        said = {f"config.{key}": value for key, value in values.pop("config").items()}
+        return values | {key: value for key, value in said.items() if not OF_TRAINING.search(key)}
+    free = {"dropout", "attention_dropout", "initializer_range"}
+    if section.positions == "rope":
+        free.add("max_position_embeddings")  # no table holds them
+    return {key: value for key, value in values.items() if key not in free}
+
+
 def load_weights(origin: Origin, config: Config, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """Put the named weights into a model that was just built. Errors: UserError if shape or tokenizer are others."""
     assert origin.weights_from is not None
@@ -127,10 +144,17 @@ def _check_model(source: str, config: Config) -> None:
 
 
 def _compare(config: Config, section: ModelSection | TransformersSection) -> None:
+    """Errors: UserError for each key by which weights of `section` would mean something else."""
+    now, was = meaning(config.model), meaning(section)
     wrong = [
-        Problem(f"the weights are of another model: {key}", repr(now), repr(was), f"model.{key} or init.from")
-        for key, now in config.model.model_dump().items()
-        if (was := getattr(section, key, None)) != now and key not in ("dropout", "attention_dropout")
+        Problem(
+            f"the weights are of another model: {key}",
+            seen(now.get(key)),
+            seen(was.get(key)),
+            f"model.{key} or init.from",
+        )
+        for key in sorted(now.keys() | was.keys())
+        if now.get(key) != was.get(key)
     ]
     if wrong:
         raise UserError(*wrong)

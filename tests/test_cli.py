@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 
@@ -253,7 +254,7 @@ def test_generate_takes_the_settings_of_the_run(run: Run, generated: SimpleNames
     ((model, ids, settings, options),) = generated.drawn
     assert (model.section.vocab_size, ids) == (260, list(b"Romeo, "))
     assert settings == config.load(EXAMPLE).generation
-    assert options == {"stop_ids": [0], "banned_ids": [256, 257, 258, 259], "greedy": False, "seed": 7}
+    assert options == {"stop_ids": [0], "banned_ids": [256, 257, 258, 259], "greedy": False, "seed": 7, "say": ANY}
 
 
 def test_generate_passes_its_options_on(run: Run, generated: SimpleNamespace):
@@ -271,6 +272,39 @@ def test_generate_refuses_bad_settings(run: Run, generated: SimpleNamespace):
     assert (code, out, err.count("\n")) == (2, "", 2)
     assert err.startswith("error: generation.temperature is not valid: saw -1.0, want greater than or equal to 0")
     assert not generated.drawn
+
+
+def test_generate_says_where_the_context_ended(run: Run, generated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
+    from smoltrain import loading
+
+    def instead(*arguments: object, say: Callable[[str], None], **options: object) -> Iterator[int]:
+        yield from b"abc"
+        say("the text stops")
+
+    monkeypatch.setattr(loading, "generate", instead)
+    assert run("generate", "x", "--temperature", "0") == (0, "abc\n", "the text stops\n")
+
+
+@pytest.mark.parametrize(("error", "code"), [(BrokenPipeError(), 0), (OSError(28, "No space left on device"), 1)])
+def test_generate_into_what_cannot_be_written_to(
+    generated: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    error: OSError,
+    code: int,
+):
+    def fails(*words: object, **options: object) -> None:
+        if options.get("file") is None:
+            raise error
+        print(*words, **options)  # pyright: ignore
+
+    monkeypatch.setattr(cli, "print", fails, raising=False)
+    monkeypatch.setattr(cli.os, "dup2", lambda *handles: None)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["generate", "quickstart"])
+    assert end.value.code == code
+    said = capfd.readouterr().err
+    assert said == ("" if code == 0 else "error: the text cannot be written: No space left on device\n")
 
 
 def test_generate_without_a_run(run: Run):

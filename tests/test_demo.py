@@ -221,7 +221,7 @@ def test_stop_ends_the_generator(client: Callable[[], Any], monkeypatch: pytest.
     [
         ("king " * POSITIONS, DEFAULTS, f"^the prompt is too long: saw .*, want fewer than .*{POSITIONS}; change"),
         (PROMPT, [3, *DEFAULTS[1:]], "not in the list of choices"),
-        (PROMPT, [12, 0.0, *DEFAULTS[2:]], "less than minimum value 0.01"),
+        (PROMPT, [12, -0.5, *DEFAULTS[2:]], "less than minimum value 0"),
     ],
 )
 def test_what_cannot_be_is_said_in_the_page(

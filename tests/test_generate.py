@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from smoltrain.errors import UserError
+from smoltrain.errors import TrainingStopped, UserError
 from smoltrain.generate import generate, sample, spoken
 from smoltrain.model import HuggingFaceModel, LanguageModel, build
 from smoltrain.schema import GenerationSection, ModelSection, TransformersSection
@@ -211,3 +211,40 @@ def test_text_is_told_whole_and_by_whole_characters(text: str, prompt: str):
 
 def test_a_character_that_never_ends_is_told_at_the_end():
     assert "".join(spoken([], b"a\xf0\x9f", read)) == "a\ufffd"
+
+
+def test_temperature_0_is_greedy(model: LanguageModel):
+    cold = list(generate(model, PROMPT, settings(temperature=0, top_k=3, top_p=0.9), seed=5))
+    assert cold == naive(model, PROMPT, 10)
+    assert list(generate(model, PROMPT, settings(temperature=5e-324), seed=5)) == cold, "nor does it overflow near 0"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "said"), [(5, 27, False), (5, 28, True), (31, 1, False), (31, 9, True)]
+)
+def test_a_text_that_the_context_ends_says_so(model: LanguageModel, prompt: int, max_tokens: int, said: bool):
+    told: list[str] = []
+    count = len(list(generate(model, [1] * prompt, settings(max_tokens=max_tokens), say=told.append)))
+    line = f"the text stops where the context of 32 tokens ends: prompt {prompt}, new {count}"
+    assert told == ([line] if said else [])
+    first = naive(model, PROMPT, 1)
+    list(generate(model, PROMPT, settings(max_tokens=99), stop_ids=first, greedy=True, say=told.append))
+    assert len(told) == said, "a text that ended by itself was not stopped"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 - 1, 2**64, -(2**70)])
+def test_a_seed_out_of_range(model: LanguageModel, seed: int):
+    with pytest.raises(UserError, match=f"the seed is out of range: saw {seed}, want 0 to {2**63 - 1}"):
+        generate(model, PROMPT, settings(), seed=seed)
+    assert list(generate(model, PROMPT, settings(max_tokens=2), seed=2**63 - 1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("greedy", [True, False])
+def test_logits_that_are_no_numbers_end_it(model: LanguageModel, value: float, greedy: bool):
+    hook = model.register_forward_hook(lambda module, args, out: out.index_fill(-1, torch.tensor([3]), value))
+    try:
+        with pytest.raises(TrainingStopped, match="its logits are not finite numbers"):
+            list(generate(model, PROMPT, settings(), greedy=greedy))
+    finally:
+        hook.remove()

@@ -1,5 +1,6 @@
 """Models come back from runs and from Hugging Face folders; what does not fit is one line."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -11,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from smoltrain import checkpoint, files, loading
+from smoltrain import checkpoint, files, huggingface, loading
+from smoltrain.data import companions
 from smoltrain.data.tokenizer import FILE
 from smoltrain.errors import UserError
 from smoltrain.loading import load_run
@@ -199,6 +201,49 @@ def write(file: Path, **values: Any) -> None:
     file.write_text(json.dumps(values))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(run: Path, hub: Path, value: float):
+    resave(run / "checkpoints" / "step-00000012" / "model.safetensors", lambda w: w["norm.weight"].fill_(value))
+    assert problem(run).startswith("norm.weight holds values that are no numbers: saw nan or inf")
+    tensors = load_file(hub / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][2, 3] = value
+    save_file(tensors, hub / "model.safetensors")
+    assert problem(hub).startswith("model.layers.1.mlp.up_proj.weight holds values that are no numbers")
+
+
+def test_a_run_whose_config_asks_for_all_memory(run: Path):
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("intermediate_size: 64", "intermediate_size: 16777216"))
+    with pytest.raises(UserError, match=r"has another shape: saw \(64, 32\), want \(16777216, 32\)"):
+        load_run(str(run))
+
+
+ODD = [None, True, -1, 0, 1e9, 10**9, "x", [], {}, [1], {"a": 1}, 0.5]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+def test_a_config_json_of_anything_is_a_problem_or_a_model(hub: Path, odd: Any):
+    """Never a traceback: whatever stands at a key, it is read as it means, or refused."""
+    whole = json.loads((hub / "config.json").read_text())
+    for key in [*whole, "rope_scaling", "head_dim", "quantization_config", "text_config", "eos_token_id"]:
+        write(hub / "config.json", **whole | {key: odd})
+        with contextlib.suppress(UserError):
+            huggingface.section_of(json.loads((hub / "config.json").read_text()), hub)
+        companions.end_ids(companions.generation(hub))
+
+
+def test_a_prompt_that_is_not_text(run: Path):
+    with pytest.raises(UserError, match=r"the prompt is not text: saw 'caf\\udce9', want text in UTF-8"):
+        load_run(str(run)).text("caf\udce9", GenerationSection(), greedy=True, seed=0)
+
+
+def test_a_prompt_that_spells_a_special_token_is_text(run: Path):
+    loaded = load_run(str(run))
+    told = "".join(loaded.text(folders.SEPARATOR, GenerationSection(max_tokens=2), greedy=True, seed=0))
+    assert loaded.tokenizer.separator_id not in loaded.tokenizer.encode(folders.SEPARATOR)
+    assert folders.SEPARATOR not in told
+
+
 ENDS: dict[str, Callable[[Path], object]] = {
     "config.json": lambda f: edit(f / "config.json", eos_token_id=0),
     "a list in config.json": lambda f: edit(f / "config.json", eos_token_id=[0, 7]),
@@ -223,6 +268,12 @@ def test_the_end_of_a_text_may_stand_in_any_file(hub: Path, where: str, bare: bo
     loaded = load_run(str(hub))
     assert (loaded.tokenizer.separator, loaded.end_ids) == (folders.SEPARATOR, [0, 7] if "list" in where else [0])
     assert "".join(loaded.text("the king", GenerationSection(max_tokens=3), greedy=True, seed=0)) is not None
+
+
+@pytest.mark.parametrize("pad", ["a", "[PAD]", folders.SEPARATOR, 5, {"content": "b"}])
+def test_a_token_that_pads_is_not_needed(hub: Path, pad: object):
+    edit(hub / "tokenizer_config.json", pad_token=pad, additional_special_tokens=[None, 3, {"content": 5}, "[X]"])
+    assert load_run(str(hub)).tokenizer.num_ids == folders.tokenizer().num_ids
 
 
 @pytest.mark.parametrize("said", [True, "0", -1, None, [], 1.5, {"id": 0}, 10**9])

@@ -10,8 +10,8 @@ from smoltrain import checkpoint, loading, model, origin
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import BAD_INPUT, DONE, UserError
 from smoltrain.origin import Origin
-from smoltrain.schema import TransformersSection
-from tests import launches, tiny
+from smoltrain.schema import ModelSection, TransformersSection
+from tests import folders, launches, tiny
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,36 @@ def test_the_weights_of_another_run(main: Path):
     other = Tokenizer.train_bpe(["other words"], 300, config.tokenizer.separator)
     with pytest.raises(UserError, match="trained with another tokenizer"):
         origin.load_weights(found, config, fresh, other)
+
+
+def test_weights_may_be_trained_otherwise_than_they_were_made(tmp_path: Path):
+    """What they do not depend on may be another now: how they were drawn, dropout, how far positions reach."""
+    made = folders.run(tmp_path)
+    found = origin.Origin(weights_from=str(made))
+    words = ("initializer_range=0.5", "dropout=0.1", "attention_dropout=0.2", "max_position_embeddings=128")
+    config = tiny.load(tmp_path, *(f"model.{word}" for word in words), "packing.document_mask=true")
+    fresh = model.build(config.model)
+    tokenizer = Tokenizer.from_folder(made / "tokenizer", config.tokenizer.separator)
+    origin.load_weights(found, config, fresh, tokenizer)
+    theirs = loading.load_run(str(made)).model.state_dict()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in fresh.state_dict().items())
+    for word in ("rope_theta=500", "rms_norm_eps=1e-6", "tie_word_embeddings=false", "positions=learned"):
+        other = tiny.load(tmp_path, f"model.{word}")
+        with pytest.raises(UserError, match=f"of another model: {word.partition('=')[0]}"):
+            origin.load_weights(found, other, fresh, tokenizer)
+
+
+def test_every_key_of_a_model_is_of_its_weights_or_of_their_training():
+    free = {"dropout", "attention_dropout", "initializer_range"}
+    learned = ModelSection(**{**folders.CHAT_SHAPE.model_dump(), "positions": "learned"})
+    assert origin.meaning(learned).keys() == ModelSection.model_fields.keys() - free
+    assert origin.meaning(folders.CHAT_SHAPE).keys() == origin.meaning(learned).keys() - {"max_position_embeddings"}
+    said = {"n_embd": 8, "resid_pdrop": 0.1, "initializer_range": 0.1, "attention_dropout": 0.1, "use_cache": False}
+    theirs = TransformersSection(
+        kind="transformers", model_type="gpt2", vocab_size=9, max_position_embeddings=8, config=said
+    )
+    keys = {"kind", "model_type", "vocab_size", "max_position_embeddings", "config.n_embd"}
+    assert origin.meaning(theirs).keys() == keys
 
 
 @pytest.mark.slow

@@ -41,10 +41,10 @@ class Companions:
     @property
     def special(self) -> set[str]:
         """Every token that has a role, or is named as special without one."""
-        more = [named.values() if isinstance(named, dict) else named for key in MORE if (named := self.about.get(key))]
-        words = [self.about.get(role) for role in ROLES] + [
-            x for some in more if not isinstance(some, str) for x in some
-        ]
+        words = [self.about.get(role) for role in ROLES]
+        for key in MORE:
+            named = self.about.get(key)
+            words += named.values() if isinstance(named, dict) else named if isinstance(named, list) else ()
         return {word for x in words if (word := _word(x)) is not None}
 
 

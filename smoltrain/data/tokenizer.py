@@ -127,8 +127,8 @@ class Tokenizer:
             word = inner.id_to_token(separator) if separator < _num_ids(inner) else None
         if word is None:
             raise UserError(Problem("the end of a text has no token", f"id {separator}", "an id it has", str(file)))
-        ends = {word} if isinstance(separator, int) else set()
-        _make_special(inner, beside.special | ends)
+        end = word if isinstance(separator, int) else beside.word("eos_token")
+        _make_special(inner, beside.special, end)
         return cls(inner, word, pad, beside)
 
     @classmethod
@@ -242,12 +242,16 @@ def _cannot_spell(saw: str, want: str) -> UserError:
     return UserError(Problem("a text has what the tokenizer cannot spell", saw, want, "tokenizer.name"))
 
 
-def _make_special(inner: tokenizers.Tokenizer, words: Iterable[str]) -> None:
-    """As transformers does with tokens that have a role, whatever tokenizer.json says of them; their ids stay."""
+def _make_special(inner: tokenizers.Tokenizer, words: Iterable[str], end: str | None) -> None:
+    """As transformers does, whatever tokenizer.json says of them: added tokens that have a role, and the end of a text.
+
+    Their ids stay.
+    """
     added = {token.content: token for token in inner.get_added_tokens_decoder().values()}
-    for word in sorted(words):
-        token = added.get(word, _special(word))
-        if inner.token_to_id(word) is not None and (word not in added or not token.special):
+    if end is not None and end not in added and inner.token_to_id(end) is not None:
+        inner.add_special_tokens([_special(end)])
+    for word in sorted({*words, end} & added.keys()):
+        if not (token := added[word]).special:
             token.special = True
             inner.add_special_tokens([token])
 
