@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from smoltrain import checkpoint, config, huggingface, model
+from smoltrain import checkpoint, config, huggingface, model, runfolder
 from smoltrain.data.tokenizer import FILE, Tokenizer
 from smoltrain.errors import Problem, UserError, invalid
 from smoltrain.generate import generate, spoken
@@ -63,6 +63,9 @@ def load_run(source: str, step: int | None = None, runs: Path = RUNS) -> LoadedR
     settings = config.read(folder / "config.yaml")
     change = "the RUN argument" if step is None else "--checkpoint"
     manifest = valid_manifest(folder, named if step is None else step, change, _warn)
+    runfolder.check_checkpoint(manifest, folder / runfolder.CONFIG)
+    if damage := runfolder.damage(folder):
+        _warn(f"WARNING: {damage}")
     built = model.build(settings.model)
     weights = read_weights(checkpoint.folder_of(folder / "checkpoints", manifest.step), built)
     built.load_state_dict({name: x.float() for name, x in weights.items()}, strict=False)

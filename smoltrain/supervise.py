@@ -52,13 +52,13 @@ def _run(recipe: str, overrides: list[str], ranks: int | None, signals: "Signals
     begin = origin.find(settings, lambda text: print(text, flush=True))
     done = begin.step
     last = plan.named(settings.run.stop_after).last if settings.run.stop_after else plan.last_step
-    rows_per_step = runfolder.check(settings, ranks, done, begin.ancestor)["rows_per_step"]
+    rows_per_step = runfolder.check(settings, ranks, done, begin.ancestor, begin.manifest)["rows_per_step"]
+    _check_engine(settings, ranks, rows_per_step)
     origin.inherit_data(settings, begin)
     data.prepare(settings, rows_per_step, ranks)
     if done >= last:
         print(f"{settings.run.name}: the plan is complete at step {done}; nothing to do")
         return DONE
-    _check_engine(settings, ranks, rows_per_step)
     for phase in plan.phases:
         if done < phase.last <= last:
             print(

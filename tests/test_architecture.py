@@ -13,9 +13,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"errors", "exported", "advice"},
     {"schema", "tree", "files"},
-    {"contradictions", "reshape", "compiling", "sums", "cores", "garbage"},
-    {"config"},
-    {"plan", "ds_config", "model", "data", "dist", "gradients", "plots", "runfolder", "watchdog"},
+    {"contradictions", "reshape", "compiling", "sums", "cores", "garbage", "plan"},
+    {"config", "identity"},
+    {"ds_config", "model", "data", "dist", "gradients", "plots", "runfolder", "watchdog"},
     {"flat", "kernels"},
     {"zero"},
     {"generate", "engine", "track", "huggingface", "ledger", "spikes", "estimate"},
