@@ -82,7 +82,7 @@ def verify(source: str, other: str | None = None, *, forward: bool = False) -> b
                 raise
             print(error)
             fine = False
-        for fault in _records(folder):
+        for fault in filter(None, (*_records(folder), runfolder.damage(folder), _gone(folder, steps))):
             print(fault)
             fine = False
     run = _open(folder, forward) if steps else None
@@ -124,6 +124,12 @@ def _records(folder: Path) -> list[str]:
         if damaged := [line for line in files.lines(folder / name, keys) if line.fault]:
             found.append(files.damage(folder / name, damaged))
     return found
+
+
+def _gone(folder: Path, steps: list[int]) -> str:
+    """Whether the run has saved checkpoints of which none is left."""
+    saved = checkpoint.last_saved(folder)
+    return f"{folder / 'checkpoints'} is empty, but the run has saved step {saved}" if saved and not steps else ""
 
 
 def _open(folder: Path, needs_data: bool) -> Run:
@@ -168,7 +174,12 @@ def _facts(run: Run, manifest: Manifest) -> Look:
     plan = Plan(run.config.phases)
     phase = plan.phase(manifest.step).name if 1 <= manifest.step <= plan.last_step else "none"
     pairs = (("phase", manifest.phase, phase), ("W&B id", manifest.wandb_id, run.wandb_id))
-    return "", [f"its {what} is {saw!r}, in the run's config.yaml {want!r}" for what, saw, want in pairs if saw != want]
+    faults = [f"its {what} is {saw!r}, in the run's config.yaml {want!r}" for what, saw, want in pairs if saw != want]
+    try:
+        runfolder.check_checkpoint(manifest, run.folder / runfolder.CONFIG)
+    except UserError as error:
+        faults += [f"{problem.what}: {problem.saw}" for problem in error.problems]
+    return "", faults
 
 
 def _weights(run: Run, folder: Path, manifest: Manifest) -> Look:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from smoltrain import checkpoint, config, huggingface, model
+from smoltrain import checkpoint, config, huggingface, model, runfolder
 from smoltrain.data import companions
 from smoltrain.data.tokenizer import FILE, Tokenizer
 from smoltrain.errors import Problem, UserError, invalid, seen
@@ -85,6 +85,9 @@ def load_run(source: str, step: int | None = None, runs: Path = RUNS) -> LoadedR
     settings = config.read(folder / "config.yaml")
     change = "the RUN argument" if step is None else "--checkpoint"
     manifest = valid_manifest(folder, named if step is None else step, change, _warn)
+    runfolder.check_checkpoint(manifest, folder / runfolder.CONFIG)
+    if damage := runfolder.damage(folder):
+        _warn(f"WARNING: {damage}")
     # Compared first with a model that takes no memory: a config that is not theirs may ask for any amount of it.
     bare = model.build(settings.model, device="meta")
     weights = read_weights(checkpoint.folder_of(folder / "checkpoints", manifest.step), bare)

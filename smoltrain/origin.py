@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smoltrain import checkpoint, files, huggingface, ledger, loading, spikes
+from smoltrain import checkpoint, files, huggingface, ledger, loading, runfolder, spikes
 from smoltrain import config as config_module
 from smoltrain.checkpoint import Manifest
 from smoltrain.data import companions
@@ -16,7 +16,9 @@ from smoltrain.errors import Problem, UserError, seen
 from smoltrain.model import HuggingFaceModel, LanguageModel
 from smoltrain.plan import Plan
 from smoltrain.schema import Config, ModelSection, TransformersSection
+from smoltrain.wandb_id import UNDONE
 
+METRICS = "metrics.jsonl"
 # Keys of transformers' configs that act in training only, or say how fresh weights are drawn.
 OF_TRAINING = re.compile(r"drop|pdrop|initializer|init_std|use_cache")
 
@@ -35,11 +37,22 @@ class Origin:
 def find(config: Config, say: Callable[[str], None]) -> Origin:
     """The run's own newest valid checkpoint; if it has none yet, what `init` names; else step 0 with fresh weights.
 
-    Errors: UserError when checkpoints exist but none verifies, or init.from is nothing to begin with.
+    Errors: UserError when checkpoints exist but none verifies, when there were some that are gone, or when init.from
+    is nothing to begin with.
     """
-    own = config.run_folder / "checkpoints"
+    run, own = config.run_folder, config.run_folder / "checkpoints"
+    saved = checkpoint.last_saved(run)
     if manifest := checkpoint.newest_valid(own, say, trains=True):
+        if saved > max(checkpoint.steps(own)):
+            gone, step = f"its checkpoints of later steps, to {saved}, are gone", manifest.step
+            say(f"goes on from step {step}: {gone}; what {METRICS} told of them is kept in {UNDONE}")
         return Origin(manifest.step, manifest, checkpoint.folder_of(own, manifest.step))
+    if evidence := f"{run / checkpoint.SAVED} tells of step {saved}" if saved else _evidence(run):
+        what, saw = "the checkpoints of this run are gone", f"none in {own}, but {evidence}"
+        change = f"{own} (is a disk missing?), or run.name; without {run} the run begins from scratch"
+        raise UserError(Problem(what, saw, "the checkpoints where they were", change))
+    if done := max((line["step"] for line in files.json_lines(run / METRICS, say=say)), default=0):
+        say(f"no checkpoint was saved before the run ended, so its {done} steps are done again")
     source = config.init.source
     if source is None:
         return Origin()
@@ -72,6 +85,20 @@ def validation_at(run_folder: Path, step: int) -> float | None:
     name = "validation/loss_nats_per_token"
     lines = files.json_lines(run_folder / "metrics.jsonl")
     return next((line[name] for line in lines if line["step"] == step and name in line), None)
+
+
+def _evidence(run: Path) -> str:
+    """What shows that a run without `saved.json` has had a checkpoint; '' if nothing does."""
+    told = files.json_lines(run / METRICS, say=lambda _: None)
+    begun = {line["step"] for line in told if "speed/checkpoint_pause_s" in line}
+    if len(begun) > 1:  # one is published before the next is begun
+        return f"{run / METRICS} tells that one of step {min(begun)} was written"
+    config = run / runfolder.CONFIG
+    starts = runfolder.provenance_of(config)["starts"] if config.exists() else []
+    steps = [step for start in starts if type(step := start.get("from_step")) is int]
+    if steps and max(steps) > steps[0]:  # the first one may have gone on from another run
+        return f"{config} tells of a start from step {max(steps)}"
+    return ""
 
 
 def inherit_data(config: Config, origin: Origin) -> None:

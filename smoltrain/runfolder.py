@@ -1,28 +1,29 @@
-"""A run's folder and its identity: what a resume may change, what it may not, and a record of every start."""
+"""A run's folder: config.yaml with a record of every start, and whether this start may go on with it."""
 
 import datetime
 import errno
+import hashlib
 import secrets
 import subprocess
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from smoltrain import config as config_module
-from smoltrain import files, tree
-from smoltrain.errors import Problem, UserError
-from smoltrain.plan import Plan
-from smoltrain.schema import Config, SourceSection
+from smoltrain import files, identity, tree
+from smoltrain.errors import Problem, UserError, seen
+from smoltrain.identity import Identity, differences
+from smoltrain.schema import Config
 
-# What the weights of the past depend on; changing any of it would make the run another run.
-IDENTITY = ("model", "tokenizer", "data", "packing", "optimizer", "run.seed", "batch.sequence_length")
-# What may change of these: the data themselves are compared by their fingerprint, wherever they lie now.
-ELSEWHERE = ("path", "cache", "patience_s", "max_bad_records", "max_bad_share", "allow_changed", "mode", "streams")
-FREE = tuple(f"data.{key}" for key in ELSEWHERE)
+if TYPE_CHECKING:
+    from smoltrain.checkpoint import Manifest
+
+CONFIG = "config.yaml"
+SEAL = "# sha256 of the lines above: "  # the last line of config.yaml
+MOST_STARTS = 200  # that provenance keeps: the first one and the newest
 UNWRITABLE = {
     errno.EACCES: "a folder that this user may write",
     errno.EPERM: "a folder that this user may write",
@@ -33,11 +34,13 @@ PACKAGES = ("torch", "deepspeed", "tokenizers", "wandb", "numpy")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """runs/NAME: its path, and the two facts that were settled at the first start."""
+    """runs/NAME: its path, and the facts that were settled at the first start."""
 
     path: Path
     rows_per_step: int
     wandb_id: str
+    identity: Identity | None = None  # for the manifests of its checkpoints
+    changes: tuple[str, ...] = ()  # of the config since the last start, as far as they may move a number
 
 
 def claim(config: Config, patience_s: float = 40.0) -> FileLock | None:
@@ -61,13 +64,17 @@ def claim(config: Config, patience_s: float = 40.0) -> FileLock | None:
     return lock
 
 
-def check(config: Config, world_size: int, done: int, ancestor: Path | None = None) -> dict[str, Any]:
-    """The provenance that this start would write: rows_per_step, wandb_id and one entry per start.
+def check(
+    config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None
+) -> dict[str, Any]:
+    """The provenance that this start would write: rows_per_step, run_id, wandb_id and one entry per start.
 
-    A new run that goes on from an `ancestor`, another run's folder, is held to that one's identity and past plan.
-    Errors: UserError showing every difference when the folder belongs to another model, tokenizer, data or past plan.
+    `manifest` is that of the checkpoint to go on from, which tells of its run. A new run that goes on from an
+    `ancestor`, another run's folder, is held to that one's identity and past plan. Where config.yaml was lost, the
+    checkpoint alone is what a run is held to. Errors: UserError showing every difference when the folder belongs to
+    another model, tokenizer, data or past plan, or when config.yaml does not agree with the checkpoint.
     """
-    path = config.run_folder / "config.yaml"
+    path = config.run_folder / CONFIG
     start: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "from_step": done,
@@ -75,32 +82,82 @@ def check(config: Config, world_size: int, done: int, ancestor: Path | None = No
         "git_commit": _git_commit(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
-    if path.exists() or ancestor:
-        before = path if path.exists() or not ancestor else ancestor / "config.yaml"
+    fresh = {"run_id": secrets.token_hex(8), "wandb_id": secrets.token_hex(4)}
+    before = path if path.exists() or not ancestor else ancestor / CONFIG
+    change = f"{before.parent} belongs to another run: take back the change, or choose another run.name"
+    if before.exists():
         old, provenance = config_module.read(before), provenance_of(before)
-        if problems := _forbidden(old, config, done, before):
-            raise UserError(*problems)
-        start["changes"] = [f"{key}: {was!r} -> {now!r}" for key, was, now in differences(old, config)]
-        if before == path:
-            provenance["starts"].append(start)
-            return provenance
-        rows = provenance["rows_per_step"]
+        was = identity.of(old, provenance["rows_per_step"], provenance["run_id"])
+        if manifest:
+            check_checkpoint(manifest, before)
+        start["changes"] = identity.in_words(differences(old, config))
+    elif manifest:
+        was, provenance = manifest.identity, {"wandb_id": manifest.wandb_id, "starts": []}
+        provenance["run_id"] = was["run_id"]
+        start["lost"] = f"{CONFIG}, before this start"
     else:
-        rows = config.batch.rows(world_size)
-    return {"rows_per_step": rows, "wandb_id": secrets.token_hex(4), "starts": [start]}
+        return {"rows_per_step": config.batch.rows(world_size), **fresh, "starts": [start]}
+    if problems := identity.forbidden(was, config, done, change):
+        raise UserError(*problems)
+    if before != path:
+        return {"rows_per_step": was["rows_per_step"], **fresh, "starts": [start]}
+    first, *others = [*provenance["starts"], start]
+    return {**fresh, **provenance, "rows_per_step": was["rows_per_step"], "starts": [first, *others[1 - MOST_STARTS :]]}
 
 
-def enter(config: Config, world_size: int, done: int, ancestor: Path | None = None) -> RunFolder:
+def check_checkpoint(manifest: "Manifest", path: Path) -> None:
+    """Errors: UserError unless a checkpoint is its run's own, and says of it what the run's config.yaml does."""
+    old, provenance = config_module.read(path), provenance_of(path)
+    was = identity.of(old, provenance["rows_per_step"], provenance["run_id"])
+    sealed, of_step = manifest.identity, f"the checkpoint of step {manifest.step}"
+    if was["run_id"] != sealed["run_id"]:
+        change = f"{path.parent / 'checkpoints'}; init.from and init.load=all go on from another run"
+        what, saw = f"{of_step} is another run's", f"run_id {sealed['run_id']}"
+        raise UserError(Problem(what, saw, f"{was['run_id']}, as in {path}", change))
+    if wrong := identity.disagreement(was, sealed, manifest.step):
+        change = f"{path}; without it, the next start is held to the checkpoint and writes it anew"
+        what, saw = f"{path} does not agree with {of_step}", "; ".join(wrong)
+        raise UserError(Problem(what, saw, "what the run wrote", change))
+
+
+def enter(
+    config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None
+) -> RunFolder:
     """Create or re-enter the folder after `done` steps; config.yaml then holds this start's config and provenance.
 
     Errors: those of `check` and of `accumulation`; nothing has been written then.
     """
-    provenance = check(config, world_size, done, ancestor)
-    accumulation(config, provenance["rows_per_step"], world_size)
+    path = config.run_folder / CONFIG
+    changes: list[str] = []
+    provenance = check(config, world_size, done, ancestor, manifest)
+    rows = provenance["rows_per_step"]
+    accumulation(config, rows, world_size)
+    if (before := path if path.exists() or not ancestor else ancestor / CONFIG).exists():
+        told = [change for change in differences(config_module.read(before), config) if identity.told(change[0])]
+        changes = [*filter(None, [damage(before.parent)]), *identity.in_words(told)]
+    elif manifest:
+        changes = [f"{path} was gone; it is written anew, held to what the checkpoint says of its run"]
     config.run_folder.mkdir(parents=True, exist_ok=True)
     text = tree.write(config_module.recorded(config) | {"provenance": provenance})
-    files.write_text(config.run_folder / "config.yaml", text)
-    return RunFolder(config.run_folder, provenance["rows_per_step"], provenance["wandb_id"])
+    files.write_text(path, text + _seal(text))
+    own = identity.of(config, rows, provenance["run_id"])
+    return RunFolder(config.run_folder, rows, provenance["wandb_id"], own, tuple(changes))
+
+
+def damage(folder: Path) -> str:
+    """Whether config.yaml is as the run wrote it; '' if it is."""
+    path = folder / CONFIG
+    try:
+        text, mark, _ = (whole := path.read_text(encoding="utf-8")).rpartition(SEAL)
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{path} cannot be read ({files.reason(error)})"
+    if mark and whole == text + _seal(text):
+        return ""
+    return f"{path} is not what the run wrote (its last line is the digest of the others)"
+
+
+def _seal(text: str) -> str:
+    return f"{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def accumulation(config: Config, rows_per_step: int, world_size: int) -> int:
@@ -118,67 +175,22 @@ def accumulation(config: Config, rows_per_step: int, world_size: int) -> int:
     return rows_per_step // (micro * world_size)
 
 
-def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
-    """(dotted key, old value, new value) wherever two configs differ."""
-    was, now = _flat(config_module.recorded(old)), _flat(config_module.recorded(new))
-    return [(key, was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)]
-
-
-def first_difference(past: Plan, asked: Plan, after: int) -> int | None:
-    """The first step after `after` that one of two plans trains otherwise, or not at all; None if they are alike."""
-    both = min(past.last_step, asked.last_step)
-    different = (step for step in range(after + 1, both + 1) if _at(past, step) != _at(asked, step))
-    beyond = None if past.last_step == asked.last_step else max(both, after) + 1
-    return next(different, beyond)
-
-
 def provenance_of(path: Path) -> dict[str, Any]:
     """What a run's config.yaml says of its starts. Errors: UserError if the run did not write it."""
-    provenance = yaml.safe_load(path.read_text(encoding="utf-8")).get("provenance")
+    provenance = tree.read(path, typed=True).get("provenance")
+    want = "the config.yaml that the run wrote itself"
     if not provenance:
-        want = "the config.yaml that the run wrote itself"
         raise UserError(Problem("the run's config has no provenance", "none", want, str(path)))
-    return provenance
-
-
-def _forbidden(old: Config, new: Config, done: int, path: Path) -> list[Problem]:
-    change = f"{path.parent} belongs to another run: take back the change, or choose another run.name"
-    free = FREE + tuple(f"data.{key}" for key in SourceSection.model_fields if new.data.allow_changed)
-    problems = [
-        Problem(f"{key} differs from the run's own", repr(now), repr(was), change)
-        for key, was, now in differences(old, new)
-        if (any(key == fixed or key.startswith(fixed + ".") for fixed in IDENTITY) and key not in free)
-        or key in ("batch.accumulation", "batch.rows_per_step")
+    about = {"run_id": "", "wandb_id": "", "starts": []} | (provenance if isinstance(provenance, dict) else {})
+    rows, starts = about.get("rows_per_step"), about["starts"]
+    kinds = [
+        type(rows) is int and rows > 0,
+        all(isinstance(about[key], str) for key in ("run_id", "wandb_id")),
+        isinstance(starts, list) and all(isinstance(start, dict) for start in starts),
     ]
-    past, asked = Plan(old.phases), Plan(new.phases)
-    if asked.last_step < done:
-        return [*problems, Problem("the plan ends in the past", f"{asked.last_step} steps", f"{done} or more", change)]
-    for step in range(1, done + 1):
-        was, now = _at(past, step), _at(asked, step)
-        if was != now:
-            what = f"the plan changes step {step}, which is done"
-            return [*problems, Problem(what, _words(now), _words(was), f"phases. {change}")]
-    return problems
-
-
-At = tuple[str, float, float, bool, dict[str, float] | None]
-
-
-def _at(plan: Plan, step: int) -> At:
-    phase, reset = plan.phase(step).name, plan.resets_optimizer(step)
-    return phase, plan.lr(step), plan.weight_decay(step), reset, plan.mix(step)
-
-
-def _words(at: At) -> str:
-    name, lr, decay, reset, mix = at
-    more = (", optimizer reset" if reset else "") + (f", mix {mix}" if mix else "")
-    return f"phase {name}, lr {lr:g}, weight decay {decay:g}{more}"
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {k: v for key, value in tree.items() for k, v in _flat(value, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): tree}
+    if not all(kinds):
+        raise UserError(Problem("the run's provenance is damaged", seen(provenance), want, str(path)))
+    return about
 
 
 def _git_commit() -> str:

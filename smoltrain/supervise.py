@@ -58,7 +58,7 @@ def _run(recipe: str, overrides: list[str], ranks: int | None, signals: "Signals
     begin = origin.find(settings, lambda text: print(text, flush=True))
     done = begin.step
     last = plan.named(settings.run.stop_after).last if settings.run.stop_after else plan.last_step
-    rows_per_step = runfolder.check(settings, ranks, done, begin.ancestor)["rows_per_step"]
+    rows_per_step = runfolder.check(settings, ranks, done, begin.ancestor, begin.manifest)["rows_per_step"]
     if done < last:
         beforehand.of_start(settings, dist.choose_device(settings.engine.device), ranks, rows_per_step)
     origin.inherit_data(settings, begin)

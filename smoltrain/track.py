@@ -65,7 +65,7 @@ class Tracker:
     def __init__(self, config: Config, folder: RunFolder, rank: int, first_step: int, last_step: int) -> None:
         self._writes = rank == 0
         self._print_every = config.track.print_every
-        self._log = _rank_log(folder.path / "logs" / f"rank{rank}.log")
+        self._log = rank_log(folder.path / "logs" / f"rank{rank}.log")
         self._wandb: WandbRun | None = None
         self._warned: set[str] = set()
         if not self._writes:
@@ -239,7 +239,7 @@ def _sample_rows(path: Path) -> list[list[Any]]:
     return [[line[key] for key in keys] for line in files.json_lines(path, keys, say=lambda _: None)]
 
 
-def _rank_log(path: Path) -> logging.Logger:
+def rank_log(path: Path) -> logging.Logger:
     """logs/rankN.log: what this rank said, and every warning of DeepSpeed and torch on it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     logging.raiseExceptions = False  # a full disk must not cover the console with tracebacks

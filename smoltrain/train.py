@@ -83,47 +83,57 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
 
     # ---- what is on disk: where to begin, the run's identity, data
     notes: list[str] = []
-    world.on_first(lambda: notes.extend(checkpoint.sweep(config.run_folder / "checkpoints")))
     begin = world.on_first(lambda: origin.find(config, notes.append))
-    done, manifest = begin.step, begin.manifest
-    rows_per_step = world.on_first(lambda: runfolder.check(config, world.size, done, begin.ancestor))["rows_per_step"]
+    done, manifest, held_to = begin.step, begin.manifest, (begin.ancestor, begin.manifest)
+    rows_per_step = world.on_first(lambda: runfolder.check(config, world.size, done, *held_to))["rows_per_step"]
     world.on_first(lambda: _prepare(config, begin, rows_per_step, world, begins=done < last_step))
     missed = world.on_first(lambda: origin.misses_validation(config, begin, last_step))
     if done >= last_step and not missed:
         if world.is_first:
             print(f"{config.run.name}: {_complete(plan, done)}")
         return DONE
-    folder = world.on_first(lambda: runfolder.enter(config, world.size, done, begin.ancestor))
-    chosen = choices.choose(config, world, folder.rows_per_step)
-    config = chosen.config
-    accumulation = runfolder.accumulation(config, folder.rows_per_step, world.size)
 
-    with track.open(config, folder, world.rank, done, last_step) as tracker, contextlib.ExitStack() as opened:
-        for note in notes:
-            tracker.say(note)
+    with contextlib.ExitStack() as tracking, contextlib.ExitStack() as opened:
+        opened.enter_context(_binding_once_begun(config, world))
+        asked, chosen = config, choices.choose(config, world, rows_per_step)
+        config = chosen.config
+        accumulation = runfolder.accumulation(config, rows_per_step, world.size)
+        logs = config.run_folder / "logs"
+        track.rank_log(logs / f"rank{world.rank}.log")
 
         # ---- what trains: rows, model, engine
-        watch = Watchdog(folder.path / "logs", world.rank, world.size, config.engine.hang_s)
+        watch = Watchdog(logs, world.rank, world.size, config.engine.hang_s)
         opened.callback(watch.close)
         watch.begin(done)
         if world.device.type == "cpu":  # a GPU's ranks leave it to their launcher, which may know what is near it
             opened.enter_context(cores.bound(world.share.cpus))
-        loader = data.open(
-            config, world.rank, world.size, rows_per_step=folder.rows_per_step, accumulation=accumulation
-        )
+        loader = data.open(config, world.rank, world.size, rows_per_step=rows_per_step, accumulation=accumulation)
         opened.callback(loader.close)
         torch.manual_seed(config.run.seed)  # the same weights on every rank
         decoder = model.build(config.model, chosen.computing, document_mask=config.packing.document_mask)
         if begin.weights_from:
             origin.load_weights(begin, config, decoder, loader.prepared.tokenizer)
-        if begin.manifest is None:
-            world.on_first(lambda: origin.keep_generation(begin, config, loader.prepared.tokenizer, tracker.say))
         torch.manual_seed(config.run.seed + 1 + world.rank)  # other dropout on each
         watch.mark("engine")
         wrapped = engine.wrap(
             decoder, config, world, precision=chosen.precision, accumulation=accumulation,
             compiles=chosen.computing.compiles,
         )  # fmt: skip
+
+        # ---- where it left off
+        watch.mark("restore")
+        if manifest and begin.checkpoint:
+            checkpoint.restore(begin.checkpoint, manifest, wrapped, loader, world, seed=config.run.seed)
+
+        # ---- nothing refuses any more: what the run writes down
+        watch.mark("records")
+        world.on_first(lambda: notes.extend(checkpoint.sweep(config.run_folder / "checkpoints")))
+        folder = world.on_first(lambda: runfolder.enter(asked, world.size, done, *held_to))
+        if begin.manifest is None:
+            world.on_first(lambda: origin.keep_generation(begin, config, loader.prepared.tokenizer, notes.append))
+        tracker = tracking.enter_context(track.open(config, folder, world.rank, done, last_step))
+        for note in notes:
+            tracker.say(note)
         for what, value in (
             ("run", folder.path),
             ("device", _device(world)),
@@ -140,11 +150,9 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
             tracker.chosen(what, str(value))
         if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
             tracker.say("WARNING: CUDA_LAUNCH_BLOCKING is set: every kernel waits for the one before; unset it")
-
-        # ---- where it left off
-        watch.mark("restore")
-        if manifest and begin.checkpoint:
-            checkpoint.restore(begin.checkpoint, manifest, wrapped, loader, world, seed=config.run.seed)
+        if folder.changes:
+            tracker.chosen("changed", "; ".join(folder.changes))
+        if manifest:
             tracker.say(f"restored step {done} on {world.size} ranks, ledger {loader.ledger[:16]}")
         skipped = manifest.skipped_updates if manifest else 0
         rows_ledger = None
@@ -172,7 +180,7 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
                 rows_ledger.sync()
             pause_s = saver.begin(
                 step, wrapped, loader, skipped_updates=skipped, precision=chosen.precision, wandb_id=folder.wandb_id,
-                validation_loss=validation_loss, validation_rows=config.evaluate.rows,
+                identity=folder.identity, validation_loss=validation_loss, validation_rows=config.evaluate.rows,
             )  # fmt: skip
             tracker.metrics(step, {"speed/checkpoint_pause_s": pause_s})
 
@@ -256,6 +264,20 @@ def reason_to_stop(world: World, stop: StopFlag) -> str:
     """Why the lowest of the ranks that were asked to stop was; '' if none was. Collective."""
     stopping = world.sum_ints(stop.is_raised())[0] > 0
     return next(reason for reason in world.gather(stop.reason) if reason) if stopping else ""
+
+
+@contextlib.contextmanager
+def _binding_once_begun(config: Config, world: World) -> Iterator[None]:
+    """A start that is refused before the run ever began binds nobody: other data may be prepared in its folder.
+
+    What was tokenised stays, and a start with the same data finds it.
+    """
+    try:
+        yield
+    except UserError:
+        if world.is_first and not (config.run_folder / runfolder.CONFIG).exists():
+            (config.run_folder / "data" / "index.json").unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -51,6 +51,7 @@ def run_of(config: Config, steps: tuple[int, ...] = (8, 12)) -> Path:
     """The folder of a run, its checkpoints in bf16 and without DeepSpeed's shards."""
     data.prepare(config)
     entered = runfolder.enter(config, 1, 0)
+    assert entered.identity
     for step in steps:
         at = checkpoint.folder_of(entered.path / "checkpoints", step)
         at.mkdir(parents=True)
@@ -59,7 +60,7 @@ def run_of(config: Config, steps: tuple[int, ...] = (8, 12)) -> Path:
         path = at / "model.safetensors"
         record = Record(bytes=path.stat().st_size, sha256=files.sha256(path))
         manifest = checkpoint.Manifest(
-            checkpoint.FORMAT, step, "main", 1, 2, "bf16", {}, 0, entered.wandb_id, None, 8,
+            checkpoint.FORMAT, step, "main", 1, 2, "bf16", {}, 0, entered.wandb_id, entered.identity, None, 8,
             {"model.safetensors": record},
         )  # fmt: skip
         checkpoint.write_manifest(at, manifest)

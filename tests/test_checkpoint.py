@@ -25,6 +25,7 @@ from tests.test_engine import fresh_model, loader_of
 
 FACTS: dict[str, Any] = {
     "precision": "bf16", "skipped_updates": 0, "wandb_id": "abc", "validation_loss": None, "validation_rows": 8,
+    "identity": {"run_id": "abc", "rows_per_step": 8, "values": {}, "phases": []},
 }  # fmt: skip
 
 

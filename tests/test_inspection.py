@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from smoltrain import checkpoint, cli, data, files, inspection, ledger, reshape, runfolder
 from smoltrain.checkpoint import MANIFEST, Manifest
 from smoltrain.errors import BAD_INPUT, DONE, FAULT
+from smoltrain.identity import Identity
 from smoltrain.plan import Plan
 from smoltrain.schema import CheckpointSection, Config
 from tests import tiny
@@ -129,7 +130,7 @@ def test_the_loss_is_that_of_the_run_in_fp32_too_and_with_a_document_mask(tmp_pa
     assert "in fp32 the order of additions moves a loss by less than 1e-06 of itself" in words
 
 
-def save_one(settings: Config, precision: str, wandb_id: str) -> None:
+def save_one(settings: Config, precision: str, wandb_id: str, identity: Identity | None) -> None:
     """On every rank: one step and its checkpoint."""
     from smoltrain import engine
     from smoltrain.step import train_step
@@ -140,8 +141,8 @@ def save_one(settings: Config, precision: str, wandb_id: str) -> None:
     train_step(1, wrapped, loader, plan, here)
     saver = checkpoint.Saver(settings.run_folder / "checkpoints", here, plan, CheckpointSection(), say=lambda _: None)
     saver.begin(
-        1, wrapped, loader, precision=precision, skipped_updates=0, wandb_id=wandb_id, validation_loss=None,
-        validation_rows=8,
+        1, wrapped, loader, precision=precision, skipped_updates=0, wandb_id=wandb_id, identity=identity,
+        validation_loss=None, validation_rows=8,
     )  # fmt: skip
     saver.finish()
 
@@ -154,8 +155,8 @@ def test_every_stage_is_looked_into(tmp_path: Path, ranks: Any, stage: int, size
     options = (f"engine.ds_config=zero{stage}", f"engine.precision={precision}", "batch.accumulation=4")
     settings = tiny.load(tmp_path, *options, *(("batch.accumulation=2",) if size == 2 else ()))
     data.prepare(settings)
-    wandb_id = runfolder.enter(settings, size, 0).wandb_id
-    ranks(size).run(save_one, settings, precision, wandb_id)
+    entered = runfolder.enter(settings, size, 0)
+    ranks(size).run(save_one, settings, precision, entered.wandb_id, entered.identity)
     run, at = inspection._open(settings.run_folder, False), checkpoint.folder_of(settings.run_folder / "checkpoints", 1)
     words, faults = inspection.inspect(run, at)
     assert not faults

@@ -15,8 +15,9 @@ from typing_extensions import TypedDict
 
 from smoltrain import files
 from smoltrain.errors import Problem, UserError
+from smoltrain.identity import Identity
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 DIGEST = "manifest_sha256"  # in manifest.json: of everything else in it
@@ -24,6 +25,7 @@ PREFIX = "step-"
 MODEL_STATES = "model_states.pt"  # ends the names of the files in which DeepSpeed keeps the weights
 SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 RANDOM = re.compile(r"^rank-(\d+)\.pt$")
+SAVED = "saved.json"  # beside checkpoints/: the newest step that was published
 
 
 class Record(TypedDict):
@@ -46,6 +48,7 @@ class Manifest:
     loader: dict[str, Any]  # rows consumed by the optimizer, and the ledger
     skipped_updates: int
     wandb_id: str
+    identity: Identity  # of the run, to which its config.yaml is held
     validation_loss: float | None  # nats per token, of the evaluation at this very step; None if there was none
     validation_rows: int  # evaluate.rows then
     files: dict[str, Record]  # by relative name
@@ -60,12 +63,32 @@ def steps(checkpoints: Path) -> list[int]:
     """The steps that have a published checkpoint, oldest first. Errors: UserError if the folder cannot be read."""
     try:
         names = [name.removeprefix(PREFIX) for name in os.listdir(checkpoints) if name.startswith(PREFIX)]  # noqa: PTH208
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if checkpoints.is_symlink():  # to a disk that is not mounted
+            what, want = "the checkpoints cannot be looked at", "a link to a folder that is there"
+            raise UserError(Problem(what, str(error), want, str(checkpoints))) from None
         return []
     except OSError as error:  # Path.glob would find nothing, and the run would begin from scratch
         what, want = "the checkpoints cannot be looked at", "a folder that this user may read"
         raise UserError(Problem(what, str(error), want, str(checkpoints))) from None
-    return sorted(int(name) for name in names if name.isdigit())
+    return sorted(int(name) for name in names if re.fullmatch("[0-9]{8,}", name))
+
+
+def note_saved(checkpoints: Path, step: int) -> None:
+    """Write down, outside of the folder of checkpoints, that one of this step is in it."""
+    files.write_json(checkpoints.parent / SAVED, {"step": step})
+
+
+def last_saved(run: Path) -> int:
+    """The newest step that the run published a checkpoint of; 0 if there never was one, or nobody can say."""
+    path = run / SAVED
+    if not path.exists():
+        return 0
+    try:
+        step = json.loads(path.read_text(encoding="utf-8"))["step"] if path.is_file() else 1
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 1  # it was written, whatever it said
+    return step if type(step) is int and step > 0 else 1
 
 
 def newest_valid(checkpoints: Path, say: Callable[[str], None], *, trains: bool = False) -> Manifest | None:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from smoltrain import files
 from smoltrain.checkpoint import retention
-from smoltrain.checkpoint.manifest import FORMAT, WEIGHTS, Manifest, Record, folder_of, left, write_manifest
+from smoltrain.checkpoint.manifest import FORMAT, WEIGHTS, Manifest, Record, folder_of, left, note_saved, write_manifest
 from smoltrain.checkpoint.restoring import rng_file, rng_state
 from smoltrain.data import Loader, merged
 from smoltrain.dist import World
@@ -142,6 +142,7 @@ class Saver:
                 if os.path.lexists(final):  # the same step again: the one that is there did not verify
                     retention.discard(final)
                 files.commit(writing.aside, final)
+                note_saved(self._checkpoints, manifest.step)
             except OSError as error:
                 raise TrainingStopped(self._words([files.reason(error)])) from None
             self._pruning = self._thread.submit(

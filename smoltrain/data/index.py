@@ -41,6 +41,15 @@ class File(_Part):
     sha256: Sha256
 
 
+class Spelling(_Part):
+    """What spelling.to_json returned; of what was made before it was counted there is none."""
+
+    tokens: Count
+    unspelled: Annotated[int, Field(ge=-MANY, le=MANY)]
+    sampled: Count
+    lost: Count
+
+
 class Side(_Part):
     """What `tokens.joined` returned: one stream, or a stretch of one."""
 
@@ -49,12 +58,15 @@ class Side(_Part):
     dtype: Literal["uint16", "uint32"]
     first: Count
     files: dict[FileName, File]
+    spelling: Spelling = Spelling(tokens=0, unspelled=0, sampled=0, lost=0)
 
 
 class Source(_Part):
     """Of one source. In cached mode it has both sides, in stream mode one and the shards of the other."""
 
     bad_records: Count
+    empty_records: Count = 0
+    copies: Count = 0
     held_out: Literal["documents", "tail", "validation_path", "validation_split"]
     train: Side | None = None
     validation: Side
@@ -85,6 +97,7 @@ class Index(_Part):
     sources: Annotated[dict[SourceName, Source], Field(min_length=1)]
     cache: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{16}$")] | None = None
     changes: list[dict[str, str]] = []
+    not_read: dict[str, Count] = {}
 
 
 class Record(_Part):
@@ -94,6 +107,7 @@ class Record(_Part):
     train: "Written"
     validation: "Written"
     bad: list[dict[Literal["source", "place", "why"], str]]
+    empty: Count = 0
 
 
 class Written(_Part):
@@ -102,6 +116,7 @@ class Written(_Part):
     tokens: Count
     documents: Count
     files: dict[FileName, File]
+    spelling: Spelling = Spelling(tokens=0, unspelled=0, sampled=0, lost=0)
 
 
 def file_of(home: Path) -> Path:

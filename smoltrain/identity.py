@@ -1,0 +1,197 @@
+"""What makes a run that run and no other: which keys may differ at a later start, and how two configs differ.
+
+A run is held to its identity in two places: its config.yaml, and the manifest of every checkpoint, which is sealed.
+"""
+
+from typing import Any
+
+from typing_extensions import TypedDict
+
+from smoltrain.config import recorded
+from smoltrain.errors import Problem
+from smoltrain.plan import Plan
+from smoltrain.schema import Config, PhaseSection, SourceSection
+
+REFUSED = "refused"  # the weights of the past depend on it: with another value it would be another run
+PAST = "refused for steps that are done"  # accepted, and printed, for those to come
+SAID = "accepted and printed"  # numbers may come out otherwise, or be measured otherwise, from here on
+FREE = "free"  # nothing that was learned depends on it; config.yaml records it all the same
+
+# Every key of the schema, once. `*` stands for the name of a source or phase.
+TABLE = (
+    ("run", REFUSED, "seed"),
+    ("run", FREE, "name recipe folder stop_after"),
+    ("init", FREE, "from load"),  # of a new run folder alone
+    ("model", REFUSED, "kind vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads"),
+    ("model", REFUSED, "intermediate_size max_position_embeddings norm rms_norm_eps positions rope_theta mlp"),
+    ("model", REFUSED, "attention_bias mlp_bias tie_word_embeddings dropout attention_dropout initializer_range"),
+    ("model", REFUSED, "model_type config"),
+    ("tokenizer", REFUSED, "name vocab_size separator pad"),
+    # The files themselves are compared by their fingerprint, wherever they lie now.
+    ("data", SAID, "path validation_path cache mode streams allow_changed"),
+    ("data", FREE, "patience_s max_bad_records max_bad_share"),
+    ("data", REFUSED, "package hub hub_config hub_split pattern text_field documents document_separator"),
+    ("data", REFUSED, "validation_split validation_share shuffle_rows max_document_mib"),
+    ("data.sources.*", SAID, "path validation_path"),
+    ("data.sources.*", REFUSED, "name weight package hub hub_config hub_split pattern text_field documents"),
+    ("data.sources.*", REFUSED, "document_separator validation_split"),
+    ("packing", REFUSED, "document_mask"),
+    ("batch", REFUSED, "sequence_length accumulation rows_per_step"),
+    ("batch", SAID, "micro_batch"),
+    ("engine", SAID, "device ds_config precision gradient_checkpointing attention reduce_gradients loss compile"),
+    ("engine", FREE, "hang_s"),
+    ("optimizer", REFUSED, "beta1 beta2 eps gradient_clipping z_loss"),
+    ("phases.*", PAST, "name steps lr weight_decay schedule warmup_steps decay_steps final_lr optimizer_state mix"),
+    ("evaluate", SAID, "every rows"),
+    ("generation", FREE, "max_tokens temperature top_k top_p"),
+    ("sample", FREE, "every prompts"),
+    ("checkpoint", FREE, "every keep_last keep_every keep_best background"),
+    ("spikes", SAID, "on_spike deviations history window max_times"),
+    ("track", FREE, "print_every gradients_every wandb wandb_project wandb_entity wandb_id wandb_name wandb_group"),
+    ("track", FREE, "wandb_tags wandb_notes wandb_model wandb_timeout_s"),
+)
+RULES = {f"{section}.{key}": rule for section, rule, keys in TABLE for key in keys.split()}
+ORDER = "data.sources"  # the names of the sources, in order
+Difference = tuple[str, Any, Any]  # dotted key, value before, value now
+
+
+class Identity(TypedDict):
+    """What a checkpoint's manifest says of its run."""
+
+    run_id: str
+    rows_per_step: int
+    values: dict[str, Any]  # of the keys that are refused, by dotted key
+    phases: list[dict[str, Any]]
+
+
+def of(config: Config, rows_per_step: int, run_id: str) -> Identity:
+    """The identity of a run with this config. It holds no path or URL."""
+    values = {key: value for key, value in _flat(config).items() if rule(key) == REFUSED}
+    return Identity(run_id=run_id, rows_per_step=rows_per_step, values=values, phases=_phases(config))
+
+
+def rule(key: str) -> str:
+    """What becomes of a difference in this dotted key."""
+    parts = key.split(".")
+    if parts[0] == "phases":
+        return PAST
+    if parts[:2] == ["data", "sources"]:
+        return RULES[f"data.sources.*.{parts[-1]}"] if len(parts) > 3 else REFUSED
+    return RULES[".".join(parts[:2])]
+
+
+def told(key: str) -> bool:
+    """Whether a difference in this key is printed at the start."""
+    return rule(key) != FREE
+
+
+def differences(old: Config, new: Config) -> list[Difference]:
+    """Wherever two configs differ; a phase or source that only one of them has is one difference."""
+    both = {phase.name for phase in old.phases} & {phase.name for phase in new.phases}
+    was, now = _flat(old) | _phases_flat(old, both), _flat(new) | _phases_flat(new, both)
+    return [(key, was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)]
+
+
+def in_words(changed: list[Difference]) -> list[str]:
+    """Each as `key: before -> now`."""
+    return [f"{key}: {was!r} -> {now!r}" for key, was, now in changed]
+
+
+def forbidden(was: Identity, new: Config, done: int, change: str) -> list[Problem]:
+    """What keeps a config from going on with a run of which so many steps are done; `change` says where to mend it."""
+    before, now = was["values"], of(new, 0, "")["values"]
+    freed = set(SourceSection.model_fields) if new.data.allow_changed else set()
+    problems = [
+        Problem(f"{key} differs from the run's own", repr(now.get(key)), repr(before.get(key)), change)
+        for key in {**before, **now}
+        if before.get(key) != now.get(key) and not (key.startswith("data.") and key.split(".")[-1] in freed)
+    ]
+    past, asked = _plan(was), Plan(new.phases)
+    if asked.last_step < done:
+        return [*problems, Problem("the plan ends in the past", f"{asked.last_step} steps", f"{done} or more", change)]
+    if step := _first_other(past, asked, done):
+        saw, want = _words(_at(asked, step)), _words(_at(past, step))
+        problems.append(Problem(f"the plan changes step {step}, which is done", saw, want, f"phases. {change}"))
+    return problems
+
+
+def disagreement(was: Identity, sealed: Identity, step: int) -> list[str]:
+    """Where a run's config.yaml is not what its checkpoint of this step says.
+
+    Which documents there are is left out: data.allow_changed may have changed it since.
+    """
+    freed = {f"data.{key}" for key in SourceSection.model_fields} | {ORDER}
+    before, own = sealed["values"], was["values"]
+    keys = [key for key in {**before, **own} if key not in freed and not key.startswith("data.sources.")]
+    found = [f"{key} is {own.get(key)!r}, not {before.get(key)!r}" for key in keys if own.get(key) != before.get(key)]
+    if was["rows_per_step"] != sealed["rows_per_step"]:
+        found.append(f"rows_per_step is {was['rows_per_step']}, not {sealed['rows_per_step']}")
+    past, own_plan = _plan(sealed), _plan(was)
+    if other := _first_other(past, own_plan, step):
+        found.append(f"step {other} is {_words(_at(own_plan, other))}, not {_words(_at(past, other))}")
+    return found
+
+
+def first_difference(past: Plan, asked: Plan, after: int) -> int | None:
+    """The first step after `after` that one of two plans trains otherwise, or not at all; None if they are alike."""
+    steps = range(after + 1, max(past.last_step, asked.last_step) + 1)
+    return next((step for step in steps if _at(past, step) != _at(asked, step)), None)
+
+
+At = tuple[str, float, float, bool, dict[str, float] | None] | None
+
+
+def _first_other(past: Plan, asked: Plan, done: int) -> int:
+    """The first of the steps 1 to `done` that two plans do not have in common; 0 if there is none."""
+    first = first_difference(past, asked, 0)
+    return first if first is not None and first <= done else 0
+
+
+def _at(plan: Plan, step: int) -> At:
+    if step > plan.last_step:
+        return None
+    phase, reset = plan.phase(step).name, plan.resets_optimizer(step)
+    return phase, plan.lr(step), plan.weight_decay(step), reset, plan.mix(step)
+
+
+def _words(at: At) -> str:
+    if at is None:
+        return "beyond the plan"
+    name, lr, decay, reset, mix = at
+    more = (", optimizer reset" if reset else "") + (f", mix {mix}" if mix else "")
+    return f"phase {name}, lr {lr:g}, weight decay {decay:g}{more}"
+
+
+def _plan(identity: Identity) -> Plan:
+    return Plan(tuple(PhaseSection.model_validate(phase) for phase in identity["phases"]))
+
+
+def _phases(config: Config) -> list[dict[str, Any]]:
+    return config.model_dump(mode="json")["phases"]
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """Dotted key -> value of all but the phases; sources by name."""
+    tree = recorded(config)
+    del tree["phases"]
+    sources = tree["data"].pop("sources")
+    named = {key: value for source in sources for key, value in _leaves(source, f"{ORDER}.{source['name']}.").items()}
+    return _leaves(tree, "") | {ORDER: [source["name"] for source in sources]} | named
+
+
+def _phases_flat(config: Config, both: set[str]) -> dict[str, Any]:
+    """Dotted key -> value of the phases that are in both configs; any other one in a few words."""
+    flat: dict[str, Any] = {}
+    for phase in _phases(config):
+        name = phase["name"]
+        if name in both:
+            flat |= {f"phases.{name}.{key}": value for key, value in phase.items()}  # a mix as a whole
+        else:
+            flat[f"phases.{name}"] = f"{phase['steps']} steps, {phase['schedule']}"
+    return flat
+
+
+def _leaves(tree: Any, prefix: str) -> dict[str, Any]:
+    if isinstance(tree, dict):
+        return {k: v for key, value in tree.items() for k, v in _leaves(value, f"{prefix}{key}.").items()}
+    return {prefix.rstrip("."): tree}
