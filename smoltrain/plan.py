@@ -72,6 +72,19 @@ class Plan:
         return every > 0 and (step % every == 0 or self.ends_phase(step))
 
 
+def first_difference(past: Plan, asked: Plan, after: int) -> int | None:
+    """The first step after `after` that one of two plans trains otherwise, or not at all; None if they are alike."""
+
+    def of(plan: Plan, step: int) -> tuple[object, ...]:
+        lr, decay = plan.lr(step), plan.weight_decay(step)
+        return plan.phase(step).name, lr, decay, plan.resets_optimizer(step), plan.mix(step)
+
+    both = min(past.last_step, asked.last_step)
+    different = (step for step in range(after + 1, both + 1) if of(past, step) != of(asked, step))
+    beyond = None if past.last_step == asked.last_step else max(both, after) + 1
+    return next(different, beyond)
+
+
 def scheduled_lr(phase: PhaseSection, done: int) -> float:
     """Learning rate within a phase after `done` of its steps (0-based, as torch's schedulers count).
 

@@ -124,14 +124,6 @@ def differences(old: Config, new: Config) -> list[tuple[str, Any, Any]]:
     return [(key, was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)]
 
 
-def first_difference(past: Plan, asked: Plan, after: int) -> int | None:
-    """The first step after `after` that one of two plans trains otherwise, or not at all; None if they are alike."""
-    both = min(past.last_step, asked.last_step)
-    different = (step for step in range(after + 1, both + 1) if _at(past, step) != _at(asked, step))
-    beyond = None if past.last_step == asked.last_step else max(both, after) + 1
-    return next(different, beyond)
-
-
 def provenance_of(path: Path) -> dict[str, Any]:
     """What a run's config.yaml says of its starts. Errors: UserError if the run did not write it."""
     provenance = yaml.safe_load(path.read_text(encoding="utf-8")).get("provenance")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from smoltrain import files
-from smoltrain.plan import Plan
-from smoltrain.runfolder import RunFolder, first_difference
+from smoltrain.plan import Plan, first_difference
+from smoltrain.runfolder import RunFolder
 from smoltrain.schema import Config, PhaseSection
 
 FILE = "wandb.json"
