@@ -9,7 +9,7 @@ from typing_extensions import TypedDict
 
 from smoltrain.config import recorded
 from smoltrain.errors import Problem
-from smoltrain.plan import Plan
+from smoltrain.plan import At, Plan, at, first_difference
 from smoltrain.schema import Config, PhaseSection, SourceSection
 
 REFUSED = "refused"  # the weights of the past depend on it: with another value it would be another run
@@ -110,7 +110,7 @@ def forbidden(was: Identity, new: Config, done: int, change: str) -> list[Proble
     if asked.last_step < done:
         return [*problems, Problem("the plan ends in the past", f"{asked.last_step} steps", f"{done} or more", change)]
     if step := _first_other(past, asked, done):
-        saw, want = _words(_at(asked, step)), _words(_at(past, step))
+        saw, want = _words(at(asked, step)), _words(at(past, step))
         problems.append(Problem(f"the plan changes step {step}, which is done", saw, want, f"phases. {change}"))
     return problems
 
@@ -128,30 +128,14 @@ def disagreement(was: Identity, sealed: Identity, step: int) -> list[str]:
         found.append(f"rows_per_step is {was['rows_per_step']}, not {sealed['rows_per_step']}")
     past, own_plan = _plan(sealed), _plan(was)
     if other := _first_other(past, own_plan, step):
-        found.append(f"step {other} is {_words(_at(own_plan, other))}, not {_words(_at(past, other))}")
+        found.append(f"step {other} is {_words(at(own_plan, other))}, not {_words(at(past, other))}")
     return found
-
-
-def first_difference(past: Plan, asked: Plan, after: int) -> int | None:
-    """The first step after `after` that one of two plans trains otherwise, or not at all; None if they are alike."""
-    steps = range(after + 1, max(past.last_step, asked.last_step) + 1)
-    return next((step for step in steps if _at(past, step) != _at(asked, step)), None)
-
-
-At = tuple[str, float, float, bool, dict[str, float] | None] | None
 
 
 def _first_other(past: Plan, asked: Plan, done: int) -> int:
     """The first of the steps 1 to `done` that two plans do not have in common; 0 if there is none."""
     first = first_difference(past, asked, 0)
     return first if first is not None and first <= done else 0
-
-
-def _at(plan: Plan, step: int) -> At:
-    if step > plan.last_step:
-        return None
-    phase, reset = plan.phase(step).name, plan.resets_optimizer(step)
-    return phase, plan.lr(step), plan.weight_decay(step), reset, plan.mix(step)
 
 
 def _words(at: At) -> str:

@@ -72,6 +72,23 @@ class Plan:
         return every > 0 and (step % every == 0 or self.ends_phase(step))
 
 
+At = tuple[str, float, float, bool, dict[str, float] | None] | None
+
+
+def at(plan: Plan, step: int) -> At:
+    """All by which a step is trained: phase, learning rate, weight decay, reset, mix. None beyond the plan."""
+    if step > plan.last_step:
+        return None
+    phase, reset = plan.phase(step).name, plan.resets_optimizer(step)
+    return phase, plan.lr(step), plan.weight_decay(step), reset, plan.mix(step)
+
+
+def first_difference(past: Plan, asked: Plan, after: int) -> int | None:
+    """The first step after `after` that one of two plans trains otherwise, or not at all; None if they are alike."""
+    steps = range(after + 1, max(past.last_step, asked.last_step) + 1)
+    return next((step for step in steps if at(past, step) != at(asked, step)), None)
+
+
 def scheduled_lr(phase: PhaseSection, done: int) -> float:
     """Learning rate within a phase after `done` of its steps (0-based, as torch's schedulers count).
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from smoltrain import files
-from smoltrain.identity import first_difference
-from smoltrain.plan import Plan
+from smoltrain.plan import Plan, first_difference
 from smoltrain.runfolder import RunFolder
 from smoltrain.schema import Config, PhaseSection
 

@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from smoltrain import files, wandb_env, wandb_id
 from smoltrain.config import recorded
 from smoltrain.gradients import LayerGradient
@@ -310,4 +312,7 @@ def _last_error(log: Path) -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, ValidationError):  # of a setting, whose first line says nothing
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from smoltrain import wandb_id
-from smoltrain.plan import Plan
-from smoltrain.runfolder import RunFolder, first_difference
+from smoltrain.plan import Plan, first_difference
+from smoltrain.runfolder import RunFolder
 from smoltrain.schema import Config
 from tests import tiny
 

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -205,6 +206,31 @@ def test_a_training_ends_well_though_its_server_does_not(server: WandbServer, tm
     assert 1 <= len(warnings) <= 2, warnings
     assert "Traceback" not in output.stderr
     assert sorted(launches.losses(tmp_path / "runs" / "quickstart")) == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_a_server_has_every_step_of_a_run_that_was_killed(server: WandbServer, tmp_path: Path) -> None:
+    words = (
+        "track.wandb=auto", "phases.main.steps=150", "run.stop_after=main", "checkpoint.every=40",
+        "sample.every=0", "evaluate.every=0", "track.gradients_every=0",
+    )  # fmt: skip
+    metrics = tmp_path / "runs" / "quickstart" / "metrics.jsonl"
+    script = Path(__file__).parent.parent / "launch" / "train.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "SMOLTRAIN_THREADS": "1"}
+    command = [sys.executable, str(script), "quickstart", *tiny.words(tmp_path, *words)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment) as killed:
+        while killed.poll() is None and not (metrics.exists() and '"step": 70' in metrics.read_text(encoding="utf-8")):
+            time.sleep(0.01)
+        family = psutil.Process(killed.pid).children(recursive=True)
+        killed.kill()
+        for process in family:  # W&B's own, with whatever it has not sent
+            process.kill()
+    output = tiny.train(tmp_path, *words, **server.environment())
+    assert output.returncode == 0, output.stdout + output.stderr
+    (run,) = server.runs.values()
+    losses = {s: values["train/loss_nats_per_token"] for s, values in run.steps.items() if "train/lr" in values}
+    assert losses == launches.losses(tmp_path / "runs" / "quickstart")
+    assert sorted(losses) == list(range(1, 151))
 
 
 class Broken:
