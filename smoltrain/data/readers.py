@@ -28,7 +28,7 @@ from smoltrain.schema import SourceSection
 
 BLOCK = 4 * 2**20  # bytes read at once
 NUM_ROWS = 128  # of parquet, made into text at once
-FRAGMENT = 2**12  # bytes of a .zst that are decompressed at once: what comes out is at most 128 MiB
+FRAGMENT = 2**10  # bytes of a .zst that are decompressed at once: what comes out is at most 32 MiB
 LONGEST_WINDOW = 2**31  # bytes that a .zst may look back: all that `zstd --long=31` can ask for
 POINTER_BYTES = 1024  # a file that stands for another one is shorter
 LFS = re.compile(rb"version https://(git-lfs\.github|hawser\.github)\.com/spec/v\d+\r?\n(.*\r?\n)*oid sha256:")
