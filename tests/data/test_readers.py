@@ -394,13 +394,14 @@ LINES_OF_TWO = b'{"text": "one"}\n{"text": "two"}\n'
         (b'{"data": [\r\n  {"text": "one"}\r\n]}', "one JSON document over several lines", "jq -c"),
         (LINES_OF_TWO.replace(b"\n", b"\r"), "lines that end in CR alone", r"tr '\r' '\n'"),
         (LINES_OF_TWO.replace(b"one", b"one" * 9000).replace(b"\n", b"\r"), "lines that end in CR alone", "tr"),
+        (LINES_OF_TWO.replace(b"\n", b""), "several records on one line", "jq -c ."),
     ],
 )
 def test_json_that_is_not_lines_is_refused(suffix: str, raw: bytes, saw: str, how: str):
     name = f"a{suffix}"
     packed = compressed(raw, Path(name).suffix)
-    for slice_ in ({}, {"first": 3, "stride": 2}):
-        line = problem(name, packed, **slice_)
+    for first, stride in ((0, 1), (3, 2)):
+        line = problem(name, packed, first=first, stride=stride)
         assert line.startswith(f"the file holds no JSON Lines: saw {saw}, want one record per line, as `{how}")
         assert line.endswith(f"change /data/{name}")
 
