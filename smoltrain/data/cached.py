@@ -171,9 +171,7 @@ def tokenise(
         name = source.name
         about[name] = _joined(source, config.data, made[name], folder / name, dtype) | {"copies": copies[name]}
         if copies[name]:
-            print(
-                f"data: {copies[name]:,} documents of {name} are not trained on: their texts are held out", flush=True
-            )
+            print(f"data: {_many(copies[name], 'document', name)} not trained on: the text is held out", flush=True)
     return about
 
 

@@ -18,6 +18,7 @@ CARD = re.compile(
     r"([-_. ].*)?",
     re.IGNORECASE,
 )
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 NOTES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")  # that the library datasets writes
 STATE = "state.json"  # another one, beside dataset_info.json
 
@@ -74,8 +75,9 @@ def few(names: Iterable[str]) -> str:
 
 
 def shown(name: str) -> str:
-    r"""A name that can be printed and written: bytes in it that are no UTF-8 as \xe9."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    r"""A name on one line that can be printed and written: bytes that are no UTF-8 as \xe9, line ends as \n."""
+    text = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return CONTROL.sub(lambda sign: sign[0].encode("unicode_escape").decode(), text)
 
 
 def is_card(name: str) -> bool:

@@ -28,7 +28,7 @@ from smoltrain.schema import SourceSection
 
 BLOCK = 4 * 2**20  # bytes read at once
 NUM_ROWS = 128  # of parquet, made into text at once
-FRAGMENT = 2**12  # bytes of a .zst that are decompressed at once: what comes out is at most 128 MiB
+FRAGMENT = 2**10  # bytes of a .zst that are decompressed at once: what comes out is at most 32 MiB
 LONGEST_WINDOW = 2**31  # bytes that a .zst may look back: all that `zstd --long=31` can ask for
 POINTER_BYTES = 1024  # a file that stands for another one is shorter
 LFS = re.compile(rb"version https://(git-lfs\.github|hawser\.github)\.com/spec/v\d+\r?\n(.*\r?\n)*oid sha256:")
@@ -36,8 +36,9 @@ ANNEX = re.compile(rb"(\S*/)?annex/objects/\S+\s*")
 HEAD = 2**12  # bytes by which a file's encoding is told
 WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # that of UTF-32-LE begins like the first
 CONTROL = bytes({*range(32)} - {*b"\t\n\f\r\x1b"})  # characters that texts do not hold
-AFTER_CR = re.compile(rb"\}\s*\r\s*\{")  # a record that begins where the one before ends in CR
+NEXT_RECORD = re.compile(rb"\}(\s*)\{")  # one that begins on the line of the one before
 NOT_UTF8 = "the text is not UTF-8"
+CR_ALONE = "the lines end in CR alone, so none is blank (`tr '\\r' '\\n'` mends it)"
 WIDE = "the text is UTF-16 or UTF-32, not UTF-8 (`iconv -f UTF-16 -t UTF-8` makes it so)"
 Raw = bytes | None  # of a record; None where it is longer than allowed, and so was not kept
 
@@ -256,9 +257,10 @@ def _parts(shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, l
     record = -1
     with _plain(shard, file, lambda: f"{shard.place}, part {record + 2}") as plain:
         opening = _opening(plain)
-        if _is_wide(opening):
+        old_lines = source.documents == "blank_lines" and b"\r\r" in opening and b"\n" not in opening
+        if old_lines or _is_wide(opening):
             if 0 in wanted:
-                yield BadRecord(shard.place, 0, WIDE)
+                yield BadRecord(shard.place, 0, CR_ALONE if old_lines else WIDE)
             return
         if opening.startswith(codecs.BOM_UTF8):
             plain.read(3)
@@ -333,8 +335,8 @@ def _lines(shard: Shard, file: BinaryIO, text_field: str, wanted: range, limit: 
                     if record in wanted:
                         yield Document(f"{shard.name}:{record + 1}", record, _text(fields, text_field))
                 except _Bad as bad:
-                    if not found and line is not None and AFTER_CR.search(line):
-                        raise _no_lines("lines that end in CR alone", "`tr '\\r' '\\n'`", shard.place) from None
+                    if not found and line is not None:
+                        _check_single(line, shard.place)
                     if record in wanted:
                         yield _bad(place, record, bad)
             found = True
@@ -351,6 +353,15 @@ def _check_lines(opening: bytes, place: str) -> None:
         raise _no_lines("one JSON document, an array", "`jq -c '.[]'`", place)
     if len(lines) > 1 and lines[0].startswith(b"{") and not lines[1].startswith(b"{") and _goes_on(lines[0]):
         raise _no_lines("one JSON document over several lines", "`jq -c`", place)
+
+
+def _check_single(line: bytes, place: str) -> None:
+    """Errors: UserError if a file's first line, which is not JSON, holds several records."""
+    between = NEXT_RECORD.search(line)
+    if between and b"\r" in between[1]:
+        raise _no_lines("lines that end in CR alone", "`tr '\\r' '\\n'`", place)
+    if between:
+        raise _no_lines("several records on one line", "`jq -c .`", place)
 
 
 def _goes_on(line: bytes) -> bool:

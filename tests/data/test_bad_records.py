@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from smoltrain import data
+from smoltrain.data import bad_records
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import UserError
 from tests.data.test_cached import contents, given, make, problem, twenty
@@ -70,3 +71,92 @@ def test_bad_records_of_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert prepared.index["sources"]["data"]["bad_records"] == 1
     assert "data: 1 bad record of data skipped: " in capsys.readouterr().out
     assert "more than 0 records of 'data' are bad" in problem(config(root, run__name="b", data__max_bad_records=0))
+
+
+# ---- a share of them
+
+
+def jsonl(root: Path, *records: tuple[int, str]) -> None:
+    """ROOT/source as one file of so many records of each kind, one kind after another."""
+    for path in (root / "source").iterdir():
+        path.unlink()
+    kinds = {
+        "good": '{"text": "%d: the king of Naples"}\n',
+        "bad": "{%d]\n",
+        "empty": '{"text": ""}\n',
+        "null": '{"text": null}\n',
+    }
+    lines = [kinds[kind].replace("%d", str(i)) for count, kind in records for i in range(count)]
+    (root / "source" / "a.jsonl").write_text("".join(lines))
+    Tokenizer.train_bpe(["abc"], 257, "<|endoftext|>").save(root / "given")
+
+
+@pytest.mark.parametrize("first", ["bad", "good"])
+def test_one_in_a_hundred_may_be_bad_wherever_they_stand(root: Path, first: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bad_records, "AT_LEAST", 10)
+    records = [(15, "bad"), (1485, "good")]
+    jsonl(root, *(records if first == "bad" else reversed(records)))
+    assert data.prepare(given(root)).index["sources"]["data"]["bad_records"] == 15
+    strict = given(root, run__name="b", data__max_bad_share=0.0099)
+    assert problem(strict).startswith("15 of 1,500 records of 'data' are bad; the last one: the line is not JSON")
+    assert problem(given(root, run__name="c", data__max_bad_records=14)).startswith("more than 14 records of 'data'")
+    assert data.prepare(given(root, run__name="d", data__max_bad_records=15)).train
+
+
+@pytest.mark.parametrize(("count", "is_refused"), [(100, False), (101, True)])
+def test_a_hundred_may_be_bad_of_however_few(root: Path, count: int, is_refused: bool):
+    jsonl(root, (200, "good"), (count, "bad"))
+    if is_refused:
+        assert f"{count} of {200 + count} records of 'data' are bad" in problem(given(root))
+    else:
+        data.prepare(given(root))
+
+
+def test_what_is_refused_goes_on_with_a_higher_limit(root: Path, monkeypatch: pytest.MonkeyPatch):
+    jsonl(root, (300, "good"), (120, "bad"))
+    assert "data.max_bad_records or data.max_bad_share" in problem(given(root))
+    monkeypatch.setattr("smoltrain.data.faults.documents", None)  # all parts are whole
+    assert data.prepare(given(root, data__max_bad_share=0.5)).index["sources"]["data"]["bad_records"] == 120
+
+
+def test_nothing_but_bad_ones_are_not_read_to_the_end(root: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bad_records, "HOPELESS", 500)
+    jsonl(root, (10, "good"), (2000, "bad"))
+    config = given(root)
+    assert problem(config).startswith("more than 500 records of 'data' are bad")
+    assert len((config.run_folder / "data" / "bad-records.jsonl").read_text().splitlines()) == 501
+
+
+@pytest.mark.parametrize("mode", ["cached", "stream"])
+def test_empty_records_are_counted_apart(root: Path, mode: str, capsys: pytest.CaptureFixture[str]):
+    jsonl(root, (150, "empty"), (900, "good"), (150, "null"), (2, "bad"))
+    changes = {"data__streams": 2, "data__max_bad_records": 2} if mode == "stream" else {"data__max_bad_records": 2}
+    made = given(root, data__mode=mode, **changes)
+    whole = made.model_copy(update={"evaluate": made.evaluate.model_copy(update={"every": 1, "rows": 10**5})})
+    prepared = data.prepare(whole)
+    about = prepared.index["sources"]["data"]
+    assert (about["bad_records"], about["empty_records"]) == (2, 300)
+    assert prepared.describe().endswith("; 300 empty records passed over; 2 bad records skipped")
+    log = (made.run_folder / "data" / "bad-records.jsonl").read_text().splitlines()
+    assert len(log) == 2
+    if mode == "cached":
+        assert "data: 300 empty records of data are passed over" in capsys.readouterr().out
+        assert (again := data.prepare(whole)).index == prepared.index
+        assert again.train[0].all().tolist() == prepared.train[0].all().tolist()
+
+
+def test_a_restart_counts_empty_records_as_before(root: Path, monkeypatch: pytest.MonkeyPatch):
+    jsonl(root, (7, "empty"), (300, "good"))
+    monkeypatch.setattr("smoltrain.data.cached._joined", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        data.prepare(given(root))
+    monkeypatch.undo()
+    assert data.prepare(given(root)).index["sources"]["data"]["empty_records"] == 7
+
+
+def test_a_single_text_is_one_document(root: Path):
+    for path in (root / "source").iterdir():
+        path.unlink()
+    (root / "source" / "a.txt").write_text("the king of Naples " * 200)
+    Tokenizer.train_bpe(["abc"], 257, "<|endoftext|>").save(root / "given")
+    assert " tokens of 1 document; validation " in data.prepare(given(root)).describe()

@@ -419,3 +419,7 @@ def test_a_state_of_something_else_is_data(tmp_path: Path):
     assert names(tmp_path) == ["state.json"]
     with pytest.raises(UserError):
         found(at(tmp_path, pattern="*.txt"))
+
+
+def test_a_name_is_shown_on_one_line_and_without_commands_to_a_terminal():
+    assert kinds.shown("a\nb\x1b[31m\u2028\udce9 \u3000é𝄞.txt") == "a\\nb\\x1b[31m\\u2028\\xe9 \u3000é𝄞.txt"

@@ -375,3 +375,116 @@ def test_a_file_that_the_system_refuses_to_open(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(UserError, match=r"the file cannot be read: saw .*Permission denied"):
         list(read(shard, source, max_document_mib=1))
+
+
+# ---- what is no file of its kind
+
+LINES_OF_TWO = b'{"text": "one"}\n{"text": "two"}\n'
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".ndjson", ".jsonl.gz", ".json.zst"])
+@pytest.mark.parametrize(
+    ("raw", "saw", "how"),
+    [
+        (b'[{"text": "one"}, {"text": "two"}]', "one JSON document, an array", "jq -c '.[]'"),
+        (b'\n\xef\xbb\xbf [\n{"text": "one"},\n{"text": "two"}\n]'[1:], "one JSON document, an array", "jq -c '.[]'"),
+        (b"[]\n", "one JSON document, an array", "jq -c '.[]'"),
+        (b'{\n  "text": "one"\n}\n', "one JSON document over several lines", "jq -c"),
+        (b'{"version": 1,\n "data": [\n  {"text": "one"}]}', "one JSON document over several lines", "jq -c"),
+        (b'{"data": [\r\n  {"text": "one"}\r\n]}', "one JSON document over several lines", "jq -c"),
+        (LINES_OF_TWO.replace(b"\n", b"\r"), "lines that end in CR alone", r"tr '\r' '\n'"),
+        (LINES_OF_TWO.replace(b"one", b"one" * 9000).replace(b"\n", b"\r"), "lines that end in CR alone", "tr"),
+        (LINES_OF_TWO.replace(b"\n", b""), "several records on one line", "jq -c ."),
+    ],
+)
+def test_json_that_is_not_lines_is_refused(suffix: str, raw: bytes, saw: str, how: str):
+    name = f"a{suffix}"
+    packed = compressed(raw, Path(name).suffix)
+    for first, stride in ((0, 1), (3, 2)):
+        line = problem(name, packed, first=first, stride=stride)
+        assert line.startswith(f"the file holds no JSON Lines: saw {saw}, want one record per line, as `{how}")
+        assert line.endswith(f"change /data/{name}")
+
+
+@pytest.mark.parametrize("raw", [b'{"text": "on\n', b"{\n", b'{"text": \n', b"{]\n"])
+def test_a_first_line_that_is_cut_is_a_bad_record(raw: bytes):
+    bad, *good = records("a.jsonl", raw + LINES_OF_TWO)
+    assert isinstance(bad, BadRecord)
+    assert len(good) == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("words", ["the king of Naples spoke", "король Неаполя говорил"])
+def test_texts_of_wide_characters_are_named(encoding: str, words: str):
+    raw = f"{words}\n\n{words}\n".encode(encoding)
+    for documents in ("file", "blank_lines", "separator"):
+        (only,) = records("a.txt", raw, documents=documents)
+        assert only == BadRecord("/data/a.txt", 0, readers.WIDE)
+    lines = "".join(json.dumps({"text": words}, ensure_ascii=False) + "\n" for _ in range(3))
+    line = problem("a.jsonl", lines.encode(encoding))
+    assert "the file is not UTF-8: saw UTF-16 or UTF-32, want `iconv" in line
+
+
+@pytest.mark.parametrize(
+    "raw", [b"a\0b", b"text" + b"\0" * 5000, b"\0" * 5000, b"\x01\x02\x03" * 30, b"\t\n" * 40, b"\0a"]
+)
+def test_control_characters_alone_do_not_make_a_text_wide(raw: bytes):
+    assert texts("a.txt", raw) == [raw.decode()]
+
+
+def test_a_window_of_two_gigabytes_is_read():
+    """As `zstd --long=31` asks for; the frame's header is made to say so."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=27, enable_ldm=True)
+    writer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    raw = bytearray(writer.compress(LINES_OF_TWO) + writer.flush())
+    assert zstandard.get_frame_parameters(bytes(raw)).window_size == 2**27
+    raw[5] = (31 - 10) << 3
+    assert zstandard.get_frame_parameters(bytes(raw)).window_size == 2**31
+    skippable = b"\x50\x2a\x4d\x18\x04\0\0\0abcd"
+    for frames, expected in ((raw, 1), (raw * 3, 3), (skippable + raw + skippable + bytes.fromhex(ZSTD_FRAMES), 2)):
+        assert texts("a.jsonl.zst", bytes(frames)) == ["one", "two"] * expected
+    assert "saw it ends within a frame" in problem("a.jsonl.zst", bytes(raw[:-3]), BrokenFile)
+
+
+def test_a_bomb_of_zstd_comes_out_piece_by_piece():
+    raw = zstandard.compress(b"\0" * 100 * MIB)
+    tracemalloc.start()
+    (bad,) = records("a.jsonl.zst", raw, mib=1)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert isinstance(bad, BadRecord)
+    assert peak < 80 * MIB
+
+
+def test_columns_of_one_name_are_refused():
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), file)
+    line = problem("a.parquet", file.getvalue())
+    assert line.startswith("there are several columns 'text': saw 2 of them, want one; or another field")
+
+
+def test_a_column_with_a_dot_in_its_name_is_not_the_field_of_another():
+    nested = pa.array([{"text": "no"}])
+    for columns in ({"meta.text": ["yes"], "meta": nested}, {"meta": nested, "meta.text": ["yes"]}):
+        assert texts("a.parquet", parquet(**columns), text_field="meta.text") == ["yes"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.parquet"])
+def test_a_pointer_is_refused_wherever_it_is_read(name: str):
+    lfs = b"version https://git-lfs.github.com/spec/v1\next-0-x sha256:1\noid sha256:%064d\nsize 5\n" % 7
+    assert "the file is a pointer of Git LFS, not the file itself" in problem(name, lfs)
+    assert "`git annex get`" in problem(name, b"../.git/annex/objects/X/Y/SHA256E-s5--1.txt")
+
+
+def test_what_is_empty_is_told_apart_from_what_is_bad():
+    found = records("a.jsonl", jsonl({"text": ""}, {"text": None}, {"no": 1}, {"text": 3}))
+    assert [record.empty for record in found if isinstance(record, BadRecord)] == [True, True, False, False]
+    rows = records("a.parquet", parquet(text=["a", "", None]))
+    assert [record.empty for record in rows if isinstance(record, BadRecord)] == [True, True]
+    for name in ("a.txt", "a.jsonl", "a.parquet"):
+        (only,) = records(name, b"")
+        assert isinstance(only, BadRecord)
+        assert only.empty
+    (wrong,) = records("a.txt", b"\xff")
+    assert isinstance(wrong, BadRecord)
+    assert not wrong.empty
