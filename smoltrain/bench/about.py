@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import torch
 
+from smoltrain import redact
 from smoltrain.cores import num_cores
 
 ALWAYS = ("smoltrain", "torch", "numpy")
@@ -19,7 +20,7 @@ ALWAYS = ("smoltrain", "torch", "numpy")
 
 def about(settings: dict[str, Any], packages: Sequence[str]) -> dict[str, Any]:
     """The head of every bench's JSON; `packages` are those whose versions matter beside ALWAYS."""
-    return {
+    head: dict[str, Any] = {
         "command": shlex.join(["smoltrain", *sys.argv[1:]]),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": {
@@ -32,6 +33,7 @@ def about(settings: dict[str, Any], packages: Sequence[str]) -> dict[str, Any]:
         | {name: metadata.version(name) for name in (*ALWAYS, *packages)},
         "settings": settings,
     }
+    return redact.tree(head)
 
 
 def _processor() -> str:
