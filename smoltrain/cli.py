@@ -144,6 +144,7 @@ def generate(
 ) -> None:
     """Write text with a trained model; options that are not given are the recipe's."""
     from smoltrain import config
+    from smoltrain.data import companions
     from smoltrain.loading import load_run
 
     loaded = load_run(run, checkpoint)
@@ -151,6 +152,8 @@ def generate(
         loaded.generation, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
     )
     notes: list[str] = []
+    if left_out := companions.not_done(loaded.inherited):
+        print(f"{companions.GENERATION} asks for more than is done here: {', '.join(left_out)}", file=sys.stderr)
     seed = loaded.seed if seed is None else seed
     _write([prompt], loaded.text(prompt, settings, greedy=greedy, seed=seed, say=notes.append), ["\n"])
     for note in notes:

@@ -203,9 +203,7 @@ def _generation(loaded: LoadedRun) -> dict[str, Any]:
     about["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     if tokenizer.pad is not None or "pad_token_id" not in about:
         about["pad_token_id"] = tokenizer.separator_id if pad is None else pad
-    came = about.get("suppress_tokens")
-    unused = {*(came if isinstance(came, list) else ()), *tokenizer.unused_ids(loaded.model.section.vocab_size)}
-    return about | ({"suppress_tokens": sorted(unused)} if unused else {})
+    return about | ({"suppress_tokens": banned} if (banned := loaded.banned_ids) else {})
 
 
 def _mark(folder: Path, of: Of, verdict: Verdict) -> None:

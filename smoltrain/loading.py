@@ -59,13 +59,19 @@ class LoadedRun:
 
     def new_ids(self, ids: list[int], settings: GenerationSection, **options: Any) -> Iterator[int]:
         """What the model writes behind ids, up to any end of the text. Options and errors: those of `generate`."""
-        banned = self.tokenizer.unused_ids(self.model.section.vocab_size)
-        return generate(self.model, ids, settings, stop_ids=self.end_ids, banned_ids=banned, **options)
+        return generate(self.model, ids, settings, stop_ids=self.end_ids, banned_ids=self.banned_ids, **options)
 
     @property
     def end_ids(self) -> list[int]:
         """Ids that end a text: the separator, and those that its authors named, as the end of a turn in a chat."""
         return end_ids(self.tokenizer, self.inherited)
+
+    @property
+    def banned_ids(self) -> list[int]:
+        """Ids that are never drawn: rows of the table without a token, and those that its authors suppress."""
+        size = self.model.section.vocab_size
+        theirs = {i for i in companions.suppressed_ids(self.inherited) if i < size}
+        return sorted(theirs.union(self.tokenizer.unused_ids(size)))
 
 
 def load_run(source: str, step: int | None = None, runs: Path = RUNS) -> LoadedRun:

@@ -114,7 +114,7 @@ def _reload(loaded: LoadedRun, folder: Path, asked: list[Case], scratch: Path) -
         "trust_remote_code": (folder / huggingface.CODE.name).is_file(),
         "cases": [asdict(case) for case in asked],
         "end_ids": loaded.end_ids,
-        "unused_ids": loaded.tokenizer.unused_ids(loaded.model.section.vocab_size),
+        "banned_ids": loaded.banned_ids,
     }
     (scratch / "cases.json").write_text(json.dumps(question), encoding="utf-8")
     own = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules"), "CUDA_VISIBLE_DEVICES": ""}

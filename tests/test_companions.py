@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smoltrain import config, data, export, origin
+from smoltrain import cli, config, data, export, origin
 from smoltrain.data import companions
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import UserError
@@ -139,6 +139,25 @@ def test_a_special_token_may_be_drawn_and_is_not_told(tmp_path: Path):
     assert loaded.end_ids == [ids[folders.SEPARATOR], ids["<|turn|>"]]
     assert ids["<|tool|>"] not in loaded.tokenizer.unused_ids(330)
     assert loaded.tokenizer.decode([ids["<|tool|>"], *loaded.tokenizer.encode("a")]) == "a"
+
+
+def test_what_its_authors_suppress_is_not_drawn(tmp_path: Path, believed: None):
+    folders.chat(tmp_path / "chat")
+    file = tmp_path / "chat" / "generation_config.json"
+    file.write_text(json.dumps(read(file) | {"suppress_tokens": [7, 5, 10**9, "x"]}))
+    loaded = load_run(str(tmp_path / "chat"))
+    rows = list(range(loaded.tokenizer.num_ids, 330))
+    assert loaded.banned_ids == [5, 7, *rows]
+    out = export.export(str(tmp_path / "chat"), tmp_path / "out", say=lambda line: None)
+    assert read(out / "generation_config.json")["suppress_tokens"] == [5, 7, *rows]
+
+
+def test_what_our_own_sampling_does_not_do_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folders.chat(tmp_path / "chat")
+    cli.generate(str(tmp_path / "chat"), max_tokens=1)
+    line = "generation_config.json asks for more than is done here: repetition_penalty=1.1, min_p=0.05\n"
+    assert capsys.readouterr().err == line
+    assert companions.not_done({"num_beams": 1, "repetition_penalty": 1.0, "eos_token_id": 3, "top_k": 9}) == []
 
 
 def test_weights_of_a_run_bring_what_it_had(tmp_path: Path):

@@ -26,6 +26,9 @@ LEFT_OUT = (
     *("auto_map", "processor_class", "add_bos_token", "add_eos_token"),
 )
 
+# Keys of generation_config.json that our own sampling follows, or that mean nothing to it.
+DONE = ("do_sample", "temperature", "top_k", "top_p", "max_new_tokens", "max_length", "suppress_tokens", "use_cache")
+
 
 @dataclass(frozen=True)
 class Companions:
@@ -97,6 +100,18 @@ def end_ids(about: Mapping[str, Any]) -> list[int]:
     said = about.get("eos_token_id")
     ids = [i for i in (said if isinstance(said, list) else [said]) if type(i) is int and i >= 0]
     return list(dict.fromkeys(ids))
+
+
+def suppressed_ids(about: Mapping[str, Any]) -> list[int]:
+    """The ids that are never drawn by a generation_config.json."""
+    said = about.get("suppress_tokens")
+    return [i for i in said if type(i) is int and i >= 0] if isinstance(said, list) else []
+
+
+def not_done(about: Mapping[str, Any]) -> list[str]:
+    """What a generation_config.json asks for and our own sampling does not do; a value of 0 or 1 asks for nothing."""
+    kept = {key: value for key, value in about.items() if key not in DONE and not key.endswith("_token_id")}
+    return [f"{key}={value}" for key, value in kept.items() if value not in (None, 0, 1, [])]
 
 
 def read_object(file: Path) -> dict[str, Any]:

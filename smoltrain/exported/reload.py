@@ -1,6 +1,6 @@
 """Load an export with `transformers` alone and say what it answers: python -I reload.py FOLDER CASES.json ANSWERS
 
-CASES.json    {"trust_remote_code", "end_ids", "unused_ids", "cases": [{"text" or null, "ids", "new_tokens"}, ...]}
+CASES.json    {"trust_remote_code", "end_ids", "banned_ids", "cases": [{"text" or null, "ids", "new_tokens"}, ...]}
 ANSWERS       a folder, which receives answers.json (class, parameters, and per case the ids of the text, the new ids,
               and all of it as text) and logits.safetensors (fp32 [T, V] per case, named by its number)
 
@@ -35,7 +35,7 @@ def main(folder: str, cases_file: str, answers: str) -> None:
         bos_token_id=asked["end_ids"][0],
         eos_token_id=asked["end_ids"],
         pad_token_id=asked["end_ids"][0],
-        suppress_tokens=asked["unused_ids"] or None,
+        suppress_tokens=asked["banned_ids"] or None,
     )
     logits, told = {}, []
     for i, case in enumerate(asked["cases"]):
