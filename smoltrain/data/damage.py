@@ -12,14 +12,14 @@ from typing import Any
 
 from smoltrain import files
 from smoltrain.cores import num_cores
-from smoltrain.data import cached, fingerprints, validation
+from smoltrain.data import cached, fingerprints, naming, validation
 from smoltrain.data.cached import SIDES
 from smoltrain.data.faults import Health
 from smoltrain.data.fingerprints import Listing
 from smoltrain.data.progress import telling
-from smoltrain.data.tokenizer import Tokenizer
+from smoltrain.data.tokenizer import FILE, Tokenizer
 from smoltrain.errors import Problem, UserError
-from smoltrain.schema import Config, MixedSource
+from smoltrain.schema import Config, MixedSource, TokenizerSection
 
 LARGE = 2**30  # bytes, from which on it is said that they are looked at
 ANEW = "anew.partial"  # where damaged tokens are made once more
@@ -92,15 +92,25 @@ def of_tokenizer(folder: Path, index: dict[str, Any]) -> dict[str, str]:
     return {name: why for name, made in records.items() if (why := _wrong(folder, name, made))}
 
 
-def mend_tokenizer(folder: Path, index: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """What stands beside a tokenizer.json that is right, written once more if it is damaged."""
-    if wrong := of_tokenizer(folder, index):
-        names = ", ".join(f"{name} ({why})" for name, why in wrong.items())
-        print(f"data: {folder} is damaged: {names}; it is written anew", flush=True)
-        tokenizer.save(folder)
-        for name, why in of_tokenizer(folder, index).items():
-            want = "what was prepared (delete the folder to prepare anew)"
-            raise UserError(Problem(f"the run's tokenizer is damaged: {name}", why, want, str(folder)))
+def mend_tokenizer(folder: Path, index: dict[str, Any], section: TokenizerSection) -> None:
+    """What stands beside a tokenizer.json that is right, written once more if it is damaged.
+
+    Errors: UserError if the tokenizer's source no longer gives what was there.
+    """
+    wrong = of_tokenizer(folder, index)
+    if not wrong or FILE in wrong:  # for which whoever reads it has words of its own
+        return
+    names = ", ".join(f"{name} ({why})" for name, why in wrong.items())
+    print(f"data: {folder} is damaged: {names}; it is written anew", flush=True)
+    if section.name == "bpe":  # nothing came with it
+        for name in wrong:
+            (folder / name).unlink(missing_ok=True)
+        Tokenizer.from_folder(folder, section.separator, section.pad).save(folder)
+    else:
+        naming.named(section).save(folder)
+    for name, why in of_tokenizer(folder, index).items():
+        want = "what was prepared (delete the folder to prepare anew)"
+        raise UserError(Problem(f"the run's tokenizer is damaged: {name}", why, want, str(folder)))
 
 
 def _replace(part: MixedSource, wrong: dict[str, str], records: dict[str, Any], folder: Path, anew: Any) -> None:

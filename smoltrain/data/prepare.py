@@ -289,8 +289,8 @@ def _tokenizer_of(config: Config, folder: Path, index: dict[str, Any]) -> Tokeni
 
 def _look_at_all(config: Config, index: dict[str, Any], listed: dict[str, Listing]) -> None:
     """Mend what is damaged of tokens and tokenizer. Errors: UserError for what cannot be mended."""
+    damage.mend_tokenizer(config.run_folder / "tokenizer", index, config.tokenizer)
     tokenizer = _tokenizer_of(config, config.run_folder / "tokenizer", index)
-    damage.mend_tokenizer(config.run_folder / "tokenizer", index, tokenizer)
     home = tokens_folder(config, index)
     with _alone(home.parent) if "cache" in index else contextlib.nullcontext():
         damage.mend(config, index, home, listed, tokenizer)
@@ -400,9 +400,10 @@ def _prepare_shared(
         if json.dumps(made["fingerprint"], sort_keys=True) != words:
             want = f"the data whose key is {key} (delete the folder to prepare anew)"
             raise UserError(Problem("the cache holds other data", seen(made["fingerprint"]), want, str(home)))
+        if stood:
+            damage.mend_tokenizer(home / "tokenizer", made, config.tokenizer)
         tokenizer = _tokenizer_of(config, home / "tokenizer", made)
         if stood:
-            damage.mend_tokenizer(home / "tokenizer", made, tokenizer)
             damage.mend(config, made, home / "data", listed, tokenizer)
     check_rows(made, config, rows_per_step)
     # Two tokenizers of equal ids may have other chat templates: the cache holds those of whoever made it.
