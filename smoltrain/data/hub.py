@@ -20,7 +20,14 @@ from huggingface_hub import (
     hf_hub_url,
     try_to_load_from_cache,
 )
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RemoteEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
 
 from smoltrain.data import companions
 from smoltrain.data.sources import file_system, one_line
@@ -34,8 +41,12 @@ OTHER_DATA = "data.path=FOLDER of .parquet or .jsonl.zst files"
 
 
 def is_name(name: str) -> bool:
-    """Whether a name has the form OWNER/NAME."""
-    return re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) is not None
+    """Whether a name has the form OWNER/NAME, as the Hub allows it: a/.. is a folder."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
 
 
 def tokenizer_file(name: str) -> Path:

@@ -8,7 +8,7 @@ from tokenizers import models
 from smoltrain.data import standins
 from smoltrain.data.sources import one_line
 from smoltrain.data.tokenizer import FILE, Tokenizer, byte_level
-from smoltrain.errors import Problem, UserError, nearest
+from smoltrain.errors import Problem, UserError, nearest, seen
 from smoltrain.schema import TokenizerSection
 
 TIKTOKEN = "tiktoken:gpt2"
@@ -33,13 +33,16 @@ def named(section: TokenizerSection) -> Tokenizer:
             return Tokenizer.from_folder(hub.tokenizer_file(name).parent, separator, pad)
         if "/" not in name and not name.startswith("~"):
             want = f"{nearest(name, SHORT_NAMES)}, a folder with {FILE}, or OWNER/NAME on the Hugging Face Hub"
-            raise UserError(Problem("no such tokenizer", repr(name), want, "tokenizer.name"))
+            raise UserError(Problem("no such tokenizer", seen(name), want, "tokenizer.name"))
     return Tokenizer.from_folder(name, separator, pad)
 
 
 def is_folder(name: str) -> bool:
     """Whether a name is that of a local folder with a tokenizer, which comes before any other meaning of it."""
-    return (Path(name).expanduser() / FILE).is_file()
+    try:
+        return name != "" and (Path(name).expanduser() / FILE).is_file()
+    except (OSError, RuntimeError):  # no permission, too long a name, ~nobody: Tokenizer.from_folder says which
+        return False
 
 
 def _from_tiktoken() -> tokenizers.Tokenizer:

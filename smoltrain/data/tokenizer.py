@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from smoltrain.data import companions, inside
 from smoltrain.data import special as special_tokens
 from smoltrain.data.companions import Companions
-from smoltrain.errors import Problem, UserError
+from smoltrain.errors import Problem, UserError, seen
 
 FILE = "tokenizer.json"
 SEAM = re.compile(r"(?<=\w)(?= \w)")  # before a space between two words, where byte-level pre-tokenizers cut anyway
 OTHER_SEAM = re.compile(r"(?<=[^\W_])(?=[\n.,;:!?\u3001\u3002\uff0c\uff01\uff1f\uff1a\uff1b])")  # they cut there too
 SEARCHED = 2**16  # characters in which a seam is looked for
 LONGEST_WORD = 256  # bytes, to train on: of a run of one kind of character the library's time is its square
+LARGEST_BYTES = 2**30  # of a tokenizer.json; those of 256,000 ids have 35 MB
+LONGEST_SHOWN = 200  # characters of a folder's name
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # how a vocabulary with byte fallback spells a byte
 
 
@@ -111,15 +114,11 @@ class Tokenizer:
 
         Errors: UserError if it is missing or unreadable, and those of Tokenizer.
         """
-        file = Path(folder).expanduser() / FILE
-        if not file.is_file():
-            saw = f"no {FILE} in {folder}" if file.parent.is_dir() else f"no folder {folder}"
-            want = f"a folder with {FILE}, or 'bpe' to train one"
-            raise UserError(Problem("the tokenizer is missing", saw, want, "tokenizer.name"))
+        file = _file_in(str(folder))
         try:
             inner = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing more precise
-            reason = " ".join(str(error).split())
+            reason = " ".join(str(error).split())[:200]
             raise UserError(Problem("the tokenizer cannot be read", reason, f"a valid {FILE}", str(file))) from None
         beside = companions.read(file.parent)
         word = separator
@@ -236,6 +235,25 @@ class Tokenizer:
 
 def _special(word: str) -> AddedToken:
     return AddedToken(word, special=True, normalized=False)
+
+
+def _file_in(folder: str) -> Path:
+    """FOLDER/tokenizer.json. Errors: UserError, without opening it, if it is not there or cannot be one."""
+    shown = folder if folder.isprintable() and len(folder) <= LONGEST_SHOWN else seen(folder)
+    what, want = "the tokenizer is missing", f"a folder with {FILE}, or 'bpe' to train one"
+    try:
+        file = Path(folder).expanduser() / FILE
+        about = file.stat()
+        if stat.S_ISREG(about.st_mode) and about.st_size <= LARGEST_BYTES:
+            return file
+        what, saw = "the tokenizer cannot be read", f"{FILE} in {shown} is no file"
+        if stat.S_ISREG(about.st_mode):
+            saw = f"{FILE} in {shown} has {about.st_size:,} bytes"
+    except (FileNotFoundError, NotADirectoryError):
+        saw = f"no {FILE} in {shown}" if file.parent.is_dir() else f"no folder {shown}"
+    except (OSError, ValueError, RuntimeError) as error:  # no permission, too long a name, a NUL in it, ~nobody
+        saw = f"{shown}, {error.strerror if isinstance(error, OSError) else error}"
+    raise UserError(Problem(what, saw, want, "tokenizer.name"))
 
 
 def _cannot_spell(saw: str, want: str) -> UserError:

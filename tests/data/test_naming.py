@@ -1,5 +1,6 @@
 """Each form that tokenizer.name can have."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -79,3 +80,79 @@ def test_tiktoken_that_is_not_installed_or_not_reachable(monkeypatch: pytest.Mon
     assert "or tokenizer=gpt2, which has the same ids; change tokenizer.name" in line
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     assert "tiktoken is not installed: saw 'tiktoken:gpt2', want `pip install tiktoken`, or" in problem("tiktoken:gpt2")
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a/..", "no folder a/.."),
+        ("a/.", "no folder a/."),
+        ("../..", "no tokenizer.json in ../.."),
+        ("/", "no tokenizer.json in /"),
+        ("a/" + "/".join(["b"] * 40), "no folder a/b/b"),
+        (LONG, "no such tokenizer: saw 'xxx"),
+        (f"a/{LONG}", "xxxx..., File name too long, want a folder"),
+        ("/".join([LONG] * 3), "xxxx..., File name too long, want a folder"),
+        ("", "no such tokenizer: saw ''"),
+        (" ", "no such tokenizer: saw ' '"),
+        ("a\0b", "no such tokenizer: saw 'a"),
+        ("a/b\0c", "b\\x00c', embedded null byte, want"),
+        ("a/b\nc", r"no folder 'a/b\nc'"),
+        ("~nobody-of-this-name/x", "want a folder with tokenizer.json"),
+        ("a--b/c..d", "no folder a--b/c..d"),
+    ],
+)
+def test_a_name_that_can_be_nothing(name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "c" / "d").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "c" / "d")
+    monkeypatch.setattr(hub, "tokenizer_file", lambda name: pytest.fail(f"the Hub is asked for {name!r}"))
+    line = problem(name)
+    assert words in line
+    assert len(line) < 500
+
+
+def test_an_empty_name_is_not_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    Tokenizer.train_bpe(["a local one"], 260, SEPARATOR).save(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert "no such tokenizer" in problem("")
+
+
+def test_a_tokenizer_json_that_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file, name = tmp_path / "mine" / "tokenizer.json", f"{tmp_path}/mine"
+    file.mkdir(parents=True)
+    assert f"the tokenizer cannot be read: saw tokenizer.json in {name} is no file" in problem(name)
+    file.rmdir()
+    os.mkfifo(file)  # nobody writes into it: who opens it waits for ever
+    assert "is no file" in problem(name)
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    assert "is no file" in problem(name)
+    file.unlink()
+    file.symlink_to(file)
+    assert f"saw {name}, Too many levels of symbolic links, want" in problem(name)
+    file.unlink()
+    file.touch()
+    os.truncate(file, 2**40)
+    assert "has 1,099,511,627,776 bytes, want" in problem(name)
+    file.unlink()
+
+    def forbidden(path: Path, **_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", forbidden)
+    assert f"saw {name}, Permission denied, want" in problem(name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{}", b"[]", b"null", b"\xff\xfe{\x00}\x00", b"{" * 100_000, b'{"model": {"type": "BPE"}}', b"\0" * 1000],
+    ids=lambda content: repr(content[:12]),
+)
+def test_a_tokenizer_json_that_is_none(content: bytes, tmp_path: Path):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    line = problem(str(tmp_path))
+    assert "the tokenizer cannot be read: saw " in line
+    assert len(line) < 500
