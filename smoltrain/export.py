@@ -16,13 +16,12 @@ from smoltrain.data import companions
 from smoltrain.data.companions import read_object
 from smoltrain.data.tokenizer import FILE
 from smoltrain.errors import Problem, UserError
-from smoltrain.loading import LoadedRun, load_run
+from smoltrain.loading import MARKER, LoadedRun, load_run
 from smoltrain.model import HuggingFaceModel, parameter_count
 from smoltrain.plan import Plan
 from smoltrain.schema import GenerationSection, ModelSection
 from smoltrain.verify import NUM_CASES, NUM_GREEDY, Verdict, verify
 
-MARKER = "smoltrain.json"  # written last, into exports that passed: what they are of, and what their files are
 FORMAT = 1
 MARKED: dict[str, Any] = {  # what must stand in a marker
     "format": int,
@@ -70,11 +69,14 @@ def export(
     try:
         _write(loaded, of, aside)
         verdict = verify(loaded, aside)
-        _mark(aside, of, verdict)
+        _mark(aside, of, verdict, loaded.tokenizer.separator)  # last: the mark of an export that passed
         _publish(aside, final)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     say(_line(final, of, verdict, loaded.dtype))
+    end, separator = loaded.tokenizer.beside.word("eos_token"), loaded.tokenizer.separator
+    if end not in (None, separator):
+        say(f"documents ended with {separator} in training; eos_token stays {end}, as it came")
     return final
 
 
@@ -206,7 +208,7 @@ def _generation(loaded: LoadedRun) -> dict[str, Any]:
     return about | ({"suppress_tokens": banned} if (banned := loaded.banned_ids) else {})
 
 
-def _mark(folder: Path, of: Of, verdict: Verdict) -> None:
+def _mark(folder: Path, of: Of, verdict: Verdict, separator: str) -> None:
     about = {
         "format": FORMAT,
         "smoltrain": __version__,
@@ -214,6 +216,7 @@ def _mark(folder: Path, of: Of, verdict: Verdict) -> None:
         "run_id": of.run_id,
         "step": of.step,
         "last_step": of.last_step,
+        "separator": separator,
         "class": verdict.class_name,
         "num_parameters": verdict.num_parameters,
         "max_difference": verdict.max_difference,  # of a logit, from the run's own, in fp32

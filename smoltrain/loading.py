@@ -19,6 +19,7 @@ from smoltrain.model import LanguageModel
 from smoltrain.schema import Config, GenerationSection, RunSection
 
 RUNS = Path("runs")
+MARKER = "smoltrain.json"  # in exports that passed: what they are of, and what their files are
 CHECKPOINT = re.compile(r"step-([0-9]{8,})")  # the name of a published checkpoint's folder
 
 
@@ -210,8 +211,12 @@ def has_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
 def _end_of_text(folder: Path, inherited: Mapping[str, Any]) -> str | int:
     """The token that ends a text, or its id.
 
-    The tokenizer's files name it, or those of the model: published folders differ in this.
+    The tokenizer's files name it, or those of the model: published folders differ in this. An export says which one
+    was between its documents.
     """
+    marker = companions.read_object(folder / MARKER) if (folder / MARKER).is_file() else {}
+    if isinstance(marker.get("separator"), str):
+        return marker["separator"]
     ids = companions.end_ids(inherited)
     end = companions.read(folder).word("eos_token")
     if end is None and not ids:

@@ -157,6 +157,9 @@ def keep_generation(origin: Origin, config: Config, tokenizer: Tokenizer, say: C
     theirs = loading.is_huggingface(Path(source))
     folder = Path(source) if theirs else loading.locate(source, config.run.folder, "init.from")[0] / "tokenizer"
     about = companions.generation(folder)
+    if (end := tokenizer.id_of(companions.read(folder).word("eos_token"))) is not None:
+        ends = list(dict.fromkeys([*companions.end_ids(about), end]))
+        about["eos_token_id"] = ends if len(ends) > 1 else end
     if about and theirs and not loading.has_tokenizer(folder, tokenizer):
         say(f"{companions.GENERATION} of {source} is left out: its token ids are those of another tokenizer")
     elif about:

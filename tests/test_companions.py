@@ -85,6 +85,23 @@ def test_a_continued_chat_model_keeps_what_came_with_it(tmp_path: Path, template
     assert "somebody" not in everything, "no path of the machine before"
 
 
+def test_the_end_of_a_turn_stays_the_eos_token_that_a_template_spells(tmp_path: Path, believed: None):
+    """As in SmolLM2-Instruct: eos_token ends a turn, the separator a document, and no other file names either."""
+    template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    ids = folders.chat(tmp_path / "chat", eos_token="<|turn|>", chat_template=template)
+    (tmp_path / "chat" / "generation_config.json").unlink()
+    told: list[str] = []
+    first = export.export(str(continued(tmp_path, tmp_path / "chat")), tmp_path / "first", say=told.append)
+    again = export.export(str(first), tmp_path / "again", say=told.append)
+    line = "documents ended with <|endoftext|> in training; eos_token stays <|turn|>, as it came"
+    assert told[1::2] == [line, line]
+    assert facts(first)["talk"] == facts(again)["talk"] == "Who is king?<|turn|>Nobody.<|turn|>"
+    for folder in (first, again):
+        loaded = load_run(str(folder))
+        assert (loaded.tokenizer.separator, loaded.end_ids) == (folders.SEPARATOR, [0, ids["<|turn|>"]])
+    assert (first / "generation_config.json").read_bytes() == (again / "generation_config.json").read_bytes()
+
+
 def test_text_has_the_ids_it_was_trained_with(tmp_path: Path, believed: None):
     folders.chat(tmp_path / "chat")
     trained = export.export(str(continued(tmp_path, tmp_path / "chat")), tmp_path / "out", say=lambda line: None)

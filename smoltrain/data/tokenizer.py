@@ -223,7 +223,8 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         about = {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": self.separator,
+            # Theirs, if it has one: a chat template may spell it.
+            "eos_token": self.beside.about.get("eos_token") or self.separator,
             "clean_up_tokenization_spaces": False,  # true would delete spaces before punctuation when decoding
             "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
         }
