@@ -7,15 +7,50 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+# Beyond any model: what is larger is a slip, and would take all memory or time before it is refused.
+MOST = 2**31 - 1
+MOST_LAYERS = 1_000
+MOST_ROWS = 2**20  # of a micro-batch, and micro-batches of a step
+LARGEST_SEED = 2**63 - 1  # torch takes up to 2^64 - 1, and the ranks add to it
+LONGEST_NAME, LONGEST_PATH = 200, 4000  # bytes; file systems take 255 in a name and 4,096 in all
+# Fields whose text becomes a path, and those that may be a URL, in which a name may be long.
+PATHS = ("source", "name", "package", "hub", "pattern", "cache", "folder", "ds_config")
+PATHS_OR_URLS = ("path", "validation_path")
 
 
 class Section(BaseModel):
-    """Frozen; a key that is not a field is an error, and so is a number that is not finite."""
+    """Frozen; a key that is not a field is an error, and so is a number that is not finite or beyond any run.
+
+    Errors: ValidationError also for a path that no file system takes.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), serialize_by_alias=True
     )
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _within_bounds(cls, value: object, info: ValidationInfo) -> object:
+        if type(value) is int and abs(value) > MOST and info.field_name != "seed":
+            raise ValueError(f"at most {MOST:,}")
+        named = info.field_name in PATHS
+        text = str(value) if named or info.field_name in PATHS_OR_URLS else ""
+        if "\0" in text:
+            raise ValueError("a name without NUL")
+        if named and (len(text.encode()) > LONGEST_PATH or max(map(len, text.encode().split(b"/"))) > LONGEST_NAME):
+            raise ValueError(f"at most {LONGEST_NAME} bytes in a name, {LONGEST_PATH} in a path")
+        return value
 
 
 class RunSection(Section):
@@ -25,7 +60,7 @@ class RunSection(Section):
         default="", pattern=r"^(\w[\w.-]*)?$", description="folder under run.folder; empty takes the recipe's name"
     )
     folder: Path = Field(default=Path("runs"), description="parent folder of all runs")
-    seed: int = Field(default=1234, ge=0, description="seeds initial weights, dropout and data order")
+    seed: int = Field(default=1234, ge=0, le=LARGEST_SEED, description="seeds initial weights, dropout and data order")
     stop_after: str | None = Field(
         default=None, description="name of the phase after which this process ends; null runs all"
     )
@@ -48,13 +83,15 @@ class ModelSection(Section):
     """The decoder's shape; names are those of transformers' LlamaConfig wherever it has one."""
 
     kind: Literal["decoder"] = Field(default="decoder", description="smoltrain's own decoder")
-    vocab_size: int = Field(gt=0, description="rows of the embedding table")
-    hidden_size: int = Field(gt=0, description="width of the residual stream")
-    num_hidden_layers: int = Field(gt=0, description="blocks")
-    num_attention_heads: int = Field(gt=0, description="query heads per block")
-    num_key_value_heads: int = Field(gt=0, description="key and value heads per block (fewer than queries: GQA)")
-    intermediate_size: int = Field(gt=0, description="width inside the MLP")
-    max_position_embeddings: int = Field(gt=0, description="longest sequence, tokens")
+    vocab_size: int = Field(gt=0, le=MOST, description="rows of the embedding table")
+    hidden_size: int = Field(gt=0, le=2**20, description="width of the residual stream")
+    num_hidden_layers: int = Field(gt=0, le=MOST_LAYERS, description="blocks")
+    num_attention_heads: int = Field(gt=0, le=2**20, description="query heads per block")
+    num_key_value_heads: int = Field(
+        gt=0, le=2**20, description="key and value heads per block (fewer than queries: GQA)"
+    )
+    intermediate_size: int = Field(gt=0, le=2**24, description="width inside the MLP")
+    max_position_embeddings: int = Field(gt=0, le=MOST, description="longest sequence, tokens")
     norm: Literal["rmsnorm", "layernorm"] = Field(default="rmsnorm", description="layernorm has weight and bias")
     rms_norm_eps: float = Field(default=1e-5, gt=0, description="added to the variance, in either norm")
     positions: Literal["rope", "learned"] = Field(default="rope", description="rotary, or a table of learned positions")
@@ -73,14 +110,24 @@ class TransformersSection(Section):
 
     kind: Literal["transformers"]
     model_type: str = Field(description="as in AutoConfig: llama, gpt2, gpt_neox, ...")
-    vocab_size: int = Field(gt=0, description="rows of the embedding table")
-    max_position_embeddings: int = Field(gt=0, description="longest sequence, tokens")
+    vocab_size: int = Field(gt=0, le=MOST, description="rows of the embedding table")
+    max_position_embeddings: int = Field(gt=0, le=MOST, description="longest sequence, tokens")
     config: dict[str, Any] = Field(default={}, description="the other keys of that model's config class")
 
     @field_validator("config", mode="before")
     @classmethod
     def _typed(cls, config: object) -> object:
         return {key: _plain(value) for key, value in config.items()} if isinstance(config, dict) else config
+
+    @field_validator("config", mode="after")
+    @classmethod
+    def _plausible(cls, config: dict[str, Any]) -> dict[str, Any]:
+        for key, value in config.items():
+            most = MOST_LAYERS if "layer" in key else MOST
+            if type(value) is int and abs(value) > most:
+                raise ValueError(f"at most {most:,} for {key}")
+        json.dumps(config, allow_nan=False)  # ValueError for what is not finite
+        return config
 
 
 def _plain(value: object) -> object:
@@ -89,7 +136,7 @@ def _plain(value: object) -> object:
         return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else [_plain(v) for v in value]
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -171,12 +218,17 @@ class DataSection(SourceSection):
     )
     shuffle_rows: int = Field(default=256, gt=0, description="rows of a stream that are shuffled with each other")
     validation_share: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents held out, by hash")
-    max_document_mib: float = Field(default=50, gt=0, description="a longer record is a bad one; whole files may be")
+    max_document_mib: float = Field(
+        default=50, gt=0, le=MOST, description="a longer record is a bad one; whole files may be"
+    )
     max_bad_records: int = Field(
         default=100, ge=0, description="records of a stream (cached: of a source) that may be bad and are skipped"
     )
     patience_s: float = Field(
-        default=3600, ge=0, description="seconds to try a server again that fails or is silent, before the run stops"
+        default=3600,
+        ge=0,
+        le=MOST,
+        description="seconds to try a server again that fails or is silent, before the run stops",
     )
     allow_changed: bool = Field(default=False, description="go on although the data are not those of the first start")
 
@@ -201,15 +253,15 @@ class BatchSection(Section):
     """Rows of one optimizer step: micro_batch x accumulation x world, or rows_per_step outright."""
 
     sequence_length: int = Field(gt=1, description="targets per row, tokens")
-    micro_batch: Literal["auto"] | Annotated[int, Field(gt=0)] = Field(
+    micro_batch: Literal["auto"] | Annotated[int, Field(gt=0, le=MOST_ROWS)] = Field(
         description="rows of one forward and backward on one rank; auto, with rows_per_step: as many as keep the "
         "device busy and are estimated to fit it"
     )
     accumulation: int | None = Field(
-        default=None, gt=0, description="micro-batches per step and rank at the first start"
+        default=None, gt=0, le=MOST_ROWS, description="micro-batches per step and rank at the first start"
     )
     rows_per_step: int | None = Field(
-        default=None, gt=0, description="rows per step over all ranks; instead of accumulation"
+        default=None, gt=0, le=2**30, description="rows per step over all ranks; instead of accumulation"
     )
 
     @property
@@ -250,7 +302,7 @@ class EngineSection(Section):
         default="auto", description="torch.compile; auto: where a compiler is installed and the run is long enough"
     )
     hang_s: float = Field(
-        default=900.0, ge=0, description="seconds without a sign of life after which all ranks leave; 0 never"
+        default=900.0, ge=0, le=MOST, description="seconds without a sign of life after which all ranks leave; 0 never"
     )
 
 
@@ -356,7 +408,9 @@ class TrackSection(Section):
     wandb_model: Literal["none", "phase", "checkpoint"] = Field(
         default="none", description="model artifact in W&B: never, at the end of each phase, or with each checkpoint"
     )
-    wandb_timeout_s: float = Field(default=15.0, gt=0, description="seconds to wait for the W&B server before offline")
+    wandb_timeout_s: float = Field(
+        default=15.0, gt=0, le=MOST, description="seconds to wait for the W&B server before offline"
+    )
 
 
 AnyModelSection = Annotated[
