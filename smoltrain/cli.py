@@ -389,8 +389,9 @@ def _plan_table(plan: "Plan") -> "Table":
 
     heads = ("phase", "steps", "schedule", "warm\nup", "lr at\nfirst", "\npeak", "\nlast", "weight\ndecay", "moments")
     table = Table(*heads, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    shown = plan.sampled()
     for phase in plan.phases:
-        rates = [plan.lr(step) for step in range(phase.first, phase.last + 1)]
+        rates = [plan.lr(step) for step in shown if phase.first <= step <= phase.last]
         lrs = [f"{rate:.3g}" for rate in (rates[0], max(rates), rates[-1])]
         spec, steps, decay = phase.spec, f"{phase.first}..{phase.last}", f"{phase.spec.weight_decay:g}"
         table.add_row(phase.name, steps, spec.schedule, str(spec.warmup_steps), *lrs, decay, spec.optimizer_state)

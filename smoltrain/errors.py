@@ -10,6 +10,8 @@ from smoltrain import redact
 # Exit codes of every entry point (README, "Resume").
 DONE, FAULT, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
+LONGEST = 1000  # characters of a value, or of a list of them, in a message
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -21,7 +23,14 @@ class Problem:
     change: str
 
     def __str__(self) -> str:
-        return redact.text(f"{self.what}: saw {self.saw}, want {self.want}; change {self.change}")
+        """On one line whatever the values are, without the secrets of URLs and without what a terminal would obey."""
+        what, saw, want, change = map(_on_one_line, map(redact.text, (self.what, self.saw, self.want, self.change)))
+        return f"{what}: saw {saw}, want {want}; change {change}"
+
+
+def _on_one_line(text: str) -> str:
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: LONGEST + 1])
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}..."
 
 
 class UserError(Exception):
@@ -74,6 +83,10 @@ def invalid(key: str, error: Any, change: str) -> Problem:
             want = "true or false"
         case "string_type" | "path_type":
             want = "text"
+        case "value_error":
+            want = want.removeprefix("Value error, ")
+        case "string_unicode":
+            want = "text in UTF-8"
         case "string_pattern_mismatch":
             want = "a plain name, as in main-2"
         case "tuple_type":

@@ -68,13 +68,8 @@ def inside(folder: Path, name: str, change: str) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Replace a whole file so that a reader, or a crash, sees either the old or the new one."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """The same of bytes."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
+    temporary.write_text(text, encoding="utf-8")
     commit(temporary, path)
 
 

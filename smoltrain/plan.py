@@ -38,6 +38,16 @@ class Plan:
                 return phase
         raise ValueError(f"step {step} is outside the plan's 1..{self.last_step}")
 
+    def sampled(self, most: int = 4000) -> list[int]:
+        """Steps to show, in order: all of a phase, or about `most`, with its ends and those of warm-up and decay."""
+        steps: set[int] = set()
+        for phase in self.phases:
+            inside = range(phase.first, phase.last + 1)
+            warm, decay = phase.first + phase.spec.warmup_steps, phase.last - phase.spec.decay_steps
+            steps.update(inside[:: max(1, len(inside) // most)], (phase.first, phase.last))
+            steps.update(step for step in (warm - 1, warm, decay, decay + 1) if step in inside)
+        return sorted(steps)
+
     def named(self, name: str) -> Phase:
         """The phase of that name."""
         return next(p for p in self.phases if p.name == name)

@@ -27,7 +27,7 @@ def plan_png(plan: Plan, path: Path) -> None:
 
     figure = Figure(figsize=(9, 4.8), dpi=140, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    steps = range(1, plan.last_step + 1)
+    steps = plan.sampled()
     edges = [step - 0.5 for step in (*steps, plan.last_step + 1)]
     for axes, values, color, label in (
         (upper, [plan.lr(step) for step in steps], BLUE, "learning rate"),

@@ -3,6 +3,7 @@
 import datetime
 import errno
 import hashlib
+import math
 import secrets
 import subprocess
 from dataclasses import dataclass
@@ -167,7 +168,9 @@ def accumulation(config: Config, rows_per_step: int, world_size: int) -> int:
     """
     micro = config.batch.rows_at_once
     if rows_per_step % (micro * world_size):
-        fits = [n for n in range(1, rows_per_step // micro + 1) if rows_per_step % (micro * n) == 0]
+        whole = rows_per_step // micro if rows_per_step % micro == 0 else 0
+        small = [n for n in range(1, math.isqrt(whole) + 1) if whole % n == 0]
+        fits = sorted({*small, *(whole // n for n in small)})
         want = f"one of {', '.join(map(str, fits))} ranks" if fits else f"a micro-batch that divides {rows_per_step}"
         saw = f"{world_size} ranks x micro_batch {micro}"
         what = f"{rows_per_step} rows per step do not divide evenly"

@@ -8,19 +8,51 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 # Beyond any model: what is larger is a slip, and would take all memory or time before it is refused.
 MOST = 2**31 - 1
 MOST_LAYERS = 1_000
+MOST_ROWS = 2**20  # of a micro-batch, and micro-batches of a step
+LARGEST_SEED = 2**63 - 1  # torch takes up to 2^64 - 1, and the ranks add to it
+LONGEST_NAME, LONGEST_PATH = 200, 4000  # bytes; file systems take 255 in a name and 4,096 in all
+# Fields whose text becomes a path, and those that may be a URL, in which a name may be long.
+PATHS = ("source", "name", "package", "hub", "pattern", "cache", "folder", "ds_config")
+PATHS_OR_URLS = ("path", "validation_path")
 
 
 class Section(BaseModel):
-    """Frozen; a key that is not a field is an error, and so is a number that is not finite."""
+    """Frozen; a key that is not a field is an error, and so is a number that is not finite or beyond any run.
+
+    Errors: ValidationError also for a path that no file system takes.
+    """
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), serialize_by_alias=True
     )
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _within_bounds(cls, value: object, info: ValidationInfo) -> object:
+        if type(value) is int and abs(value) > MOST and info.field_name != "seed":
+            raise ValueError(f"at most {MOST:,}")
+        named = info.field_name in PATHS
+        text = str(value) if named or info.field_name in PATHS_OR_URLS else ""
+        if "\0" in text:
+            raise ValueError("a name without NUL")
+        if named and (len(text.encode()) > LONGEST_PATH or max(map(len, text.encode().split(b"/"))) > LONGEST_NAME):
+            raise ValueError(f"at most {LONGEST_NAME} bytes in a name, {LONGEST_PATH} in a path")
+        return value
 
 
 # A shell leaves the ~ of `run.folder=~/runs` as it is. Path.expanduser would raise for a user who is not there.
@@ -36,7 +68,7 @@ class RunSection(Section):
     )
     recipe: str = Field(default="", description="name of the recipe, for the model card; empty takes that of its file")
     folder: HomePath = Field(default=Path("runs"), description="parent folder of all runs")
-    seed: int = Field(default=1234, ge=0, description="seeds initial weights, dropout and data order")
+    seed: int = Field(default=1234, ge=0, le=LARGEST_SEED, description="seeds initial weights, dropout and data order")
     stop_after: str | None = Field(
         default=None, description="name of the phase after which this process ends; null runs all"
     )
@@ -95,6 +127,16 @@ class TransformersSection(Section):
     def _typed(cls, config: object) -> object:
         return {key: _plain(value) for key, value in config.items()} if isinstance(config, dict) else config
 
+    @field_validator("config", mode="after")
+    @classmethod
+    def _plausible(cls, config: dict[str, Any]) -> dict[str, Any]:
+        for key, value in config.items():
+            most = MOST_LAYERS if "layer" in key else MOST
+            if type(value) is int and abs(value) > most:
+                raise ValueError(f"at most {most:,} for {key}")
+        json.dumps(config, allow_nan=False)  # ValueError for what is not finite
+        return config
+
 
 def _plain(value: object) -> object:
     """A value of a recipe, where all plain values are text, as the JSON value that the text spells, else as text."""
@@ -102,7 +144,7 @@ def _plain(value: object) -> object:
         return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else [_plain(v) for v in value]
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
 
 
@@ -184,7 +226,9 @@ class DataSection(SourceSection):
     )
     shuffle_rows: int = Field(default=256, gt=0, description="rows of a stream that are shuffled with each other")
     validation_share: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents held out, by hash")
-    max_document_mib: float = Field(default=50, gt=0, description="a longer record is a bad one; whole files may be")
+    max_document_mib: float = Field(
+        default=50, gt=0, le=MOST, description="a longer record is a bad one; whole files may be"
+    )
     max_bad_share: float = Field(
         default=0.01,
         ge=0,
@@ -196,7 +240,10 @@ class DataSection(SourceSection):
         default=None, ge=0, description="how many may be bad, instead of a share; null: max_bad_share says it"
     )
     patience_s: float = Field(
-        default=3600, ge=0, description="seconds to try a server again that fails or is silent, before the run stops"
+        default=3600,
+        ge=0,
+        le=MOST,
+        description="seconds to try a server again that fails or is silent, before the run stops",
     )
     allow_changed: bool = Field(default=False, description="go on although the data are not those of the first start")
 
@@ -221,15 +268,15 @@ class BatchSection(Section):
     """Rows of one optimizer step: micro_batch x accumulation x world, or rows_per_step outright."""
 
     sequence_length: int = Field(gt=1, description="targets per row, tokens")
-    micro_batch: Literal["auto"] | Annotated[int, Field(gt=0)] = Field(
+    micro_batch: Literal["auto"] | Annotated[int, Field(gt=0, le=MOST_ROWS)] = Field(
         description="rows of one forward and backward on one rank; auto, with rows_per_step: as many as keep the "
         "device busy and are estimated to fit it"
     )
     accumulation: int | None = Field(
-        default=None, gt=0, description="micro-batches per step and rank at the first start"
+        default=None, gt=0, le=MOST_ROWS, description="micro-batches per step and rank at the first start"
     )
     rows_per_step: int | None = Field(
-        default=None, gt=0, description="rows per step over all ranks; instead of accumulation"
+        default=None, gt=0, le=2**30, description="rows per step over all ranks; instead of accumulation"
     )
 
     @property
@@ -270,7 +317,7 @@ class EngineSection(Section):
         default="auto", description="torch.compile; auto: where a compiler is installed and the run is long enough"
     )
     hang_s: float = Field(
-        default=900.0, ge=0, description="seconds without a sign of life after which all ranks leave; 0 never"
+        default=900.0, ge=0, le=MOST, description="seconds without a sign of life after which all ranks leave; 0 never"
     )
 
 
@@ -386,7 +433,10 @@ class TrackSection(Section):
         description="model artifact in W&B: never, at the end of the plan, of each phase, or with each checkpoint",
     )
     wandb_timeout_s: float = Field(
-        default=15.0, gt=0, description="seconds that training waits for an answer of W&B before it goes on without"
+        default=15.0,
+        gt=0,
+        le=MOST,
+        description="seconds that training waits for an answer of W&B before it goes on without",
     )
 
 

@@ -211,7 +211,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
         raise UserError(Problem("the journal of spikes is damaged", files.damage(path, damaged), want, change))
     whole = b"".join(line.raw for line in lines)
     if path.exists() and path.stat().st_size > len(whole):
-        files.write_bytes(path, whole)
+        files.write_text(path, whole.decode())
     return [line.value for line in lines]
 
 

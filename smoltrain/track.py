@@ -223,7 +223,7 @@ def _reopen(path: Path, step: int, say: Callable[[str], None], undone: Path | No
         say(f"WARNING: {files.damage(path, damaged)}; set aside in {aside}")
     if path.exists():
         kept = [line for line in lines if not line.fault and line.value["step"] <= step]
-        files.write_bytes(path, b"".join(line.raw for line in kept))
+        files.write_text(path, b"".join(line.raw for line in kept).decode())
     return path.open("a", encoding="utf-8")
 
 

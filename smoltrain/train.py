@@ -83,6 +83,7 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
 
     # ---- what is on disk: where to begin, the run's identity, data
     notes: list[str] = []
+    world.on_first(lambda: notes.extend(checkpoint.sweep(config.run_folder / "checkpoints")))
     begin = world.on_first(lambda: origin.find(config, notes.append))
     done, manifest, held_to = begin.step, begin.manifest, (begin.ancestor, begin.manifest)
     rows_per_step = world.on_first(lambda: runfolder.check(config, world.size, done, *held_to))["rows_per_step"]
@@ -127,7 +128,6 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
 
         # ---- nothing refuses any more: what the run writes down
         watch.mark("records")
-        world.on_first(lambda: notes.extend(checkpoint.sweep(config.run_folder / "checkpoints")))
         folder = world.on_first(lambda: runfolder.enter(asked, world.size, done, *held_to))
         if begin.manifest is None:
             world.on_first(lambda: origin.keep_generation(begin, config, loader.prepared.tokenizer, notes.append))

@@ -26,7 +26,7 @@ def read(path: Path, *, typed: bool = False) -> dict[str, Any]:
         if size > LONGEST:
             want = f"at most {LONGEST:,} bytes of YAML"
             raise UserError(Problem("the file is too large to be a recipe", f"{size:,} bytes", want, str(path)))
-        tree = yaml.load(path.read_bytes(), yaml.SafeLoader if typed else _PlainText)  # both are safe
+        tree = yaml.load(path.read_bytes(), _Shallow if typed else _PlainText)  # SafeLoaders
         _check_size(tree)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
@@ -108,7 +108,22 @@ def _check_size(tree: Any) -> None:
     raise ValueError(f"its values lie more than {DEEPEST} deep")
 
 
-class _PlainText(yaml.SafeLoader):
+class _Shallow(yaml.SafeLoader):
+    """A SafeLoader that ends where values lie too deep, before it has taken them in."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, f"values lie more than {DEEPEST} deep", mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+class _PlainText(_Shallow):
     """YAML whose plain values stay text, null apart: the type of each field reads them.
 
     YAML 1.1 would read `off` as false, 2024-01-01 as a date and 3e-4 as text. A key that stands twice is an error.
