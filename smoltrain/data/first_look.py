@@ -12,6 +12,7 @@ from smoltrain.errors import Problem, UserError
 from smoltrain.schema import DataSection, MixedSource
 
 HEAD_BYTES = 2**20  # of a whole file, in which its separator is looked for
+NUM_HEADS = 20  # files that are looked into
 SPLITS = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
@@ -57,12 +58,15 @@ def splits_of(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def separated(part: MixedSource, shards: Iterable[Shard]) -> list[str]:
-    """The names of files that are to be one document each, and hold the text that parts documents elsewhere."""
+    """The names of files that are to be one document each, and hold the text that parts documents elsewhere.
+
+    Only the first files are looked into.
+    """
     if part.documents != "file":
         return []
     whole = [shard for shard in shards if shard.is_local and suffix_of(shard.name) not in RECORDS]
     separator = part.document_separator.encode()
-    return [shard.name for shard in whole if separator in _text(shard)]
+    return [shard.name for shard in whole[:NUM_HEADS] if separator in _text(shard)]
 
 
 def check_streams(listed: dict[str, Listing], data: DataSection, num_streams: int) -> None:

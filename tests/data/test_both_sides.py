@@ -158,6 +158,29 @@ def test_all_that_is_left_is_held_out(root: Path):
     assert "all of them held out" in line
 
 
+@pytest.mark.parametrize("single", [False, True])
+def test_documents_are_found_again_among_left_out_ones(root: Path, single: bool):
+    """The numbers of training documents do not count what was left out, nor a file that was."""
+    texts = ["".join(f"line {i}\n" for i in range(400))] if single else [text(i) for i in range(20)]
+    write_texts(root / "web", texts)
+    write_texts(root / "web", texts, "copy-" if not single else "x-")
+    write_texts(root / "web", [text(50)], "00-held-")
+    settings_ = config(root, "web", web_more={"validation_path": str(root / "web" / "00-held-*")} if single else {})
+    data.prepare(settings_)
+    loader = data.open(settings_, 0, 1, rows_per_step=4, accumulation=2)
+    found = set()
+    for _ in range(12):
+        taken = loader.take()
+        for row in loader.located(loader.named()):
+            for passage in row.passages:
+                assert passage.number is not None
+                one = (root / "web" / passage.address).read_text()
+                assert content_hash(one) == int(loader.prepared.train[0].hashes[passage.number])
+                found.add(passage.address)
+        loader.consumed(loader.totals(taken.counts))
+    assert len(found) > (1 if single else 10)
+
+
 # ---- streams
 
 
