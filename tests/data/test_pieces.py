@@ -1,6 +1,7 @@
 """Long texts are cut, in training and in encoding: neither time nor memory runs away, and nothing else changes."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from smoltrain.data import naming, packing, special, standins
+from smoltrain.data import bpe, naming, packing, special, spelling, standins
 from smoltrain.data import tokenizer as module
 from smoltrain.data.tokenizer import LONGEST_WORD, Tokenizer, byte_level, pieces
 from smoltrain.schema import TokenizerSection
@@ -130,3 +131,11 @@ def test_ordinary_texts_train_the_tokenizer_that_they_always_did():
     )
     inner.train_from_iterator(texts, plain)
     assert Tokenizer.train_bpe(texts, 400, SEPARATOR).fingerprint() == Tokenizer(inner, SEPARATOR).fingerprint()
+
+
+def test_the_limits_are_those_of_the_page_about_data():
+    page = " ".join((Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8").split())
+    assert f"if there is neither in {module.SEARCHED:,} characters" in page
+    assert f"a word is cut at {LONGEST_WORD} bytes" in page
+    assert f"once its different words come to {bpe.DIFFERENT_BYTES // 2**20} MiB" in page
+    assert f"from {spelling.WORTH_A_WARNING * 100:g} % on there is a warning" in page
