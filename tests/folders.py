@@ -117,7 +117,7 @@ def chat(folder: Path, *, template_file: bool = False, **about: Any) -> dict[str
     inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     words = ("<|user|>", "<|turn|>", "<|begin|>", "<|tool|>")
     inner.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in words])
-    ids = {word: inner.token_to_id(word) for word in (SEPARATOR, *words)}
+    ids = {word: int(inner.token_to_id(word) or 0) for word in (SEPARATOR, *words)}
     begin = ("<|begin|>", ids["<|begin|>"])
     inner.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[begin])
     inner.save(str(folder / "tokenizer.json"))

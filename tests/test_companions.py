@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -136,8 +136,8 @@ def test_text_ends_at_either_end_here_and_in_transformers(tmp_path: Path, word: 
     ids = folders.chat(tmp_path / "chat")
     made = continued(tmp_path, tmp_path / "chat", "model.tie_word_embeddings=false")
     out = export.export(str(made), tmp_path / "out", say=lambda line: None)
-    ours, theirs = load_run(str(made)), AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
-    for head in (ours.model.lm_head, theirs.lm_head):
+    ours, theirs = load_run(str(made)), cast(Any, AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32))
+    for head in (cast(Any, ours.model).lm_head, theirs.lm_head):
         with torch.no_grad():
             head.weight.zero_()
             head.weight[ids[word]] = 1e-3 * torch.ones(32)

@@ -104,5 +104,8 @@ def test_the_lowest_version_reads_a_chat_model(python: Path, tmp_path: Path, bel
     assert encoded == dict(now("a king"))
 
 
-def test_the_code_that_travels_names_the_same_version():
+def test_all_that_name_the_version_name_the_same():
     assert f"transformers ({card.TRANSFORMERS} or newer)" in huggingface.CODE.read_text()
+    root = Path(__file__).parent.parent
+    for page in ("README.md", "docs/export.md"):
+        assert f"transformers {card.TRANSFORMERS} or newer" in " ".join((root / page).read_text().split())

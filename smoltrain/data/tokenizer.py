@@ -121,14 +121,16 @@ class Tokenizer:
             reason = " ".join(str(error).split())[:200]
             raise UserError(Problem("the tokenizer cannot be read", reason, f"a valid {FILE}", str(file))) from None
         beside = companions.read(file.parent)
-        word = separator
         if isinstance(separator, int):  # the library takes no number of more than 32 bits
-            word = inner.id_to_token(separator) if separator < _num_ids(inner) else None
-        if word is None:
-            raise UserError(Problem("the end of a text has no token", f"id {separator}", "an id it has", str(file)))
-        end = word if isinstance(separator, int) else beside.word("eos_token")
+            end = inner.id_to_token(separator) if separator < _num_ids(inner) else None
+            if end is None:
+                saw = f"id {separator}"
+                raise UserError(Problem("the end of a text has no token", saw, "an id of the tokenizer", str(file)))
+            separator = end
+        else:
+            end = beside.word("eos_token")
         _make_special(inner, beside.special, end)
-        return cls(inner, word, pad, beside)
+        return cls(inner, separator, pad, beside)
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int, separator: str, pad: str | None = None) -> "Tokenizer":

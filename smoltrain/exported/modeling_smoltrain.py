@@ -187,7 +187,7 @@ class SmoltrainModel(SmoltrainPreTrainedModel):
         """The table of tokens."""
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Another table."""
         self.embed_tokens = value
 

@@ -93,6 +93,7 @@ def test_a_pad_token_gets_the_next_id_and_is_special_for_all_that_load_it(tmp_pa
     padded = copy(pad="<|pad|>")
     assert (padded.pad_id, padded.num_ids) == (TRAINED.num_ids, TRAINED.num_ids + 1)
     assert padded.special_ids == {0, padded.pad_id}
+    assert padded.pad_id is not None
     assert padded.unused_ids(padded.num_ids + 2) == [padded.num_ids, padded.num_ids + 1], "special tokens are tokens"
     assert padded.pad_id not in padded.encode("a<|pad|>b")
     assert padded.decode([padded.pad_id, *padded.encode("the cat<|pad|>")]) == "the cat<|pad|>"
