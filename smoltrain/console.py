@@ -9,6 +9,7 @@ import os
 import select
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
 NAMES = ("stdin", "stdout", "stderr")  # by file descriptor
 LOST = "SMOLTRAIN_CONSOLE_LOST"  # environment variable, by which child processes know what they cannot find out
@@ -43,9 +44,9 @@ def news() -> Iterator[str]:
         yield _news.pop(0)
 
 
-def _guarded(number: int, before: io.TextIOBase | None) -> io.TextIOWrapper:
+def _guarded(number: int, before: TextIO | None) -> io.TextIOWrapper:
     """A stream to this file descriptor; what its encoding has no letters for is spelled as Python spells it: \\xf6."""
-    buffer = io.BufferedWriter(_Stream(number, "w", closefd=False))
+    buffer = io.BufferedWriter(_Stream(number, "w", closefd=False))  # pyright: ignore[reportArgumentType]
     encoding = (before and before.encoding) or "utf-8"
     return io.TextIOWrapper(buffer, encoding, errors="backslashreplace", line_buffering=True)
 

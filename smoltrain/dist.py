@@ -97,15 +97,17 @@ class World:
         """Wait until every rank is here."""
         self.sum_ints(0)
 
-    def on_first(self, work: Callable[[], T]) -> T:
+    def on_first(self, work: Callable[[], T], *, patient: bool = False) -> T:
         """Run `work` on rank 0 alone and give every rank its result, or raise its error on every rank.
 
-        However long it takes: the others ask now and then, instead of waiting in a collective that would time out.
+        For work that may take hours the others are `patient`: they ask now and then, instead of waiting in a collective.
         """
         outcome: list[Any] = [None]
         done = f"work/{next(self._works)}"
-        if self.store and not self.is_first:
-            _look_for(lambda: self.store.check([done]))
+        lost = contextlib.suppress(RuntimeError)  # torchrun's store, which torchrun's death has taken along
+        if patient and not self.is_first:
+            with lost:
+                _look_for(lambda: self.store.check([done]))
         if self.is_first:
             try:
                 outcome = [work()]
@@ -113,8 +115,9 @@ class World:
                 outcome = [error]
             except OSError as error:
                 outcome = [TrainingStopped(f"rank 0: {error}")]
-            if self.store:
-                self.store.set(done, "")
+            if patient:
+                with lost:
+                    self.store.set(done, "")
         torch_dist.broadcast_object_list(outcome, src=0, group=self.group)
         if isinstance(outcome[0], Exception):
             raise outcome[0]
@@ -179,11 +182,13 @@ def open(device: Literal["auto", "cuda", "cpu", "mps"] = "auto") -> World:
 def _meet(here: Place) -> tuple[Any, int]:
     """(the store in which all ranks have met, its port). Errors: UserError if the port is taken or nobody comes."""
     if here.kept_by_launcher:
-        store, *_ = next(torch_dist.rendezvous("env://", here.rank, here.size, timeout=COLLECTIVE_TIMEOUT))
+        env = torch_dist.rendezvous  # pyright: ignore[reportPrivateImportUsage]
+        store, *_ = next(env("env://", here.rank, here.size, timeout=COLLECTIVE_TIMEOUT))
         return store, here.port or 0
     if here.size == 1 and here.port is None:
-        return torch_dist.HashStore(), free_port()
-    make = functools.partial(torch_dist.TCPStore, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False)
+        return torch_dist.HashStore(), free_port()  # pyright: ignore[reportPrivateImportUsage]
+    tcp_store = torch_dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    make = functools.partial(tcp_store, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False)
     if here.rank == 0:
         listener = rendezvous.listen(here) if here.listener is None else socket.socket(fileno=here.listener)
         address, port = listener.getsockname()[:2]

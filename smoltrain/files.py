@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import stat
 import sys
 import zlib
@@ -78,14 +77,6 @@ def commit(written: Path, final: Path) -> None:
     sync(written)
     written.replace(final)
     sync(final.parent)
-
-
-def remove(path: Path) -> None:
-    """Delete a file, a link (not what it leads to), or a folder with all that is in it. Errors: OSError."""
-    if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
-    else:
-        shutil.rmtree(path)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -54,7 +54,7 @@ def run(config: Config) -> int:
     ds_config.remember(config.engine.ds_config, ds_config.text(config.engine.ds_config))  # for all lives
     world = dist.open(config.engine.device)
     claims = []  # of the run folder, until this process ends
-    world.on_first(lambda: claims.append(runfolder.claim(config)))
+    world.on_first(lambda: claims.append(runfolder.claim(config)), patient=True)
     while True:
         try:
             code = life(config, world, stop)
@@ -84,10 +84,10 @@ def life(config: Config, world: World, stop: StopFlag) -> int:
     # ---- what is on disk: where to begin, the run's identity, data
     notes: list[str] = []
     world.on_first(lambda: notes.extend(checkpoint.sweep(config.run_folder / "checkpoints")))
-    begin = world.on_first(lambda: origin.find(config, notes.append))
+    begin = world.on_first(lambda: origin.find(config, notes.append), patient=True)
     done, manifest, held_to = begin.step, begin.manifest, (begin.ancestor, begin.manifest)
     rows_per_step = world.on_first(lambda: runfolder.check(config, world.size, done, *held_to))["rows_per_step"]
-    world.on_first(lambda: _prepare(config, begin, rows_per_step, world, begins=done < last_step))
+    world.on_first(lambda: _prepare(config, begin, rows_per_step, world, begins=done < last_step), patient=True)
     missed = world.on_first(lambda: origin.misses_validation(config, begin, last_step))
     if done >= last_step and not missed:
         if world.is_first:

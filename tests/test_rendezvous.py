@@ -115,7 +115,7 @@ import datetime, time
 from smoltrain import dist
 dist.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=2)
 world = dist.open("cpu")
-print(world.on_first(lambda: time.sleep(5) or "done"), flush=True)
+print(world.on_first(lambda: time.sleep(5) or "done", patient=True), flush=True)
 """
 
 

@@ -1,5 +1,6 @@
 """Which checkpoints are kept, and how one is deleted without ever looking like a damaged one."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def sweep(checkpoints: Path) -> list[str]:
 
     What is left, as it cannot be deleted, in a line each.
     """
-    return [line for leftover in sorted(checkpoints.glob("step-*.tmp")) if (line := _tried(files.remove, leftover))]
+    return [line for leftover in sorted(checkpoints.glob("step-*.tmp")) if (line := _tried(remove, leftover))]
 
 
 def discard(folder: Path) -> None:
@@ -52,9 +53,17 @@ def discard(folder: Path) -> None:
     One that lies elsewhere, behind a link, stays there: the link alone is deleted. Errors: OSError.
     """
     leaving = folder.with_name(f"{folder.name}.old.tmp")
-    files.remove(leaving)
+    remove(leaving)
     folder.rename(leaving)
-    files.remove(leaving)
+    remove(leaving)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link (not what it leads to), or a folder with all that is in it. Errors: OSError."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
 
 
 def _tried(delete: Callable[[Path], None], path: Path) -> str:

@@ -205,7 +205,7 @@ def _make_room(checkpoints: Path, aside: Path, needed: int) -> None:
     """Make the folder, and refuse if the disk would overflow."""
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
-        files.remove(aside)
+        retention.remove(aside)
         free = shutil.disk_usage(checkpoints).free
         if free < needed + SPARE_BYTES:
             want = f"{(needed + SPARE_BYTES) / 2**20:,.0f} MiB for the next checkpoint; {left(checkpoints)}"
