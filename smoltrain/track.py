@@ -112,7 +112,8 @@ class Tracker:
         self._metrics.write(files.json_line(line))
         self._metrics.flush()
         if self._wandb:
-            self._wandb.log(step, {k: v for k, v in metrics.items() if not isinstance(v, str)})
+            numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
+            self._wandb.log(step, numbers, rows=str(metrics.get("data/ledger", "")))
 
     def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         """The loss on the held-out rows, nats per token, and what follows from it."""

@@ -49,7 +49,7 @@ def choose(config: Config, folder: RunFolder, first_step: int) -> Identity:
     fresh = Identity(asked or folder.wandb_id, str(here), plan, asked, undone=_num_undone(here))
     before = read(here)
     if before is None and not asked and (here / "wandb").is_dir():  # written before there was a wandb.json
-        return replace(fresh, through=max([first_step, *_undone(here, 0)]), undone=0)
+        return replace(fresh, through=_last(here, first_step, 0), undone=0)
     if before is None:
         return fresh
     earlier = (*before.earlier, before.id)
@@ -58,12 +58,28 @@ def choose(config: Config, folder: RunFolder, first_step: int) -> Identity:
     if not asked and _is_copy(here, before):
         why = f"an id of its own: this folder is a copy of {before.folder}"
         return replace(fresh, id=secrets.token_hex(4), why=why)
-    through = max([before.through, first_step, *_undone(here, before.undone)]) if before.open else before.through
+    through = _last(here, max(before.through, first_step), before.undone) if before.open else before.through
     change = _first_change(before.plan, config, first_step)
     if change is not None and change <= through:
         why = f"a new id: steps {change} to {through} of {before.id} are of another plan"
-        return replace(fresh, id=_next(before.id), earlier=earlier, why=why)
+        return another(replace(before, folder=str(here), plan=plan), here, why)
     return replace(before, folder=str(here), plan=plan, through=through)
+
+
+def another(before: Identity, folder: Path, why: str) -> Identity:
+    """The next id of the same folder, of which W&B has nothing yet."""
+    earlier = (*before.earlier, before.id)
+    fresh = replace(before, id=_next(before.id), earlier=earlier, through=0, open=False, why=why)
+    return replace(fresh, undone=_num_undone(folder))
+
+
+def told_rows(folder: Path, identity: Identity) -> dict[int, str]:
+    """The digest of all rows up to each step that was told under this id and will be done again."""
+    rows: dict[int, str] = {}
+    for line in _undone(folder, identity.undone):
+        if digest := line.get("data/ledger"):
+            rows.setdefault(int(line["step"]), digest)  # the first time is what W&B keeps
+    return rows
 
 
 def read(folder: Path) -> Identity | None:
@@ -99,9 +115,14 @@ def _first_change(was: dict[str, Any], config: Config, after: int) -> int | None
     return first_difference(past, Plan(config.phases), after)
 
 
-def _undone(folder: Path, skip: int) -> list[int]:
-    """The steps of metrics.undone.jsonl behind so many lines."""
-    return [line.value["step"] for line in files.lines(folder / UNDONE) if line.number > skip and not line.fault]
+def _last(folder: Path, least: int, skip: int) -> int:
+    """The last step that was logged, at least `least`."""
+    return max([least, *(told["step"] for told in _undone(folder, skip))])
+
+
+def _undone(folder: Path, skip: int) -> list[dict[str, Any]]:
+    """What metrics.undone.jsonl tells of steps, behind so many lines; what is damaged there tells nothing."""
+    return [line.value for line in files.lines(folder / UNDONE) if line.number > skip and not line.fault]
 
 
 def _num_undone(folder: Path) -> int:

@@ -18,10 +18,12 @@ from pydantic import ValidationError
 
 from smoltrain import files, wandb_env, wandb_id
 from smoltrain.config import recorded
+from smoltrain.errors import DONE
 from smoltrain.gradients import LayerGradient
 from smoltrain.plan import Plan
 from smoltrain.runfolder import RunFolder
 from smoltrain.schema import Config
+from smoltrain.wandb_id import Identity
 
 GRADIENT_HISTOGRAM = "gradients/histogram/"  # + layer: its entries
 FINISH_S = 120.0  # for the last upload; what is left stays on disk for `wandb sync`
@@ -63,19 +65,28 @@ class WandbRun:
         self._last_step = Plan(config.phases).last_step
         self._run: Any = None
         self._uploads = True  # tables and models
-        self._identity = wandb_id.choose(config, folder, first_step)
-        mode, reason = wandb_mode(config)
-        self.words = self._open(mode, reason)  # (mode, why; id) for the console
-        self._has_step = self._identity.through  # W&B takes back no step; those come out as they did before
+        self._mode = wandb_mode(config)
+        self._start(wandb_id.choose(config, folder, first_step), first_step)
+
+    def _start(self, identity: Identity, first_step: int) -> None:
+        """Begin or resume the run of W&B with this id, and give it the steps up to `first_step` that it lacks."""
+        self._identity = identity
+        self.words = self._open(*self._mode)  # (mode, why; id) for the console
+        self._has_step = identity.through  # W&B takes back no step; those come out as they did before
         if self._run and self._run.resumed:
             self._has_step = self._run.starting_step - 1
-        self._identity = replace(self._identity, open=self._run is not None)
-        self._identity.write(folder.path)
+        self._rows = wandb_id.told_rows(self._folder, identity) if self._run else {}
+        self._remember(open=self._run is not None)
         if self._run and self._has_step < first_step:
             self._catch_up(first_step)
 
-    def log(self, step: int, values: dict[str, Any]) -> None:
-        """Once for each step, however often it was done."""
+    def log(self, step: int, values: dict[str, Any], rows: str = "") -> None:
+        """Once for each step, however often it was done; `rows` is the digest of all rows up to it.
+
+        A step that W&B has, and that now comes out with other rows, begins a new run with the past that both share.
+        """
+        if self._run and step <= self._has_step and rows and self._rows.get(step, rows) != rows:
+            self._go_on_as_another(step)
         run = self._run
         if run is None or step <= self._has_step:
             return
@@ -83,7 +94,7 @@ class WandbRun:
             bounded(lambda: run.log(values, step=step), self._answer_s)
         except Exception as error:
             self._run = None
-            self._keep()
+            self._remember(open=False)
             rest = "the next start gives W&B what it lacks, from metrics.jsonl"
             self._say(f"WARNING: W&B is dropped at step {step} ({_first_line(error)}); training goes on, and {rest}")
         else:
@@ -137,7 +148,7 @@ class WandbRun:
         if run is None:
             return
         self._run = None
-        self._keep()
+        self._remember(open=False)
         try:
             bounded(lambda: run.finish(exit_code=exit_code), (FINISH_S if self._uploads else 0) + self._answer_s)
             lost = _last_error(Path(run.settings.log_internal)) if run.settings.mode == "online" else ""
@@ -146,6 +157,12 @@ class WandbRun:
         if lost:
             where = Path(run.settings.sync_dir)
             self._say(f"WARNING: W&B may lack the last steps ({lost}); `wandb sync {where}` uploads them")
+
+    def _go_on_as_another(self, step: int) -> None:
+        why = f"a new id: step {step} has come out with other rows than {self._identity.id} has of it"
+        self.finish(DONE)
+        self._start(wandb_id.another(self._identity, self._folder, why), step - 1)
+        self._say(f"{'W&B':<22} {self.words}")
 
     def _upload(self, what: str, call: Callable[[], Value], seconds: float | None = None) -> Value | None:
         """One table or model, or a part of it; after the first that fails there are no more."""
@@ -180,10 +197,10 @@ class WandbRun:
             self._identity = replace(self._identity, through=max(told, self._identity.through))
             self.words += f"; steps {begin + 1} to {told}, which it lacked, come from metrics.jsonl"
 
-    def _keep(self) -> None:
-        """Nobody gives W&B more for now."""
-        self._identity = replace(self._identity, open=False)
-        with contextlib.suppress(OSError):  # the next start then takes this for a kill, which it knows what to do after
+    def _remember(self, *, open: bool) -> None:
+        """What wandb.json says, and whether this process gives W&B more: after a kill that still stands there."""
+        self._identity = replace(self._identity, open=open)
+        with contextlib.suppress(OSError):  # a full disk is said by what matters more
             self._identity.write(self._folder)
 
     def _open(self, mode: str, reason: str) -> str:

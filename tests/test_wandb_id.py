@@ -47,6 +47,13 @@ def test_a_new_folder_has_the_id_of_its_provenance_and_keeps_it(tmp_path: Path) 
     assert (again.id, again.through, again.why) == (ID, 5, "")
 
 
+def test_steps_that_it_was_not_told_are_remembered_unless_the_process_was_killed(tmp_path: Path) -> None:
+    told(tmp_path / "run", config(tmp_path), 3)
+    assert wandb_id.choose(config(tmp_path), at(tmp_path / "run"), 5).through == 3, "W&B was off"
+    told(tmp_path / "run", config(tmp_path), 3, killed=True)
+    assert wandb_id.choose(config(tmp_path), at(tmp_path / "run"), 5).through == 5
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"id": "a", "colour": 1}', "null"])
 def test_what_cannot_be_read_is_as_good_as_nothing(tmp_path: Path, text: str) -> None:
     (at(tmp_path / "run").path / wandb_id.FILE).write_text(text, encoding="utf-8")
@@ -156,6 +163,13 @@ def test_a_moved_folder_is_no_copy(tmp_path: Path, kind: str) -> None:
     found = wandb_id.choose(settings, at(now), 8)
     assert (found.id, found.through, found.why) == (ID, 8, "")
     assert found.folder == str((original if kind == "link" else now).resolve())
+
+
+@pytest.mark.skipif(not Path("/proc/self/root").exists(), reason="needs a second path that no link explains")
+def test_a_folder_that_is_mounted_twice_is_no_copy(tmp_path: Path) -> None:
+    elsewhere = wandb_id.Identity("mine", f"/proc/self/root{tmp_path / 'run'}", {})
+    elsewhere.write(at(tmp_path / "run").path)
+    assert wandb_id.choose(config(tmp_path), at(tmp_path / "run"), 0).id == "mine"
 
 
 # ---- an id that somebody asks for

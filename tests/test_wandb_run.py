@@ -238,7 +238,7 @@ class Broken:
 
     resumed, starting_step = False, 0
 
-    def __init__(self, error: Exception | None) -> None:
+    def __init__(self, error: BaseException | None) -> None:
         self.calls: list[str] = []
         self._error = error
         self.settings = type("Settings", (), {"sync_dir": "wandb/run-1", "mode": "online", "log_internal": "none"})
@@ -261,9 +261,9 @@ class Broken:
         self._answer(f"finish {exit_code}")
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError("out of order\nand more"), SystemExit(1)])
+@pytest.mark.parametrize("error", [None, RuntimeError("out of order\nand more"), SystemExit(1)], ids=repr)
 def test_each_fault_is_said_once_and_waited_for_once(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception | None
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException | None
 ) -> None:
     import wandb
 
@@ -276,10 +276,8 @@ def test_each_fault_is_said_once_and_waited_for_once(
     tracker.close(0)
     assert run.calls == ["table", "finish 0"]
     first, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING"))
-    why = {None: "no answer within 0.1 s"}.get(error, str(error).partition("\n")[0])
-    why = f"RuntimeError: {error!r}" if isinstance(error, SystemExit) else why
-    assert first.startswith("WARNING: W&B took the samples of step 1 not (")
-    assert why.removeprefix("RuntimeError: ") in first
+    why = {RuntimeError: "out of order", SystemExit: "SystemExit(1)"}.get(type(error), "no answer within 0.1 s")
+    assert first.startswith(f"WARNING: W&B took the samples of step 1 not ({why}): no more ")
     assert last.endswith("; `wandb sync wandb/run-1` uploads them")
 
 
@@ -341,6 +339,32 @@ def test_going_back_on_purpose_is_a_new_run_with_the_old_past(
     assert "; steps 1 to 9, which it lacked, come from metrics.jsonl" in said
     assert rates(server) == plan(1, 12)
     assert rates(server, f"{ID}-2") == plan(1, 9) | dict.fromkeys(range(10, 13), 7.0)
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_a_step_that_comes_out_with_other_rows_is_of_a_new_run(
+    server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    def train(first: int, last: int, rows: str, first_step: int) -> None:
+        tracker = opened(tmp_path, f"track.wandb={mode}", first_step=first_step)
+        for step in range(first, last + 1):
+            tracker.metrics(step, {"train/lr": 0.5, "data/ledger": f"{rows if step > 4 else 'a'}{step}"})
+        tracker.close(0)
+
+    train(1, 6, "a", 0)
+    train(4, 6, "a", 3)  # a kill: nothing else happens
+    assert f"{ID}-2" not in capsys.readouterr().out
+    train(4, 8, "b", 3)  # a rewind that passes rows over
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("W&B")]
+    assert len(said) == 2
+    assert f"run id {ID}-2, a new id: step 5 has come out with other rows than {ID} has of it" in said[1]
+    assert "steps 1 to 4, which it lacked, come from metrics.jsonl" in said[1]
+    train(8, 9, "b", 7)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    if mode == "online":
+        assert {name: list(rates(server, name)) for name in server.runs} == {
+            ID: [1, 2, 3, 4, 5, 6], f"{ID}-2": [1, 2, 3, 4, 5, 6, 7, 8, 9],
+        }  # fmt: skip
 
 
 def test_offline_going_back_and_a_copy_have_files_of_their_own(home: Path) -> None:
