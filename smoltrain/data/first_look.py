@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from smoltrain.data import readers, sources
+from smoltrain.data import look_alikes, readers, sources
 from smoltrain.data.fingerprints import Listing, holds_out_by_itself
 from smoltrain.data.kinds import RECORDS, few, suffix_of
 from smoltrain.data.sources import Shard
@@ -37,8 +37,8 @@ def look(listed: dict[str, Listing], data: DataSection) -> list[str]:
 
 def check_pointers(shards: Iterable[Shard], source: str) -> None:
     """Errors: UserError if files on this machine are pointers of git-lfs or git-annex to the files themselves."""
-    small = [shard for shard in shards if shard.is_local and (shard.size or 0) < readers.POINTER_BYTES]
-    found = {shard.name: pointer for shard in small if (pointer := readers.pointer_in(_bytes(shard)))}
+    small = [shard for shard in shards if shard.is_local and (shard.size or 0) < look_alikes.POINTER_BYTES]
+    found = {shard.name: pointer for shard in small if (pointer := look_alikes.pointer_in(_bytes(shard)))}
     if found:
         whose, get = next(iter(found.values()))
         are = "file of {!r} is a pointer" if len(found) == 1 else "files of {!r} are pointers"

@@ -9,7 +9,6 @@ import contextlib
 import gzip
 import io
 import json
-import re
 import zlib
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import zstandard
 
+from smoltrain.data import look_alikes
 from smoltrain.data.kinds import RECORDS, suffix_of
 from smoltrain.data.sources import Shard, one_line, opened, unreadable
 from smoltrain.errors import Problem, UserError
@@ -30,13 +30,6 @@ BLOCK = 4 * 2**20  # bytes read at once
 NUM_ROWS = 128  # of parquet, made into text at once
 FRAGMENT = 2**10  # bytes of a .zst that are decompressed at once: what comes out is at most 32 MiB
 LONGEST_WINDOW = 2**31  # bytes that a .zst may look back: all that `zstd --long=31` can ask for
-POINTER_BYTES = 1024  # a file that stands for another one is shorter
-LFS = re.compile(rb"version https://(git-lfs\.github|hawser\.github)\.com/spec/v\d+\r?\n(.*\r?\n)*oid sha256:")
-ANNEX = re.compile(rb"(\S*/)?annex/objects/\S+\s*")
-HEAD = 2**12  # bytes by which a file's encoding is told
-WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # that of UTF-32-LE begins like the first
-CONTROL = bytes({*range(32)} - {*b"\t\n\f\r\x1b"})  # characters that texts do not hold
-NEXT_RECORD = re.compile(rb"\}(\s*)\{")  # one that begins on the line of the one before
 NOT_UTF8 = "the text is not UTF-8"
 CR_ALONE = "the lines end in CR alone, so none is blank (`tr '\\r' '\\n'` mends it)"
 WIDE = "the text is UTF-16 or UTF-32, not UTF-8 (`iconv -f UTF-16 -t UTF-8` makes it so)"
@@ -89,7 +82,7 @@ def read(
             if shard.size == 0:
                 yield from _empty(shard, wanted)
                 return
-            if shard.size is not None and shard.size < POINTER_BYTES:
+            if shard.size is not None and shard.size < look_alikes.POINTER_BYTES:
                 _check_pointer(shard, file)
             if (suffix := suffix_of(shard.name)) == ".parquet":
                 yield from _rows(shard, file, source.text_field, wanted, limit)
@@ -103,16 +96,9 @@ def read(
         raise unreadable(error, shard.place) from None
 
 
-def pointer_in(raw: bytes) -> tuple[str, str] | None:
-    """Whose pointer a small file is, and the command that brings the file it stands for."""
-    if LFS.match(raw):
-        return "Git LFS", "git lfs pull"
-    return ("git-annex", "git annex get") if ANNEX.fullmatch(raw) else None
-
-
 def _check_pointer(shard: Shard, file: BinaryIO) -> None:
     """Errors: UserError if the file only stands for another one."""
-    pointer = pointer_in(file.read(POINTER_BYTES))
+    pointer = look_alikes.pointer_in(file.read(look_alikes.POINTER_BYTES))
     file.seek(0)
     if pointer:
         whose, get = pointer
@@ -199,17 +185,6 @@ class _Zstd(io.RawIOBase):
         return len(given)
 
 
-def _is_wide(opening: bytes) -> bool:
-    """Whether the first bytes of a text are of UTF-16 or UTF-32: a mark, or control characters in every other place."""
-    if opening.startswith(WIDE_BOMS):
-        return True
-    if len(opening) < 8:
-        return False
-    places = (opening[0:HEAD:2], opening[1:HEAD:2])
-    few, many = sorted(1 - len(half.translate(None, CONTROL)) / len(half) for half in places)
-    return many > 0.8 and few < 0.6
-
-
 def _bounded_lines(file: io.BufferedIOBase, limit: int) -> Iterator[Raw]:
     """Lines with their ends."""
     while line := file.readline(limit + 1):
@@ -240,7 +215,7 @@ def _whole(shard: Shard, file: BinaryIO, wanted: range) -> Iterator[Record]:
         return
     with _plain(shard, file, lambda: shard.place) as plain:
         raw = plain.read().removeprefix(codecs.BOM_UTF8)
-    if _is_wide(raw[:HEAD]):
+    if look_alikes.is_wide(raw[: look_alikes.HEAD]):
         yield BadRecord(shard.place, 0, WIDE)
         return
     try:
@@ -258,7 +233,7 @@ def _parts(shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, l
     with _plain(shard, file, lambda: f"{shard.place}, part {record + 2}") as plain:
         opening = _opening(plain)
         old_lines = source.documents == "blank_lines" and b"\r\r" in opening and b"\n" not in opening
-        if old_lines or _is_wide(opening):
+        if old_lines or look_alikes.is_wide(opening):
             if 0 in wanted:
                 yield BadRecord(shard.place, 0, CR_ALONE if old_lines else WIDE)
             return
@@ -281,8 +256,8 @@ def _parts(shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, l
 
 
 def _opening(file: io.BufferedIOBase) -> bytes:
-    """The next bytes, which remain to be read: HEAD of them, or fewer."""
-    return file.peek(HEAD)[:HEAD]  # pyright: ignore[reportAttributeAccessIssue]
+    """The next bytes, which remain to be read: look_alikes.HEAD of them, or fewer."""
+    return file.peek(look_alikes.HEAD)[: look_alikes.HEAD]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _between_blank_lines(file: io.BufferedIOBase, limit: int) -> Iterator[Raw]:
@@ -322,7 +297,7 @@ def _separated(file: io.BufferedIOBase, separator: bytes, limit: int) -> Iterato
 def _lines(shard: Shard, file: BinaryIO, text_field: str, wanted: range, limit: int) -> Iterator[Record]:
     record, found = -1, False
     with _plain(shard, file, lambda: f"{shard.place}:{record + 2}") as plain:
-        _check_lines(_opening(plain), shard.place)
+        look_alikes.check_lines(_opening(plain), shard.place)
         for record, line in enumerate(_bounded_lines(plain, limit)):
             if line is not None and line.isspace():
                 continue
@@ -336,48 +311,12 @@ def _lines(shard: Shard, file: BinaryIO, text_field: str, wanted: range, limit: 
                         yield Document(f"{shard.name}:{record + 1}", record, _text(fields, text_field))
                 except _Bad as bad:
                     if not found and line is not None:
-                        _check_single(line, shard.place)
+                        look_alikes.check_single(line, shard.place)
                     if record in wanted:
                         yield _bad(place, record, bad)
             found = True
     if not found:
         yield from _empty(shard, wanted)
-
-
-def _check_lines(opening: bytes, place: str) -> None:
-    """Errors: UserError if the first bytes of a file show that its lines are no records."""
-    if _is_wide(opening):
-        raise UserError(Problem("the file is not UTF-8", "UTF-16 or UTF-32", "`iconv -f UTF-16 -t UTF-8` of it", place))
-    lines = [line for line in opening.removeprefix(codecs.BOM_UTF8).splitlines() if line.strip()]
-    if lines and lines[0].lstrip().startswith(b"["):
-        raise _no_lines("one JSON document, an array", "`jq -c '.[]'`", place)
-    if len(lines) > 1 and lines[0].startswith(b"{") and not lines[1].startswith(b"{") and _goes_on(lines[0]):
-        raise _no_lines("one JSON document over several lines", "`jq -c`", place)
-
-
-def _check_single(line: bytes, place: str) -> None:
-    """Errors: UserError if a file's first line, which is not JSON, holds several records."""
-    between = NEXT_RECORD.search(line)
-    if between and b"\r" in between[1]:
-        raise _no_lines("lines that end in CR alone", "`tr '\\r' '\\n'`", place)
-    if between:
-        raise _no_lines("several records on one line", "`jq -c .`", place)
-
-
-def _goes_on(line: bytes) -> bool:
-    """Whether a line is the beginning of JSON."""
-    try:
-        json.loads(line)
-    except json.JSONDecodeError as error:
-        return error.pos >= len(error.doc.rstrip()) - 1
-    except ValueError:
-        return False
-    return False
-
-
-def _no_lines(saw: str, how: str, place: str) -> UserError:
-    want = f"one record per line, as {how} makes it"
-    return UserError(Problem("the file holds no JSON Lines", saw, want, place))
 
 
 def _object(line: Raw, limit: int) -> dict[str, Any]:

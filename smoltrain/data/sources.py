@@ -262,7 +262,7 @@ def unsupported(names: list[str], place: str, where: str) -> UserError:
         arrow = kinds.few(sorted(name for name in names if name.endswith(".arrow")))
         saw = f"{arrow}, as datasets' save_to_disk writes them"
         want = f"what `datasets.load_from_disk({str(place).partition('/*')[0]!r})` gives, written by its to_parquet"
-    return UserError(Problem(f"no file to read at {place}", kinds.shown(saw), want, where))
+    return UserError(Problem(f"no file to read at {kinds.shown(place)}", kinds.shown(saw), kinds.shown(want), where))
 
 
 def _missing(saw: str, where: str, want: str = "an existing file, folder or glob") -> UserError:

@@ -406,7 +406,7 @@ def test_json_that_is_not_lines_is_refused(suffix: str, raw: bytes, saw: str, ho
         assert line.endswith(f"change /data/{name}")
 
 
-@pytest.mark.parametrize("raw", [b'{"text": "on\n', b"{\n", b'{"text": \n', b"{]\n"])
+@pytest.mark.parametrize("raw", [b'{"text": "on\n', b"{\n", b'{"text": \n', b"{]\n", b'{"text": "{} {}\n'])
 def test_a_first_line_that_is_cut_is_a_bad_record(raw: bytes):
     bad, *good = records("a.jsonl", raw + LINES_OF_TWO)
     assert isinstance(bad, BadRecord)
