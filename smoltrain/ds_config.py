@@ -1,7 +1,6 @@
 """DeepSpeed's JSON, filled from the recipe: "auto" takes the recipe's value, anything else must agree with it."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +44,7 @@ def fill(config: Config, *, precision: str | None, accumulation: int | None, wor
     path = _path(config.engine.ds_config)
     tree = _parse(text(config.engine.ds_config), path)
     micro = None if config.batch.micro_batch == "auto" and accumulation is None else config.batch.rows_at_once
-    whole = None if None in (micro, accumulation, world_size) else math.prod((micro, accumulation, world_size))
+    whole = micro * accumulation * world_size if micro and accumulation and world_size else None
     wanted = {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,

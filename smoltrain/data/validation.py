@@ -139,7 +139,8 @@ def to_json(shards: tuple[Shard, ...]) -> list[list[Any]]:
 def from_json(rows: list[list[Any]], source: MixedSource) -> tuple[Shard, ...]:
     """The inverse, with the secrets that the source's own URL brings."""
     own = {redact.url(url): url for url in (source.path, source.validation_path) if url}
-    return tuple(Shard(name, own.get(url, url), size, version) for name, url, size, version in rows)
+    found = (Shard(*row) for row in rows)
+    return tuple(replace(shard, url=own.get(shard.url, shard.url)) for shard in found)
 
 
 def _check(reading: Reading, *, own: bool, num_streams: int) -> None:
