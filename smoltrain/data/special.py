@@ -12,7 +12,7 @@ from typing import Any
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from smoltrain.errors import Problem, UserError
+from smoltrain.errors import Problem, UserError, seen
 
 LETTERS = frozenset(pre_tokenizers.ByteLevel.alphabet())
 
@@ -43,7 +43,9 @@ def out_of_reach(inner: tokenizers.Tokenizer, about: dict[str, Any]) -> tokenize
     }
     copy = tokenizers.Tokenizer.from_str(json.dumps(about | renamed))
     copy.encode_special_tokens = True
-    assert words(copy) == {names[word]: i for word, i in special.items()}, "a name decides about no id"
+    if words(copy) != {names[word]: i for word, i in special.items()}:
+        what, saw = "special tokens cannot be kept out of the reach of text", f"other ids for {', '.join(special)}"
+        raise UserError(Problem(what, seen(saw), "ids that do not depend on a name", "tokenizer.name"))
     return copy
 
 

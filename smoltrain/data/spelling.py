@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from smoltrain.data.packing import Piece
@@ -72,4 +72,10 @@ def to_json(spelling: Spelling) -> dict[str, int]:
 
 def joined(sides: Iterable[dict[str, Any]]) -> Spelling:
     """That of several sides or parts, as an index speaks of them; one made before this was counted has none."""
-    return sum((Spelling(**about.get("spelling", {})) for about in sides), Spelling())
+    return sum((_from_json(about.get("spelling")) for about in sides), Spelling())
+
+
+def _from_json(value: Any) -> Spelling:
+    names = {field.name for field in fields(Spelling)}
+    known = isinstance(value, dict) and value.keys() == names and all(type(count) is int for count in value.values())
+    return Spelling(**value) if known else Spelling()

@@ -1,6 +1,7 @@
 """What a tokenizer cannot spell is measured and said, and bits per byte count it."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -108,11 +109,15 @@ def test_the_tokenizer_line_and_a_warning_say_what_is_lost(kind: str, root: Path
 def test_the_share_from_which_on_there_is_a_warning():
     line = "x" * 996
     for lost, warns in ((1, True), (0, False)):
-        index = {"sources": {"a": {"train": {"spelling": {"sampled": 1000, "lost": lost}}}}}
+        counted = spelling.to_json(Spelling(sampled=1000, lost=lost))
+        index: dict[str, Any] = {"sources": {"a": {"train": {"spelling": counted}}}}
         prepared = data.Prepared(LOSSLESS, line, "cached", "", np.dtype(np.uint16), (), (), (), 1, index)
         assert bool(prepared.warnings(400)) is warns
-    index["sources"]["a"]["train"]["spelling"] = {"sampled": 10**6, "lost": 1}
+    index["sources"]["a"]["train"]["spelling"] = spelling.to_json(Spelling(sampled=10**6, lost=1))
     assert "; less than 0.01% of the bytes of a sample of the text is lost" in prepared.describe_tokenizer()
+    for damaged in ("x", [], {"lost": 1}, counted | {"lost": "1"}, counted | {"lost": None}):
+        index["sources"]["a"]["train"]["spelling"] = damaged
+        assert prepared.describe_tokenizer().endswith(" = 0"), "as if it had never been counted"
     index["sources"]["a"]["train"] = {}
     assert prepared.describe_tokenizer().endswith(" = 0"), "prepared before this was counted"
     assert prepared.bytes_per_id().tolist() == LOSSLESS.bytes_per_id().tolist()
