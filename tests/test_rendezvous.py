@@ -43,7 +43,7 @@ def test_a_rank_knows_its_place(environment: dict[str, str], expected: Place) ->
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE makes no sense: saw '0'"),
         ({"WORLD_SIZE": "²"}, "WORLD_SIZE makes no sense"),
         ({"WORLD_SIZE": "1e2"}, "WORLD_SIZE makes no sense"),
-        ({"LOCAL_RANK": "2", "WORLD_SIZE": "2"}, "LOCAL_RANK makes no sense: saw '2', want a whole number, 0 to 1, as L"),
+        ({"LOCAL_RANK": "2", "WORLD_SIZE": "2"}, "LOCAL_RANK makes no sense: saw '2', want a whole number, 0 to 1"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK makes no sense"),
         ({"LOCAL_RANK": ""}, "LOCAL_RANK makes no sense"),
         ({"LOCAL_WORLD_SIZE": "8", "RANK": "0"}, "LOCAL_WORLD_SIZE makes no sense"),
