@@ -25,6 +25,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 def main(words: list[str]) -> int:
     """Train what the command line says; returns the exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # cores.py tells why; OpenMP reads it when torch is imported
     words = [word for word in words if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
     try:
         settings = read(words)

@@ -100,7 +100,7 @@ class World:
     def on_first(self, work: Callable[[], T], *, patient: bool = False) -> T:
         """Run `work` on rank 0 alone and give every rank its result, or raise its error on every rank.
 
-        For work that may take hours the others are `patient`: they ask now and then instead of waiting in a collective.
+        For work that may take hours the others are `patient`: they ask now and then, and wait in no collective.
         """
         outcome: list[Any] = [None]
         done = f"work/{next(self._works)}"

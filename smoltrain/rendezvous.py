@@ -45,8 +45,12 @@ def place(environment: Mapping[str, str]) -> Place:
     size = _number(environment, "WORLD_SIZE", 1, 1)
     rank = _number(environment, "RANK", 0, 0, size - 1, f"WORLD_SIZE is {size}")
     of_machine = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
-    local_size = _number(environment, of_machine, size, 1, size, f"WORLD_SIZE is {size}")
-    local_rank = _number(environment, "LOCAL_RANK", 0, 0, local_size - 1, f"{of_machine} is {local_size}")
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        local_size = _number(environment, of_machine, size, 1, size, f"WORLD_SIZE is {size}")
+        local_rank = _number(environment, "LOCAL_RANK", 0, 0, local_size - 1, f"{of_machine} is {local_size}")
+    else:  # left over: nobody launched this process
+        _number(environment, "LOCAL_RANK", 0, 0)
+        local_rank, local_size = 0, 1
     if rank and "MASTER_PORT" not in environment:
         saw = f"RANK={rank}, no MASTER_PORT"
         want = "a launcher, which sets both, or neither for a run of one process"

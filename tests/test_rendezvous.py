@@ -24,6 +24,7 @@ TORCHRUN = {
         ({}, Place()),
         (TORCHRUN, Place(5, 8, 1, 4, "10.0.0.7", 29400, kept_by_launcher=True)),
         ({"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "x"}, Place()),  # left over
+        ({"LOCAL_RANK": "1", "LOCAL_SIZE": "8"}, Place()),
         ({"WORLD_SIZE": " 2 ", "MASTER_ADDR": ""}, Place(0, 2, 0, 2)),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "1", "MASTER_PORT": "5"}, Place(1, 2, 0, 1, port=5)),
     ],
@@ -42,9 +43,10 @@ def test_a_rank_knows_its_place(environment: dict[str, str], expected: Place) ->
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE makes no sense: saw '0'"),
         ({"WORLD_SIZE": "²"}, "WORLD_SIZE makes no sense"),
         ({"WORLD_SIZE": "1e2"}, "WORLD_SIZE makes no sense"),
-        ({"LOCAL_RANK": "1"}, "LOCAL_RANK makes no sense: saw '1', want a whole number, 0, as LOCAL_SIZE is 1"),
+        ({"LOCAL_RANK": "2", "WORLD_SIZE": "2"}, "LOCAL_RANK makes no sense: saw '2', want a whole number, 0 to 1"),
         ({"LOCAL_RANK": "-1"}, "LOCAL_RANK makes no sense"),
-        ({"LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE makes no sense"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK makes no sense"),
+        ({"LOCAL_WORLD_SIZE": "8", "RANK": "0"}, "LOCAL_WORLD_SIZE makes no sense"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT makes no sense: saw 'http', want a whole number, 1 to 65535"),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "nothing tells where rank 0 is: saw RANK=1, no MASTER_PORT"),
     ],
@@ -105,6 +107,17 @@ def test_whoever_waits_says_for_whom_and_leaves_at_last(
     assert said[0].startswith("rank 0 of 2 waits for rank 1 at 127.0.0.1:5 (MASTER_ADDR and MASTER_PORT); ")
     dist._look_for(lambda: True, lambda: "nobody")
     assert capsys.readouterr().out == ""
+
+
+def test_a_rank_waits_as_long_as_the_docs_say() -> None:
+    assert (dist.SAY_S[0], dist.MEET_S) == (10, 30 * 60)
+
+
+def test_one_process_meets_nobody_and_listens_nowhere() -> None:
+    store, _ = dist._meet(Place())
+    store.set("here", "1")
+    assert store.check(["here"])
+    assert type(store).__name__ == "HashStore", "which is memory of this process"
 
 
 # ---- two processes that nobody launched
