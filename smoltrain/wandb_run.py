@@ -1,8 +1,8 @@
 """A run as Weights & Biases keeps it: its mode, its history, tables and model artifacts. The only importer of wandb.
 
 W&B must not cost a run. Every call of it is made by `bounded`, in a thread that is left behind when it takes too long,
-and whatever it raises is said once: tables and models end with the first that fails, all of W&B with the first step
-that cannot be handed over. metrics.jsonl has every step, and the next start gives W&B from it what W&B lacks.
+and whatever it raises is said once: tables, histograms and models end with the first that fails, all of W&B with the
+first step that cannot be handed over. metrics.jsonl has every step; the next start gives W&B from it what W&B lacks.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ class WandbRun:
         self._answer_s = config.track.wandb_timeout_s
         self._last_step = Plan(config.phases).last_step
         self._run: Any = None
-        self._uploads = True  # tables and models
+        self._uploads = True  # tables, histograms and models
         self._mode = wandb_mode(config)
         self._start(wandb_id.choose(config, folder, first_step), first_step)
 
@@ -73,8 +73,8 @@ class WandbRun:
         self._identity = identity
         self.words = self._open(*self._mode)  # (mode, why; id) for the console
         self._has_step = identity.through  # W&B takes back no step; those come out as they did before
-        if self._run and self._run.resumed:
-            self._has_step = self._run.starting_step - 1
+        if self._run and self._run.settings.mode == "online":
+            self._has_step = max(0, self._run.starting_step - 1)  # the server knows best
         self._rows = wandb_id.told_rows(self._folder, identity) if self._run else {}
         self._remember(open=self._run is not None)
         if self._run and self._has_step < first_step:
@@ -102,12 +102,17 @@ class WandbRun:
 
     def histograms(self, step: int, layers: dict[str, LayerGradient]) -> None:
         """One of each layer's gradient."""
-        if self._run is None:
+        if self._run is None or step <= self._has_step or not self._uploads:
             return
-        import wandb
 
-        histograms = {name: wandb.Histogram(np_histogram=(g.counts, g.edges)) for name, g in layers.items()}
-        self.log(step, {GRADIENT_HISTOGRAM + name: h for name, h in histograms.items()})
+        def make() -> dict[str, Any]:
+            import wandb
+
+            made = {name: wandb.Histogram(np_histogram=(g.counts, g.edges)) for name, g in layers.items()}
+            return {GRADIENT_HISTOGRAM + name: histogram for name, histogram in made.items()}
+
+        if histograms := self._upload(f"the histograms of step {step}", make):
+            self.log(step, histograms)
 
     def samples(self, step: int, rows: list[list[Any]]) -> None:
         """A table of (step, prompt, text), all that were sampled so far."""
@@ -165,14 +170,14 @@ class WandbRun:
         self._say(f"{'W&B':<22} {self.words}")
 
     def _upload(self, what: str, call: Callable[[], Value], seconds: float | None = None) -> Value | None:
-        """One table or model, or a part of it; after the first that fails there are no more."""
+        """One table or model, or a part of it, or histograms; after the first that fails there are no more."""
         try:
             return bounded(call, seconds or self._answer_s)
         except Exception as error:
             self._uploads = False
             self._say(
-                f"WARNING: W&B took {what} not ({_first_line(error)}): no more tables and models go there until the "
-                "next start; training and its curves go on"
+                f"WARNING: W&B took {what} not ({_first_line(error)}): no more tables, histograms and models go there "
+                "until the next start; training and its curves go on"
             )
             return None
 
@@ -191,6 +196,7 @@ class WandbRun:
             told = bounded(tell, LOCAL_S)
         except Exception as error:
             self._run = None
+            self._remember(open=False)
             self._say(f"WARNING: W&B is dropped ({_first_line(error)}); training goes on without it")
             return
         if told:

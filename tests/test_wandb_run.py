@@ -236,7 +236,7 @@ def test_a_server_has_every_step_of_a_run_that_was_killed(server: WandbServer, t
 class Broken:
     """A run of W&B whose every call raises, or does not come back."""
 
-    resumed, starting_step = False, 0
+    starting_step = 0
 
     def __init__(self, error: BaseException | None) -> None:
         self.calls: list[str] = []
@@ -251,7 +251,7 @@ class Broken:
             raise self._error
 
     def log(self, values: dict[str, Any], step: int) -> None:
-        if "train/lr" not in values:
+        if "samples" in values:
             self._answer("table")
 
     def log_artifact(self, *_: Any, **__: Any) -> None:
@@ -317,6 +317,29 @@ def test_a_server_that_lacks_steps_is_given_them(server: WandbServer, tmp_path: 
     assert rates(server) == plan(1, 6)
     lines = (tmp_path / "runs" / "quickstart" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert server.runs[ID].steps[3]["_timestamp"] == json.loads(lines[2])["time_s"], "when it was trained"
+
+
+def test_a_server_that_has_nothing_is_given_all(server: WandbServer, tmp_path: Path) -> None:
+    for mode, first_step, last_step in (("offline", 0, 4), ("online", 4, 6)):  # nobody has called `wandb sync`
+        tracker = opened(tmp_path, f"track.wandb={mode}", first_step=first_step)
+        trained(tracker, first_step + 1, last_step)
+        tracker.close(0)
+    assert rates(server) == plan(1, 6)
+
+
+def test_a_histogram_that_cannot_be_made_costs_no_run(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **_: Broken(None))
+    tracker = opened(home, "track.wandb_timeout_s=0.1")
+    for step in (1, 2):
+        tracker.gradients(step, {"norm": LayerGradient(1.0, np.ones(600), np.arange(601.0))})  # wandb takes 512
+    trained(tracker, 3, 3)
+    tracker.close(0)
+    first, _ = (line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING"))
+    assert first.startswith("WARNING: W&B took the histograms of step 1 not (")
 
 
 def test_going_back_on_purpose_is_a_new_run_with_the_old_past(
