@@ -257,7 +257,7 @@ def _file_in(folder: str) -> Path:
         if stat.S_ISREG(about.st_mode):
             saw = f"{FILE} in {shown} has {about.st_size:,} bytes"
     except (FileNotFoundError, NotADirectoryError):
-        saw = f"no {FILE} in {shown}" if file.parent.is_dir() else f"no folder {shown}"
+        saw = f"no {FILE} in {shown}" if Path(folder).expanduser().is_dir() else f"no folder {shown}"
     except (OSError, ValueError, RuntimeError) as error:  # no permission, too long a name, a NUL in it, ~nobody
         saw = f"{shown}, {error.strerror if isinstance(error, OSError) else error}"
     raise UserError(Problem(what, saw, want, "tokenizer.name"))
