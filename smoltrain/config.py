@@ -73,9 +73,12 @@ def read(path: Path) -> Config:
     values = tree.read(path)
     values.pop("provenance", None)
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError(*_problems(error, values, path).values()) from None
+    if not config.phases:
+        raise UserError(Problem("there is no phase", "[]", "at least one", f"phases in {path.name}"))
+    return config
 
 
 def to_yaml(config: Config) -> str:

@@ -4,6 +4,7 @@ import datetime
 import errno
 import hashlib
 import math
+import re
 import secrets
 import subprocess
 from dataclasses import dataclass
@@ -146,13 +147,14 @@ def enter(
 
 
 def damage(folder: Path) -> str:
-    """Whether config.yaml is as the run wrote it; '' if it is."""
+    """Whether config.yaml is as the run wrote it; '' if it is, or if it never had a digest, as in older versions."""
     path = folder / CONFIG
     try:
-        text, mark, _ = (whole := path.read_text(encoding="utf-8")).rpartition(SEAL)
+        whole = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         return f"{path} cannot be read ({files.reason(error)})"
-    if mark and whole == text + _seal(text):
+    text, mark, _ = whole.rpartition(SEAL)
+    if (mark and whole == text + _seal(text)) or not re.search(r"[0-9a-f]{32}.*\s*\Z", whole):
         return ""
     return f"{path} is not what the run wrote (its last line is the digest of the others)"
 

@@ -1,15 +1,18 @@
 """YAML text to a tree of plain values and back, and `section.key=value` overrides put into it."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.composer import ComposerError
 
 from smoltrain.errors import Problem, UserError, nearest, seen
 
 LONGEST = 2**20  # bytes of a file: a recipe has some thousands, and PyYAML reads about 100,000 a second
 MOST = 100_000  # values in a file, an alias counted as often as it stands there
 DEEPEST = 50  # mappings and lists within each other
+TOO_DEEP = f"its values lie more than {DEEPEST} deep"
 NULLS = ("", "~", "null", "Null", "NULL")  # of YAML 1.1
 BREAKS = ("\r", "\x85", "\u2028", "\u2029")  # that YAML reads back as \n unless they are escaped
 
@@ -26,7 +29,9 @@ def read(path: Path, *, typed: bool = False) -> dict[str, Any]:
         if size > LONGEST:
             want = f"at most {LONGEST:,} bytes of YAML"
             raise UserError(Problem("the file is too large to be a recipe", f"{size:,} bytes", want, str(path)))
-        tree = yaml.load(path.read_bytes(), _Shallow if typed else _PlainText)  # SafeLoaders
+        content = path.read_bytes()
+        _check_brackets(content.decode("latin-1"))
+        tree = yaml.load(content, _Shallow if typed else _PlainText)  # SafeLoaders
         _check_size(tree)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else "?"
@@ -56,6 +61,7 @@ def value(text: str) -> Any:
     if not text.startswith(("[", "{", '"', "'")):
         return text
     try:
+        _check_brackets(text)
         node = yaml.compose(text, _PlainText)
         if node is None or text[node.end_mark.index :].strip():  # a comment behind it
             return text
@@ -93,6 +99,12 @@ def override(tree: dict[str, Any], words: str) -> Problem | None:
     return None
 
 
+def _check_brackets(text: str) -> None:
+    """Errors: ValueError for more brackets in a row than values may be deep, over which PyYAML would take seconds."""
+    if re.search(rf"(?:[\[{{]\s*){{{DEEPEST + 1}}}", text):
+        raise ValueError(TOO_DEEP)
+
+
 def _check_size(tree: Any) -> None:
     """Errors: ValueError for more values, or deeper ones, than any recipe has: aliases of aliases become billions."""
     count, level = 0, [tree]
@@ -105,7 +117,7 @@ def _check_size(tree: Any) -> None:
         if not inner:
             return
         count, level = count + len(inner), inner
-    raise ValueError(f"its values lie more than {DEEPEST} deep")
+    raise ValueError(TOO_DEEP)
 
 
 class _Shallow(yaml.SafeLoader):
@@ -117,7 +129,7 @@ class _Shallow(yaml.SafeLoader):
         self.depth += 1
         if self.depth > DEEPEST:
             mark = self.peek_event().start_mark
-            raise yaml.composer.ComposerError(None, None, f"values lie more than {DEEPEST} deep", mark)
+            raise ComposerError(None, None, TOO_DEEP, mark)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node

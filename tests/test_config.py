@@ -283,6 +283,13 @@ def test_a_damaged_config_is_a_user_error(tmp_path: Path):
         config.read(tmp_path / "c.yaml")
 
 
+def test_a_config_without_a_phase_is_read_by_nobody(tmp_path: Path):
+    text = config.to_yaml(config.load(EXAMPLE))
+    written(tmp_path, text[: text.index("phases:")] + "phases: []\n", "c.yaml")
+    with pytest.raises(UserError, match=r"there is no phase.*phases in c\.yaml"):
+        config.read(tmp_path / "c.yaml")
+
+
 # --- options of `smoltrain generate`
 
 

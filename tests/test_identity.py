@@ -11,6 +11,7 @@ import pytest
 
 from smoltrain import checkpoint, config, identity, inspection, loading, origin, runfolder
 from smoltrain.checkpoint import Manifest
+from smoltrain.checkpoint.manifest import note_saved
 from smoltrain.errors import UserError
 from smoltrain.schema import Config, MixedSource, ModelSection, PhaseSection, Section, TransformersSection
 from tests import folders, tiny
@@ -224,7 +225,7 @@ def gone(settings: Config) -> str:
 
 
 def note(run: Path) -> None:
-    checkpoint.manifest.note_saved(run / "checkpoints", 12)
+    note_saved(run / "checkpoints", 12)
 
 
 @pytest.mark.parametrize("left", ["nothing", "an empty folder", "what is no checkpoint"])

@@ -19,6 +19,7 @@ from tests.zygote import zygote
 
 SETTINGS = ("model.dropout=0.1", "phases.main.steps=4", "phases.continuation.steps=2", "checkpoint.every=2")
 LAST = 6
+FLIPS = 12
 HARMED = ("metrics.jsonl", "samples.jsonl", spikes.FILE, runfolder.CONFIG, ledger.FILE, checkpoint.SAVED)
 
 
@@ -110,7 +111,7 @@ def test_one_flip_of_each_record_misleads_nobody(original: Path, unharmed: Path,
 def test_many_flips_of_each_record_mislead_nobody(original: Path, unharmed: Path, tmp_path: Path, name: str) -> None:
     """The counts of docs/results/record-faults.md."""
     dice = random.Random(7)
-    met = Counter(trial(original, unharmed, tmp_path / f"trial-{n}", name, dice) for n in range(20))
+    met = Counter(trial(original, unharmed, tmp_path / f"trial-{n}", name, dice) for n in range(FLIPS))
     print(name, dict(met))
     if name != checkpoint.SAVED:
         assert met["nothing depends on it"] == 0

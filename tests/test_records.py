@@ -88,7 +88,7 @@ DAMAGED = {
 }
 
 
-@pytest.fixture(params=DAMAGED.values(), ids=DAMAGED)
+@pytest.fixture(params=DAMAGED.values(), ids=list(DAMAGED))
 def metrics(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """The metrics of a run whose second line is damaged."""
     settings = tiny.load(tmp_path)
