@@ -248,8 +248,9 @@ def _file_in(folder: str) -> Path:
     """FOLDER/tokenizer.json. Errors: UserError, without opening it, if it is not there or cannot be one."""
     shown = folder if folder.isprintable() and len(folder) <= LONGEST_SHOWN else seen(folder)
     what, want = "the tokenizer is missing", f"a folder with {FILE}, or 'bpe' to train one"
+    file = Path(folder) / FILE
     try:
-        file = Path(folder).expanduser() / FILE
+        file = file.expanduser()
         about = file.stat()
         if stat.S_ISREG(about.st_mode) and about.st_size <= LARGEST_BYTES:
             return file

@@ -127,7 +127,7 @@ def test_other_texts_have_the_ids_that_the_file_gives_them():
 def test_a_tokenizer_that_can_make_none_is_used_as_it_is(name: str):
     tokenizer = naming.named(TokenizerSection(name=name))
     assert tokenizer._of_text is tokenizer._inner
-    text = "".join(str(tokenizer._inner.id_to_token(i)) for i in sorted(tokenizer.special_ids)) * 2
+    text = "".join(special.words(tokenizer._inner)) * 2
     assert not tokenizer.special_ids & set(tokenizer.encode(text))
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
