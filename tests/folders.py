@@ -42,13 +42,20 @@ def lively(section: ModelSection | TransformersSection, seed: int = 0) -> Langua
     return built.eval()
 
 
-def run(folder: Path, *overrides: str, steps: tuple[int, ...] = (8, 12)) -> Path:
-    """The folder of a tiny run with checkpoints that look trained."""
-    return run_of(tiny.load(folder, *overrides), steps)
+STATES = (
+    "rank-00000.pt",
+    "deepspeed/mp_rank_00_model_states.pt",
+    "deepspeed/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+)
 
 
-def run_of(config: Config, steps: tuple[int, ...] = (8, 12)) -> Path:
-    """The folder of a run, its checkpoints in bf16 and without DeepSpeed's shards."""
+def run(folder: Path, *overrides: str, steps: tuple[int, ...] = (8, 12), states: bool = False) -> Path:
+    """The folder of a tiny run with checkpoints that look trained; `states`: and as if one could go on from them."""
+    return run_of(tiny.load(folder, *overrides), steps, states=states)
+
+
+def run_of(config: Config, steps: tuple[int, ...] = (8, 12), *, states: bool = False) -> Path:
+    """The folder of a run, its checkpoints in bf16; what stands for states of one rank holds none."""
     data.prepare(config)
     entered = runfolder.enter(config, 1, 0)
     assert entered.identity
@@ -57,11 +64,14 @@ def run_of(config: Config, steps: tuple[int, ...] = (8, 12)) -> Path:
         at.mkdir(parents=True)
         weights = {n: p.detach().bfloat16() for n, p in lively(config.model, step).named_parameters()}
         save_file(weights, at / "model.safetensors")
-        path = at / "model.safetensors"
-        record = Record(bytes=path.stat().st_size, sha256=files.sha256(path))
+        names = ("model.safetensors", *(STATES if states else ()))
+        for name in names[1:]:
+            (at / name).parent.mkdir(exist_ok=True)
+            (at / name).write_text(f"{name} of step {step}")
+        records = {n: Record(bytes=(at / n).stat().st_size, sha256=files.sha256(at / n)) for n in names}
         manifest = checkpoint.Manifest(
             checkpoint.FORMAT, step, "main", 1, 2, "bf16", {}, 0, entered.wandb_id, entered.identity, None, 8,
-            {"model.safetensors": record},
+            records,
         )  # fmt: skip
         checkpoint.write_manifest(at, manifest)
     lines = [

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from smoltrain import beforehand, cli, config, data, dist, ds_config, supervise
+from smoltrain import beforehand, cli, compiling, config, data, dist, ds_config, supervise
 from smoltrain.data.tokenizer import Tokenizer
 from smoltrain.errors import UserError
 from tests import folders, tiny
@@ -77,6 +77,7 @@ def test_train_finds_it_before_the_data_are_touched(
         folders.run(tmp_path, "run.name=other")
     monkeypatch.setattr(data, "prepare", None)
     monkeypatch.setattr(shutil, "which", lambda _: None)  # no compiler
+    monkeypatch.setattr(compiling, "missing", compiling.missing.__wrapped__)  # what was found before is not remembered
     with pytest.raises(UserError) as caught:
         supervise.supervise("quickstart", tiny.words(tmp_path, *overrides(words, files)), 2)
     (line,) = str(caught.value).splitlines()

@@ -111,7 +111,7 @@ def test_provenance_keeps_the_first_start_and_the_newest(tmp_path: Path, monkeyp
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints of steps 8 and 12."""
     folder = tmp_path_factory.mktemp("original")
-    folders.run(folder)
+    folders.run(folder, states=True)
     return folder
 
 
@@ -199,7 +199,7 @@ def test_a_lost_config_lets_no_other_run_in(run: Path, original: Path, words: st
 
 
 def test_another_runs_checkpoint_is_refused(run: Path, original: Path, tmp_path: Path) -> None:
-    other = folders.run(tmp_path / "other")
+    other = folders.run(tmp_path / "other", states=True)
     shutil.rmtree(run / "checkpoints" / "step-00000012")
     shutil.copytree(other / "checkpoints" / "step-00000012", run / "checkpoints" / "step-00000012")
     for action in (lambda: begun(command(run, original)), lambda: loading.load_run(str(run))):

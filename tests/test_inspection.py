@@ -225,7 +225,10 @@ def add_stray(at: Path) -> None:
 FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (flip_a_bit, "model.safetensors is not what was written (SHA-256 differs)"),
     (lambda at: (at / "rank-00000.pt").unlink(), "rank-00000.pt is missing"),
-    (spoil_weights(lambda t: t["norm.weight"].fill_(math.nan)), "norm.weight in model.safetensors is not finite"),
+    (
+        spoil_weights(lambda t: t["norm.weight"].fill_(math.nan)),
+        "norm.weight holds values that are no numbers",
+    ),
     (
         spoil_weights(lambda t: t.update({"norm.weight": torch.ones(16)})),
         "norm.weight has another shape: saw (16,), want (32,)",

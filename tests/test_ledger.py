@@ -51,7 +51,10 @@ def verify(capsys: pytest.CaptureFixture[str], *runs: Path) -> tuple[int, list[s
         cli.main(["verify", *map(str, runs)])
     told = capsys.readouterr()
     assert isinstance(left.value.code, int)
-    return left.value.code, [line for line in (told.out + told.err).splitlines() if ", ledger " not in line]
+    beside = (", ledger ", "/data: not looked into")  # the tokens, of which these runs have none
+    return left.value.code, [
+        line for line in (told.out + told.err).splitlines() if not any(word in line for word in beside)
+    ]
 
 
 # --- writing

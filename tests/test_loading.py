@@ -211,7 +211,8 @@ def test_weights_that_are_no_numbers(run: Path, hub: Path, value: float):
     assert problem(hub).startswith("model.layers.1.mlp.up_proj.weight holds values that are no numbers")
 
 
-def test_a_run_whose_config_asks_for_all_memory(run: Path):
+def test_a_run_whose_config_asks_for_all_memory(run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("smoltrain.runfolder.check_checkpoint", lambda *_: None)  # a manifest that says the same
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("intermediate_size: 64", "intermediate_size: 16777216"))
     with pytest.raises(UserError, match=r"has another shape: saw \(64, 32\), want \(16777216, 32\)"):

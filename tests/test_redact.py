@@ -100,6 +100,10 @@ def served(tmp_path: Path):
         yield server
 
 
+def one_line(text: str) -> bytes:
+    return (json.dumps({"text": f"A line of {text} with some words in it. " * 4}) + "\n").encode()
+
+
 def url_of(server: FaultyServer, name: str = "a.jsonl", **replace: str) -> str:
     query = AMZ.replace("2026", replace.get("date", "2026")).replace(SECRET, replace.get("secret", SECRET))
     return server.url(f"{name}?version=3&{query}").replace("http://", f"http://me:{SECRET}@")
@@ -156,12 +160,18 @@ def test_the_own_config_of_a_run_asks_for_the_url_again(
 
 
 def test_held_out_files_and_mixed_sources_too(tmp_path: Path, served: FaultyServer):
-    parts = [{"name": n, "path": url_of(served), "validation_path": url_of(served), "weight": 1.0} for n in ("a", "b")]
+    served.files |= {f"{name}.jsonl": one_line(name) * 60 for name in ("held-a", "b", "held-b")}
+    parts: list[dict[str, Any]] = [
+        {"name": n, "path": url_of(served, f"{n}.jsonl"), "validation_path": url_of(served, f"held-{n}.jsonl")}
+        for n in ("a", "b")
+    ]
+    parts = [part | {"weight": 1.0} for part in parts]
     settings = test_prepare.config(tmp_path, "stream", data__path=None, data__sources=parts)
     data.prepare(settings)
     runfolder.enter(settings, 1, 0)
     assert leaks(tmp_path) == []
-    anew = [part | {key: url_of(served, date="2031") for key in ("path", "validation_path")} for part in parts]
+    anew = json.loads(json.dumps(parts).replace("X-Amz-Date=2026", "X-Amz-Date=2031"))
+    assert anew != parts
     assert runfolder.check(test_prepare.config(tmp_path, "stream", data__path=None, data__sources=anew), 1, 0)
     own = yaml.safe_load((settings.run_folder / "config.yaml").read_text())
     with pytest.raises(UserError, match=r"change data\.sources\.a\.path on the command line"):

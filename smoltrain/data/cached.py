@@ -92,7 +92,7 @@ class Work:
             for writer in writers.values():
                 writer.discard()
         record = {"made_of": part.made_of, **made, "bad": [asdict(b) for b in bad], "empty": int(counts[EMPTY])}
-        tokens.write_json(part.record_file, record)
+        tokens.write_json(part.record_file, record | {index.DIGEST: index.seal(record)})
         counts[BYTES] = part.size
 
     def _documents(self, number: int, bad: list[Bad]) -> Iterator[tuple[tuple[str, int], str]]:

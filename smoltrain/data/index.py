@@ -18,7 +18,7 @@ from smoltrain.data import tokens
 from smoltrain.errors import Problem, UserError, seen
 
 FORMAT = 2
-DIGEST = "index_sha256"  # in index.json: of everything else in it; before it came, there was no tokenizer_files either
+DIGEST = "index_sha256"  # in index.json, and in a part's record: of everything else in it
 MANY = 2**53  # more than any count is
 
 Count = Annotated[int, Field(ge=0, le=MANY)]
@@ -107,7 +107,7 @@ class Record(_Part):
     train: "Written"
     validation: "Written"
     bad: list[dict[Literal["source", "place", "why"], str]]
-    empty: Count = 0
+    empty: Count
 
 
 class Written(_Part):
@@ -116,7 +116,7 @@ class Written(_Part):
     tokens: Count
     documents: Count
     files: dict[FileName, File]
-    spelling: Spelling = Spelling(tokens=0, unspelled=0, sampled=0, lost=0)
+    spelling: Spelling
 
 
 def file_of(home: Path) -> Path:
@@ -163,10 +163,12 @@ def seal(tree: dict[str, Any]) -> str:
 
 
 def record_of(tree: Any, number: int, itemsize: int) -> dict[str, Any] | None:
-    """The record of the part with this number, if it can be one; its ids take `itemsize` bytes each."""
+    """The record of the part with this number, if it is as it was written; its ids take `itemsize` bytes each."""
     try:
         record = Record.model_validate(tree)
     except ValidationError:
+        return None
+    if tree.get(DIGEST) != seal(tree):
         return None
     for side in ("train", "validation"):
         made: Written = getattr(record, side)
