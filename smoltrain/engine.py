@@ -62,15 +62,15 @@ def wrap(
     with _quiet(), _eager_by_default():
         wrapped, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=tree, dist_init_required=False)
     dtypes = ds_config.dtypes(tree, precision)
-    once, why = None, _takes_micro_batches(wrapped, config.engine.reduce_gradients, world.device, dtypes)
+    once, why = None, _why_deepspeed_reduces(wrapped, config.engine.reduce_gradients, world.device, dtypes)
     if not why:
         clip = config.optimizer.gradient_clipping
         once = OncePerStep(wrapped.optimizer, world, accumulation=accumulation, clip=clip, compiles=compiles)
     return Engine(wrapped, dtypes, world, once, why)
 
 
-def _takes_micro_batches(wrapped: Any, asked: str, device: torch.device, dtypes: ds_config.Dtypes) -> str:
-    """Why gradients travel after each micro-batch, as DeepSpeed has it; '' if once a step. Errors: UserError."""
+def _why_deepspeed_reduces(wrapped: Any, asked: str, device: torch.device, dtypes: ds_config.Dtypes) -> str:
+    """Why DeepSpeed reduces the gradients, and not OncePerStep; '' if that does. Errors: UserError."""
     optimizer, stage = wrapped.optimizer, int(wrapped.zero_optimization_stage())
     unfit = ""
     if not isinstance(optimizer, DeepSpeedZeroOptimizer):
@@ -107,7 +107,9 @@ class Engine:
         """`once` takes gradients and update over from DeepSpeed; where it is None, `why_not` says why."""
         self._ds, self._once = wrapped, once
         self._world_size = world.size
-        self.reduction = f"once a step, {once.how}" if once else f"after each micro-batch; {why_not}"
+        # DeepSpeed's allreduce_gradients: under ZeRO-2 and 3 at each micro-batch, else at the step's last one.
+        when = "after each micro-batch" if wrapped.zero_optimization_partition_gradients() else "once a step"
+        self.reduction = f"once a step, {once.how}" if once else f"{when}, as DeepSpeed has it; {why_not}"
         self.gradients_travel = f"{dtypes}, {self.reduction}; master weights are fp32"
         self._ds.checkpoint_engine = _Shards(wrapped, world)
         self._ds._copy_recovery_script = lambda _: None  # zero_to_fp32.py: fails on tied weights and unpickles anything

@@ -42,6 +42,40 @@ def trained(settings: Config, steps: int, compiles: bool) -> tuple[str, list[flo
     return wrapped.reduction, losses, wrapped.weights(keep=True)
 
 
+def reductions(settings: Config) -> tuple[str, list[int]]:
+    """(what is said, how many collectives there were in each of a step's backward passes); runs on every rank."""
+    here, wrapped = world(), wrap(settings)
+    loader = loader_of(settings, here.rank, here.size)
+    loader.ready(60)
+    counts = []
+    for batch in loader.take().micro_batches:
+        loss = wrapped.forward(batch)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            wrapped.backward(loss)
+        counts.append(sum(event.name.startswith("gloo:") for event in seen.events() or ()))
+    wrapped.drop_gradients()
+    return wrapped.reduction, counts
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "asked", "each"),
+    [
+        (0, "fp32", "auto", False), (1, "fp32", "micro_batch", False), (1, "bf16", "auto", False),
+        (1, "fp32", "step", False), (2, "fp32", "micro_batch", True), (2, "bf16", "step", False),
+        (3, "bf16", "auto", True),
+    ],
+)  # fmt: skip
+def test_the_line_says_when_gradients_are_reduced(
+    tmp_path: Path, ranks: Any, stage: int, precision: str, asked: str, each: bool
+) -> None:
+    words = (f"engine.ds_config=zero{stage}", f"engine.precision={precision}", f"engine.reduce_gradients={asked}")
+    settings = settings_of(tmp_path, *words)
+    for said, counts in ranks(2).run(reductions, settings):
+        assert said.startswith("after each micro-batch" if each else "once a step")
+        first, _ = counts  # of two micro-batches
+        assert (first > 0) == each, (said, counts)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_it_trains_as_deepspeed_does(tmp_path: Path, ranks: Any, precision: str) -> None:
     """In bf16 one ulp of a master now and then crosses a rounding boundary of a weight."""
@@ -52,7 +86,7 @@ def test_compiled_it_trains_as_deepspeed_does(tmp_path: Path, ranks: Any, precis
     expected: list[float] = []
     for (how, losses, weights), (other, expected, wanted) in zip(ours, theirs, strict=True):
         assert how == "once a step, through shared memory"
-        assert other == "after each micro-batch; as engine.reduce_gradients asks"
+        assert other == "after each micro-batch, as DeepSpeed has it; as engine.reduce_gradients asks"
         assert losses == pytest.approx(expected, rel=tolerance)
         for name, value in weights.items():
             torch.testing.assert_close(value.float(), wanted[name].float(), rtol=0, atol=50 * tolerance)
