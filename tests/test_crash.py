@@ -65,14 +65,14 @@ def stages() -> dict[str, Stage]:
         return str(path).endswith((".pt", ".safetensors", ".json"))
 
     return {
-        "start": Stage(Path, "write_bytes", is_of_the_start, 1, True, writes=0),
+        "start": Stage(Path, "write_text", is_of_the_start, 1, True, writes=0),
         "a step": Stage(train, "train_step", lambda *_, **__: True, 2),
         "copy to the host": Stage(engine.Engine, "snapshot", lambda *_: True, 1),
         "shard": Stage(torch, "save", lambda _, path: in_checkpoints(path), 3, writes=1),
         "weights": Stage(safetensors.torch, "serialize_file", lambda *_, **__: True, 1, True, writes=1),
         "fsync": Stage(os, "fsync", in_checkpoints, 6),
         "hash": Stage(hashlib, "file_digest", lambda file, _: in_checkpoints(file.name), 3),
-        "manifest": Stage(Path, "write_bytes", is_manifest, 1, True, writes=0),
+        "manifest": Stage(Path, "write_text", is_manifest, 1, True, writes=0),
         "rename": Stage(os, "replace", lambda _, new: in_checkpoints(new), 2, True),
         "old one set aside": Stage(os, "rename", lambda old, _: in_checkpoints(old), 1, True),
         "old one deleted": Stage(os, "unlink", is_old, 6, True),

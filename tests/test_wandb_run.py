@@ -63,8 +63,8 @@ def end_of_process() -> None:
 
 @pytest.fixture
 def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
-    end_of_process()  # of another test
     monkeypatch.setattr(subprocess.Popen, "__del__", lambda _: None)  # wandb does not wait for its own process
+    end_of_process()  # of another test
     monkeypatch.setattr(wandb_run, "FINISH_S", 3.0)
     with WandbServer() as opened:
         for name, value in opened.environment().items():
