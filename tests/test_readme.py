@@ -215,8 +215,9 @@ def test_every_message_of_the_troubleshooting_is_in_the_code():
         pieces = [piece.strip() for piece in message.removesuffix(" is nan").split("...")]
         assert all(piece in plain for piece in pieces), message
     variables = set(re.findall(r"`([A-Z_]{6,})(?:=N)?`", section("Troubleshooting")))
-    assert variables == {"SMOLTRAIN_THREADS", "CUDA_LAUNCH_BLOCKING"}
-    assert all(f'os.environ.get("{name}"' in source for name in variables)
+    assert variables == {"SMOLTRAIN_THREADS", "CUDA_LAUNCH_BLOCKING", "MASTER_PORT", "WORLD_SIZE"}
+    read = ('os.environ.get("{}"', '_number(environment, "{}"')
+    assert all(any(how.format(name) in source for how in read) for name in variables)
 
 
 def test_the_corpus_is_the_pinned_one():
