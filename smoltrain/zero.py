@@ -108,6 +108,7 @@ class OncePerStep:
         self.reduce()
         for sums in self._sums:
             sums.all_gather()
+        self._world.barrier()  # a rank that goes on to its next backward would write where a slower one still reads
         return self._places
 
     def norm(self) -> float:

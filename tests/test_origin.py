@@ -28,6 +28,7 @@ def rows_and_losses(run: Path) -> dict[int, tuple[float, str]]:
     return {line["step"]: (line[key], line["data/ledger"]) for line in launches.metrics(run) if key in line}
 
 
+@pytest.mark.slow
 def test_all_of_another_run_goes_on_as_that_run_would(main: Path):
     continued = tiny.train(main, "run.name=continued", "init.from=quickstart", "init.load=all")
     assert continued.returncode == DONE, continued.stderr

@@ -132,7 +132,9 @@ def test_a_place_that_is_closed(run: Path, hub: Hub, push: Push, place: str):
     assert refused.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("kind", ["closed port", "silence", "no such host", "no URL"])
+@pytest.mark.parametrize(
+    "kind", ["closed port", pytest.param("silence", marks=pytest.mark.slow), "no such host", "no URL"]
+)
 def test_a_hub_that_is_not_there(run: Path, push: Push, kind: str):
     with socket.socket() as quiet:
         quiet.bind(("127.0.0.1", 0))

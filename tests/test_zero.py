@@ -1,5 +1,6 @@
 """Gradients that travel once a step, against DeepSpeed's own reduction after each micro-batch."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from smoltrain import data
+from smoltrain.dist import World
 from smoltrain.errors import UserError
 from smoltrain.plan import Plan
 from smoltrain.schema import Config
@@ -149,6 +151,31 @@ def test_gradients_and_norm_are_those_of_deepspeed(tmp_path: Path, ranks: Any) -
         assert norm == pytest.approx(expected, rel=1e-6)
         assert again
         assert applied
+
+
+def gradients_while_a_rank_is_slow(settings: Config) -> dict[str, torch.Tensor]:
+    """Those of `gradients_of`, where rank 1 sleeps between being together and reading what the others have."""
+    together = World.barrier
+
+    def slow(self: World) -> None:
+        together(self)
+        time.sleep(0.3 * self.rank)
+
+    World.barrier = slow
+    try:
+        return gradients_of(settings)[0]
+    finally:
+        World.barrier = together
+
+
+def test_a_rank_that_goes_on_waits_for_one_that_still_reads(tmp_path: Path, ranks: Any) -> None:
+    settings = settings_of(tmp_path, "engine.precision=fp32", "engine.reduce_gradients=step")
+    both = zip(
+        ranks(2).run(gradients_while_a_rank_is_slow, settings), ranks(2).run(gradients_of, settings), strict=True
+    )
+    for slowly, (quickly, *_) in both:
+        for name, gradient in slowly.items():
+            assert torch.equal(gradient, quickly[name]), name
 
 
 def one_rank_overflows(settings: Config) -> tuple[bool, float, bool, bool]:

@@ -367,6 +367,7 @@ def dtypes(settings: Any) -> tuple[set[torch.dtype], set[torch.dtype]]:
     return {p.dtype for p in wrapped.module.parameters()}, {b.dtype for b in wrapped.module.buffers()}
 
 
+@pytest.mark.slow
 def test_rotary_frequencies_stay_in_fp32_behind_a_bf16_engine(tmp_path: Path, ranks: Any):
     """In bf16 they would be off by up to 0.4 %: 32 radians at position 8192."""
     for parameters, buffers in ranks(2).run(dtypes, tiny.load(tmp_path, *TINY)):
