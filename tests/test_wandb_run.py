@@ -40,11 +40,7 @@ def _own_loggers() -> Iterator[None]:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user who has never heard of W&B."""
-    for name in [name for name in os.environ if name.startswith(("WANDB", "NETRC"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.chdir(tmp_path)
+    tiny.forget_wandb(tmp_path, monkeypatch)
     return tmp_path
 
 

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from smoltrain import config
 from smoltrain.schema import Config
 
@@ -65,6 +67,14 @@ def words(folder: Path, *overrides: str) -> list[str]:
 def load(folder: Path, *overrides: str) -> Config:
     """The config of a tiny run in `folder`."""
     return config.load("quickstart", words(folder, *overrides))
+
+
+def forget_wandb(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on this is a user who has never heard of W&B, whose home is this folder."""
+    for name in [name for name in os.environ if name.startswith(("WANDB", "NETRC"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
 
 
 def train(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:

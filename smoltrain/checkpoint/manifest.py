@@ -80,7 +80,7 @@ def note_saved(checkpoints: Path, step: int) -> None:
 
 
 def last_saved(run: Path) -> int:
-    """The newest step that the run published a checkpoint of; 0 if there never was one, or nobody can say."""
+    """The newest step that the run published a checkpoint of; 0 if there never was one, 1 if nobody can say which."""
     path = run / SAVED
     if not path.exists():
         return 0
