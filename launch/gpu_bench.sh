@@ -3,7 +3,7 @@
 # First ours beside other trainers, then ours alone for every attention kernel, with and without torch.compile, for each way
 # of gradient checkpointing and ZeRO-1 and 2 (ZeRO-0 in bf16 is refused: docs/decisions.md). Each cell is a JSON in FOLDER;
 # FOLDER/table.md has them all. A cell that fails, for want of memory or of a kernel, says so and is not in the table.
-# Never run by its authors, who had no GPU; tests/test_gpu_bench.py runs it on a CPU, at a tiny shape.
+# Never run by its authors, who had no GPU; tests/benchmarks/test_gpu_bench.py runs it on a CPU, at a tiny shape.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 BIN="${BIN:-.venv/bin}"

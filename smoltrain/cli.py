@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from smoltrain import console
-from smoltrain.errors import BAD_INPUT, FAULT, INTERRUPTED, TrainingStopped, UserError, report
+from smoltrain.errors import BAD_INPUT, FAULT, INTERRUPTED, TrainingStopped, UserError, format_error
+from smoltrain.launch.console import guard_console
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rich.table import Table
 
-    from smoltrain.plan import Plan
-    from smoltrain.schema import Config
+    from smoltrain.config.schema import Config
+    from smoltrain.schedule import Plan
 
 app = typer.Typer(
     name="smoltrain",
@@ -32,36 +32,38 @@ app.add_typer(prepare, name="prepare")
 bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.")]
-Model = Annotated[
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.")]
+ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
         help="A run folder, the name of one under runs/, the folder of a checkpoint, or a Hugging Face folder.",
     ),
 ]
-Checkpoint = Annotated[
+CheckpointOption = Annotated[
     int | None, typer.Option(help="Step of the checkpoint; by default the one that RUN names, or the run's newest.")
 ]
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a path to a .yaml file.")]
-Overrides = Annotated[
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a path to a .yaml file.")
+]
+OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to use instead of the recipe's.")
 ]
-Calls = Annotated[int, typer.Option("--rounds", min=1, help="Calls of each kernel, in turn.")]
-Out = Annotated[str, typer.Option(help="File for the numbers, what they depend on, and the command.")]
+RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Calls of each kernel, in turn.")]
+OutOption = Annotated[str, typer.Option(help="File for the numbers, what they depend on, and the command.")]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit: a mistake of the user's ends with readable lines and a code, never a traceback."""
     if arguments is None:  # this is a process of its own
-        console.open()
+        guard_console()
     try:
         app(arguments)
     except UserError as error:
-        print(report(error), file=sys.stderr)
+        print(format_error(error), file=sys.stderr)
         sys.exit(BAD_INPUT)
     except TrainingStopped as error:
-        print(report(error), file=sys.stderr)
+        print(format_error(error), file=sys.stderr)
         sys.exit(FAULT)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -73,35 +75,36 @@ def recipes() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from smoltrain import config
+    from smoltrain.config.load import list_recipes, read_recipe_headline
 
     table = Table("recipe", "what it trains")
-    for name, path in config.recipes().items():
-        table.add_row(name, config.headline(path))
+    for name, path in list_recipes().items():
+        table.add_row(name, read_recipe_headline(path))
     Console(markup=False, highlight=False).print(table)
 
 
 @app.command(epilog="Example: smoltrain show quickstart phases.main.lr=1e-3 --plan")
 def show(
-    recipe: Recipe,
-    overrides: Overrides = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     plan: Annotated[bool, typer.Option("--plan", help="The phases and their learning rates instead.")] = False,
 ) -> None:
     """Print a recipe in full: every default, every override, the exact number of parameters; or what is wrong."""
-    from smoltrain import beforehand, config
+    from smoltrain.config.load import config_to_yaml, load_config
+    from smoltrain.train.preflight import check_recipe
 
-    resolved = config.load(recipe, overrides or [])
-    beforehand.of_recipe(resolved)
+    resolved = load_config(recipe, overrides or [])
+    check_recipe(resolved)
     if plan:
-        _show_plan(resolved)
+        _print_plan(resolved)
     else:
-        print(config.to_yaml(resolved) + _facts(resolved))
+        print(config_to_yaml(resolved) + _format_config_facts(resolved))
 
 
 @app.command(epilog="Example: smoltrain estimate smollm2-135m batch.micro_batch=8 --world 8 --device h100")
 def estimate(
-    recipe: Recipe,
-    overrides: Overrides = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     *,
     world: Annotated[int, typer.Option(min=1, help="Ranks, each with one device.")] = 1,
     device: Annotated[
@@ -112,26 +115,26 @@ def estimate(
     ] = False,
 ) -> None:
     """Estimate memory, time and disk of a run before it starts, with alternatives and advice."""
-    from smoltrain.estimate import estimate as tell
+    from smoltrain.estimate.estimate import print_estimate as tell
 
     tell(recipe, overrides or [], world, device, measured=measure)
 
 
 @app.command(epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2")
 def train(
-    recipe: Recipe,
-    overrides: Overrides = None,
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     ranks: Annotated[int | None, typer.Option(help="Processes; by default one per GPU, or two on a CPU.")] = None,
 ) -> None:
     """Train a recipe, or go on where its run folder stands."""
-    from smoltrain.supervise import supervise
+    from smoltrain.launch.supervisor import supervise_run
 
-    raise typer.Exit(supervise(recipe, overrides or [], ranks))
+    raise typer.Exit(supervise_run(recipe, overrides or [], ranks))
 
 
 @app.command(epilog="Example: smoltrain generate quickstart --prompt '**ROMEO**' --temperature 0.8 --top-k 50")
 def generate(
-    run: Model,
+    run: ModelArgument,
     *,
     prompt: Annotated[str, typer.Option(help="Text to go on from; empty begins a new document.")] = "",
     temperature: Annotated[float | None, typer.Option(help="Divides the logits; 0 is greedy.")] = None,
@@ -140,44 +143,43 @@ def generate(
     max_tokens: Annotated[int | None, typer.Option(help="New tokens at most.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws; by default the run's.")] = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: CheckpointOption = None,
 ) -> None:
     """Write text with a trained model; options that are not given are the recipe's."""
-    from smoltrain import config
-    from smoltrain.data import companions
-    from smoltrain.loading import load_run
+    from smoltrain.config.load import override_generation
+    from smoltrain.data.tokenizers.companions import GENERATION_CONFIG, unsupported_generation_settings
+    from smoltrain.inference.load import load_trained_model
 
-    loaded = load_run(run, checkpoint)
-    settings = config.revise(
+    loaded = load_trained_model(run, checkpoint)
+    settings = override_generation(
         loaded.generation, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
     )
     notes: list[str] = []
-    if left_out := companions.not_done(loaded.inherited):
-        print(f"{companions.GENERATION} asks for more than is done here: {', '.join(left_out)}", file=sys.stderr)
+    if left_out := unsupported_generation_settings(loaded.inherited):
+        print(f"{GENERATION_CONFIG} asks for more than is done here: {', '.join(left_out)}", file=sys.stderr)
     seed = loaded.seed if seed is None else seed
-    _write([prompt], loaded.text(prompt, settings, greedy=greedy, seed=seed, say=notes.append), ["\n"])
+    _print_pieces([prompt], loaded.text(prompt, settings, greedy=greedy, seed=seed, say=notes.append), ["\n"])
     for note in notes:
         print(note, file=sys.stderr)
 
 
 @app.command(epilog="Example: smoltrain plot quickstart")
-def plot(run: Run) -> None:
+def plot(run: RunArgument) -> None:
     """Draw a run's curves: loss, learning rate, gradient norm, throughput, unique rows."""
-    from smoltrain import config
-    from smoltrain.loading import run_folder
-    from smoltrain.plan import Plan
-    from smoltrain.plots import run_pngs
+    from smoltrain.config.load import read_run_config
+    from smoltrain.inference.load import find_run_folder
+    from smoltrain.run.plots import draw_run
+    from smoltrain.schedule import Plan
 
-    folder = run_folder(run)
-    for path in run_pngs(Plan(config.read(folder / "config.yaml").phases), folder):
+    folder = find_run_folder(run)
+    for path in draw_run(Plan(read_run_config(folder / "config.yaml").phases), folder):
         print(path)
 
 
 @app.command(epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward")
 def verify(
     path: Annotated[
-        str,
-        typer.Argument(metavar="PATH", help="A run (folder, or name under runs/), or the folder of a checkpoint."),
+        str, typer.Argument(metavar="PATH", help="A run (folder, or name under runs/), or the folder of a checkpoint.")
     ],
     other: Annotated[
         str | None, typer.Argument(metavar="OTHER", help="Another run: did both train on the same rows?")
@@ -188,9 +190,9 @@ def verify(
     ] = False,
 ) -> None:
     """Check a run's ledger and checkpoints, or one checkpoint: files, shapes, finite numbers, place in the data."""
-    from smoltrain.inspection import verify
+    from smoltrain.run.verify import verify_run
 
-    if not verify(path, other, forward=forward):
+    if not verify_run(path, other, forward=forward):
         raise typer.Exit(FAULT)
 
 
@@ -199,32 +201,33 @@ def tokenizer(
     name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2 or gpt2: the real ones, out of a package.")],
 ) -> None:
     """Make a tokenizer without the Hub; recipes then take it as `tokenizer=NAME`."""
-    from smoltrain.data import standins
+    from smoltrain.data.tokenizers.offline import prepare_packaged_tokenizer
 
-    print(standins.prepare(name))
+    print(prepare_packaged_tokenizer(name))
 
 
 @prepare.command(name="data", epilog="Example: smoltrain prepare data quickstart data.cache=tokens")
-def prepare_data(recipe: Recipe, overrides: Overrides = None) -> None:
+def prepare_data_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Tokenise a run's data ahead, once; goes on where it was stopped. Unless data.mode says stream, all of them."""
-    from smoltrain import config, data
-    from smoltrain.data.prepare import tokens_folder
+    from smoltrain.config.load import load_config
+    from smoltrain.data.tokens import prepare
+    from smoltrain.data.tokens.prepare import run_tokens_folder
 
-    settings = config.load(recipe, overrides or [])
-    prepared = data.prepare(settings, ahead=True)
+    settings = load_config(recipe, overrides or [])
+    prepared = prepare.prepare_run_data(settings, ahead=True)
     print(prepared.describe_tokenizer())
     print(prepared.describe())
-    print(tokens_folder(settings, prepared.index))
+    print(run_tokens_folder(settings, prepared.index))
 
 
 @app.command(epilog="Example: smoltrain export quickstart")
 def export(
-    run: Model,
+    run: ModelArgument,
     out: Annotated[str | None, typer.Argument(metavar="OUT", help="Folder; by default RUN/export/step-N.")] = None,
-    checkpoint: Checkpoint = None,
+    checkpoint: CheckpointOption = None,
 ) -> None:
     """Write a Hugging Face folder, reload it with transformers alone and compare logits and text."""
-    from smoltrain.export import export as write
+    from smoltrain.export.export import export_model as write
 
     write(run, out, checkpoint)
 
@@ -232,67 +235,66 @@ def export(
 @app.command(epilog="Example: HF_TOKEN=... smoltrain push quickstart OWNER/NAME")
 def push(
     run: Annotated[
-        str,
-        typer.Argument(metavar="RUN", help="A run folder, the name of one under runs/, or an export's folder."),
+        str, typer.Argument(metavar="RUN", help="A run folder, the name of one under runs/, or an export's folder.")
     ],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face Hub.")],
     public: Annotated[bool, typer.Option("--public", help="Anyone may read a repository that is made now.")] = False,
 ) -> None:
     """Upload a run's export to the Hugging Face Hub; exports first where there is none of the newest checkpoint."""
-    from smoltrain.push import push as upload
+    from smoltrain.export.push import push_to_hub as upload
 
     print(upload(run, repo, private=not public))
 
 
 @app.command(epilog="Example: smoltrain demo quickstart --port 7860")
 def demo(
-    run: Model,
+    run: ModelArgument,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 7860,
 ) -> None:
     """Serve a page that writes with the model: settings, streamed text, a stop button, every checkpoint."""
-    from smoltrain.demo import serve
+    from smoltrain.inference.demo import serve_demo
 
-    serve(run, host=host, port=port)
+    serve_demo(run, host=host, port=port)
 
 
 @bench.command(name="data", epilog="Example: smoltrain bench data --minutes 10")
-def bench_data(
+def bench_data_command(
     minutes: Annotated[
         float, typer.Option(min=0, help="How long to stream; memory is told at 10, 50 and 100 % of it.")
     ] = 0.5,
     tokenizer: Annotated[str, typer.Option(help="As tokenizer.name in a recipe.")] = "smollm2",
     mib: Annotated[float, typer.Option(min=1, help="MiB of text to make; streaming goes round and round in it.")] = 64,
-    out: Out = "bench.json",
+    out: OutOption = "bench.json",
 ) -> None:
     """Measure tokens per second of the loader without a model, streaming and cached, and its memory."""
     from pathlib import Path
 
-    from smoltrain.bench.data import bench_data as measure
+    from benchmarks.data import benchmark_data as measure
 
     measure(tokenizer, minutes, mib, Path(out))
 
 
 @bench.command(name="checkpoint", epilog="Example: smoltrain bench checkpoint shakespeare-80m --saves 3")
-def bench_checkpoint(
-    recipe: Recipe = "quickstart",
-    overrides: Overrides = None,
+def bench_checkpoint_command(
+    recipe: RecipeArgument = "quickstart",
+    overrides: OverridesArgument = None,
     saves: Annotated[int, typer.Option(min=2, help="Checkpoints in each of the two runs.")] = 3,
     every: Annotated[int, typer.Option(min=1, help="Steps between saves, for the share of a run that is told.")] = 200,
-    out: Out = "bench.json",
+    out: OutOption = "bench.json",
 ) -> None:
     """Measure what saving costs a run: with its files written beside training, and with training waiting for them."""
     from pathlib import Path
 
-    from smoltrain.bench.checkpoint import bench_checkpoint as measure
+    from benchmarks.checkpoint import benchmark_checkpoint as measure
 
     measure(recipe, overrides or [], saves, every, Path(out))
 
 
 @bench.command(name="train", epilog="Example: smoltrain bench train quickstart --against hf-trainer,plain --rounds 2")
-def bench_train(
-    recipe: Recipe,
-    overrides: Overrides = None,
+def bench_train_command(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
     *,
     against: Annotated[
         str, typer.Option(help="Other trainers: hf-trainer, hf-trainer+ds, litgpt, plain, plain+compile.")
@@ -303,47 +305,47 @@ def bench_train(
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Micro-batch of the other trainers; by default the recipe's.")
     ] = None,
-    out: Out = "bench.json",
+    out: OutOption = "bench.json",
 ) -> None:
     """Measure whole trainers side by side on the same shape and rows: tokens/s, MFU, memory, start-up."""
     from pathlib import Path
 
-    from smoltrain.bench.training import bench_training as measure
+    from benchmarks.train import benchmark_training as measure
 
     measure(recipe, overrides or [], against, ranks, steps, rounds, micro_batch, Path(out))
 
 
 @bench.command(name="attention", epilog="Example: smoltrain bench attention smollm2-135m batch.sequence_length=1024")
-def bench_attention(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    rounds: Calls = 10,
-    out: Out = "bench.json",
+def bench_attention_command(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    rounds: RoundsOption = 10,
+    out: OutOption = "bench.json",
 ) -> None:
     """Measure the attention kernels at a recipe's shape: forward and backward, and the error against fp64."""
     from pathlib import Path
 
-    from smoltrain.bench.attention import bench_attention as measure
+    from benchmarks.attention import benchmark_attention as measure
 
     measure(recipe, overrides or [], rounds, Path(out))
 
 
 @bench.command(name="loss", epilog="Example: smoltrain bench loss smollm2-135m batch.micro_batch=8")
-def bench_loss(
-    recipe: Recipe,
-    overrides: Overrides = None,
-    rounds: Calls = 10,
-    out: Out = "bench.json",
+def bench_loss_command(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    rounds: RoundsOption = 10,
+    out: OutOption = "bench.json",
 ) -> None:
     """Measure the loss kernels at a recipe's shape: forward and backward, memory, and the error against fp32."""
     from pathlib import Path
 
-    from smoltrain.bench.loss import bench_loss as measure
+    from benchmarks.loss import benchmark_loss as measure
 
     measure(recipe, overrides or [], rounds, Path(out))
 
 
-def _write(*parts: "Iterable[str]") -> None:
+def _print_pieces(*parts: "Iterable[str]") -> None:
     """Print pieces of text as they come; whoever reads may leave before the end."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character that a model writes
@@ -358,32 +360,32 @@ def _write(*parts: "Iterable[str]") -> None:
         raise TrainingStopped(f"the text cannot be written: {error.strerror}") from None
 
 
-def _facts(config: "Config") -> str:
+def _format_config_facts(config: "Config") -> str:
     """What follows from a config before any process starts, as YAML comments."""
-    from smoltrain.model import build, parameter_count
+    from smoltrain.model.build import build_model, count_parameters
 
     batch = config.batch
     rows, ranks = batch.rows_per_step, "over all ranks"
     if batch.accumulation is not None:
         rows, ranks = batch.rows(1), "on each rank"
     assert rows is not None, "one of the two is given, or the config is refused"
-    parameters = parameter_count(build(config.model, device="meta"))
+    parameters = count_parameters(build_model(config.model, device="meta"))
     return f"# {parameters:,} parameters\n# {rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}"
 
 
-def _show_plan(config: "Config") -> None:
+def _print_plan(config: "Config") -> None:
     from rich.console import Console
 
-    from smoltrain.plan import Plan
-    from smoltrain.plots import plan_png
+    from smoltrain.run.plots import draw_plan
+    from smoltrain.schedule import Plan
 
     plan, path = Plan(config.phases), config.run_folder / "plots" / "plan.png"
-    plan_png(plan, path)
-    Console(markup=False, highlight=False).print(_plan_table(plan))
+    draw_plan(plan, path)
+    Console(markup=False, highlight=False).print(_build_plan_table(plan))
     print(path)
 
 
-def _plan_table(plan: "Plan") -> "Table":
+def _build_plan_table(plan: "Plan") -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

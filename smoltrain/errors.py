@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from smoltrain import redact
+from smoltrain.redact import redact_text
 
 # Exit codes of every entry point (README, "Resume").
 DONE, FAULT, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
-LONGEST = 1000  # characters of a value, or of a list of them, in a message
+MAX_MESSAGE_CHARS = 1000  # characters of a value, or of a list of them, in a message
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,15 @@ class Problem:
 
     def __str__(self) -> str:
         """On one line whatever the values are, without the secrets of URLs and without what a terminal would obey."""
-        what, saw, want, change = map(_on_one_line, map(redact.text, (self.what, self.saw, self.want, self.change)))
+        what, saw, want, change = map(
+            _escape_and_truncate, map(redact_text, (self.what, self.saw, self.want, self.change))
+        )
         return f"{what}: saw {saw}, want {want}; change {change}"
 
 
-def _on_one_line(text: str) -> str:
-    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: LONGEST + 1])
-    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}..."
+def _escape_and_truncate(text: str) -> str:
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: MAX_MESSAGE_CHARS + 1])
+    return shown if len(shown) <= MAX_MESSAGE_CHARS else f"{shown[:MAX_MESSAGE_CHARS]}..."
 
 
 class UserError(Exception):
@@ -41,7 +43,7 @@ class UserError(Exception):
         self.problems = problems
 
 
-class RankRefused(UserError):
+class RankUserError(UserError):
     """Mistakes that concern one rank alone, which must say so itself."""
 
 
@@ -49,27 +51,27 @@ class TrainingStopped(Exception):
     """The run itself went wrong (a loss that is not a number, a full disk): exit code 1, message, no traceback."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(redact.text(message))
+        super().__init__(redact_text(message))
 
 
-class RankStopped(TrainingStopped):
+class RankTrainingStopped(TrainingStopped):
     """One rank alone cannot go on, so that it must say so itself: the others only see that it is gone."""
 
 
-def nearest(word: str, choices: Iterable[str]) -> str:
+def suggest_choice(word: str, choices: Iterable[str]) -> str:
     """What to want instead of `word`: the closest choice first, else all of them."""
     choices = sorted(choices)
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"{close[0]!r} (the nearest valid one)" if close else "one of " + ", ".join(choices)
 
 
-def seen(value: object) -> str:
+def format_value(value: object) -> str:
     """A value as a message shows it: on one line, and not too long."""
-    text = redact.text(repr(value))  # before it is cut, so that no secret loses the sign by which it is known
+    text = redact_text(repr(value))  # before it is cut, so that no secret loses the sign by which it is known
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def invalid(key: str, error: Any, change: str) -> Problem:
+def problem_from_pydantic(key: str, error: Any, change: str) -> Problem:
     """One of pydantic's errors (a dict of ValidationError.errors()) about the value of `key`, in plain words."""
     want = error["msg"].removeprefix("Input should be ")
     match error["type"]:
@@ -93,9 +95,9 @@ def invalid(key: str, error: Any, change: str) -> Problem:
             want = "a list, as in [a, b]"
         case "model_type" | "model_attributes_type":
             want = "a section of `key: value` lines"
-    return Problem(f"{key} is not valid", seen(error["input"]), want, change)
+    return Problem(f"{key} is not valid", format_value(error["input"]), want, change)
 
 
-def report(error: UserError | TrainingStopped) -> str:
+def format_error(error: UserError | TrainingStopped) -> str:
     """The lines to print on stderr, one per problem."""
     return "\n".join(f"error: {line}" for line in str(error).splitlines())

@@ -12,11 +12,15 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, processors
 
-from smoltrain import checkpoint, data, files, huggingface, model, runfolder
-from smoltrain.checkpoint.manifest import Record
-from smoltrain.data.tokenizer import Tokenizer
-from smoltrain.model import LanguageModel
-from smoltrain.schema import Config, ModelSection, TransformersSection
+from smoltrain import files
+from smoltrain.checkpoint.manifest import MANIFEST_FORMAT, FileRecord, Manifest, step_folder, write_manifest
+from smoltrain.config.schema import Config, ModelSection, TransformersSection
+from smoltrain.data.tokenizers.tokenizer import Tokenizer
+from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.model.build import build_model
+from smoltrain.model.hf_format import MODELING_FILE, convert_to_hf_tensors, make_hf_config
+from smoltrain.model.interface import LanguageModel
+from smoltrain.run.run_folder import enter_run_folder
 from tests import tiny
 
 SEPARATOR = "<|endoftext|>"
@@ -35,7 +39,7 @@ def lively(section: ModelSection | TransformersSection, seed: int = 0) -> Langua
     """A model whose every weight matters: none of its biases is zero, no norm is one."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        built = model.build(section)
+        built = build_model(section)
         with torch.no_grad():
             for p in built.parameters():
                 p.add_(0.15 * torch.randn(p.shape))
@@ -56,11 +60,11 @@ def run(folder: Path, *overrides: str, steps: tuple[int, ...] = (8, 12), states:
 
 def run_of(config: Config, steps: tuple[int, ...] = (8, 12), *, states: bool = False) -> Path:
     """The folder of a run, its checkpoints in bf16; what stands for states of one rank holds none."""
-    data.prepare(config)
-    entered = runfolder.enter(config, 1, 0)
+    prepare_run_data(config)
+    entered = enter_run_folder(config, 1, 0)
     assert entered.identity
     for step in steps:
-        at = checkpoint.folder_of(entered.path / "checkpoints", step)
+        at = step_folder(entered.path / "checkpoints", step)
         at.mkdir(parents=True)
         weights = {n: p.detach().bfloat16() for n, p in lively(config.model, step).named_parameters()}
         save_file(weights, at / "model.safetensors")
@@ -68,12 +72,12 @@ def run_of(config: Config, steps: tuple[int, ...] = (8, 12), *, states: bool = F
         for name in names[1:]:
             (at / name).parent.mkdir(exist_ok=True)
             (at / name).write_text(f"{name} of step {step}")
-        records = {n: Record(bytes=(at / n).stat().st_size, sha256=files.sha256(at / n)) for n in names}
-        manifest = checkpoint.Manifest(
-            checkpoint.FORMAT, step, "main", 1, 2, "bf16", {}, 0, entered.wandb_id, entered.identity, None, 8,
+        records = {n: FileRecord(bytes=(at / n).stat().st_size, sha256=files.file_sha256(at / n)) for n in names}
+        manifest = Manifest(
+            MANIFEST_FORMAT, step, "main", 1, 2, "bf16", {}, 0, entered.wandb_id, entered.identity, None, 8,
             records,
         )  # fmt: skip
-        checkpoint.write_manifest(at, manifest)
+        write_manifest(at, manifest)
     lines = [
         {
             "step": n,
@@ -98,9 +102,9 @@ def hub(folder: Path, section: ModelSection, *, dtype: torch.dtype = torch.float
     built = lively(section, seed)
     ours = {name: p.detach().to(dtype) for name, p in built.named_parameters()}
     built.load_state_dict({name: x.float() for name, x in ours.items()}, strict=False)
-    save_file(huggingface.their_tensors(section, ours), folder / "model.safetensors", metadata={"format": "pt"})
-    files.write_json(folder / "config.json", huggingface.config_of(section))
-    shutil.copy(huggingface.CODE, folder)
+    save_file(convert_to_hf_tensors(section, ours), folder / "model.safetensors", metadata={"format": "pt"})
+    files.write_json_file(folder / "config.json", make_hf_config(section))
+    shutil.copy(MODELING_FILE, folder)
     tokenizer().save(folder)
     return built
 
@@ -123,7 +127,7 @@ CHAT_GENERATION = {"do_sample": True, "temperature": 0.6, "repetition_penalty": 
 def chat(folder: Path, *, template_file: bool = False, **about: Any) -> dict[str, int]:
     """A Hugging Face folder of a model that chats: it has what authors put beside weights. Returns its special ids."""
     hub(folder, CHAT_SHAPE)
-    (folder / huggingface.CODE.name).unlink()
+    (folder / MODELING_FILE.name).unlink()
     inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     words = ("<|user|>", "<|turn|>", "<|begin|>", "<|tool|>")
     inner.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in words])

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import torch
 
-from smoltrain import dist, files
+from smoltrain import files
+from smoltrain.distributed.world import free_port
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -24,7 +25,7 @@ TIMEOUT_S = 180
 
 def command(launcher: str) -> list[str]:
     """The words before RECIPE for two ranks (one under plain python)."""
-    port = str(dist.free_port())
+    port = str(free_port())
     return {
         "python": [sys.executable, SCRIPT],
         "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port, SCRIPT],
@@ -45,9 +46,7 @@ def environment() -> dict[str, str]:
     own = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return (
         {k: v for k, v in os.environ.items() if k not in own}
-        | {
-            "OMP_NUM_THREADS": "1",
-        }
+        | {"OMP_NUM_THREADS": "1"}
         | ({} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"})
     )
 
@@ -125,7 +124,7 @@ def wait_until_gone(words: list[str], seconds: float = 40) -> None:
 
 
 def metrics(run_folder: Path) -> list[dict[str, Any]]:
-    return list(files.json_lines(run_folder / "metrics.jsonl"))
+    return list(files.read_jsonl(run_folder / "metrics.jsonl"))
 
 
 def losses(run_folder: Path) -> dict[int, float]:

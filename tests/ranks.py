@@ -76,8 +76,8 @@ _worlds: dict[int, Any] = {}
 
 def world() -> Any:
     """The World of the rank that asks; opened once per process."""
-    from smoltrain import dist
+    from smoltrain.distributed.world import open_world
 
     if not _worlds:
-        _worlds[0] = dist.open()
+        _worlds[0] = open_world()
     return _worlds[0]

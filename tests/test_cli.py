@@ -10,7 +10,8 @@ from unittest.mock import ANY
 
 import pytest
 
-from smoltrain import cli, config
+from smoltrain import cli
+from smoltrain.config.load import list_recipes, load_config, read_recipe_headline
 from smoltrain.errors import Problem, TrainingStopped, UserError
 
 EXAMPLE = str(Path(__file__).parent / "example.yaml")
@@ -103,16 +104,16 @@ def test_help_does_not_wait_for_torch():
 def test_recipes_are_listed_with_their_sentence(run: Run):
     code, out, _ = run("recipes")
     assert code == 0
-    for name, path in config.recipes().items():
+    for name, path in list_recipes().items():
         assert name in out
-        assert config.headline(path).split()[0] in out
+        assert read_recipe_headline(path).split()[0] in out
 
 
 def test_what_show_prints_is_a_recipe(run: Run, tmp_path: Path):
     code, out, err = run("show", EXAMPLE, "phases.main.lr=3e-4", "phases.main.final_lr=0")
     assert (code, err) == (0, "")
     (tmp_path / "shown.yaml").write_text(out)
-    assert config.load("shown.yaml") == config.load(EXAMPLE, ["phases.main.lr=3e-4", "phases.main.final_lr=0"])
+    assert load_config("shown.yaml") == load_config(EXAMPLE, ["phases.main.lr=3e-4", "phases.main.final_lr=0"])
 
 
 def test_show_counts_parameters_and_tokens(run: Run):
@@ -159,7 +160,7 @@ def test_train_on_no_ranks_is_one_line(run: Run, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def supervised(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The calls of supervise; what it shall return, or raise, is put into `ends`."""
-    from smoltrain import supervise
+    from smoltrain.launch import supervisor
 
     calls = SimpleNamespace(seen=[], ends=0)
 
@@ -169,7 +170,7 @@ def supervised(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             raise calls.ends
         return calls.ends
 
-    monkeypatch.setattr(supervise, "supervise", instead)
+    monkeypatch.setattr(supervisor, "supervise_run", instead)
     return calls
 
 
@@ -227,24 +228,24 @@ class Bytes:
 @pytest.fixture
 def generated(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Every call behind `generate`; the text it writes is `says`."""
-    from smoltrain import loading
+    from smoltrain.inference import load
 
     calls = SimpleNamespace(loaded=[], drawn=[], says="né 🙂".encode())
-    settings = config.load(EXAMPLE, ["run.seed=7", "model.vocab_size=260", "tokenizer.vocab_size=257"])
+    settings = load_config(EXAMPLE, ["run.seed=7", "model.vocab_size=260", "tokenizer.vocab_size=257"])
 
     decoder = SimpleNamespace(section=settings.model)
 
-    def load_run(*arguments: object) -> loading.LoadedRun:
+    def load_run(*arguments: object) -> load.LoadedModel:
         calls.loaded.append(arguments)
         stand_ins: tuple[Any, ...] = (decoder, None, Bytes(), settings.generation, settings.run.seed, Path())
-        return loading.LoadedRun(*stand_ins)
+        return load.LoadedModel(*stand_ins)
 
     def instead(*arguments: object, **options: object) -> Iterator[int]:
         calls.drawn.append((*arguments, options))
         return iter(calls.says)
 
-    monkeypatch.setattr(loading, "load_run", load_run)
-    monkeypatch.setattr(loading, "generate", instead)
+    monkeypatch.setattr(load, "load_trained_model", load_run)
+    monkeypatch.setattr(load, "generate_ids", instead)
     return calls
 
 
@@ -253,7 +254,7 @@ def test_generate_takes_the_settings_of_the_run(run: Run, generated: SimpleNames
     assert generated.loaded == [("quickstart", None)]
     ((model, ids, settings, options),) = generated.drawn
     assert (model.section.vocab_size, ids) == (260, list(b"Romeo, "))
-    assert settings == config.load(EXAMPLE).generation
+    assert settings == load_config(EXAMPLE).generation
     assert options == {"stop_ids": [0], "banned_ids": [256, 257, 258, 259], "greedy": False, "seed": 7, "say": ANY}
 
 
@@ -275,13 +276,13 @@ def test_generate_refuses_bad_settings(run: Run, generated: SimpleNamespace):
 
 
 def test_generate_says_where_the_context_ended(run: Run, generated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
-    from smoltrain import loading
+    from smoltrain.inference import load
 
     def instead(*arguments: object, say: Callable[[str], None], **options: object) -> Iterator[int]:
         yield from b"abc"
         say("the text stops")
 
-    monkeypatch.setattr(loading, "generate", instead)
+    monkeypatch.setattr(load, "generate_ids", instead)
     assert run("generate", "x", "--temperature", "0") == (0, "abc\n", "the text stops\n")
 
 

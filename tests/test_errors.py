@@ -3,7 +3,15 @@
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from smoltrain.errors import Problem, TrainingStopped, UserError, invalid, nearest, report, seen
+from smoltrain.errors import (
+    Problem,
+    TrainingStopped,
+    UserError,
+    format_error,
+    format_value,
+    problem_from_pydantic,
+    suggest_choice,
+)
 
 
 class Values(BaseModel):
@@ -25,19 +33,19 @@ def test_a_problem_says_what_saw_want_and_change():
 
 def test_every_problem_is_a_line_of_its_own():
     error = UserError(Problem("a", "1", "2", "x"), Problem("b", "3", "4", "y"))
-    assert report(error) == "error: a: saw 1, want 2; change x\nerror: b: saw 3, want 4; change y"
-    assert report(TrainingStopped("the loss is nan")) == "error: the loss is nan"
+    assert format_error(error) == "error: a: saw 1, want 2; change x\nerror: b: saw 3, want 4; change y"
+    assert format_error(TrainingStopped("the loss is nan")) == "error: the loss is nan"
 
 
 def test_the_nearest_choice_else_all_of_them():
-    assert nearest("hiden_size", ["hidden_size", "norm"]) == "'hidden_size' (the nearest valid one)"
-    assert nearest("zzz", {"b": 1, "a": 2}) == "one of a, b"
+    assert suggest_choice("hiden_size", ["hidden_size", "norm"]) == "'hidden_size' (the nearest valid one)"
+    assert suggest_choice("zzz", {"b": 1, "a": 2}) == "one of a, b"
 
 
 @pytest.mark.parametrize("value", ["a\nb", "x" * 1000, list(range(1000)), None])
 def test_a_value_is_shown_on_one_short_line(value: object):
-    assert "\n" not in seen(value)
-    assert len(seen(value)) <= 60
+    assert "\n" not in format_value(value)
+    assert len(format_value(value)) <= 60
 
 
 @pytest.mark.parametrize(
@@ -61,4 +69,4 @@ def test_pydantic_speaks_plainly(field: str, value: object, want: str):
     with pytest.raises(ValidationError) as caught:
         Values.model_validate({field: value})
     (error,) = caught.value.errors()
-    assert invalid("a.b", error, "here") == Problem("a.b is not valid", seen(value), want, "here")
+    assert problem_from_pydantic("a.b", error, "here") == Problem("a.b is not valid", format_value(value), want, "here")

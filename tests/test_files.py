@@ -32,10 +32,10 @@ def test_an_interrupted_write_leaves_what_was_there(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        files.write_text(path, "the new text")
+        files.write_text_file(path, "the new text")
     assert (path.read_text(encoding="utf-8") if path.exists() else None) == old
     monkeypatch.undo()
-    files.write_text(path, "the new text")
+    files.write_text_file(path, "the new text")
     assert path.read_text(encoding="utf-8") == "the new text"
     assert [p.name for p in tmp_path.iterdir()] == ["file"], "no temporary file stays behind"
 
@@ -51,18 +51,18 @@ def test_the_content_is_on_disk_before_the_name_and_the_name_before_the_return(
         real(handle)
 
     monkeypatch.setattr(os, "fsync", record)
-    files.write_text(path, "text")
+    files.write_text_file(path, "text")
     assert seen == [("file.tmp", False), (tmp_path.name, True)]
 
 
 def test_text_and_json_are_utf_8(tmp_path: Path) -> None:
     value = {"b": [1, 2.5, None], "a": "Ä\u2028\n\x00"}
-    files.write_json(tmp_path / "value.json", value)
+    files.write_json_file(tmp_path / "value.json", value)
     text = (tmp_path / "value.json").read_text(encoding="utf-8")
     assert json.loads(text) == value
     assert list(json.loads(text)) == ["b", "a"]
     assert text.endswith("}\n")
-    files.write_text(tmp_path / "text", "Ä→\n")
+    files.write_text_file(tmp_path / "text", "Ä→\n")
     assert (tmp_path / "text").read_bytes() == "Ä→\n".encode()
 
 
@@ -70,7 +70,7 @@ def test_text_and_json_are_utf_8(tmp_path: Path) -> None:
 def test_sha256_is_hashlibs(tmp_path: Path, size: int) -> None:
     content = os.urandom(size)
     (tmp_path / "file").write_bytes(content)
-    assert files.sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+    assert files.file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
 # ---- reading tensors
@@ -124,11 +124,9 @@ def test_tensors_and_plain_containers_come_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("function", [os.system, exec, eval, subprocess.check_call, os.mkdir])
 def test_a_file_that_would_run_code_is_refused_by_name_and_runs_nothing(tmp_path: Path, function: Any) -> None:
     marker = tmp_path / "marker"
-    argument = {
-        os.system: f"touch {marker}",
-        subprocess.check_call: ["touch", str(marker)],
-        os.mkdir: str(marker),
-    }.get(function, f"__import__('os').mkdir({str(marker)!r})")
+    argument = {os.system: f"touch {marker}", subprocess.check_call: ["touch", str(marker)], os.mkdir: str(marker)}.get(
+        function, f"__import__('os').mkdir({str(marker)!r})"
+    )
     path = saved(tmp_path, {"weights": torch.ones(2), "more": Calls(function, argument)})
     with pytest.raises(TrainingStopped) as caught:
         files.read_tensors(path, allowed=(Plain,))
@@ -180,9 +178,9 @@ def test_a_broken_file_is_a_readable_error(tmp_path: Path) -> None:
 
 def test_json_lines_are_all_but_one_that_a_crash_cut_short(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert list(files.json_lines(path)) == []
+    assert list(files.read_jsonl(path)) == []
     path.write_bytes(b'{"step": 1}\n{"step": 2, "text": "\xff"}\n{"step": 3}')
-    assert list(files.json_lines(path)) == [{"step": 1}], "a line that is not UTF-8 is damaged"
+    assert list(files.read_jsonl(path)) == [{"step": 1}], "a line that is not UTF-8 is damaged"
 
 
 # ---- names that come out of files
@@ -195,7 +193,7 @@ def test_no_name_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
     (folder / "out").symlink_to(tmp_path)
     (folder / "loop").symlink_to("../loop")
     with pytest.raises(UserError, match=r"a name leads out of its folder: .* change the list"):
-        files.inside(folder, name, "the list")
+        files.resolve_inside(folder, name, "the list")
 
 
 @pytest.mark.parametrize("name", ["x", "a/b.bin", "..x", "link/x", "not there/yet"])
@@ -204,12 +202,12 @@ def test_a_name_within_its_folder_is_followed(tmp_path: Path, name: str) -> None
     (tmp_path / "folder" / "link").symlink_to("real")
     (tmp_path / "another").symlink_to("folder")  # the folder itself may be a link: its user named it
     for folder in (tmp_path / "folder", tmp_path / "another"):
-        assert files.inside(folder, name, "the list") == folder / name
+        assert files.resolve_inside(folder, name, "the list") == folder / name
 
 
 def test_only_a_regular_file_is_hashed_or_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for read in (files.sha256, files.read_text):
+    for read in (files.file_sha256, files.read_text_file):
         for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
             with pytest.raises(OSError, match="no regular file"):
                 read(path)

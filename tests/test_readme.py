@@ -11,9 +11,11 @@ import typer
 import yaml
 from typer.core import TyperGroup
 
-from smoltrain import cli, config, errors
-from smoltrain.contradictions import contradictions
-from smoltrain.errors import UserError
+from smoltrain.cli import app, main
+from smoltrain.config.load import DS_CONFIGS_FOLDER, config_to_yaml, list_recipes, load_config
+from smoltrain.config.rules import find_contradictions
+from smoltrain.config.schema import Config, ModelSection, PhaseSection, Section
+from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, UserError, format_error
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,7 +47,7 @@ def called(*programs: str) -> list[list[str]]:
 
 def options(verb: str, words: list[str]) -> dict[str, Any]:
     """The parameters of a verb as its command line reads them; a wrong call raises."""
-    command = typer.main.get_command(cli.app)
+    command = typer.main.get_command(app)
     words = [verb, *words]
     while isinstance(command, TyperGroup):
         command = command.commands[words.pop(0)]
@@ -55,8 +57,8 @@ def options(verb: str, words: list[str]) -> dict[str, Any]:
 def load_words(recipe: str, overrides: list[str]) -> None:
     """Load what a training command names, but for what stands for the reader's own file."""
     if recipe not in YOURS:
-        assert recipe in config.recipes(), f"{recipe} is not shipped"
-        config.load(recipe, overrides)
+        assert recipe in list_recipes(), f"{recipe} is not shipped"
+        load_config(recipe, overrides)
         return
     assert all("=" in word for word in overrides)
 
@@ -87,17 +89,17 @@ def test_a_call_of_smoltrain_is_valid(
     if verb in ("recipes", "show", "estimate"):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as left:
-            cli.main([verb, *rest])
-        assert left.value.code == errors.DONE
+            main([verb, *rest])
+        assert left.value.code == DONE
         assert capsys.readouterr().out
     else:
         assert verb in ("train", "generate", "plot", "export", "push", "demo", "verify", "prepare", "bench")
-        assert given.get("recipe", given.get("run")) in config.recipes() or verb in ("verify", "bench")
+        assert given.get("recipe", given.get("run")) in list_recipes() or verb in ("verify", "bench")
 
 
 @pytest.mark.parametrize("words", called("sbatch"), ids=joined)
 def test_a_job_is_there_and_its_recipe_loads(words: list[str]):
-    assert (ROOT / words[1]).is_file()  # tests/test_slurm.py runs it
+    assert (ROOT / words[1]).is_file()  # tests/whole_runs/test_slurm.py runs it
     load_words(words[2], words[3:])
 
 
@@ -131,8 +133,8 @@ def test_a_direct_launch_is_valid(words: list[str]):
 def test_an_error_line_is_what_load_reports(line: str):
     (key,) = re.findall(r"unknown key ([\w.]+):", line)
     with pytest.raises(UserError) as caught:
-        config.load("quickstart", [f"{key}=512"])
-    assert errors.report(caught.value) == line
+        load_config("quickstart", [f"{key}=512"])
+    assert format_error(caught.value) == line
 
 
 def test_there_is_an_error_line():
@@ -147,7 +149,7 @@ def test_every_path_exists():
     paths = {p for p in paths if not p.startswith((".venv/", "runs/", "OWNER/"))}  # made by train.sh, or the reader's
     folders = r"(?<![\w/.])(?:smoltrain|launch|tests|docs|ds_configs|\.ci)/[\w./-]*\w"
     paths |= {name for _, text in FENCE.findall(README) for name in re.findall(folders, text)}
-    assert {"launch/train.py", "smoltrain/track.py", "ds_configs/", "tests/model/"} <= paths
+    assert {"launch/train.py", "smoltrain/run/track.py", "ds_configs/", "tests/model/"} <= paths
     assert [path for path in sorted(paths) if not list(ROOT.glob(path))] == []
 
 
@@ -172,15 +174,15 @@ def test_what_the_arrows_name_is_in_the_files():
 
 
 def test_every_key_is_one_of_the_config():
-    sections = {name: field.annotation for name, field in config.Config.model_fields.items()}
-    sections["model"] = config.ModelSection
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    sections["model"] = ModelSection
     fields = {
         f"{name}.{field.alias or key}"
         for name, annotation in sections.items()
-        if isinstance(annotation, type) and issubclass(annotation, config.Section)
+        if isinstance(annotation, type) and issubclass(annotation, Section)
         for key, field in annotation.model_fields.items()
-    } | {f"phases.*.{key}" for key in config.PhaseSection.model_fields}
-    names = "|".join(config.Config.model_fields)
+    } | {f"phases.*.{key}" for key in PhaseSection.model_fields}
+    names = "|".join(Config.model_fields)
     named = {word for word in QUOTED if re.fullmatch(rf"({names})\.[\w.*]+", word)}
     assert {"engine.ds_config", "run.name", "track.wandb_timeout_s", "phases.*.lr"} <= named
     assert named - fields == {"tokenizer.json"}, "that one is a file"
@@ -189,21 +191,21 @@ def test_every_key_is_one_of_the_config():
 @pytest.mark.parametrize("words", [w for w in QUOTED if re.fullmatch(r"[a-z_]+\.[\w.]+=[\w.]+", w)])
 def test_every_override_loads(words: str):
     if words != "section.key=value":
-        config.load("quickstart", [words])
+        load_config("quickstart", [words])
 
 
 def test_every_ds_config_is_named():
     (listed,) = re.findall(r"`ds_configs/`\s+\(([\w,\s]+)\)", README)
-    assert sorted(listed.replace(",", " ").split()) == sorted(path.stem for path in config.DS_CONFIGS.glob("*.json"))
+    assert sorted(listed.replace(",", " ").split()) == sorted(path.stem for path in DS_CONFIGS_FOLDER.glob("*.json"))
 
 
 def test_the_exit_codes_are_those_of_errors():
     rows = {int(code): meaning for code, meaning in re.findall(r"^\| (\d+) \| (.+) \|$", README, re.MULTILINE)}
-    wanted = {errors.DONE: "done", errors.FAULT: "a fault", errors.BAD_INPUT: "bad input", errors.STOPPED: "stopped"}
-    wanted[errors.INTERRUPTED] = "Ctrl-C"
+    wanted = {DONE: "done", FAULT: "a fault", BAD_INPUT: "bad input", STOPPED: "stopped"}
+    wanted[INTERRUPTED] = "Ctrl-C"
     assert rows.keys() == wanted.keys()
     assert all(meaning.startswith(wanted[code]) for code, meaning in rows.items())
-    assert f"exit with {errors.STOPPED}." in section("Resume")
+    assert f"exit with {STOPPED}." in section("Resume")
 
 
 def test_every_message_of_the_troubleshooting_is_in_the_code():
@@ -229,38 +231,38 @@ def test_the_corpus_is_the_pinned_one():
 
 
 def test_quickstart_is_what_it_is_said_to_be():
-    from smoltrain.checkpoint import folder_of
-    from smoltrain.model import build, parameter_count
-    from smoltrain.supervise import CPU_RANKS
+    from smoltrain.checkpoint.manifest import step_folder
+    from smoltrain.launch.supervisor import CPU_RANKS
+    from smoltrain.model.build import build_model, count_parameters
 
     said = " ".join(section("What you see").split())
-    recipe = config.load("quickstart")
+    recipe = load_config("quickstart")
     main, after = recipe.phases
-    parameters = parameter_count(build(recipe.model, device="meta"))
+    parameters = count_parameters(build_model(recipe.model, device="meta"))
     assert ("of two million parameters" in said, round(parameters / 1e6, 1)) == (True, 2.0)
     assert ("two ranks, ZeRO-2, bf16" in said, CPU_RANKS) == (True, 2)
     assert (recipe.engine.ds_config, recipe.engine.precision) == ("zero2", "bf16")
     assert f"accumulation {recipe.batch.accumulation}, gradient checkpointing" in said
     assert recipe.engine.gradient_checkpointing == "full"
     assert f"a main phase and a {after.name} of {after.steps} steps" in said
-    assert f"{folder_of(Path('checkpoints'), main.steps).name}/" in said
+    assert f"{step_folder(Path('checkpoints'), main.steps).name}/" in said
 
 
 def test_the_phases_shown_are_phases(tmp_path: Path):
     ((kind, text),) = FENCE.findall(section("Phases"))
     assert kind == "yaml"
     shown = yaml.safe_load(text)["phases"]
-    phases = tuple(config.PhaseSection.model_validate(phase) for phase in shown)
-    whole = config.load("quickstart").model_copy(update={"phases": phases})
-    assert contradictions(whole) == []
-    recipe = yaml.safe_load(config.to_yaml(whole)) | {"phases": shown}
+    phases = tuple(PhaseSection.model_validate(phase) for phase in shown)
+    whole = load_config("quickstart").model_copy(update={"phases": phases})
+    assert find_contradictions(whole) == []
+    recipe = yaml.safe_load(config_to_yaml(whole)) | {"phases": shown}
     (tmp_path / "shown.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    assert config.load(str(tmp_path / "shown.yaml")).phases == phases
+    assert load_config(str(tmp_path / "shown.yaml")).phases == phases
 
 
 def test_the_schedules_named_are_all_there_are():
     named = section("Phases").partition("pure functions of the step:")[2].partition("No scheduler state")[0]
-    assert set(re.findall(r"`(\w+)`", named)) == set(get_args(config.PhaseSection.model_fields["schedule"].annotation))
+    assert set(re.findall(r"`(\w+)`", named)) == set(get_args(PhaseSection.model_fields["schedule"].annotation))
 
 
 # --- what is shipped

@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import yaml
 
-from smoltrain import config, data, redact, runfolder
-from smoltrain.data import sources
-from smoltrain.errors import Problem, TrainingStopped, UserError, seen
+from smoltrain.config.load import config_to_yaml, load_config, read_run_config
+from smoltrain.data.documents.listing import list_shards
+from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.errors import Problem, TrainingStopped, UserError, format_value
+from smoltrain.redact import REDACTED, is_redacted, redact_text, redact_tree, redact_url
+from smoltrain.run.run_folder import check_run_folder, enter_run_folder
 from tests import tiny
-from tests.data import test_prepare
+from tests.data.tokens import test_prepare
 from tests.faulty_server import FaultyServer
 
 SECRET = "Zx9SeCrEt7"
@@ -34,21 +37,21 @@ USERS = (SECRET, f"me:{SECRET}", f":{SECRET}", f"me:a@{SECRET}", f"me:a/{SECRET}
 @pytest.mark.parametrize("query", QUERIES)
 def test_no_secret_of_a_query_stays_and_the_file_can_still_be_told(query: str):
     for before, kept in (("", ""), ("version=3&", "version=3&"), ("id=9&page=2&", "id=9&page=2&")):
-        found = redact.url(f"https://host.example/data/a.jsonl?{before}{query}")
+        found = redact_url(f"https://host.example/data/a.jsonl?{before}{query}")
         assert SECRET not in found
         assert found.startswith(f"https://host.example/data/a.jsonl?{kept}")
-        assert found.endswith(redact.REDACTED)
-        assert redact.is_redacted(found)
-        assert redact.url(found) == found
-    assert SECRET not in redact.url(f"https://host.example/a.jsonl#{query}")
+        assert found.endswith(REDACTED)
+        assert is_redacted(found)
+        assert redact_url(found) == found
+    assert SECRET not in redact_url(f"https://host.example/a.jsonl#{query}")
 
 
 @pytest.mark.parametrize("user", USERS)
 def test_no_user_stays(user: str):
     for scheme in ("https", "s3", "ftp", "webdav+https"):
-        found = redact.url(f"{scheme}://{user}@host.example:8443/a.jsonl")
-        assert found == f"{scheme}://{redact.REDACTED}@host.example:8443/a.jsonl"
-        assert redact.is_redacted(found)
+        found = redact_url(f"{scheme}://{user}@host.example:8443/a.jsonl")
+        assert found == f"{scheme}://{REDACTED}@host.example:8443/a.jsonl"
+        assert is_redacted(found)
 
 
 @pytest.mark.parametrize(
@@ -60,23 +63,23 @@ def test_no_user_stays(user: str):
     ],
 )  # fmt: skip
 def test_what_holds_no_secret_is_left(plain: str):
-    assert redact.url(plain) == redact.text(plain) == plain
-    assert not redact.is_redacted(plain)
+    assert redact_url(plain) == redact_text(plain) == plain
+    assert not is_redacted(plain)
 
 
 def test_a_url_that_is_signed_anew_reads_the_same():
-    one = redact.url(f"https://h/a?{AMZ}")
+    one = redact_url(f"https://h/a?{AMZ}")
     longer = ("&X-Amz-Date", "&X-Amz-Security-Token=5&X-Amz-Date")
     for change in (("2026", "2031"), (SECRET, "other"), ("AKIA1", "ASIA2"), longer):
-        assert redact.url(f"https://h/a?{AMZ.replace(*change)}") == one
+        assert redact_url(f"https://h/a?{AMZ.replace(*change)}") == one
 
 
 def test_urls_are_found_in_any_text():
     url = f"https://me:{SECRET}@host/a.jsonl?token={SECRET}"
     for words in (f"saw {url}, want", f"saw '{url}'", f'"{url}"', f"({url})", f"<{url}>", f"{url}\n{url}", f"x::{url}"):
-        assert SECRET not in redact.text(words)
-    assert redact.tree({"a": [url, {"b": (url, 5, None)}]}) == {
-        "a": [redact.url(url), {"b": (redact.url(url), 5, None)}]
+        assert SECRET not in redact_text(words)
+    assert redact_tree({"a": [url, {"b": (url, 5, None)}]}) == {
+        "a": [redact_url(url), {"b": (redact_url(url), 5, None)}]
     }
 
 
@@ -86,7 +89,7 @@ def test_errors_hold_none():
     for words in (str(problem), str(UserError(problem)), str(TrainingStopped(f"no {url}"))):
         assert SECRET not in words
     for length in range(len(url)):  # nor is any left over where a message is cut
-        assert SECRET[:4] not in seen(" " * length + url)
+        assert SECRET[:4] not in format_value(" " * length + url)
 
 
 # ---- a run whose data lie behind such a URL
@@ -119,15 +122,15 @@ def test_no_file_of_the_data_holds_the_secret_and_a_new_signature_is_no_change(
 ):
     changes: dict[str, Any] = {"data__cache": tmp_path / "cache"} if mode == "cached" else {}
     settings = test_prepare.config(tmp_path, mode, data__path=url_of(served), **changes)
-    first = data.prepare(settings)
-    runfolder.enter(settings, 1, 0)
+    first = prepare_run_data(settings)
+    enter_run_folder(settings, 1, 0)
     assert leaks(tmp_path) == []
-    assert (settings.run_folder / "config.yaml").read_text().count(redact.REDACTED) >= 1
-    assert next(tmp_path.rglob("bad-records.jsonl")).read_text().count(redact.REDACTED) >= 1
+    assert (settings.run_folder / "config.yaml").read_text().count(REDACTED) >= 1
+    assert next(tmp_path.rglob("bad-records.jsonl")).read_text().count(REDACTED) >= 1
     anew = test_prepare.config(tmp_path, mode, data__path=url_of(served, date="2031", secret="another"), **changes)
-    again = data.prepare(anew)
+    again = prepare_run_data(anew)
     assert again.index["fingerprint"] == first.index["fingerprint"]
-    assert runfolder.check(anew, 1, 0)["starts"][-1]["changes"] == []
+    assert check_run_folder(anew, 1, 0)["starts"][-1]["changes"] == []
     if mode == "stream":
         ((shard,),) = again.shards
         assert shard.url == url_of(served, date="2031", secret="another"), "it can be opened"
@@ -136,7 +139,7 @@ def test_no_file_of_the_data_holds_the_secret_and_a_new_signature_is_no_change(
 
 def test_a_gone_file_does_not_tell_its_secret(tmp_path: Path, served: FaultyServer):
     with pytest.raises(UserError, match="the data are missing") as caught:
-        data.prepare(test_prepare.config(tmp_path, "stream", data__path=url_of(served, "gone.jsonl")))
+        prepare_run_data(test_prepare.config(tmp_path, "stream", data__path=url_of(served, "gone.jsonl")))
     assert SECRET not in str(caught.value)
 
 
@@ -145,18 +148,18 @@ def test_the_own_config_of_a_run_asks_for_the_url_again(
 ):
     for mode in ("stream", "cached"):
         settings = test_prepare.config(tmp_path, mode, data__path=url_of(served), run__name=mode)
-        data.prepare(settings)
-        runfolder.enter(settings, 1, 0)
+        prepare_run_data(settings)
+        enter_run_folder(settings, 1, 0)
         own = str(settings.run_folder / "config.yaml")
         if mode == "stream":
             with pytest.raises(UserError) as caught:
-                data.prepare(config.load(own))
+                prepare_run_data(load_config(own))
             assert "the secret that was taken out" in str(caught.value)
             assert str(caught.value).endswith("change data.path on the command line")
         else:
-            data.prepare(config.load(own))
+            prepare_run_data(load_config(own))
             assert "the tokens that were made of it stay in use" in capsys.readouterr().out
-        assert data.prepare(config.load(own, [f"data.path={url_of(served)}"])).mode == mode
+        assert prepare_run_data(load_config(own, [f"data.path={url_of(served)}"])).mode == mode
 
 
 def test_held_out_files_and_mixed_sources_too(tmp_path: Path, served: FaultyServer):
@@ -167,22 +170,22 @@ def test_held_out_files_and_mixed_sources_too(tmp_path: Path, served: FaultyServ
     ]
     parts = [part | {"weight": 1.0} for part in parts]
     settings = test_prepare.config(tmp_path, "stream", data__path=None, data__sources=parts)
-    data.prepare(settings)
-    runfolder.enter(settings, 1, 0)
+    prepare_run_data(settings)
+    enter_run_folder(settings, 1, 0)
     assert leaks(tmp_path) == []
     anew = json.loads(json.dumps(parts).replace("X-Amz-Date=2026", "X-Amz-Date=2031"))
     assert anew != parts
-    assert runfolder.check(test_prepare.config(tmp_path, "stream", data__path=None, data__sources=anew), 1, 0)
+    assert check_run_folder(test_prepare.config(tmp_path, "stream", data__path=None, data__sources=anew), 1, 0)
     own = yaml.safe_load((settings.run_folder / "config.yaml").read_text())
     with pytest.raises(UserError, match=r"change data\.sources\.a\.path on the command line"):
-        sources.shards(config.read(settings.run_folder / "config.yaml").data.parts[0], key="data.sources.a")
-    assert own["data"]["sources"][1]["validation_path"].endswith(f"?version=3&{redact.REDACTED}")
+        list_shards(read_run_config(settings.run_folder / "config.yaml").data.parts[0], key="data.sources.a")
+    assert own["data"]["sources"][1]["validation_path"].endswith(f"?version=3&{REDACTED}")
 
 
 def test_show_prints_none(tmp_path: Path):
-    shown = config.to_yaml(tiny.load(tmp_path, f"data.path=https://me:{SECRET}@host/a.jsonl?{AMZ}"))
+    shown = config_to_yaml(tiny.load(tmp_path, f"data.path=https://me:{SECRET}@host/a.jsonl?{AMZ}"))
     assert SECRET not in shown
-    assert f"path: https://{redact.REDACTED}@host/a.jsonl?{redact.REDACTED}" in shown
+    assert f"path: https://{REDACTED}@host/a.jsonl?{REDACTED}" in shown
 
 
 @pytest.mark.slow

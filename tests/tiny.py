@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from smoltrain import config
-from smoltrain.schema import Config
+from smoltrain.config.load import load_config
+from smoltrain.config.schema import Config
 
 LINES = (
     "the king of {0} spoke to the queen of {1}",
@@ -66,7 +66,7 @@ def words(folder: Path, *overrides: str) -> list[str]:
 
 def load(folder: Path, *overrides: str) -> Config:
     """The config of a tiny run in `folder`."""
-    return config.load("quickstart", words(folder, *overrides))
+    return load_config("quickstart", words(folder, *overrides))
 
 
 def forget_wandb(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,8 @@ def _serve(end: Connection) -> None:
     os.environ |= {"JE_ARROW_MALLOC_CONF": "background_thread:false", "OMP_NUM_THREADS": "1"}  # a fork keeps one thread
     import torch._inductor.compile_fx  # noqa: F401 - the first optimizer step would import it
 
-    from smoltrain import dist, train  # noqa: F401
+    from smoltrain.distributed.world import free_port
+    from smoltrain.train import run as train  # noqa: F401
 
     ended: dict[int, int] = {}
     while True:
@@ -128,7 +129,7 @@ def _serve(end: Connection) -> None:
             continue
         size, log, function, words = args
         assert len([*Path("/proc/self/task").iterdir()]) == 1, "a fork would lose the other threads"
-        port, pids = dist.free_port(), []
+        port, pids = free_port(), []
         for rank in range(size):
             if pid := os.fork():
                 pids.append(pid)
@@ -168,8 +169,8 @@ def _be_rank(rank: int, size: int, port: int, log: Path, function: Callable[...,
 
 
 def _train(words: list[str], *sabotage: Any) -> int:
-    from launch.train import main
+    from smoltrain.launch.rank import run_rank
 
     if sabotage:
         sabotage[0](*sabotage[1:])
-    return main(["quickstart", *words])
+    return run_rank(["quickstart", *words])

@@ -6,30 +6,32 @@ Run from the project's folder: .venv/bin/python docs/results/unshifted_labels.py
 import numpy as np
 import torch
 
-from smoltrain import config, data, model
-from smoltrain.data import packing
-from smoltrain.generate import generate
+from smoltrain.config.load import load_config
+from smoltrain.data.tokens import prepare
+from smoltrain.data.tokens.packing import count_rows, row
+from smoltrain.inference.generate import generate_ids
+from smoltrain.model.build import build_model
 
-recipe = config.load("quickstart", ["run.name=unshifted-labels"])
-prepared = data.prepare(recipe, rows_per_step=16)
+recipe = load_config("quickstart", ["run.name=unshifted-labels"])
+prepared = prepare.prepare_run_data(recipe, rows_per_step=16)
 T = recipe.batch.sequence_length
 
 
 def rows(tokens: np.ndarray, indices: np.ndarray) -> torch.Tensor:
     """Rows of T + 1 ids, int64 [len(indices), T + 1]."""
-    return torch.tensor(np.stack([packing.row(tokens, int(i), T) for i in indices]).astype(np.int64))
+    return torch.tensor(np.stack([row(tokens, int(i), T) for i in indices]).astype(np.int64))
 
 
 train = prepared.train
-held_out = rows(prepared.validation, np.linspace(0, packing.num_rows(len(prepared.validation), T) - 1, 32))
+held_out = rows(prepared.validation, np.linspace(0, count_rows(len(prepared.validation), T) - 1, 32))
 for name, shift in (("its own token (labels not shifted)", 0), ("the next token (labels shifted)", 1)):
     torch.manual_seed(0)
     draws = np.random.default_rng(0)
-    decoder = model.build(recipe.model)
+    decoder = build_model(recipe.model)
     adamw = torch.optim.AdamW(decoder.parameters(), lr=2e-3, weight_decay=0.01)
     print(f"\ntrained to predict {name}\n  step   training loss   held out: own token   held out: next token")
     for step in range(1, 201):
-        batch = rows(train, draws.integers(0, packing.num_rows(len(train), T), 16))
+        batch = rows(train, draws.integers(0, count_rows(len(train), T), 16))
         ids, labels = batch[:, :-1].contiguous(), batch[:, shift : shift + T].contiguous()
         loss = decoder(ids, labels) / labels.numel()
         adamw.zero_grad()
@@ -42,5 +44,5 @@ for name, shift in (("its own token (labels not shifted)", 0), ("the next token 
                 own, following = (decoder(ids, held_out[:, s : s + T].contiguous()) / ids.numel() for s in (0, 1))
             print(f"  {step:4d}   {loss.item():13.4f}   {own.item():19.4f}   {following.item():20.4f}", flush=True)
     prompt = prepared.tokenizer.encode("**ROMEO**  \nWhat")
-    text = prepared.tokenizer.decode(list(generate(decoder, prompt, recipe.generation, stop_id=None, greedy=True)))
+    text = prepared.tokenizer.decode(list(generate_ids(decoder, prompt, recipe.generation, stop_id=None, greedy=True)))
     print(f"  greedy continuation of '**ROMEO** What': {text[:120]!r}")

@@ -14,21 +14,21 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
 from smoltrain import files
+from smoltrain.config.identity import RunIdentity
 from smoltrain.errors import Problem, UserError
-from smoltrain.identity import Identity
 
-FORMAT = 3
-MANIFEST = "manifest.json"
-WEIGHTS = "model.safetensors"
-DIGEST = "manifest_sha256"  # in manifest.json: of everything else in it
-PREFIX = "step-"
-MODEL_STATES = "model_states.pt"  # ends the names of the files in which DeepSpeed keeps the weights
-SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
-RANDOM = re.compile(r"^rank-(\d+)\.pt$")
-SAVED = "saved.json"  # beside checkpoints/: the newest step that was published
+MANIFEST_FORMAT = 3
+MANIFEST_FILE = "manifest.json"
+WEIGHTS_FILE = "model.safetensors"
+DIGEST_KEY = "manifest_sha256"  # in manifest.json: of everything else in it
+STEP_PREFIX = "step-"
+MODEL_STATES_SUFFIX = "model_states.pt"  # ends the names of the files in which DeepSpeed keeps the weights
+SHARD_NAME = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
+RNG_STATE_NAME = re.compile(r"^rank-(\d+)\.pt$")
+LAST_SAVED_FILE = "saved.json"  # beside checkpoints/: the newest step that was published
 
 
-class Record(TypedDict):
+class FileRecord(TypedDict):
     """A file as it was written."""
 
     bytes: int
@@ -48,21 +48,21 @@ class Manifest:
     loader: dict[str, Any]  # rows consumed by the optimizer, and the ledger
     skipped_updates: int
     wandb_id: str
-    identity: Identity  # of the run, to which its config.yaml is held
+    identity: RunIdentity  # of the run, to which its config.yaml is held
     validation_loss: float | None  # nats per token, of the evaluation at this very step; None if there was none
     validation_rows: int  # evaluate.rows then
-    files: dict[str, Record]  # by relative name
+    files: dict[str, FileRecord]  # by relative name
 
 
-def folder_of(checkpoints: Path, step: int) -> Path:
+def step_folder(checkpoints: Path, step: int) -> Path:
     """The folder of a step's checkpoint."""
-    return checkpoints / f"{PREFIX}{step:08d}"
+    return checkpoints / f"{STEP_PREFIX}{step:08d}"
 
 
-def steps(checkpoints: Path) -> list[int]:
+def list_checkpoint_steps(checkpoints: Path) -> list[int]:
     """The steps that have a published checkpoint, oldest first. Errors: UserError if the folder cannot be read."""
     try:
-        names = [name.removeprefix(PREFIX) for name in os.listdir(checkpoints) if name.startswith(PREFIX)]  # noqa: PTH208
+        names = [name.removeprefix(STEP_PREFIX) for name in os.listdir(checkpoints) if name.startswith(STEP_PREFIX)]  # noqa: PTH208
     except FileNotFoundError as error:
         if checkpoints.is_symlink():  # to a disk that is not mounted
             what, want = "the checkpoints cannot be looked at", "a link to a folder that is there"
@@ -74,14 +74,14 @@ def steps(checkpoints: Path) -> list[int]:
     return sorted(int(name) for name in names if re.fullmatch("[0-9]{8,}", name))
 
 
-def note_saved(checkpoints: Path, step: int) -> None:
+def write_last_saved_step(checkpoints: Path, step: int) -> None:
     """Write down, outside of the folder of checkpoints, that one of this step is in it."""
-    files.write_json(checkpoints.parent / SAVED, {"step": step})
+    files.write_json_file(checkpoints.parent / LAST_SAVED_FILE, {"step": step})
 
 
-def last_saved(run: Path) -> int:
+def read_last_saved_step(run: Path) -> int:
     """The newest step that the run published a checkpoint of; 0 if there never was one, 1 if nobody can say which."""
-    path = run / SAVED
+    path = run / LAST_SAVED_FILE
     if not path.exists():
         return 0
     try:
@@ -91,22 +91,28 @@ def last_saved(run: Path) -> int:
     return step if type(step) is int and step > 0 else 1
 
 
-def newest_valid(checkpoints: Path, say: Callable[[str], None], *, trains: bool = False) -> Manifest | None:
+def find_newest_valid_checkpoint(
+    checkpoints: Path, say: Callable[[str], None], *, trains: bool = False
+) -> Manifest | None:
     """The manifest of the newest checkpoint whose files are all as they were written; None if there never was one.
 
     To go on training (`trains`) takes more files than to use the weights. Says which newer ones were passed over and
     why. Errors: UserError when checkpoints exist but none verifies: a run never starts from scratch without being told
     to.
     """
-    found = steps(checkpoints)
+    found = list_checkpoint_steps(checkpoints)
     wrong: list[str] = []
     for step in reversed(found):
-        manifest = verify(folder_of(checkpoints, step))
+        manifest = verify_checkpoint(step_folder(checkpoints, step))
         if isinstance(manifest, Manifest):
-            faults = [*lacking(manifest), *strays(folder_of(checkpoints, step), manifest)] if trains else []
+            faults = (
+                [*list_missing_states(manifest), *list_stray_files(step_folder(checkpoints, step), manifest)]
+                if trains
+                else []
+            )
             if not faults:
                 return manifest
-            manifest = f"{folder_of(checkpoints, step)} cannot be trained on: {', '.join(faults)}"
+            manifest = f"{step_folder(checkpoints, step)} cannot be trained on: {', '.join(faults)}"
         wrong.append(manifest)
         say(f"checkpoint of step {step} is passed over: {manifest}")
     if found:
@@ -115,29 +121,29 @@ def newest_valid(checkpoints: Path, say: Callable[[str], None], *, trains: bool 
     return None
 
 
-def left(checkpoints: Path) -> str:
+def describe_last_checkpoint(checkpoints: Path) -> str:
     """In words, what there is to go on from when a run must stop."""
     try:
-        found = newest_valid(checkpoints, lambda _: None)
+        found = find_newest_valid_checkpoint(checkpoints, lambda _: None)
     except UserError:
         found = None
     return f"the last checkpoint, of step {found.step}, is intact" if found else "there is no checkpoint before it"
 
 
-def verify(checkpoint: Path) -> Manifest | str:
+def verify_checkpoint(checkpoint: Path) -> Manifest | str:
     """The manifest if every file has the size and SHA-256 it names, else what is wrong with which file."""
     manifest = read_manifest(checkpoint)
     if isinstance(manifest, str):
         return manifest
     for name, record in manifest.files.items():
         try:
-            path = files.inside(checkpoint, name, str(checkpoint / MANIFEST))
+            path = files.resolve_inside(checkpoint, name, str(checkpoint / MANIFEST_FILE))
         except UserError as error:
             return str(error)
         try:
-            if (size := files.regular(path).st_size) != record["bytes"]:
+            if (size := files.stat_regular_file(path).st_size) != record["bytes"]:
                 return f"{path} has {size} bytes, not {record['bytes']}"
-            if files.sha256(path) != record["sha256"]:
+            if files.file_sha256(path) != record["sha256"]:
                 return f"{path} is not what was written (SHA-256 differs)"
         except FileNotFoundError:
             return f"{path} is missing"
@@ -148,12 +154,12 @@ def verify(checkpoint: Path) -> Manifest | str:
 
 def read_manifest(checkpoint: Path) -> Manifest | str:
     """The manifest alone, its files unread, or what is wrong with it."""
-    path = checkpoint / MANIFEST
+    path = checkpoint / MANIFEST_FILE
     try:
-        tree = json.loads(files.read_text(path))
-        if tree.get("format") != FORMAT:
-            return f"{path} has format {tree.get('format')}, not {FORMAT}"
-        if tree.pop(DIGEST, None) != _digest(tree):
+        tree = json.loads(files.read_text_file(path))
+        if tree.get("format") != MANIFEST_FORMAT:
+            return f"{path} has format {tree.get('format')}, not {MANIFEST_FORMAT}"
+        if tree.pop(DIGEST_KEY, None) != _manifest_digest(tree):
             return f"{path} is not what was written (its own digest differs)"
         manifest = Manifest(**tree)
     except ValidationError as error:
@@ -161,20 +167,20 @@ def read_manifest(checkpoint: Path) -> Manifest | str:
         return f"{path} cannot be read ({'.'.join(map(str, first['loc']))}: {first['msg']})"
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return f"{path} cannot be read ({error})"
-    if WEIGHTS not in manifest.files:
-        return f"{path} names no {WEIGHTS}, without which a checkpoint is none"
+    if WEIGHTS_FILE not in manifest.files:
+        return f"{path} names no {WEIGHTS_FILE}, without which a checkpoint is none"
     name = checkpoint.resolve().name
-    if name.startswith(PREFIX) and name != folder_of(checkpoint, manifest.step).name:
+    if name.startswith(STEP_PREFIX) and name != step_folder(checkpoint, manifest.step).name:
         return f"{path} is that of step {manifest.step}"
     return manifest
 
 
-def lacking(manifest: Manifest) -> list[str]:
+def list_missing_states(manifest: Manifest) -> list[str]:
     """What a checkpoint must name, for training to go on from it, and does not; in words."""
     names, world, stage = sorted(manifest.files), manifest.world_size, manifest.zero_stage
-    shards = [int(found[1]) for name in names if (found := SHARD.search(name))]
-    modules = [name for name in names if name.endswith(MODEL_STATES)]
-    draws = [int(found[1]) for name in names if (found := RANDOM.match(name))]
+    shards = [int(found[1]) for name in names if (found := SHARD_NAME.search(name))]
+    modules = [name for name in names if name.endswith(MODEL_STATES_SUFFIX)]
+    draws = [int(found[1]) for name in names if (found := RNG_STATE_NAME.match(name))]
     return [
         f"it has the {what} of {len(have)} ranks, not of {num}"
         for what, have, num in (
@@ -186,7 +192,7 @@ def lacking(manifest: Manifest) -> list[str]:
     ]
 
 
-def strays(checkpoint: Path, manifest: Manifest) -> list[str]:
+def list_stray_files(checkpoint: Path, manifest: Manifest) -> list[str]:
     """In words, the files of training that lie in a checkpoint and that its manifest does not name, so nobody hashed.
 
     DeepSpeed finds its files by how their names end.
@@ -198,8 +204,8 @@ def strays(checkpoint: Path, manifest: Manifest) -> list[str]:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json, sealed with its own digest; it and the folder's names are on the disk afterwards."""
     tree = asdict(manifest)
-    files.write_json(folder / MANIFEST, tree | {DIGEST: _digest(tree)})
+    files.write_json_file(folder / MANIFEST_FILE, tree | {DIGEST_KEY: _manifest_digest(tree)})
 
 
-def _digest(tree: dict[str, Any]) -> str:
+def _manifest_digest(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

@@ -11,52 +11,52 @@ import hashlib
 import numpy as np
 import xxhash
 
-WORD = 2**64
-NO_STEPS = "0" * 32  # the ledger before the first step
+TWO_TO_64 = 2**64
+EMPTY_LEDGER = "0" * 32  # the ledger before the first step
 MIX_WINDOW = 1000  # rows: any window of so many holds each source's exact share
 MAX_STREAMS = 64
-SORTED = 2**16
-ROUNDS = 6  # of the Feistel network
+MAX_SORTED = 2**16
+FEISTEL_ROUNDS = 6  # of the Feistel network
 
 
-def shuffled(places: np.ndarray, num: int, *key: int) -> np.ndarray:
+def permute_places(places: np.ndarray, num: int, *key: int) -> np.ndarray:
     """Where the permutation of 0..num-1 that `key` names sends these places, int64.
 
     Up to SORTED things are sorted by pseudo-random words. More of them go through a Feistel network (Luby & Rackoff
     1988) over the next power of four, again and again until they fall below `num` (Black & Rogaway 2002): any place
     of any epoch costs the same, and nothing of the size of the data is ever held.
     """
-    if num <= SORTED:
-        return _sorted(num, key)[places]
+    if num <= MAX_SORTED:
+        return _small_permutation(num, key)[places]
     half = ((num - 1).bit_length() + 1) // 2
     low = np.uint64(2**half - 1)
     found = np.asarray(places, np.uint64).copy()
     todo = np.ones(found.shape, bool)
     while todo.any():
         left, right = found[todo] >> np.uint64(half), found[todo] & low
-        for round_key in _words(key):
-            left, right = right, left ^ (_mixed(right + round_key) & low)
+        for round_key in _round_keys(key):
+            left, right = right, left ^ (_splitmix64(right + round_key) & low)
         found[todo] = left << np.uint64(half) | right
         todo = found >= num
     return found.astype(np.int64)
 
 
 @functools.lru_cache(maxsize=64)
-def _sorted(num: int, key: tuple[int, ...]) -> np.ndarray:
-    one, two, *_ = _words(key)
-    places = np.argsort(_mixed(_mixed(np.arange(num, dtype=np.uint64) + one) ^ two), kind="stable")
+def _small_permutation(num: int, key: tuple[int, ...]) -> np.ndarray:
+    one, two, *_ = _round_keys(key)
+    places = np.argsort(_splitmix64(_splitmix64(np.arange(num, dtype=np.uint64) + one) ^ two), kind="stable")
     places.setflags(write=False)
     return places
 
 
 @functools.lru_cache(maxsize=1024)
-def _words(key: tuple[int, ...]) -> tuple[np.uint64, ...]:
+def _round_keys(key: tuple[int, ...]) -> tuple[np.uint64, ...]:
     """ROUNDS pseudo-random words out of a key."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8 * ROUNDS).digest()
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8 * FEISTEL_ROUNDS).digest()
     return tuple(np.frombuffer(digest, np.dtype("<u8")))
 
 
-def _mixed(words: np.ndarray) -> np.ndarray:
+def _splitmix64(words: np.ndarray) -> np.ndarray:
     """Each 64-bit word scrambled, one to one (the finalizer of SplitMix64, Steele et al. 2014)."""
     words = (words ^ words >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ words >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
@@ -66,7 +66,7 @@ def _mixed(words: np.ndarray) -> np.ndarray:
 # ---- which source and which stream
 
 
-def num_streams(rows_per_step: int, world_size: int) -> int:
+def largest_num_streams(rows_per_step: int, world_size: int) -> int:
     """The most virtual streams, up to MAX_STREAMS, that divide the rows of a step and that the ranks divide.
 
     Many streams let many numbers of ranks take over the run later. More ranks than MAX_STREAMS get one each.
@@ -75,14 +75,14 @@ def num_streams(rows_per_step: int, world_size: int) -> int:
     return max(fits, default=world_size)
 
 
-def stream_of(positions: np.ndarray, num_streams: int) -> np.ndarray:
+def streams_of_positions(positions: np.ndarray, num_streams: int) -> np.ndarray:
     """The stream (n,) of each position (n,). Each aligned block of `num_streams` positions has one of each stream.
 
     A block begins with any of them: in a regular order a stream would keep meeting the same source of a mix.
     """
     if num_streams == 1:
         return np.zeros(len(positions), np.int64)
-    begins = _mixed((positions // num_streams).astype(np.uint64)) % np.uint64(num_streams)
+    begins = _splitmix64((positions // num_streams).astype(np.uint64)) % np.uint64(num_streams)
     return (positions + begins.astype(np.int64)) % num_streams
 
 
@@ -93,7 +93,7 @@ def mix_pattern(weights: tuple[float, ...]) -> np.ndarray:
     As it repeats, ANY window of MIX_WINDOW rows holds exactly these shares. A source of positive weight has at least
     one row in it; weight 0 has none.
     """
-    counts = shares(MIX_WINDOW, weights)
+    counts = apportion_by_weight(MIX_WINDOW, weights)
     when = np.concatenate([(np.arange(n) + 0.5) / n for n in counts if n])
     source = np.repeat(np.arange(len(weights)), counts)
     pattern = source[np.lexsort((source, when))]
@@ -101,7 +101,7 @@ def mix_pattern(weights: tuple[float, ...]) -> np.ndarray:
     return pattern
 
 
-def shares(num: int, weights: tuple[float, ...]) -> list[int]:
+def apportion_by_weight(num: int, weights: tuple[float, ...]) -> list[int]:
     """`num` things dealt out by weight, with the largest remainders rounded up; each positive weight gets at least one.
 
     num must be at least the number of positive weights.
@@ -115,7 +115,7 @@ def shares(num: int, weights: tuple[float, ...]) -> list[int]:
     return counts.tolist()
 
 
-def running_count(values: np.ndarray) -> np.ndarray:
+def count_earlier_equals(values: np.ndarray) -> np.ndarray:
     """For each element (at least one), how many equal ones stand before it."""
     if (values == values[0]).all():
         return np.arange(len(values))
@@ -127,7 +127,7 @@ def running_count(values: np.ndarray) -> np.ndarray:
     return counts
 
 
-def spread(num: int, num_rows: int) -> list[int]:
+def evenly_spaced_rows(num: int, num_rows: int) -> list[int]:
     """At most `num` distinct rows out of num_rows, ascending and evenly spaced."""
     num = min(num, num_rows)
     return [i * num_rows // num for i in range(num)]
@@ -136,17 +136,17 @@ def spread(num: int, num_rows: int) -> list[int]:
 # ---- the ledger
 
 
-def row_digests(positions: np.ndarray, row_ids: np.ndarray, tokens: np.ndarray) -> list[int]:
+def hash_rows(positions: np.ndarray, row_ids: np.ndarray, tokens: np.ndarray) -> list[int]:
     """Of each row a hash in [0, 2^64) of its position (n,), which row it is (n,), and its token ids (n, T + 1).
 
     The digest of a step is the SUM of its rows' modulo 2^64: sums commute, so it does not matter which rank held which
     row. An int64 all-reduce wraps around modulo 2^64 in just this way.
     """
-    seeds = _mixed(positions.astype(np.uint64) + _mixed(row_ids.astype(np.uint64)))
+    seeds = _splitmix64(positions.astype(np.uint64) + _splitmix64(row_ids.astype(np.uint64)))
     return [xxhash.xxh3_64_intdigest(row, seed) for row, seed in zip(tokens, seeds.tolist(), strict=True)]
 
 
-def extend(ledger: str, step_digest: int) -> str:
+def extend_ledger(ledger: str, step_digest: int) -> str:
     """The ledger (32 hex digits) after one more step: a hash chain, so equal ledgers mean equal histories."""
-    step = (step_digest % WORD).to_bytes(8, "little")
+    step = (step_digest % TWO_TO_64).to_bytes(8, "little")
     return hashlib.blake2b(bytes.fromhex(ledger) + step, digest_size=16).hexdigest()

@@ -5,22 +5,25 @@ from typing import Any, Literal
 
 import torch
 
-from smoltrain import ds_config, kernels, model
+from smoltrain.config.schema import Config, ModelSection, TransformersSection
+from smoltrain.engine.deepspeed_json import fill_deepspeed_config, zero_stage
+from smoltrain.engine.once_per_step import gradient_sum_dtype
 from smoltrain.errors import Problem, UserError
-from smoltrain.model import loss
-from smoltrain.model.attention import Kernel
-from smoltrain.model.loss import PLAIN, LossKernel
-from smoltrain.plan import Plan
-from smoltrain.schema import Config, ModelSection, TransformersSection
-from smoltrain.zero import dtype_of_sums
+from smoltrain.kernels.attention import AttentionKernel
+from smoltrain.kernels.loss import PLAIN_LOSS, LossKernel, choose_loss_kernel
+from smoltrain.kernels.precision import DTYPES, choose_precision
+from smoltrain.model.build import build_model, count_parameters
+from smoltrain.model.choose_kernels import choose_kernels
+from smoltrain.model.interface import ComputeOptions
+from smoltrain.schedule import Plan
 
 Recompute = Literal["none", "selective", "full"] | int  # as model.Computing has it
 CPU = torch.device("cpu")
-BUCKET = 500_000_000  # elements: DeepSpeed's default of zero_optimization.reduce_bucket_size
+DEFAULT_BUCKET_ELEMENTS = 500_000_000  # elements: DeepSpeed's default of zero_optimization.reduce_bucket_size
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """A decoder's shape. Of a model of transformers it is what that one's config tells, the rest a Llama's."""
 
     parameters: int
@@ -44,10 +47,10 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Case:
+class TrainingSetup:
     """One way to train one model. `world` ranks, each with a device of its own; on a CPU they share one machine."""
 
-    shape: Shape
+    shape: ModelShape
     device: Literal["cuda", "cpu"]
     world: int
     micro_batch: int
@@ -61,7 +64,7 @@ class Case:
     compiled_blocks: bool = False
     compiled_update: bool = True
     once_a_step: bool = True  # gradients travel; else after each micro-batch
-    bucket: int = BUCKET
+    bucket: int = DEFAULT_BUCKET_ELEMENTS
     saves: bool = False  # before its end, while training goes on
 
     @property
@@ -70,19 +73,19 @@ class Case:
         return self.micro_batch * self.length
 
     @property
-    def width_bytes(self) -> int:
+    def weight_bytes(self) -> int:
         """Of one weight, or one activation."""
-        return ds_config.DTYPES[self.precision].itemsize
+        return DTYPES[self.precision].itemsize
 
     @property
-    def sum_bytes(self) -> int:
+    def gradient_sum_bytes(self) -> int:
         """Of one element of the sum of gradients."""
         if not self.once_a_step:
             return torch.float32.itemsize
-        return dtype_of_sums(ds_config.DTYPES[self.precision], self.accumulation, self.world).itemsize
+        return gradient_sum_dtype(DTYPES[self.precision], self.accumulation, self.world).itemsize
 
     @property
-    def has_bucket(self) -> bool:
+    def uses_bucket(self) -> bool:
         """Whether DeepSpeed gathers gradients in a bucket before they travel."""
         return not self.once_a_step and (self.stage >= 2 or (self.stage == 1 and self.precision != "bf16"))
 
@@ -91,12 +94,12 @@ class Case:
         """Over all ranks."""
         return self.tokens * self.accumulation * self.world
 
-    def at_stage(self, stage: int, reduce_gradients: str = "auto") -> "Case":
+    def with_zero_stage(self, stage: int, reduce_gradients: str = "auto") -> "TrainingSetup":
         """The same under another ZeRO stage."""
-        once = _once_a_step(stage, self.precision, self.device, reduce_gradients)
+        once = _reduces_once_a_step(stage, self.precision, self.device, reduce_gradients)
         return replace(self, stage=stage, once_a_step=once)
 
-    def split(self, micro_batch: int) -> "Case | None":
+    def split(self, micro_batch: int) -> "TrainingSetup | None":
         """The same rows per step in micro-batches of another size; None where that does not divide them."""
         rows = self.micro_batch * self.accumulation
         if rows % micro_batch:
@@ -104,10 +107,10 @@ class Case:
         return replace(self, micro_batch=micro_batch, accumulation=rows // micro_batch)
 
 
-def case(
+def build_training_setup(
     config: Config, *, world: int, device: Literal["cuda", "cpu"], rows_per_step: int | None = None,
-    precision: str | None = None, computing: model.Computing | None = None,
-) -> Case:  # fmt: skip
+    precision: str | None = None, computing: ComputeOptions | None = None,
+) -> TrainingSetup:  # fmt: skip
     """The case that `smoltrain train` would run on so many devices, elsewhere or here.
 
     A run that has settled its rows per step, precision and kernels hands them over; else they are settled as they would
@@ -116,36 +119,36 @@ def case(
     Errors: UserError where the rows per step do not divide among the ranks, or a kernel cannot run.
     """
     batch, engine = config.batch, config.engine
-    micro, recompute = batch.rows_at_once, engine.gradient_checkpointing
+    micro, recompute = batch.micro_batch_rows, engine.gradient_checkpointing
     rows = rows_per_step or batch.rows(world)
     if rows % (micro * world):
         saw, want = f"{rows} rows on {world} ranks x {micro}", "a micro-batch that divides a rank's share"
         raise UserError(Problem("the rows per step do not divide evenly", saw, want, "batch.micro_batch or --world"))
-    precision = precision or _precision(engine.precision, device)
-    tree = ds_config.fill(config, precision=precision, accumulation=rows // (micro * world), world_size=world)
-    stage, size = ds_config.stage(tree), shape(config.model)
+    precision = precision or _assumed_precision(engine.precision, device)
+    tree = fill_deepspeed_config(config, precision=precision, accumulation=rows // (micro * world), world_size=world)
+    stage, size = zero_stage(tree), model_shape(config.model)
     plan = Plan(config.phases)
     if computing is None and device == "cuda":
-        computing = _on_cuda(config, precision)
+        computing = _assumed_cuda_kernels(config, precision)
     elif computing is None:
-        computing, _ = kernels.settle(config, CPU, precision, num_parameters=size.parameters, rows_per_step=rows)
+        computing, _ = choose_kernels(config, CPU, precision, num_parameters=size.parameters, rows_per_step=rows)
     kernel = computing.attention.name if computing.attention else "sdpa"
-    return Case(
+    return TrainingSetup(
         shape=size, device=device, world=world, micro_batch=micro, length=batch.sequence_length,
         accumulation=rows // (micro * world), stage=stage, precision=precision,
         recompute="none" if recompute == "auto" else recompute, attention=kernel, loss=computing.loss.name,
         compiled_blocks=computing.compiles and isinstance(config.model, ModelSection),
         compiled_update=computing.compiles,
-        once_a_step=_once_a_step(stage, precision, device, engine.reduce_gradients),
-        bucket=int(tree.get("zero_optimization", {}).get("reduce_bucket_size", BUCKET)),
+        once_a_step=_reduces_once_a_step(stage, precision, device, engine.reduce_gradients),
+        bucket=int(tree.get("zero_optimization", {}).get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS)),
         saves=plan.last_step > min([phase.last for phase in plan.phases] + [config.checkpoint.every or plan.last_step]),
     )  # fmt: skip
 
 
-def shape(section: ModelSection | TransformersSection) -> Shape:
+def model_shape(section: ModelSection | TransformersSection) -> ModelShape:
     """The shape of a model, its parameters counted on the device 'meta'. Errors: UserError as model.build."""
-    built = model.build(section, device="meta")
-    parameters = model.parameter_count(built)
+    built = build_model(section, device="meta")
+    parameters = count_parameters(built)
     if isinstance(section, ModelSection):
         m: Any = section
         gated, rmsnorm, rotary = m.mlp == "swiglu", m.norm == "rmsnorm", m.positions == "rope"
@@ -161,34 +164,34 @@ def shape(section: ModelSection | TransformersSection) -> Shape:
     if not tied:
         looked_up += section.vocab_size * m.hidden_size
     heads = m.num_attention_heads
-    return Shape(
+    return ModelShape(
         parameters, parameters - looked_up, section.vocab_size, m.hidden_size, m.num_hidden_layers, heads,
         getattr(m, "num_key_value_heads", None) or heads, inner, gated, rmsnorm, rotary, tied, dropout,
     )  # fmt: skip
 
 
-def _precision(asked: Literal["auto", "bf16", "fp16", "fp32"], device: str) -> str:
+def _assumed_precision(asked: Literal["auto", "bf16", "fp16", "fp32"], device: str) -> str:
     """As ds_config.choose_precision settles it, on a GPU that computes bf16."""
     if device == "cpu":
-        return ds_config.choose_precision(asked, CPU)[0]
+        return choose_precision(asked, CPU)[0]
     return "bf16" if asked == "auto" else asked
 
 
-def _on_cuda(config: Config, precision: str) -> model.Computing:
+def _assumed_cuda_kernels(config: Config, precision: str) -> ComputeOptions:
     """As kernels.settle settles it where a flash kernel, Liger's loss and a compiler are installed."""
     engine, ours = config.engine, isinstance(config.model, ModelSection)
-    kernel = Kernel("math" if engine.attention == "math" else "flash-attn", "of a GPU that may be elsewhere")
+    kernel = AttentionKernel("math" if engine.attention == "math" else "flash-attn", "of a GPU that may be elsewhere")
     compiles = ours and engine.compile != "off"
     if not ours:
-        head = PLAIN
+        head = PLAIN_LOSS
     elif precision == "fp16" or engine.loss != "auto":
-        head = loss.choose(engine.loss, CPU, ds_config.DTYPES[precision], compiles=compiles)
+        head = choose_loss_kernel(engine.loss, CPU, DTYPES[precision], compiles=compiles)
     else:
         head = LossKernel("liger", "likewise")
-    return model.Computing(attention=kernel, loss=head, compiles=compiles)
+    return ComputeOptions(attention=kernel, loss=head, compiles=compiles)
 
 
-def _once_a_step(stage: int, precision: str, device: str, asked: str) -> bool:
+def _reduces_once_a_step(stage: int, precision: str, device: str, asked: str) -> bool:
     """As engine.py decides when gradients travel."""
     fits = stage in (1, 2) and precision != "fp16" and (stage, precision) != (1, "bf16")
     return fits and (asked == "step" or (asked == "auto" and device == "cpu"))

@@ -10,25 +10,27 @@ width, H heads, I width inside the MLP, V vocabulary, T tokens of a row, n token
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from smoltrain.estimate.case import Case
-from smoltrain.model import blocked
-from smoltrain.model.loss import CHUNK_BYTES, LARGE_CHUNK_BYTES, LIGER_CHUNKS
+from smoltrain.estimate.case import TrainingSetup
+from smoltrain.kernels import cpu_attention
+from smoltrain.kernels.loss import CHUNK_BYTES, LARGE_CHUNK_BYTES, LIGER_CHUNKS
 
 MIB, GIB = 2**20, 2**30
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "reduction", "update", "checkpoint", "rest")
-MASTER, MOMENTS, SUM = 4, 8, 4  # bytes of each parameter: fp32 all of them
+MASTER_BYTES, MOMENTS_BYTES, SUM_BYTES = 4, 8, 4  # bytes of each parameter: fp32 all of them
 # The rest, measured. CPU: Python, torch, DeepSpeed and the data of a model that weighs nothing, resident; what
 # inductor loads to compile; what malloc keeps between tensors, as a share of those that come and go. CUDA: context,
 # NCCL and cuBLAS, which torch.cuda.max_memory_allocated does not see; and blocks that do not fit, as a share.
 CPU_BASE, COMPILER = 503 * MIB, 66 * MIB
-CUDA_BASE, CUDA_SCATTERED = 1000 * MIB, 0.03
-BUCKET_SCATTERED = 12  # bytes a parameter: malloc puts DeepSpeed's bucket elsewhere each time, and touches new pages
-GATHERED_SCATTERED = 6  # likewise the weights that ZeRO-3 gathers
-KEEPS_FREED = True  # as launch/train.py asks malloc
+CUDA_BASE, CUDA_FRAGMENTATION = 1000 * MIB, 0.03
+BUCKET_FRAGMENTATION = (
+    12  # bytes a parameter: malloc puts DeepSpeed's bucket elsewhere each time, and touches new pages
+)
+GATHERED_FRAGMENTATION = 6  # likewise the weights that ZeRO-3 gathers
+MALLOC_KEEPS_FREED = True  # as launch/train.py asks malloc
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes by part, at the fullest `moment`."""
 
     parts: Mapping[str, float]
@@ -46,12 +48,12 @@ class Memory:
 Parts = Mapping[str, float]
 
 
-def memory(case: Case, base: float | None = None) -> Memory:
+def estimate_memory(case: TrainingSetup, base: float | None = None) -> MemoryEstimate:
     """The estimate; `base` (bytes) takes the place of the measured part of the rest."""
-    states, ending, updating = _engine(case)
-    kept, one_more = activations(case)
-    keeps, works = head(case)
-    embedding = case.width_bytes * case.shape.vocabulary * case.shape.width
+    states, ending, updating = _zero_state_bytes(case)
+    kept, one_more = activation_bytes(case)
+    keeps, works = loss_bytes(case)
+    embedding = case.weight_bytes * case.shape.vocabulary * case.shape.width
     moments = {
         "loss": {"activations": kept, "logits": max(works, keeps)},
         "backward begins": {"activations": kept + one_more, "logits": keeps},
@@ -64,36 +66,38 @@ def memory(case: Case, base: float | None = None) -> Memory:
     on_top = sum(moments[moment].values())
     parts = {part: states.get(part, 0.0) + moments[moment].get(part, 0.0) for part in PARTS}
     if case.device == "cpu":
-        parts["checkpoint"] = checkpoint_copy(case)
+        parts["checkpoint"] = checkpoint_copy_bytes(case)
         on_top += parts["checkpoint"]
         if base is None:
             base = CPU_BASE + case.compiled_update * COMPILER
-        parts["rest"] = base + KEEPS_FREED * _scattered(case, on_top)
+        parts["rest"] = base + MALLOC_KEEPS_FREED * _fragmentation_bytes(case, on_top)
     else:
-        parts["rest"] = (CUDA_BASE if base is None else base) + CUDA_SCATTERED * (held + on_top)
-    return Memory(parts, moment)
+        parts["rest"] = (CUDA_BASE if base is None else base) + CUDA_FRAGMENTATION * (held + on_top)
+    return MemoryEstimate(parts, moment)
 
 
-def checkpoint_copy(case: Case) -> float:
+def checkpoint_copy_bytes(case: TrainingSetup) -> float:
     """Bytes of host memory on rank 0 while a checkpoint is written: its masters and moments, the weights twice."""
     N = case.shape.parameters
-    return case.saves * ((MASTER + MOMENTS) * N / (case.world if case.stage else 1) + 2 * case.width_bytes * N)
+    return case.saves * (
+        (MASTER_BYTES + MOMENTS_BYTES) * N / (case.world if case.stage else 1) + 2 * case.weight_bytes * N
+    )
 
 
-def _scattered(case: Case, on_top: float) -> float:
+def _fragmentation_bytes(case: TrainingSetup, on_top: float) -> float:
     """Bytes that malloc keeps on a CPU and nobody uses, at the moment with `on_top` of what is always there.
 
     A model begins in fp32, and where it left room activations lie later; not so the casts between its weights.
     """
-    N, c = case.shape.parameters, case.width_bytes
+    N, c = case.shape.parameters, case.weight_bytes
     if case.once_a_step:
         return max(4 * N - on_top, c * N if c < 4 else 0.0)
-    bucket = BUCKET_SCATTERED * case.has_bucket * min(N, case.bucket)
-    gathered = GATHERED_SCATTERED * N if case.stage == 3 and case.world > 1 else 0
+    bucket = BUCKET_FRAGMENTATION * case.uses_bucket * min(N, case.bucket)
+    gathered = GATHERED_FRAGMENTATION * N if case.stage == 3 and case.world > 1 else 0
     return max(6 * N - on_top, 0.05 * on_top) + bucket + gathered
 
 
-def _engine(case: Case) -> tuple[Parts, Parts, Parts]:
+def _zero_state_bytes(case: TrainingSetup) -> tuple[Parts, Parts, Parts]:
     """What is always there; what comes on top when backward ends; what comes on top in the update.
 
     ZeRO (Rajbhandari et al. 2020, section 5) parts masters and moments among the ranks from stage 1 on, gradients from
@@ -108,50 +112,50 @@ def _engine(case: Case) -> tuple[Parts, Parts, Parts]:
     1 in bf16            weights 2N, gradients 4N + 2N, 12P; 4b
     3                    weights cP, cN of them gathered, gradients 4P, 12P, a bucket of fp32 4b, 6b
     """
-    N, c, W = case.shape.parameters, case.width_bytes, case.world
+    N, c, W = case.shape.parameters, case.weight_bytes, case.world
     P, b = N / W, min(N, case.bucket)
     adamw = 0 if case.device == "cuda" else 8 * P  # torch's fused kernel has no temporaries, the other two
     bucket = case.bucket if case.device == "cuda" else b
-    masters = MASTER + MOMENTS
+    masters = MASTER_BYTES + MOMENTS_BYTES
     if case.stage == 0:
-        states = {"weights": c * N, "gradients": SUM * N, "optimizer": MOMENTS * N}
-        return states, {"reduction": SUM * b}, {"update": 0.0}
+        states = {"weights": c * N, "gradients": SUM_BYTES * N, "optimizer": MOMENTS_BYTES * N}
+        return states, {"reduction": SUM_BYTES * b}, {"update": 0.0}
     if case.once_a_step:
-        states = {"weights": c * N, "gradients": case.sum_bytes * N, "optimizer": masters * P}
+        states = {"weights": c * N, "gradients": case.gradient_sum_bytes * N, "optimizer": masters * P}
         if case.device == "cpu":  # in shared memory, where a rank reads its part of the others' sums, and their weights
-            states["reduction"] = (W - 1) * (SUM + c) * P
+            states["reduction"] = (W - 1) * (SUM_BYTES + c) * P
         return states, {}, {"update": 0 if case.compiled_update else adamw}
     if case.stage == 1 and case.precision == "bf16":
-        states = {"weights": c * N, "gradients": (SUM + c) * N, "optimizer": masters * P}
-        return states, {"reduction": SUM * b}, {"update": adamw}
-    states = {"weights": c * N, "gradients": SUM * P, "optimizer": masters * P, "reduction": c * bucket}
-    ending = {"reduction": (SUM + 2) * b}
+        states = {"weights": c * N, "gradients": (SUM_BYTES + c) * N, "optimizer": masters * P}
+        return states, {"reduction": SUM_BYTES * b}, {"update": adamw}
+    states = {"weights": c * N, "gradients": SUM_BYTES * P, "optimizer": masters * P, "reduction": c * bucket}
+    ending = {"reduction": (SUM_BYTES + 2) * b}
     if case.stage == 3:
-        states |= {"weights": c * P, "reduction": SUM * bucket}
+        states |= {"weights": c * P, "reduction": SUM_BYTES * bucket}
         ending |= {"weights": c * N if W > 1 else 0.0}
-        adamw += SUM * P  # of gradients cast for the optimizer
+        adamw += SUM_BYTES * P  # of gradients cast for the optimizer
     return states, ending, {"update": adamw}
 
 
-def activations(case: Case) -> tuple[float, float]:
+def activation_bytes(case: TrainingSetup) -> tuple[float, float]:
     """(kept from forward to backward, on top of that while a block is differentiated), bytes.
 
     Full recomputation keeps the input of each block (Chen et al. 2016), every n-th that of each n-th block and all of
     the others, selective what matmuls and attention give (Korthikanti et al. 2022, section 5, keep more).
     """
-    case_bytes, n, s = case.width_bytes, case.tokens, case.shape
-    whole, entry = n * block(case), case_bytes * n * s.width
-    recomputed = num_recomputed(case)
+    case_bytes, n, s = case.weight_bytes, case.tokens, case.shape
+    whole, entry = n * block_activation_bytes(case), case_bytes * n * s.width
+    recomputed = num_recomputed_blocks(case)
     per_block = entry
     if case.recompute == "selective":
         per_block += case_bytes * n * (3 * s.width + 2 * s.kv_width + (3 if s.gated else 2) * s.inner) + 4 * n * s.heads
-    final = n * _norm(case)  # the norm before the head
+    final = n * _norm_activation_bytes(case)  # the norm before the head
     kept = (s.layers - recomputed) * whole + recomputed * per_block + final
     work = case_bytes * n * (3 * s.inner + 3 * s.width)  # gradients on their way through an MLP
     return kept, work + (whole if recomputed else 0)
 
 
-def num_recomputed(case: Case) -> int:
+def num_recomputed_blocks(case: TrainingSetup) -> int:
     """Blocks that run once more in the backward pass; selective parts of all, or none where the compiler chooses."""
     mode, layers = case.recompute, case.shape.layers
     if isinstance(mode, int):
@@ -159,8 +163,8 @@ def num_recomputed(case: Case) -> int:
     return 0 if mode == "none" or (mode == "selective" and case.compiled_blocks) else layers
 
 
-def block(case: Case) -> float:
-    """Bytes a token that autograd keeps of one block, as saved_tensors_hooks count them (tests/test_estimate.py).
+def block_activation_bytes(case: TrainingSetup) -> float:
+    """Bytes a token that autograd keeps of one block, as saved_tensors_hooks count them in the tests.
 
     Each matmul keeps its input (Korthikanti et al. 2022, section 4): the norms' outputs cD twice, the context cD, the
     MLP's product cI; attention keeps q, k and v, c(D + 2 D_kv); the activation its inputs, cI each; a norm its own
@@ -168,46 +172,50 @@ def block(case: Case) -> float:
     cD more, whose output lies in the order of the heads. A compiled block keeps less: the gate's activation and the
     insides of the norms are computed anew.
     """
-    s, c = case.shape, case.width_bytes
-    kept = 2 * _norm(case) + c * (2 * s.width + 2 * s.kv_width)  # the norms, q, k, v, the context
+    s, c = case.shape, case.weight_bytes
+    kept = 2 * _norm_activation_bytes(case) + c * (2 * s.width + 2 * s.kv_width)  # the norms, q, k, v, the context
     if case.device == "cpu" and s.rotary and case.attention == "sdpa":
         kept += c * s.width
     kept += c * s.inner * (2 + s.gated + (s.gated and not case.compiled_blocks))
     if s.dropout:
         kept += 2 * s.width  # a byte for what is dropped
-    return kept + attention(case)
+    return kept + attention_activation_bytes(case)
 
 
-def _norm(case: Case) -> float:
+def _norm_activation_bytes(case: TrainingSetup) -> float:
     """Bytes a token that a norm keeps, its output included, which the matmul behind it keeps."""
-    s, c = case.shape, case.width_bytes
+    s, c = case.shape, case.weight_bytes
     if not s.rmsnorm:
         return 2 * c * s.width + 2 * c
     composed = case.device == "cpu" and not case.compiled_blocks
     return (8 + c) * s.width + 4 if composed else 2 * c * s.width + 4
 
 
-def attention(case: Case) -> float:
+def attention_activation_bytes(case: TrainingSetup) -> float:
     """Bytes a token that the attention kernel keeps beside q, k, v and the context.
 
     Flash kernels keep the log-sum-exp of each row in fp32. smoltrain's blocked kernel keeps the probabilities of each
     block of queries, H (T + block) / 2 of them a token, of rows that are not too long. math keeps them all, in the
     dtype, and what a dropout on them drops.
     """
-    s, c, T = case.shape, case.width_bytes, case.length
+    s, c, T = case.shape, case.weight_bytes, case.length
     if case.attention == "blocked":
-        return c * s.heads * (T + min(T, blocked.QUERIES)) / 2 if T <= blocked.KEPT_LENGTH else 0.0
+        return (
+            c * s.heads * (T + min(T, cpu_attention.QUERIES_PER_BLOCK)) / 2
+            if T <= cpu_attention.MAX_KEPT_LENGTH
+            else 0.0
+        )
     return 2 * c * s.heads * T if case.attention == "math" else 4.0 * s.heads
 
 
-def head(case: Case) -> tuple[float, float]:
+def loss_bytes(case: TrainingSetup) -> tuple[float, float]:
     """(kept by the loss for its backward, while it works), bytes: logits and the gradients that take their place.
 
     plain: the logits cnV, in fp32, their log-softmax, and the gradients of both: 12nV at the fullest, 4nV kept.
     fused, liger: a chunk of logits, the gradient of the hidden states cnD and of the table, 4VD in fp32 where chunks
     are added up; scaled by the incoming gradient they are copied. recomputed: a chunk as plain, nothing kept but cnD.
     """
-    s, c, n = case.shape, case.width_bytes, case.tokens
+    s, c, n = case.shape, case.weight_bytes, case.tokens
     logits, table, hidden = c * n * s.vocabulary, s.vocabulary * s.width, c * n * s.width
     if case.loss == "plain":
         return 4 * n * s.vocabulary, 12.0 * n * s.vocabulary

@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from smoltrain.estimate import fitting
-from smoltrain.estimate.case import Case
-from smoltrain.estimate.devices import Device
-from smoltrain.estimate.memory import GIB, MASTER, MOMENTS, PARTS, Memory, memory
-from smoltrain.estimate.speed import Rates, Speed, speed
-from smoltrain.plan import Plan
-from smoltrain.schema import Config
+from smoltrain.config.schema import Config
+from smoltrain.estimate.case import TrainingSetup
+from smoltrain.estimate.devices import DeviceSpec
+from smoltrain.estimate.fitting import SPARE_SHARE, list_recompute_modes
+from smoltrain.estimate.memory import GIB, MASTER_BYTES, MOMENTS_BYTES, PARTS, MemoryEstimate, estimate_memory
+from smoltrain.estimate.speed import EfficiencyRates, SpeedEstimate, estimate_speed
+from smoltrain.schedule import Plan
 
-WORDS = {
+PART_LABELS = {
     "weights": "weights",
     "gradients": "gradients",
     "optimizer": "masters and moments",
@@ -29,29 +29,31 @@ STAGES = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
-class Outlook:
+class Estimate:
     """An estimate whole: one case on one device."""
 
-    case: Case
-    device: Device
-    memory: Memory
-    speed: Speed
+    case: TrainingSetup
+    device: DeviceSpec
+    memory: MemoryEstimate
+    speed: SpeedEstimate
 
     @property
     def fits(self) -> bool:
         """Whether it fits one rank's memory, with some to spare."""
-        return self.memory.total <= self.device.memory * (1 - fitting.SPARE)
+        return self.memory.total <= self.device.memory * (1 - SPARE_SHARE)
 
 
-def outlook(case: Case, device: Device, rates: Rates | None = None, base: float | None = None) -> Outlook:
+def build_estimate(
+    case: TrainingSetup, device: DeviceSpec, rates: EfficiencyRates | None = None, base: float | None = None
+) -> Estimate:
     """Memory and speed of a case; `rates` and `base` correct them."""
-    return Outlook(case, device, memory(case, base), speed(case, device, rates))
+    return Estimate(case, device, estimate_memory(case, base), estimate_speed(case, device, rates))
 
 
-def by_part(one: Outlook) -> Table:
+def build_parts_table(one: Estimate) -> Table:
     """Memory and time of the case as it stands."""
-    table = _table("memory of a rank", "GiB", "time of a step", "s")
-    sizes = [(WORDS[part], f"{one.memory[part] / GIB:.2f}") for part in PARTS if one.memory[part] > 0]
+    table = _make_table("memory of a rank", "GiB", "time of a step", "s")
+    sizes = [(PART_LABELS[part], f"{one.memory[part] / GIB:.2f}") for part in PARTS if one.memory[part] > 0]
     sizes.append(("in all", f"{one.memory.total / GIB:.2f}"))
     times = [(name, f"{seconds:.3f}") for name, seconds in one.speed.parts.items() if seconds > 0]
     times.append(("in all", f"{one.speed.step_s:.3f}"))
@@ -61,7 +63,9 @@ def by_part(one: Outlook) -> Table:
     return table
 
 
-def alternatives(one: Outlook, config: Config, rates: Rates | None, base: float | None) -> dict[tuple, Outlook]:
+def estimate_alternatives(
+    one: Estimate, config: Config, rates: EfficiencyRates | None, base: float | None
+) -> dict[tuple, Estimate]:
     """The same training under each ZeRO stage and way of gradient checkpointing, by (stage, mode).
 
     ZeRO-0 in bf16 is left out: DeepSpeed computes it with another optimizer, and engine.py refuses it.
@@ -70,15 +74,15 @@ def alternatives(one: Outlook, config: Config, rates: Rates | None, base: float 
     for stage in STAGES:
         if stage == 0 and one.case.precision == "bf16":
             continue
-        at_stage = one.case.at_stage(stage, asked if asked != "step" or stage in (1, 2) else "auto")
-        for mode in fitting.modes(config, one.case):
-            found[stage, mode] = outlook(replace(at_stage, recompute=mode), one.device, rates, base)
+        at_stage = one.case.with_zero_stage(stage, asked if asked != "step" or stage in (1, 2) else "auto")
+        for mode in list_recompute_modes(config, one.case):
+            found[stage, mode] = build_estimate(replace(at_stage, recompute=mode), one.device, rates, base)
     return found
 
 
-def grid(rows: dict[tuple, Outlook], asked: Case) -> Table:
+def build_alternatives_table(rows: dict[tuple, Estimate], asked: TrainingSetup) -> Table:
     """Each alternative in a line; a star is the recipe's own."""
-    table = _table("ZeRO", "checkpointing", "GiB", "fits", "step s", "tokens/s", "MFU")
+    table = _make_table("ZeRO", "checkpointing", "GiB", "fits", "step s", "tokens/s", "MFU")
     for (stage, mode), row in rows.items():
         own = "*" if (stage, mode) == (asked.stage, asked.recompute) else ""
         how = f"every {mode}." if isinstance(mode, int) else mode
@@ -89,24 +93,24 @@ def grid(rows: dict[tuple, Outlook], asked: Case) -> Table:
     return table
 
 
-def plan_line(one: Outlook, config: Config) -> str:
+def plan_summary(one: Estimate, config: Config) -> str:
     """Hours and disk of the whole plan."""
     plan = Plan(config.phases)
     hours = plan.last_step * one.speed.step_s / 3600
     tokens = plan.last_step * one.case.tokens_per_step
-    count, size = most_checkpoints(plan, config), checkpoint_bytes(one.case)
+    count, size = max_num_checkpoints(plan, config), estimated_checkpoint_bytes(one.case)
     return (
         f"{plan.last_step:,} steps, {tokens / 1e9:,.2f} billion tokens: {hours:,.1f} hours without evaluation and "
         f"sampling; on disk at most {count} checkpoints of {size / GIB:.2f} GiB, {count * size / GIB:.1f} GiB"
     )
 
 
-def checkpoint_bytes(case: Case) -> float:
+def estimated_checkpoint_bytes(case: TrainingSetup) -> float:
     """As Engine.checkpoint_bytes: the weights twice, for DeepSpeed and as safetensors, masters and moments."""
-    return case.shape.parameters * (2 * case.width_bytes + MASTER + MOMENTS)
+    return case.shape.parameters * (2 * case.weight_bytes + MASTER_BYTES + MOMENTS_BYTES)
 
 
-def most_checkpoints(plan: Plan, config: Config) -> int:
+def max_num_checkpoints(plan: Plan, config: Config) -> int:
     """How many there are at the fullest: those that are kept, and the one that is written before another goes."""
     keep, every, last = config.checkpoint, config.checkpoint.every, plan.last_step
     ends = {phase.last for phase in plan.phases}
@@ -116,7 +120,7 @@ def most_checkpoints(plan: Plan, config: Config) -> int:
     return min(len(due), len(kept) + keep.keep_best + 1)
 
 
-def advice(one: Outlook, rows: dict[tuple, Outlook]) -> Iterator[str]:
+def write_advice(one: Estimate, rows: dict[tuple, Estimate]) -> Iterator[str]:
     """What the numbers say should be chosen, a sentence each."""
     asked = one.case
     if not one.fits:
@@ -131,7 +135,7 @@ def advice(one: Outlook, rows: dict[tuple, Outlook]) -> Iterator[str]:
         gain = f", {saved:.0%} less time" if one.fits else ""
         yield f"the least recomputation that fits ZeRO-{asked.stage}: engine.gradient_checkpointing={same[0]}{gain}"
     fastest = min(fitting, key=lambda key: (round(fitting[key].speed.step_s, 4), fitting[key].memory.total))
-    yield from _stages(fitting, asked)
+    yield from _compare_zero_stages(fitting, asked)
     row = fitting[fastest]
     yield (
         f"the fastest that fits: ZeRO-{fastest[0]}, gradient checkpointing {fastest[1]}: "
@@ -139,7 +143,7 @@ def advice(one: Outlook, rows: dict[tuple, Outlook]) -> Iterator[str]:
     )
 
 
-def _stages(fitting: dict[tuple, Outlook], asked: Case) -> Iterator[str]:
+def _compare_zero_stages(fitting: dict[tuple, Estimate], asked: TrainingSetup) -> Iterator[str]:
     """What ZeRO-2 costs against the lower stages, and what it saves."""
     for lower in (0, 1):
         mode = next((mode for stage, mode in fitting if stage == lower), None)
@@ -157,7 +161,7 @@ def _stages(fitting: dict[tuple, Outlook], asked: Case) -> Iterator[str]:
         yield "ZeRO-3 sends the weights for every micro-batch: it is for models that no lower stage fits"
 
 
-def _table(*heads: str) -> Table:
+def _make_table(*heads: str) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for i, head in enumerate(heads):
         table.add_column(

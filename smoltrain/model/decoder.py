@@ -9,31 +9,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smoltrain.compiling import Compilable
-from smoltrain.model.attention import Documents
-from smoltrain.model.dropout import Dropout
-from smoltrain.model.interface import SDPA, Computing, LanguageModel
-from smoltrain.model.layers import Block, KVCache, Rotary, norm, rotary_angles
-from smoltrain.model.loss import summed_cross_entropy
-from smoltrain.model.recompute import Recompute
-from smoltrain.schema import ModelSection
+from smoltrain.config.schema import ModelSection
+from smoltrain.kernels.attention import PackedDocuments
+from smoltrain.kernels.compile import CompilableFunction
+from smoltrain.kernels.cpu_dropout import FastDropout
+from smoltrain.kernels.loss import summed_cross_entropy
+from smoltrain.model.interface import SDPA_KERNEL, ComputeOptions, LanguageModel
+from smoltrain.model.layers import DecoderBlock, KVCache, RotaryAngles, compute_rotary_angles, make_norm
+from smoltrain.model.recompute import GradientCheckpointing
 
 
 class Decoder(LanguageModel):
     """A pre-norm decoder in the shape of Llama or GPT-2, as `section` says. Make it with `fresh`."""
 
-    def __init__(self, section: ModelSection, computing: Computing) -> None:
+    def __init__(self, section: ModelSection, computing: ComputeOptions) -> None:
         super().__init__()
         self._section, self._computing = section, computing
-        self._recompute = Recompute(computing.gradient_checkpointing, computing.compiles)
-        self._kernel = computing.attention or SDPA
+        self._recompute = GradientCheckpointing(computing.gradient_checkpointing, computing.compiles)
+        self._kernel = computing.attention or SDPA_KERNEL
         V, D = section.vocab_size, section.hidden_size
         self.embed_tokens = nn.Embedding(V, D)
         learned = section.positions == "learned"
         self.embed_positions = nn.Embedding(section.max_position_embeddings, D) if learned else None
-        self.dropout = Dropout(section.dropout)
-        self.layers = nn.ModuleList(Block(section, self._kernel, i) for i in range(section.num_hidden_layers))
-        self.norm = norm(section)
+        self.dropout = FastDropout(section.dropout)
+        self.layers = nn.ModuleList(DecoderBlock(section, self._kernel, i) for i in range(section.num_hidden_layers))
+        self.norm = make_norm(section)
         self.lm_head = None if section.tie_word_embeddings else nn.Linear(D, V, bias=False)
 
     @property
@@ -42,7 +42,7 @@ class Decoder(LanguageModel):
         return self._section
 
     @torch.no_grad()
-    def initialize(self) -> None:
+    def init_weights(self) -> None:
         """Fresh weights from torch's global random state: normal for matrices, ones for norms, zeros for biases.
 
         The two projections that write to the residual stream are scaled by 1 / sqrt(2 * blocks), since that many
@@ -69,25 +69,27 @@ class Decoder(LanguageModel):
     ) -> Tensor:
         """See LanguageModel."""
         assert cache is None or positions_BT is None, "a cache continues one text, not packed documents"
-        x_BTD = self._embed(ids_BT)
+        x_BTD = self._embed_tokens(ids_BT)
         if positions_BT is None:
             start = cache.length if cache is not None else 0
             positions = torch.arange(start, start + ids_BT.size(1), device=ids_BT.device)
             documents = None
         else:
             positions = positions_BT
-            documents = Documents.packed(positions_BT, self._kernel, x_BTD.dtype)
+            documents = PackedDocuments.from_positions(positions_BT, self._kernel, x_BTD.dtype)
         if self.embed_positions is not None:
             x_BTD = x_BTD + self.embed_positions(positions)
             rotary = None
         else:
             head_width = self.section.hidden_size // self.section.num_attention_heads
-            rotary = rotary_angles(positions.unsqueeze(-2), head_width, self.section.rope_theta)  # alike in all heads
+            rotary = compute_rotary_angles(
+                positions.unsqueeze(-2), head_width, self.section.rope_theta
+            )  # alike in all heads
         x_BTD = self.dropout(x_BTD)
         # Compiled in training only: validation and generation have too many shapes.
-        run = _run.compiled if self._computing.compiles and self.training else _run
-        for i, block in enumerate(self._blocks()):
-            if self.training and self._recompute.takes(i):
+        run = _run_decoder_block.compiled if self._computing.compiles and self.training else _run_decoder_block
+        for i, block in enumerate(self._decoder_blocks()):
+            if self.training and self._recompute.covers_block(i):
                 x_BTD = self._recompute.run(run, block, x_BTD, rotary, cache, documents)
             else:
                 x_BTD = run(block, x_BTD, rotary, cache, documents)
@@ -102,15 +104,15 @@ class Decoder(LanguageModel):
         how = self._computing
         return summed_cross_entropy(x_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), how.loss, how.z_loss)
 
-    def _embed(self, ids_BT: Tensor) -> Tensor:
+    def _embed_tokens(self, ids_BT: Tensor) -> Tensor:
         """On a CPU the few rows that were looked up are added to a tied table's gradient, not a table of zeros."""
         table = self.embed_tokens
         table.sparse = self.lm_head is None and table.weight.device.type == "cpu"
         return table(ids_BT)
 
-    def _blocks(self) -> Iterator[Block]:
+    def _decoder_blocks(self) -> Iterator[DecoderBlock]:
         for block in self.layers:
-            assert isinstance(block, Block)
+            assert isinstance(block, DecoderBlock)
             yield block
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
@@ -119,19 +121,23 @@ class Decoder(LanguageModel):
         return KVCache(self.section, batch, max_length, device=weight.device, dtype=weight.dtype)
 
 
-@Compilable
-def _run(
-    block: Block, x_BTD: Tensor, rotary: Rotary | None, cache: KVCache | None, documents: Documents | None
+@CompilableFunction
+def _run_decoder_block(
+    block: DecoderBlock,
+    x_BTD: Tensor,
+    rotary: RotaryAngles | None,
+    cache: KVCache | None,
+    documents: PackedDocuments | None,
 ) -> Tensor:
     """One block. All blocks have the same code, so that it is compiled once."""
     return block(x_BTD, rotary, cache, documents)
 
 
-def fresh(section: ModelSection, computing: Computing, device: torch.device | str) -> Decoder:
+def build_decoder(section: ModelSection, computing: ComputeOptions, device: torch.device | str) -> Decoder:
     """See kinds.build."""
     with torch.device("meta"):  # skips the initialization of torch's own layers
         decoder = Decoder(section, computing)
     if torch.device(device).type != "meta":
         decoder.to_empty(device=device)
-        decoder.initialize()
+        decoder.init_weights()
     return decoder

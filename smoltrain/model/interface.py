@@ -10,20 +10,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from smoltrain.model.attention import Kernel
-from smoltrain.model.loss import PLAIN, LossKernel
-from smoltrain.schema import ModelSection, TransformersSection
+from smoltrain.config.schema import ModelSection, TransformersSection
+from smoltrain.kernels.attention import AttentionKernel
+from smoltrain.kernels.loss import PLAIN_LOSS, LossKernel
 
-SDPA = Kernel("sdpa", "the default")
+SDPA_KERNEL = AttentionKernel("sdpa", "the default")
 
 
 @dataclass(frozen=True)
-class Computing:
+class ComputeOptions:
     """How a model computes. Nothing of it changes a number beyond rounding, but for z_loss, which changes gradients."""
 
     gradient_checkpointing: Literal["none", "selective", "full"] | int = "none"  # an int: of every n-th block
-    attention: Kernel | None = None  # None: SDPA where the model has it
-    loss: LossKernel = PLAIN
+    attention: AttentionKernel | None = None  # None: SDPA where the model has it
+    loss: LossKernel = PLAIN_LOSS
     z_loss: float = 0.0
     compiles: bool = False  # blocks, in training
 

@@ -8,20 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smoltrain.model.attention import Documents, Kernel, attend
-from smoltrain.model.dropout import Dropout
-from smoltrain.schema import ModelSection
+from smoltrain.config.schema import ModelSection
+from smoltrain.kernels.attention import AttentionKernel, PackedDocuments, causal_attention
+from smoltrain.kernels.cpu_dropout import FastDropout
 
-Rotary = tuple[Tensor, Tensor]
+RotaryAngles = tuple[Tensor, Tensor]
 
 
-def norm(model: ModelSection) -> nn.Module:
+def make_norm(model: ModelSection) -> nn.Module:
     """RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016) over D; torch computes both in fp32 inside."""
     cls = nn.RMSNorm if model.norm == "rmsnorm" else nn.LayerNorm
     return cls(model.hidden_size, eps=model.rms_norm_eps)
 
 
-def rotary_angles(positions: Tensor, head_width: int, theta: float) -> Rotary:
+def compute_rotary_angles(positions: Tensor, head_width: int, theta: float) -> RotaryAngles:
     """Cosines and sines of rotary positions (Su et al. 2021), each [*positions, E/2] in fp32.
 
     Computed anew in each forward, once for all blocks, and kept in no buffer: a model cast to bf16 would cast the
@@ -32,7 +32,7 @@ def rotary_angles(positions: Tensor, head_width: int, theta: float) -> Rotary:
     return angles.cos(), angles.sin()
 
 
-def rotate(x_BHTE: Tensor, rotary: Rotary) -> Tensor:
+def apply_rotary(x_BHTE: Tensor, rotary: RotaryAngles) -> Tensor:
     """Rotate each pair (i, i + E/2) of a head by its angle, in fp32: the half-split layout of GPT-NeoX and Llama."""
     cos, sin = rotary
     x, y = x_BHTE.chunk(2, dim=-1)
@@ -59,10 +59,10 @@ class KVCache:
         return keys, values
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     """Causal self-attention with H query heads over K key-value heads: [B, T, D] -> [B, T, D]."""
 
-    def __init__(self, model: ModelSection, kernel: Kernel, layer: int) -> None:
+    def __init__(self, model: ModelSection, kernel: AttentionKernel, layer: int) -> None:
         super().__init__()
         D, bias = model.hidden_size, model.attention_bias
         self.head_width = D // model.num_attention_heads
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         self.dropout, self.kernel, self.layer = model.attention_dropout, kernel, layer
 
     def forward(
-        self, x_BTD: Tensor, rotary: Rotary | None, cache: KVCache | None, documents: Documents | None
+        self, x_BTD: Tensor, rotary: RotaryAngles | None, cache: KVCache | None, documents: PackedDocuments | None
     ) -> Tensor:
         """Mix the tokens; with a cache, attend to its tokens too and add these to it."""
         q_BHTE, k_BKSE, v_BKSE = (
@@ -81,15 +81,15 @@ class Attention(nn.Module):
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if rotary is not None:
-            q_BHTE, k_BKSE = rotate(q_BHTE, rotary), rotate(k_BKSE, rotary)
+            q_BHTE, k_BKSE = apply_rotary(q_BHTE, rotary), apply_rotary(k_BKSE, rotary)
         if cache is not None:
             k_BKSE, v_BKSE = cache.extend(self.layer, k_BKSE, v_BKSE)
         dropout = self.dropout if self.training else 0.0
-        y_BHTE = attend(q_BHTE, k_BKSE, v_BKSE, self.kernel, dropout=dropout, documents=documents)
+        y_BHTE = causal_attention(q_BHTE, k_BKSE, v_BKSE, self.kernel, dropout=dropout, documents=documents)
         return self.o_proj(y_BHTE.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
+class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020), or two layers with GELU in its tanh form (Hendrycks & Gimpel 2016): D -> D per token."""
 
     def __init__(self, model: ModelSection) -> None:
@@ -107,19 +107,19 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * up)
 
 
-class Block(nn.Module):
+class DecoderBlock(nn.Module):
     """One pre-norm block (Xiong et al. 2020): attention, then MLP, each added to the residual stream [B, T, D]."""
 
-    def __init__(self, model: ModelSection, kernel: Kernel, layer: int) -> None:
+    def __init__(self, model: ModelSection, kernel: AttentionKernel, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = norm(model)
-        self.self_attn = Attention(model, kernel, layer)
-        self.post_attention_layernorm = norm(model)
-        self.mlp = MLP(model)
-        self.dropout = Dropout(model.dropout)
+        self.input_layernorm = make_norm(model)
+        self.self_attn = SelfAttention(model, kernel, layer)
+        self.post_attention_layernorm = make_norm(model)
+        self.mlp = FeedForward(model)
+        self.dropout = FastDropout(model.dropout)
 
     def forward(
-        self, x_BTD: Tensor, rotary: Rotary | None, cache: KVCache | None, documents: Documents | None
+        self, x_BTD: Tensor, rotary: RotaryAngles | None, cache: KVCache | None, documents: PackedDocuments | None
     ) -> Tensor:
         """The stream after both branches."""
         x_BTD = x_BTD + self.dropout(self.self_attn(self.input_layernorm(x_BTD), rotary, cache, documents))

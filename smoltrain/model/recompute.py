@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from smoltrain.model import blocked
+from smoltrain.kernels.cpu_attention import BLOCKED_ATTENTION
 
 # What `selective` keeps: nearly all of the time of a block, in a third of its memory.
 ATEN = torch.ops.aten
-KEPT = {
+KEPT_OPERATORS = {
     ATEN.mm.default,
     ATEN.addmm.default,
     ATEN._scaled_dot_product_flash_attention.default,
     ATEN._scaled_dot_product_efficient_attention.default,
     ATEN._scaled_dot_product_cudnn_attention.default,
     ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-    blocked.OPERATOR,
+    BLOCKED_ATTENTION,
 }
 
 
-class Recompute:
+class GradientCheckpointing:
     """`none`; `full`: every block; n: every n-th block, from the first; `selective`: the cheap parts of all."""
 
     def __init__(self, mode: Literal["none", "selective", "full"] | int, compiles: bool) -> None:
@@ -33,9 +33,9 @@ class Recompute:
         if mode == "selective":
             if compiles:  # the compiler computes cheap parts again by itself, and is blind inside of torch's own way
                 self._every = 0
-            self._options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+            self._options["context_fn"] = partial(create_selective_checkpoint_contexts, _selective_policy)
 
-    def takes(self, i: int) -> bool:
+    def covers_block(self, i: int) -> bool:
         """Whether block i is run again in the backward pass."""
         return self._every > 0 and i % self._every == 0
 
@@ -44,5 +44,5 @@ class Recompute:
         return checkpoint(function, *args, use_reentrant=False, **self._options)
 
 
-def _policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def _selective_policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE

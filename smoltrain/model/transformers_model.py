@@ -14,15 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoltrain.errors import Problem, UserError, nearest
-from smoltrain.model.attention import Kernel, document_starts
-from smoltrain.model.interface import Computing, LanguageModel
-from smoltrain.model.loss import summed_cross_entropy_of_logits
-from smoltrain.schema import MOST_LAYERS, TransformersSection
+from smoltrain.config.schema import MAX_LAYERS, TransformersSection
+from smoltrain.errors import Problem, UserError, suggest_choice
+from smoltrain.kernels.attention import AttentionKernel, document_starts
+from smoltrain.kernels.loss import summed_cross_entropy_of_logits
+from smoltrain.model.interface import ComputeOptions, LanguageModel
 
-ROPE = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # older names, which transformers still reads
+OLD_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # older names, which transformers still reads
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-ELSEWHERE = {"dtype": "engine.precision", "torch_dtype": "engine.precision", "attn_implementation": "engine.attention"}
+SET_ELSEWHERE = {
+    "dtype": "engine.precision",
+    "torch_dtype": "engine.precision",
+    "attn_implementation": "engine.attention",
+}
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 
 
@@ -64,7 +68,7 @@ class HuggingFaceModel(LanguageModel):
         and either of the two switches off, without a word, the masks that transformers makes between packed documents.
         """
         assert cache is None or positions_BT is None, "a cache continues one text, not packed documents"
-        T, options = ids_BT.size(1), {} if positions_BT is None else self._documents(positions_BT)
+        T, options = ids_BT.size(1), {} if positions_BT is None else self._document_arguments(positions_BT)
         if last_only and "logits_to_keep" in self._takes:
             options["logits_to_keep"] = 1
         if cache is not None:
@@ -83,7 +87,7 @@ class HuggingFaceModel(LanguageModel):
             return out.logits[:, -1:] if last_only else out.logits[:, -T:]
         return summed_cross_entropy_of_logits(out.logits.flatten(0, 1), labels_BT.flatten(), self._z_loss)
 
-    def _documents(self, positions_BT: Tensor) -> dict[str, Any]:
+    def _document_arguments(self, positions_BT: Tensor) -> dict[str, Any]:
         """The words in which transformers is told of packed documents."""
         options: dict[str, Any] = {"position_ids": positions_BT}
         if str(self.inner.config._attn_implementation).startswith("flash"):
@@ -97,21 +101,18 @@ class HuggingFaceModel(LanguageModel):
         return HuggingFaceCache()
 
 
-def fresh(
-    section: TransformersSection,
-    computing: Computing,
-    device: torch.device | str,
-    document_mask: bool,
+def build_transformers_model(
+    section: TransformersSection, computing: ComputeOptions, device: torch.device | str, document_mask: bool
 ) -> HuggingFaceModel:
     """See kinds.build."""
     attention = computing.attention
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
-    config = _config(section)
+    config = _transformers_config(section)
     cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     flash = attention is not None and attention.name == "flash-attn"
     if attention is not None and attention.name == "sdpa" and not cls._supports_sdpa:
-        raise _lacks(cls, attention, "it has none", "math")
+        raise _attention_kernel_error(cls, attention, "it has none", "math")
     # FlashAttention comes last, as the check of causality runs on the CPU.
     name = None if attention is None or flash else {"sdpa": "sdpa", "math": "eager"}[attention.name]
     meta = torch.device(device).type == "meta"
@@ -119,30 +120,30 @@ def fresh(
         with torch.device("meta" if meta else "cpu"):  # the same weights, whatever the device
             inner = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=name)
     except Exception as error:  # the class may stumble over its config anywhere
-        raise _refusal(section, config, error) from error
+        raise _config_error(section, config, error) from error
     model = HuggingFaceModel(section, inner, computing.z_loss)
     if document_mask and "position_ids" not in model._takes:
-        raise _mixes(section, f"a forward of {cls.__name__} without position_ids")
+        raise _document_mask_error(section, f"a forward of {cls.__name__} without position_ids")
     if not meta:
         _check_causality(model)
     if attention is not None and flash:
-        _take_flash(inner, attention)
+        _enable_flash_attention(inner, attention)
     if document_mask and not meta:
         # A copy goes where FlashAttention runs, for here it cannot.
-        _check_documents(copy.deepcopy(model).to("cuda", torch.bfloat16) if flash else model)
+        _check_document_mask(copy.deepcopy(model).to("cuda", torch.bfloat16) if flash else model)
     if computing.gradient_checkpointing != "none":
         assert computing.gradient_checkpointing == "full", "contradictions.py refuses all else"
-        _recompute(inner)
+        _enable_gradient_checkpointing(inner)
     return model.to(device)
 
 
-def attention_dropout(section: TransformersSection) -> float:
+def transformers_attention_dropout(section: TransformersSection) -> float:
     """See kinds.attention_dropout."""
-    config = _config(section)
+    config = _transformers_config(section)
     return max(float(getattr(config, name, None) or 0.0) for name in ATTENTION_DROPOUTS)
 
 
-def _config(section: TransformersSection) -> Any:
+def _transformers_config(section: TransformersSection) -> Any:
     """The config object of the class. Its own constructor would take a misspelt key for a new attribute."""
     from transformers import CONFIG_MAPPING, AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
@@ -151,7 +152,7 @@ def _config(section: TransformersSection) -> Any:
     if kind not in CAUSAL:
         known = kind in CONFIG_MAPPING
         what = "a model_type without a causal language model" if known else "transformers knows no such model_type"
-        raise UserError(Problem(what, repr(kind), nearest(kind, CAUSAL), "model.model_type"))
+        raise UserError(Problem(what, repr(kind), suggest_choice(kind, CAUSAL), "model.model_type"))
     cls = CONFIG_MAPPING[kind]
     keys, alias = inspect.signature(cls).parameters, dict(cls.attribute_map)
     if alias.get("vocab_size", "vocab_size") not in keys:
@@ -161,18 +162,18 @@ def _config(section: TransformersSection) -> Any:
     positions = alias.get("max_position_embeddings", "max_position_embeddings")
     if positions in keys:  # else nothing in the class depends on them: state spaces, ALiBi
         values[positions] = section.max_position_embeddings
-    legal = {*keys, *alias, *(ROPE if "rope_parameters" in keys else ())}
+    legal = {*keys, *alias, *(OLD_ROPE_KEYS if "rope_parameters" in keys else ())}
     problems: list[Problem] = []
     for key, value in section.config.items():
         name, where = alias.get(key, key), f"model.config.{key}"
-        if key in ELSEWHERE:
-            problems.append(Problem(f"{key} is not the model's to say", repr(value), ELSEWHERE[key], where))
+        if key in SET_ELSEWHERE:
+            problems.append(Problem(f"{key} is not the model's to say", repr(value), SET_ELSEWHERE[key], where))
         elif key == "output_router_logits" and value:
             problems.append(Problem("the loss is the cross entropy alone", f"{key}: true", "false", where))
         elif name in values:
             problems.append(Problem(f"{key} is said twice", f"{values[name]} and {value}", "it once", where))
         elif key not in legal:
-            problems.append(Problem(f"unknown key {where}", repr(key), nearest(key, legal), where))
+            problems.append(Problem(f"unknown key {where}", repr(key), suggest_choice(key, legal), where))
         values[name] = value
     if problems:
         raise UserError(*problems)
@@ -181,16 +182,16 @@ def _config(section: TransformersSection) -> Any:
     optional = {name for name in SPECIAL_IDS if name in keys and "None" in str(keys[name].annotation)}
     values = dict.fromkeys(optional) | values
     layers = alias.get("num_hidden_layers", "num_hidden_layers")
-    if isinstance(values.get(layers), int) and values[layers] > MOST_LAYERS:
-        want = f"at most {MOST_LAYERS:,}"
+    if isinstance(values.get(layers), int) and values[layers] > MAX_LAYERS:
+        want = f"at most {MAX_LAYERS:,}"
         raise UserError(Problem("too many blocks", f"{values[layers]:,}", want, f"model.config.{layers}"))
     try:
         return AutoConfig.for_model(kind, **values)
     except Exception as error:  # TypeErrors, ValueErrors and those of huggingface_hub's strict dataclasses
-        raise _refusal(section, cls, error) from error
+        raise _config_error(section, cls, error) from error
 
 
-def _refusal(section: TransformersSection, config: Any, error: Exception) -> UserError:
+def _config_error(section: TransformersSection, config: Any, error: Exception) -> UserError:
     """transformers' own words about a config, as a Problem that names the key if they do."""
     cause = error.__cause__ or error
     name = (config if isinstance(config, type) else type(config)).__name__
@@ -213,7 +214,7 @@ def _check_causality(model: HuggingFaceModel) -> None:
     try:
         ours, theirs = model(ids_BT)[:, :-1]
     except Exception as error:
-        raise _refusal(model.section, model.inner.config, error) from error
+        raise _config_error(model.section, model.inner.config, error) from error
     model.train()
     if (ours - theirs).abs().max() > 1e-4 * ours.abs().max():
         saw, want = "logits that depend on a later token", "a causal model, which some are with is_decoder: true"
@@ -221,7 +222,7 @@ def _check_causality(model: HuggingFaceModel) -> None:
 
 
 @torch.no_grad()
-def _check_documents(model: HuggingFaceModel) -> None:
+def _check_document_mask(model: HuggingFaceModel) -> None:
     """Change the first document of two rows: of the second nothing may move. Errors: UserError.
 
     That a class takes positions does not mean that it masks by them, nor that all its layers are attention.
@@ -235,38 +236,40 @@ def _check_documents(model: HuggingFaceModel) -> None:
         before, after = (model(ids, positions_BT=positions_BT)[second_BT] for ids in (ids_BT, changed_BT))
     except Exception as error:
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise _mixes(model.section, said) from error
+        raise _document_mask_error(model.section, said) from error
     model.train()
     if (before - after).abs().max() > 1e-4 * before.abs().max():
         kernel = model.inner.config._attn_implementation  # on another, it may do
-        raise _mixes(model.section, f"logits that depend on the document before, on {kernel}")
+        raise _document_mask_error(model.section, f"logits that depend on the document before, on {kernel}")
 
 
-def _mixes(section: TransformersSection, saw: str) -> UserError:
+def _document_mask_error(section: TransformersSection, saw: str) -> UserError:
     what = f"{section.model_type} cannot keep packed documents apart"
     return UserError(Problem(what, saw, "false, or another model_type, as llama", "packing.document_mask"))
 
 
-def _take_flash(inner: Any, kernel: Kernel) -> None:
+def _enable_flash_attention(inner: Any, kernel: AttentionKernel) -> None:
     """Let the model run on FlashAttention. Errors: UserError where its class cannot."""
     module = str(getattr(kernel.flash, "__module__", ""))
     name = "flash_attention_3" if module.startswith("flash_attn_interface") else "flash_attention_2"
     compatible = getattr(inner, "_compatible_flash_implementations", None)
     if compatible is not None and name not in compatible:  # transformers would fetch one of these from the Hub
-        raise _lacks(type(inner), kernel, f"it takes {', '.join(compatible)} only", "sdpa or math")
+        raise _attention_kernel_error(type(inner), kernel, f"it takes {', '.join(compatible)} only", "sdpa or math")
     try:
         inner.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
-        raise _lacks(type(inner), kernel, str(error).partition("\n")[0], "sdpa or math") from error
+        raise _attention_kernel_error(type(inner), kernel, str(error).partition("\n")[0], "sdpa or math") from error
     if inner.config._attn_implementation != name:  # some classes only log that they cannot change
-        raise _lacks(type(inner), kernel, f"it stays with {inner.config._attn_implementation}", "sdpa or math")
+        raise _attention_kernel_error(
+            type(inner), kernel, f"it stays with {inner.config._attn_implementation}", "sdpa or math"
+        )
 
 
-def _lacks(cls: type, kernel: Kernel, saw: str, want: str) -> UserError:
+def _attention_kernel_error(cls: type, kernel: AttentionKernel, saw: str, want: str) -> UserError:
     return UserError(Problem(f"{cls.__name__} cannot run on the kernel {kernel.name}", saw, want, "engine.attention"))
 
 
-def _recompute(inner: Any) -> None:
+def _enable_gradient_checkpointing(inner: Any) -> None:
     """Gradient checkpointing of every block. Errors: UserError where the class has none."""
     # Newer versions have another name for it, and warn of the old one.
     enable = getattr(inner, "activation_checkpointing_enable", None) or inner.gradient_checkpointing_enable

@@ -7,33 +7,33 @@ from typing import Any
 import numpy as np
 import torch
 
-from smoltrain.data import Loader, Prepared, merged
-from smoltrain.data.faults import Health
-from smoltrain.data.loader import Shape
-from smoltrain.data.sources import shards
-from smoltrain.data.streams import Source
-from smoltrain.data.supply import CachedRows, StreamedRows, Supply
-from smoltrain.data.tokenizer import Tokenizer
-from smoltrain.data.tokens import Tokens
-from smoltrain.schema import DataSection
+from smoltrain.config.schema import DataSection
+from smoltrain.data.documents.listing import list_shards
+from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.rows.loader import Loader, StepLayout, merge_loader_states
+from smoltrain.data.rows.row_source import CachedRowSource, RowSource, StreamedRowSource
+from smoltrain.data.rows.streams import StreamedSource
+from smoltrain.data.tokenizers.tokenizer import Tokenizer
+from smoltrain.data.tokens.prepared import PreparedData
+from smoltrain.data.tokens.token_files import MappedTokens
 
 B, T, SEED = 12, 4, 7
 WORLDS = (1, 2, 3, 4, 6)
 TOKENIZER = Tokenizer.train_bpe(["x"], 257, "<|endoftext|>")  # every byte is a token, the separator is 0
 
 
-def counting(num_rows: int, first: int = 1) -> Tokens:
+def counting(num_rows: int, first: int = 1) -> MappedTokens:
     """A stream whose tokens are their own places (from `first` on), so that a row says which one it is."""
     ids = np.arange(first, first + num_rows * T + 1, dtype=np.uint16)
     starts = np.arange(0, len(ids), 6, dtype=np.uint64)
-    return Tokens([ids], starts, starts * np.uint64(0x9E3779B97F4A7C15) + np.uint64(first))
+    return MappedTokens([ids], starts, starts * np.uint64(0x9E3779B97F4A7C15) + np.uint64(first))
 
 
-def cached(*num_rows: int, validation: int = 17) -> Prepared:
+def cached(*num_rows: int, validation: int = 17) -> PreparedData:
     """Sources of so many rows."""
     train = tuple(counting(n, 1 + 1000 * i) for i, n in enumerate(num_rows))
     held_out = tuple(counting(validation, 30_000 + 1000 * i) for i in range(len(num_rows)))
-    return Prepared(TOKENIZER, "bytes", "cached", "", np.dtype(np.uint16), train, held_out, (), 1, {})
+    return PreparedData(TOKENIZER, "bytes", "cached", "", np.dtype(np.uint16), train, held_out, (), 1, {})
 
 
 def write(folder: Path, texts: list[list[str]]) -> Path:
@@ -45,11 +45,11 @@ def write(folder: Path, texts: list[list[str]]) -> Path:
     return folder
 
 
-def streamed(folders: dict[str, Path], num_streams: int) -> Prepared:
+def streamed(folders: dict[str, Path], num_streams: int) -> PreparedData:
     """Sources of shards in folders, by name."""
-    found = tuple(tuple(shards(part)) for part in section(folders).parts)
+    found = tuple(tuple(list_shards(part)) for part in section(folders).parts)
     held_out = tuple(counting(17, 30_000) for _ in folders)
-    return Prepared(TOKENIZER, "bytes", "stream", "", np.dtype(np.uint16), (), held_out, found, num_streams, {})
+    return PreparedData(TOKENIZER, "bytes", "stream", "", np.dtype(np.uint16), (), held_out, found, num_streams, {})
 
 
 def section(folders: dict[str, Path], **changes: Any) -> DataSection:
@@ -63,7 +63,7 @@ class World:
 
     def __init__(
         self,
-        prepared: Prepared,
+        prepared: PreparedData,
         size: int,
         data: DataSection | None = None,
         *,
@@ -78,19 +78,20 @@ class World:
         identity = {"seed": SEED, "rows_per_step": B, "streams": prepared.streams} | changes
         self.ranks: list[Loader] = []
         for rank in range(size):
-            shape = Shape(T, identity["rows_per_step"], micro_batch, identity["rows_per_step"] // size // micro_batch,
+            accumulation = identity["rows_per_step"] // size // micro_batch
+            shape = StepLayout(T, identity["rows_per_step"], micro_batch, accumulation,
                           rank, size, document_mask)  # fmt: skip
-            supply: Supply
-            health = Health()
+            supply: RowSource
+            health = ReaderHealth()
             if prepared.mode == "cached":
-                supply = CachedRows(prepared.train, T, identity["seed"])
+                supply = CachedRowSource(prepared.train, T, identity["seed"])
                 own = identity | {"num_rows": supply.num_rows}
             else:
                 assert data is not None
                 own = identity
-                supply = StreamedRows(
+                supply = StreamedRowSource(
                     tuple(
-                        Source(
+                        StreamedSource(
                             i, part, data, found, prepared.streams, TOKENIZER, prepared.dtype, T, identity["seed"],
                             held_out,
                         )
@@ -102,23 +103,23 @@ class World:
 
     def step(self) -> np.ndarray:
         """One step on all ranks; the digests of its rows, by position."""
-        taken = [loader.take() for loader in self.ranks]
+        taken = [loader.fetch_step_rows() for loader in self.ranks]
         counts = torch.tensor([rows.counts for rows in taken]).sum(0).tolist()  # wraps, as the all-reduce does
-        (totals, *others) = [loader.totals(counts) for loader in self.ranks]
+        (totals, *others) = [loader.unpack_totals(counts) for loader in self.ranks]
         assert all((other.digests == totals.digests).all() for other in others)
         for loader in self.ranks:
-            loader.consumed(totals)
+            loader.mark_consumed(totals)
         return totals.digests
 
     def steps(self, num: int, mix: dict[str, float] | None = None) -> np.ndarray:
         """The digests of all rows of some steps."""
         for loader in self.ranks:
-            loader.mix(mix)
+            loader.set_source_mix(mix)
         return np.concatenate([np.empty(0, np.uint64), *(self.step() for _ in range(num))])
 
     def rows(self) -> list[list[int]]:
         """The ids of the next step's rows, in no order that means anything, each with its last label."""
-        batches = [batch for loader in self.ranks for batch in loader.take().micro_batches]
+        batches = [batch for loader in self.ranks for batch in loader.fetch_step_rows().micro_batches]
         return [
             [*ids.tolist(), int(labels[-1])]
             for batch in batches
@@ -128,7 +129,7 @@ class World:
     def state(self) -> str:
         """As a checkpoint would keep it."""
         states = [loader.state() for loader in self.ranks]
-        return json.dumps(merged(states))
+        return json.dumps(merge_loader_states(states))
 
     def load(self, state: str) -> None:
         for loader in self.ranks:

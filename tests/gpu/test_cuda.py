@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from smoltrain.bench.loss import make_case, peak_mib
-from smoltrain.data import Batch
+from benchmarks.loss import make_loss_case, peak_memory_mib
+from smoltrain.config.schema import ModelSection, TransformersSection
+from smoltrain.data.rows.loader import Batch
 from smoltrain.errors import DONE
-from smoltrain.model import Kernel, attention
-from smoltrain.model import loss as head
-from smoltrain.model.attention import Documents, attend, choose
-from smoltrain.schema import ModelSection, TransformersSection
+from smoltrain.kernels import loss
+from smoltrain.kernels.attention import (
+    AttentionKernel,
+    PackedDocuments,
+    _import_torch_varlen,
+    causal_attention,
+    choose_attention_kernel,
+)
 from tests import launches, tiny
 from tests.models import build_with
 
@@ -42,9 +47,9 @@ def positions() -> Tensor:
     return torch.stack([torch.cat([torch.arange(n, device="cuda") for n in row]) for row in LENGTHS])
 
 
-def masked(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> list[Tensor]:
+def masked(q: Tensor, k: Tensor, v: Tensor, kernel: AttentionKernel) -> list[Tensor]:
     """Attention within each document, and the gradients of a loss of it."""
-    out = attend(q, k, v, kernel, documents=Documents.packed(positions(), kernel, q.dtype))
+    out = causal_attention(q, k, v, kernel, documents=PackedDocuments.from_positions(positions(), kernel, q.dtype))
     return [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
 
 
@@ -58,7 +63,7 @@ def test_every_kernel_agrees_with_math_forward_and_backward() -> None:
     device, results = torch.device("cuda"), {}
     for name in ("math", "sdpa", "auto"):
         requested: Any = name
-        out = attention.attend(q, k, v, attention.choose(requested, device, torch.bfloat16))
+        out = causal_attention(q, k, v, choose_attention_kernel(requested, device, torch.bfloat16))
         results[name] = (out, *torch.autograd.grad(out.float().square().sum(), (q, k, v)))
     for name in ("sdpa", "auto"):
         for ours, reference in zip(results[name], results["math"], strict=True):
@@ -66,39 +71,39 @@ def test_every_kernel_agrees_with_math_forward_and_backward() -> None:
             assert error < 0.02, f"{name} is off by {error:.3f}"
 
 
-def check_documents(kernel: Kernel, dtype: torch.dtype, width: int) -> None:
+def check_documents(kernel: AttentionKernel, dtype: torch.dtype, width: int) -> None:
     torch.manual_seed(0)
     q, k, v = heads(9, width, dtype), heads(3, width, dtype), heads(3, width, dtype)
     q32, k32, v32 = (x.detach().float().requires_grad_() for x in (q, k, v))
-    results, reference = masked(q, k, v, kernel), masked(q32, k32, v32, Kernel("math", ""))
+    results, reference = masked(q, k, v, kernel), masked(q32, k32, v32, AttentionKernel("math", ""))
     for ours, truth in zip(results, reference, strict=True):
         assert relative_error(ours, truth) < 0.02, kernel.reason
-    whole = attend(q32, k32, v32, Kernel("math", ""))
+    whole = causal_attention(q32, k32, v32, AttentionKernel("math", ""))
     assert relative_error(whole[0], reference[0][0]) > 0.1  # the documents matter
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 @pytest.mark.parametrize("width", [8, 64, 128, 192])
 def test_varlen_of_torch_keeps_documents_apart_as_the_mask_does(dtype: torch.dtype, width: int) -> None:
-    varlen, words = attention._torch_varlen(0.0, width)
+    varlen, words = _import_torch_varlen(0.0, width)
     assert words == "torch's varlen_attn"
-    check_documents(Kernel("sdpa", words, varlen=varlen), dtype, width)
+    check_documents(AttentionKernel("sdpa", words, varlen=varlen), dtype, width)
 
 
 @needs_flash
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 @pytest.mark.parametrize("width", [64, 128])
 def test_varlen_of_flash_attn_keeps_documents_apart_as_the_mask_does(dtype: torch.dtype, width: int) -> None:
-    kernel = choose("flash", CUDA, dtype, document_mask=True, head_width=width)
+    kernel = choose_attention_kernel("flash", CUDA, dtype, document_mask=True, head_width=width)
     assert kernel.varlen is not None
     check_documents(kernel, dtype, width)
 
 
 def test_the_mask_keeps_documents_apart_on_a_fused_kernel() -> None:
-    check_documents(choose("sdpa", CUDA, BF16, document_mask=True, head_width=64), BF16, 64)
+    check_documents(choose_attention_kernel("sdpa", CUDA, BF16, document_mask=True, head_width=64), BF16, 64)
     with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]):  # else: no available kernel
         for dtype in (BF16, torch.float32):
-            masked(heads(9, dtype=dtype), heads(3, dtype=dtype), heads(3, dtype=dtype), Kernel("sdpa", ""))
+            masked(heads(9, dtype=dtype), heads(3, dtype=dtype), heads(3, dtype=dtype), AttentionKernel("sdpa", ""))
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
@@ -113,7 +118,7 @@ def test_a_decoder_keeps_documents_apart_in_bf16(checkpointing: Any) -> None:
         max_position_embeddings=256,
         initializer_range=0.1,
     )
-    kernel = choose("auto", CUDA, BF16, document_mask=True, head_width=32)
+    kernel = choose_attention_kernel("auto", CUDA, BF16, document_mask=True, head_width=32)
     torch.manual_seed(0)
     model = build_with(section, attention=kernel, gradient_checkpointing=checkpointing).to(CUDA, BF16)
     ids = torch.randint(61, (2, 256), device="cuda")
@@ -131,7 +136,7 @@ def test_transformers_keeps_documents_apart_on_flash_attn() -> None:
     section = TransformersSection(
         kind="transformers", model_type="llama", vocab_size=61, max_position_embeddings=256, config=config
     )
-    kernel = choose("flash", CUDA, BF16, document_mask=True)
+    kernel = choose_attention_kernel("flash", CUDA, BF16, document_mask=True)
     model = build_with(section, attention=kernel, document_mask=True).to(CUDA, BF16)  # checked while it is built
     ids = torch.randint(61, (2, 256), device="cuda")
     packed = model(ids, positions_BT=positions())
@@ -139,11 +144,11 @@ def test_transformers_keeps_documents_apart_on_flash_attn() -> None:
     assert relative_error(packed[0], alone) < 0.03
 
 
-FUSED = head.choose("fused", CUDA, BF16, compiles=False)
+FUSED = loss.choose_loss_kernel("fused", CUDA, BF16, compiles=False)
 LOSSES = {
     "fused": FUSED,
     "compiled": replace(FUSED, compiles=True),
-    "auto": head.choose("auto", CUDA, BF16, compiles=True),
+    "auto": loss.choose_loss_kernel("auto", CUDA, BF16, compiles=True),
 }
 
 
@@ -152,10 +157,10 @@ LOSSES = {
 def test_the_loss_and_its_gradients_are_those_of_fp32(
     name: str, z_loss: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "LARGE_CHUNK_BYTES", 2**24)  # 13 chunks
-    case = make_case(2048, 49_152, 576, BF16, CUDA)
+    monkeypatch.setattr(loss, "LARGE_CHUNK_BYTES", 2**24)  # 13 chunks
+    case = make_loss_case(2048, 49_152, 576, BF16, CUDA)
     wide, plain = case.to(torch.float32), case.to(BF16)
-    truth, theirs = wide.run(head.PLAIN, z_loss), plain.run(head.PLAIN, z_loss)
+    truth, theirs = wide.run(loss.PLAIN_LOSS, z_loss), plain.run(loss.PLAIN_LOSS, z_loss)
     ours = case.run(LOSSES[name], z_loss)
     assert ours[0].dtype == torch.float32
     assert relative_error(ours[0], truth[0]) < 1e-4
@@ -165,7 +170,7 @@ def test_the_loss_and_its_gradients_are_those_of_fp32(
 
 @pytest.mark.parametrize("name", ["fused", "compiled"])
 def test_our_loss_never_waits_for_the_device(name: str) -> None:
-    case = make_case(1024, 49_152, 576, BF16, CUDA)
+    case = make_loss_case(1024, 49_152, 576, BF16, CUDA)
     case.run(LOSSES[name])
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -179,7 +184,7 @@ def test_a_micro_batch_never_waits_for_the_device() -> None:
         vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=256, max_position_embeddings=256,
     )  # fmt: skip
-    kernel = choose("auto", CUDA, BF16, head_width=64)
+    kernel = choose_attention_kernel("auto", CUDA, BF16, head_width=64)
     model = build_with(section, attention=kernel, loss=FUSED).to(CUDA, BF16)
     ids = torch.randint(512, (2, 257))
     batch = Batch(ids[:, :-1], ids[:, 1:])
@@ -198,18 +203,18 @@ def test_a_micro_batch_never_waits_for_the_device() -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_loss_needs_a_quarter_of_the_memory_of_plain_logits(name: str) -> None:
-    case = make_case(8 * 2048, 49_152, 576, BF16, CUDA)
+    case = make_loss_case(8 * 2048, 49_152, 576, BF16, CUDA)
     case.run(LOSSES[name])
-    ours, plain = (peak_mib(lambda k=k: case.run(k), CUDA) for k in (LOSSES[name], head.PLAIN))
+    ours, plain = (peak_memory_mib(lambda k=k: case.run(k), CUDA) for k in (LOSSES[name], loss.PLAIN_LOSS))
     assert 4 * ours < plain
 
 
 def test_fp16_gradients_survive_a_large_sum() -> None:
-    kernel = head.choose("auto", CUDA, torch.float16, compiles=True)
+    kernel = loss.choose_loss_kernel("auto", CUDA, torch.float16, compiles=True)
     hidden = torch.full((16384, 64), 8.0, device=CUDA, dtype=torch.float16, requires_grad=True)
     weight = torch.zeros(1000, 64, device=CUDA, dtype=torch.float16, requires_grad=True)
     labels = torch.zeros(16384, device=CUDA, dtype=torch.long)  # one word's gradient adds up to twice fp16's largest
-    (head.summed_cross_entropy(hidden, weight, labels, kernel) / 16384).backward()
+    (loss.summed_cross_entropy(hidden, weight, labels, kernel) / 16384).backward()
     assert weight.grad is not None
     assert weight.grad.isfinite().all()
     assert relative_error(weight.grad[0], torch.full((64,), -8.0 * 0.999, device=CUDA)) < 0.01

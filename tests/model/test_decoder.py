@@ -8,21 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from smoltrain.compiling import missing
-from smoltrain.model import Decoder, Kernel, blocked, build, parameter_count
-from smoltrain.model.dropout import Dropout
-from smoltrain.model.layers import rotary_angles, rotate
-from smoltrain.model.recompute import ATEN, _policy
-from smoltrain.schema import ModelSection
+from smoltrain.config.schema import ModelSection
+from smoltrain.kernels import cpu_attention
+from smoltrain.kernels.attention import AttentionKernel
+from smoltrain.kernels.compile import missing_for_compile
+from smoltrain.kernels.cpu_dropout import FastDropout
+from smoltrain.model.build import build_model, count_parameters
+from smoltrain.model.decoder import Decoder
+from smoltrain.model.layers import apply_rotary, compute_rotary_angles
+from smoltrain.model.recompute import ATEN, _selective_policy
 from tests.models import build_with
 
 Tensors = dict[str, Tensor]
@@ -236,12 +232,12 @@ SYSTEMS: dict[str, tuple[dict[str, Any], int]] = {
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_the_five_systems_have_their_parameters(name: str):
     shape, parameters = SYSTEMS[name]
-    assert parameter_count(build(section(shape), device="meta")) == parameters
+    assert count_parameters(build_model(section(shape), device="meta")) == parameters
 
 
 def test_untying_adds_one_table():
     tied, untied = decoder(LLAMA), decoder(LLAMA, tie_word_embeddings=False)
-    assert parameter_count(untied) - parameter_count(tied) == 61 * 32
+    assert count_parameters(untied) - count_parameters(tied) == 61 * 32
     assert "lm_head.weight" in untied.state_dict()
     assert "lm_head.weight" not in tied.state_dict()
 
@@ -305,7 +301,7 @@ def test_no_token_sees_a_later_one(shape: dict[str, Any]):
 @pytest.mark.parametrize("kernel", ["sdpa", "math"])
 @pytest.mark.parametrize("pieces", [[1] * 20, [7, 1, 5, 1, 6], [20]], ids=["single", "mixed", "whole"])
 def test_the_cache_changes_nothing(shape: dict[str, Any], kernel: Literal["sdpa", "math"], pieces: list[int]):
-    model = built(section(shape, initializer_range=0.15), attention=Kernel(kernel, "test")).eval()
+    model = built(section(shape, initializer_range=0.15), attention=AttentionKernel(kernel, "test")).eval()
     ids, _ = batch()
     cache = model.new_cache(2, 20)
     with torch.no_grad():
@@ -348,20 +344,22 @@ def test_gradient_checkpointing_changes_no_number(
 @pytest.mark.parametrize(("mode", "times"), [("none", 1), ("selective", 1), ("full", 2)])
 def test_selective_does_not_compute_attention_again(mode: str, times: int, monkeypatch: pytest.MonkeyPatch):
     """torch's profiler would count a matrix product that is only looked up, too; what is counted here is our code."""
-    model = built(section(LLAMA), gradient_checkpointing=mode, attention=Kernel("blocked", "test"))
-    computed, real = [], blocked._probabilities
-    monkeypatch.setattr(blocked, "_probabilities", lambda *args: (computed.append(1), real(*args))[1])
+    model = built(section(LLAMA), gradient_checkpointing=mode, attention=AttentionKernel("blocked", "test"))
+    computed, real = [], cpu_attention._attention_weights
+    monkeypatch.setattr(cpu_attention, "_attention_weights", lambda *args: (computed.append(1), real(*args))[1])
     loss_and_gradients(model)
     assert len(computed) == times * len(model.layers)
 
 
 def test_selective_keeps_matrix_products():
     operations = (ATEN.mm.default, ATEN.addmm.default, ATEN.silu.default, ATEN.mul.Tensor)
-    kept = [op for op in operations if _policy(None, op) == CheckpointPolicy.MUST_SAVE]
+    kept = [op for op in operations if _selective_policy(None, op) == CheckpointPolicy.MUST_SAVE]
     assert kept == [ATEN.mm.default, ATEN.addmm.default]
 
 
-@pytest.mark.skipif(bool(missing("cpu")), reason="torch.compile needs a compiler; test_compiling.py: then it is off")
+@pytest.mark.skipif(
+    bool(missing_for_compile("cpu")), reason="torch.compile needs a compiler; test_compiling.py: then it is off"
+)
 @pytest.mark.parametrize(("shape", "mode"), [
     (LLAMA, "full"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
         (LLAMA, "none"), (LLAMA, "selective"), (GPT2, "none"), (GPT2, "full"),
@@ -372,7 +370,7 @@ def test_compiled_blocks_compute_what_they_say(shape: dict[str, Any], mode: str)
     for compiles in (False, True):
         model = built(
             section(shape, initializer_range=0.1), compiles=compiles, gradient_checkpointing=mode,
-            attention=Kernel("blocked", "test"),
+            attention=AttentionKernel("blocked", "test"),
         )  # fmt: skip
         runs.append(loss_and_gradients(model))
     (a, grads_a), (b, grads_b) = runs
@@ -381,25 +379,27 @@ def test_compiled_blocks_compute_what_they_say(shape: dict[str, Any], mode: str)
         torch.testing.assert_close(x, grads_b[name], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(bool(missing("cpu")), reason="torch.compile needs a compiler; test_compiling.py: then it is off")
+@pytest.mark.skipif(
+    bool(missing_for_compile("cpu")), reason="torch.compile needs a compiler; test_compiling.py: then it is off"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_compiled_dropout_is_the_same_for_the_same_random_state(mode: str):
-    options = {"compiles": True, "gradient_checkpointing": mode, "attention": Kernel("blocked", "test")}
+    options = {"compiles": True, "gradient_checkpointing": mode, "attention": AttentionKernel("blocked", "test")}
     model = built(section(LLAMA, dropout=0.2, attention_dropout=0.2), **options)
     loss, first = loss_and_gradients(model)
     model.zero_grad()
     again, second = loss_and_gradients(model)
     assert torch.equal(loss, again)
     assert all(torch.equal(first[name], x) for name, x in second.items())
-    plain = built(section(LLAMA), compiles=True, attention=Kernel("blocked", "test"))
+    plain = built(section(LLAMA), compiles=True, attention=AttentionKernel("blocked", "test"))
     assert not torch.equal(loss, loss_and_gradients(plain)[0])
 
 
 def test_the_kernels_agree():
     runs = []
     for name in ("sdpa", "math"):
-        model = built(section(LLAMA, initializer_range=0.1), attention=Kernel(name, "test"))
+        model = built(section(LLAMA, initializer_range=0.1), attention=AttentionKernel(name, "test"))
         runs.append(loss_and_gradients(model))
     (a, grads_a), (b, grads_b) = runs
     torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
@@ -420,7 +420,7 @@ def test_dropout_sits_on_embeddings_and_both_branches():
     model = decoder(LLAMA, dropout=0.1)
     acted: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, Dropout):
+        if isinstance(module, FastDropout):
             module.register_forward_hook(lambda m, args, out, name=name: acted.append(name))
     with torch.random.fork_rng():
         model(batch()[0])
@@ -453,7 +453,7 @@ def test_positions_stay_exact_in_a_bf16_model():
     model = decoder(LLAMA, max_position_embeddings=8192).bfloat16()
     assert not list(model.buffers())  # nothing that a cast, a checkpoint or DeepSpeed could round
     positions = torch.arange(8192)
-    cos, sin = rotary_angles(positions, 64, 10000.0)
+    cos, sin = compute_rotary_angles(positions, 64, 10000.0)
     angles = positions.double()[:, None] / 10000.0 ** (torch.arange(0, 64, 2).double() / 64)
     assert cos.dtype == torch.float32
     assert (cos - angles.cos()).abs().max() < 1e-3  # fp32 angles near 8192 are this fine; bf16 ones are off by 16
@@ -473,7 +473,9 @@ def test_rotary_scores_depend_on_the_distance_alone():
     q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
 
     def score(i: int, j: int) -> float:
-        a, b = (rotate(x[None], rotary_angles(torch.tensor([p]), 16, 10000.0)) for x, p in ((q, i), (k, j)))
+        a, b = (
+            apply_rotary(x[None], compute_rotary_angles(torch.tensor([p]), 16, 10000.0)) for x, p in ((q, i), (k, j))
+        )
         return float((a * b).sum())
 
     assert score(5, 2) == pytest.approx(score(105, 102), abs=1e-4)

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from smoltrain.model import Decoder, Kernel, LanguageModel
-from smoltrain.model.attention import Documents, attend
-from tests.model.test_attention import definition, fake_flash
+from smoltrain.kernels.attention import AttentionKernel, PackedDocuments, causal_attention
+from smoltrain.model.decoder import Decoder
+from smoltrain.model.interface import LanguageModel
+from tests.kernels.test_attention import definition, fake_flash
 from tests.model.test_decoder import GPT2, LLAMA, NEOX, as_llama, built, gradients, llama, section
 
 Layout = list[list[int]]  # the lengths of the documents of each row
@@ -71,10 +72,10 @@ def varlen3_beta(*args: Any, causal: bool) -> tuple[Tensor, str]:
 
 
 KERNELS = {
-    "sdpa": Kernel("sdpa", "test"),
-    "math": Kernel("math", "test"),
-    "flash2": Kernel("flash-attn", "test", fake_flash, partial(varlen2, causal=True)),
-    "flash3": Kernel("flash-attn", "test", fake_flash, partial(varlen3_beta, causal=True)),
+    "sdpa": AttentionKernel("sdpa", "test"),
+    "math": AttentionKernel("math", "test"),
+    "flash2": AttentionKernel("flash-attn", "test", fake_flash, partial(varlen2, causal=True)),
+    "flash3": AttentionKernel("flash-attn", "test", fake_flash, partial(varlen3_beta, causal=True)),
 }
 
 
@@ -84,13 +85,15 @@ KERNELS = {
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @settings(deadline=None, max_examples=40)
 @given(layout=layouts(), kv_heads=st.sampled_from([1, 2, 4]))
-def test_every_kernel_is_the_definition_within_each_document(kernel: Kernel, layout: Layout, kv_heads: int):
+def test_every_kernel_is_the_definition_within_each_document(kernel: AttentionKernel, layout: Layout, kv_heads: int):
     B, T = len(layout), sum(layout[0])
     g = torch.Generator().manual_seed(0)
     ours = [torch.randn(B, heads, T, 8, generator=g).requires_grad_() for heads in (4, kv_heads, kv_heads)]
     truth = [x.detach().clone().requires_grad_() for x in ours]
     q, k, v = ours
-    out = attend(q, k, v, kernel, documents=Documents.packed(positions_of(layout), kernel, torch.float32))
+    out = causal_attention(
+        q, k, v, kernel, documents=PackedDocuments.from_positions(positions_of(layout), kernel, torch.float32)
+    )
     want = torch.empty_like(out)
     for row, lengths in enumerate(layout):
         start = 0
@@ -114,20 +117,22 @@ def test_the_mask_takes_dropout_and_math_allows_no_fused_kernel(monkeypatch: pyt
         return q
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    q, kernel = torch.zeros(1, 2, 3, 8), Kernel(name, "test")
-    attend(q, q, q, kernel, dropout=0.5, documents=Documents.packed(positions_of([[1, 2]]), kernel, q.dtype))
+    q, kernel = torch.zeros(1, 2, 3, 8), AttentionKernel(name, "test")
+    causal_attention(
+        q, q, q, kernel, dropout=0.5, documents=PackedDocuments.from_positions(positions_of([[1, 2]]), kernel, q.dtype)
+    )
     assert seen == [(name == "sdpa", 0.5)]
 
 
 def test_dropout_reaches_flash_attention():
     seen: dict[str, Any] = {}
-    kernel = Kernel("flash-attn", "test", None, lambda q, *args, **options: seen.update(options) or q)
+    kernel = AttentionKernel("flash-attn", "test", None, lambda q, *args, **options: seen.update(options) or q)
     q = torch.zeros(2, 2, 3, 8)
-    documents = Documents.packed(positions_of([[1, 2], [3]]), kernel, q.dtype)
-    attend(q, q, q, kernel, dropout=0.5, documents=documents)
+    documents = PackedDocuments.from_positions(positions_of([[1, 2], [3]]), kernel, q.dtype)
+    causal_attention(q, q, q, kernel, dropout=0.5, documents=documents)
     assert seen == {"dropout_p": 0.5}
     seen.clear()
-    attend(q, q, q, kernel, documents=documents)
+    causal_attention(q, q, q, kernel, documents=documents)
     assert seen == {}  # neither FlashAttention 3 nor torch knows the word
 
 
@@ -274,8 +279,8 @@ def test_a_bf16_model_masks_in_bf16():
 
 
 def test_the_engine_hands_the_positions_on():
-    from smoltrain.data import Batch
-    from smoltrain.engine import Engine
+    from smoltrain.data.rows.loader import Batch
+    from smoltrain.engine.engine import Engine
 
     engine, passed = object.__new__(Engine), []
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, modeling_flash_attention_utils
 
 from smoltrain.errors import UserError
-from smoltrain.model import Kernel, build
+from smoltrain.kernels.attention import AttentionKernel
+from smoltrain.model.build import build_model
 from smoltrain.model.transformers_model import HuggingFaceModel
 from tests.model.test_documents import LAYOUT, assert_packed_is_alone, drawn, positions_of, varlen2
 from tests.model.test_transformers_model import SHAPE, SHAPES, WIDE, built, section
@@ -32,7 +33,7 @@ def test_packed_documents_are_those_documents_one_by_one(
 ):
     if model_type == "gemma2" and kernel == "sdpa":
         kernel = "math"  # it has no other
-    options = {"attention": Kernel(kernel, ""), "gradient_checkpointing": checkpointing, **MASKED}
+    options = {"attention": AttentionKernel(kernel, ""), "gradient_checkpointing": checkpointing, **MASKED}
     assert_packed_is_alone(built(model_type, options=options), LAYOUT)
 
 
@@ -79,9 +80,9 @@ def test_the_check_leaves_weights_modes_and_random_numbers_alone():
 )
 def test_a_class_that_mixes_documents_is_refused(model_type: str, device: str, saw: str):
     config = section(model_type, **SMALL.get(model_type, SHAPE))
-    build(config, device=device)  # it is only the mask that it lacks
+    build_model(config, device=device)  # it is only the mask that it lacks
     with pytest.raises(UserError) as error:
-        build(config, device=device, document_mask=True)
+        build_model(config, device=device, document_mask=True)
     (problem,) = error.value.problems
     assert problem.what == f"{model_type} cannot keep packed documents apart"
     assert (problem.saw.partition(", on ")[0], problem.change) == (saw, "packing.document_mask")
@@ -115,7 +116,7 @@ def blind(*args: Any, **options: Any) -> Tensor:
 def on_flash(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes transformers believe in flash-attn, with this varlen function in it; and a kernel that asks for it."""
 
-    def install(varlen: Any) -> Kernel:
+    def install(varlen: Any) -> AttentionKernel:
         def whole(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
             starts = torch.arange(len(q) + 1, dtype=torch.int32) * q.size(1)
             q1, k1, v1 = (x.flatten(0, 1) for x in (q, k, v))
@@ -132,7 +133,7 @@ def on_flash(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(LlamaForCausalLM, "set_attn_implementation", take)
         monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda _: functions)
         flash: Any = SimpleNamespace(__module__="flash_attn.inside")
-        return Kernel("flash-attn", "test", flash)
+        return AttentionKernel("flash-attn", "test", flash)
 
     return install
 

@@ -19,14 +19,19 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from smoltrain import config, data
+from smoltrain.config.load import load_config
+from smoltrain.config.schema import ModelSection, TransformersSection
+from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import UserError
-from smoltrain.model import Decoder, HuggingFaceModel, Kernel, attention_dropout, build, parameter_count
-from smoltrain.schema import ModelSection, TransformersSection
-from tests import test_engine, tiny
+from smoltrain.kernels.attention import AttentionKernel
+from smoltrain.model.build import build_model, count_parameters, model_attention_dropout
+from smoltrain.model.decoder import Decoder
+from smoltrain.model.transformers_model import HuggingFaceModel
+from tests import tiny
+from tests.engine import test_engine
+from tests.engine.test_engine import engine_losses, furthest, plain_losses
 from tests.models import build_with
 from tests.ranks import world
-from tests.test_engine import engine_losses, furthest, plain_losses
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.15}
 WIDE = {"intermediate_size": 48, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
@@ -109,7 +114,7 @@ def test_loss_and_gradients_are_those_of_plain_transformers(model_type: str):
 def test_our_decoder_and_their_llama_are_one_function():
     theirs = built("llama")
     shape = {**SHAPES["llama"], "vocab_size": 61, "max_position_embeddings": 24}
-    ours = build(ModelSection.model_validate(shape))
+    ours = build_model(ModelSection.model_validate(shape))
     assert isinstance(ours, Decoder)
     ours.load_state_dict({n.removeprefix("inner.model."): p for n, p in theirs.named_parameters()})
     ids, losses = text(), []
@@ -141,13 +146,13 @@ def test_weights_depend_on_the_seed_alone():
 
 
 def test_the_recipe_has_the_published_number_of_parameters():
-    recipe = config.load("smollm2-135m-hf").model
-    assert parameter_count(build_with(recipe, device="meta", gradient_checkpointing="full")) == 134_515_008
+    recipe = load_config("smollm2-135m-hf").model
+    assert count_parameters(build_with(recipe, device="meta", gradient_checkpointing="full")) == 134_515_008
 
 
 @pytest.mark.parametrize("model_type", SHAPES)
 def test_meta_counts_what_is_built(model_type: str):
-    assert parameter_count(build(section(model_type), device="meta")) == parameter_count(built(model_type))
+    assert count_parameters(build_model(section(model_type), device="meta")) == count_parameters(built(model_type))
 
 
 def test_gradient_checkpointing_changes_no_number():
@@ -254,7 +259,7 @@ def test_a_tied_table_is_one_tensor_and_survives_a_file(tmp_path: Path):
 
 @pytest.mark.parametrize(("kernel", "name"), [("sdpa", "sdpa"), ("math", "eager")])
 def test_the_kernel_is_obeyed(kernel: Any, name: str):
-    assert built("llama", options={"attention": Kernel(kernel, "")}).inner.config._attn_implementation == name
+    assert built("llama", options={"attention": AttentionKernel(kernel, "")}).inner.config._attn_implementation == name
 
 
 @pytest.mark.parametrize(
@@ -269,7 +274,7 @@ def test_flash_attention_is_asked_for_by_its_version(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(LlamaForCausalLM, "set_attn_implementation", take)
     flash: Any = SimpleNamespace(__module__=f"{package}.inside")
-    model = built("llama", options={"attention": Kernel("flash-attn", "", flash)})
+    model = built("llama", options={"attention": AttentionKernel("flash-attn", "", flash)})
     assert asked == [name] == [model.inner.config._attn_implementation]
 
 
@@ -279,7 +284,7 @@ def test_flash_attention_is_asked_for_by_its_version(monkeypatch: pytest.MonkeyP
 )
 def test_a_kernel_that_the_class_lacks_is_refused(model_type: str, kernel: Any, want: str):
     with pytest.raises(UserError, match="cannot run on the kernel") as error:
-        built(model_type, options={"attention": Kernel(kernel, "", print)})
+        built(model_type, options={"attention": AttentionKernel(kernel, "", print)})
     (problem,) = error.value.problems
     assert (problem.want, problem.change) == (want, "engine.attention")
 
@@ -288,10 +293,10 @@ def test_the_dropout_of_attention_is_found_under_any_name():
     ours = ModelSection.model_validate(
         {**SHAPES["llama"], "vocab_size": 61, "max_position_embeddings": 24} | {"attention_dropout": 0.3}
     )
-    assert attention_dropout(ours) == 0.3
-    assert attention_dropout(section("llama", attention_dropout=0.2)) == 0.2
-    assert attention_dropout(section("llama")) == 0.0
-    assert attention_dropout(section("gpt2", attn_pdrop=0.1)) == 0.1
+    assert model_attention_dropout(ours) == 0.3
+    assert model_attention_dropout(section("llama", attention_dropout=0.2)) == 0.2
+    assert model_attention_dropout(section("llama")) == 0.0
+    assert model_attention_dropout(section("gpt2", attn_pdrop=0.1)) == 0.1
 
 
 # ---- mistakes
@@ -326,7 +331,7 @@ def test_a_mistake_is_one_readable_line(model_type: str, changes: dict[str, Any]
 
 def test_mistakes_are_told_together_and_on_meta_too():
     with pytest.raises(UserError) as error:
-        build(section("llama", hiden_size=1, n_layers=2, dtype="float16"), device="meta")
+        build_model(section("llama", hiden_size=1, n_layers=2, dtype="float16"), device="meta")
     assert len(error.value.problems) == 3
 
 
@@ -350,7 +355,7 @@ TINY = (
 def test_zero_2_trains_it_as_plain_torch_does(tmp_path: Path, ranks: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(test_engine, "STEPS", 3)
     settings = tiny.load(tmp_path, *TINY, "engine.precision=fp32", "engine.gradient_checkpointing=full")
-    data.prepare(settings)
+    prepare_run_data(settings)
     expected, expected_norms, expected_weights = plain_losses(settings, bf16=False, size=2)
     for losses, norms, weights in ranks(2).run(engine_losses, settings, "fp32", 3):
         assert losses == pytest.approx(expected, abs=1e-6)
@@ -361,9 +366,9 @@ def test_zero_2_trains_it_as_plain_torch_does(tmp_path: Path, ranks: Any, monkey
 
 def dtypes(settings: Any) -> tuple[set[torch.dtype], set[torch.dtype]]:
     """Of the parameters and of the buffers behind a bf16 engine; runs on every rank."""
-    from smoltrain import engine
+    from smoltrain.engine.engine import build_engine
 
-    wrapped = engine.wrap(build(settings.model), settings, world(), precision="bf16", accumulation=2)
+    wrapped = build_engine(build_model(settings.model), settings, world(), precision="bf16", accumulation=2)
     return {p.dtype for p in wrapped.module.parameters()}, {b.dtype for b in wrapped.module.buffers()}
 
 

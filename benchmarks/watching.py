@@ -1,0 +1,186 @@
+"""A trainer at work, watched from outside: each step's seconds, its ranks' waits for a core, memory, losses.
+
+Whatever trains writes a line of JSON behind each step, as smoltrain's own metrics.jsonl has it, and is not told that
+it is watched. So all trainers are timed by one clock, in the same way.
+"""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.timing import PROC, longest_wait_s, read_thread_waits
+
+POLL_S = 0.002  # between two looks at the file of lines
+STALL_S = 900.0  # without a line, after which a trainer is ended
+KEPT_LOG = 40, 240  # lines that are kept, characters of each
+GRACE_S = 60.0  # for a trainer to end by itself, or when told to
+LOSS, PEAK = "train/loss_nats_per_token", "memory/peak_gib"
+ERROR = re.compile(r"^error: |(^|\]: ?)[\w.]*Error: ")  # smoltrain's, and Python's, which torchrun indents
+
+
+class TrainerFailed(Exception):
+    """A trainer ended, or was ended, before its last step; its last words in one line."""
+
+
+@dataclass
+class TrainerRecord:
+    """What one run of a trainer showed; lists have one entry per step."""
+
+    start_s: float = 0.0  # from the command to the end of the first step
+    step_s: list[float] = field(default_factory=list)  # the first is start_s
+    waits_s: list[float | None] = field(default_factory=list)  # of the thread that waited most; None: not known
+    losses: list[float] = field(default_factory=list)
+    peak_gib: float = 0.0  # CPU: resident memory of all ranks at their peaks; CUDA: allocated, the largest rank
+    parameters: int | None = None  # as the trainer counts them, if it does
+    said: list[str] = field(default_factory=list)  # the first lines, in which trainers tell what they have chosen
+
+
+def watch_trainer(
+    command: Sequence[str], lines: Path, steps: int, env: Mapping[str, str], log: Path, *, cuda: bool
+) -> TrainerRecord:
+    """Run a command that appends to `lines` until it has done its steps and ended; its words go to `log`.
+
+    A signal to end this process ends the trainer first. Errors: Failed.
+    """
+    began = time.perf_counter()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with log.open("w", encoding="utf-8") as words:
+        process = subprocess.Popen(
+            command, env=dict(env), stdin=subprocess.DEVNULL, stdout=words, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        seen = _record_steps(process, lines, steps, began, cuda=cuda)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # how it ends is not what is measured
+            process.wait(GRACE_S)
+    except TimeoutError:
+        raise TrainerFailed(f"no step for {STALL_S:.0f} s; {find_error_line(log)}") from None
+    finally:
+        end_process_tree(process)
+        signal.signal(signal.SIGTERM, before)
+    if len(seen.losses) < steps:
+        raise TrainerFailed(
+            f"{len(seen.losses)} of {steps} steps, then exit code {process.returncode}; {find_error_line(log)}"
+        )
+    seen.said = [line[: KEPT_LOG[1]] for line in _read_log_lines(log)[: KEPT_LOG[0]]]
+    return seen
+
+
+def _record_steps(process: subprocess.Popen, lines: Path, steps: int, began: float, *, cuda: bool) -> TrainerRecord:
+    """Look at the file until the last step is in it, or the process has ended. Errors: TimeoutError."""
+    seen, at, last, ranks, waits = TrainerRecord(), 0, began, [], {}
+    while len(seen.losses) < steps:
+        ended = process.poll() is not None
+        at, new = _read_new_lines(lines, at)
+        for line in new:
+            if LOSS not in line:
+                continue
+            now = time.perf_counter()
+            ranks = ranks or find_rank_processes(process.pid)
+            before, waits = waits, {thread: s for rank in ranks for thread, s in read_thread_waits(rank.pid).items()}
+            seen.step_s.append(now - last)
+            seen.waits_s.append(longest_wait_s(before, waits))
+            seen.losses.append(line[LOSS])
+            seen.start_s = seen.start_s or now - began
+            seen.peak_gib = line.get(PEAK, 0.0) if cuda else sum(map(peak_rss_gib, ranks)) or seen.peak_gib
+            seen.parameters = line.get("parameters", seen.parameters)
+            last = now
+        if ended:
+            break
+        if time.perf_counter() > last + STALL_S:
+            raise TimeoutError
+        time.sleep(POLL_S)
+    return seen
+
+
+def _read_new_lines(file: Path, at: int) -> tuple[int, list[dict[str, Any]]]:
+    """What stands in the file behind byte `at`: the byte to go on from, and all whole lines."""
+    try:
+        if os.stat(file).st_size == at:  # noqa: PTH116 - 500 times a second
+            return at, []
+        with file.open("rb") as opened:
+            opened.seek(at)
+            new = opened.read()
+    except FileNotFoundError:
+        return at, []
+    whole = new[: new.rfind(b"\n") + 1]
+    return at + len(whole), [json.loads(line) for line in whole.splitlines()]
+
+
+def find_rank_processes(root: int) -> list[psutil.Process]:
+    """The processes that train: those a launcher has given a rank, but not what they start; else `root` itself."""
+    try:
+        top = psutil.Process(root)
+        family = [top, *top.children(recursive=True)]
+    except psutil.Error:
+        return []
+    ranked = {process.pid for process in family if _has_rank(process)}
+    ranks = [process for process in family if process.pid in ranked and _parent_pid(process) not in ranked]
+    return ranks or [top]
+
+
+def peak_rss_gib(process: psutil.Process) -> float:
+    """The most memory that a process has had resident so far; what it has now where the kernel does not tell."""
+    try:
+        status = Path(PROC, str(process.pid), "status").read_text(encoding="utf-8")
+        return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 2**20
+    except (OSError, StopIteration):
+        with contextlib.suppress(psutil.Error):
+            return process.memory_info().rss / 2**30
+    return 0.0
+
+
+def end_process_tree(process: subprocess.Popen) -> None:
+    """Nothing of what it started is alive afterwards."""
+    family: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        family = psutil.Process(process.pid).children(recursive=True)
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_S)
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+    for child in family:
+        with contextlib.suppress(psutil.Error):  # which also sees that a number is another process's by now
+            child.kill()
+    with contextlib.suppress(ProcessLookupError):  # one that it started after the look at its children
+        os.killpg(process.pid, signal.SIGKILL)
+    psutil.wait_procs(family, GRACE_S)  # to be killed takes a moment
+
+
+def find_error_line(log: Path) -> str:
+    """Why a trainer ended, cut to what a table can hold: its first line about an error, else the last one it said."""
+    lines = _read_log_lines(log)
+    first = next((line for line in lines if ERROR.search(line)), None)  # those behind it tell that a rank has died
+    return (first or (lines or ["it said nothing"])[-1])[:300]
+
+
+def _read_log_lines(log: Path) -> list[str]:
+    """The lines of a log that say something."""
+    return [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+
+
+def _has_rank(process: psutil.Process) -> bool:
+    try:
+        return "RANK" in process.environ()
+    except psutil.Error:
+        return False
+
+
+def _parent_pid(process: psutil.Process) -> int:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return -1

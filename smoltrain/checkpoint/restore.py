@@ -1,0 +1,55 @@
+"""A verified checkpoint back into engine, loader and random numbers; and the random numbers' state for the next one."""
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from smoltrain import files
+from smoltrain.checkpoint.manifest import MANIFEST_FILE, Manifest
+from smoltrain.data.rows.loader import Loader
+from smoltrain.distributed.world import World
+from smoltrain.errors import Problem, UserError
+
+if TYPE_CHECKING:  # who only reads checkpoints needs no DeepSpeed
+    from smoltrain.engine.engine import Engine
+
+
+def restore_checkpoint(
+    checkpoint: Path, manifest: Manifest, engine: "Engine", loader: Loader, world: World, *, seed: int
+) -> None:
+    """Bring engine, loader and random numbers back to a verified checkpoint, whatever number of ranks wrote it.
+
+    On as many ranks as wrote it every random number comes out as it would have. On another number nobody's generators
+    fit, so each rank's begin afresh from (`seed` of the run, step, rank): the same again at every such start.
+    Collective. Errors: UserError where a rank does not see the folder, and those of engine.load_shards.
+    """
+    blind = [rank for rank, sees in enumerate(world.gather((checkpoint / MANIFEST_FILE).is_file())) if not sees]
+    if blind:
+        what, want = "the checkpoint is not there for every rank", "a file system that all nodes share"
+        raise UserError(Problem(what, f"no {checkpoint} on rank {blind[0]}", want, "run.folder"))
+    engine.load_shards(checkpoint, manifest.zero_stage)
+    loader.load_state(manifest.loader)
+    if manifest.world_size == world.size:
+        _set_rng_state(world.run_on_every_rank(lambda: files.read_tensors(checkpoint / rng_file_name(world.rank))))
+    else:
+        digest = hashlib.sha256(f"{seed} {manifest.step} {world.rank}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8]))
+
+
+def rng_file_name(rank: int) -> str:
+    """The name of the file with a rank's random number generators."""
+    return f"rank-{rank:05d}.pt"
+
+
+def capture_rng_state() -> dict[str, Any]:
+    """The generators that training draws from: dropout on the host and on this rank's GPU."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"host": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["host"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

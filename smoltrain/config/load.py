@@ -1,0 +1,222 @@
+"""From a recipe and `section.key=value` overrides to a checked Config (schema.py), with every problem said at once.
+
+Nothing here touches torch, the network or the data; `load` is pure but for reading files and W&B's variables.
+"""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from smoltrain.config.rules import find_contradictions
+from smoltrain.config.schema import (
+    Config,
+    GenerationSection,
+    MixedSource,
+    ModelSection,
+    PhaseSection,
+    Section,
+    SourceSection,
+    TransformersSection,
+)
+from smoltrain.config.wandb_env import read_wandb_environment
+from smoltrain.config.yaml_text import apply_override, dump_yaml, parse_override_value, read_yaml
+from smoltrain.errors import Problem, UserError, problem_from_pydantic, suggest_choice
+from smoltrain.redact import redact_tree
+
+RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"
+SOURCE_KEYS = ("package", "path", "hub")
+DS_CONFIGS_FOLDER = Path(__file__).parents[2] / "ds_configs"
+
+
+def list_recipes() -> dict[str, Path]:
+    """The shipped recipes: name -> file."""
+    return {path.stem: path for path in sorted(RECIPES_FOLDER.glob("*.yaml"))}
+
+
+def read_recipe_headline(recipe: Path) -> str:
+    """What a recipe says of itself: its first line, `# NAME: SENTENCE`, without the name."""
+    first = recipe.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip().removeprefix(f"{recipe.stem}:").strip()
+
+
+def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The config of a recipe (a shipped name, or a path to YAML) under `section.key=value` overrides.
+
+    Errors: UserError with ALL problems found, each naming the key to change.
+    """
+    path = _find_recipe(recipe)
+    values = read_yaml(path)
+    own = values.pop("provenance", None)  # a run's own config.yaml is a recipe too
+    _apply_wandb_environment(values)
+    problems = [p for text in overrides if (p := apply_override(values, text))]
+    _drop_recipe_source(values, overrides)
+    run = values.setdefault("run", {})
+    if isinstance(run, dict):
+        run["name"] = run.get("name") or path.stem
+        run["recipe"] = run.get("recipe") or ("" if own else path.stem)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        wrong = _collect_problems(error, values, path, overrides)
+        problems += wrong.values()
+        raise UserError(*problems, *_problems_without_overrides(recipe, overrides, wrong, problems)) from None
+    problems += [replace(p, change=_locate_key(p.change, path, overrides)) for p in find_contradictions(config)]
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def read_run_config(path: Path) -> Config:
+    """A resolved config.yaml back from a run folder (its `provenance` is not part of the config)."""
+    values = read_yaml(path)
+    values.pop("provenance", None)
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(*_collect_problems(error, values, path).values()) from None
+    if not config.phases:
+        raise UserError(Problem("there is no phase", "[]", "at least one", f"phases in {path.name}"))
+    return config
+
+
+def config_to_yaml(config: Config) -> str:
+    """The whole config as YAML, which `load` and `read` turn back into an equal one, but for secrets in its URLs."""
+    return dump_yaml(redacted_config(config))
+
+
+def redacted_config(config: Config) -> dict[str, Any]:
+    """The config as it is written down, and as two of them are compared: no URL has its secret."""
+    values = config.model_dump(mode="json")
+    return values | {"data": redact_tree(values["data"])}
+
+
+def stop_after_phase(config: Config, phase: str) -> Config:
+    """The same, to be trained up to the end of this phase."""
+    return config.model_copy(update={"run": config.run.model_copy(update={"stop_after": phase})})
+
+
+def measurement_overrides(config: Config, steps: int) -> list[str]:
+    """Overrides by which its recipe trains so many steps of its first phase and does nothing beside, to measure."""
+    phase = config.phases[0]
+    return [
+        f"run.stop_after={phase.name}", f"phases.{phase.name}.steps={steps}", f"phases.{phase.name}.warmup_steps=0",
+        f"phases.{phase.name}.decay_steps={steps if phase.decay_steps else 0}", "evaluate.every=0", "sample.every=0",
+        "checkpoint.every=0", "track.gradients_every=0", "track.wandb=off",
+    ]  # fmt: skip
+
+
+def override_generation(settings: GenerationSection, **options: float | None) -> GenerationSection:
+    """`settings` with those command-line options that were given, checked again."""
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        return GenerationSection.model_validate(settings.model_dump() | given)
+    except ValidationError as error:
+        named = [(e, f"generation.{e['loc'][0]}", f"--{e['loc'][0]}".replace("_", "-")) for e in error.errors()]
+        raise UserError(*[problem_from_pydantic(key, e, option) for e, key, option in named]) from None
+
+
+def _apply_wandb_environment(values: dict[str, Any]) -> None:
+    """W&B's variables take the place of the recipe's keys; overrides come later, and win."""
+    if isinstance(track := values.setdefault("track", {}), dict):
+        for one in read_wandb_environment(track, os.environ):
+            track[one.key] = one.value
+
+
+def _find_recipe(recipe: str) -> Path:
+    shipped = list_recipes()
+    if recipe in shipped:
+        return shipped[recipe]
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        if path.exists():
+            return path
+        raise UserError(Problem("the recipe file is missing", str(path), "an existing YAML file", "the first argument"))
+    want = f"{suggest_choice(recipe, shipped)}, or a path to a .yaml file"
+    raise UserError(Problem("no such recipe", repr(recipe), want, "the first argument"))
+
+
+def _drop_recipe_source(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
+    """A data source on the command line takes the place of the recipe's, with the keys that belonged to that one."""
+    typed = [text.partition("=") for text in overrides]
+    given = {key for key, _, text in typed if parse_override_value(text) is not None}
+    data = values.get("data")
+    if given & {f"data.{key}" for key in SOURCE_KEYS} and isinstance(data, dict):
+        for key in {*SourceSection.model_fields, "sources"} - {"text_field"}:
+            if not any(f"{name}.".startswith(f"data.{key}.") for name in given):
+                data.pop(key, None)
+
+
+def _locate_key(key: str, path: Path, overrides: list[str] | tuple[str, ...]) -> str:
+    """The place that gave a key its value: the command line if an override named it, else the file."""
+    typed = [override.partition("=")[0] + "." for override in overrides]
+    keys = [k + "." for k in key.split(" or ")]
+    named = any(k.startswith(t) or t.startswith(k) for k in keys for t in typed)
+    return f"{key} on the command line" if named else f"{key} in {path.name}"
+
+
+def _collect_problems(
+    error: ValidationError, values: dict[str, Any], path: Path, overrides: list[str] | tuple[str, ...] = ()
+) -> dict[str, Problem]:
+    """pydantic's errors in smoltrain's own form, by key; a value that fails every type of a union is one problem."""
+    merged: dict[str, Problem] = {}
+    for e in error.errors():
+        parts = [p for p in e["loc"] if p not in ("int", "constrained-int") and not str(p).startswith("literal[")]
+        if parts[0] == "model" and len(parts) > 1:  # pydantic names the kind of model that it read
+            del parts[1]
+        named = [_name_key_part(values, parts[:i], p) for i, p in enumerate(parts)]
+        key = ".".join(named)
+        where = _locate_key(key, path, overrides)
+        if e["type"] == "extra_forbidden":
+            want = suggest_choice(named[-1], _valid_sibling_keys(parts, values))
+            problem = Problem(f"unknown key {key}", repr(named[-1]), want, where)
+        else:
+            problem = problem_from_pydantic(key, e, where)
+        before = merged.get(key)
+        merged[key] = replace(problem, want=f"{before.want} or {problem.want}") if before else problem
+    return merged
+
+
+def _problems_without_overrides(
+    recipe: str, overrides: list[str] | tuple[str, ...], wrong: dict[str, Problem], told: list[Problem]
+) -> list[Problem]:
+    """What the recipe would still be refused for without the overrides that gave the `wrong` values."""
+    rest = [text for text in overrides if text.partition("=")[0] not in wrong]
+    if len(rest) == len(overrides):
+        return []
+    try:
+        load_config(recipe, rest)
+    except UserError as error:
+        named = {problem.what for problem in told}
+        return [problem for problem in error.problems if problem.what not in named]
+    return []
+
+
+def _name_key_part(values: Any, above: list[Any], part: Any) -> str:
+    """A part of a key as the command line says it: phases and data.sources by name."""
+    if isinstance(part, int):
+        try:
+            for key in above:
+                values = values[key]
+            return str(values[part]["name"])
+        except (KeyError, IndexError, TypeError):
+            pass
+    return str(part)
+
+
+def _valid_sibling_keys(parts: list[Any], values: dict[str, Any]) -> list[str]:
+    """The valid keys at the place of an unknown one."""
+    if len(parts) == 1:
+        section: Any = Config
+    elif parts[0] == "phases":
+        section = PhaseSection
+    elif parts[:2] == ["data", "sources"]:
+        section = MixedSource
+    elif parts[0] == "model":
+        section = TransformersSection if values["model"].get("kind") == "transformers" else ModelSection
+    else:
+        section = Config.model_fields[parts[0]].annotation
+    known = isinstance(section, type) and issubclass(section, Section)
+    return [field.alias or name for name, field in section.model_fields.items()] if known else []

@@ -1,0 +1,60 @@
+"""W&B's environment variables as keys of `track`, read as transformers' WandbCallback and wandb itself read them.
+
+A key on the command line wins over the environment, the environment over the recipe.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TEXT_VARIABLES = {
+    "WANDB_PROJECT": "wandb_project",
+    "WANDB_ENTITY": "wandb_entity",
+    "WANDB_NAME": "wandb_name",
+    "WANDB_RUN_ID": "wandb_id",
+    "WANDB_NOTES": "wandb_notes",
+    "WANDB_RUN_GROUP": "wandb_group",
+}
+MODE_VARIABLES = ("WANDB_MODE", "WANDB_DISABLED")  # they are asked where track.wandb is auto: wandb_run.wandb_mode
+LOG_MODEL_VALUES = {"checkpoint": "checkpoint", "end": "end", "false": "none"}
+MIN_WATCH_STEPS = 100  # steps at least, as transformers has it
+
+
+@dataclass(frozen=True)
+class WandbSetting:
+    """One key of `track`, the variable that sets it, and its value there; `note` is what cannot be done of it."""
+
+    variable: str
+    key: str
+    value: Any
+    note: str = ""
+
+
+def read_wandb_environment(track: Mapping[str, Any], environment: Mapping[str, str]) -> list[WandbSetting]:
+    """What the environment asks of a `track` section, whose own values say how often gradients are looked at."""
+    given = {name: text for name, text in environment.items() if text.strip()}
+    found = [WandbSetting(name, key, given[name]) for name, key in TEXT_VARIABLES.items() if name in given]
+    found += [WandbSetting(name, "wandb", "auto") for name in MODE_VARIABLES if name in given][:1]
+    if "WANDB_TAGS" in given:
+        tags = [tag.strip() for tag in given["WANDB_TAGS"].split(",")]
+        found.append(WandbSetting("WANDB_TAGS", "wandb_tags", tuple(tag for tag in tags if tag)))
+    if "WANDB_LOG_MODEL" in given:
+        word = given["WANDB_LOG_MODEL"].lower()
+        note = "" if word in LOG_MODEL_VALUES else f"WANDB_LOG_MODEL={word} is none of {', '.join(LOG_MODEL_VALUES)}"
+        found.append(WandbSetting("WANDB_LOG_MODEL", "wandb_model", LOG_MODEL_VALUES.get(word, "none"), note))
+    if "WANDB_WATCH" in given:
+        found.append(_read_watch_setting(given["WANDB_WATCH"].lower(), track))
+    return found
+
+
+def _read_watch_setting(word: str, track: Mapping[str, Any]) -> WandbSetting:
+    """Gradients as often as the recipe looks at them, or as transformers does; parameters are not logged."""
+    every = _parse_int(track.get("gradients_every"), 0) or max(MIN_WATCH_STEPS, _parse_int(track.get("print_every"), 0))
+    wants = word in ("gradients", "all")
+    note = "" if word in ("gradients", "false") else f"WANDB_WATCH={word}: of what it may watch, gradients are logged"
+    return WandbSetting("WANDB_WATCH", "gradients_every", every if wants else 0, note)
+
+
+def _parse_int(value: object, otherwise: int) -> int:
+    """A whole number of a recipe, where numbers are text until they are checked."""
+    return int(str(value)) if str(value).isdecimal() else otherwise

@@ -1,0 +1,51 @@
+"""The middle of a document: many tokenizers put a space before a text, or strip it, which is not for later pieces.
+
+A piece that begins behind a cut would get a space that the text does not have there, or lose one that it has.
+"""
+
+import json
+from typing import Any
+
+import tokenizers
+
+
+def build_continuation_tokenizer(inner: tokenizers.Tokenizer, about: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The tokenizer for pieces that go on with a document: `inner` itself where it begins none in its own way.
+
+    `about` is inner's JSON, as far as its normalizer and its pre-tokenizer.
+    """
+    changed = {
+        "normalizer": _continuation_normalizer(about["normalizer"]),
+        "pre_tokenizer": _continuation_pre_tokenizer(about["pre_tokenizer"]),
+    }
+    if all(about[key] == value for key, value in changed.items()):
+        return inner
+    copy = tokenizers.Tokenizer.from_str(json.dumps(json.loads(inner.to_str()) | changed))
+    copy.encode_special_tokens = inner.encode_special_tokens
+    return copy
+
+
+def _continuation_normalizer(normalizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    if normalizer is None or normalizer["type"] == "Prepend":
+        return None
+    if normalizer["type"] == "Strip":
+        return normalizer | {"strip_left": False}  # at its right a document may end
+    if normalizer["type"] == "Sequence":
+        parts = [_continuation_normalizer(part) for part in normalizer["normalizers"]]
+        return normalizer | {"normalizers": [part for part in parts if part is not None]}
+    return normalizer
+
+
+def _continuation_pre_tokenizer(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
+    if pre_tokenizer is None:
+        return None
+    match pre_tokenizer["type"]:
+        case "Sequence":
+            return pre_tokenizer | {
+                "pretokenizers": [_continuation_pre_tokenizer(part) for part in pre_tokenizer["pretokenizers"]]
+            }
+        case "ByteLevel":
+            return pre_tokenizer | {"add_prefix_space": False}
+        case "Metaspace":
+            return pre_tokenizer | {"prepend_scheme": "never"}
+    return pre_tokenizer

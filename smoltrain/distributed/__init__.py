@@ -1,0 +1,1 @@
+"""The ranks: their rendezvous, host collectives, stop signals, and the CPU cores of each."""

@@ -1,0 +1,101 @@
+"""Who a rank is and where all ranks meet, as a launcher's environment variables tell; nothing here touches torch."""
+
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+
+from smoltrain.errors import Problem, RankUserError
+
+# By these a launcher tells its ranks who they are: torchrun, deepspeed, mpirun, and `smoltrain train`.
+LAUNCHER_VARIABLES = (
+    "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_", "CROSS_",
+    "OMPI_COMM_WORLD_", "PMI_", "SMOLTRAIN_SUPERVISOR", "SMOLTRAIN_ASKED", "SMOLTRAIN_LISTENER",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """A rank's place in its world, and the address of the store in which all of them meet."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    address: str = "127.0.0.1"
+    port: int | None = None  # None: rank 0 takes any that is free
+    has_launcher_store: bool = False  # the store is torchrun's own
+    listener: int | None = None  # the file descriptor of a socket that listens there already
+
+    @property
+    def is_on_one_machine(self) -> bool:
+        """Whether the address is one that no other machine can reach, so that all ranks must be on this one."""
+        try:
+            found = socket.getaddrinfo(self.address, None)
+        except OSError:
+            return False
+        return all(ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback for *_, where in found)
+
+
+def parse_rank_place(environment: Mapping[str, str]) -> RankPlace:
+    """What the variables say; a bare `python` is a world of one. Errors: RankRefused for one that makes no sense."""
+    size = _parse_number(environment, "WORLD_SIZE", 1, 1)
+    rank = _parse_number(environment, "RANK", 0, 0, size - 1, f"WORLD_SIZE is {size}")
+    of_machine = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
+    if "RANK" in environment or "WORLD_SIZE" in environment:
+        local_size = _parse_number(environment, of_machine, size, 1, size, f"WORLD_SIZE is {size}")
+        local_rank = _parse_number(environment, "LOCAL_RANK", 0, 0, local_size - 1, f"{of_machine} is {local_size}")
+    else:  # left over: nobody launched this process
+        _parse_number(environment, "LOCAL_RANK", 0, 0)
+        local_rank, local_size = 0, 1
+    if rank and "MASTER_PORT" not in environment:
+        saw = f"RANK={rank}, no MASTER_PORT"
+        want = "a launcher, which sets both, or neither for a run of one process"
+        raise RankUserError(
+            Problem("nothing tells where rank 0 is", saw, want, "the environment variables of launchers")
+        )
+    return RankPlace(
+        rank, size, local_rank, local_size, environment.get("MASTER_ADDR") or "127.0.0.1",
+        _parse_number(environment, "MASTER_PORT", 0, 1, 65535) or None,
+        environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "RANK" in environment,
+        _parse_number(environment, "SMOLTRAIN_LISTENER", -1, 0) if "SMOLTRAIN_LISTENER" in environment else None,
+    )  # fmt: skip
+
+
+def _parse_number(
+    environment: Mapping[str, str], name: str, default: int, least: int, most: int | None = None, because: str = ""
+) -> int:
+    if name not in environment:
+        return default
+    text = environment[name].strip()
+    if text.isascii() and text.isdecimal() and least <= int(text) and (most is None or int(text) <= most):
+        return int(text)
+    allowed = f"{least} or more" if most is None else f"{least} to {most}" if least != most else str(least)
+    want = f"a whole number, {allowed}" + (f", as {because}" if because else "")
+    change = f"the environment variable {name}, which launchers set: unset it for a run of one process"
+    raise RankUserError(Problem(f"{name} makes no sense", repr(environment[name]), want, change))
+
+
+def open_rendezvous_socket(place: RankPlace) -> socket.socket:
+    """A socket on which rank 0's store is to be met: on the loopback alone, if that is the address; else everywhere.
+
+    Errors: RankRefused if the port is taken.
+    """
+    alone, both = place.is_on_one_machine, socket.has_dualstack_ipv6()
+    family = socket.getaddrinfo(place.address, None)[0][0] if alone else socket.AF_INET6 if both else socket.AF_INET
+    where = (place.address if alone else "", place.port or 0)
+    try:
+        return socket.create_server(where, family=family, backlog=128, dualstack_ipv6=both and not alone)
+    except OSError as error:
+        saw = f"{place.port} at {place.address}: {os.strerror(error.errno or 0)}"
+        what, want = "the port where ranks would meet cannot be used", "one that is free"
+        raise RankUserError(Problem(what, saw, want, "the environment variable MASTER_PORT")) from None
+
+
+def loopback_interface() -> str | None:
+    """The network interface that has 127.0.0.1."""
+    interfaces = psutil.net_if_addrs()
+    return next((name for name, has in interfaces.items() if any(a.address == "127.0.0.1" for a in has)), None)

@@ -1,0 +1,259 @@
+"""The world of data-parallel ranks: who am I, how do we add up numbers, does anybody want to stop.
+
+The only importer of torch.distributed. Plain numbers travel over gloo on the host, so that counting never waits for
+a GPU; tensors are DeepSpeed's business.
+"""
+
+import contextlib
+import datetime
+import functools
+import itertools
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+from smoltrain.distributed.cpu_cores import CpuShare, assign_cores, usable_cores
+from smoltrain.distributed.rendezvous import (
+    LAUNCHER_VARIABLES,
+    RankPlace,
+    loopback_interface,
+    open_rendezvous_socket,
+    parse_rank_place,
+)
+from smoltrain.errors import Problem, RankUserError, TrainingStopped, UserError
+
+T = TypeVar("T")
+# What bounds a wait is the watchdog (engine.hang_s), which knows when a job was suspended; a collective does not.
+COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
+RENDEZVOUS_TIMEOUT_S = 1800.0  # for all ranks to come
+SAY_S = (10.0, 60.0)  # until a rank says whom it waits for, and between one such line and the next
+# Their names since torch 2.13, which warns of the older ones.
+_reduce_scatter = getattr(torch_dist, "reduce_scatter_single", torch_dist.reduce_scatter_tensor)
+_all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
+UNBOUND_SHARE = CpuShare(1, frozenset(), "not bound")
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of one run. All methods but the properties are collective: every rank must call them."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    group: Any = None  # a gloo group for host numbers; None is the default group, gloo itself on the CPU
+    cpu_share: CpuShare = UNBOUND_SHARE  # of the cores of its machine
+    store: Any = None  # where the ranks have met
+    _works: Iterator[int] = field(default_factory=itertools.count)  # of on_first
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that writes and prints."""
+        return self.rank == 0
+
+    def sum_ints(self, *values: int) -> list[int]:
+        """Each value summed over the ranks, modulo 2^64 in two's complement (what int64 addition does)."""
+        return self._all_reduce(values, torch.int64, torch_dist.ReduceOp.SUM)
+
+    def sum_floats(self, *values: float) -> list[float]:
+        """Each value summed over the ranks in fp64."""
+        return self._all_reduce(values, torch.float64, torch_dist.ReduceOp.SUM)
+
+    def max_floats(self, *values: float) -> list[float]:
+        """The largest of each value over the ranks."""
+        return self._all_reduce(values, torch.float64, torch_dist.ReduceOp.MAX)
+
+    def _all_reduce(self, values: tuple[Any, ...], dtype: torch.dtype, op: Any) -> list[Any]:
+        tensor = torch.tensor(values, dtype=dtype)
+        torch_dist.all_reduce(tensor, op=op, group=self.group)
+        return tensor.tolist()
+
+    def reduce_scatter(self, part: torch.Tensor, whole: torch.Tensor) -> None:
+        """Add up every rank's `whole` (flat) into `part`: what is this rank's of it, by rank order."""
+        _reduce_scatter(part, whole)
+
+    def all_gather(self, whole: torch.Tensor, part: torch.Tensor) -> None:
+        """Put every rank's `part` into `whole` (flat) by rank order."""
+        _all_gather(whole, part)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.size
+        torch_dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.sum_ints(0)
+
+    def run_on_first_rank(self, work: Callable[[], T], *, patient: bool = False) -> T:
+        """Run `work` on rank 0 alone and give every rank its result, or raise its error on every rank.
+
+        For work that may take hours the others are `patient`: they ask now and then, and wait in no collective.
+        """
+        outcome: list[Any] = [None]
+        done = f"work/{next(self._works)}"
+        lost = contextlib.suppress(RuntimeError)  # torchrun's store, which torchrun's death has taken along
+        if patient and not self.is_first:
+            with lost:
+                _poll_until(lambda: self.store.check([done]))
+        if self.is_first:
+            try:
+                outcome = [work()]
+            except (UserError, TrainingStopped) as error:
+                outcome = [error]
+            except OSError as error:
+                outcome = [TrainingStopped(f"rank 0: {error}")]
+            if patient:
+                with lost:
+                    self.store.set(done, "")
+        torch_dist.broadcast_object_list(outcome, src=0, group=self.group)
+        if isinstance(outcome[0], Exception):
+            raise outcome[0]
+        return outcome[0]
+
+    def run_on_every_rank(self, work: Callable[[], T]) -> T:
+        """Each rank's own result of `work`, or, if it fails on one, that one's error on every rank."""
+        result, failure = None, None
+        try:
+            result = work()
+        except (UserError, TrainingStopped) as error:
+            failure = error
+        if found := next((error for error in self.gather(failure) if error), None):
+            raise found
+        return result  # pyright: ignore[reportReturnType]
+
+
+def choose_device(asked: Literal["auto", "cuda", "cpu", "mps"] = "auto", local_rank: int = 0) -> torch.device:
+    """The device of a rank; auto takes CUDA if there is any, else the CPU. Errors: UserError for one it lacks."""
+    cuda = torch.cuda.is_available()
+    there = {"auto": True, "cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}
+    if not there[asked]:
+        have = ", ".join(name for name, here in there.items() if here)
+        raise UserError(Problem("this machine has no such device", asked, f"one of {have}", "engine.device"))
+    if asked == "auto":
+        asked = "cuda" if cuda else "cpu"
+    return torch.device(asked, local_rank) if asked == "cuda" else torch.device(asked)
+
+
+def open_world(device: Literal["auto", "cuda", "cpu", "mps"] = "auto") -> World:
+    """Join the process group that the launcher's environment describes; a bare `python` is a world of one.
+
+    Errors: UserError for a device that this machine does not have, or an environment that makes no sense.
+    """
+    here = parse_rank_place(os.environ)
+    own = choose_device(device, here.local_rank)
+    if here.is_on_one_machine and (name := loopback_interface()):  # what others cannot reach, they cannot attack
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+    store, port = _open_store(here)
+    for key, value in {  # which DeepSpeed asks for
+        "RANK": here.rank,
+        "WORLD_SIZE": here.size,
+        "LOCAL_RANK": here.local_rank,
+        "MASTER_ADDR": here.address,
+        "MASTER_PORT": port,
+    }.items():
+        os.environ.setdefault(key, str(value))
+    cuda = own.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(own)
+    torch_dist.init_process_group(
+        "nccl" if cuda else "gloo", store=store, rank=here.rank, world_size=here.size, timeout=COLLECTIVE_TIMEOUT
+    )
+    group = torch_dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if cuda else None
+    world = World(here.rank, here.size, here.local_rank, here.local_size, own, group, store=store)
+    world = replace(world, cpu_share=_find_cpu_share(world))
+    torch.set_num_threads(world.cpu_share.threads)
+    return world
+
+
+def _open_store(here: RankPlace) -> tuple[Any, int]:
+    """(the store in which all ranks have met, its port). Errors: UserError if the port is taken or nobody comes."""
+    if here.has_launcher_store:
+        env = torch_dist.rendezvous  # pyright: ignore[reportPrivateImportUsage]
+        store, *_ = next(env("env://", here.rank, here.size, timeout=COLLECTIVE_TIMEOUT))
+        return store, here.port or 0
+    if here.size == 1 and here.port is None:
+        return torch_dist.HashStore(), free_port()  # pyright: ignore[reportPrivateImportUsage]
+    tcp_store = torch_dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
+    make = functools.partial(tcp_store, timeout=COLLECTIVE_TIMEOUT, wait_for_workers=False)
+    if here.rank == 0:
+        listener = open_rendezvous_socket(here) if here.listener is None else socket.socket(fileno=here.listener)
+        address, port = listener.getsockname()[:2]
+        address = here.address if here.is_on_one_machine else "127.0.0.1"
+        store = make(address, port, here.size, True, master_listen_fd=listener.detach())
+    else:
+        port = here.port or 0
+        _poll_until(
+            lambda: _is_first_rank_listening(here),
+            lambda: f"rank {here.rank} waits for rank 0 at {here.address}:{port}",
+        )
+        store = make(here.address, port, here.size, False)
+    store.set(f"here/{here.rank}", "")
+    missing = set(range(here.size))
+
+    def all_here() -> bool:
+        missing.difference_update([rank for rank in missing if store.check([f"here/{rank}"])])
+        return not missing
+
+    def whom() -> str:
+        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, sorted(missing)))}"
+        return f"rank {here.rank} of {here.size} waits for {ranks} at {here.address}:{port}"
+
+    _poll_until(all_here, whom if here.rank == 0 else None)
+    return store, port
+
+
+def _is_first_rank_listening(here: RankPlace) -> bool:
+    """Whether somebody listens where rank 0 is to be."""
+    try:
+        socket.create_connection((here.address, here.port or 0), timeout=5.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def _poll_until(there: Callable[[], bool], waits: Callable[[], str] | None = None) -> None:
+    """Return when it is `there`; a rank that `waits` says so, and leaves after MEET_S. Errors: UserError then."""
+    began, pause, say_at = time.monotonic(), 0.002, time.monotonic() + SAY_S[0]
+    while not there():
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.5)
+        if waits and time.monotonic() > say_at:
+            say_at = time.monotonic() + SAY_S[1]
+            print(f"{waits()} (MASTER_ADDR and MASTER_PORT); without WORLD_SIZE one process trains alone", flush=True)
+        if waits and time.monotonic() > began + RENDEZVOUS_TIMEOUT_S:
+            saw = f"{waits()} for {RENDEZVOUS_TIMEOUT_S:.0f} s"
+            want = "all ranks to be started, or no WORLD_SIZE for a run of one process"
+            raise RankUserError(Problem("not all ranks have come", saw, want, "the launcher's environment variables"))
+
+
+def _find_cpu_share(world: World) -> CpuShare:
+    """This rank's part of the cores of its machine. Collective. Errors: UserError for SMOLTRAIN_THREADS."""
+    asked = os.environ.get("SMOLTRAIN_THREADS") or None
+    if asked and not (asked.isdecimal() and int(asked)):
+        want, change = "a whole number, 1 or more", "the environment variable SMOLTRAIN_THREADS"
+        raise UserError(Problem("no number of threads", repr(asked), want, change))
+    host = socket.gethostname()
+    beside = {rank: theirs for rank, (name, theirs) in enumerate(world.gather((host, usable_cores()))) if name == host}
+    return assign_cores(list(beside.values()), list(beside).index(world.rank), int(asked) if asked else None)
+
+
+def environment_without_launcher() -> dict[str, str]:
+    """This process's environment variables, but for those by which a launcher tells its ranks who they are."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(LAUNCHER_VARIABLES)}
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,1 @@
+"""A run as a Hugging Face folder: written, verified with transformers alone, described, uploaded."""

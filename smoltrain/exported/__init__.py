@@ -1,1 +1,0 @@
-"""What runs without smoltrain: the model class that exports carry along, and the script that reloads an export."""

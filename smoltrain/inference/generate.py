@@ -1,0 +1,110 @@
+"""Text from the model, one token at a time.
+
+Legend: B batch (1 here), T tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from smoltrain.config.schema import GenerationSection
+from smoltrain.errors import Problem, TrainingStopped, UserError
+from smoltrain.model.interface import LanguageModel
+
+MAX_GENERATION_SEED = 2**63 - 1
+
+
+def sample_token(logits_V: Tensor, settings: GenerationSection, greedy: bool, generator: torch.Generator) -> int:
+    """One id: the likeliest if greedy or at temperature 0, else drawn by temperature, then top-k, then top-p.
+
+    `generator` is on the CPU.
+    Top-p keeps the smallest set of likeliest tokens whose probability reaches p (nucleus, Holtzman et al. 2020).
+    """
+    logits_V = logits_V.detach().cpu().double()  # on the CPU one seed gives one text, whatever the device
+    if greedy or settings.temperature == 0:
+        return int(logits_V.argmax())
+    logits, ids = logits_V.sort(descending=True, stable=True)
+    if settings.top_k:
+        logits = logits[: settings.top_k]
+    probabilities = ((logits - logits[0]) / settings.temperature).softmax(0)  # no temperature is so low as to overflow
+    if settings.top_p < 1:
+        before = probabilities.cumsum(0)[:-1]  # what the likelier tokens hold, from the second token on
+        probabilities = probabilities[: 1 + int((before < settings.top_p).sum())]
+    return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+def generate_ids(
+    model: LanguageModel,
+    prompt_ids: Sequence[int],
+    settings: GenerationSection,
+    *,
+    stop_ids: Collection[int] = (),
+    banned_ids: Sequence[int] = (),
+    greedy: bool = False,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[int]:
+    """Yield new ids until one of `stop_ids` (not yielded), settings.max_tokens, or the last position of the model.
+
+    The last of these is said. `banned_ids` but `stop_ids` are never drawn. Neither torch's random state nor the model's
+    training mode changes.
+    Errors: UserError, at once, for a prompt that is empty or leaves no position free, and for a seed out of range;
+    TrainingStopped where the model's logits are no numbers.
+    """
+    free = model.section.max_position_embeddings - len(prompt_ids)
+    if not prompt_ids:
+        raise UserError(Problem("the prompt is empty", "no tokens", "at least one token", "the prompt"))
+    if free <= 0:
+        want = f"fewer than model.max_position_embeddings = {model.section.max_position_embeddings}"
+        raise UserError(Problem("the prompt is too long", f"{len(prompt_ids)} tokens", want, "the prompt"))
+    if not 0 <= seed <= MAX_GENERATION_SEED:
+        raise UserError(Problem("the seed is out of range", str(seed), f"0 to {MAX_GENERATION_SEED}", "the seed"))
+    banned = [i for i in banned_ids if i not in stop_ids]
+    count = min(free, settings.max_tokens)
+
+    def new_ids() -> Iterator[int]:  # a function of its own, so that the errors above do not wait for the first next()
+        generator = torch.Generator().manual_seed(seed)
+        cache = model.new_cache(1, len(prompt_ids) + count)
+        fed = list(prompt_ids)
+        for _ in range(count):
+            logits_V = _next_logits(model, fed, cache)
+            if not logits_V.isfinite().all():
+                raise TrainingStopped("the model cannot write: its logits are not finite numbers")
+            logits_V[banned] = -torch.inf
+            new = sample_token(logits_V, settings, greedy, generator)
+            if new in stop_ids:
+                return
+            yield new
+            fed = [new]
+        if count < settings.max_tokens:
+            room = model.section.max_position_embeddings
+            say(f"the text stops where the context of {room:,} tokens ends: prompt {len(prompt_ids):,}, new {count:,}")
+
+    return new_ids()
+
+
+@torch.no_grad()
+def _next_logits(model: LanguageModel, ids: list[int], cache: Any) -> Tensor:
+    """Logits [V] behind the ids; a function, so that between two tokens the caller finds its own modes unchanged."""
+    training = model.training
+    model.eval()
+    try:
+        ids_BT = torch.tensor([ids], device=model.device)
+        return model(ids_BT, cache=cache, last_only=True)[0, -1]
+    finally:
+        model.train(training)
+
+
+def decode_stream(prompt_ids: list[int], new_ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """The text of new ids as they come. A character whose bytes are not all there yet waits for the rest of them."""
+    ids = list(prompt_ids)
+    told = len(decode(ids))
+    for new in new_ids:
+        ids.append(new)
+        text = decode(ids).rstrip("\ufffd")
+        if len(text) > told:
+            yield text[told:]
+            told = len(text)
+    yield decode(ids)[told:]

@@ -1,0 +1,245 @@
+"""Which attention kernel runs, why, and the one function that calls it; documents packed in a row are kept apart.
+
+Legend: B batch, T queries, S keys (more than T only with a cache), H query heads, K key-value heads, E width per head,
+N tokens of all rows laid end to end (B * T).
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from smoltrain.errors import Problem, UserError
+from smoltrain.kernels.cpu_attention import blocked_attention
+
+BACKENDS_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass(frozen=True)
+class AttentionKernel:
+    """An attention kernel and, in a few words, why it was chosen.
+
+    `varlen` keeps packed documents apart by their places instead of a mask: (q, k, v, starts, starts, T, T), as
+    FlashAttention 2 and 3 and torch agree on, q [N, H, E] and k, v [N, K, E].
+    """
+
+    name: Literal["flash-attn", "blocked", "sdpa", "math"]
+    reason: str
+    flash: Callable[..., Any] | None = field(default=None, repr=False)
+    varlen: Callable[..., Any] | None = field(default=None, repr=False)
+
+
+class PackedDocuments(NamedTuple):
+    """Where packed documents begin, in the one form that the kernel takes; made once per forward for all blocks.
+
+    A tuple, because that is where ZeRO-3 finds the tensors that a block is given.
+    """
+
+    starts: Tensor | None = None  # int32 [documents + 1]: the place of each first token among the N, and at the end N
+    mask_B1TT: Tensor | None = None  # added to the scores: 0 for an earlier key of the same document, else -inf
+
+    @classmethod
+    def from_positions(cls, positions_BT: Tensor, kernel: AttentionKernel, dtype: torch.dtype) -> "PackedDocuments":
+        """The documents of full rows; each begins where its tokens' positions begin anew from 0."""
+        if kernel.varlen is not None:
+            return cls(starts=document_starts(positions_BT))
+        document_BT = (positions_BT == 0).cumsum(1)
+        seen_BTT = (document_BT[:, :, None] == document_BT[:, None]).tril()
+        # Not boolean: SDPA would turn it into this in every block anew, and keep each of them for the backward pass.
+        mask_BTT = torch.zeros_like(seen_BTT, dtype=dtype).masked_fill_(~seen_BTT, float("-inf"))
+        return cls(mask_B1TT=mask_BTT[:, None])
+
+
+def document_starts(positions_BT: Tensor) -> Tensor:
+    """`Documents.starts`, for all rows laid end to end; a document never goes on in the next row."""
+    places = (positions_BT.flatten() == 0).nonzero().squeeze(1)  # host-device sync: their number; 1 per micro-batch
+    return F.pad(places, (0, 1), value=positions_BT.numel()).int()
+
+
+def choose_attention_kernel(
+    requested: Literal["auto", "flash", "blocked", "sdpa", "math"],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    dropout: float = 0.0,
+    document_mask: bool = False,
+    head_width: int | None = None,
+) -> AttentionKernel:
+    """The kernel for attention on this device, in this dtype, with this dropout on the attention weights.
+
+    `head_width` is E of our own decoder; None for a model of transformers, which has no kernel of torch for documents,
+    nor ours for CPUs. Errors: UserError when 'flash' or 'blocked' is asked for and cannot run here.
+    """
+    by_mask = "; a mask keeps documents apart" if document_mask else ""
+    if requested in ("sdpa", "math"):
+        return AttentionKernel(requested, f"engine.attention is {requested}{by_mask}")
+    if requested == "blocked":
+        _check_blocked_can_run(device, head_width)
+        return AttentionKernel("blocked", f"engine.attention is blocked{by_mask}")
+    if requested == "auto" and device.type == "cpu":
+        name, reason = _fastest_cpu_kernel(dtype, head_width)
+        return AttentionKernel(name, reason + by_mask)
+    unfit = _why_no_flash(device, dtype)
+    flash, reason = (None, unfit) if unfit else _import_flash_attention(device, dropout)
+    if flash is not None:
+        reason += "; it keeps documents apart" if document_mask else ""
+        varlen = partial(flash.flash_attn_varlen_func, causal=True)
+        return AttentionKernel("flash-attn", reason, flash.flash_attn_func, varlen)
+    if requested == "flash":
+        want = "the package flash-attn on a CUDA device in bf16 or fp16"
+        raise UserError(Problem("the kernel flash cannot run", reason, want, "engine.attention"))
+    if not document_mask:
+        return AttentionKernel("sdpa", reason)
+    varlen, how = (None, "a mask") if unfit or head_width is None else _import_torch_varlen(dropout, head_width)
+    return AttentionKernel("sdpa", f"{reason}; {how} keeps documents apart", varlen=varlen)
+
+
+def causal_attention(
+    q_BHTE: Tensor,
+    k_BKSE: Tensor,
+    v_BKSE: Tensor,
+    kernel: AttentionKernel,
+    *,
+    dropout: float = 0.0,
+    documents: PackedDocuments | None = None,
+) -> Tensor:
+    """Causal attention, [B, H, T, E]. The queries are the last T of S positions: query i sees keys 0 to S - T + i.
+
+    K divides H (GQA, Ainslie et al. 2023): consecutive query heads share a key-value head, which is not copied.
+    With `documents` (then S is T) it sees those of its own document only. `blocked` leaves a longer S to SDPA.
+    """
+    if kernel.name == "blocked" and q_BHTE.size(2) == k_BKSE.size(2):
+        mask_B1TT = None if documents is None else documents.mask_B1TT
+        return blocked_attention(q_BHTE, k_BKSE, v_BKSE, dropout=dropout, mask_B1TT=mask_B1TT)
+    if documents is not None:
+        return _packed_attention(q_BHTE, k_BKSE, v_BKSE, kernel, dropout, documents)
+    if kernel.flash is not None:
+        # FlashAttention takes [B, T, H, E] and aligns its causal mask to the bottom right (since 2.1), as we want it.
+        q, k, v = (x.transpose(1, 2) for x in (q_BHTE, k_BKSE, v_BKSE))
+        out_BTHE = _first_output(kernel.flash(q, k, v, causal=True, **_dropout_argument(dropout)))
+        return out_BTHE.transpose(1, 2)
+    T, S = q_BHTE.size(2), k_BKSE.size(2)
+    # SDPA's is_causal aligns the mask to the top left, which is right for T == S only. A lone query sees every key.
+    mask_TS = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q_BHTE.device).tril(S - T)
+    with _sdpa_backends(kernel, q_BHTE.device, only_causal=T == S):
+        return F.scaled_dot_product_attention(
+            q_BHTE,
+            k_BKSE,
+            v_BKSE,
+            attn_mask=mask_TS,
+            dropout_p=dropout,
+            is_causal=1 < T == S,
+            enable_gqa=q_BHTE.size(1) != k_BKSE.size(1),
+        )
+
+
+def _packed_attention(
+    q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, kernel: AttentionKernel, dropout: float, documents: PackedDocuments
+) -> Tensor:
+    """`attend` within each of `documents`."""
+    B, H, T, _ = q_BHTE.shape
+    if documents.starts is not None:
+        assert kernel.varlen is not None
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTE, k_BHTE, v_BHTE))
+        # T for the longest document: an upper bound will do, and the true one would be another sync.
+        out = kernel.varlen(q, k, v, documents.starts, documents.starts, T, T, **_dropout_argument(dropout))
+        return _first_output(out).unflatten(0, (B, T)).transpose(1, 2)
+    if k_BHTE.size(1) != H:
+        # With a mask and shared heads, CUDA has no fused kernel left but the one that keeps the T x T scores: copy.
+        k_BHTE, v_BHTE = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k_BHTE, v_BHTE))
+    with _sdpa_backends(kernel, q_BHTE.device, only_causal=False):
+        return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=documents.mask_B1TT, dropout_p=dropout)
+
+
+def _sdpa_backends(kernel: AttentionKernel, device: torch.device, *, only_causal: bool) -> AbstractContextManager[Any]:
+    """Which of SDPA's kernels torch may choose from.
+
+    On Hopper and data-centre Blackwell torch itself puts cuDNN first, from cuDNN 9.15.1 on (huggingface/transformers
+    #48163), so nothing is put in order here. Its backward pass makes NaN of explicit masks for some T (pytorch
+    #196678), and generation with few key-value heads goes wrong on it (pytorch#193893): it is for causal rows alone.
+    """
+    if kernel.name == "math":
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext() if only_causal or device.type != "cuda" else sdpa_kernel(BACKENDS_WITHOUT_CUDNN)
+
+
+def _dropout_argument(dropout: float) -> dict[str, float]:
+    return {"dropout_p": dropout} if dropout else {}  # FlashAttention 3 and torch's varlen_attn do not know the word
+
+
+def _first_output(out: Any) -> Tensor:
+    return out[0] if isinstance(out, tuple) else out  # early releases of version 3 add the log-sum-exp
+
+
+def _check_blocked_can_run(device: torch.device, head_width: int | None) -> None:
+    saw = f"the device is {device.type}" if device.type != "cpu" else "" if head_width else "a model of transformers"
+    if saw:
+        want = "a decoder of smoltrain on a CPU; or auto"
+        raise UserError(Problem("the kernel blocked cannot run", saw, want, "engine.attention"))
+
+
+def _fastest_cpu_kernel(dtype: torch.dtype, head_width: int | None) -> tuple[Literal["blocked", "sdpa"], str]:
+    """The faster kernel by `smoltrain bench attention`, and the reason."""
+    if head_width is None:
+        return "sdpa", "FlashAttention needs CUDA, the device is cpu"
+    if dtype not in (torch.bfloat16, torch.float32) or not _has_avx512_bf16():
+        return "sdpa", "blocked was found faster in bf16 and fp32, on CPUs with AVX512-bf16 only"
+    return "blocked", "faster than SDPA on a CPU with AVX512-bf16"
+
+
+def _has_avx512_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()  # the public words for it are new in torch 2.13
+
+
+def _why_no_flash(device: torch.device, dtype: torch.dtype) -> str:
+    """Why no FlashAttention can run, the package's or torch's own; '' if it can."""
+    if device.type != "cuda":
+        return f"FlashAttention needs CUDA, the device is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"FlashAttention needs bf16 or fp16, the dtype is {str(dtype).removeprefix('torch.')}"
+    generation = torch.cuda.get_device_capability(device)[0]
+    return "" if generation >= 8 else f"FlashAttention needs compute capability 8.0, the device has {generation}.x"
+
+
+def _import_flash_attention(device: torch.device, dropout: float) -> tuple[Any, str]:
+    """The fastest package of flash-attn that can run here, or None; and the reason (Dao 2023; Shah et al. 2024).
+
+    Version 4 (flash-attn-4, for Hopper and Blackwell) has had pre-releases only: nothing of it is tried.
+    """
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    if hopper and not dropout and (flash := _import_flash_package("flash_attn_interface")):
+        return flash, "FlashAttention 3 is installed and the device is a Hopper GPU"
+    if flash := _import_flash_package("flash_attn"):
+        return flash, "FlashAttention 2 is installed"
+    return None, "flash-attn is not installed, or not for this torch"
+
+
+def _import_flash_package(package: str) -> Any:
+    try:
+        module = importlib.import_module(package)
+    except ImportError:  # also of a build for another torch
+        return None
+    return module if hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_varlen_func") else None
+
+
+def _import_torch_varlen(dropout: float, head_width: int) -> tuple[Callable[..., Any] | None, str]:
+    """torch's own FlashAttention over documents of any length, where it can run; and the words for what runs."""
+    if dropout:
+        return None, "a mask, as torch's varlen_attn has no dropout,"
+    if head_width % 8 or head_width > 192:  # some GPUs have no backward pass beyond
+        return None, f"a mask, as torch's varlen_attn takes no heads {head_width} wide,"
+    try:
+        varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    except (ImportError, AttributeError):
+        varlen = None
+    if varlen is None or "enable_gqa" not in inspect.signature(varlen).parameters:
+        return None, "a mask, as this torch has no varlen_attn with shared heads,"
+    return partial(varlen, window_size=(-1, 0), enable_gqa=True), "torch's varlen_attn"

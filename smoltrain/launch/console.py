@@ -1,0 +1,89 @@
+"""stdout and stderr that can be lost, and nothing with them: a closed pipe or terminal, a full disk, a narrow encoding.
+
+`open` puts streams in their place that every writer of the process then uses, libraries too. One that cannot be written
+to any more is dropped: it leads to /dev/null from then on, also for native code and for child processes.
+"""
+
+import io
+import os
+import select
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+NAMES = ("stdin", "stdout", "stderr")  # by file descriptor
+LOST_VARIABLE = (
+    "SMOLTRAIN_CONSOLE_LOST"  # environment variable, by which child processes know what they cannot find out
+)
+_warnings: list[str] = []
+
+
+def guard_console() -> None:
+    """Guard this process's streams. To be called before anything that stays opens a file.
+
+    Python that was told to take the words of its command line for ASCII begins again, in its UTF-8 mode.
+    """
+    if sys.getfilesystemencoding() == "ascii":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, sys.orig_argv)
+    _warnings.extend(line for line in [os.environ.get(LOST_VARIABLE)] if line)
+    closed = [number for number in range(len(NAMES)) if not _is_open(number)]
+    for number in closed:  # as daemons leave it: the next file to be opened would be taken for it
+        os.open(os.devnull, os.O_RDWR)
+        os.set_inheritable(number, True)
+    _redirect_to_null([number for number in closed if number], "closed before the start")
+    if sys.stdin is None:
+        sys.stdin = os.fdopen(0, closefd=False)
+    if sys.stdout is sys.__stdout__:  # nobody has put another one there
+        sys.stdout = _open_guarded_stream(1, sys.stdout)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _open_guarded_stream(2, sys.stderr)
+
+
+def take_console_warnings() -> Iterator[str]:
+    """What was lost since somebody asked for the last time, a line each."""
+    while _warnings:
+        yield _warnings.pop(0)
+
+
+def _open_guarded_stream(number: int, before: TextIO | None) -> io.TextIOWrapper:
+    """A stream to this file descriptor; what its encoding has no letters for is spelled as Python spells it: \\xf6."""
+    buffer = io.BufferedWriter(_GuardedFile(number, "w", closefd=False))  # pyright: ignore[reportArgumentType]
+    encoding = (before and before.encoding) or "utf-8"
+    return io.TextIOWrapper(buffer, encoding, errors="backslashreplace", line_buffering=True)
+
+
+class _GuardedFile(io.FileIO):
+    """A file descriptor whose writes never fail."""
+
+    def write(self, data: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The number of bytes that are written, or were dropped."""
+        while True:
+            try:
+                written: int | None = super().write(data)
+            except OSError as error:
+                _redirect_to_null([self.fileno()], error.strerror or str(error))
+                return len(data)
+            if written is not None:
+                return written
+            select.select([], [self], [], 1.0)  # a pipe that somebody has set not to block, and that is full
+
+
+def _is_open(number: int) -> bool:
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
+
+
+def _redirect_to_null(numbers: list[int], why: str) -> None:
+    """From now on these file descriptors lead nowhere."""
+    for number in numbers:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, number)
+        os.close(nowhere)
+    if numbers:
+        names = " and ".join(NAMES[number] for number in numbers)
+        os.environ[LOST_VARIABLE] = f"the console is dropped: {names} cannot be written to ({why}); all else goes on"
+        _warnings.append(os.environ[LOST_VARIABLE])

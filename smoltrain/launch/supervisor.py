@@ -1,0 +1,314 @@
+"""A fresh set of rank processes for each phase, started and watched here: what `./train.sh` does after set-up.
+
+Each phase restores from disk on every rank, so a checkpoint that could not be restored would be found at once.
+No launcher stands between: signals reach all ranks at once, and every exit code is seen.
+"""
+
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import psutil
+import torch
+
+from smoltrain.config.load import load_config, stop_after_phase
+from smoltrain.config.schema import Config
+from smoltrain.data.tokens import prepare
+from smoltrain.distributed.awake_clock import AwakeClock
+from smoltrain.distributed.rendezvous import RankPlace, open_rendezvous_socket
+from smoltrain.distributed.stop import STOP_SIGNALS, heeded_stop_signals
+from smoltrain.distributed.world import choose_device, environment_without_launcher
+from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepspeed_text
+from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
+from smoltrain.launch.config_pipe import CONFIG_ON_STDIN, pack_config
+from smoltrain.run.run_folder import check_run_folder
+from smoltrain.schedule import Plan
+from smoltrain.train.preflight import check_start
+from smoltrain.train.start import copy_ancestor_data, find_start_point, is_validation_missing, read_validation_loss
+
+RANK_COMMAND = [sys.executable, "-u", "-P", "-m", "smoltrain.launch.rank"]  # -P: no module of the current folder
+CPU_RANKS = 2  # on a machine without a GPU: enough to make every collective real
+POLL_S = 0.02  # between two looks at the ranks
+MAX_POLL_GAP_S = 3.0  # between two such looks, if this process was not suspended
+NOTICE_S = 15.0  # for ranks to notice that another one has died; launch/train.py lets rank 0 speak first, for 5 s
+GRACE_S = 35.0  # from SIGTERM to SIGKILL, to save or to finish an upload
+
+
+def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None) -> int:
+    """Run every phase that is left; returns the exit code (errors.py).
+
+    Errors: UserError before any process starts, for whatever can be known by then.
+    """
+    signals = SignalForwarder()
+    try:
+        return _run_phases(recipe, overrides, ranks, signals)
+    except StopRequested:
+        began = "stopped before the first step; nothing was lost"
+        print("stopped; the same command goes on from there" if signals.ranks_were_started else began)
+        return STOPPED
+    finally:
+        signals.close()
+
+
+def _run_phases(recipe: str, overrides: list[str], ranks: int | None, signals: "SignalForwarder") -> int:
+    settings = load_config(recipe, overrides)
+    remember_deepspeed_text(settings.engine.ds_config, read_deepspeed_text(settings.engine.ds_config))  # for all phases
+    device = choose_device(settings.engine.device).type
+    ranks = choose_num_ranks(ranks, device)
+    plan = Plan(settings.phases)
+    begin = find_start_point(settings, lambda text: print(text, flush=True))
+    done = begin.step
+    last = plan.named(settings.run.stop_after).last if settings.run.stop_after else plan.last_step
+    rows_per_step = check_run_folder(settings, ranks, done, begin.ancestor, begin.manifest)["rows_per_step"]
+    if done < last:
+        check_start(settings, choose_device(settings.engine.device), ranks, rows_per_step)
+    copy_ancestor_data(settings, begin)
+    prepare.prepare_run_data(settings, rows_per_step, ranks)
+    missed = is_validation_missing(settings, begin, last)
+    if done >= last and not missed:
+        print(f"{settings.run.name}: the plan is complete at step {done}; nothing to do")
+        return DONE
+    words = [recipe, *overrides]
+    for phase in plan.phases:
+        if done < phase.last <= last or (missed and done == phase.last == last):
+            what = f"steps {max(done + 1, phase.first)} to {phase.last}" if done < phase.last else "its last validation"
+            print(f"phase {phase.name}: {what}, {ranks} new processes", flush=True)
+            part = stop_after_phase(settings, phase.name)
+            code = _launch_ranks(RankProcesses([*words, f"run.stop_after={phase.name}"], ranks, device, part), signals)
+            if code == DONE and signals.stop_signal:  # too late for the ranks, which had left their last step behind
+                print(f"stopped after step {phase.last} ({signals.stop_signal}); the same command goes on from there")
+                return STOPPED
+            if code != DONE:
+                return code
+    print(_describe_finished_run(settings, plan, last))
+    return DONE
+
+
+def _launch_ranks(ranks: "RankProcesses", signals: "SignalForwarder") -> int:
+    """One set of ranks from start to end: their exit code, and a word to the user where they could not give one."""
+    first = ranks.run(signals)
+    if signals.num_interrupts > 1:
+        print("left at once; the same command goes on from the last checkpoint")
+        return INTERRUPTED
+    if first is None:
+        return DONE
+    if first.launch_code == STOPPED != first.code:
+        print("stopped, and nothing was lost; the same command goes on from there")
+    if first.launch_code == FAULT:
+        print(f"error: {first}; the same command goes on from the last checkpoint", file=sys.stderr)
+    return first.launch_code
+
+
+def choose_num_ranks(asked: int | None, device: str) -> int:
+    """All GPUs, or two ranks on a CPU, or what was asked for. Errors: UserError for a count the machine lacks."""
+    gpus = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device, 0)
+    if asked is None:
+        return gpus or CPU_RANKS
+    if asked < 1 or (gpus and asked > gpus):
+        want = f"1 to {gpus}, one for each GPU" if gpus else "1 or more"
+        raise UserError(Problem("this machine cannot run so many ranks", str(asked), want, "--ranks"))
+    return asked
+
+
+class StopRequested(BaseException):
+    """A signal came while there were no ranks to pass it on to."""
+
+
+class SignalForwarder:
+    """The signals that ask this command to stop: the ranks get them, who save; without ranks the command just ends."""
+
+    def __init__(self) -> None:
+        self.pending: list[int] | None = None  # for the ranks, while there are any
+        self.ranks_were_started = False  # whether there ever were any
+        self.stop_signal = ""  # the name of the first one, which no phase may begin after
+        self.num_interrupts = 0
+        self.ranks: RankProcesses | None = None  # those that Ctrl-Z stops too
+        self._before = {number: signal.signal(number, self._on_signal) for number in heeded_stop_signals()}
+        if signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN:  # as shells without job control leave it
+            self._before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._on_ctrl_z)
+
+    def close(self) -> None:
+        """Listen no longer."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.num_interrupts += number == signal.SIGINT
+        self.stop_signal = self.stop_signal or signal.Signals(number).name
+        if self.pending is None:
+            raise StopRequested
+        self.pending.append(signal.SIGKILL if self.num_interrupts > 1 else number)  # the second Ctrl-C: leave at once
+
+    def _on_ctrl_z(self, number: int, _frame: FrameType | None) -> None:
+        """The ranks are in sessions of their own, where a terminal's signals do not come."""
+        processes = self.ranks.session_processes() if self.ranks else []
+        _signal_processes(processes, signal.SIGSTOP)
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)  # here this process stands still, until `fg` or `bg`
+        signal.signal(number, self._on_ctrl_z)
+        _signal_processes(processes, signal.SIGCONT)
+
+
+@dataclass(frozen=True)
+class RankExit:
+    """How a rank ended: `code` is its exit code, or -N if signal N ended it."""
+
+    rank: int
+    code: int
+
+    @property
+    def launch_code(self) -> int:
+        """The exit code (errors.py) of a launch in which this was the first end of a rank that was not done."""
+        if -self.code in STOP_SIGNALS:  # dist.StopFlag: only before the first step, when there is nothing to lose
+            return STOPPED
+        return self.code if self.code in (BAD_INPUT, STOPPED, INTERRUPTED) else FAULT
+
+    def __str__(self) -> str:
+        if self.code >= 0:
+            return f"rank {self.rank} ended with code {self.code}"
+        name = next((known.name for known in signal.Signals if known == -self.code), f"signal {-self.code}")
+        return f"rank {self.rank} was ended by {name}"
+
+
+class RankProcesses:
+    """One launch of the ranks: start, pass signals on, wait, leave nothing behind.
+
+    They train `settings`, which they read from stdin: recipe and DeepSpeed's JSON may have been edited since the
+    command read them. `words` then only tell who looks at the list of processes what runs.
+    """
+
+    def __init__(self, words: list[str], count: int, device: str, settings: Config | None = None) -> None:
+        self._settings = b"" if settings is None else pack_config(settings)
+        mark = [] if settings is None else [CONFIG_ON_STDIN]
+        self._command = [*RANK_COMMAND, *mark, *words]
+        self._env = environment_without_launcher() | {
+            "WORLD_SIZE": str(count),
+            "LOCAL_WORLD_SIZE": str(count),
+            "MASTER_ADDR": "127.0.0.1",
+            "SMOLTRAIN_SUPERVISOR": str(os.getpid()),
+        }
+        if asked := os.environ.get("SMOLTRAIN_ASKED"):  # by whoever started this command
+            self._env["SMOLTRAIN_ASKED"] = asked
+        if device != "cuda":
+            self._env["DS_ACCELERATOR"] = device
+        self._count = count
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def run(self, signals: SignalForwarder) -> RankExit | None:
+        """The first rank that ended without being done, None if all were done. Nothing of them is alive afterwards."""
+        signals.pending, signals.ranks_were_started, signals.ranks = [], True, self
+        try:
+            self._start_processes()
+            return self._wait_for_exits(signals.pending)
+        finally:
+            self._end_leftovers()
+            signals.pending = signals.ranks = None
+
+    def session_processes(self) -> list[psutil.Process]:
+        """The living processes of the ranks' sessions: they and whatever they have started."""
+        return _find_session_processes({process.pid for process in self._processes})
+
+    def _start_processes(self) -> None:
+        """A Ctrl-C is held back until all are there; each lets it in when Python could not answer with a traceback."""
+        listener = open_rendezvous_socket(RankPlace(size=self._count))  # here, so that nobody takes the port meanwhile
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which children inherit
+        try:
+            for rank in map(str, range(self._count)):
+                env = self._env | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(listener.getsockname()[1])}
+                heirs = ()
+                if rank == "0":
+                    env, heirs = env | {"SMOLTRAIN_LISTENER": str(listener.fileno())}, (listener.fileno(),)
+                process = subprocess.Popen(
+                    self._command, env=env, stdin=subprocess.PIPE, start_new_session=True, pass_fds=heirs
+                )
+                self._processes.append(process)
+                assert process.stdin is not None
+                with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # one that has ended is seen in _wait
+                    pipe.write(self._settings)
+        finally:
+            listener.close()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+    def _wait_for_exits(self, asked: list[int]) -> RankExit | None:
+        """Until all have ended; after the first that died the others are asked, and at last made, to end too."""
+        running, first, clock = dict(enumerate(self._processes)), None, AwakeClock(MAX_POLL_GAP_S)
+        due: list[tuple[float, int]] = []  # when to send which signal
+        while running:
+            time.sleep(POLL_S)
+            while asked:
+                self._send_signal(asked.pop(0))
+            ends = [RankExit(rank, code) for rank, process in running.items() if (code := process.poll()) is not None]
+            for end in ends:
+                del running[end.rank]
+            early = [end for end in ends if end.code != DONE]
+            if first is None and early:
+                first = min(early, key=lambda end: (end.code == FAULT, end.code))  # who lost a dead one says FAULT
+                due = _schedule_signals(first, clock.now())
+            while due and clock.now() >= due[0][0]:
+                self._send_signal(due.pop(0)[1])
+        return first
+
+    def _send_signal(self, number: int) -> None:
+        for process in self._processes:
+            process.send_signal(number)
+
+    def _end_leftovers(self) -> None:
+        """Nothing outlives the launch: what is left in the sessions of the ranks is asked, then made, to end."""
+        clock, left, told = AwakeClock(MAX_POLL_GAP_S), self.session_processes(), set[int]()
+        while left:
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    if clock.now() > GRACE_S:
+                        process.kill()
+                    elif process.pid not in told:
+                        told.add(process.pid)
+                        process.terminate()
+            time.sleep(POLL_S)
+            left = self.session_processes()
+
+
+def _schedule_signals(first: RankExit, now: float) -> list[tuple[float, int]]:
+    """When to send which signal to the others, who may wait for the one that ended for ever."""
+    if first.launch_code == STOPPED:
+        if first.code == STOPPED:  # by agreement of all
+            return []
+        return [(now, signal.SIGTERM), (now + GRACE_S, signal.SIGKILL)]
+    return [(now + NOTICE_S, signal.SIGTERM), (now + NOTICE_S + GRACE_S, signal.SIGKILL)]
+
+
+def _signal_processes(processes: list[psutil.Process], number: int) -> None:
+    """A signal to those that are still there."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(number)
+
+
+def _find_session_processes(sessions: set[int]) -> list[psutil.Process]:
+    """The living processes of these sessions."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _describe_finished_run(settings: Config, plan: Plan, done: int) -> str:
+    """What was reached and what to do with it: commands that a shell can be given as they are."""
+    run, bin_folder = settings.run_folder, Path(os.path.relpath(Path(sys.executable).parent))
+    command, folder = shlex.quote(str(bin_folder / "smoltrain")), shlex.quote(str(run))
+    loss = read_validation_loss(run, done)  # of no older step: the last one's may never have been measured
+    reached = "" if loss is None else f", validation loss {loss:.4f} nats per token"
+    lines = [f"done: {done} of {plan.last_step} steps{reached}; weights, curves and metrics are in {run}", "next:"]
+    lines.append(f"  {command} generate {folder} --prompt 'To be'")
+    if list(run.glob("wandb/offline-run-*")):
+        lines.append(f"  {shlex.quote(str(bin_folder / 'wandb'))} sync {folder}/wandb/offline-run-*")
+    lines.append(f"  {command} show {shlex.quote(str(run / 'config.yaml'))} --plan")
+    return "\n".join(lines)

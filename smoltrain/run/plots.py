@@ -1,0 +1,180 @@
+"""Pictures as PNG files. matplotlib's object interface throughout: no window, no global state.
+
+It is imported when something is drawn: training, which draws at its end, would begin half a second later.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from smoltrain.errors import Problem, UserError
+from smoltrain.files import read_jsonl
+from smoltrain.schedule import Plan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREY, GREEN = "#2a6fb0", "#d1661f", "#5f6b76", "#3c7d4f"
+PHASE_COLORS = ("#e6eef7", "#fbeed6", "#e4f2e3", "#f3e6f2")  # one per phase, in turn
+
+
+def draw_plan(plan: Plan, path: Path) -> None:
+    """Draw learning rate and weight decay over the steps, each phase shaded and named."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.8), dpi=140, layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    steps = plan.sampled()
+    edges = [step - 0.5 for step in (*steps, plan.last_step + 1)]
+    for axes, values, color, label in (
+        (upper, [plan.lr(step) for step in steps], BLUE, "learning rate"),
+        (lower, [plan.weight_decay(step) for step in steps], GREY, "weight decay"),
+    ):
+        _shade_phases(axes, plan)
+        axes.stairs(values, edges, baseline=None, color=color, linewidth=2)
+        axes.set(ylim=(0, 1.1 * max(values) or 1), ylabel=label)
+    for axes in (upper, lower):
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+    _save_figure(figure, upper, lower, path)
+
+
+def draw_run(plan: Plan, run: Path) -> list[Path]:
+    """Draw a run's metrics.jsonl under run/plots: loss.png, and training.png with every panel; the files written.
+
+    Errors: UserError if the run has not trained a step yet.
+    """
+    from matplotlib.figure import Figure
+
+    metrics = _read_metrics(run / "metrics.jsonl")
+    written = []
+    counted = len(metrics.series("data/unique_documents")[0])  # not by older versions of smoltrain
+    for name, panels in (("loss.png", PANELS[:1]), ("training.png", PANELS if counted else PANELS[:-1])):
+        figure = Figure(figsize=(9, 3.6 + 1.45 * (len(panels) - 1)), dpi=140, layout="constrained")
+        heights = [3.6 if draw is _plot_loss else 1.45 for draw in panels]
+        column = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+        for axes, draw in zip(column, panels, strict=True):
+            _shade_phases(axes, plan)
+            draw(axes, metrics)
+            axes.set_xlim(metrics.first_step - 0.5, plan.last_step + 0.5)
+        figure.align_ylabels()
+        _save_figure(figure, column[0], column[-1], run / "plots" / name)
+        written.append(run / "plots" / name)
+    return written
+
+
+@dataclass(frozen=True)
+class RunMetrics:
+    """The lines of a metrics.jsonl."""
+
+    lines: list[dict[str, Any]]
+
+    @property
+    def first_step(self) -> int:
+        """The first step that was logged; past 1 where the run went on from another one."""
+        return self.lines[0]["step"]
+
+    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(steps, values) of one name."""
+        found = [(line["step"], line[name]) for line in self.lines if name in line]
+        steps, values = zip(*found, strict=True) if found else ((), ())
+        return np.asarray(steps, np.int64), np.asarray(values, np.float64)
+
+
+def _read_metrics(path: Path) -> RunMetrics:
+    if lines := list(read_jsonl(path)):
+        return RunMetrics(lines)
+    raise UserError(Problem("there is nothing to draw yet", f"no step in {path}", "a run that trained", "RUN"))
+
+
+def running_median(values: np.ndarray, width: int) -> np.ndarray:
+    """The median of each value and its neighbours, `width` of them in all (fewer at the ends)."""
+    half = width // 2
+    return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
+
+
+def _plot_noisy_series(axes: "Axes", metrics: RunMetrics, name: str, color: str, label: str | None = None) -> None:
+    """One value per step: thin and faint, with a running median where there are enough to need one."""
+    steps, values = metrics.series(name)
+    if len(steps) < 200:
+        axes.plot(steps, values, color=color, linewidth=1.2, label=label)
+        return
+    width = len(steps) // 50
+    axes.plot(steps, values, color=color, linewidth=0.5, alpha=0.3)
+    label = f"{label}, median of {width} steps" if label else None
+    axes.plot(steps, running_median(values, width), color=color, linewidth=1.6, label=label)
+
+
+def _plot_loss(axes: "Axes", metrics: RunMetrics) -> None:
+    _plot_noisy_series(axes, metrics, "train/loss_nats_per_token", BLUE, "training loss")
+    validation = metrics.series("validation/loss_nats_per_token")
+    axes.plot(*validation, "o-", color=ORANGE, markersize=4, label="validation loss")
+    axes.set(yscale="log", ylabel="loss, nats per token")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+
+
+def _plot_lr(axes: "Axes", metrics: RunMetrics) -> None:
+    axes.plot(*metrics.series("train/lr"), color=GREY, linewidth=1.5)
+    axes.margins(y=0.1)
+    axes.set(ylabel="learning rate", ylim=(0, None))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+
+
+def _plot_gradient_norm(axes: "Axes", metrics: RunMetrics) -> None:
+    _plot_noisy_series(axes, metrics, "train/grad_norm_before_clipping", GREEN)
+    axes.set(yscale="log", ylabel="gradient norm\nbefore clipping")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
+
+
+def _plot_throughput(axes: "Axes", metrics: RunMetrics) -> None:
+    _plot_noisy_series(axes, metrics, "speed/tokens_per_s", GREY)
+    axes.set(ylabel="tokens/s,\nall ranks", ylim=(0, None))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+
+
+def _plot_unique_rows(axes: "Axes", metrics: RunMetrics) -> None:
+    axes.plot(*metrics.series("data/unique_rows"), color=GREEN, linewidth=1.5)
+    axes.set(ylabel="unique rows\nseen", ylim=(0, None))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+
+
+def _plot_unique_documents(axes: "Axes", metrics: RunMetrics) -> None:
+    """And the repeat factor on a scale of its own, to the right."""
+    axes.plot(*metrics.series("data/unique_documents"), color=GREEN, linewidth=1.5)
+    axes.set(ylabel="unique\ndocuments", ylim=(0, None))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    right = axes.twinx()
+    right.plot(*metrics.series("data/repeat_factor"), color=ORANGE, linewidth=1.5, linestyle=(0, (4, 2)))
+    right.set_ylabel("repeat factor", color=ORANGE)
+    right.set_ylim(0, max(2, right.get_ylim()[1]))
+    right.tick_params(axis="y", colors=ORANGE)
+    right.spines[["top", "left"]].set_visible(False)
+
+
+PANELS = (_plot_loss, _plot_lr, _plot_gradient_norm, _plot_throughput, _plot_unique_rows, _plot_unique_documents)
+
+
+def _shade_phases(axes: "Axes", plan: Plan) -> None:
+    for i, phase in enumerate(plan.phases):
+        name = f"{phase.name}: {phase.first} to {phase.last}"
+        axes.axvspan(
+            phase.first - 0.5, phase.last + 0.5, color=PHASE_COLORS[i % len(PHASE_COLORS)], linewidth=0, label=name
+        )
+        if i > 0:
+            axes.axvline(phase.first - 0.5, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.set(xlim=(0.5, plan.last_step + 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save_figure(figure: "Figure", upper: "Axes", lower: "Axes", path: Path) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    lower.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    lower.set_xlabel("step")
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

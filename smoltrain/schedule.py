@@ -1,0 +1,121 @@
+"""Pure functions of the step: which phase it belongs to, its learning rate and weight decay, what is due after it.
+
+Step n is the n-th optimizer step, n = 1, 2, ...; everything logged or saved "at step n" is the state after n updates.
+"""
+
+import math
+from dataclasses import dataclass
+
+from smoltrain.config.schema import PhaseSection
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase with its place in the plan: steps first..last, both included."""
+
+    spec: PhaseSection
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        """The phase's name in the recipe."""
+        return self.spec.name
+
+
+class Plan:
+    """All phases of a run, in order."""
+
+    def __init__(self, phases: tuple[PhaseSection, ...]) -> None:
+        ends = [sum(p.steps for p in phases[: i + 1]) for i in range(len(phases))]
+        self.phases = tuple(Phase(p, end - p.steps + 1, end) for p, end in zip(phases, ends, strict=True))
+        self.last_step = ends[-1]
+
+    def phase(self, step: int) -> Phase:
+        """The phase that step n belongs to. Errors: ValueError outside 1..last_step."""
+        for phase in self.phases:
+            if phase.first <= step <= phase.last:
+                return phase
+        raise ValueError(f"step {step} is outside the plan's 1..{self.last_step}")
+
+    def sampled(self, most: int = 4000) -> list[int]:
+        """Steps to show, in order: all of a phase, or about `most`, with its ends and those of warm-up and decay."""
+        steps: set[int] = set()
+        for phase in self.phases:
+            inside = range(phase.first, phase.last + 1)
+            warm, decay = phase.first + phase.spec.warmup_steps, phase.last - phase.spec.decay_steps
+            steps.update(inside[:: max(1, len(inside) // most)], (phase.first, phase.last))
+            steps.update(step for step in (warm - 1, warm, decay, decay + 1) if step in inside)
+        return sorted(steps)
+
+    def named(self, name: str) -> Phase:
+        """The phase of that name."""
+        return next(p for p in self.phases if p.name == name)
+
+    def lr(self, step: int) -> float:
+        """Learning rate of step n, a pure function of the step: no state survives a resume or a phase boundary."""
+        phase = self.phase(step)
+        while phase.spec.schedule == "continue":  # the schedule before, held at its end
+            phase = self.phases[self.phases.index(phase) - 1]
+            step = phase.last
+        return scheduled_lr(phase.spec, step - phase.first)
+
+    def weight_decay(self, step: int) -> float:
+        """Decoupled weight decay of step n, to be multiplied by its learning rate."""
+        return self.phase(step).spec.weight_decay
+
+    def mix(self, step: int) -> dict[str, float] | None:
+        """Weights of the data's sources in step n, by name; None: those that the sources themselves say."""
+        return self.phase(step).spec.mix
+
+    def resets_optimizer(self, step: int) -> bool:
+        """Whether AdamW's moments are zeroed just before step n."""
+        phase = self.phase(step)
+        return step == phase.first and phase.spec.optimizer_state == "reset"
+
+    def ends_phase(self, step: int) -> bool:
+        """Whether step n is the last of its phase: always evaluated, sampled and saved."""
+        return step == self.phase(step).last
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether something with this cadence (steps; 0 is never) is due after step n."""
+        return every > 0 and (step % every == 0 or self.ends_phase(step))
+
+
+StepSettings = tuple[str, float, float, bool, dict[str, float] | None] | None
+
+
+def step_settings(plan: Plan, step: int) -> StepSettings:
+    """All by which a step is trained: phase, learning rate, weight decay, reset, mix. None beyond the plan."""
+    if step > plan.last_step:
+        return None
+    phase, reset = plan.phase(step).name, plan.resets_optimizer(step)
+    return phase, plan.lr(step), plan.weight_decay(step), reset, plan.mix(step)
+
+
+def first_differing_step(past: Plan, asked: Plan, after: int) -> int | None:
+    """The first step after `after` that one of two plans trains otherwise, or not at all; None if they are alike."""
+    steps = range(after + 1, max(past.last_step, asked.last_step) + 1)
+    return next((step for step in steps if step_settings(past, step) != step_settings(asked, step)), None)
+
+
+def scheduled_lr(phase: PhaseSection, done: int) -> float:
+    """Learning rate within a phase after `done` of its steps (0-based, as torch's schedulers count).
+
+    Warm-up rises from lr/warmup, never from 0, so that the first step already learns.
+    """
+    assert phase.lr is not None, "schedule continue is resolved by Plan.lr"
+    peak, low = phase.lr, phase.final_lr
+    if done < phase.warmup_steps:
+        return peak * (done + 1) / phase.warmup_steps
+    progress = (done - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
+    match phase.schedule:
+        case "linear":
+            return low + (peak - low) * (1 - progress)
+        case "cosine":  # Loshchilov & Hutter 2017, eq. 5
+            return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
+        case "wsd":  # warm-up, stable, decay: Hu et al. 2024 (MiniCPM)
+            left = phase.steps - done
+            return peak if left > phase.decay_steps else low + (peak - low) * left / phase.decay_steps
+        case _:
+            return peak

@@ -1,0 +1,224 @@
+"""Spikes: a loss that is not finite, or far above those of the steps before, is met before it moves a weight.
+
+RUN/spikes.jsonl is the journal: a line for each spike, with what was done and every row of the guilty step. Its lines
+that say "rewind" are the truth about which rows the run passes over, at every later start and on any number of ranks.
+B: rows per step.
+"""
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from smoltrain import files
+from smoltrain.config.schema import SpikesSection
+from smoltrain.data.rows.row_contents import RowContents
+from smoltrain.distributed.world import World
+from smoltrain.errors import Problem, TrainingStopped, UserError
+
+SPIKES_FILE = "spikes.jsonl"
+MIN_HISTORY = 16  # losses, below which there is nothing to compare with
+SIGMA_PER_MAD = 1.4826  # of a normal distribution, in median absolute deviations
+MIN_MAD = 0.01  # nats per token: the least median absolute deviation, lest a flat loss calls any change a spike
+MAX_NAMED_ROWS = 3  # rows on the console
+
+
+class Rewind(Exception):
+    """Go back to the newest valid checkpoint and on from there, with the rows of the journal passed over."""
+
+
+@dataclass(frozen=True)
+class Spike:
+    """A step that must not be applied, with all of its rows, by position."""
+
+    step: int
+    loss: float  # nats per token, of the whole step
+    why: str
+    about: str  # what else is known of it: ranks, lr, gradient norm
+    in_a_row: int  # spikes of this step so far, this one too
+    rows: list[RowContents]
+    row_losses: list[float]  # nats per token of each row alone, without dropout
+
+    @property
+    def first(self) -> int:
+        """Position of its first row."""
+        return self.rows[0].position
+
+    def rows_worst_first(self) -> list[tuple[RowContents, float]]:
+        """The rows from the worst one on: not finite before finite, then by loss."""
+        pairs = zip(self.rows, self.row_losses, strict=True)
+        return sorted(pairs, key=lambda pair: (math.isfinite(pair[1]), -pair[1] if math.isfinite(pair[1]) else 0.0))
+
+    def rows_to_name(self) -> list[tuple[RowContents, float]]:
+        """Those to name: the ones that are not finite; if there are none, the worst few."""
+        worst = self.rows_worst_first()
+        return [pair for pair in worst if not math.isfinite(pair[1])] or worst[:MAX_NAMED_ROWS]
+
+    def headline(self) -> str:
+        """The loss, why it is a spike, and what the rows alone say."""
+        facts = [self.why, self.row_verdict(), "nothing was updated"]
+        return f"the loss of step {self.step} is {self.loss:.6g} {self.about}; " + "; ".join(filter(None, facts))
+
+    def row_verdict(self) -> str:
+        """What the rows, looked at one by one, say about the whole."""
+        bad = sum(not math.isfinite(loss) for loss in self.row_losses)
+        if bad and bad == len(self.rows):
+            return "every row is bad by itself, so it is the weights or the lr rather than the data"
+        if not bad and not math.isfinite(self.loss):
+            return "no row is bad by itself"
+        return ""
+
+
+class SpikeGuard:
+    """Tells spikes from losses, the same on every rank, and says what becomes of them."""
+
+    def __init__(
+        self,
+        section: SpikesSection,
+        world: World,
+        journal: Path | None = None,
+        entries: Iterable[dict[str, Any]] = (),
+        history: Iterable[tuple[float, int]] = (),
+    ) -> None:
+        """`history` is (loss, rows consumed after it) of the applied steps before; without a journal none is kept."""
+        self._section, self._world, self._journal = section, world, journal
+        rewinds = [entry for entry in entries if entry["does"] == "rewind"]
+        self._passed = [(entry["rows"][0], entry["rows"][1]) for entry in rewinds]
+        self._history = deque(history, maxlen=max(section.history, section.window))
+
+    @classmethod
+    def open(cls, folder: Path, section: SpikesSection, world: World, *, step: int) -> "SpikeGuard":
+        """The guard of a run that goes on after `step`, as it was then: the journal, and the losses of metrics.jsonl.
+
+        To be called at each start, and again after a rewind. Collective.
+        """
+        length = max(section.history, section.window)
+        entries, history = world.run_on_first_rank(
+            lambda: (read_spikes(folder), list(deque(_read_losses(folder / "metrics.jsonl", step), maxlen=length)))
+        )
+        return cls(section, world, folder / SPIKES_FILE, entries, history)
+
+    def is_row_skipped(self, position: int) -> bool:
+        """Whether the row at this position is one of those that a rewind left out."""
+        return any(first <= position < last for first, last in self._passed)
+
+    def find_spike_reason(self, loss: float) -> str:
+        """Why this loss, nats per token over all ranks, is a spike; '' if it is none."""
+        if not math.isfinite(loss):
+            return "it is not finite"
+        losses = [known for known, _ in self._history][-self._section.history :]
+        if not self._section.deviations or len(losses) < MIN_HISTORY:
+            return ""
+        middle = median(losses)
+        deviation = SIGMA_PER_MAD * max(MIN_MAD, median(abs(known - middle) for known in losses))
+        if loss <= middle + self._section.deviations * deviation:
+            return ""
+        far = (loss - middle) / deviation
+        return f"it is {far:.1f} robust deviations above {middle:.4g}, the median of the last {len(losses)} steps"
+
+    def record_loss(self, loss: float, rows_consumed: int) -> None:
+        """A step of this loss was applied, after which so many rows are consumed."""
+        self._history.append((loss, rows_consumed))
+
+    def handle_spike(self, spike: Spike, say: Callable[[str], None], mix_begins: int = 0) -> None:
+        """Say and write down a spike, then act. Returns if its rows are to be spent without an update. Collective.
+
+        A rewind's window does not reach back before the row `mix_begins`: other rows would stand at those positions.
+        Errors: Rewind; TrainingStopped if the run is to end.
+        """
+        section, times = self._section, len(self._passed)
+        rewinds = section.on_spike == "rewind"
+        too_often = times >= section.max_times if rewinds else spike.in_a_row > section.max_times
+        does = "stop" if too_often else section.on_spike
+        first = max(self._window_start(spike), min(mix_begins, spike.first)) if rewinds else spike.first
+        rows = (first, spike.first + len(spike.rows))
+        attempt = times + 1 if rewinds else spike.in_a_row
+        self._append_to_journal(spike, does=does, rows=rows, attempt=attempt)
+        headline = spike.headline()
+        if does == "stop":
+            raise TrainingStopped(self._stop_message(spike, headline))
+        say(headline)
+        for row, loss in spike.rows_to_name()[:MAX_NAMED_ROWS]:
+            say(f"  {row} has a loss of {loss:.6g}")
+        tried = f"{attempt} of at most {section.max_times}"
+        if does == "skip":
+            say(f"  the rows of the step are spent without an update ({tried} in a row)")
+            return
+        self._passed.append(rows)
+        what = f"rewind {tried}: back to the newest checkpoint, and on from there"
+        raise Rewind(f"{what} without the rows {rows[0]:,} to {rows[1] - 1:,}")
+
+    def _window_start(self, spike: Spike) -> int:
+        """The position of the first row of the last `window` steps, the spike's the last one; 0 if there are fewer."""
+        before = self._section.window - 1
+        if not before:
+            return spike.first
+        return self._history[-before][1] - len(spike.rows) if before <= len(self._history) else 0
+
+    def _stop_message(self, spike: Spike, headline: str) -> str:
+        """Why the run ends, and what its user could do."""
+        section = self._section
+        rows = [f"{row} has a loss of {loss:.6g}" for row, loss in spike.rows_to_name()[:MAX_NAMED_ROWS]]
+        advice = "try a lower lr, a longer warm-up, gradient_clipping 1.0, or look at the data of this step"
+        if self._journal:
+            advice += f", all of whose rows are in {self._journal}"
+        more = {
+            "stop": "spikes.on_spike=skip or rewind would go on without these rows",
+            "skip": f"more than spikes.max_times = {section.max_times} skips in a row",
+            "rewind": f"more than spikes.max_times = {section.max_times} rewinds",
+        }[section.on_spike]
+        return "; ".join([headline, *rows, "the last checkpoint is intact", advice, more])
+
+    def _append_to_journal(self, spike: Spike, **facts: Any) -> None:
+        """One line of the journal, on the disk when this returns. Collective. Errors: TrainingStopped."""
+        if not (journal := self._journal):
+            return
+        line = {"step": spike.step, "time_s": round(time.time(), 3), "loss": spike.loss, "why": spike.why, **facts}
+        line["about"] = spike.about
+        line |= {
+            "verdict": spike.row_verdict(),
+            "worst_first": [{"loss": loss, **asdict(row)} for row, loss in spike.rows_worst_first()],
+        }
+
+        def append() -> None:
+            try:
+                with journal.open("a", encoding="utf-8") as file:
+                    file.write(files.format_json_line(line))
+                    file.flush()
+                    os.fsync(file.fileno())
+                files.fsync_path(journal.parent)
+            except OSError as error:
+                raise TrainingStopped(f"{journal} cannot be written: {error}; the last checkpoint is intact") from None
+
+        self._world.run_on_first_rank(append)
+
+
+def read_spikes(folder: Path) -> list[dict[str, Any]]:
+    """The lines of RUN/spikes.jsonl; a last one that a crash cut short never was, and is removed.
+
+    Errors: UserError for a damaged one, as nobody could say which rows the run passes over.
+    """
+    path = folder / SPIKES_FILE
+    lines = list(files.read_jsonl_lines(path, ("step", "does", "rows")))
+    if damaged := [line for line in lines if line.fault]:
+        want = "the line as it was written; without it the run would train on rows that it had passed over"
+        change = "the line, or delete it to accept that"
+        raise UserError(
+            Problem("the journal of spikes is damaged", files.describe_damaged_lines(path, damaged), want, change)
+        )
+    whole = b"".join(line.raw for line in lines)
+    if path.exists() and path.stat().st_size > len(whole):
+        files.write_text_file(path, whole.decode())
+    return [line.value for line in lines]
+
+
+def _read_losses(path: Path, last_step: int) -> Iterable[tuple[float, int]]:
+    """(loss, rows consumed after it) of each training step up to `last_step` in metrics.jsonl."""
+    for line in files.read_jsonl(path, say=lambda _: None):  # the tracker says what is damaged
+        if line["step"] <= last_step and "data/rows" in line:
+            yield line["train/loss_nats_per_token"], int(line["data/rows"])

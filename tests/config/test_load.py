@@ -1,0 +1,343 @@
+"""Recipes, overrides, and the messages for what does not fit."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from smoltrain.config.load import (
+    config_to_yaml,
+    list_recipes,
+    load_config,
+    override_generation,
+    read_recipe_headline,
+    read_run_config,
+)
+from smoltrain.config.schema import Config
+from smoltrain.errors import Problem, UserError
+
+EXAMPLE = str(Path(__file__).parents[1] / "example.yaml")
+EXAMPLE_TEXT = Path(EXAMPLE).read_text(encoding="utf-8")
+
+
+def problems(*overrides: str, recipe: str = EXAMPLE) -> tuple[Problem, ...]:
+    with pytest.raises(UserError) as caught:
+        load_config(recipe, overrides)
+    return caught.value.problems
+
+
+def problem(*overrides: str, recipe: str = EXAMPLE) -> Problem:
+    (only,) = problems(*overrides, recipe=recipe)
+    return only
+
+
+def written(folder: Path, text: str, name: str = "mine.yaml") -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# --- recipes
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_loads_and_names_its_run(name: str):
+    loaded = load_config(name)
+    assert loaded.run_folder.parts == ("runs", name)
+
+
+@pytest.mark.parametrize(("name", "path"), list_recipes().items())
+def test_every_shipped_recipe_opens_with_its_name_and_a_sentence(name: str, path: Path):
+    assert path.read_text(encoding="utf-8").startswith(f"# {name}: ")
+    assert read_recipe_headline(path) in path.read_text(encoding="utf-8").partition("\n")[0]
+    assert not read_recipe_headline(path).startswith((name, "#"))
+
+
+def test_a_recipe_may_be_any_yaml_file(tmp_path: Path):
+    assert load_config(written(tmp_path, EXAMPLE_TEXT)).run.name == "mine"
+    assert load_config(written(tmp_path, EXAMPLE_TEXT), ["run.name="]).run.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("quikstart", "no such recipe: saw 'quikstart', want 'quickstart' (the nearest valid one), or a path to"),
+        ("gone.yaml", "the recipe file is missing: saw gone.yaml, want an existing YAML file"),
+    ],
+)
+def test_a_recipe_that_does_not_exist(recipe: str, message: str):
+    assert str(problem(recipe=recipe)).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "saw"),
+    [
+        ("a: [1", "the file cannot be read as YAML", "line 1: expected ',' or ']', but got '<stream end>'"),
+        ("model:\n  norm: rmsnorm\n  norm: layernorm\n", "cannot be read as YAML", "line 3: the key norm stands twice"),
+        ("- 1", "the file is not a recipe", "['1']"),
+        ("", "the file is not a recipe", "nothing"),
+        ("a: \x00", "the file cannot be read as YAML", ""),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, what: str, saw: str):
+    found = problem(recipe=written(tmp_path, text))
+    assert what in found.what
+    assert saw in found.saw
+    assert "\n" not in str(found)
+
+
+def test_a_file_that_is_not_text(tmp_path: Path):
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\xff")
+    assert "cannot be read as YAML" in problem(recipe=str(tmp_path / "mine.yaml")).what
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        load_config(EXAMPLE).run.seed = 1
+
+
+# --- overrides
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("model.hidden_size=384", "model.hidden_size", 384),
+        ("optimizer.eps=3e-4", "optimizer.eps", 3e-4),
+        ("optimizer.beta1=0", "optimizer.beta1", 0.0),
+        ("model.tie_word_embeddings=false", "model.tie_word_embeddings", False),
+        ("track.wandb=off", "track.wandb", "off"),
+        ("run.name=2024-01-01", "run.name", "2024-01-01"),
+        ("run.name=1e5", "run.name", "1e5"),
+        ("data.pattern=**/*.md", "data.pattern", "**/*.md"),
+        ("sample.prompts=[hi, 3, 'a=b: c']", "sample.prompts", ("hi", "3", "a=b: c")),
+        ("sample.prompts=[]", "sample.prompts", ()),
+        ("engine.gradient_checkpointing=3", "engine.gradient_checkpointing", 3),
+        ("engine.gradient_checkpointing=none", "engine.gradient_checkpointing", "none"),
+        ("data.path=null", "data.path", None),
+        ("tokenizer.separator='null'", "tokenizer.separator", "null"),
+    ],
+)
+def test_an_override_is_yaml_read_by_the_type_of_its_field(override: str, path: str, value: object):
+    found = load_config(EXAMPLE, [override])
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_phases_are_addressed_by_name():
+    main, after = load_config(EXAMPLE, ["phases.continuation.lr=3e-5", "phases.main.steps=9000"]).phases
+    assert (main.steps, main.lr) == (9000, 3e-3)
+    assert (after.steps, after.lr) == (50, 3e-5)
+
+
+def test_the_last_of_two_overrides_wins():
+    assert load_config(EXAMPLE, ["run.seed=1", "run.seed=2"]).run.seed == 2
+
+
+def test_a_section_that_the_recipe_leaves_out_can_be_overridden():
+    assert "optimizer:" not in EXAMPLE_TEXT
+    assert load_config(EXAMPLE, ["optimizer.beta2=0.99"]).optimizer.beta2 == 0.99
+
+
+def test_tokenizer_is_short_for_its_name():
+    tokenizer = load_config(EXAMPLE, ["tokenizer=folder", "tokenizer.separator=<s>"]).tokenizer
+    assert (tokenizer.name, tokenizer.vocab_size, tokenizer.separator) == ("folder", None, "<s>")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("hello", "an override is not key=value: saw 'hello', want section.key=value; change the command line"),
+        ("=3", "an override is not key=value: saw '=3', want section.key=value; change the command line"),
+        ("phases.mian.lr=1", "unknown key phases.mian: saw 'mian', want 'main' (the nearest valid one)"),
+        ("phases.main=3", "phases.main names a whole item: saw '3', want phases.main.KEY=value"),
+        ("phases.main.lr.x=3", "phases.main.lr.x goes below a plain value: saw '3.0e-3', want section.key=value"),
+        ("tokenizer.name.x=3", "tokenizer.name.x goes below a plain value: saw 'bpe'"),
+    ],
+)
+def test_an_override_that_fits_nowhere(override: str, message: str):
+    assert str(problem(override)).startswith(message)
+
+
+# --- what does not fit
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "want"),
+    [
+        ("mdoel.norm=rmsnorm", "mdoel", "'model'"),
+        ("model.hiden_size=3", "model.hiden_size", "'hidden_size'"),
+        ("phases.main.warm_up_steps=3", "phases.main.warm_up_steps", "'warmup_steps'"),
+        ("tokenizer.sep=x", "tokenizer.sep", "'separator'"),
+        ("track.zzz=3", "track.zzz", "one of gradients_every, print_every"),
+    ],
+)
+def test_an_unknown_key_is_met_with_the_nearest(override: str, key: str, want: str):
+    found = problem(override)
+    assert found.what == f"unknown key {key}"
+    assert found.want.startswith(want)
+    assert found.change == f"{key} on the command line"
+
+
+@pytest.mark.parametrize(
+    ("override", "want"),
+    [
+        ("batch.micro_batch=0", "'auto' or greater than 0"),
+        ("batch.micro_batch=many", "'auto' or a whole number"),
+        ("batch.micro_batch=1.5", "'auto' or a whole number"),
+        ("batch.micro_batch=true", "'auto' or a whole number"),
+        ("batch.micro_batch=null", "'auto' or a whole number"),
+        ("batch.sequence_length=1.5", "a whole number"),
+        ("batch.sequence_length=true", "a whole number"),
+        ("phases.main.lr=fast", "a number"),
+        ("phases.main.lr=-1", "greater than 0"),
+        ("phases.main.lr=inf", "a finite number"),
+        ("phases.main.lr=nan", "a finite number"),
+        ("generation.top_p=1.1", "less than or equal to 1"),
+        ("model.dropout=1", "less than 1"),
+        ("model.norm=batchnorm", "'rmsnorm' or 'layernorm'"),
+        ("model.tie_word_embeddings=perhaps", "true or false"),
+        ("engine.gradient_checkpointing=some", "'auto', 'none', 'selective' or 'full' or a whole number"),
+        ("run.name=../elsewhere", "a plain name, as in main-2"),
+        ("run.name=[a]", "text"),
+        ("phases.main.name='a b'", "a plain name, as in main-2"),
+        ("sample.prompts=hello", "a list, as in [a, b]"),
+        ("phases=3", "a list, as in [a, b]"),
+        ("phases=[3]", "a section of `key: value` lines"),
+        ("engine=fast", "a section of `key: value` lines"),
+        ("run=null", "a section of `key: value` lines"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_one_problem(override: str, want: str):
+    found = problem(override)
+    assert found.what.endswith(" is not valid")
+    assert found.want == want
+
+
+def test_a_missing_value(tmp_path: Path):
+    found = problem(recipe=written(tmp_path, EXAMPLE_TEXT.replace("  hidden_size: 192\n", "")))
+    assert (
+        str(found) == "model.hidden_size is missing: saw nothing, want a value; change model.hidden_size in mine.yaml"
+    )
+
+
+def test_a_problem_names_the_place_its_value_came_from(tmp_path: Path):
+    recipe = written(tmp_path, EXAMPLE_TEXT.replace("hidden_size: 192", "hidden_size: 0"))
+    assert problem(recipe=recipe).change == "model.hidden_size in mine.yaml"
+    assert problem("model.hidden_size=-1", recipe=recipe).change == "model.hidden_size on the command line"
+    assert problem("phases.main.final_lr=1").change == "phases.main.final_lr on the command line"
+    assert problem("phases.main.lr=3e-4").change == "phases.main.final_lr in example.yaml"
+
+
+def test_every_problem_is_reported_at_once(tmp_path: Path):
+    recipe = written(tmp_path, EXAMPLE_TEXT.replace("micro_batch: 4", "micro_batch: 0") + "x: 1\n")
+    overrides = ("hello", "phases.mian.lr=1", "model.hiden_size=3", "phases.main.lr=fast", "model.mlp=relu")
+    assert [found.what for found in problems(*overrides, recipe=recipe)] == [
+        "an override is not key=value",
+        "unknown key phases.mian",
+        "model.mlp is not valid",
+        "unknown key model.hiden_size",
+        "batch.micro_batch is not valid",
+        "phases.main.lr is not valid",
+        "unknown key x",
+    ]
+
+
+def test_problems_of_overrides_and_of_contradictions_come_together():
+    assert len(problems("hello", "run.stop_after=never", "init.load=all")) == 3
+
+
+# --- there and back
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_resolved_config_reads_back_equal(tmp_path: Path, name: str):
+    resolved = load_config(name)
+    path = written(tmp_path, config_to_yaml(resolved), "config.yaml")
+    assert read_run_config(tmp_path / "config.yaml") == load_config(path) == resolved
+    plain = yaml.safe_dump(resolved.model_dump(mode="json") | {"provenance": {"git": "abc"}})
+    written(tmp_path, plain, "config.yaml")
+    assert read_run_config(tmp_path / "config.yaml") == resolved
+
+
+@settings(deadline=None)
+@given(
+    prompts=st.lists(st.text(st.characters(exclude_categories=["Cs"]))),
+    separator=st.sampled_from(["off", "null", "~", "", "1e5", "0x10", "2024-01-01", "a: b", "# c", "[SEP]", "*x", "é"]),
+    lr=st.floats(min_value=1e-300, max_value=1e300),
+)
+def test_any_text_and_number_reads_back_equal(
+    tmp_path_factory: pytest.TempPathFactory, prompts: list[str], separator: str, lr: float
+):
+    tree = load_config(EXAMPLE).model_dump()
+    tree["sample"]["prompts"] = prompts
+    tree["tokenizer"]["separator"] = separator
+    tree["phases"][0]["lr"] = lr
+    resolved = Config.model_validate(tree)
+    path = tmp_path_factory.getbasetemp() / "config.yaml"
+    path.write_text(config_to_yaml(resolved), encoding="utf-8", newline="")
+    assert read_run_config(path) == resolved
+
+
+def test_a_damaged_config_is_a_user_error(tmp_path: Path):
+    written(tmp_path, config_to_yaml(load_config(EXAMPLE)).replace("hidden_size: 192", "hidden_size: x"), "c.yaml")
+    with pytest.raises(UserError, match=r"model\.hidden_size in c\.yaml"):
+        read_run_config(tmp_path / "c.yaml")
+
+
+def test_a_config_without_a_phase_is_read_by_nobody(tmp_path: Path):
+    text = config_to_yaml(load_config(EXAMPLE))
+    written(tmp_path, text[: text.index("phases:")] + "phases: []\n", "c.yaml")
+    with pytest.raises(UserError, match=r"there is no phase.*phases in c\.yaml"):
+        read_run_config(tmp_path / "c.yaml")
+
+
+# --- options of `smoltrain generate`
+
+
+def test_given_options_revise_the_settings():
+    settings = load_config(EXAMPLE).generation
+    assert override_generation(settings, temperature=None, top_k=None) == settings
+    revised = override_generation(settings, temperature=0.5, top_k=None, max_tokens=7)
+    assert revised.model_dump() == settings.model_dump() | {"temperature": 0.5, "max_tokens": 7}
+
+
+def test_bad_options_name_themselves():
+    with pytest.raises(UserError) as caught:
+        override_generation(load_config(EXAMPLE).generation, temperature=-1, top_p=2)
+    assert [str(p) for p in caught.value.problems] == [
+        "generation.temperature is not valid: saw -1, want greater than or equal to 0; change --temperature",
+        "generation.top_p is not valid: saw 2, want less than or equal to 1; change --top-p",
+    ]
+
+
+def test_a_runs_own_config_is_a_recipe(tmp_path: Path):
+    settings = load_config(EXAMPLE)
+    path = tmp_path / "config.yaml"
+    path.write_text(config_to_yaml(settings) + "provenance: {rows_per_step: 8}\n")
+    assert load_config(str(path)) == settings
+
+
+def test_a_wrong_value_does_not_hide_a_broken_rule():
+    with pytest.raises(UserError) as caught:
+        load_config(EXAMPLE, ["nonsense", "optimizer.beta1=x", "batch.sequence_length=1024", "model.hidden_size=100"])
+    assert [str(problem).partition(":")[0] for problem in caught.value.problems] == [
+        "an override is not key=value",
+        "optimizer.beta1 is not valid",
+        "the heads do not divide the width",
+        "the sequence is longer than the positions",
+    ]
+
+
+@pytest.mark.parametrize("key", ["run.folder", "init.from", "engine.ds_config"])
+def test_the_home_folder_is_meant_by_what_a_shell_leaves_of_it(monkeypatch: pytest.MonkeyPatch, key: str):
+    monkeypatch.setenv("HOME", "/home/me")
+    section, name = key.split(".")
+    for text, meant in (("~/x", "/home/me/x"), ("~nobody-of-this-name/x", "~nobody-of-this-name/x"), ("a~/x", "a~/x")):
+        found = load_config(EXAMPLE, [f"{key}={text}"])
+        assert str(found.model_dump()[section][name]) == meant

@@ -1,0 +1,74 @@
+"""Concatenate and chop: every target once, in order."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smoltrain.data.tokens import packing
+from smoltrain.data.tokens.packing import (
+    append_separator,
+    count_rows,
+    encode_documents,
+    inputs_and_labels,
+    positions_in_documents,
+)
+from tests.data.worlds import TOKENIZER
+
+LENGTHS = st.integers(1, 12)
+COUNTS = st.integers(0, 100)
+
+
+def test_a_separator_ends_each_document():
+    parts = [append_separator(*part, np.uint16) for part in (([5], None), ([6], 0), ([], 0), ([7], 0))]
+    stream = np.concatenate(parts)
+    assert stream.tolist() == [5, 6, 0, 0, 7, 0]
+    assert stream.dtype == np.uint16
+
+
+def cut(num_tokens: int, length: int) -> np.ndarray:
+    """All rows of a stream whose tokens are their own places."""
+    count = count_rows(num_tokens, length)
+    return np.arange(length + 1) + np.arange(count)[:, None] * length
+
+
+@given(COUNTS, LENGTHS)
+def test_every_target_is_predicted_once_from_the_token_before_it(num_tokens: int, length: int):
+    inputs, labels = inputs_and_labels(cut(num_tokens, length))
+    assert labels.flatten().tolist() == list(range(1, labels.size + 1))
+    assert (labels == inputs + 1).all()
+    assert 0 <= max(0, num_tokens - 1) - labels.size < length
+
+
+def test_many_rows_are_cut_at_once():
+    inputs, labels = inputs_and_labels(np.arange(6).reshape(2, 3))
+    assert (inputs.tolist(), labels.tolist()) == ([[0, 1], [3, 4]], [[1, 2], [4, 5]])
+
+
+# --- documents ---
+
+TEXTS = st.lists(st.text("ab c\u00e9", min_size=1, max_size=30), max_size=12)
+
+
+@settings(deadline=None)
+@given(TEXTS, st.integers(1, 40), st.integers(1, 40))
+def test_the_tokens_do_not_depend_on_how_much_is_tokenised_at_once(texts: list[str], characters: int, longest: int):
+    before, packing.ENCODE_CHARACTERS = packing.ENCODE_CHARACTERS, longest  # of a piece
+    try:
+        found = list(encode_documents(enumerate(texts), TOKENIZER, np.uint16, characters))
+    finally:
+        packing.ENCODE_CHARACTERS = before
+    for number, text in enumerate(texts):
+        pieces = [piece for piece in found if piece.about == number]
+        ids = np.concatenate([piece.ids for piece in pieces]).tolist()
+        assert ids == [*TOKENIZER.encode(text), TOKENIZER.separator_id]
+        assert [piece.offset for piece in pieces] == np.cumsum([0, *(len(p.ids) for p in pieces)])[:-1].tolist()
+    assert [piece.about for piece in found] == sorted(piece.about for piece in found)
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_positions_restart_behind_each_separator(rows: list[list[int]]):
+    found = positions_in_documents(np.array(rows), 0).tolist()
+    for row, positions in zip(rows, found, strict=True):
+        assert positions[0] == 0
+        for i in range(1, 6):
+            assert positions[i] == (0 if row[i - 1] == 0 else positions[i - 1] + 1)

@@ -1,0 +1,469 @@
+"""`smoltrain train`, which is what ./train.sh runs: phases in fresh processes, kills, signals, exit codes."""
+
+import io
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from smoltrain.checkpoint.manifest import find_newest_valid_checkpoint, list_checkpoint_steps
+from smoltrain.config.load import list_recipes
+from smoltrain.config.schema import Config
+from smoltrain.engine.deepspeed_json import fill_deepspeed_config, zero_stage
+from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED
+from smoltrain.launch import supervisor
+from smoltrain.launch.config_pipe import pack_config, unpack_config
+from smoltrain.schedule import Plan
+from tests import launches, tiny
+
+LONG = (
+    "phases.main.steps=60",
+    "phases.main.warmup_steps=5",
+    "checkpoint.every=10",
+    "sample.every=0",
+    "model.dropout=0.1",
+)
+END = 64
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a run that nobody disturbed, and its transcript in ../../log."""
+    folder = tmp_path_factory.mktemp("straight")
+    assert launches.run("smoltrain", tiny.words(folder, *LONG), folder / "log") == DONE
+    return folder / "runs" / "quickstart"
+
+
+def transcript(run_folder: Path) -> str:
+    return (run_folder.parent.parent / "log").read_text()
+
+
+def test_each_phase_runs_in_fresh_processes_that_restore_from_disk(uninterrupted: Path) -> None:
+    said = transcript(uninterrupted)
+    assert "phase main: steps 1 to 60, 2 new processes" in said
+    assert "phase continuation: steps 61 to 64, 2 new processes" in said
+    assert "restored step 60 on 2 ranks" in said
+    last = [m for m in launches.metrics(uninterrupted) if "validation/loss_nats_per_token" in m][-1]
+    assert f"done: 64 of 64 steps, validation loss {last['validation/loss_nats_per_token']:.4f} nats per token" in said
+    assert f"generate {uninterrupted} --prompt" in said
+    assert {60, END} <= set(list_checkpoint_steps(uninterrupted / "checkpoints"))
+    assert sorted(launches.losses(uninterrupted)) == list(range(1, END + 1))
+
+
+def test_the_same_command_again_says_complete_in_one_line(uninterrupted: Path) -> None:
+    folder = uninterrupted.parent.parent
+    assert launches.run("smoltrain", tiny.words(folder, *LONG), folder / "again") == DONE
+    said = (folder / "again").read_text().splitlines()
+    assert len(said) == 1
+    assert "the plan is complete at step 64" in said[0]
+
+
+@pytest.mark.slow
+def test_a_rank_killed_in_mid_run_costs_nothing_but_time(uninterrupted: Path, tmp_path: Path) -> None:
+    words, run_folder = tiny.words(tmp_path, *LONG), tmp_path / "runs" / "quickstart"
+    process = launches.start("smoltrain", words, tmp_path / "log")
+    launches.wait_for_step(run_folder, 25, process)
+    next(rank for rank in launches.ranks_alive(words) if rank.environ()["RANK"] == "1").kill()
+    assert process.wait(launches.TIMEOUT_S) == FAULT
+    launches.wait_until_gone(words)
+    said = (tmp_path / "log").read_text()
+    assert "error: rank 1 was ended by SIGKILL; the same command goes on from the last checkpoint" in said
+    left = find_newest_valid_checkpoint(run_folder / "checkpoints", print)
+    assert left is not None
+    assert 20 <= left.step < 60
+    assert launches.run("smoltrain", words, tmp_path / "log") == DONE
+    assert f"restored step {left.step} on 2 ranks" in (tmp_path / "log").read_text()
+    assert launches.losses(run_folder) == launches.losses(uninterrupted)
+    assert launches.weights_digest(run_folder, END) == launches.weights_digest(uninterrupted, END)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_on_every_rank_and_the_rest_follows_bitwise(
+    uninterrupted: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    words, run_folder = tiny.words(tmp_path, *LONG), tmp_path / "runs" / "quickstart"
+    process = launches.start("smoltrain", words, tmp_path / "log")
+    launches.wait_for_step(run_folder, 13, process)
+    launches.interrupt(process, number)
+    assert process.wait(40) == STOPPED
+    launches.wait_until_gone(words)
+    said = (tmp_path / "log").read_text()
+    assert "the same command goes on from there" in said
+    assert "Traceback" not in said
+    assert "ERROR" not in said
+    left = find_newest_valid_checkpoint(run_folder / "checkpoints", print)
+    assert left is not None
+    assert max(launches.losses(run_folder)) == left.step, "nothing that was computed is lost"
+    assert launches.run("smoltrain", words, tmp_path / "log") == DONE
+    assert launches.losses(run_folder) == launches.losses(uninterrupted)
+    assert launches.weights_digest(run_folder, END) == launches.weights_digest(uninterrupted, END)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_first_step_ends_all_at_once(tmp_path: Path, number: signal.Signals) -> None:
+    words = tiny.words(tmp_path, *LONG)
+    process = launches.start("smoltrain", words, tmp_path / "log")
+    while not launches.ranks_alive(words):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    launches.interrupt(process, number)
+    assert process.wait(40) == STOPPED
+    launches.wait_until_gone(words)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_ranks_whose_supervisor_was_killed_save_and_leave(tmp_path: Path) -> None:
+    words, run_folder = tiny.words(tmp_path, *LONG, "checkpoint.every=0"), tmp_path / "runs" / "quickstart"
+    process = launches.start("smoltrain", words, tmp_path / "log")
+    launches.wait_for_step(run_folder, 5, process)
+    process.kill()
+    process.wait()
+    launches.wait_until_gone(words)
+    left = find_newest_valid_checkpoint(run_folder / "checkpoints", print)
+    assert left is not None
+    assert left.step == max(launches.losses(run_folder))
+    assert f"stopped after step {left.step} (its launcher is gone)" in (tmp_path / "log").read_text()
+
+
+@pytest.mark.slow
+def test_the_second_ctrl_c_leaves_at_once_and_the_last_checkpoint_is_whole(tmp_path: Path) -> None:
+    words, run_folder = tiny.words(tmp_path, "phases.main.steps=5000", "checkpoint.every=4"), tmp_path / "runs"
+    process = launches.start("smoltrain", words, tmp_path / "log")
+    launches.wait_for_step(run_folder / "quickstart", 6, process)
+    while not list_checkpoint_steps(run_folder / "quickstart" / "checkpoints"):  # it is written beside training
+        assert process.poll() is None
+    for rank in launches.ranks_alive(words):
+        rank.suspend()  # nothing could be saved now
+    launches.interrupt(process, signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    launches.interrupt(process, signal.SIGINT)
+    assert process.wait(10) == INTERRUPTED
+    launches.wait_until_gone(words, 5)
+    left = find_newest_valid_checkpoint(run_folder / "quickstart" / "checkpoints", print)
+    assert left is not None
+    assert left.step % 4 == 0
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))]
+)
+def test_a_signal_while_there_are_no_ranks_yet_ends_the_command(tmp_path: Path, number: signal.Signals) -> None:
+    lines = "\n".join(f"{i} what news from Naples" for i in range(400_000))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "long.txt").write_text(lines)
+    words = tiny.words(tmp_path, *LONG)
+    process = launches.start("smoltrain", words, tmp_path / "log")
+    while not (tmp_path / "runs").exists():  # until then it imports
+        assert process.poll() is None
+        time.sleep(0.01)
+    launches.interrupt(process, number)
+    assert process.wait(20) == STOPPED
+    said = (tmp_path / "log").read_text()
+    assert said.splitlines()[-1] == "stopped before the first step; nothing was lost"
+    assert "Traceback" not in said
+    assert "new processes" not in said
+
+
+# ---- in a moment: a script that does as it is told stands in for smoltrain.launch.rank
+
+STAND_IN = """
+import fcntl, os, signal, subprocess, sys, time
+own = open(os.environ["RANK"], "w")
+fcntl.flock(own, fcntl.LOCK_EX)
+own.write("here")
+own.flush()
+other = open(str(1 - int(os.environ["RANK"])), "a+")
+while not other.seek(0) and other.read() != "here":
+    time.sleep(0.01)
+
+def end(how):
+    os._exit(how) if how >= 0 else os.kill(os.getpid(), -how)
+
+def lose(other):  # the kernel lets go of a dead process's locks as it closes its sockets
+    fcntl.flock(other, fcntl.LOCK_EX)
+    os._exit(1)
+
+exec(sys.argv[1 + int(os.environ["RANK"])])
+"""
+WAITS = "time.sleep(60)"
+LOSES = "lose(other)"
+
+
+@pytest.fixture
+def signals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[supervisor.SignalForwarder]:
+    """What listens to this process's signals, while the script stands in for the ranks and they get little time."""
+    (tmp_path / "rank.py").write_text(STAND_IN)
+    monkeypatch.setattr(supervisor, "RANK_COMMAND", [sys.executable, str(tmp_path / "rank.py")])
+    monkeypatch.setattr(supervisor, "NOTICE_S", 0.3)
+    monkeypatch.setattr(supervisor, "GRACE_S", 1.0)
+    monkeypatch.chdir(tmp_path)
+    listening = supervisor.SignalForwarder()
+    yield listening
+    listening.close()
+
+
+@pytest.mark.parametrize(
+    ("first_rank", "second_rank", "said", "truth"),
+    [
+        ("end(0)", "end(0)", "None", DONE),
+        ("end(75)", "time.sleep(0.5); end(75)", "rank 0 ended with code 75", STOPPED),
+        ("end(2)", "time.sleep(0.5); end(2)", "rank 0 ended with code 2", BAD_INPUT),
+        ("end(2)", LOSES, "rank 0 ended with code 2", BAD_INPUT),
+        ("end(130)", WAITS, "rank 0 ended with code 130", INTERRUPTED),
+        (WAITS, "end(1)", "rank 1 ended with code 1", FAULT),
+        ("end(0)", "end(1)", "rank 1 ended with code 1", FAULT),
+        (LOSES, "end(-signal.SIGKILL)", "rank 1 was ended by SIGKILL", FAULT),
+        (WAITS, "end(-signal.SIGSEGV)", "rank 1 was ended by SIGSEGV", FAULT),
+        (WAITS, "end(-40)", "rank 1 was ended by signal 40", FAULT),
+        (LOSES, "end(-signal.SIGTERM)", "rank 1 was ended by SIGTERM", STOPPED),  # which a rank that trains survives
+        (WAITS, "end(-signal.SIGUSR1)", "rank 1 was ended by SIGUSR1", STOPPED),
+        (f"signal.signal(signal.SIGTERM, signal.SIG_IGN); {WAITS}", "end(1)", "rank 1 ended with code 1", FAULT),
+    ],
+)
+def test_the_rank_that_died_first_tells_how_the_launch_ended(
+    signals: supervisor.SignalForwarder, first_rank: str, second_rank: str, said: str, truth: int
+) -> None:
+    first = supervisor.RankProcesses([first_rank, second_rank], 2, "cpu").run(signals)
+    assert str(first) == said
+    assert (first.launch_code if first else DONE) == truth
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "out", "err"),
+    [
+        (signal.SIGKILL, FAULT, "", "error: rank 1 was ended by SIGKILL; the same command goes on from the last check"),
+        (signal.SIGTERM, STOPPED, "stopped, and nothing was lost; the same command goes on from there", ""),
+    ],
+)
+def test_what_ranks_could_not_say_is_said_for_them(
+    signals: supervisor.SignalForwarder, capfd: pytest.CaptureFixture[str], number: int, code: int, out: str, err: str
+) -> None:
+    assert (
+        supervisor._launch_ranks(supervisor.RankProcesses([WAITS, f"end(-{int(number)})"], 2, "cpu"), signals) == code
+    )
+    said = capfd.readouterr()
+    assert said.out.startswith(out)
+    assert said.err.startswith(err)
+    assert (bool(said.out), bool(said.err)) == (bool(out), bool(err))
+
+
+def test_what_ranks_started_does_not_outlive_them(signals: supervisor.SignalForwarder, tmp_path: Path) -> None:
+    """Neither what would leave when asked, nor what would not."""
+    start = "child = subprocess.Popen(['sh', '-c', 'trap \"{}\" TERM; while :; do sleep 0.1; done'])"
+    write = "open('child' + os.environ['RANK'], 'w').write(str(child.pid)); end(0)"
+    words = [f"{start.format('exit')}; {write}", f"{start.format(':')}; {write}"]
+    assert supervisor.RankProcesses(words, 2, "cpu").run(signals) is None
+    for rank in "01":
+        pid = int((tmp_path / f"child{rank}").read_text())
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_signal_reaches_all_ranks_as_it_is(
+    signals: supervisor.SignalForwarder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    said = "signal.signal(signal.SIGUSR1, lambda *_: end(75))"
+    asks = "time.sleep(0.2); os.kill(os.getppid(), signal.SIGUSR1)"
+    words = [f"{said}; {WAITS}", f"{said}; {asks}; {WAITS}"]
+    assert supervisor._launch_ranks(supervisor.RankProcesses(words, 2, "cpu"), signals) == STOPPED
+    assert capfd.readouterr().out == "", "they have said so themselves"
+
+
+def test_ctrl_z_stops_the_ranks_and_what_they_started(
+    signals: supervisor.SignalForwarder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process itself is not stopped here: what it would do is looked at instead."""
+    found = []
+
+    def stand_still(number: int) -> None:
+        assert number == signal.SIGTSTP
+        assert signal.getsignal(number) == signal.SIG_DFL
+        launches.wait_until(lambda: len(states := [p.status() for p in seen()]) == 3 and set(states) == {"stopped"}, 10)
+        found.append("stopped")
+
+    def seen() -> list[psutil.Process]:
+        assert signals.ranks is not None
+        return signals.ranks.session_processes()
+
+    monkeypatch.setattr(signal, "raise_signal", stand_still)
+    asks = "time.sleep(0.2); os.kill(os.getppid(), signal.SIGTSTP); time.sleep(0.3)"
+    words = ["child = subprocess.Popen(['sleep', '60']); time.sleep(0.5); child.kill(); end(0)", f"{asks}; end(0)"]
+    assert supervisor.RankProcesses(words, 2, "cpu").run(signals) is None
+    assert found == ["stopped"], "and went on, or they would not have ended"
+    assert signal.getsignal(signal.SIGTSTP) == signals._on_ctrl_z
+
+
+def test_a_hangup_that_nohup_has_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        listening = supervisor.SignalForwarder()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        listening.close()
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        listening = supervisor.SignalForwarder()
+        assert signal.getsignal(signal.SIGHUP) == listening._on_signal
+        listening.close()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.4])
+def test_ctrl_c_while_a_rank_still_imports_shows_no_traceback(
+    capfd: pytest.CaptureFixture[str], after_s: float
+) -> None:
+    ranks = supervisor.RankProcesses(["quickstart"], 2, "cpu")  # of the real module
+    ranks._start_processes()
+    try:
+        time.sleep(after_s)
+        first = ranks._wait_for_exits([signal.SIGINT])
+    finally:
+        ranks._end_leftovers()
+    assert first
+    assert first.code == -signal.SIGINT
+    assert capfd.readouterr().err == ""
+
+
+# ---- between phases
+
+
+class Phase:
+    """Stands in for the ranks of a phase, which are always done at once; `during` is what happens meanwhile."""
+
+    launched: list[Config]
+    during: Callable[[supervisor.SignalForwarder], None]
+
+    def __init__(self, words: list[str], count: int, device: str, settings: Config) -> None:
+        self.launched.append(settings)
+
+    def run(self, signals: supervisor.SignalForwarder) -> None:
+        signals.ranks_were_started = True
+        Phase.during(signals)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The configs of the phases that were launched."""
+    monkeypatch.setattr(supervisor, "RankProcesses", Phase)
+    Phase.launched = []
+    return Phase.launched
+
+
+def ask_late(signals: supervisor.SignalForwarder) -> None:
+    """A signal that the ranks were told of when they had left their last step behind."""
+    signals.pending = []
+    os.kill(os.getpid(), signal.SIGTERM)
+    signals.pending = None
+
+
+def ask_after(signals: supervisor.SignalForwarder) -> None:
+    """A signal while there are no ranks."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("ask", [ask_late, ask_after])
+def test_no_phase_begins_after_a_signal(
+    launched: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str], ask: Callable[..., None]
+) -> None:
+    Phase.during = ask
+    assert supervisor.supervise_run("quickstart", tiny.words(tmp_path)) == STOPPED
+    assert [settings.run.stop_after for settings in launched] == ["main"]
+    assert capsys.readouterr().out.splitlines()[-1].endswith("; the same command goes on from there")
+
+
+def test_all_phases_train_what_the_recipe_said_at_the_start(launched: list[Config], tmp_path: Path) -> None:
+    recipe, engine = tmp_path / "my.yaml", tmp_path / "mine.json"
+    recipe.write_text(list_recipes()["quickstart"].read_text(encoding="utf-8"), encoding="utf-8")
+    engine.write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
+
+    def edit(_signals: supervisor.SignalForwarder) -> None:
+        recipe.write_text(recipe.read_text(encoding="utf-8").replace("lr: 2.0e-4", "lr: 9.9e-3") + "x: 1", "utf-8")
+        engine.write_text("{", encoding="utf-8")
+
+    Phase.during = edit
+    words = [word for word in tiny.words(tmp_path) if not word.startswith("phases.continuation.lr=")]
+    assert supervisor.supervise_run(str(recipe), [*words, f"engine.ds_config={engine}"]) == DONE
+    handed = [unpack_config(io.BytesIO(pack_config(settings))) for settings in launched]
+    assert [(at.run.stop_after, at.phases[1].lr) for at in handed] == [("main", 2e-4), ("continuation", 2e-4)]
+    assert zero_stage(fill_deepspeed_config(handed[1], precision="fp32", accumulation=2, world_size=2)) == 1
+
+
+def test_the_summary_shows_no_older_loss_as_the_last_one(tmp_path: Path) -> None:
+    settings = tiny.load(tmp_path)
+    settings.run_folder.mkdir(parents=True)
+    name = "validation/loss_nats_per_token"
+    (settings.run_folder / "metrics.jsonl").write_text(f'{{"step": 8, "{name}": 5.25}}\n{{"step": 12}}\n')
+    plan = Plan(settings.phases)
+    assert supervisor._describe_finished_run(settings, plan, 12).startswith("done: 12 of 12 steps; weights")
+    assert supervisor._describe_finished_run(settings, plan, 8).startswith(
+        "done: 8 of 12 steps, validation loss 5.2500 nats"
+    )
+
+
+def test_the_commands_of_the_summary_can_be_given_to_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny.load(tmp_path / "two words; $HOME")
+    (settings.run_folder / "wandb" / "offline-run-1").mkdir(parents=True)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "my bin" / "python"))
+    monkeypatch.chdir(tmp_path)
+    commands = [
+        shlex.split(line)
+        for line in supervisor._describe_finished_run(settings, Plan(settings.phases), 12).splitlines()[2:]
+    ]
+    folder = str(settings.run_folder)
+    assert commands == [
+        ["my bin/smoltrain", "generate", folder, "--prompt", "To be"],
+        ["my bin/wandb", "sync", f"{folder}/wandb/offline-run-*"],
+        ["my bin/smoltrain", "show", f"{folder}/config.yaml", "--plan"],
+    ]
+    ends = supervisor._describe_finished_run(settings, Plan(settings.phases), 12).splitlines()[3]
+    assert ends.endswith("/wandb/offline-run-*"), "which the shell completes, so it stands outside the quotes"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["modell.hidden_size=3"], "unknown key modell"),
+        (["data.path=nowhere.txt"], "the data are missing"),
+        (["model.vocab_size=300"], "model.vocab_size"),
+        (["batch.micro_batch=999"], "rows"),
+        (["engine.ds_config=zero9"], "no such DeepSpeed config: saw 'zero9'"),
+        (["batch.accumulation=null", "batch.rows_per_step=10"], "10 rows per step do not divide evenly: saw 2 ranks"),
+        (["--ranks", "0"], "this machine cannot run so many ranks: saw 0, want 1 or more; change --ranks"),
+    ],
+)
+def test_a_mistake_is_one_line_and_starts_no_process(tmp_path: Path, change: list[str], message: str) -> None:
+    words = tiny.words(tmp_path, *change)
+    assert launches.run("smoltrain", words, tmp_path / "log") == BAD_INPUT
+    said = (tmp_path / "log").read_text()
+    assert message in said
+    assert "Traceback" not in said
+    assert "new processes" not in said
+    assert not (tmp_path / "runs" / "quickstart" / "checkpoints").exists()
+
+
+def test_a_finished_run_of_another_model_is_not_called_complete(uninterrupted: Path) -> None:
+    folder = uninterrupted.parent.parent
+    words = tiny.words(folder, *LONG, "model.intermediate_size=96")
+    assert launches.run("smoltrain", words, folder / "finished") == BAD_INPUT
+    assert "model.intermediate_size differs" in (folder / "finished").read_text()
+
+
+def test_a_run_that_belongs_to_another_model_is_left_as_it_is(uninterrupted: Path) -> None:
+    folder = uninterrupted.parent.parent
+    before = (uninterrupted / "config.yaml").read_bytes()
+    words = tiny.words(folder, *LONG, "phases.continuation.steps=9", "model.intermediate_size=96", "run.seed=5")
+    assert launches.run("smoltrain", words, folder / "other") == BAD_INPUT
+    said = (folder / "other").read_text()
+    assert "model.intermediate_size differs from the run's own: saw 96, want 64" in said
+    assert "run.seed differs from the run's own: saw 5, want 1234" in said
+    assert (uninterrupted / "config.yaml").read_bytes() == before

@@ -1,0 +1,341 @@
+"""What transformers reads is the decoder, both ways, and what the decoder cannot be is refused in a line."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM
+
+from smoltrain.config.schema import GenerationSection, ModelSection
+from smoltrain.errors import UserError
+from smoltrain.export.modeling_smoltrain import SmoltrainConfig, SmoltrainForCausalLM
+from smoltrain.inference.generate import generate_ids
+from smoltrain.model.hf_format import (
+    GPT2,
+    LLAMA,
+    MODELING_FILE,
+    NEOX,
+    SMOLTRAIN,
+    SUPPORTED,
+    WEIGHT_INDEX,
+    convert_to_hf_tensors,
+    hf_class_name,
+    read_hf_decoder,
+)
+from tests import folders
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+GQA, BIASES = {"num_key_value_heads": 2}, {"attention_bias": True, "mlp_bias": True}
+LAYERNORM_GELU = {"norm": "layernorm", "mlp": "gelu"}
+AS_GPT2 = {**LAYERNORM_GELU, **BIASES, "positions": "learned"}
+SYSTEM_4 = {"positions": "learned"}  # with RMSNorm, SwiGLU and all heads: nobody else has it
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": (LLAMA, GQA),
+    "llama-untied-biases": (LLAMA, {**BIASES, "tie_word_embeddings": False, "rope_theta": 500000.0}),
+    "llama-mqa": (LLAMA, {"num_key_value_heads": 1, "rms_norm_eps": 1e-3}),
+    "gpt2": (GPT2, {**AS_GPT2, "dropout": 0.2, "attention_dropout": 0.1}),
+    "neox": (NEOX, LAYERNORM_GELU),
+    "neox-untied-biases": (NEOX, {**LAYERNORM_GELU, **BIASES, "tie_word_embeddings": False, "rope_theta": 5e4}),
+    "neox-mlp-bias": (NEOX, {**LAYERNORM_GELU, "mlp_bias": True}),
+    "system-4": (SMOLTRAIN, SYSTEM_4),
+    "own-gpt2-without-biases": (SMOLTRAIN, {**LAYERNORM_GELU, "positions": "learned"}),
+    "own-gpt2-untied": (SMOLTRAIN, {**AS_GPT2, "tie_word_embeddings": False}),
+    "own-neox-gqa": (SMOLTRAIN, {**LAYERNORM_GELU, **GQA}),
+    "own-swiglu-layernorm": (SMOLTRAIN, {"norm": "layernorm", **BIASES, **GQA, "rope_theta": 2000.0}),
+}
+
+
+def section(changes: dict[str, Any]) -> ModelSection:
+    return ModelSection.model_validate({**SHAPE, **changes})
+
+
+def ids(rows: int = 2, tokens: int = 20) -> Tensor:
+    return torch.randint(1, 300, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def loaded(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=True, output_loading_info=True, **options
+    )
+    return model[0].eval(), model[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    with folders.one_thread():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def modules_of_this_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """transformers copies a folder's code to a cache in the home folder and imports it from there."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+# --- both ways
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_there_and_back(tmp_path: Path, case: str):
+    name, changes = CASES[case]
+    ours = folders.hub(tmp_path / "hub", section(changes))
+    assert hf_class_name(section(changes)) == name
+    theirs, report = loaded(tmp_path / "hub")
+    assert type(theirs).__name__ == name
+    assert not any(report.values()), report
+    logits = ours(ids())
+    assert logits.std() > 0.5
+    torch.testing.assert_close(theirs(ids()).logits, logits, rtol=0, atol=1e-5)
+    tied = theirs.get_output_embeddings().weight is theirs.get_input_embeddings().weight
+    assert tied == section(changes).tie_word_embeddings
+    back, tensors = read_hf_decoder(tmp_path / "hub")
+    assert back == section(changes)
+    assert tensors.keys() == dict(ours.named_parameters()).keys()
+    assert all(torch.equal(tensors[n], p) for n, p in ours.named_parameters())
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt2", "neox", "system-4"])
+@torch.no_grad()
+def test_what_transformers_writes_is_read(tmp_path: Path, case: str):
+    _, changes = CASES[case]
+    ours = folders.hub(tmp_path / "hub", section(changes))
+    theirs, _ = loaded(tmp_path / "hub")
+    theirs.save_pretrained(tmp_path / "again", max_shard_size="20KB")
+    assert (tmp_path / "again" / WEIGHT_INDEX).is_file()
+    back, tensors = read_hf_decoder(tmp_path / "again")
+    assert back == section(changes)
+    assert all(torch.equal(tensors[n], p) for n, p in ours.named_parameters())
+
+
+def test_a_folder_of_another_time(tmp_path: Path):
+    """Without prefixes, with buffers, with the head's new name, with the words of transformers 4."""
+    shape = section(CASES["gpt2"][1])
+    folders.hub(tmp_path, shape)
+    want = read_hf_decoder(tmp_path)[1]
+    tensors = load_file(tmp_path / "model.safetensors")
+    old = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    old |= {"h.0.attn.bias": torch.ones(1), "h.1.attn.masked_bias": torch.ones(1)}
+    save_file(old, tmp_path / "model.safetensors")
+    about = json.loads((tmp_path / "config.json").read_text())
+    about["n_inner"] = None  # four times the width
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"mlp.c_fc.bias has another shape: saw \(48,\), want \(128,\)"):
+        read_hf_decoder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(about | {"n_inner": 48}))
+    assert all(torch.equal(x, want[name]) for name, x in read_hf_decoder(tmp_path)[1].items())
+
+    shape = section(CASES["neox-untied-biases"][1])
+    folders.hub(tmp_path, shape)
+    tensors = load_file(tmp_path / "model.safetensors")
+    # What we write is the older name, which transformers 4 reads alone: without it the head would be random there.
+    tensors["lm_head.weight"] = tensors.pop("embed_out.weight")
+    tensors["gpt_neox.layers.0.attention.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    about = json.loads((tmp_path / "config.json").read_text())
+    del about["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    assert read_hf_decoder(tmp_path)[0] == shape
+
+
+@pytest.mark.parametrize("case", ["gpt2", "neox"])
+@torch.no_grad()
+def test_a_model_that_transformers_made(tmp_path: Path, case: str):
+    """Fresh ones of their own classes: the direction in which no table of ours was written first."""
+    if case == "gpt2":
+        theirs: Any = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=24))
+    else:
+        shape: dict[str, Any] = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        shape |= {"intermediate_size": 48, "rotary_pct": 1.0, "hidden_act": "gelu_new", "use_parallel_residual": False}
+        theirs = GPTNeoXForCausalLM(GPTNeoXConfig(**shape, max_position_embeddings=24))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    theirs.eval().save_pretrained(tmp_path)
+    section, tensors = read_hf_decoder(tmp_path)
+    ours = folders.lively(section)
+    ours.load_state_dict(tensors)
+    x = ids(tokens=24) % 61
+    torch.testing.assert_close(ours(x), theirs(x).logits, rtol=0, atol=1e-5)
+
+
+# --- the class of our own
+
+
+def own_model(shape: ModelSection, weights: dict[str, Tensor]) -> SmoltrainForCausalLM:
+    model = SmoltrainForCausalLM(SmoltrainConfig(**shape.model_dump(exclude={"kind"})))
+    names = convert_to_hf_tensors(shape, weights) if hf_class_name(shape) == SMOLTRAIN else {}
+    missing = model.load_state_dict(names or {f"model.{n}": x for n, x in weights.items()}, strict=False)
+    assert not missing.unexpected_keys
+    assert set(missing.missing_keys) <= {"lm_head.weight"}
+    model.tie_weights()
+    return model.eval()
+
+
+@pytest.mark.parametrize("case", ["system-4", "own-gpt2-untied", "own-neox-gqa"])
+def test_our_own_class_writes_the_same_text(case: str):
+    shape = section(CASES[case][1])
+    ours = folders.lively(shape)
+    theirs: Any = own_model(shape, dict(ours.named_parameters()))
+    settings, prompt = GenerationSection(max_tokens=16), ids(1, 12)
+    want = list(generate_ids(ours, prompt[0].tolist(), settings, stop_ids=(), greedy=True))
+    assert len(set(want)) > 3
+    for options in ({}, {"use_cache": False}):
+        new = theirs.generate(prompt, max_new_tokens=16, do_sample=False, eos_token_id=None, pad_token_id=0, **options)
+        assert new[0, 12:].tolist() == want
+    both = torch.cat((torch.zeros(1, 5, dtype=torch.long), prompt[:, :7]), 1)  # the shorter one padded on the left
+    batch, mask = torch.cat((prompt, both)), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    together = theirs.generate(batch, attention_mask=mask, **options)
+    assert together[0, 12:].tolist() == want[:6]
+    alone = theirs.generate(prompt[:, :7], **options)
+    assert together[1, 12:].tolist() == alone[0, 7:].tolist()
+    beams = theirs.generate(prompt, num_beams=2, **options)  # reorders the cache
+    assert beams.shape == (1, 18)
+
+
+@pytest.mark.parametrize("case", ["system-4", "own-gpt2-untied", "own-swiglu-layernorm"])
+def test_our_own_class_learns_alike(case: str):
+    shape = section(CASES[case][1])
+    ours = folders.lively(shape)
+    theirs: Any = own_model(shape, dict(ours.named_parameters())).train()
+    x, labels = ids(), ids().clone()
+    labels[0, 3:6] = -100
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    want = ours.train()(x, shifted) / (shifted != -100).sum()
+    want.backward()
+    got = theirs(x, labels=labels).loss
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    got.backward()
+    gradients = convert_to_hf_tensors(shape, {n: p.grad for n, p in ours.named_parameters() if p.grad is not None})
+    assert gradients.keys() == dict(theirs.named_parameters()).keys()
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+@torch.no_grad()
+def test_our_own_class_is_one_of_transformers():
+    shape = section(SYSTEM_4)
+    model: Any = own_model(shape, dict(folders.lively(shape).named_parameters()))
+    x = ids()
+    whole = model(x)
+    torch.testing.assert_close(model(x, logits_to_keep=3).logits, whole.logits[:, -3:])
+    torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(x)).logits, whole.logits)
+    assert model(x, use_cache=False).past_key_values is None
+    first = model(x[:, :8])
+    rest = model(x[:, 8:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(rest.logits, whole.logits[:, 8:], rtol=0, atol=1e-5)
+    counted = model(x, labels=x, num_items_in_batch=torch.tensor(76)).loss  # as the Trainer asks: 2 x 19 labels, halved
+    torch.testing.assert_close(counted * 2, model(x, labels=x).loss)
+    rough = model.bfloat16()
+    assert rough(x).logits.dtype == torch.bfloat16
+
+
+def test_the_exported_code_needs_no_smoltrain():
+    text = MODELING_FILE.read_text(encoding="utf-8")
+    assert "import smoltrain" not in text
+    assert "from smoltrain" not in text
+
+
+# --- what is refused
+
+Change = Callable[[dict[str, Any]], Any]
+KNOWN, MISTRAL = SUPPORTED, ["MistralForCausalLM"]
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
+REFUSED: list[tuple[str, Change, str]] = [
+    ("llama", lambda c: c.update(architectures=MISTRAL), f"saw MistralForCausalLM, want one of {KNOWN}"),
+    ("llama", lambda c: c.pop("architectures"), "class is not supported: saw None"),
+    ("llama", lambda c: c.update(rope_parameters=LLAMA3), "scaling is not supported: saw 'llama3'"),
+    ("llama", lambda c: c.update(rope_parameters=None, rope_scaling={"type": "linear"}), "supported: saw 'linear'"),
+    ("llama", lambda c: c.update(hidden_act="gelu"), "hidden_act is not supported: saw 'gelu', want swish or silu"),
+    ("llama", lambda c: c.update(head_dim=16), "the heads do not fit the width: saw .*head_dim 16"),
+    ("llama", lambda c: c.update(num_key_value_heads=3), "the heads do not fit the width"),
+    ("llama", lambda c: c.update(quantization_config={"bits": 4}), "quantized weights are not supported"),
+    ("llama", lambda c: c.pop("hidden_size"), "hidden_size is missing"),
+    ("llama", lambda c: c.update(vocab_size="many"), "vocab_size is not valid: saw 'many', want a whole number"),
+    ("llama", lambda c: c.update(vocab_size=300), r"another vocabulary: saw \(320, 32\), want \(300, 32\)"),
+    ("llama", lambda c: c.update(tie_word_embeddings=False), "a tensor is missing: saw no lm_head.weight"),
+    ("llama", lambda c: c.update(mlp_bias=True), "a tensor is missing: saw no model.layers.0.mlp"),
+    ("llama", lambda c: c.update(num_hidden_layers=1), "a tensor is unknown: saw model.layers.1"),
+    ("gpt2", lambda c: c.update(activation_function="gelu"), "activation_function is not supported: saw 'gelu'"),
+    ("gpt2", lambda c: c.update(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is not supp"),
+    ("neox", lambda c: c.update(use_parallel_residual=True), "use_parallel_residual is not supported: saw True"),
+    ("neox", lambda c: (c.pop("rope_parameters"), c.update(rotary_pct=0.25)), "rotary_pct is not supported: saw 0.25"),
+    ("neox", lambda c: (c.pop("rope_parameters"), c.pop("rotary_pct")), "rotary_pct is not supported: saw 0.25"),
+    ("neox", lambda c: c.pop("hidden_act"), "hidden_act is not supported: saw 'gelu'"),
+    ("system-4", lambda c: c.update(positions="alibi"), "positions is not valid"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "change", "message"), REFUSED)
+def test_a_config_that_the_decoder_cannot_be(tmp_path: Path, case: str, change: Change, message: str):
+    folders.hub(tmp_path, section(CASES[case][1]))
+    about = json.loads((tmp_path / "config.json").read_text())
+    change(about)
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=message) as error:
+        read_hf_decoder(tmp_path)
+    assert all(len(str(problem).splitlines()) == 1 for problem in error.value.problems)
+    assert str(tmp_path) in str(error.value)
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def shards(folder: Path, index: object) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / WEIGHT_INDEX).write_text(json.dumps(index))
+
+
+DAMAGED: list[tuple[Callable[[Path], Any], str]] = [
+    (lambda f: cut(f / "model.safetensors"), "the weights cannot be read"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"no tensors at all"), "the weights cannot be read"),
+    (lambda f: (f / "model.safetensors").write_bytes(b""), "the weights cannot be read"),
+    (lambda f: (f / "model.safetensors").unlink(), "has no weights: saw neither of the two, want model.safetensors or"),
+    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "saw pytorch_model.bin, a pickle, which co"),
+    (lambda f: shards(f, {"weight_map": {"a": "../model.safetensors"}}), "the index of the weights is damaged"),
+    (lambda f: shards(f, ["a"]), "index.json cannot be read: saw it holds a list"),
+    (lambda f: shards(f, {"weight_map": {"a": "model-00002.safetensors"}}), "the weights cannot be read"),
+    (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGED)
+def test_a_folder_that_is_not_whole(tmp_path: Path, damage: Callable[[Path], Any], message: str):
+    folders.hub(tmp_path, section(GQA))
+    damage(tmp_path)
+    with pytest.raises(UserError, match=message) as error:
+        read_hf_decoder(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_tensors_that_are_not_what_they_seem(tmp_path: Path):
+    folders.hub(tmp_path, section(GQA))
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
+    assert "lm_head.weight" not in read_hf_decoder(tmp_path)[1], "the tied table twice is no harm"
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, file)
+    with pytest.raises(UserError, match="the tied head is not the embedding table"):
+        read_hf_decoder(tmp_path)
+    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"].to(torch.int8)}, file)
+    with pytest.raises(UserError, match=r"model.norm.weight has another dtype: saw torch.int8"):
+        read_hf_decoder(tmp_path)

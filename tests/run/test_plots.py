@@ -1,0 +1,115 @@
+"""The picture of a plan."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smoltrain.config.schema import PhaseSection
+from smoltrain.errors import UserError
+from smoltrain.run.plots import draw_plan, draw_run, running_median
+from smoltrain.schedule import Plan
+
+MAIN = PhaseSection(name="main", steps=40, lr=3e-4, schedule="wsd", warmup_steps=5, decay_steps=10)
+AFTER = PhaseSection(name="after", steps=3, schedule="continue", weight_decay=0.0)
+ONE_STEP = PhaseSection(name="one", steps=1, lr=1e-3, weight_decay=0.0)
+
+
+@pytest.mark.parametrize("phases", [(MAIN, AFTER), (ONE_STEP,), (MAIN, AFTER, ONE_STEP)])
+def test_a_plan_becomes_a_png(tmp_path: Path, phases: tuple[PhaseSection, ...]):
+    path = tmp_path / "plots" / "plan.png"
+    draw_plan(Plan(phases), path)
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">II", data[16:24]) == (1260, 672)
+
+
+def test_the_same_plan_is_the_same_picture(tmp_path: Path):
+    first, second, other = (tmp_path / name for name in ("first.png", "second.png", "other.png"))
+    draw_plan(Plan((MAIN, AFTER)), first)
+    draw_plan(Plan((MAIN, AFTER)), second)
+    draw_plan(Plan((MAIN, ONE_STEP)), other)
+    assert first.read_bytes() == second.read_bytes() != other.read_bytes()
+
+
+def write_metrics(run: Path, num_steps: int, first: int = 1) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {
+            "step": n, "train/loss_nats_per_token": 9 / n, "train/lr": 1e-3, "train/grad_norm_before_clipping": 1 / n,
+            "speed/tokens_per_s": 5000.0, "data/unique_rows": 16 * n, "data/unique_documents": 3 * n,
+            "data/repeat_factor": 1 + n / 99,
+        }
+        for n in range(first, first + num_steps)
+    ]  # fmt: skip
+    lines.append({"step": first + num_steps - 1, "validation/loss_nats_per_token": 0.5})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def size(png: Path) -> tuple[int, int]:
+    data = png.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    return struct.unpack(">II", data[16:24])
+
+
+def test_a_run_becomes_pngs_of_its_curves(tmp_path: Path):
+    write_metrics(tmp_path, 43)
+    loss, training = draw_run(Plan((MAIN, AFTER)), tmp_path)
+    assert (loss.name, training.name) == ("loss.png", "training.png")
+    assert size(loss)[0] == size(training)[0] == 1260
+    assert size(training)[1] > size(loss)[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "in_loss_png"),
+    [
+        ("train/loss_nats_per_token", True),
+        ("validation/loss_nats_per_token", True),
+        ("train/lr", False),
+        ("train/grad_norm_before_clipping", False),
+        ("speed/tokens_per_s", False),
+        ("data/unique_rows", False),
+        ("data/unique_documents", False),
+        ("data/repeat_factor", False),
+    ],
+)
+def test_each_number_is_drawn(tmp_path: Path, name: str, in_loss_png: bool):
+    write_metrics(tmp_path, 43)
+    plan, metrics = Plan((MAIN, AFTER)), tmp_path / "metrics.jsonl"
+    before = [png.read_bytes() for png in draw_run(plan, tmp_path)]
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    changed = [line | ({name: line[name] * (1 + line["step"] % 7)} if name in line else {}) for line in lines]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in changed))
+    after = [png.read_bytes() for png in draw_run(plan, tmp_path)]
+    assert [a != b for a, b in zip(before, after, strict=True)] == [in_loss_png, True]
+
+
+def test_a_run_that_counted_no_documents_has_no_panel_of_them(tmp_path: Path):
+    write_metrics(tmp_path, 43)
+    height = size(draw_run(Plan((MAIN, AFTER)), tmp_path)[1])[1]
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    new = ("data/unique_documents", "data/repeat_factor")
+    metrics.write_text("".join(json.dumps({k: v for k, v in x.items() if k not in new}) + "\n" for x in lines))
+    assert size(draw_run(Plan((MAIN, AFTER)), tmp_path)[1])[1] < height
+
+
+def test_a_run_of_another_run_begins_where_it_began(tmp_path: Path):
+    write_metrics(tmp_path, 3, first=41)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + '{"step": 44, "train/lo')  # a line in the making
+    for png in draw_run(Plan((MAIN, AFTER)), tmp_path):
+        assert size(png)[0] == 1260
+
+
+def test_a_run_without_a_step_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="nothing to draw yet"):
+        draw_run(Plan((MAIN,)), tmp_path)
+
+
+def test_a_running_median_ignores_a_spike():
+    values = np.array([1.0, 1.0, 9.0, 1.0, 2.0])
+    assert running_median(values, 3).tolist() == [1.0, 1.0, 1.0, 2.0, 1.5]
+    assert running_median(values, 1).tolist() == values.tolist()

@@ -1,0 +1,322 @@
+"""A run's folder knows its run: what may change between two starts, what may not, and who started it."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smoltrain.config.identity import find_config_differences
+from smoltrain.config.load import load_config, read_run_config
+from smoltrain.config.schema import Config, PhaseSection
+from smoltrain.errors import Problem, UserError
+from smoltrain.run.run_folder import accumulation_steps, check_run_folder, enter_run_folder
+from tests import tiny
+
+DONE = 6  # of main's 8 steps; the warm-up is 2, the schedule cosine
+
+
+def file_of(settings: Config) -> Path:
+    return settings.run_folder / "config.yaml"
+
+
+def provenance(settings: Config) -> dict[str, Any]:
+    return yaml.safe_load(file_of(settings).read_text(encoding="utf-8"))["provenance"]
+
+
+def edited(settings: Config, **sections: dict[str, Any]) -> Config:
+    """The config with some values of some sections replaced."""
+    tree = settings.model_dump()
+    for section, values in sections.items():
+        tree[section] |= values
+    return Config.model_validate(tree)
+
+
+def with_phases(settings: Config, *phases: dict[str, Any]) -> Config:
+    return settings.model_copy(update={"phases": tuple(PhaseSection.model_validate(phase) for phase in phases)})
+
+
+def phases_of(settings: Config) -> list[dict[str, Any]]:
+    return [phase.model_dump() for phase in settings.phases]
+
+
+def refused(settings: Config, done: int = DONE, world_size: int = 1) -> list[Problem]:
+    """The problems of entering again, after which the folder must be as it was."""
+    before = file_of(settings).read_bytes()
+    with pytest.raises(UserError) as caught:
+        enter_run_folder(settings, world_size, done)
+    assert file_of(settings).read_bytes() == before
+    assert [path.name for path in settings.run_folder.iterdir()] == ["config.yaml"]
+    return list(caught.value.problems)
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Config:
+    """A config whose run has started on one rank: 2 rows x 2 accumulated = 4 rows per step."""
+    started = tiny.load(tmp_path)
+    enter_run_folder(started, 1, 0)
+    return started
+
+
+# ---- the first start, and the next
+
+
+def test_the_first_start_writes_the_whole_config_and_where_it_came_from(tmp_path: Path) -> None:
+    settings = tiny.load(tmp_path, "sample.prompts=['null', '  x\n', 'off', '1e-3', 'Ä→']", "run.seed=7")
+    folder = enter_run_folder(settings, 3, 0)
+    assert read_run_config(file_of(settings)) == settings
+    assert folder.rows_per_step == 2 * 2 * 3
+    assert re.fullmatch("[0-9a-f]{8}", folder.wandb_id)
+    facts = provenance(settings)
+    assert facts["rows_per_step"] == folder.rows_per_step
+    assert facts["wandb_id"] == folder.wandb_id
+    (start,) = facts["starts"]
+    assert set(start["versions"]) == {"torch", "deepspeed", "tokenizers", "wandb", "numpy"}
+    assert (start["from_step"], start["ranks"]) == (0, 3)
+    assert re.fullmatch(r"[0-9a-f]{40}\+?|unknown", start["git_commit"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", start["time"])
+    assert "changes" not in start
+
+
+def test_two_runs_have_two_wandb_ids(tmp_path: Path) -> None:
+    ids = {enter_run_folder(tiny.load(tmp_path, f"run.name=run{i}"), 1, 0).wandb_id for i in range(3)}
+    assert len(ids) == 3
+
+
+def test_rows_per_step_may_be_said_outright(tmp_path: Path) -> None:
+    settings = tiny.load(tmp_path, "batch.accumulation=null", "batch.rows_per_step=24")
+    assert enter_run_folder(settings, 3, 0).rows_per_step == 24
+    assert accumulation_steps(settings, 24, 3) == 4
+
+
+def test_entering_again_keeps_the_identity_and_adds_to_the_history(settings: Config) -> None:
+    before = provenance(settings)
+    changed = edited(settings, track={"print_every": 5, "wandb": "offline"}, checkpoint={"keep_last": 3})
+    folder = enter_run_folder(changed, 2, DONE)
+    after = provenance(changed)
+    assert (folder.wandb_id, folder.rows_per_step) == (before["wandb_id"], before["rows_per_step"])
+    assert after["starts"][0] == before["starts"][0]
+    assert (after["starts"][1]["from_step"], after["starts"][1]["ranks"]) == (DONE, 2)
+    assert set(after["starts"][1]["changes"]) == {
+        "track.print_every: 2 -> 5",
+        "track.wandb: 'off' -> 'offline'",
+        "checkpoint.keep_last: 2 -> 3",
+    }
+    assert read_run_config(file_of(changed)) == changed
+    enter_run_folder(changed, 1, DONE)
+    assert provenance(changed)["starts"][2]["changes"] == []
+    assert len(provenance(changed)["starts"]) == 3
+
+
+def test_checking_writes_nothing(settings: Config, tmp_path: Path) -> None:
+    before = file_of(settings).read_bytes()
+    assert len(check_run_folder(settings, 1, DONE)["starts"]) == 2
+    assert file_of(settings).read_bytes() == before
+    fresh = tiny.load(tmp_path, "run.name=fresh")
+    assert check_run_folder(fresh, 1, 0)["rows_per_step"] == 4
+    assert not fresh.run_folder.exists()
+
+
+def test_a_first_start_that_does_not_fit_leaves_no_folder(tmp_path: Path) -> None:
+    settings = tiny.load(tmp_path, "batch.accumulation=null", "batch.rows_per_step=12")
+    with pytest.raises(UserError, match="12 rows per step do not divide evenly"):
+        enter_run_folder(settings, 4, 0)
+    assert not settings.run_folder.exists()
+
+
+# ---- what may not change
+
+FORBIDDEN = [
+    ({"model": {"hidden_size": 64}}, "model.hidden_size", 64, 32),
+    ({"model": {"dropout": 0.1}}, "model.dropout", 0.1, 0.0),
+    ({"tokenizer": {"vocab_size": 300}}, "tokenizer.vocab_size", 300, 320),
+    ({"data": {"pattern": "*.md"}}, "data.pattern", "*.md", "**/*"),
+    ({"data": {"validation_share": 0.1}}, "data.validation_share", 0.1, 0.2),
+    ({"data": {"shuffle_rows": 9}}, "data.shuffle_rows", 9, 256),
+    ({"packing": {"document_mask": True}}, "packing.document_mask", True, False),
+    ({"run": {"seed": 7}}, "run.seed", 7, 1234),
+    ({"batch": {"sequence_length": 32}}, "batch.sequence_length", 32, 16),
+    ({"optimizer": {"beta2": 0.99}}, "optimizer.beta2", 0.99, 0.95),
+    ({"optimizer": {"gradient_clipping": 0.0}}, "optimizer.gradient_clipping", 0.0, 1.0),
+    ({"batch": {"accumulation": 4}}, "batch.accumulation", 4, 2),
+    ({"batch": {"rows_per_step": 8}}, "batch.rows_per_step", 8, None),
+]
+
+
+@pytest.mark.parametrize(("sections", "key", "now", "was"), FORBIDDEN, ids=[row[1] for row in FORBIDDEN])
+@pytest.mark.parametrize("done", [0, DONE])
+def test_each_fixed_value_is_refused(
+    settings: Config, sections: dict[str, Any], key: str, now: Any, was: Any, done: int
+) -> None:
+    (problem,) = refused(edited(settings, **sections), done)
+    assert problem.what == f"{key} differs from the run's own"
+    assert (problem.saw, problem.want) == (repr(now), repr(was))
+    assert str(settings.run_folder) in problem.change
+    assert "run.name" in problem.change
+
+
+def test_all_differences_are_shown_at_once(settings: Config) -> None:
+    sections: dict[str, Any] = {}
+    for changes, _, _, _ in FORBIDDEN:
+        for section, values in changes.items():
+            sections[section] = sections.get(section, {}) | values
+    phases = phases_of(settings)
+    phases[0]["lr"] = 1e-3
+    problems = refused(with_phases(edited(settings, **sections), *phases))
+    assert {p.what for p in problems} == {
+        *(f"{key} differs from the run's own" for _, key, _, _ in FORBIDDEN),
+        "the plan changes step 1, which is done",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "saw", "want"),
+    [
+        ({"lr": 1e-3}, "lr 0.0005,", "lr 0.0015,"),
+        ({"weight_decay": 0.2}, "weight decay 0.2", "weight decay 0.1"),
+        ({"name": "first"}, "phase first,", "phase main,"),
+        ({"optimizer_state": "reset"}, "weight decay 0.1, optimizer reset", "weight decay 0.1"),
+        ({"schedule": "linear", "warmup_steps": 0}, "lr 0.003,", "lr 0.0015,"),
+    ],
+)
+def test_the_past_of_the_plan_is_refused(settings: Config, change: dict[str, Any], saw: str, want: str) -> None:
+    first, *rest = phases_of(settings)
+    asked = with_phases(settings, first | change, *rest)
+    (problem,) = refused(asked)
+    assert problem.what == "the plan changes step 1, which is done"
+    assert saw in problem.saw
+    assert problem.want.endswith(want) or want in problem.want
+    assert problem.change.startswith("phases.")
+    enter_run_folder(asked, 1, 0)  # nothing is past before the first step
+
+
+def test_a_longer_cosine_would_have_been_another_past(settings: Config) -> None:
+    first, *rest = phases_of(settings)
+    (problem,) = refused(with_phases(settings, first | {"steps": 100}, *rest))
+    assert problem.what == "the plan changes step 4, which is done", "the warm-up and the peak are the same"
+    enter_run_folder(with_phases(settings, first | {"steps": 100}, *rest), 1, 3)
+
+
+def test_a_phase_boundary_may_not_move_into_the_past(settings: Config) -> None:
+    first, *rest = phases_of(settings)
+    (problem,) = refused(with_phases(settings, first | {"steps": 5}, *rest))
+    assert problem.what.startswith("the plan changes step ")
+
+
+def test_the_plan_may_not_end_in_the_past(settings: Config) -> None:
+    first, _ = phases_of(settings)
+    (problem,) = refused(with_phases(settings, first), done=9)
+    assert problem.what == "the plan ends in the past"
+    assert (problem.saw, problem.want) == ("8 steps", "9 or more")
+
+
+# ---- what may
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"batch": {"micro_batch": 1}},
+        {"batch": {"micro_batch": 4}},
+        {"evaluate": {"every": 1, "rows": 4}, "sample": {"every": 0}, "checkpoint": {"every": 1}},
+        {"track": {"wandb": "online", "wandb_project": "other", "print_every": 1, "gradients_every": 0}},
+        {"engine": {"ds_config": "zero1", "precision": "fp32", "gradient_checkpointing": "none"}},
+        {"generation": {"temperature": 1.5}, "run": {"stop_after": "main"}},
+    ],
+    ids=["smaller micro-batch", "larger micro-batch", "cadences", "tracking", "engine", "the rest"],
+)
+def test_what_does_not_touch_the_past_may_change(settings: Config, sections: dict[str, Any]) -> None:
+    changed = edited(settings, **sections)
+    assert enter_run_folder(changed, 1, DONE).rows_per_step == 4
+    assert read_run_config(file_of(changed)) == changed
+
+
+def test_a_micro_batch_that_does_not_divide_is_refused(settings: Config) -> None:
+    (problem,) = refused(edited(settings, batch={"micro_batch": 3}))
+    assert problem.saw == "1 ranks x micro_batch 3"
+    assert problem.want == "a micro-batch that divides 4" or "ranks" in problem.want
+
+
+def test_the_future_is_free(settings: Config) -> None:
+    first, second = phases_of(settings)
+    extra = {"name": "extra", "steps": 50, "schedule": "continue"}
+    for plan in (
+        [first, second, extra],
+        [first, second | {"lr": 1e-5, "weight_decay": 0.0, "schedule": "constant", "steps": 40}],
+        [first, second | {"name": "other", "optimizer_state": "reset"}],
+        [first],
+    ):
+        enter_run_folder(with_phases(settings, *plan), 1, DONE)
+    assert provenance(settings)["starts"][1]["changes"] == ["phases.extra: None -> '50 steps, continue'"]
+
+
+@pytest.mark.parametrize(
+    "change", [{"path": "elsewhere"}, {"patience_s": 9.0}, {"max_bad_records": 1}, {"allow_changed": True}]
+)
+def test_where_the_data_lie_and_how_they_are_read_may_change(settings: Config, change: dict[str, Any]) -> None:
+    enter_run_folder(edited(settings, data=change), 1, DONE)
+
+
+def test_other_documents_are_accepted_where_changed_data_are(settings: Config) -> None:
+    enter_run_folder(edited(settings, data={"pattern": "*.md", "allow_changed": True}), 1, DONE)
+    (problem,) = refused(edited(settings, data={"validation_share": 0.1, "allow_changed": True}))
+    assert problem.what == "data.validation_share differs from the run's own"
+
+
+def test_the_mix_of_a_past_phase_is_refused(settings: Config) -> None:
+    first, *rest = phases_of(settings)
+    (problem,) = refused(with_phases(settings, first | {"mix": {"a": 1.0}}, *rest))
+    assert problem.what == "the plan changes step 1, which is done"
+    assert problem.saw.endswith("mix {'a': 1.0}")
+
+
+def test_a_constant_phase_may_grow(tmp_path: Path) -> None:
+    constant = ("phases.main.schedule=constant", "phases.main.final_lr=0")
+    enter_run_folder(tiny.load(tmp_path, *constant), 1, 0)
+    grown = tiny.load(tmp_path, *constant, "phases.main.steps=80")
+    enter_run_folder(grown, 1, 8)
+    shrunk = tiny.load(tmp_path, *constant, "phases.main.steps=19")
+    with pytest.raises(UserError, match="the plan changes step 20, which is done"):
+        enter_run_folder(shrunk, 1, 20)
+
+
+def test_the_end_of_a_phase_may_be_the_last_step_done(settings: Config) -> None:
+    first, _ = phases_of(settings)
+    enter_run_folder(with_phases(settings, first), 1, 8)
+
+
+# ---- ranks and micro-batches
+
+
+def sized(micro: int) -> Config:
+    tree = load_config("quickstart").model_dump()
+    tree["batch"]["micro_batch"] = micro
+    return Config.model_validate(tree)
+
+
+@given(micro=st.integers(1, 12), world=st.integers(1, 12), rows=st.integers(1, 400))
+def test_every_world_trains_on_the_same_rows_or_learns_which_worlds_would(micro: int, world: int, rows: int) -> None:
+    settings = sized(micro)
+    fits = [n for n in range(1, rows + 1) if rows % (micro * n) == 0]
+    if world in fits:
+        assert accumulation_steps(settings, rows, world) * micro * world == rows
+        return
+    with pytest.raises(UserError) as caught:
+        accumulation_steps(settings, rows, world)
+    (problem,) = caught.value.problems
+    assert problem.what == f"{rows} rows per step do not divide evenly"
+    assert problem.saw == f"{world} ranks x micro_batch {micro}"
+    want = f"one of {', '.join(map(str, fits))} ranks" if fits else f"a micro-batch that divides {rows}"
+    assert problem.want == want
+
+
+def test_differences_name_the_dotted_key_and_both_values(settings: Config) -> None:
+    other = edited(settings, model={"norm": "layernorm"}, run={"stop_after": "main"})
+    assert find_config_differences(settings, settings) == []
+    assert find_config_differences(settings, other) == [
+        ("run.stop_after", None, "main"),
+        ("model.norm", "rmsnorm", "layernorm"),
+    ]

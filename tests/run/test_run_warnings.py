@@ -1,0 +1,49 @@
+"""The warning comes when a text was memorised, and not when held-out documents are just harder."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from smoltrain.run.run_warnings import memorisation_warning, slow_data_warning
+
+LOSSES = st.floats(0, 20)
+
+
+@pytest.mark.parametrize(
+    ("train_loss", "validation_loss", "epochs"), [(0.064, 6.5, 35.0), (1.2, 2.0, 8.0), (3.0, 3.8, 12.0)]
+)
+def test_a_memorised_text_is_told(train_loss: float, validation_loss: float, epochs: float):
+    line = memorisation_warning(train_loss, validation_loss, epochs)
+    assert line.startswith("WARNING: the model memorises its training rows: ")
+    assert f"training loss {train_loss:.3f}, validation loss {validation_loss:.3f} after {epochs:.1f} epochs" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("train_loss", "validation_loss", "epochs"),
+    [
+        (4.14, 4.67, 0.85),  # docs/results/shakespeare-80m.md: held-out plays are harder
+        (4.14, 4.67, 1.2),  # and stay so in the second epoch
+        (0.1, 9.0, 1.0),  # rows seen for the first time: a wrong label, no memory
+        (3.2, 3.3, 40.0),
+        (3.3, 3.2, 40.0),
+        (math.nan, 3.0, 9.0),
+        (1.0, math.nan, 9.0),
+        (1.0, math.inf, 9.0),  # another fault
+    ],
+)
+def test_other_runs_are_left_alone(train_loss: float, validation_loss: float, epochs: float):
+    assert memorisation_warning(train_loss, validation_loss, epochs) == ""
+
+
+@given(LOSSES, LOSSES, st.floats(0, 100), st.floats(0, 5), st.floats(0, 100))
+def test_a_worse_case_is_told_too(train_loss: float, validation_loss: float, epochs: float, less: float, more: float):
+    if memorisation_warning(train_loss, validation_loss, epochs):
+        assert memorisation_warning(train_loss - less, validation_loss, epochs + more)
+
+
+def test_waiting_for_data_is_told_past_a_twentieth():
+    assert slow_data_warning(0.05) == slow_data_warning(0.0) == ""
+    assert slow_data_warning(0.051).startswith("WARNING: 5% of the step is spent waiting for data; prepare them ahead")

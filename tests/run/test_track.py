@@ -1,0 +1,471 @@
+"""What a run writes down: read back from a real run, interrupted once, and from trackers of our own."""
+
+import json
+import logging
+import math
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from smoltrain import files
+from smoltrain.config.schema import Config
+from smoltrain.engine.layer_gradients import LayerGradient
+from smoltrain.run.run_folder import RunFolder
+from smoltrain.run.track import GRADIENT_NORM_PREFIX, METRICS, Tracker, format_console_line, open_tracker
+from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
+from smoltrain.run.wandb_run import GRADIENT_HISTOGRAM_PREFIX, resolve_wandb_mode
+from smoltrain.schedule import Plan
+from tests import launches, tiny, wandb_files
+from tests.wandb_files import Offline
+
+NUMBERS = {
+    "train/loss_nats_per_token": 2.34567,
+    "train/lr": 0.0005,
+    "train/grad_norm_before_clipping": 1.5,
+    "speed/tokens_per_s": 12345.6,
+    "speed/step_s": 1.0,
+    "speed/data_wait_share": 0.0123,
+    "memory/peak_gib": 3.14159,
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_loggers() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("smoltrain", "DeepSpeed")]
+    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, handlers, level, propagate in before:
+        for handler in set(logger.handlers) - set(handlers):
+            handler.close()
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+# ---- one real run: the first phase, the end, and in a second process the other phase
+
+
+@dataclass
+class Story:
+    settings: Config
+    outputs: list[subprocess.CompletedProcess[str]]
+    lines: list[dict[str, Any]]  # metrics.jsonl
+    samples: list[dict[str, Any]]  # samples.jsonl
+    wandb: list[tuple[Path, Offline]]  # each offline folder and what its file holds
+
+    @property
+    def steps(self) -> dict[int, dict[str, Any]]:
+        """Everything in metrics.jsonl at each step."""
+        steps: dict[int, dict[str, Any]] = {}
+        for line in self.lines:
+            steps.setdefault(line["step"], {}).update(line)
+        return steps
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    return list(files.read_jsonl(path))
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    folder = tmp_path_factory.mktemp("story")
+    words = ("track.wandb=offline", "track.wandb_model=phase")
+    outputs = [
+        tiny.train(folder, *words, "run.stop_after=main", WANDB_DATA_DIR=str(folder)),
+        tiny.train(folder, *words, WANDB_DATA_DIR=str(folder)),
+    ]
+    for output in outputs:
+        assert output.returncode == 0, output.stdout + output.stderr
+    settings = tiny.load(folder, *words)
+    run = settings.run_folder
+    offline = [(path.parent, wandb_files.read_finished(path)) for path in run.glob("wandb/offline-run-*/run-*.wandb")]
+    offline.sort(key=lambda pair: min(pair[1].steps))
+    return Story(settings, outputs, json_lines(run / "metrics.jsonl"), json_lines(run / "samples.jsonl"), offline)
+
+
+def test_every_listed_name_is_logged_and_no_other(story: Story) -> None:
+    logged = {key for line in story.lines for key in line} - {"step", "time_s"}
+    norms = {key for key in logged if key.startswith(GRADIENT_NORM_PREFIX)}
+    assert logged - norms == set(METRICS)
+    layers = {"embed_tokens", "layers.00", "layers.01", "norm"}
+    assert norms == {GRADIENT_NORM_PREFIX + layer for layer in layers}
+
+
+@pytest.mark.parametrize(("name", "meaning"), METRICS.items())
+def test_every_listed_name_says_what_it_is(name: str, meaning: str) -> None:
+    assert re.fullmatch(r"(train|data|speed|memory|validation)/[a-z_]+", name)
+    assert len(meaning.split()) >= 4
+
+
+def test_each_step_is_there_once_with_finite_numbers(story: Story) -> None:
+    whole = [line for line in story.lines if "train/loss_nats_per_token" in line]
+    assert [line["step"] for line in whole] == list(range(1, 13))
+    for line in story.lines:
+        assert all(math.isfinite(v) for v in line.values() if not isinstance(v, str))
+    losses = [line["train/loss_nats_per_token"] for line in whole]
+    assert math.log(320) + 1 > losses[0] > losses[7] > 0
+    assert len({line["data/ledger"] for line in whole}) == 12
+    assert [line["time_s"] for line in whole] == sorted(line["time_s"] for line in whole)
+
+
+def test_lr_and_weight_decay_are_the_plans_across_the_boundary_and_the_resume(story: Story) -> None:
+    plan = Plan(story.settings.phases)
+    for step, line in story.steps.items():
+        assert line["train/lr"] == pytest.approx(plan.lr(step), rel=0, abs=1e-12)
+        assert line["train/weight_decay"] == pytest.approx(plan.weight_decay(step), rel=0, abs=1e-12)
+    assert story.steps[8]["train/weight_decay"] == 0.1
+    assert story.steps[9]["train/weight_decay"] == 0.02
+    assert story.steps[9]["train/lr"] == 3e-4
+
+
+def test_tokens_and_rates_add_up(story: Story) -> None:
+    per_step = 2 * 2 * 16  # micro-batch x accumulation x sequence length, one rank
+    epochs = [line["data/epochs"] for line in story.steps.values()]
+    for step, line in story.steps.items():
+        assert line["data/tokens"] == per_step * step
+        assert line["data/epochs"] == pytest.approx(step * epochs[0])
+        assert line["speed/tokens_per_s"] * line["speed/step_s"] == pytest.approx(per_step)
+        assert 0 <= line["speed/data_wait_share"] <= 1
+        assert 0.05 < line["memory/peak_gib"] < 16
+        assert line["train/skipped_updates"] == 0
+
+
+def test_cadences_hold_and_the_end_of_a_phase_is_always_due(story: Story) -> None:
+    def where(key: str) -> list[int]:
+        return [line["step"] for line in story.lines if key in line]
+
+    assert where("validation/loss_nats_per_token") == [4, 8, 12]
+    assert where(GRADIENT_NORM_PREFIX + "norm") == [4, 8, 12]
+    assert [line["step"] for line in story.samples] == [6, 6, 8, 8, 12, 12]
+    assert {line["prompt"] for line in story.samples} == set(story.settings.sample.prompts)
+    for line in (story.steps[step] for step in (4, 8, 12)):
+        assert line["validation/perplexity"] == pytest.approx(math.exp(line["validation/loss_nats_per_token"]))
+        norms = [value for key, value in line.items() if key.startswith(GRADIENT_NORM_PREFIX)]
+        whole = math.sqrt(sum(norm**2 for norm in norms))
+        assert whole == pytest.approx(line["train/grad_norm_before_clipping"], rel=1e-3)  # of bf16 gradients
+
+
+def test_a_pipe_gets_plain_lines(story: Story) -> None:
+    for output in story.outputs:
+        assert {c for c in output.stdout if not c.isprintable()} == {"\n"}
+        assert "Traceback" not in output.stderr
+        assert "\x1b" not in output.stderr
+    first, second = (output.stdout.splitlines() for output in story.outputs)
+    assert [line.split()[1] for line in first if line.startswith("step ")] == ["2/8", "4/8", "6/8", "8/8"]
+    assert [line.split()[1] for line in second if line.startswith("step ")] == ["10/12", "12/12"]
+    assert first[-1].startswith("quickstart: phase main is complete (step 8 of 12)")
+    assert second[-1].startswith("quickstart: the plan is complete (12 steps)")
+    assert any(line.startswith("restored step 8 on 1 ranks, ledger ") for line in second)
+
+
+def test_the_console_shows_the_numbers_of_the_file(story: Story) -> None:
+    for output in story.outputs:
+        for line in output.stdout.splitlines():
+            if match := re.match(r"step +(\d+)/(\d+) (\w+)  loss ", line):
+                step, last = int(match[1]), int(match[2])
+                assert line == format_console_line(step, last, match[3], story.steps[step])
+
+
+def test_the_log_of_the_rank_has_all_that_was_said_in_both_processes(story: Story) -> None:
+    log = (story.settings.run_folder / "logs" / "rank0.log").read_text(encoding="utf-8")
+    for output in story.outputs:
+        for line in output.stdout.splitlines():
+            if not line.startswith("    "):  # of a sample the console replaces control characters
+                assert line in log
+    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ smoltrain INFO W&B ", log)
+
+
+def test_what_was_chosen_is_said_with_its_reason(story: Story) -> None:
+    said = {line[:22].strip(): line[23:] for line in story.outputs[0].stdout.splitlines()}
+    wandb_id = story.wandb[0][1].run_id
+    assert said["W&B"] == f"offline, as track.wandb asks; run id {wandb_id}"
+    for what in ("precision", "attention kernel", "gradient checkpointing", "engine"):
+        assert ", " in said[what], what
+
+
+# ---- the same run as W&B keeps it
+
+
+def test_wandb_has_one_run_in_two_files(story: Story) -> None:
+    assert len(story.wandb) == 2
+    provenance = yaml.safe_load((story.settings.run_folder / "config.yaml").read_text(encoding="utf-8"))["provenance"]
+    assert [offline.run_id for _, offline in story.wandb] == [provenance["wandb_id"]] * 2
+    assert [start["from_step"] for start in provenance["starts"]] == [0, 8]
+    assert [offline.exit_code for _, offline in story.wandb] == [0, 0]
+    first, second = (set(offline.steps) for _, offline in story.wandb)
+    assert (first, second) == (set(range(1, 9)), set(range(9, 13)))
+    for _, offline in story.wandb:
+        assert offline.config["model"]["hidden_size"] == 32
+        assert offline.config["phases"][0]["name"] == "main"
+
+
+def test_wandb_has_the_numbers_of_the_file_at_their_steps(story: Story) -> None:
+    logged = {step: values for _, offline in story.wandb for step, values in offline.steps.items()}
+    for step, line in story.steps.items():
+        numbers = {k: v for k, v in line.items() if not isinstance(v, str) and k not in ("step", "time_s")}
+        assert {k: v for k, v in logged[step].items() if k in numbers} == numbers
+        assert "data/ledger" not in logged[step], "W&B takes numbers"
+        assert logged[step]["_step"] == step
+
+
+def test_wandb_has_a_histogram_per_layer(story: Story) -> None:
+    entries = {"embed_tokens": 320 * 32, "norm": 32, "layers.00": 9280, "layers.01": 9280}
+    logged = {step: values for _, offline in story.wandb for step, values in offline.steps.items()}
+    for step, values in logged.items():
+        found = {key.removeprefix(GRADIENT_HISTOGRAM_PREFIX) for key in values if key.startswith("gradients/histogram")}
+        assert found == (set(entries) if step in (4, 8, 12) else set())
+        for layer in found:
+            histogram = values[GRADIENT_HISTOGRAM_PREFIX + layer]
+            assert histogram["_type"] == "histogram"
+            assert sum(histogram["values"]) == entries[layer]
+            assert len(histogram["bins"]) == len(histogram["values"]) + 1
+
+
+def test_wandb_has_the_model_of_each_phase(story: Story) -> None:
+    artifacts = [artifact for _, offline in story.wandb for artifact in offline.artifacts]
+    models = [a for a in artifacts if a["type"] == "model"]
+    assert [(a["name"], "step-8" in a["aliases"], "step-12" in a["aliases"]) for a in models] == [
+        ("quickstart-model", True, False),
+        ("quickstart-model", False, True),
+    ]
+    for artifact, step in zip(models, (8, 12), strict=True):
+        weights = story.settings.run_folder / "checkpoints" / f"step-{step:08d}" / "model.safetensors"
+        assert artifact["files"]["model.safetensors"] == weights.stat().st_size
+        assert {"config.yaml", "tokenizer/tokenizer.json"} <= set(artifact["files"])
+
+
+def test_wandb_has_a_table_of_samples_that_grows_over_the_resume(story: Story) -> None:
+    for folder, offline in story.wandb:
+        shown = {step: values["samples"] for step, values in offline.steps.items() if "samples" in values}
+        assert set(shown) == {6, 8, 12} & set(offline.steps)
+        for step, table in shown.items():
+            content = json.loads((folder / "files" / table["path"]).read_text(encoding="utf-8"))
+            assert content["columns"] == ["step", "prompt", "text"]
+            past = [line for line in story.samples if line["step"] <= step]
+            assert content["data"] == [[line["step"], line["prompt"], line["text"]] for line in past]
+
+
+# ---- W&B's mode
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def netrc(path: Path, host: str) -> None:
+    path.write_text(f"machine {host}\n  login user\n  password {'k' * 40}\n", encoding="utf-8")
+    path.chmod(0o600)
+
+
+@pytest.mark.parametrize("asked", ["online", "offline", "off"])
+def test_what_the_recipe_asks_beats_everything(home: Path, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    assert resolve_wandb_mode(tiny.load(home, f"track.wandb={asked}")) == (asked, "as track.wandb asks")
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode", "reason"),
+    [
+        ({}, "offline", "no API key is configured"),
+        ({"WANDB_MODE": "online"}, "offline", "no API key is configured"),
+        ({"WANDB_API_KEY": ""}, "offline", "no API key is configured"),
+        ({"WANDB_API_KEY": "k" * 40}, "online", "an API key is configured"),
+        ({"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "online"}, "online", "an API key is configured"),
+        ({"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "offline"}, "offline", "WANDB_MODE=offline"),
+        ({"WANDB_API_KEY": "k" * 40, "WANDB_MODE": "disabled"}, "off", "WANDB_MODE=disabled"),
+    ],
+)
+def test_auto_looks_at_the_environment(
+    home: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], mode: str, reason: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found, why = resolve_wandb_mode(tiny.load(home, "track.wandb=auto"))
+    assert found == mode
+    assert why.startswith(reason)
+
+
+def test_auto_looks_for_the_servers_key_in_netrc(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny.load(home, "track.wandb=auto")
+    netrc(home / ".netrc", "other.example")
+    assert resolve_wandb_mode(settings)[0] == "offline"
+    netrc(home / ".netrc", "api.wandb.ai")
+    assert resolve_wandb_mode(settings) == ("online", "an API key is configured")
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example:8080/")
+    assert resolve_wandb_mode(settings)[0] == "offline"
+    netrc(home / "elsewhere", "wandb.example")
+    monkeypatch.setenv("NETRC", str(home / "elsewhere"))
+    assert resolve_wandb_mode(settings)[0] == "offline", "wandb asks for the machine with its port"
+    netrc(home / "elsewhere", "wandb.example:8080")
+    assert resolve_wandb_mode(settings)[0] == "online"
+    (home / "elsewhere").write_text("machine", encoding="utf-8")
+    assert resolve_wandb_mode(settings)[0] == "offline", "a broken file is no key, and no error"
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_answer_costs_no_run(tmp_path: Path) -> None:
+    output = tiny.train(
+        tmp_path, "track.wandb=auto", "track.wandb_timeout_s=2", "phases.main.steps=2", "run.stop_after=main",
+        "evaluate.every=0", "sample.every=0", "track.gradients_every=0", "checkpoint.every=0",
+        WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="k" * 40,
+    )  # fmt: skip
+    assert output.returncode == 0, output.stdout + output.stderr
+    (said,) = [line for line in output.stdout.splitlines() if line.startswith("W&B")]
+    assert re.fullmatch(r"W&B +offline, going online failed \(.+\); run id [0-9a-f]{8}", said)
+    assert "Traceback" not in output.stderr
+    (path,) = tmp_path.glob("runs/quickstart/wandb/offline-run-*/run-*.wandb")
+    offline = wandb_files.read_finished(path)
+    assert said.endswith(offline.run_id)
+    losses = {step: values["train/loss_nats_per_token"] for step, values in offline.steps.items()}
+    assert losses == launches.losses(tmp_path / "runs" / "quickstart")
+
+
+@pytest.mark.parametrize("asked", ["online", "offline"])
+def test_a_wandb_that_cannot_even_write_is_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asked: str
+) -> None:
+    import wandb
+
+    def fail(**_: Any) -> None:
+        raise OSError("disk full\nand more")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    monkeypatch.setattr(wandb, "teardown", lambda: None)
+    tracker = opened(tmp_path, f"track.wandb={asked}")
+    tracker.metrics(1, {"train/lr": 0.5})
+    tracker.close(0)
+    assert capsys.readouterr().out == "W&B                    off, W&B cannot write here (disk full)\n"
+
+
+# ---- trackers of our own
+
+
+def opened(folder: Path, *overrides: str, rank: int = 0, first_step: int = 0) -> Tracker:
+    settings = tiny.load(folder, *overrides)
+    settings.run_folder.mkdir(parents=True, exist_ok=True)
+    return open_tracker(settings, RunFolder(settings.run_folder, 4, "12345678"), rank, first_step, 12)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", ["train/loss", "gradients/histogram/norm", ""])
+def test_an_unlisted_name_is_refused_on_every_rank(tmp_path: Path, name: str, rank: int) -> None:
+    tracker = opened(tmp_path, rank=rank)
+    with pytest.raises(KeyError, match=r"is not in track\.METRICS"):
+        tracker.metrics(1, {"train/lr": 0.5, name: 1.0})
+    tracker.close(1)
+
+
+def test_other_ranks_only_keep_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = opened(tmp_path, "track.wandb=online", rank=1)
+    tracker.say("hello")
+    tracker.step(1, 12, "main", dict(NUMBERS))
+    tracker.gradients(1, {"norm": LayerGradient(1.0, np.array([1]), np.array([0.0, 1.0]))})
+    tracker.samples(1, [("a", "b")])
+    tracker.close(0)
+    assert capsys.readouterr() == ("", "")
+    run = tmp_path / "runs" / "quickstart"
+    assert sorted(p.relative_to(run).as_posix() for p in run.rglob("*")) == ["logs", "logs/rank1.log"]
+    assert "smoltrain INFO hello" in (run / "logs" / "rank1.log").read_text(encoding="utf-8")
+
+
+def test_an_interrupted_runs_later_and_broken_lines_are_dropped(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "quickstart"
+    run.mkdir(parents=True)
+    lines = [{"step": n, "train/lr": n / 10} for n in range(1, 7)]
+    lines.insert(3, {"step": 3, "validation/perplexity": 2.0})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    broken = 'null\n12\n[]\n{"no": "step"}\n' + text + '{"step": 7, "ti'
+    (run / "metrics.jsonl").write_bytes(broken.encode() + b"\x00\xff\xfe")
+    samples = [{"step": n, "prompt": "p\u2028", "text": "t\n"} for n in (2, 3, 4)]
+    (run / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples), encoding="utf-8")
+    tracker = opened(tmp_path, first_step=3)
+    tracker.metrics(4, {"train/lr": 0.5})
+    tracker.samples(4, [("new", "text")])
+    tracker.close(0)
+    kept = json_lines(run / "metrics.jsonl")
+    assert kept[:4] == lines[:4]
+    assert (len(kept), kept[4]["step"], kept[4]["train/lr"]) == (5, 4, 0.5)
+    assert json_lines(run / "samples.jsonl") == [*samples[:2], {"step": 4, "prompt": "new", "text": "text"}]
+
+
+def test_a_step_that_is_done_again_is_kept_aside_and_reaches_wandb_once(tmp_path: Path) -> None:
+    run, told = tmp_path / "runs" / "quickstart", []
+    for first_step, last_step in ((0, 5), (3, 4), (3, 7)):  # two kills after the checkpoint of step 3
+        tracker = opened(tmp_path, "track.wandb=offline", first_step=first_step)
+        for step in range(first_step + 1, last_step + 1):
+            tracker.metrics(step, {"train/lr": step / 10})
+        tracker.close(0)
+    assert [line["step"] for line in json_lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
+    assert [line["step"] for line in json_lines(run / UNDONE_METRICS_FILE)] == [4, 5, 4]
+    for path in run.glob("wandb/offline-run-*/run-*.wandb"):
+        told += wandb_files.read_finished(path).steps
+    assert sorted(told) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_every_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
+    tracker = opened(tmp_path)
+    tracker.metrics(1, {"train/lr": 0.5, "train/grad_norm_before_clipping": math.inf})
+    (line,) = json_lines(tmp_path / "runs" / "quickstart" / "metrics.jsonl")
+    assert line["train/grad_norm_before_clipping"] == math.inf
+    tracker.close(0)
+
+
+def test_what_a_model_samples_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "[bold]a\x1b[2J\x1b]0;title\x07b\rc\td\x00\x9b1m\u202e\ne"
+    tracker = opened(tmp_path)
+    capsys.readouterr()
+    tracker.samples(6, [("p: ", text)])
+    tracker.close(0)
+    printed = capsys.readouterr().out
+    assert {c for c in printed if not c.isprintable()} <= {"\n", "\t"}
+    assert printed.startswith("sample at step 6:\n    p: [bold]a\ufffd[2J\ufffd]0;title\ufffdb\n    c")
+    assert json_lines(tmp_path / "runs" / "quickstart" / "samples.jsonl")[0]["text"] == text, "the file has it all"
+
+
+def test_the_line_of_a_step() -> None:
+    assert format_console_line(7, 1000, "main", NUMBERS) == (
+        "step    7/1000 main  loss 2.3457  lr 5.00e-04  grad 1.500  12,346 tok/s  mem 3.14 GiB  wait 1.2%  left 16:33"
+    )
+    long = format_console_line(1, 10000, "main", NUMBERS | {"train/grad_norm_before_clipping": math.inf})
+    assert long.endswith("left 2:46:39")
+    assert "  grad inf  " in long
+    assert format_console_line(5, 5, "main", NUMBERS).endswith("left 0:00")
+    assert format_console_line(1, 5, "main", NUMBERS | {"speed/step_s": math.inf}).endswith("left ?")
+
+
+def test_the_console_keeps_its_cadence_and_never_leaves_out_the_last_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = opened(tmp_path, "track.print_every=5")
+    for step in range(1, 13):
+        tracker.step(step, 12, "main", dict(NUMBERS))
+    tracker.close(0)
+    printed = [line[:12] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert printed == ["step  5/12 m", "step 10/12 m", "step 12/12 m"]
+    assert len(json_lines(tmp_path / "runs" / "quickstart" / "metrics.jsonl")) == 12
+
+
+def test_a_terminal_gets_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    tracker = opened(tmp_path, "track.print_every=5", first_step=3)
+    for step in range(4, 13):
+        tracker.step(step, 12, "continuation", dict(NUMBERS))
+    tracker.close(0)
+    printed = capsys.readouterr().out
+    assert "12/12" in printed
+    assert "continuation" in printed
+    assert "\x1b[?25h" in printed, "the cursor is back"

@@ -1,0 +1,82 @@
+"""Garbage is collected by hand, and training leaves none that is large."""
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smoltrain.config.schema import Config
+from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.schedule import Plan
+from smoltrain.train.garbage import COLLECT_EVERY, collect_between_steps
+from tests import tiny
+from tests.ranks import world
+from tests.train.test_step import engine_for, loader_of
+
+
+class Cycle:
+    """What only the collector frees."""
+
+    alive = 0
+
+    def __init__(self) -> None:
+        self.itself = self
+        Cycle.alive += 1
+
+    def __del__(self) -> None:
+        Cycle.alive -= 1
+
+
+def test_nothing_is_collected_but_by_hand() -> None:
+    with collect_between_steps() as collect:
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() > 0
+        for step in range(1, COLLECT_EVERY):
+            Cycle()
+            collect(step)
+        assert Cycle.alive == COLLECT_EVERY - 1
+        collect(COLLECT_EVERY)
+        assert Cycle.alive == 0
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0, "a rewind must find the engine that it leaves"
+
+
+def test_python_collects_by_itself_again_after_an_error() -> None:
+    try:
+        with collect_between_steps():
+            raise ValueError
+    except ValueError:
+        pass
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def tensors_left_by_a_step(settings: Config) -> list[tuple[int, ...]]:
+    """The shapes of tensors that a step leaves to the collector."""
+    from smoltrain.train.step import train_step
+
+    here, wrapped = world(), engine_for(settings, settings.engine.precision)
+    loader, plan = loader_of(settings, here.rank, here.size), Plan(settings.phases)
+    for step in (1, 2):
+        train_step(step, wrapped, loader, plan, here, gradients_every=1)
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        train_step(3, wrapped, loader, plan, here, gradients_every=1)
+        gc.collect()
+        return [tuple(left.shape) for left in gc.garbage if isinstance(left, torch.Tensor)]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+def test_a_step_leaves_no_tensor_to_the_collector(tmp_path: Path, ranks: Any) -> None:
+    """Else a hundred steps of activations would wait for it."""
+    for stage, recompute in ((2, "none"), (2, "full"), (3, "none")):
+        words = (f"engine.ds_config=zero{stage}", "engine.precision=fp32", f"engine.gradient_checkpointing={recompute}")
+        settings = tiny.load(tmp_path, *words)
+        prepare_run_data(settings)
+        assert ranks(2).run(tensors_left_by_a_step, settings) == [[], []], words

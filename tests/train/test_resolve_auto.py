@@ -1,0 +1,69 @@
+"""What a run leaves to the machine, and the words in which it is told."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from smoltrain.config.schema import Config
+from smoltrain.distributed.world import World
+from smoltrain.train.resolve_auto import resolve_auto_settings
+from tests import tiny
+from tests.ranks import world
+
+
+def told(settings: Config, bytes_there: int | None = None) -> tuple[dict[str, str], Any]:
+    """(what is told, how the model computes) on a machine of so much memory; runs on every rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        if bytes_there:
+            patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=bytes_there))
+        chosen = resolve_auto_settings(settings, world(), settings.batch.rows(1))
+    return chosen.reasons, chosen.computing.gradient_checkpointing
+
+
+def test_every_choice_comes_with_its_reason(tmp_path: Path, ranks: Any) -> None:
+    settings = tiny.load(tmp_path, "engine.attention=sdpa", "engine.loss=plain", "engine.compile=off")
+    [(reasons, recompute)] = ranks(1).run(told, settings)
+    assert reasons == {
+        "precision": "bf16, as the recipe asks",
+        "attention kernel": "sdpa, engine.attention is sdpa",
+        "loss kernel": "plain, engine.loss is plain",
+        "torch.compile": "off, as engine.compile asks",
+        "micro-batch": "2 rows, as the recipe asks",
+        "gradient checkpointing": "full, as the recipe asks",
+    }
+    assert recompute == "full"
+
+
+@pytest.mark.parametrize(("gib", "mode"), [(64, "none"), (1e-3, "full")])
+def test_auto_recomputes_the_least_that_fits(tmp_path: Path, ranks: Any, gib: float, mode: str) -> None:
+    settings = tiny.load(tmp_path, "engine.gradient_checkpointing=auto")
+    for reasons, recompute in ranks(1).run(told, settings, int(gib * 2**30)):
+        assert recompute == mode
+        assert reasons["gradient checkpointing"].startswith(f"{mode}, auto: the least that is estimated to fit")
+
+
+@pytest.mark.parametrize(("gib", "rows"), [(64, 8), (1e-3, 1)])
+def test_an_auto_micro_batch_is_what_fits(tmp_path: Path, ranks: Any, gib: float, rows: int) -> None:
+    settings = tiny.load(tmp_path, "batch.micro_batch=auto", "batch.rows_per_step=8", "batch.accumulation=null")
+    for reasons, _ in ranks(1).run(told, settings, int(gib * 2**30)):
+        what = f"{rows} rows" if rows > 1 else "1 row"
+        assert reasons["micro-batch"] == f"{what}, auto: what keeps a device busy and is estimated to fit"
+
+
+def test_a_model_of_transformers_is_not_compiled_and_makes_its_own_logits(tmp_path: Path) -> None:
+    shape = (
+        "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2, intermediate_size: 64}"
+    )
+    kind = [
+        f"model={{kind: transformers, model_type: llama, vocab_size: 320, max_position_embeddings: 64, "
+        f"config: {shape}}}"
+    ]
+    alone = World(0, 1, 0, 1, torch.device("cpu"))
+    chosen = resolve_auto_settings(tiny.load(tmp_path, *kind), alone, 2)
+    assert chosen.reasons["torch.compile"] == "off, a model of transformers runs as it is written"
+    assert chosen.reasons["loss kernel"] == "plain, a model of transformers makes its logits itself"
+    assert chosen.reasons["attention kernel"].startswith("sdpa, ")
