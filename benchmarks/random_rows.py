@@ -15,7 +15,7 @@ from tokenizers import AddedToken, models, pre_tokenizers
 from smoltrain.config.schema import Config
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.data.tokens import prepare
+from smoltrain.data.tokens.prepare import prepare_run_data
 
 SEPARATOR, SEED = "<|endoftext|>", 1234
 SKEW = 6  # id = V u^6 for uniform u: half of all ids are among the first 1.6 %
@@ -50,7 +50,7 @@ def write_random_rows(folder: Path, vocab_size: int, num_tokens: int, sequence_l
 
 def collect_first_rows(settings: Config, steps: int, rows_per_step: int) -> np.ndarray:
     """The very rows of a run's first steps on any number of ranks, int32 (steps x rows_per_step, T + 1)."""
-    prepare.prepare_run_data(settings, rows_per_step, 1)
+    prepare_run_data(settings, rows_per_step, 1)
     accumulation = rows_per_step // settings.batch.micro_batch_rows
     loader = open_loader(settings, 0, 1, rows_per_step=rows_per_step, accumulation=accumulation)
     dealt: list[torch.Tensor] = []

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from smoltrain.console import guard_console
 from smoltrain.errors import BAD_INPUT, FAULT, INTERRUPTED, TrainingStopped, UserError, format_error
-from smoltrain.launch.console import guard_console
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -210,11 +210,10 @@ def tokenizer(
 def prepare_data_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Tokenise a run's data ahead, once; goes on where it was stopped. Unless data.mode says stream, all of them."""
     from smoltrain.config.load import load_config
-    from smoltrain.data.tokens import prepare
-    from smoltrain.data.tokens.prepare import run_tokens_folder
+    from smoltrain.data.tokens.prepare import prepare_run_data, run_tokens_folder
 
     settings = load_config(recipe, overrides or [])
-    prepared = prepare.prepare_run_data(settings, ahead=True)
+    prepared = prepare_run_data(settings, ahead=True)
     print(prepared.describe_tokenizer())
     print(prepared.describe())
     print(run_tokens_folder(settings, prepared.index))

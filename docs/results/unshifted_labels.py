@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from smoltrain.config.load import load_config
-from smoltrain.data.tokens import prepare
 from smoltrain.data.tokens.packing import count_rows, row
+from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.inference.generate import generate_ids
 from smoltrain.model.build import build_model
 
 recipe = load_config("quickstart", ["run.name=unshifted-labels"])
-prepared = prepare.prepare_run_data(recipe, rows_per_step=16)
+prepared = prepare_run_data(recipe, rows_per_step=16)
 T = recipe.batch.sequence_length
 
 

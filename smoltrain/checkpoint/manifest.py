@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from typing_extensions import TypedDict
 
 from smoltrain import files
-from smoltrain.config.identity import RunIdentity
+from smoltrain.checkpoint.identity import RunIdentity
 from smoltrain.errors import Problem, UserError
 
 MANIFEST_FORMAT = 3

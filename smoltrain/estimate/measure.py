@@ -9,7 +9,7 @@ from statistics import median
 
 from smoltrain import files
 from smoltrain.config.load import load_config, measurement_overrides
-from smoltrain.data.tokens import prepare
+from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.distributed.cpu_cores import cores_per_process
 from smoltrain.distributed.world import environment_without_launcher, free_port
 from smoltrain.errors import TrainingStopped
@@ -35,9 +35,7 @@ def measure_run(recipe: str, overrides: list[str], ranks: int, steps: int = STEP
     with tempfile.TemporaryDirectory() as scratch:
         words = [*quiet, "run.name=measure", f"run.folder={scratch}"]
         settings = load_config(recipe, [*overrides, *words])
-        prepare.prepare_run_data(
-            settings, settings.batch.rows(ranks), ranks
-        )  # here: it takes memory that training does not
+        prepare_run_data(settings, settings.batch.rows(ranks), ranks)  # here: it takes memory that training does not
         launcher = [sys.executable]
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]

@@ -80,10 +80,7 @@ def _find_or_make_export(source: str, say: Callable[[str], None]) -> tuple[Path,
     """
     from smoltrain.checkpoint.manifest import find_newest_valid_checkpoint
     from smoltrain.export.export import default_export_folder, export_model, is_verified_export, read_export_marker
-    from smoltrain.inference.load import (  # not before the Hub has answered: torch takes its seconds
-        find_run_folder,
-        is_huggingface_folder,
-    )
+    from smoltrain.inference.load import find_run_folder, is_huggingface_folder
 
     if is_huggingface_folder(Path(source)):
         folder = Path(source)

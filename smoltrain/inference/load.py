@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from smoltrain.checkpoint import identity
 from smoltrain.checkpoint.manifest import (
     WEIGHTS_FILE,
     Manifest,
@@ -18,6 +19,7 @@ from smoltrain.checkpoint.manifest import (
     step_folder,
     verify_checkpoint,
 )
+from smoltrain.config.config_file import CONFIG_FILE, find_config_damage
 from smoltrain.config.load import read_run_config
 from smoltrain.config.schema import Config, GenerationSection, RunSection
 from smoltrain.data.tokenizers.companions import (
@@ -36,8 +38,6 @@ from smoltrain.inference.generate import decode_stream, generate_ids
 from smoltrain.model.build import build_model
 from smoltrain.model.hf_format import Tensors, check_hf_tensors, common_dtype, read_hf_decoder, read_safetensors_file
 from smoltrain.model.interface import LanguageModel
-from smoltrain.run import run_folder as run_folder_module
-from smoltrain.run.run_folder import CONFIG_FILE, find_config_damage
 
 RUNS_FOLDER = Path("runs")
 EXPORT_MARKER_FILE = "smoltrain.json"  # in exports that passed: what they are of, and what their files are
@@ -113,7 +113,7 @@ def load_trained_model(source: str, step: int | None = None, runs: Path = RUNS_F
     settings = read_run_config(folder / "config.yaml")
     change = "the RUN argument" if step is None else "--checkpoint"
     manifest = find_valid_manifest(folder, named if step is None else step, change, _print_warning)
-    run_folder_module.check_checkpoint_identity(manifest, folder / CONFIG_FILE)
+    identity.check_checkpoint_identity(manifest, folder / CONFIG_FILE)
     if damage := find_config_damage(folder):
         _print_warning(f"WARNING: {damage}")
     # Compared first with a model that takes no memory: a config that is not theirs may ask for any amount of it.

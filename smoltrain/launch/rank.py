@@ -16,6 +16,7 @@ import warnings
 
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config
+from smoltrain.console import guard_console
 from smoltrain.errors import (
     BAD_INPUT,
     FAULT,
@@ -26,7 +27,6 @@ from smoltrain.errors import (
     format_error,
 )
 from smoltrain.launch.config_pipe import CONFIG_ON_STDIN
-from smoltrain.launch.console import guard_console
 from smoltrain.redact import redact_text
 
 LAST_WORD_S = 5.0

@@ -20,7 +20,7 @@ import torch
 
 from smoltrain.config.load import load_config, stop_after_phase
 from smoltrain.config.schema import Config
-from smoltrain.data.tokens import prepare
+from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.distributed.awake_clock import AwakeClock
 from smoltrain.distributed.rendezvous import RankPlace, open_rendezvous_socket
 from smoltrain.distributed.stop import STOP_SIGNALS, heeded_stop_signals
@@ -70,7 +70,7 @@ def _run_phases(recipe: str, overrides: list[str], ranks: int | None, signals: "
     if done < last:
         check_start(settings, choose_device(settings.engine.device), ranks, rows_per_step)
     copy_ancestor_data(settings, begin)
-    prepare.prepare_run_data(settings, rows_per_step, ranks)
+    prepare_run_data(settings, rows_per_step, ranks)
     missed = is_validation_missing(settings, begin, last)
     if done >= last and not missed:
         print(f"{settings.run.name}: the plan is complete at step {done}; nothing to do")

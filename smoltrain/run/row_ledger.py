@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from smoltrain.config.config_file import read_provenance
 from smoltrain.data.order import EMPTY_LEDGER, extend_ledger
 from smoltrain.errors import Problem, UserError
 from smoltrain.files import fsync_path, read_jsonl
-from smoltrain.run.run_folder import read_provenance
 
 LEDGER_FILE = "ledger.bin"
 DIGEST_DTYPE = np.dtype("<u8")

@@ -2,9 +2,7 @@
 
 import datetime
 import errno
-import hashlib
 import math
-import re
 import secrets
 import subprocess
 from dataclasses import dataclass
@@ -15,25 +13,25 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from smoltrain import files
-from smoltrain.config.identity import (
+from smoltrain.checkpoint.identity import (
     RunIdentity,
+    check_checkpoint_identity,
     find_config_differences,
     find_forbidden_changes,
-    find_identity_mismatches,
     format_differences,
     is_announced,
     make_run_identity,
 )
+from smoltrain.config.config_file import CONFIG_FILE, config_digest_line, find_config_damage, read_provenance
 from smoltrain.config.load import read_run_config, redacted_config
 from smoltrain.config.schema import Config
-from smoltrain.config.yaml_text import dump_yaml, read_yaml
-from smoltrain.errors import Problem, UserError, format_value
+from smoltrain.config.yaml_text import dump_yaml
+from smoltrain.errors import Problem, UserError
 
 if TYPE_CHECKING:
     from smoltrain.checkpoint.manifest import Manifest
 
-CONFIG_FILE = "config.yaml"
-CONFIG_DIGEST_PREFIX = "# sha256 of the lines above: "  # the last line of config.yaml
+SPIKES_FILE = "spikes.jsonl"
 MAX_STARTS = 200  # that provenance keeps: the first one and the newest
 UNWRITABLE_ERRORS = {
     errno.EACCES: "a folder that this user may write",
@@ -116,21 +114,6 @@ def check_run_folder(
     return {**fresh, **provenance, "rows_per_step": was["rows_per_step"], "starts": [first, *others[1 - MAX_STARTS :]]}
 
 
-def check_checkpoint_identity(manifest: "Manifest", path: Path) -> None:
-    """Errors: UserError unless a checkpoint is its run's own, and says of it what the run's config.yaml does."""
-    old, provenance = read_run_config(path), read_provenance(path)
-    was = make_run_identity(old, provenance["rows_per_step"], provenance["run_id"])
-    sealed, of_step = manifest.identity, f"the checkpoint of step {manifest.step}"
-    if was["run_id"] != sealed["run_id"]:
-        change = f"{path.parent / 'checkpoints'}; init.from and init.load=all go on from another run"
-        what, saw = f"{of_step} is another run's", f"run_id {sealed['run_id']}"
-        raise UserError(Problem(what, saw, f"{was['run_id']}, as in {path}", change))
-    if wrong := find_identity_mismatches(was, sealed, manifest.step):
-        change = f"{path}; without it, the next start is held to the checkpoint and writes it anew"
-        what, saw = f"{path} does not agree with {of_step}", "; ".join(wrong)
-        raise UserError(Problem(what, saw, "what the run wrote", change))
-
-
 def enter_run_folder(
     config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None
 ) -> RunFolder:
@@ -152,26 +135,9 @@ def enter_run_folder(
         changes = [f"{path} was gone; it is written anew, held to what the checkpoint says of its run"]
     config.run_folder.mkdir(parents=True, exist_ok=True)
     text = dump_yaml(redacted_config(config) | {"provenance": provenance})
-    files.write_text_file(path, text + _config_digest_line(text))
+    files.write_text_file(path, text + config_digest_line(text))
     own = make_run_identity(config, rows, provenance["run_id"])
     return RunFolder(config.run_folder, rows, provenance["wandb_id"], own, tuple(changes))
-
-
-def find_config_damage(folder: Path) -> str:
-    """Whether config.yaml is as the run wrote it; '' if it is, or if it never had a digest, as in older versions."""
-    path = folder / CONFIG_FILE
-    try:
-        whole = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        return f"{path} cannot be read ({files.describe_error(error)})"
-    text, mark, _ = whole.rpartition(CONFIG_DIGEST_PREFIX)
-    if (mark and whole == text + _config_digest_line(text)) or not re.search(r"[0-9a-f]{32}.*\s*\Z", whole):
-        return ""
-    return f"{path} is not what the run wrote (its last line is the digest of the others)"
-
-
-def _config_digest_line(text: str) -> str:
-    return f"{CONFIG_DIGEST_PREFIX}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def accumulation_steps(config: Config, rows_per_step: int, world_size: int) -> int:
@@ -189,24 +155,6 @@ def accumulation_steps(config: Config, rows_per_step: int, world_size: int) -> i
         what = f"{rows_per_step} rows per step do not divide evenly"
         raise UserError(Problem(what, saw, want, "batch.micro_batch, or the number of ranks"))
     return rows_per_step // (micro * world_size)
-
-
-def read_provenance(path: Path) -> dict[str, Any]:
-    """What a run's config.yaml says of its starts. Errors: UserError if the run did not write it."""
-    provenance = read_yaml(path, typed=True).get("provenance")
-    want = "the config.yaml that the run wrote itself"
-    if not provenance:
-        raise UserError(Problem("the run's config has no provenance", "none", want, str(path)))
-    about = {"run_id": "", "wandb_id": "", "starts": []} | (provenance if isinstance(provenance, dict) else {})
-    rows, starts = about.get("rows_per_step"), about["starts"]
-    kinds = [
-        type(rows) is int and rows > 0,
-        all(isinstance(about[key], str) for key in ("run_id", "wandb_id")),
-        isinstance(starts, list) and all(isinstance(start, dict) for start in starts),
-    ]
-    if not all(kinds):
-        raise UserError(Problem("the run's provenance is damaged", format_value(provenance), want, str(path)))
-    return about
 
 
 def _git_commit() -> str:

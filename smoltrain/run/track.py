@@ -17,9 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from smoltrain import files
 from smoltrain.config.schema import Config
+from smoltrain.console import take_console_warnings
 from smoltrain.engine.layer_gradients import LayerGradient
 from smoltrain.errors import DONE, FAULT
-from smoltrain.launch.console import take_console_warnings
 from smoltrain.redact import redact_text
 from smoltrain.run.run_folder import RunFolder
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from smoltrain import files
+from smoltrain.checkpoint import identity
 from smoltrain.checkpoint.manifest import (
     MODEL_STATES_SUFFIX,
     RNG_STATE_NAME,
@@ -25,6 +26,7 @@ from smoltrain.checkpoint.manifest import (
     step_folder,
     verify_checkpoint,
 )
+from smoltrain.config.config_file import CONFIG_FILE, find_config_damage, read_provenance
 from smoltrain.config.load import read_run_config
 from smoltrain.config.schema import Config
 from smoltrain.data.documents.bad_records import BAD_RECORDS_FILE
@@ -47,12 +49,10 @@ from smoltrain.kernels.precision import DTYPES
 from smoltrain.model.build import build_model
 from smoltrain.model.hf_format import common_dtype
 from smoltrain.model.interface import LanguageModel
-from smoltrain.run import run_folder
 from smoltrain.run.row_ledger import LEDGER_FILE, RowHistory, read_row_history, verify_ledgers
-from smoltrain.run.run_folder import CONFIG_FILE, accumulation_steps, find_config_damage, read_provenance
+from smoltrain.run.run_folder import SPIKES_FILE, accumulation_steps
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.schedule import Plan
-from smoltrain.train.spikes import SPIKES_FILE
 
 # How far a loss that is computed again may be off, as a share of it. Other kernels and other batches add the same
 # numbers up in another order: measured 6e-6 in bf16 and 4e-8 in fp32. A bf16 model computed in fp32 was 4e-5 off.
@@ -195,7 +195,7 @@ def _check_manifest(run: RunReference, manifest: Manifest) -> CheckResult:
     pairs = (("phase", manifest.phase, phase), ("W&B id", manifest.wandb_id, run.wandb_id))
     faults = [f"its {what} is {saw!r}, in the run's config.yaml {want!r}" for what, saw, want in pairs if saw != want]
     try:
-        run_folder.check_checkpoint_identity(manifest, run.folder / CONFIG_FILE)
+        identity.check_checkpoint_identity(manifest, run.folder / CONFIG_FILE)
     except UserError as error:
         faults += [f"{problem.what}: {problem.saw}" for problem in error.problems]
     return "", faults
@@ -350,9 +350,7 @@ def compute_validation_loss(loaded: LoadedModel, batches: list[Batch], device: t
 
 def _read_training_state(path: Path) -> Any:
     """One of training's own files. Errors: TrainingStopped, as files.read_tensors."""
-    from smoltrain.engine.shards import (
-        ALLOWED_SHARD_CLASSES,  # which loads DeepSpeed: seconds that a look at a ledger need not take
-    )
+    from smoltrain.engine.shards import ALLOWED_SHARD_CLASSES
 
     return files.read_tensors(path, ALLOWED_SHARD_CLASSES)
 

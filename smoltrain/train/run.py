@@ -16,11 +16,12 @@ from smoltrain.checkpoint.manifest import WEIGHTS_FILE, describe_last_checkpoint
 from smoltrain.checkpoint.restore import restore_checkpoint
 from smoltrain.checkpoint.retention import delete_leftovers
 from smoltrain.checkpoint.saver import CheckpointSaver
+from smoltrain.config.config_file import CONFIG_FILE
 from smoltrain.config.schema import Config
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokenizers.companions import read_generation_config
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.data.tokens import prepare
+from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.distributed.cpu_cores import bind_to_cpus
 from smoltrain.distributed.stop import StopFlag
 from smoltrain.distributed.world import World, open_world
@@ -32,13 +33,7 @@ from smoltrain.inference.load import stop_token_ids
 from smoltrain.model.build import build_model
 from smoltrain.run.plots import draw_run
 from smoltrain.run.row_ledger import LEDGER_FILE, RowLedger
-from smoltrain.run.run_folder import (
-    CONFIG_FILE,
-    accumulation_steps,
-    check_run_folder,
-    enter_run_folder,
-    lock_run_folder,
-)
+from smoltrain.run.run_folder import accumulation_steps, check_run_folder, enter_run_folder, lock_run_folder
 from smoltrain.run.run_warnings import memorisation_warning, slow_data_warning
 from smoltrain.run.track import open_rank_log, open_tracker
 from smoltrain.schedule import Plan
@@ -346,7 +341,7 @@ def _prepare_data(config: Config, begin: StartPoint, rows_per_step: int, world: 
     if begins and "SMOLTRAIN_SUPERVISOR" not in os.environ:  # which has looked already
         check_start(config, world.device, world.size, rows_per_step)
     copy_ancestor_data(config, begin)
-    prepare.prepare_run_data(config, rows_per_step, world.size)
+    prepare_run_data(config, rows_per_step, world.size)
 
 
 PACKING_IN_WORDS = {

@@ -20,8 +20,8 @@ from smoltrain.config.schema import SpikesSection
 from smoltrain.data.rows.row_contents import RowContents
 from smoltrain.distributed.world import World
 from smoltrain.errors import Problem, TrainingStopped, UserError
+from smoltrain.run.run_folder import SPIKES_FILE
 
-SPIKES_FILE = "spikes.jsonl"
 MIN_HISTORY = 16  # losses, below which there is nothing to compare with
 SIGMA_PER_MAD = 1.4826  # of a normal distribution, in median absolute deviations
 MIN_MAD = 0.01  # nats per token: the least median absolute deviation, lest a flat loss calls any change a spike

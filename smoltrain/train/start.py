@@ -16,6 +16,7 @@ from smoltrain.checkpoint.manifest import (
     read_last_saved_step,
     step_folder,
 )
+from smoltrain.config.config_file import CONFIG_FILE, read_provenance
 from smoltrain.config.load import read_run_config
 from smoltrain.config.schema import Config, ModelSection, TransformersSection
 from smoltrain.data.tokenizers.companions import (
@@ -32,10 +33,9 @@ from smoltrain.model.hf_format import check_hf_tensors, read_hf_weights
 from smoltrain.model.interface import LanguageModel
 from smoltrain.model.transformers_model import HuggingFaceModel
 from smoltrain.run.row_ledger import LEDGER_FILE
-from smoltrain.run.run_folder import CONFIG_FILE, read_provenance
+from smoltrain.run.run_folder import SPIKES_FILE
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.schedule import Plan
-from smoltrain.train.spikes import SPIKES_FILE
 
 METRICS_FILE = "metrics.jsonl"
 # Keys of transformers' configs that act in training only, or say how fresh weights are drawn.

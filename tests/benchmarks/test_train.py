@@ -171,17 +171,17 @@ def test_a_thread_that_has_to_wait_for_a_core_is_seen():
         pytest.skip("this kernel does not count waiting; the tests of `summary` and `clean_ones` give them waits")
     code = """if True:
         import hashlib, os, threading
-        from benchmarks import timing
+        from benchmarks.timing import longest_wait_s, read_thread_waits
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         done = threading.Barrier(3)
         def work():
             hashlib.pbkdf2_hmac("sha256", b"", b"", 500_000)
             done.wait()
-        before = timing.waits_s()
+        before = read_thread_waits()
         workers = [threading.Thread(target=work) for _ in range(2)]
         [worker.start() for worker in workers]
         while done.n_waiting < 2: workers[0].join(0.01)
-        print(timing.longest_s(before, timing.waits_s()))
+        print(longest_wait_s(before, read_thread_waits()))
         done.wait()
         """
     waited = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)

@@ -125,10 +125,10 @@ def test_one_process_meets_nobody_and_listens_nowhere() -> None:
 
 SLOW = """
 import datetime, time
-from smoltrain import dist
-dist.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=2)
-world = dist.open("cpu")
-print(world.on_first(lambda: time.sleep(5) or "done", patient=True), flush=True)
+from smoltrain.distributed.world import COLLECTIVE_TIMEOUT, open_world
+COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=2)
+world = open_world("cpu")
+print(world.run_on_first_rank(lambda: time.sleep(5) or "done", patient=True), flush=True)
 """
 
 

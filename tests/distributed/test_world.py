@@ -132,11 +132,11 @@ def start(code: str, **extra: str) -> subprocess.Popen[str]:
 
 
 WORLD_OF_ONE = """
-from smoltrain import dist
-here = dist.open()
+from smoltrain.distributed.world import open_world
+here = open_world()
 here.barrier()
 print(here.rank, here.size, here.local_rank, here.local_size, here.is_first)
-print(here.sum_ints(5, 6), here.sum_floats(0.5), here.max_floats(2.0), here.gather("x"), here.on_first(lambda: 7))
+print(here.sum_ints(5, 6), here.sum_floats(0.5), here.max_floats(2.0), here.gather("x"), here.run_on_first_rank(lambda: 7))
 """
 
 
@@ -147,7 +147,7 @@ def test_a_bare_python_is_a_world_of_one() -> None:
 
 FLAG = """
 import sys, time
-from smoltrain.dist import StopFlag
+from smoltrain.distributed.stop import StopFlag
 flag = StopFlag()
 print("ready", flag.is_raised(), flush=True)
 deadline = time.monotonic() + float(sys.argv[1]) if len(sys.argv) > 1 else time.monotonic() + 30

@@ -21,12 +21,12 @@ from tests.hub_uploads import TOKEN, Hub, serve
 # As cli.main ends a verb; a process of its own, because the client reads its settings when it is imported.
 VERB = """
 import sys
-from smoltrain.errors import BAD_INPUT, UserError, report
-from smoltrain.push import push
+from smoltrain.errors import BAD_INPUT, UserError, format_error
+from smoltrain.export.push import push_to_hub
 try:
-    print(push(sys.argv[1], sys.argv[2], private=sys.argv[3] == "private"))
+    print(push_to_hub(sys.argv[1], sys.argv[2], private=sys.argv[3] == "private"))
 except UserError as error:
-    print(report(error), file=sys.stderr)
+    print(format_error(error), file=sys.stderr)
     sys.exit(BAD_INPUT)
 """
 Push = Callable[..., subprocess.CompletedProcess[str]]

@@ -299,7 +299,7 @@ def address(run: Path, tmp_path: Path) -> Iterator[str]:
     late.rename(tmp_path / late.name)
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background ignores it
-        f"from smoltrain import demo; demo.serve({str(run)!r}, port={port})"
+        f"from smoltrain.inference.demo import serve_demo; serve_demo({str(run)!r}, port={port})"
     )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:

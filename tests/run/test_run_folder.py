@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smoltrain.config.identity import find_config_differences
+from smoltrain.checkpoint.identity import find_config_differences
 from smoltrain.config.load import load_config, read_run_config
 from smoltrain.config.schema import Config, PhaseSection
 from smoltrain.errors import Problem, UserError

@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from smoltrain import files
+from smoltrain.checkpoint.identity import RunIdentity
 from smoltrain.checkpoint.manifest import MANIFEST_FILE, Manifest, read_manifest, step_folder, write_manifest
 from smoltrain.checkpoint.saver import CheckpointSaver
 from smoltrain.cli import main
-from smoltrain.config.identity import RunIdentity
 from smoltrain.config.schema import CheckpointSection, Config
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.engine.reshard import ADAMW_KEYS, MASTER_KEYS, build_shard_layout

@@ -14,8 +14,9 @@ from smoltrain.config.schema import Config, SpikesSection
 from smoltrain.data.rows.row_contents import Passage, RowContents
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import TrainingStopped
+from smoltrain.run.run_folder import SPIKES_FILE
 from smoltrain.schedule import Plan
-from smoltrain.train.spikes import SPIKES_FILE, Rewind, Spike, SpikeGuard, read_spikes
+from smoltrain.train.spikes import Rewind, Spike, SpikeGuard, read_spikes
 from tests import tiny
 from tests.engine.test_engine import fresh_model, loader_of
 from tests.ranks import world

@@ -21,10 +21,11 @@ from tests import launches
 RANK = """
 import contextlib, ctypes, os, signal, sys, time
 from pathlib import Path
-from smoltrain import dist, watchdog
-watchdog.BACKSTOP_S = 1.0
-world = dist.open("cpu")
-dog = watchdog.Watchdog(Path(sys.argv[1]), world.rank, world.size, limit_s=1.5)
+from smoltrain.distributed.world import open_world
+from smoltrain.train.watchdog import BACKSTOP_S, Watchdog
+BACKSTOP_S = 1.0
+world = open_world("cpu")
+dog = Watchdog(Path(sys.argv[1]), world.rank, world.size, limit_s=1.5)
 
 def hang():
     {hang}

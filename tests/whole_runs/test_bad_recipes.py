@@ -14,7 +14,7 @@ from smoltrain.config.schema import MAX_INT, MAX_SEED, Config
 from smoltrain.config.yaml_text import apply_override, read_yaml
 from smoltrain.errors import Problem, UserError
 from smoltrain.schedule import Plan
-from tests.config.test_identity import schema_keys
+from tests.checkpoint.test_identity import schema_keys
 from tests.config.test_load import EXAMPLE, EXAMPLE_TEXT, problems, written
 
 # ---- values

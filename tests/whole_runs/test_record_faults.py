@@ -13,11 +13,11 @@ import pytest
 
 from smoltrain import files
 from smoltrain.checkpoint.manifest import LAST_SAVED_FILE, step_folder
+from smoltrain.config.config_file import CONFIG_FILE
 from smoltrain.errors import BAD_INPUT, DONE
 from smoltrain.run.row_ledger import LEDGER_FILE
-from smoltrain.run.run_folder import CONFIG_FILE
+from smoltrain.run.run_folder import SPIKES_FILE
 from smoltrain.run.verify import verify_run
-from smoltrain.train.spikes import SPIKES_FILE
 from tests import tiny
 from tests.whole_runs.test_crash import numbers, same_bits, tensors
 from tests.zygote import zygote

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from smoltrain.train.spikes import SPIKES_FILE, read_spikes
+from smoltrain.run.run_folder import SPIKES_FILE
+from smoltrain.train.spikes import read_spikes
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -28,19 +29,22 @@ NAN, HIGH = "run.seed=3", "run.seed=12"
 CHILD = """
 import math, os, sys, torch
 from launch import train as script
-from smoltrain import config, data, engine, spikes
+from smoltrain.config.load import load_config
+from smoltrain.data.tokens.prepare import load_prepared_data
+from smoltrain.engine.engine import Engine
+from smoltrain.train.spikes import Rewind
 kind, mark, *words = sys.argv[1:]
-forward, ids = engine.Engine.forward, []
+forward, ids = Engine.forward, []
 
 def poisoned(self, batch):
     if not ids:
-        ids.append(torch.tensor(data.load(config.load(words[0], words[1:])).tokenizer.encode(mark)))
+        ids.append(torch.tensor(load_prepared_data(load_config(words[0], words[1:])).tokenizer.encode(mark)))
     return forward(self, batch) * (math.nan if torch.isin(batch.ids_BT, ids[0]).any() else 1.0)
 
 if kind != "clean":
-    engine.Engine.forward = poisoned
+    Engine.forward = poisoned
 if kind == "killed":
-    spikes.Rewind.__init__ = lambda *_: os._exit(9)
+    Rewind.__init__ = lambda *_: os._exit(9)
 code = script.main(words)
 sys.stdout.flush()
 sys.stderr.flush()

@@ -6,10 +6,10 @@ from pathlib import Path, PurePosixPath
 
 from smoltrain.config.schema import DataSection, MixedSource
 from smoltrain.data.documents.file_kinds import abbreviate_names
+from smoltrain.data.documents.listing import SourceListing, has_own_validation
 from smoltrain.data.documents.magic_bytes import MAX_POINTER_BYTES, detect_pointer
 from smoltrain.data.documents.readers import read_head
 from smoltrain.data.documents.shard import RECORD_SUFFIXES, Shard, format_suffix, unreadable_file_error
-from smoltrain.data.tokens.fingerprints import SourceListing, has_own_validation
 from smoltrain.errors import Problem, UserError
 
 SEPARATOR_SEARCH_BYTES = 2**20  # of a whole file, in which its separator is looked for

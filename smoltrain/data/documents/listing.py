@@ -6,14 +6,22 @@ depend on where the data lie, so neither does the split into held-out documents.
 
 import glob
 import importlib.util
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
 
-from smoltrain.config.schema import SourceSection
+from smoltrain.config.schema import Config, DataSection, MixedSource, SourceSection
+from smoltrain.data.documents.duplicate_files import (
+    describe_left_out_files,
+    file_keys,
+    partition_shards,
+    remove_duplicate_files,
+    text_keys,
+)
 from smoltrain.data.documents.file_kinds import (
     abbreviate_names,
     format_counts,
@@ -236,3 +244,84 @@ def _find_hub_files(source: SourceSection, split: str, commit: str | None, key: 
             unread, f"the dataset {source.hub}", f"{key}.hub, {key}.hub_config or {key}.hub_split"
         )
     return [Shard(name, url, size, f"commit {commit}") for name, url, size in found]
+
+
+@dataclass(frozen=True)
+class SourceListing:
+    """The files of one source as they stand; held_out are those of its own validation side, if it has one."""
+
+    shards: tuple[Shard, ...]
+    held_out: tuple[Shard, ...] = ()
+    others: dict[str, int] = field(default_factory=dict)  # what lies there and is not read: how many of which kind
+    exclusion_notes: tuple[str, ...] = ()  # lines about files that would be read twice, or on both sides
+
+    @property
+    def all(self) -> tuple[Shard, ...]:
+        """Of either side."""
+        return (*self.shards, *self.held_out)
+
+
+def list_all_sources(config: Config) -> dict[str, SourceListing]:
+    """The files of each source by its name. Errors: those of `find_source_files` and `exclude_shared_files`."""
+    return exclude_shared_files(
+        {part.name: list_one_source(part, config.data) for part in config.data.parts}, config.data
+    )
+
+
+def list_one_source(part: MixedSource, data: DataSection) -> SourceListing:
+    """The files of one source by itself. Errors: those of `find_source_files`."""
+    key = _config_key(part, data)
+    train = find_source_files(part, key=key)
+    commit = hub_commit(tuple(train.shards)) if part.hub else None
+    held = find_source_files(part, key=key, commit=commit, held_out=True)
+    shards, again = remove_duplicate_files(train.shards)
+    held_out, held_again = remove_duplicate_files(held.shards)
+    left = (
+        [f"the same file of {part.name} is read once: {abbreviate_names(again + held_again)}"]
+        if again + held_again
+        else []
+    )
+    others = dict(Counter(train.others) + Counter(held.others))
+    return SourceListing(tuple(shards), tuple(held_out), others, tuple(left))
+
+
+def exclude_shared_files(listed: dict[str, SourceListing], data: DataSection) -> dict[str, SourceListing]:
+    """The same files, but none that any source holds out is trained on, and none is trained on by two sources.
+
+    Errors: UserError if a source has no file left to train on.
+    """
+    held = {key for listing in listed.values() for known in file_keys(listing.held_out) for key in known}
+    taken: set[str] = set()
+    made = {}
+    for part in data.parts:
+        if part.name not in listed:
+            continue
+        listing = listed[part.name]
+        shards, out = partition_shards(listing.shards, held)
+        lines = list(listing.exclusion_notes)
+        if out:
+            lines.append(describe_left_out_files(part.name, out, "held out, so not trained on"))
+        shards, out = partition_shards(shards, taken, part.text_field)
+        if out:
+            lines.append(describe_left_out_files(part.name, out, "read for a source named before it"))
+        if not shards:
+            what, want = f"the source {part.name!r} has no file to train on", "at least one that is no other's"
+            raise UserError(Problem(what, "; ".join(lines), want, f"{_config_key(part, data)}.path or validation_path"))
+        taken |= {key for known in text_keys(shards, part.text_field) for key in known}
+        made[part.name] = replace(listing, shards=tuple(shards), exclusion_notes=tuple(lines))
+    return made
+
+
+def _config_key(part: MixedSource, data: DataSection) -> str:
+    """The section of the config that a mistake is blamed on."""
+    return f"data.sources.{part.name}" if data.sources else "data"
+
+
+def has_own_validation(part: MixedSource) -> bool:
+    """Whether a source has a validation side of its own, so that validation_share is not for it."""
+    return part.validation_path is not None or part.validation_split is not None
+
+
+def hub_commit(shards: tuple[Shard, ...]) -> str:
+    """The commit at which the files of a Hub dataset were listed."""
+    return shards[0].version.removeprefix("commit ")

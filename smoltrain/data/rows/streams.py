@@ -17,6 +17,7 @@ from smoltrain.config.schema import DataSection, MixedSource
 from smoltrain.data.documents import retry
 from smoltrain.data.documents.bad_records import BAD_RECORD_KEYS, bad_record_limit
 from smoltrain.data.documents.held_out import is_held_out
+from smoltrain.data.documents.listing import has_own_validation
 from smoltrain.data.documents.readers import BadRecord, Document
 from smoltrain.data.documents.retry import ReaderHealth
 from smoltrain.data.documents.shard import Shard
@@ -24,7 +25,6 @@ from smoltrain.data.order import permute_places
 from smoltrain.data.rows.row_contents import Passage, document_spans
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens import packing
-from smoltrain.data.tokens.fingerprints import has_own_validation
 from smoltrain.data.tokens.packing import encode_documents
 from smoltrain.data.tokens.token_files import content_hash
 from smoltrain.errors import Problem, UserError

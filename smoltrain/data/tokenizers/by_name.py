@@ -21,10 +21,7 @@ def load_named_tokenizer(section: TokenizerSection) -> Tokenizer:
 
     Errors: UserError if the name has no known form, or what it names cannot be had or read, or lacks the separator.
     """
-    from smoltrain.data.tokenizers import hub
-    from smoltrain.data.tokenizers.hub import (
-        is_hub_repo_name,  # a quarter of a second, which a run whose tokenizer stands does not need
-    )
+    from smoltrain.data.tokenizers.hub import download_tokenizer, is_hub_repo_name
 
     name, separator, pad = section.name, section.separator, section.pad
     if not is_tokenizer_folder(name):
@@ -33,7 +30,7 @@ def load_named_tokenizer(section: TokenizerSection) -> Tokenizer:
         if name == TIKTOKEN:
             return Tokenizer(_convert_tiktoken_gpt2(), separator, pad)
         if is_hub_repo_name(name):
-            return Tokenizer.from_folder(hub.download_tokenizer(name).parent, separator, pad)
+            return Tokenizer.from_folder(download_tokenizer(name).parent, separator, pad)
         if "/" not in name and not name.startswith("~"):
             known = suggest_choice(name, TOKENIZER_NAMES)
             want = f"{known}, a folder with {TOKENIZER_FILE}, or OWNER/NAME on the Hugging Face Hub"

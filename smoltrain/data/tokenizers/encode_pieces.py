@@ -4,9 +4,13 @@ A piece that begins behind a cut would get a space that the text does not have t
 """
 
 import json
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import tokenizers
+
+T = TypeVar("T")
 
 
 def build_continuation_tokenizer(inner: tokenizers.Tokenizer, about: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -49,3 +53,16 @@ def _continuation_pre_tokenizer(pre_tokenizer: dict[str, Any] | None) -> dict[st
         case "Metaspace":
             return pre_tokenizer | {"prepend_scheme": "never"}
     return pre_tokenizer
+
+
+@dataclass(frozen=True)
+class TokenPiece(Generic[T]):
+    """Consecutive tokens (n,) of one document, the first of which is its number `offset`; `about` is the caller's.
+
+    The separator is the last token of a document's last piece.
+    """
+
+    about: T
+    offset: int
+    ids: np.ndarray
+    text: str = ""  # what the ids were made of

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from smoltrain.data.tokenizers.encode_pieces import TokenPiece
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.data.tokens.packing import TokenPiece
 
 DECODED_CHARACTERS = 2**18  # of each part of the data that are decoded again
 LOST_SHARE_TO_WARN = 0.001  # of the bytes of a sample

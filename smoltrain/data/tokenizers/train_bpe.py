@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 
 from smoltrain.config.schema import Config, DataSection, MixedSource, TokenizerSection
 from smoltrain.data.documents import retry
+from smoltrain.data.documents.listing import SourceListing
 from smoltrain.data.documents.readers import Document
 from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.progress import report_progress
 from smoltrain.data.tokenizers.special_tokens import byte_letter_error, is_byte_letter
 from smoltrain.data.tokenizers.tokenizer import Tokenizer, split_text
-from smoltrain.data.tokens.fingerprints import SourceListing
-from smoltrain.data.tokens.progress import report_progress
 
 CHARACTERS_TO_TRAIN_ON = 10**8  # of sources that are large, or not on this machine
 MAX_DISTINCT_BYTES = 2**24  # of words that differ: the library needs 80 bytes for each, so 1.3 GB at most

@@ -12,12 +12,12 @@ from typing import Any
 
 from smoltrain import files
 from smoltrain.config.schema import Config, MixedSource, TokenizerSection
+from smoltrain.data.documents.listing import SourceListing, list_one_source
 from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.progress import report_progress
 from smoltrain.data.tokenizers import by_name
 from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE, Tokenizer
 from smoltrain.data.tokens import tokenise
-from smoltrain.data.tokens.fingerprints import SourceListing, list_one_source
-from smoltrain.data.tokens.progress import report_progress
 from smoltrain.data.tokens.token_files import SIDES
 from smoltrain.data.tokens.tokenise_validation import tokenise_held_out
 from smoltrain.distributed.cpu_cores import num_cores

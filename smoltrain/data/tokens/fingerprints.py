@@ -1,102 +1,22 @@
 """What the tokens of a run are a function of, as JSON; made at the first `prepare`, compared at every later one."""
 
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from smoltrain.config.schema import Config, DataSection, MixedSource
-from smoltrain.data.documents import listing as listing_module
-from smoltrain.data.documents.duplicate_files import (
-    describe_left_out_files,
-    file_keys,
-    partition_shards,
-    remove_duplicate_files,
-    text_keys,
+from smoltrain.data.documents.listing import (
+    SourceListing,
+    exclude_shared_files,
+    has_own_validation,
+    hub_commit,
+    list_one_source,
 )
-from smoltrain.data.documents.file_kinds import abbreviate_names
 from smoltrain.data.documents.shard import Shard, hash_shard
 from smoltrain.data.tokenizers import by_name as by_name_module
 from smoltrain.data.tokenizers.by_name import is_tokenizer_folder
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.errors import Problem, UserError
-
-
-@dataclass(frozen=True)
-class SourceListing:
-    """The files of one source as they stand; held_out are those of its own validation side, if it has one."""
-
-    shards: tuple[Shard, ...]
-    held_out: tuple[Shard, ...] = ()
-    others: dict[str, int] = field(default_factory=dict)  # what lies there and is not read: how many of which kind
-    exclusion_notes: tuple[str, ...] = ()  # lines about files that would be read twice, or on both sides
-
-    @property
-    def all(self) -> tuple[Shard, ...]:
-        """Of either side."""
-        return (*self.shards, *self.held_out)
-
-
-def list_all_sources(config: Config) -> dict[str, SourceListing]:
-    """The files of each source by its name. Errors: those of `sources.shards`; those of `apart`."""
-    return exclude_shared_files(
-        {part.name: list_one_source(part, config.data) for part in config.data.parts}, config.data
-    )
-
-
-def list_one_source(part: MixedSource, data: DataSection) -> SourceListing:
-    """The files of one source by itself. Errors: those of `sources.shards`."""
-    key = _config_key(part, data)
-    train = listing_module.find_source_files(part, key=key)
-    commit = _hub_commit(tuple(train.shards)) if part.hub else None
-    held = listing_module.find_source_files(part, key=key, commit=commit, held_out=True)
-    shards, again = remove_duplicate_files(train.shards)
-    held_out, held_again = remove_duplicate_files(held.shards)
-    left = (
-        [f"the same file of {part.name} is read once: {abbreviate_names(again + held_again)}"]
-        if again + held_again
-        else []
-    )
-    others = dict(Counter(train.others) + Counter(held.others))
-    return SourceListing(tuple(shards), tuple(held_out), others, tuple(left))
-
-
-def exclude_shared_files(listed: dict[str, SourceListing], data: DataSection) -> dict[str, SourceListing]:
-    """The same files, but none that any source holds out is trained on, and none is trained on by two sources.
-
-    Errors: UserError if a source has no file left to train on.
-    """
-    held = {key for listing in listed.values() for known in file_keys(listing.held_out) for key in known}
-    taken: set[str] = set()
-    made = {}
-    for part in data.parts:
-        if part.name not in listed:
-            continue
-        listing = listed[part.name]
-        shards, out = partition_shards(listing.shards, held)
-        lines = list(listing.exclusion_notes)
-        if out:
-            lines.append(describe_left_out_files(part.name, out, "held out, so not trained on"))
-        shards, out = partition_shards(shards, taken, part.text_field)
-        if out:
-            lines.append(describe_left_out_files(part.name, out, "read for a source named before it"))
-        if not shards:
-            what, want = f"the source {part.name!r} has no file to train on", "at least one that is no other's"
-            raise UserError(Problem(what, "; ".join(lines), want, f"{_config_key(part, data)}.path or validation_path"))
-        taken |= {key for known in text_keys(shards, part.text_field) for key in known}
-        made[part.name] = replace(listing, shards=tuple(shards), exclusion_notes=tuple(lines))
-    return made
-
-
-def _config_key(part: MixedSource, data: DataSection) -> str:
-    """The section of the config that a mistake is blamed on."""
-    return f"data.sources.{part.name}" if data.sources else "data"
-
-
-def has_own_validation(part: MixedSource) -> bool:
-    """Whether a source has a validation side of its own, so that validation_share is not for it."""
-    return part.validation_path is not None or part.validation_split is not None
 
 
 def make_fingerprint(
@@ -180,7 +100,7 @@ def changed_data_error(changed: dict[str, tuple[Any, Any]], config: Config, fold
 def _fingerprint_source(part: MixedSource, data: DataSection, mode: str, listed: SourceListing) -> dict[str, Any]:
     about = _source_settings(part, data)
     if part.hub:
-        about |= _fingerprint_hub(part, _hub_commit(listed.shards))
+        about |= _fingerprint_hub(part, hub_commit(listed.shards))
     else:
         about["files"] = _fingerprint_files(listed.shards, mode)
     if part.validation_path:
@@ -201,10 +121,6 @@ def _source_settings(part: MixedSource, data: DataSection) -> dict[str, Any]:
 def _fingerprint_hub(part: MixedSource, commit: str | None) -> dict[str, Any]:
     about = {"hub": part.hub, "config": part.hub_config, "split": part.hub_split, "commit": commit}
     return about | ({"validation_split": part.validation_split} if part.validation_split else {})
-
-
-def _hub_commit(shards: tuple[Shard, ...]) -> str:
-    return shards[0].version.removeprefix("commit ")
 
 
 def _fingerprint_files(shards: tuple[Shard, ...], mode: str) -> dict[str, Any]:

@@ -6,30 +6,17 @@ of the stream fill no row.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
 
+from smoltrain.data.tokenizers.encode_pieces import TokenPiece
 from smoltrain.data.tokenizers.tokenizer import Tokenizer, split_text
 
 T = TypeVar("T")
 NO_LABEL = -100  # torch's cross_entropy leaves these targets out
 ENCODE_CHARACTERS = 2**19  # tokenised in one call: enough to keep some cores busy, in about 50 MB of English
-
-
-@dataclass(frozen=True)
-class TokenPiece(Generic[T]):
-    """Consecutive tokens (n,) of one document, the first of which is its number `offset`; `about` is the caller's.
-
-    The separator is the last token of a document's last piece.
-    """
-
-    about: T
-    offset: int
-    ids: np.ndarray
-    text: str = ""  # what the ids were made of
 
 
 def encode_documents(

@@ -22,6 +22,7 @@ from smoltrain import files
 from smoltrain.config.schema import Config
 from smoltrain.data.documents.bad_records import summarise_bad_records, write_bad_record_log
 from smoltrain.data.documents.check_files import check_enough_documents, check_source_files
+from smoltrain.data.documents.listing import SourceListing, list_all_sources
 from smoltrain.data.order import apportion_by_weight, largest_num_streams
 from smoltrain.data.tokenizers import by_name
 from smoltrain.data.tokenizers.by_name import is_tokenizer_folder
@@ -36,11 +37,9 @@ from smoltrain.data.tokens.check_tokens import (
     repair_tokens,
 )
 from smoltrain.data.tokens.fingerprints import (
-    SourceListing,
     changed_data_error,
     describe_fingerprint_changes,
     fingerprint_differences,
-    list_all_sources,
     make_fingerprint,
     only_documents_changed,
     remake_fingerprint,

@@ -28,16 +28,16 @@ from smoltrain.data.documents.bad_records import (
     write_bad_record_log,
 )
 from smoltrain.data.documents.held_out import is_held_out
+from smoltrain.data.documents.listing import SourceListing, has_own_validation
 from smoltrain.data.documents.readers import BadRecord
 from smoltrain.data.documents.retry import ReaderHealth
 from smoltrain.data.documents.shard import Shard
+from smoltrain.data.progress import report_progress
 from smoltrain.data.tokenizers.round_trip import RoundTripCounter, round_trip_to_json
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.decontaminate import drop_held_out_documents
-from smoltrain.data.tokens.fingerprints import SourceListing, has_own_validation
 from smoltrain.data.tokens.index import INDEX_DIGEST_KEY, check_part_record, digest_index
 from smoltrain.data.tokens.packing import encode_documents
-from smoltrain.data.tokens.progress import report_progress
 from smoltrain.data.tokens.token_files import SIDES, TokenWriter, content_hash, join_token_parts, write_partial_json
 from smoltrain.data.tokens.worker_pool import tokenise_in_processes
 from smoltrain.distributed.cpu_cores import num_cores

@@ -11,15 +11,15 @@ from smoltrain.config.schema import DataSection, MixedSource
 from smoltrain.data.documents import retry
 from smoltrain.data.documents.bad_records import BadRecordEntry, check_bad_record_share, log_bad_record
 from smoltrain.data.documents.held_out import is_held_out
+from smoltrain.data.documents.listing import SourceListing, has_own_validation
 from smoltrain.data.documents.readers import BadRecord, Document
 from smoltrain.data.documents.retry import ReaderHealth
 from smoltrain.data.documents.shard import Shard
 from smoltrain.data.order import evenly_spaced_rows
+from smoltrain.data.progress import report_progress
 from smoltrain.data.tokenizers.round_trip import RoundTripCounter, round_trip_to_json
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.data.tokens.fingerprints import SourceListing, has_own_validation
 from smoltrain.data.tokens.packing import encode_documents
-from smoltrain.data.tokens.progress import report_progress
 from smoltrain.data.tokens.token_files import TokenWriter, content_hash, join_token_parts
 from smoltrain.data.tokens.tokenise import no_documents_error, token_dtype
 from smoltrain.errors import Problem, UserError

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.progress import report_progress
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.data.tokens.progress import report_progress
 from smoltrain.distributed.cpu_cores import num_cores
 from smoltrain.errors import TrainingStopped
 

@@ -168,7 +168,7 @@ def test_a_file_beside_its_own_compression_is_read_once(tmp_path: Path):
 
 
 def listed(folder: Path, **changes: Any) -> Any:
-    from smoltrain.data.tokens.fingerprints import list_all_sources
+    from smoltrain.data.documents.listing import list_all_sources
 
     return list_all_sources(given(folder, data__path=str(folder), **changes))["data"]
 

@@ -87,9 +87,12 @@ configs:
 SCRIPT = """
 import contextlib, io, json, os, sys
 from pathlib import Path
-from smoltrain.data import faults, hub, naming, sources
+from smoltrain.data.documents.hub import fetch_dataset_commit
+from smoltrain.data.documents.listing import list_shards
+from smoltrain.data.documents.retry import ReaderHealth, read_records_with_retry
+from smoltrain.data.tokenizers.by_name import load_named_tokenizer
 from smoltrain.errors import UserError
-from smoltrain.schema import DataSection, TokenizerSection
+from smoltrain.config.schema import DataSection, TokenizerSection
 
 results, root = {}, Path(sys.argv[1])
 
@@ -103,17 +106,17 @@ def note(what, do):
     results[what] = [value, out.getvalue()]
 
 def tokenizer(name):
-    return naming.named(TokenizerSection(name=name)).encode("Document number 1")
+    return load_named_tokenizer(TokenizerSection(name=name)).encode("Document number 1")
 
 def beside(name):
-    came = naming.named(TokenizerSection(name=name)).beside
-    return came.word("bos_token"), list(came.templates)
+    came = load_named_tokenizer(TokenizerSection(name=name)).companions
+    return came.token_for_role("bos_token"), list(came.templates)
 
 def shards(held_out=False, **keys):
     section = DataSection(**{"hub": "me/texts"} | keys)
-    commit = hub.revision(section)
-    found = sources.shards(section, held_out=held_out, commit=commit)
-    assert found == sources.shards(section, held_out=held_out)
+    commit = fetch_dataset_commit(section)
+    found = list_shards(section, held_out=held_out, commit=commit)
+    assert found == list_shards(section, held_out=held_out)
     assert {shard.version for shard in found} == {f"commit {commit}"}
     return section, found
 
@@ -122,18 +125,19 @@ def listed(**keys):
 
 def rows(**keys):
     section, found = shards(**keys)
-    health = faults.Health()
-    return [[d.name, d.text] for s in found for d in faults.documents(s, section, data=section, health=health)]
+    health = ReaderHealth()
+    return [[d.name, d.text] for s in found for d in read_records_with_retry(s, section, data=section, health=health)]
 
 def ledger(name, num_steps, **keys):
-    from smoltrain import data
+    from smoltrain.data.rows.loader import open_loader
+    from smoltrain.data.tokens.prepare import prepare_run_data
     from tests.data.tokens.test_tokenise import make
     keys = {"run__name": name, "data__shuffle_rows": 4, "data__streams": 4, "data__mode": "stream"} | keys
     settings = make(root, **keys)
-    data.prepare(settings)
-    loader = data.open(settings, 0, 1, rows_per_step=4, accumulation=2)
+    prepare_run_data(settings)
+    loader = open_loader(settings, 0, 1, rows_per_step=4, accumulation=2)
     for _ in range(num_steps):
-        loader.consumed(loader.totals(loader.take().counts))
+        loader.mark_consumed(loader.unpack_totals(loader.fetch_step_rows().counts))
     loader.close()
     return loader.ledger
 """

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from smoltrain.data import progress
 from smoltrain.data.tokenizers import train_bpe as train_bpe_module
 from smoltrain.data.tokenizers.tokenizer import SEAM_SEARCH_CHARACTERS, Tokenizer
 from smoltrain.data.tokenizers.train_bpe import BpeProgress, DistinctWordCounter
-from smoltrain.data.tokens import progress
 from smoltrain.data.tokens.prepare import prepare_run_data
 from tests.data.tokens.test_tokenise import make, problem, twenty
 

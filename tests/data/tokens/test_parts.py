@@ -155,14 +155,15 @@ def test_an_error_in_one_of_several_processes_is_the_users_to_read(root: Path, m
 SCRIPT = """
 import sys
 from pathlib import Path
-from smoltrain import data
-from smoltrain.data import cached, pool
+from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.data.tokens.tokenise import PART_BYTES
+from smoltrain.distributed.cpu_cores import num_cores
 from tests.data.tokens.test_tokenise import given
 
 if __name__ == "__main__":
-    cached.PART_BYTES = 2**20
-    pool.num_cores = lambda: 2
-    data.prepare(given(Path(sys.argv[1]), data__mode="cached", run__name=sys.argv[2]))
+    PART_BYTES = 2**20
+    num_cores = lambda: 2
+    prepare_run_data(given(Path(sys.argv[1]), data__mode="cached", run__name=sys.argv[2]))
 """
 
 

@@ -16,11 +16,11 @@ from smoltrain.cli import app
 from smoltrain.config.schema import Config
 from smoltrain.data.documents import listing, retry
 from smoltrain.data.documents.held_out import is_held_out
+from smoltrain.data.documents.listing import SourceListing
 from smoltrain.data.documents.shard import Shard
 from smoltrain.data.tokenizers import train_bpe as train_bpe_module
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens import tokenise as tokenise_module
-from smoltrain.data.tokens.fingerprints import SourceListing
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import Problem, UserError
 from tests import tiny
@@ -396,7 +396,7 @@ def test_two_runs_that_prepare_at_once(root: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_copy_of_the_run_serves_elsewhere(root: Path):
-    """As origin.inherit_data copies it, from any mode."""
+    """As copy_ancestor_data copies it, from any mode."""
     for mode in ("cached", "stream"):
         first = prepare_run_data(config(root, mode, run__name=mode))
         shutil.copytree(root / "runs" / mode, root / "runs" / f"{mode}-2")

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from smoltrain.config.schema import Config
+from smoltrain.data import progress
 from smoltrain.data.documents import retry
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokenizers import by_name, tokenizer
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.data.tokens import packing, progress, worker_pool
+from smoltrain.data.tokens import packing, worker_pool
 from smoltrain.data.tokens import tokenise as tokenise_module
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.data.tokens.prepared import PreparedData

@@ -3,14 +3,19 @@
 A run is held to its identity in two places: its config.yaml, and the manifest of every checkpoint, which is sealed.
 """
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
-from smoltrain.config.load import redacted_config
+from smoltrain.config.config_file import read_provenance
+from smoltrain.config.load import read_run_config, redacted_config
 from smoltrain.config.schema import Config, PhaseSection, SourceSection
-from smoltrain.errors import Problem
+from smoltrain.errors import Problem, UserError
 from smoltrain.schedule import Plan, StepSettings, first_differing_step, step_settings
+
+if TYPE_CHECKING:
+    from smoltrain.checkpoint.manifest import Manifest
 
 FIXED = "refused"  # the weights of the past depend on it: with another value it would be another run
 FIXED_IN_PAST_STEPS = "refused for steps that are done"  # accepted, and printed, for those to come
@@ -189,3 +194,18 @@ def _flatten_tree(tree: Any, prefix: str) -> dict[str, Any]:
     if isinstance(tree, dict):
         return {k: v for key, value in tree.items() for k, v in _flatten_tree(value, f"{prefix}{key}.").items()}
     return {prefix.rstrip("."): tree}
+
+
+def check_checkpoint_identity(manifest: "Manifest", path: Path) -> None:
+    """Errors: UserError unless a checkpoint is its run's own, and says of it what the run's config.yaml does."""
+    old, provenance = read_run_config(path), read_provenance(path)
+    was = make_run_identity(old, provenance["rows_per_step"], provenance["run_id"])
+    sealed, of_step = manifest.identity, f"the checkpoint of step {manifest.step}"
+    if was["run_id"] != sealed["run_id"]:
+        change = f"{path.parent / 'checkpoints'}; init.from and init.load=all go on from another run"
+        what, saw = f"{of_step} is another run's", f"run_id {sealed['run_id']}"
+        raise UserError(Problem(what, saw, f"{was['run_id']}, as in {path}", change))
+    if wrong := find_identity_mismatches(was, sealed, manifest.step):
+        change = f"{path}; without it, the next start is held to the checkpoint and writes it anew"
+        what, saw = f"{path} does not agree with {of_step}", "; ".join(wrong)
+        raise UserError(Problem(what, saw, "what the run wrote", change))

@@ -9,6 +9,17 @@ from typing import get_args
 
 import pytest
 
+from smoltrain.checkpoint.identity import (
+    FREE,
+    KEY_RULE_TABLE,
+    KEY_RULES,
+    check_checkpoint_identity,
+    find_forbidden_changes,
+    find_identity_mismatches,
+    is_announced,
+    key_rule,
+    make_run_identity,
+)
 from smoltrain.checkpoint.manifest import (
     LAST_SAVED_FILE,
     MANIFEST_FILE,
@@ -19,16 +30,7 @@ from smoltrain.checkpoint.manifest import (
     verify_checkpoint,
     write_last_saved_step,
 )
-from smoltrain.config.identity import (
-    FREE,
-    KEY_RULE_TABLE,
-    KEY_RULES,
-    find_forbidden_changes,
-    find_identity_mismatches,
-    is_announced,
-    key_rule,
-    make_run_identity,
-)
+from smoltrain.config.config_file import CONFIG_FILE, find_config_damage, read_provenance
 from smoltrain.config.load import read_run_config
 from smoltrain.config.schema import Config, MixedSource, ModelSection, PhaseSection, Section, TransformersSection
 from smoltrain.errors import UserError
@@ -108,7 +110,7 @@ def test_what_differs_and_is_accepted_is_said_and_recorded(tmp_path: Path) -> No
     entered = run_folder.enter_run_folder(tiny.load(tmp_path, *words, "run.stop_after=main"), 1, 3)
     said = {"engine.precision: 'bf16' -> 'fp32'", "evaluate.rows: 8 -> 4", "phases.continuation.lr: 0.0003 -> 1e-05"}
     assert set(entered.changes) == said
-    provenance = run_folder.read_provenance(entered.path / run_folder.CONFIG_FILE)
+    provenance = read_provenance(entered.path / CONFIG_FILE)
     free = {"run.stop_after: None -> 'main'", "track.print_every: 2 -> 3"}
     assert set(provenance["starts"][1]["changes"]) == said | free
     assert run_folder.enter_run_folder(tiny.load(tmp_path, *words), 1, 3).changes == ()
@@ -118,7 +120,7 @@ def test_provenance_keeps_the_first_start_and_the_newest(tmp_path: Path, monkeyp
     monkeypatch.setattr(run_folder, "MAX_STARTS", 4)
     for done in range(7):
         run_folder.enter_run_folder(tiny.load(tmp_path), 1, done)
-    starts = run_folder.read_provenance(tiny.load(tmp_path).run_folder / run_folder.CONFIG_FILE)["starts"]
+    starts = read_provenance(tiny.load(tmp_path).run_folder / CONFIG_FILE)["starts"]
     assert [start["from_step"] for start in starts] == [0, 4, 5, 6]
 
 
@@ -151,7 +153,7 @@ def begun(settings: Config) -> run_folder.RunFolder:
 
 
 def replaced(run: Path, old: str, new: str) -> None:
-    path = run / run_folder.CONFIG_FILE
+    path = run / CONFIG_FILE
     text = path.read_text(encoding="utf-8")
     assert text.count(old) == 1
     path.write_text(text.replace(old, new), encoding="utf-8")
@@ -171,7 +173,7 @@ def test_a_config_that_its_checkpoint_denies_is_refused_everywhere(
     run: Path, original: Path, old: str, new: str, seen: str
 ) -> None:
     replaced(run, old, new)
-    before = (run / run_folder.CONFIG_FILE).read_bytes()
+    before = (run / CONFIG_FILE).read_bytes()
     for action in (lambda: begun(command(run, original)), lambda: load_trained_model(str(run))):
         with pytest.raises(UserError, match=r"config\.yaml does not agree with the checkpoint of step 12") as caught:
             action()
@@ -180,26 +182,24 @@ def test_a_config_that_its_checkpoint_denies_is_refused_everywhere(
     assert isinstance(manifest, Manifest)
     _, faults = _check_manifest(_open_run_reference(run, False), manifest)
     assert any(seen in fault for fault in faults)
-    assert (run / run_folder.CONFIG_FILE).read_bytes() == before
+    assert (run / CONFIG_FILE).read_bytes() == before
 
 
 def test_any_flip_of_config_yaml_is_said(run: Path, original: Path) -> None:
     """The command's own values count, so a config.yaml that is damaged where nothing depends on it is mended."""
-    assert run_folder.find_config_damage(run) == ""
+    assert find_config_damage(run) == ""
     replaced(run, "print_every: 2", "print_every: 6")
-    assert run_folder.find_config_damage(run).startswith(f"{run / run_folder.CONFIG_FILE} is not what the run wrote")
-    assert (
-        begun(command(run, original)).changes[0].startswith(f"{run / run_folder.CONFIG_FILE} is not what the run wrote")
-    )
-    assert run_folder.find_config_damage(run) == ""
-    assert read_run_config(run / run_folder.CONFIG_FILE).track.print_every == 2
+    assert find_config_damage(run).startswith(f"{run / CONFIG_FILE} is not what the run wrote")
+    assert begun(command(run, original)).changes[0].startswith(f"{run / CONFIG_FILE} is not what the run wrote")
+    assert find_config_damage(run) == ""
+    assert read_run_config(run / CONFIG_FILE).track.print_every == 2
 
 
 def test_a_lost_config_is_written_anew_and_the_run_stays_itself(run: Path, original: Path) -> None:
-    provenance = run_folder.read_provenance(run / run_folder.CONFIG_FILE)
-    (run / run_folder.CONFIG_FILE).unlink()
+    provenance = read_provenance(run / CONFIG_FILE)
+    (run / CONFIG_FILE).unlink()
     entered = begun(command(run, original))
-    after = run_folder.read_provenance(run / run_folder.CONFIG_FILE)
+    after = read_provenance(run / CONFIG_FILE)
     assert [after[key] for key in ("run_id", "wandb_id", "rows_per_step")] == [
         provenance[key] for key in ("run_id", "wandb_id", "rows_per_step")
     ]
@@ -212,10 +212,10 @@ def test_a_lost_config_is_written_anew_and_the_run_stays_itself(run: Path, origi
     ["batch.accumulation=4", "run.seed=999", "optimizer.beta2=0.99", "phases.main.lr=1e-3", "model.norm=layernorm"],
 )
 def test_a_lost_config_lets_no_other_run_in(run: Path, original: Path, words: str) -> None:
-    (run / run_folder.CONFIG_FILE).unlink()
+    (run / CONFIG_FILE).unlink()
     with pytest.raises(UserError, match=r"differs from the run's own|which is done"):
         begun(command(run, original, words))
-    assert not (run / run_folder.CONFIG_FILE).exists(), "a refused start writes nothing"
+    assert not (run / CONFIG_FILE).exists(), "a refused start writes nothing"
 
 
 def test_another_runs_checkpoint_is_refused(run: Path, original: Path, tmp_path: Path) -> None:
@@ -313,11 +313,11 @@ def test_going_back_on_purpose_is_said(run: Path, original: Path) -> None:
 def test_manifests_of_one_run_carry_its_identity(run: Path, original: Path) -> None:
     manifest = read_manifest(run / "checkpoints" / "step-00000008")
     assert isinstance(manifest, Manifest)
-    provenance = run_folder.read_provenance(run / run_folder.CONFIG_FILE)
+    provenance = read_provenance(run / CONFIG_FILE)
     assert manifest.identity == make_run_identity(command(run, original), 4, provenance["run_id"])
     changed = dataclasses.replace(manifest, identity=manifest.identity | {"run_id": "x"})
     with pytest.raises(UserError, match="another run's"):
-        run_folder.check_checkpoint_identity(changed, run / run_folder.CONFIG_FILE)
+        check_checkpoint_identity(changed, run / CONFIG_FILE)
 
 
 # ---- damage to provenance
@@ -334,5 +334,5 @@ def test_manifests_of_one_run_carry_its_identity(run: Path, original: Path) -> N
 def test_a_damaged_provenance_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match="the run's provenance is damaged") as caught:
-        run_folder.read_provenance(tmp_path / "config.yaml")
+        read_provenance(tmp_path / "config.yaml")
     assert len(str(caught.value).splitlines()) == 1

@@ -9,13 +9,13 @@ import pytest
 
 CODE = """
 import os, sys
-from smoltrain import console
-console.open()
+from smoltrain.launch.console import guard_console, take_console_warnings
+guard_console()
 for i in range(3):
     print("line", i, "of K\\xf6nig Lear")
     os.system("echo from a child")
 with open(sys.argv[1], "w") as file:
-    print(file.fileno(), *console.news(), sep="\\n", file=file)
+    print(file.fileno(), *take_console_warnings(), sep="\\n", file=file)
 sys.exit(7)
 """
 
@@ -72,7 +72,7 @@ def test_children_of_one_that_lost_its_console_know_of_it(tmp_path: Path) -> Non
 
 
 def test_words_that_python_took_for_ascii_are_read_again(tmp_path: Path) -> None:
-    code = "import sys; from smoltrain import console; console.open(); print(ascii(sys.argv[1]))"
+    code = "import sys; from smoltrain.console import guard_console; guard_console(); print(ascii(sys.argv[1]))"
     ascii_only = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     ended = subprocess.run(
         [sys.executable, "-c", code, "König"], env=os.environ | ascii_only, capture_output=True, check=True, timeout=60

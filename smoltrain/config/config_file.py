@@ -1,0 +1,49 @@
+"""RUN/config.yaml as a file: its name, the digest that is its last line, what it says of the run's starts."""
+
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from smoltrain import files
+from smoltrain.config.yaml_text import read_yaml
+from smoltrain.errors import Problem, UserError, format_value
+
+CONFIG_FILE = "config.yaml"
+CONFIG_DIGEST_PREFIX = "# sha256 of the lines above: "  # the last line of config.yaml
+
+
+def find_config_damage(folder: Path) -> str:
+    """Whether config.yaml is as the run wrote it; '' if it is, or if it never had a digest, as in older versions."""
+    path = folder / CONFIG_FILE
+    try:
+        whole = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{path} cannot be read ({files.describe_error(error)})"
+    text, mark, _ = whole.rpartition(CONFIG_DIGEST_PREFIX)
+    if (mark and whole == text + config_digest_line(text)) or not re.search(r"[0-9a-f]{32}.*\s*\Z", whole):
+        return ""
+    return f"{path} is not what the run wrote (its last line is the digest of the others)"
+
+
+def config_digest_line(text: str) -> str:
+    """The last line of RUN/config.yaml: the digest of the lines above, `text`."""
+    return f"{CONFIG_DIGEST_PREFIX}{hashlib.sha256(text.encode()).hexdigest()}\n"
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """What a run's config.yaml says of its starts. Errors: UserError if the run did not write it."""
+    provenance = read_yaml(path, typed=True).get("provenance")
+    want = "the config.yaml that the run wrote itself"
+    if not provenance:
+        raise UserError(Problem("the run's config has no provenance", "none", want, str(path)))
+    about = {"run_id": "", "wandb_id": "", "starts": []} | (provenance if isinstance(provenance, dict) else {})
+    rows, starts = about.get("rows_per_step"), about["starts"]
+    kinds = [
+        type(rows) is int and rows > 0,
+        all(isinstance(about[key], str) for key in ("run_id", "wandb_id")),
+        isinstance(starts, list) and all(isinstance(start, dict) for start in starts),
+    ]
+    if not all(kinds):
+        raise UserError(Problem("the run's provenance is damaged", format_value(provenance), want, str(path)))
+    return about
