@@ -12,7 +12,8 @@ import pytest
 from smoltrain.config.schema import DataSection, SourceSection
 from smoltrain.data.documents import listing
 from smoltrain.data.documents.listing import list_shards
-from smoltrain.data.documents.readers import Document, read_records
+from smoltrain.data.documents.readers import read_records
+from smoltrain.data.documents.records import Document
 from smoltrain.data.documents.shard import HTTP_STALL_S, Shard, get_file_system, hash_shard, open_shard, stat_shard
 from smoltrain.errors import UserError
 from tests.faulty_server import FaultyServer

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from smoltrain.config.schema import SourceSection
 from smoltrain.data.documents import readers
 from smoltrain.data.documents.listing import list_shards
-from smoltrain.data.documents.readers import BadRecord, BrokenFile, Document, Record, read_records
+from smoltrain.data.documents.readers import read_records
+from smoltrain.data.documents.records import BadRecord, BrokenFile, Document, Record
 from smoltrain.data.documents.shard import Shard
 from smoltrain.errors import UserError
 

@@ -17,7 +17,8 @@ import pytest
 from smoltrain.config.schema import DataSection
 from smoltrain.data.documents import listing, readers, retry
 from smoltrain.data.documents.listing import list_shards
-from smoltrain.data.documents.readers import Record, read_records
+from smoltrain.data.documents.readers import read_records
+from smoltrain.data.documents.records import Record
 from smoltrain.data.documents.retry import ReaderHealth, read_records_with_retry
 from smoltrain.data.documents.shard import HTTP_STALL_S, Shard
 from smoltrain.errors import UserError
