@@ -83,7 +83,10 @@ def exception_message(error: BaseException) -> str:
 
 
 def iterate_causes(error: BaseException, *, implicit: bool = False) -> Iterator[BaseException]:
-    """The error, the one that it was raised from, and so on; `implicit` adds those in whose handlers they were raised."""
+    """The error, the one that it was raised from, and so on.
+
+    `implicit` follows those too that were being handled when the next one was raised.
+    """
     cause: BaseException | None = error
     while cause is not None:
         yield cause

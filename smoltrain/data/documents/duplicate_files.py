@@ -70,9 +70,7 @@ def _preference_order(shard: Shard) -> tuple[bool, bool, int, str]:
     return is_link, shard.size == 0, rank, shard.name
 
 
-def partition_shards(
-    shards: Sequence[Shard], taken: set[str], text_field: str = ""
-) -> tuple[list[Shard], list[Shard]]:
+def partition_shards(shards: Sequence[Shard], taken: set[str], text_field: str = "") -> tuple[list[Shard], list[Shard]]:
     """(the shards none of whose `text_keys` is taken, the others)."""
     free: list[Shard] = []
     shared: list[Shard] = []

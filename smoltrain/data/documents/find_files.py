@@ -14,12 +14,7 @@ from urllib.parse import urlsplit
 import fsspec
 
 from smoltrain.config.schema import SourceSection
-from smoltrain.data.documents.file_kinds import (
-    format_counts,
-    is_dataset_card,
-    is_save_to_disk_folder,
-    select_documents,
-)
+from smoltrain.data.documents.file_kinds import format_counts, is_dataset_card, is_save_to_disk_folder, select_documents
 from smoltrain.data.documents.file_systems import (
     FileInfo,
     describe_read_error,

@@ -8,9 +8,7 @@ from typing import NamedTuple
 from smoltrain.errors import Problem, UserError
 
 MAX_POINTER_BYTES = 1024  # a file that stands for another one is shorter
-LFS_POINTER = re.compile(
-    rb"version https://(git-lfs\.github|hawser\.github)\.com/spec/v\d+\r?\n(.*\r?\n)*oid sha256:"
-)
+LFS_POINTER = re.compile(rb"version https://(git-lfs\.github|hawser\.github)\.com/spec/v\d+\r?\n(.*\r?\n)*oid sha256:")
 ANNEX_POINTER = re.compile(rb"(\S*/)?annex/objects/\S+\s*")
 ENCODING_HEAD_BYTES = 2**12  # bytes by which a file's encoding is told
 WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # that of UTF-32-LE begins like the first

@@ -21,9 +21,7 @@ from smoltrain.data.documents.shard import Shard
 from smoltrain.errors import exception_message
 
 
-def read_jsonl(
-    shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, limit: int
-) -> Iterator[Record]:
+def read_jsonl(shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, limit: int) -> Iterator[Record]:
     """The wanted lines; blank ones have a number, but are no records.
 
     Errors: UserError if its first bytes, or its first record, show that no line can be read.

@@ -26,9 +26,7 @@ from smoltrain.errors import Problem, UserError, exception_message
 PARQUET_BATCH_ROWS = 128  # rows that are made into text at once
 
 
-def read_parquet(
-    shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, limit: int
-) -> Iterator[Record]:
+def read_parquet(shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, limit: int) -> Iterator[Record]:
     """The wanted rows; row groups without one are not read.
 
     Errors: UserError if text_field is no column of text; BrokenFile if the file makes no sense.

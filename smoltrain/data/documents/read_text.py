@@ -53,9 +53,7 @@ def _read_whole_file(shard: Shard, file: BinaryIO, wanted: range) -> Iterator[Re
     yield Document(shard.name, 0, text)
 
 
-def _read_parts(
-    shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, limit: int
-) -> Iterator[Record]:
+def _read_parts(shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, limit: int) -> Iterator[Record]:
     """The parts of a file that is cut, without the line ends around them; blank ones have no number."""
     record = -1
     with open_decompressed(shard, file, lambda: f"{shard.place}, part {record + 2}") as plain:

@@ -197,7 +197,7 @@ class RowStream:
 
         Errors: UserError where they are too many: all of them for a number, those read here for a share.
         """
-        self._health.note(f"a bad record is skipped: {record.place}: {record.why}")
+        self._health.add_note(f"a bad record is skipped: {record.place}: {record.why}")
         data = self._source.data
         count = num_lately if data.max_bad_records is None else num_bad
         if count > bad_record_limit(data, num_read):

