@@ -2,7 +2,8 @@
 
 W&B must not cost a run. Every call of it is made by `call_with_timeout`, in a thread that is left behind when it takes
 too long, and whatever it raises is said once: tables, histograms and models end with the first that fails, all of W&B
-with the first step that cannot be handed over. metrics.jsonl has every step; the next start gives W&B from it what W&B lacks.
+with the first step that cannot be handed over. metrics.jsonl has every step; the next start gives W&B from it what
+W&B lacks.
 """
 
 import contextlib
