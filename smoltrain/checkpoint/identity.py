@@ -45,7 +45,7 @@ KEY_RULE_TABLE = (
     ("batch", ANNOUNCED, "micro_batch"),
     ("engine", ANNOUNCED, "device ds_config precision gradient_checkpointing attention reduce_gradients loss compile"),
     ("engine", FREE, "hang_s"),
-    ("optimizer", FIXED, "beta1 beta2 eps gradient_clipping z_loss"),
+    ("optimizer", FIXED, "name beta1 beta2 eps gradient_clipping z_loss"),
     (
         "phases.*",
         FIXED_IN_PAST_STEPS,
@@ -60,6 +60,8 @@ KEY_RULE_TABLE = (
     ("track", FREE, "wandb_tags wandb_notes wandb_model wandb_timeout_s"),
 )
 KEY_RULES = {f"{section}.{key}": rule for section, rule, keys in KEY_RULE_TABLE for key in keys.split()}
+# Keys that are newer than some runs, with the value that every run had before; older manifests lack them.
+NEWER_KEYS = {"optimizer.name": "adamw"}
 SOURCE_ORDER_KEY = "data.sources"  # the names of the sources, in order
 ConfigDifference = tuple[str, Any, Any]  # dotted key, value before, value now
 
@@ -108,7 +110,7 @@ def format_differences(changed: list[ConfigDifference]) -> list[str]:
 
 def find_forbidden_changes(was: RunIdentity, new: Config, done: int, change: str) -> list[Problem]:
     """What keeps a config from going on with a run of which so many steps are done; `change` says where to mend it."""
-    before, now = was["values"], make_run_identity(new, 0, "")["values"]
+    before, now = NEWER_KEYS | was["values"], make_run_identity(new, 0, "")["values"]
     freed = set(SourceSection.model_fields) if new.data.allow_changed else set()
     problems = [
         Problem(f"{key} differs from the run's own", repr(now.get(key)), repr(before.get(key)), change)
@@ -130,7 +132,7 @@ def find_identity_mismatches(was: RunIdentity, sealed: RunIdentity, step: int) -
     Which documents there are is left out: data.allow_changed may have changed it since.
     """
     freed = {f"data.{key}" for key in SourceSection.model_fields} | {SOURCE_ORDER_KEY}
-    before, own = sealed["values"], was["values"]
+    before, own = NEWER_KEYS | sealed["values"], NEWER_KEYS | was["values"]
     keys = [key for key in {**before, **own} if key not in freed and not key.startswith("data.sources.")]
     found = [f"{key} is {own.get(key)!r}, not {before.get(key)!r}" for key in keys if own.get(key) != before.get(key)]
     if was["rows_per_step"] != sealed["rows_per_step"]:
