@@ -1,18 +1,17 @@
 """A run as Weights & Biases keeps it: its mode, its history, tables and model artifacts. The only importer of wandb.
 
-W&B must not cost a run. Every call of it is made by `bounded`, in a thread that is left behind when it takes too long,
-and whatever it raises is said once: tables, histograms and models end with the first that fails, all of W&B with the
-first step that cannot be handed over. metrics.jsonl has every step; the next start gives W&B from it what W&B lacks.
+W&B must not cost a run. Every call of it is made by `call_with_timeout`, in a thread that is left behind when it takes
+too long, and whatever it raises is said once: tables, histograms and models end with the first that fails, all of W&B
+with the first step that cannot be handed over. metrics.jsonl has every step; the next start gives W&B from it what W&B lacks.
 """
 
 import contextlib
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -25,36 +24,13 @@ from smoltrain.errors import DONE
 from smoltrain.run.run_folder import RunFolder
 from smoltrain.run.wandb_id import WandbIdentity, choose_wandb_identity, next_wandb_identity, read_logged_digests
 from smoltrain.schedule import Plan
+from smoltrain.timeout import Value, call_with_timeout
 
 GRADIENT_HISTOGRAM_PREFIX = "gradients/histogram/"  # + layer: its entries
 FINISH_TIMEOUT_S = 120.0  # for the last upload; what is left stays on disk for `wandb sync`
 LOCAL_TIMEOUT_S = 120.0  # for what waits for this machine alone: a copy of the weights, steps read from metrics.jsonl
 TRUE_WORDS = ("1", "on", "yes", "true")
 START_TIMEOUT_S = 45.0  # for W&B's own process to start, beside the seconds that its server has
-
-Value = TypeVar("Value")
-
-
-def call_with_timeout(call: Callable[[], Value], seconds: float) -> Value:
-    """What a call returns, as far as it does so in time. Errors: its own, and TimeoutError; it may then go on alone."""
-    done: list[Value] = []
-    failed: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            done.append(call())
-        except BaseException as error:  # W&B also raises SystemExit
-            failed.append(error)
-
-    thread = threading.Thread(target=body, name="wandb", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failed:
-        raise failed[0] if isinstance(failed[0], Exception) else RuntimeError(repr(failed[0]))
-    if not done:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return done[0]
-
 
 class WandbRun:
     """What a run logs goes to W&B once for each step; where W&B is off or has failed, every call does nothing."""
