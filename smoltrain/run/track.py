@@ -58,11 +58,6 @@ GRADIENT_NORM_PREFIX = (
 )
 
 
-def open_tracker(config: Config, folder: RunFolder, rank: int, first_step: int, last_step: int) -> "Tracker":
-    """A tracker that goes on after `first_step`: later lines of an interrupted run are cut off the files."""
-    return Tracker(config, folder, rank, first_step, last_step)
-
-
 class Tracker:
     """Console, files and W&B behind one small interface."""
 
@@ -84,7 +79,7 @@ class Tracker:
         self._samples = _reopen_jsonl(folder.path / "samples.jsonl", first_step, self.say)
         self._sample_table = _read_sample_rows(folder.path / "samples.jsonl")
         self._wandb = WandbRun(config, folder, first_step, self.say)
-        self.chosen("W&B", self._wandb.words)
+        self.say_choice("W&B", self._wandb.description)
 
     def say(self, text: str) -> None:
         """One line for the person who watches."""
@@ -95,13 +90,13 @@ class Tracker:
         for line in take_console_warnings():
             self._log.warning(line)
 
-    def chosen(self, what: str, value: str) -> None:
+    def say_choice(self, what: str, value: str) -> None:
         """One line on a choice and its reason."""
         self.say(f"{what:<22} {value}")
 
-    def step(self, step: int, last_step: int, phase: str, metrics: dict[str, float | str]) -> None:
+    def log_step(self, step: int, last_step: int, phase: str, metrics: dict[str, float | str]) -> None:
         """Everything measured at a training step: files and W&B always, the console at its cadence."""
-        self.metrics(step, metrics)
+        self.log_metrics(step, metrics)
         if not self._is_writer:
             return
         if self._progress:
@@ -109,7 +104,7 @@ class Tracker:
         if step % self._print_every == 0 or step == last_step:
             self.say(format_console_line(step, last_step, phase, metrics))
 
-    def metrics(self, step: int, metrics: dict[str, float | str]) -> None:
+    def log_metrics(self, step: int, metrics: dict[str, float | str]) -> None:
         """Numbers by name. Errors: KeyError for a name that METRICS does not define."""
         for name in metrics:
             if name not in METRICS and not name.startswith((GRADIENT_NORM_PREFIX, SOURCE_TOKENS_PREFIX)):
@@ -123,11 +118,11 @@ class Tracker:
             numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
             self._wandb.log(step, numbers, rows=str(metrics.get("data/ledger", "")))
 
-    def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
+    def log_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         """The loss on the held-out rows, nats per token, and what follows from it."""
         perplexity = math.exp(loss) if loss < 700 else math.inf
         numbers = {"loss_nats_per_token": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
-        self.metrics(step, {f"validation/{name}": value for name, value in numbers.items()})
+        self.log_metrics(step, {f"validation/{name}": value for name, value in numbers.items()})
         in_words = f"loss {loss:.4f}, perplexity {perplexity:,.1f}, {bits_per_byte:.3f} bits per byte"
         self.say(f"validation at step {step}: {in_words}")
 
@@ -137,13 +132,13 @@ class Tracker:
             self._warned_kinds.add(kind)
             self.say(text)
 
-    def gradients(self, step: int, layers: dict[str, LayerGradient]) -> None:
+    def log_gradients(self, step: int, layers: dict[str, LayerGradient]) -> None:
         """Norm of each layer everywhere, its histogram in W&B."""
-        self.metrics(step, {GRADIENT_NORM_PREFIX + name: layer.norm for name, layer in layers.items()})
+        self.log_metrics(step, {GRADIENT_NORM_PREFIX + name: layer.norm for name, layer in layers.items()})
         if self._wandb:
             self._wandb.log_histograms(step, layers)
 
-    def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
+    def log_samples(self, step: int, texts: list[tuple[str, str]]) -> None:
         """(prompt, continuation) pairs: samples.jsonl, the console, a W&B table that grows with the run."""
         if not self._is_writer:
             return
@@ -156,12 +151,12 @@ class Tracker:
             )
             self.say(f"sample at step {step}:\n{indented}")
         if self._wandb:
-            self._wandb.samples(step, self._sample_table)
+            self._wandb.log_samples(step, self._sample_table)
 
-    def model(self, step: int, weights: Path, *, ends_phase: bool) -> None:
+    def log_model(self, step: int, weights: Path, *, ends_phase: bool) -> None:
         """A published checkpoint's weights, for W&B where the recipe wants them there."""
         if self._wandb:
-            self._wandb.model(step, weights, ends_phase=ends_phase)
+            self._wandb.log_model(step, weights, ends_phase=ends_phase)
 
     def __enter__(self) -> "Tracker":
         return self

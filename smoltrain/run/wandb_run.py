@@ -72,7 +72,7 @@ class WandbRun:
     def _start(self, identity: WandbIdentity, first_step: int) -> None:
         """Begin or resume the run of W&B with this id, and give it the steps up to `first_step` that it lacks."""
         self._identity = identity
-        self.words = self._open(*self._mode)  # (mode, why; id) for the console
+        self.description = self._open(*self._mode)  # (mode, why; id) for the console
         self._last_known_step = identity.through  # W&B takes back no step; those come out as they did before
         if self._run and self._run.settings.mode == "online":
             self._last_known_step = max(0, self._run.starting_step - 1)  # the server knows best
@@ -117,7 +117,7 @@ class WandbRun:
         if histograms := self._try_upload(f"the histograms of step {step}", make):
             self.log(step, histograms)
 
-    def samples(self, step: int, rows: list[list[Any]]) -> None:
+    def log_samples(self, step: int, rows: list[list[Any]]) -> None:
         """A table of (step, prompt, text), all that were sampled so far."""
         run = self._run
         if run is None or step <= self._last_known_step or not self._uploads_enabled:
@@ -130,7 +130,7 @@ class WandbRun:
 
         self._try_upload(f"the samples of step {step}", upload)
 
-    def model(self, step: int, weights: Path, *, ends_phase: bool) -> None:
+    def log_model(self, step: int, weights: Path, *, ends_phase: bool) -> None:
         """The checkpoint's model.safetensors and the run's tokenizer as an artifact, where the recipe wants one."""
         due = {"checkpoint": True, "phase": ends_phase, "end": step == self._last_step, "none": False}
         run = self._run
@@ -173,7 +173,7 @@ class WandbRun:
         why = f"a new id: step {step} has come out with other rows than {self._identity.id} has of it"
         self.finish(DONE)
         self._start(next_wandb_identity(self._identity, self._folder, why), step - 1)
-        self._say(f"{'W&B':<22} {self.words}")
+        self._say(f"{'W&B':<22} {self.description}")
 
     def _try_upload(self, what: str, call: Callable[[], Value], seconds: float | None = None) -> Value | None:
         """One table or model, or a part of it, or histograms; after the first that fails there are no more."""
@@ -207,7 +207,7 @@ class WandbRun:
             return
         if told:
             self._identity = replace(self._identity, through=max(told, self._identity.through))
-            self.words += f"; steps {begin + 1} to {told}, which it lacked, come from metrics.jsonl"
+            self.description += f"; steps {begin + 1} to {told}, which it lacked, come from metrics.jsonl"
 
     def _save_identity(self, *, open: bool) -> None:
         """What wandb.json says, and whether this process gives W&B more: after a kill that still stands there."""
