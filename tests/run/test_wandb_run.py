@@ -274,7 +274,7 @@ def test_each_fault_is_said_once_and_waited_for_once(
     assert run.calls == ["table", "finish 0"]
     first, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING"))
     why = {RuntimeError: "out of order", SystemExit: "SystemExit(1)"}.get(type(error), "no answer within 0.1 s")
-    assert first.startswith(f"WARNING: W&B took the samples of step 1 not ({why}): no more ")
+    assert first.startswith(f"WARNING: W&B did not accept the samples of step 1 ({why}): no more ")
     assert last.endswith("; `wandb sync wandb/run-1` uploads them")
 
 
@@ -336,7 +336,7 @@ def test_a_histogram_that_cannot_be_made_costs_no_run(
     trained(tracker, 3, 3)
     tracker.close(0)
     first, _ = (line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING"))
-    assert first.startswith("WARNING: W&B took the histograms of step 1 not (")
+    assert first.startswith("WARNING: W&B did not accept the histograms of step 1 (")
 
 
 def test_going_back_on_purpose_is_a_new_run_with_the_old_past(
