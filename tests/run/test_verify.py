@@ -149,7 +149,7 @@ def save_one(settings: Config, precision: str, wandb_id: str, identity: RunIdent
     loader = loader_of(settings, here.rank, here.size, accumulation)
     train_step(1, wrapped, loader, plan, here)
     saver = CheckpointSaver(settings.run_folder / "checkpoints", here, plan, CheckpointSection(), say=lambda _: None)
-    saver.begin(
+    saver.start_save(
         1, wrapped, loader, precision=precision, skipped_updates=0, wandb_id=wandb_id, identity=identity,
         validation_loss=None, validation_rows=8,
     )  # fmt: skip
