@@ -46,7 +46,7 @@ KEY_RULE_TABLE = (
     ("batch", ANNOUNCED, "micro_batch"),
     ("engine", ANNOUNCED, "device ds_config precision gradient_checkpointing attention reduce_gradients loss compile"),
     ("engine", FREE, "hang_s"),
-    ("optimizer", FIXED, "beta1 beta2 eps gradient_clipping z_loss"),
+    ("optimizer", FIXED, "name beta1 beta2 eps gradient_clipping z_loss"),
     ("phases.*", FIXED_IN_PAST_STEPS, "name steps lr weight_decay schedule warmup_steps decay_steps final_lr"),
     ("phases.*", FIXED_IN_PAST_STEPS, "optimizer_state mix"),
     ("evaluate", ANNOUNCED, "every rows"),
@@ -58,6 +58,8 @@ KEY_RULE_TABLE = (
     ("track", FREE, "wandb_tags wandb_notes wandb_model wandb_timeout_s"),
 )
 KEY_RULES = {f"{section}.{key}": rule for section, rule, keys in KEY_RULE_TABLE for key in keys.split()}
+# Keys that are newer than some runs, with the value that every run had before; older manifests lack them.
+NEWER_KEYS = {"optimizer.name": "adamw"}
 SOURCE_ORDER_KEY = "data.sources"  # the names of the sources, in order
 
 
@@ -121,7 +123,7 @@ def format_differences(differences: list[ConfigDifference]) -> list[str]:
 
 def find_forbidden_changes(past: RunIdentity, new: Config, done: int, change: str) -> list[Problem]:
     """What keeps a config from going on with a run of which `done` steps are done; `change` says where to mend it."""
-    before = past["values"]
+    before = NEWER_KEYS | past["values"]
     now = _fixed_values(new)
     problems: list[Problem] = []
     for key in before | now:
@@ -147,8 +149,8 @@ def find_identity_mismatches(own: RunIdentity, sealed: RunIdentity, step: int) -
 
     Which documents there are is left out: data.allow_changed may have changed it since.
     """
-    values = own["values"]
-    sealed_values = sealed["values"]
+    values = NEWER_KEYS | own["values"]
+    sealed_values = NEWER_KEYS | sealed["values"]
     mismatches = [
         f"{key} is {values.get(key)!r}, not {sealed_values.get(key)!r}"
         for key in sealed_values | values

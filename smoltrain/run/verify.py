@@ -33,7 +33,8 @@ from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokens.packing import NO_LABEL
 from smoltrain.data.tokens.prepare import inspect_prepared_data
 from smoltrain.distributed.world import choose_device
-from smoltrain.engine.reshard import ADAMW_KEYS, GAPS_KEY, MASTER_KEYS, build_shard_layout
+from smoltrain.engine.optimizer import OPTIMIZERS, is_elementwise_state
+from smoltrain.engine.reshard import GAPS_KEY, build_shard_layout, find_state_keys
 from smoltrain.errors import TrainingStopped, UserError
 from smoltrain.files import METRICS_FILE
 from smoltrain.inference.load import (
@@ -55,7 +56,6 @@ from smoltrain.schedule import Plan
 # How far a loss that is computed again may be off, as a share of it. Other kernels and other batches add the same
 # numbers up in another order: measured 6e-6 in bf16 and 4e-8 in fp32. A bf16 model computed in fp32 was 4e-5 off.
 LOSS_TOLERANCES = {"bf16": 5e-4, "fp16": 1e-4, "fp32": 1e-6}
-MOMENT_NAMES = ("exp_avg", "exp_avg_sq")  # of AdamW, in a torch optimizer's state
 # The run's records, with the keys of their lines, but for metrics.jsonl, which the ledger is compared with.
 RECORD_KEYS = {
     UNDONE_METRICS_FILE: ("step",),
@@ -260,7 +260,7 @@ def _check_training_states(run: RunReference, folder: Path, manifest: Manifest) 
     for name in training.modules:
         with _collect_file_faults(name, faults):
             tree = _read_training_state(folder / name)
-            module_faults = _check_module_states(run.meta_model, tree, stage)
+            module_faults = _check_module_states(run, tree, stage)
             faults += [f"{name}: {fault}" for fault in module_faults]
             param_shapes = None if module_faults else tree["param_shapes"]
     for name, rank in training.shards:
@@ -288,7 +288,7 @@ def _collect_file_faults(name: str, faults: list[str]) -> Iterator[None]:
         faults.append(f"{name} is not laid out as DeepSpeed does it ({type(error).__name__}: {error})")
 
 
-def _check_module_states(meta_model: LanguageModel, tree: dict[str, Any], stage: int) -> list[str]:
+def _check_module_states(run: RunReference, tree: dict[str, Any], stage: int) -> list[str]:
     """What is wrong with the weights that DeepSpeed loads, and with the shapes of the optimizer states beside them.
 
     Under ZeRO-0 the optimizer states are here too, and the weights are their own masters.
@@ -297,17 +297,17 @@ def _check_module_states(meta_model: LanguageModel, tree: dict[str, Any], stage:
     if stage < 3:  # ZeRO-3 puts empty tensors here
         faults += _find_shape_mismatches(
             {name: tuple(x.shape) for name, x in tree["module"].items()},
-            {name: tuple(x.shape) for name, x in meta_model.state_dict().items()},
+            {name: tuple(x.shape) for name, x in run.meta_model.state_dict().items()},
         )
-    trainable = {name: tuple(p.shape) for name, p in meta_model.named_parameters() if p.requires_grad}
+    trainable = {name: tuple(p.shape) for name, p in run.meta_model.named_parameters() if p.requires_grad}
     if stage > 0:
         flat = {name: tuple(shape) for group in tree["param_shapes"] for name, shape in group.items()}
         return faults + [f"of the optimizer states, {fault}" for fault in _find_shape_mismatches(flat, trainable)]
     want = sum(map(math.prod, trainable.values()))
-    for moment in MOMENT_NAMES:
-        have = sum(x.numel() for key, x in _iterate_tensors(tree["optimizer"]) if key.endswith(f".{moment}"))
+    for state_name in OPTIMIZERS[run.config.optimizer.name].state_names:
+        have = sum(x.numel() for key, x in _iterate_tensors(tree["optimizer"]) if key.endswith(f".{state_name}"))
         if have != want:
-            faults.append(f"{moment} has {have:,} elements, not {want:,}")
+            faults.append(f"{state_name} has {have:,} elements, not {want:,}")
     return faults
 
 
@@ -317,16 +317,16 @@ def find_shard_faults(state: dict[str, Any], param_shapes: Any, stage: int, worl
     `param_shapes` are DeepSpeed's, of the parameters in each flat tensor.
     """
     layout = build_shard_layout(stage, param_shapes, state.get(GAPS_KEY), world_size)
-    masters, adamw = (next((key for key in keys if key in state), keys[0]) for keys in (MASTER_KEYS, ADAMW_KEYS))
+    masters, optimizer = find_state_keys(state)
     faults: list[str] = []
     for part in layout.parameter_slices(rank):
-        stop = part.place + part.stop - part.first
-        moments = state[adamw]["state"].get(part.tensor, {})
-        for what, flat in {"masters": state[masters][part.tensor], **moments}.items():
-            is_counter = flat.dim() == 0
-            if not is_counter and len(flat) < stop:
-                faults.append(f"{what} has {len(flat):,} elements, which end within {part.name}")
-            elif not torch.isfinite(flat if is_counter else flat[part.place : stop]).all():
+        stop = part.offset + part.stop - part.first
+        tensors = {"masters": state[masters][part.tensor], **state[optimizer]["state"].get(part.tensor, {})}
+        for what, value in tensors.items():
+            is_elementwise = is_elementwise_state(value)
+            if is_elementwise and len(value) < stop:
+                faults.append(f"{what} has {len(value):,} elements, which end within {part.name}")
+            elif not torch.isfinite(value[part.offset : stop] if is_elementwise else value).all():
                 faults.append(f"{what} of {part.name} is not finite")
     return list(dict.fromkeys(faults))  # a counter's is met once for each parameter
 

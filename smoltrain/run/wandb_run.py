@@ -12,11 +12,10 @@ logging      WandbRun
 import contextlib
 import json
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -30,36 +29,13 @@ from smoltrain.files import METRICS_FILE
 from smoltrain.run.run_folder import RunFolder
 from smoltrain.run.wandb_id import WandbIdentity, choose_wandb_identity, next_wandb_identity, read_logged_digests
 from smoltrain.schedule import Plan
+from smoltrain.timeout import Value, call_with_timeout
 
 GRADIENT_HISTOGRAM_PREFIX = "gradients/histogram/"  # + layer: its entries
 START_TIMEOUT_S = 45.0  # for W&B's own process to start, beside the seconds that its server has
 FINISH_TIMEOUT_S = 120.0  # for the last upload; what is left stays on disk for `wandb sync`
 LOCAL_TIMEOUT_S = 120.0  # for what waits for this machine alone: a copy of the weights, steps read from metrics.jsonl
 TRUE_WORDS = ("1", "on", "yes", "true")
-
-Value = TypeVar("Value")
-
-
-def call_with_timeout(call: Callable[[], Value], seconds: float) -> Value:
-    """What a call returns, if it does so in time. Errors: its own, and TimeoutError; it may then go on alone."""
-    done: list[Value] = []
-    failed: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            done.append(call())
-        except BaseException as error:  # W&B also raises SystemExit
-            failed.append(error)
-
-    thread = threading.Thread(target=body, name="wandb", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if failed:
-        raise failed[0] if isinstance(failed[0], Exception) else RuntimeError(repr(failed[0]))
-    if not done:
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    return done[0]
-
 
 # ---- connecting
 
