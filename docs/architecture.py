@@ -1,6 +1,7 @@
-"""The picture of the floors, drawn from the imports: `.venv/bin/python docs/architecture.py` writes it anew.
+"""The picture of the floors, drawn from the imports, and the list of the folders in CONTRIBUTING.md.
 
-tests/test_architecture.py reads the same tree by the same functions, holds the floors, and compares the picture.
+`.venv/bin/python docs/architecture.py` writes both anew. tests/test_architecture.py reads the same tree by the same
+functions, holds the floors, and compares the picture and the list.
 """
 
 import ast
@@ -10,6 +11,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).parent.parent
+LISTING = ROOT / "CONTRIBUTING.md"
 PICTURE = ROOT / "docs" / "images" / "architecture.svg"
 
 # From the top: a module imports modules of its own room and of floors below its own, no others.
@@ -107,6 +109,27 @@ def describe_room(room: str, root: Path = ROOT) -> str:
     return docstring.partition("\n")[0]
 
 
+def list_rooms(root: Path = ROOT) -> list[str]:
+    """Rows of a Markdown table: each folder and file of the package, from the top, and what it says of itself."""
+    rooms = [room for floor in FLOORS for room in floor]
+    rows = []
+    for room in rooms:
+        inner = [f"data/{name}" for floor in DATA_FLOORS for name in floor] if room == "data" else []
+        rows += [f"| `{name}{_suffix(name, root)}` | {describe_room(name, root)} |" for name in (room, *inner)]
+    return rows
+
+
+def write_listing(page: str, rows: list[str]) -> str:
+    """The page with these rows in the first table."""
+    before, rule, after = page.partition("|---|---|\n")
+    _, blank, rest = ("\n" + after).partition("\n\n")
+    return before + rule + "\n".join(rows) + blank + rest
+
+
+def _suffix(room: str, root: Path) -> str:
+    return "/" if (root / "smoltrain" / room).is_dir() else ".py"
+
+
 # --- drawing it
 
 WIDTH, MARGIN, GAP = 920, 16, 12  # pixels
@@ -153,14 +176,13 @@ def _box_lines(room: str, used: set[str], width: float, root: Path) -> list[tupl
 def _draw_box(
     room: str, lines: list[tuple[str, str]], left: float, top: float, width: float, height: float, fill: str
 ) -> Iterator[str]:
-    suffix = "/" if (ROOT / "smoltrain" / room).is_dir() else ".py"
     yield (f'<rect x="{left:g}" y="{top:g}" width="{width:g}" height="{height:g}" rx="4" fill="{fill}" stroke="#9ab"/>')
     x, y = left + PADDING, top + PADDING + LINE - 4
-    yield f'<text x="{x:g}" y="{y:g}" font-size="13" font-weight="bold">{room}{suffix}</text>'
+    yield f'<text x="{x:g}" y="{y:g}" font-size="13" font-weight="bold">{room}{_suffix(room, ROOT)}</text>'
     for number, (text, colour) in enumerate(lines, start=1):
         yield f'<text x="{x:g}" y="{y + number * LINE:g}" fill="{colour}">{escape(text)}</text>'
 
 
 if __name__ == "__main__":
     PICTURE.write_text(draw_floors(), encoding="utf-8")
-    print(PICTURE.relative_to(ROOT))
+    LISTING.write_text(write_listing(LISTING.read_text(encoding="utf-8"), list_rooms()), encoding="utf-8")

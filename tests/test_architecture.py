@@ -13,12 +13,15 @@ import pytest
 from docs.architecture import (
     DATA_FLOORS,
     FLOORS,
+    LISTING,
     PICTURE,
     draw_floors,
     find_modules,
+    list_rooms,
     module_imports,
     read_imports,
     room_of,
+    write_listing,
 )
 
 ROOT = Path(__file__).parent.parent
@@ -158,6 +161,11 @@ def test_what_counts_as_an_import(tmp_path: Path):
 
 def test_the_picture_is_drawn_from_this_tree():
     assert PICTURE.read_text(encoding="utf-8") == draw_floors(), "anew: .venv/bin/python docs/architecture.py"
+
+
+def test_contributing_lists_what_the_folders_say_of_themselves():
+    page = LISTING.read_text(encoding="utf-8")
+    assert page == write_listing(page, list_rooms()), "anew: .venv/bin/python docs/architecture.py"
 
 
 # --- owners
