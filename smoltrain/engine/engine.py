@@ -86,7 +86,7 @@ class Engine:
     ) -> None:
         """`once` takes gradients and update over from DeepSpeed; where it is None, `why_not` says why."""
         self._ds, self._once = wrapped, once
-        self._world_size = world.size
+        self._world = world
         # DeepSpeed's allreduce_gradients: under ZeRO-2 and 3 at each micro-batch, else at the step's last one.
         when = "after each micro-batch" if wrapped.zero_optimization_partition_gradients() else "once a step"
         self.reduction = f"once a step, {once.how}" if once else f"{when}, as DeepSpeed has it; {why_not}"
@@ -118,7 +118,7 @@ class Engine:
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of `loss` up, for a mean over the ranks."""
         if self._once:
-            (loss / self._world_size).backward()
+            (loss / self._world.size).backward()
             return
         self._ds.backward(loss, scale_wrt_gas=False)
         if not self._ds.is_gradient_accumulation_boundary():
@@ -135,13 +135,22 @@ class Engine:
             if gradient is not None:
                 yield name, gradient.detach().float() / self.loss_scale
 
-    def update(self, *, lr: float, weight_decay: float) -> bool:
-        """Clip and take one AdamW step with these values; False if a non-finite gradient made every rank skip it."""
+    def reduce(self) -> float:
+        """Reduce the gradients; the squared L2 norm of this rank's part, 0 where `update` takes the norm itself."""
+        return self._once.reduce() if self._once else 0.0
+
+    def update(self, *, lr: float, weight_decay: float, squared_norm: float | None = None) -> bool:
+        """Clip and take one AdamW step with these values; False if a non-finite gradient made every rank skip it.
+
+        `squared_norm` is the sum over the ranks of what `reduce` gave; None: it is added up here.
+        """
         for group in self._ds.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decays"] else 0.0
         if self._once:
-            return self._update_once(self._once)
+            if squared_norm is None:
+                [squared_norm] = self._world.sum_floats(self._once.reduce())
+            return self._update_once(self._once, math.sqrt(squared_norm))
         if self.stage == 0:
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._norm_before_clipping = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
@@ -153,8 +162,8 @@ class Engine:
             self._norm_before_clipping = float(self._ds.get_global_grad_norm())
         return self._ds.was_step_applied()
 
-    def _update_once(self, once: OncePerStep) -> bool:
-        self._norm_before_clipping = once.norm()
+    def _update_once(self, once: OncePerStep, norm: float) -> bool:
+        self._norm_before_clipping = norm
         if not math.isfinite(self._norm_before_clipping):
             self.drop_gradients()
             return False

@@ -111,11 +111,10 @@ class OncePerStep:
         self._world.barrier()  # a rank that goes on to its next backward would write where a slower one still reads
         return self._places
 
-    def norm(self) -> float:
-        """L2 norm of the whole gradient. Collective."""
+    def reduce(self) -> float:
+        """Reduce-scatter the gradients; the squared L2 norm of this rank's part. Collective."""
         squared = _sum_of_squares.compiled if self._compiles else _sum_of_squares_eager
-        own = torch.stack([squared(part).double() for part in self.reduce_scatter_gradients()]).sum()
-        return math.sqrt(self._world.sum_floats(float(own))[0])
+        return float(torch.stack([squared(part).double() for part in self.reduce_scatter_gradients()]).sum())
 
     @torch.no_grad()
     def update(self, norm: float) -> None:

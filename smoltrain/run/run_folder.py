@@ -1,7 +1,6 @@
 """A run's folder: config.yaml with a record of every start, and whether this start may go on with it."""
 
 import datetime
-import errno
 import math
 import secrets
 import subprocess
@@ -9,8 +8,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 from smoltrain import files
 from smoltrain.checkpoint.identity import (
@@ -33,11 +30,6 @@ if TYPE_CHECKING:
 
 SPIKES_FILE = "spikes.jsonl"
 MAX_STARTS = 200  # that provenance keeps: the first one and the newest
-UNWRITABLE_ERRORS = {
-    errno.EACCES: "a folder that this user may write",
-    errno.EPERM: "a folder that this user may write",
-    errno.EROFS: "a file system that is not read-only",
-}
 PACKAGES = ("torch", "deepspeed", "tokenizers", "wandb", "numpy")
 
 
@@ -50,27 +42,6 @@ class RunFolder:
     wandb_id: str
     identity: RunIdentity | None = None  # for the manifests of its checkpoints
     changes: tuple[str, ...] = ()  # of the config since the last start, as far as they may move a number
-
-
-def lock_run_folder(config: Config, patience_s: float = 40.0) -> FileLock | None:
-    """The right to write to a run's folder, which no two processes have; it ends with the process, however that ends.
-
-    Waits a while for one that is leaving. Errors: UserError if another one keeps it. None where locks are unknown.
-    """
-    lock = FileLock(config.run.folder / f".{config.run.name}.lock")
-    try:
-        config.run.folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=patience_s, poll_interval=0.2)
-    except Timeout:
-        what, want = "another process trains this run", "one at a time"
-        raise UserError(Problem(what, str(lock.lock_file), want, "run.name, or end the other one")) from None
-    except OSError as error:
-        if want := UNWRITABLE_ERRORS.get(error.errno or 0):
-            raise UserError(Problem("the run cannot be written there", str(error), want, "run.folder")) from None
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some network file systems have none
-            return None
-        raise
-    return lock
 
 
 def check_run_folder(
@@ -114,30 +85,47 @@ def check_run_folder(
     return {**fresh, **provenance, "rows_per_step": was["rows_per_step"], "starts": [first, *others[1 - MAX_STARTS :]]}
 
 
-def enter_run_folder(
-    config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None
-) -> RunFolder:
-    """Create or re-enter the folder after `done` steps; config.yaml then holds this start's config and provenance.
+def find_announced_changes(
+    config: Config, ancestor: Path | None = None, manifest: "Manifest | None" = None
+) -> tuple[str, ...]:
+    """What to tell of how this start differs from the last one, as far as it may move a number; nothing is written."""
+    path = config.run_folder / CONFIG_FILE
+    before = path if path.exists() or not ancestor else ancestor / CONFIG_FILE
+    if before.exists():
+        differences = find_config_differences(read_run_config(before), config)
+        announced = [difference for difference in differences if is_announced(difference[0])]
+        return (*filter(None, [find_config_damage(before.parent)]), *format_differences(announced))
+    if manifest:
+        return (f"{path} was gone; it is written anew, held to what the checkpoint says of its run",)
+    return ()
 
-    Errors: those of `check` and of `accumulation`; nothing has been written then.
+
+def write_run_folder(
+    config: Config, world_size: int, provenance: dict[str, Any], changes: tuple[str, ...] = ()
+) -> RunFolder:
+    """Create or re-enter the folder: config.yaml then holds this start's config and what `check_run_folder` returned.
+
+    Errors: those of `accumulation_steps`; nothing has been written then.
     """
     path = config.run_folder / CONFIG_FILE
-    changes: list[str] = []
-    provenance = check_run_folder(config, world_size, done, ancestor, manifest)
-    rows = provenance["rows_per_step"]
-    accumulation_steps(config, rows, world_size)
-    if (before := path if path.exists() or not ancestor else ancestor / CONFIG_FILE).exists():
-        told = [
-            change for change in find_config_differences(read_run_config(before), config) if is_announced(change[0])
-        ]
-        changes = [*filter(None, [find_config_damage(before.parent)]), *format_differences(told)]
-    elif manifest:
-        changes = [f"{path} was gone; it is written anew, held to what the checkpoint says of its run"]
+    rows_per_step = provenance["rows_per_step"]
+    accumulation_steps(config, rows_per_step, world_size)
     config.run_folder.mkdir(parents=True, exist_ok=True)
     text = dump_yaml(redacted_config(config) | {"provenance": provenance})
     files.write_text_file(path, text + config_digest_line(text))
-    own = make_run_identity(config, rows, provenance["run_id"])
-    return RunFolder(config.run_folder, rows, provenance["wandb_id"], own, tuple(changes))
+    identity = make_run_identity(config, rows_per_step, provenance["run_id"])
+    return RunFolder(config.run_folder, rows_per_step, provenance["wandb_id"], identity, changes)
+
+
+def enter_run_folder(
+    config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None
+) -> RunFolder:
+    """Check and write in one: for those who have no start of their own to hand on.
+
+    Errors: those of `check_run_folder` and `write_run_folder`; nothing has been written then.
+    """
+    provenance = check_run_folder(config, world_size, done, ancestor, manifest)
+    return write_run_folder(config, world_size, provenance, find_announced_changes(config, ancestor, manifest))
 
 
 def accumulation_steps(config: Config, rows_per_step: int, world_size: int) -> int:
