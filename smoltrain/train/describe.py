@@ -26,22 +26,22 @@ def say_start(
     """One line for each choice that was made, with its reason."""
     config = settings.config
     plan = Plan(config.phases)
-    tracker.chosen("run", str(folder.path))
-    tracker.chosen("device", describe_device(world))
+    tracker.say_choice("run", str(folder.path))
+    tracker.say_choice("device", describe_device(world))
     for what, reason in settings.reasons.items():
-        tracker.chosen(what, reason)
-    tracker.chosen("gradients", engine.gradient_reduction_summary)
-    tracker.chosen("engine", f"DeepSpeed ZeRO-{engine.stage}, from {config.engine.ds_config}")
-    tracker.chosen("parameters", f"{settings.num_parameters:,}")
-    tracker.chosen("rows per step", _describe_rows_per_step(loader))
-    tracker.chosen("tokenizer", loader.prepared.describe_tokenizer())
-    tracker.chosen("data", loader.prepared.describe())
-    tracker.chosen("packing", PACKING_IN_WORDS[config.packing.document_mask])
-    tracker.chosen("plan", ", ".join(f"{phase.name} {phase.first}-{phase.last}" for phase in plan.phases))
+        tracker.say_choice(what, reason)
+    tracker.say_choice("gradients", engine.gradient_reduction_summary)
+    tracker.say_choice("engine", f"DeepSpeed ZeRO-{engine.stage}, from {config.engine.ds_config}")
+    tracker.say_choice("parameters", f"{settings.num_parameters:,}")
+    tracker.say_choice("rows per step", _describe_rows_per_step(loader))
+    tracker.say_choice("tokenizer", loader.prepared.describe_tokenizer())
+    tracker.say_choice("data", loader.prepared.describe())
+    tracker.say_choice("packing", PACKING_IN_WORDS[config.packing.document_mask])
+    tracker.say_choice("plan", ", ".join(f"{phase.name} {phase.first}-{phase.last}" for phase in plan.phases))
     if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
         tracker.say("WARNING: CUDA_LAUNCH_BLOCKING is set: every kernel waits for the one before; unset it")
     if folder.changes:
-        tracker.chosen("changed", "; ".join(folder.changes))
+        tracker.say_choice("changed", "; ".join(folder.changes))
     if start.point.manifest:
         tracker.say(f"restored step {start.point.step} on {world.size} ranks, ledger {loader.ledger[:16]}")
 

@@ -26,7 +26,7 @@ from smoltrain.model.build import build_model
 from smoltrain.run.row_ledger import LEDGER_FILE, RowLedger
 from smoltrain.run.run_folder import RunFolder, accumulation_steps, write_run_folder
 from smoltrain.run.run_warnings import memorisation_warning, slow_data_warning
-from smoltrain.run.track import Tracker, open_rank_log, open_tracker
+from smoltrain.run.track import Tracker, open_rank_log
 from smoltrain.schedule import Plan
 from smoltrain.train.data_metrics import estimate_unique_contents
 from smoltrain.train.describe import say_start
@@ -77,11 +77,11 @@ class Session:
         if len(self.recent) == self.recent.maxlen:
             wait_share = mean(recent.metrics["speed/data_wait_share"] for recent in self.recent)
             self.tracker.warn_once("slow data", slow_data_warning(wait_share))
-        self.tracker.step(step, last_step, self.plan.phase(step).name, metrics)
+        self.tracker.log_step(step, last_step, self.plan.phase(step).name, metrics)
         for note in self.loader.health.take_notes():
             self.tracker.say(note)
         if result.layer_gradients:
-            self.tracker.gradients(step, result.layer_gradients)
+            self.tracker.log_gradients(step, result.layer_gradients)
 
     def record_rows(self, result: StepResult) -> None:
         """Write the rows of a step into the ledger, also those that a step which was stopped has consumed."""
@@ -95,7 +95,7 @@ class Session:
         if losses is None:
             return False
         self.validation_loss, bits_per_byte = losses
-        self.tracker.validation(step, self.validation_loss, bits_per_byte)
+        self.tracker.log_validation(step, self.validation_loss, bits_per_byte)
         if self.recent:
             train_loss = mean(recent.metrics["train/loss_nats_per_token"] for recent in self.recent)
             warning = memorisation_warning(train_loss, self.validation_loss, self.loader.repeat_factor)
@@ -109,7 +109,7 @@ class Session:
 
     def sample(self, step: int) -> None:
         """Let the model write after the recipe's prompts."""
-        self.tracker.samples(step, sample_prompts(self))
+        self.tracker.log_samples(step, sample_prompts(self))
 
     def save(self, step: int) -> None:
         """Begin a checkpoint of the state after `step`, unless there is one; it is written beside training."""
@@ -118,13 +118,13 @@ class Session:
         self.watchdog.mark("save")
         if self.ledger:
             self.ledger.sync()
-        pause_s = self.saver.begin(
+        pause_s = self.saver.start_save(
             step, self.engine, self.loader, skipped_updates=self.num_skipped, precision=self.precision,
             wandb_id=self.folder.wandb_id, identity=self.folder.identity, validation_loss=self.validation_loss,
             validation_rows=self.config.evaluate.rows,
         )  # fmt: skip
         self.saved_step = step
-        self.tracker.metrics(step, {"speed/checkpoint_pause_s": pause_s})
+        self.tracker.log_metrics(step, {"speed/checkpoint_pause_s": pause_s})
 
 
 @contextlib.contextmanager
@@ -165,14 +165,14 @@ def open_session(start: Start, world: World, stop: StopFlag) -> Iterator[Session
         # ---- nothing refuses any more: what the run writes down
         watchdog.mark("records")
         folder = world.run_on_first_rank(
-            lambda: write_run_folder(start.config, world.size, start.provenance, start.changes)
+            lambda: write_run_folder(start.config, world.size, start.record)
         )
         notes = list(start.notes)
         if start.point.manifest is None:
             source = start.point.weights_from
             tokenizer = loader.prepared.tokenizer
             world.run_on_first_rank(lambda: copy_generation_config(source, config, tokenizer, notes.append))
-        tracker = tracking.enter_context(open_tracker(config, folder, world.rank, done, start.last_step))
+        tracker = tracking.enter_context(Tracker(config, folder, world.rank, done, start.last_step))
         for note in notes:
             tracker.say(note)
         say_start(start, settings, folder, loader, engine, world, tracker)
@@ -180,13 +180,13 @@ def open_session(start: Start, world: World, stop: StopFlag) -> Iterator[Session
         if world.is_first:
             ledger = RowLedger(folder.path / LEDGER_FILE, loader.rows_consumed)
             opened.callback(ledger.close)
-            if ledger.lost:
-                lost = f"WARNING: {LEDGER_FILE} has lost {ledger.lost:,} rows, as `smoltrain verify` will say"
+            if ledger.num_lost_rows:
+                lost = f"WARNING: {LEDGER_FILE} has lost {ledger.num_lost_rows:,} rows, as `smoltrain verify` will say"
                 tracker.say(lost)
         guard = SpikeGuard.open(folder.path, config.spikes, world, step=done)
 
         def log_published(step: int, checkpoint: Path) -> None:
-            tracker.model(step, checkpoint / WEIGHTS_FILE, ends_phase=plan.ends_phase(step))
+            tracker.log_model(step, checkpoint / WEIGHTS_FILE, ends_phase=plan.ends_phase(step))
 
         checkpoints = folder.path / "checkpoints"
         saver = CheckpointSaver(checkpoints, world, plan, config.checkpoint, say=tracker.say, published=log_published)

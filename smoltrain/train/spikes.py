@@ -107,7 +107,7 @@ class SpikeGuard:
         """
         length = max(section.history, section.window)
         entries, history = world.run_on_first_rank(
-            lambda: (read_spikes(folder), list(deque(_read_losses(folder / "metrics.jsonl", step), maxlen=length)))
+            lambda: (read_spikes(folder), list(deque(_read_losses(folder / files.METRICS_FILE, step), maxlen=length)))
         )
         return cls(section, world, folder / SPIKES_FILE, entries, history)
 
@@ -223,15 +223,19 @@ def read_spikes(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / SPIKES_FILE
     lines = list(files.read_jsonl_lines(path, ("step", "does", "rows")))
-    if damaged := [line for line in lines if line.fault]:
-        want = "the line as it was written; without it the run would train on rows that it had passed over"
-        change = "the line, or delete it to accept that"
+    damaged = [line for line in lines if line.fault]
+    if damaged:
         raise UserError(
-            Problem("the journal of spikes is damaged", files.describe_damaged_lines(path, damaged), want, change)
+            Problem(
+                what="the journal of spikes is damaged",
+                saw=files.describe_damaged_lines(path, damaged),
+                want="the line as it was written; without it the run would train on rows that it had passed over",
+                change="the line, or delete it to accept that",
+            )
         )
-    whole = b"".join(line.raw for line in lines)
-    if path.exists() and path.stat().st_size > len(whole):
-        files.write_text_file(path, whole.decode())
+    size = sum(len(line.raw) for line in lines)
+    if path.exists() and path.stat().st_size > size:
+        files.keep_jsonl_lines(path, lines)
     return [line.value for line in lines]
 
 

@@ -7,7 +7,6 @@ hashed or checked a second time: the files of the checkpoint, the tokens and the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from smoltrain.checkpoint.retention import delete_leftovers
 from smoltrain.config.load import stop_after_phase
 from smoltrain.config.schema import Config
 from smoltrain.data.tokens.prepare import prepare_run_data
-from smoltrain.run.run_folder import check_run_folder, find_announced_changes
+from smoltrain.run.run_folder import RunRecord, make_run_record
 from smoltrain.schedule import Plan
 from smoltrain.train.preflight import check_start
 from smoltrain.train.start_point import StartPoint, copy_ancestor_data, find_start_point, is_validation_missing
@@ -27,8 +26,7 @@ class Start:
 
     config: Config
     point: StartPoint
-    provenance: dict[str, Any]  # what config.yaml will say of the run and its starts
-    changes: tuple[str, ...]  # of the config since the last start, as far as they may move a number
+    record: RunRecord  # what config.yaml will say of the run and its starts
     validation_missing: bool  # the one of `point.step` is to be made up for
     notes: tuple[str, ...]  # what was seen on the way, for the person who watches
 
@@ -40,7 +38,7 @@ class Start:
     @property
     def rows_per_step(self) -> int:
         """Rows of an optimizer step over all ranks, as the run began."""
-        return self.provenance["rows_per_step"]
+        return self.record.provenance["rows_per_step"]
 
     @property
     def has_work(self) -> bool:
@@ -90,11 +88,10 @@ def begin_next_phase(config: Config, num_ranks: int, *, say: Callable[[str], Non
 
 def _make_start(config: Config, point: StartPoint, num_ranks: int, notes: "_Notes") -> Start:
     """Errors: UserError where the run folder belongs to another run, or the config changes what is past."""
-    provenance = check_run_folder(config, num_ranks, point.step, point.ancestor, point.manifest)
-    changes = find_announced_changes(config, point.ancestor, point.manifest)
+    record = make_run_record(config, num_ranks, point.step, point.ancestor, point.manifest)
     last_step = Plan(config.phases).last_step_until(config.run.stop_after)
     missing = is_validation_missing(config, point, last_step)
-    return Start(config, point, provenance, changes, missing, tuple(notes.texts))
+    return Start(config, point, record, missing, tuple(notes.texts))
 
 
 class _Notes:

@@ -17,14 +17,13 @@ from smoltrain.checkpoint.manifest import (
 from smoltrain.config.config_file import CONFIG_FILE, read_provenance
 from smoltrain.config.schema import Config
 from smoltrain.errors import Problem, UserError
+from smoltrain.files import METRICS_FILE
 from smoltrain.inference.load import find_valid_manifest, is_huggingface_folder, locate_run
 from smoltrain.run.row_ledger import LEDGER_FILE
 from smoltrain.run.run_folder import SPIKES_FILE
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.schedule import Plan
 from smoltrain.train.initial_weights import check_source_model
-
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
