@@ -39,7 +39,7 @@ OWNERS = {
     "matplotlib": ("smoltrain.run.plots",),
     "gradio": ("smoltrain.inference.demo",),
     "datasets": ("smoltrain.data.documents.hub",),
-    "pyarrow": ("smoltrain.data.documents.readers",),
+    "pyarrow": ("smoltrain.data.documents.read_parquet",),
     "fsspec": ("smoltrain.data.documents",),
     "tokenizers": ("smoltrain.data.tokenizers",),
     "typer": ("smoltrain.cli",),
