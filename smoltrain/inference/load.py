@@ -121,10 +121,11 @@ def load_trained_model(source: str, step: int | None = None, runs: Path = RUNS_F
 
 def _load_run(source: str, step: int | None, runs: Path) -> LoadedModel:
     folder, step_of_source = locate_run(source, runs)
-    config = read_run_config(folder / CONFIG_FILE)
     change = "the RUN argument" if step is None else "--checkpoint"
+    config_file = folder / CONFIG_FILE
+    config = read_run_config(config_file)
     manifest = find_valid_manifest(folder, step_of_source if step is None else step, change, _print_to_stderr)
-    identity.check_checkpoint_identity(manifest, folder / CONFIG_FILE)
+    identity.check_checkpoint_identity(manifest, identity.read_run_identity(config_file), config_file)
     damage = find_config_damage(folder)
     if damage:
         print_warning(damage)

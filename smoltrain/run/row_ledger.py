@@ -29,13 +29,13 @@ class RowLedger:
     def __init__(self, path: Path, rows_consumed: int) -> None:
         """Open it to go on after `rows_consumed` rows: what a killed run wrote beyond is about to happen again.
 
-        `lost` of the rows before have no digest any more, for the file was missing or too short.
+        `num_lost_rows` of the rows before have no digest any more, for the file was missing or too short.
         """
         path.touch()
         fsync_path(path.parent)
         self._file = path.open("r+b")
         whole = min(path.stat().st_size // DIGEST_DTYPE.itemsize, rows_consumed)
-        self.lost = rows_consumed - whole
+        self.num_lost_rows = rows_consumed - whole
         self._file.truncate(whole * DIGEST_DTYPE.itemsize)
         self._file.truncate(rows_consumed * DIGEST_DTYPE.itemsize)  # POSIX fills up with zeros
         self._file.seek(0, 2)

@@ -35,7 +35,8 @@ from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokens.packing import NO_LABEL
 from smoltrain.data.tokens.prepare import inspect_prepared_data
 from smoltrain.distributed.world import choose_device
-from smoltrain.engine.reshard import ADAMW_KEYS, GAPS_KEY, MASTER_KEYS, build_shard_layout
+from smoltrain.engine.optimizer import OPTIMIZERS, is_elementwise_state
+from smoltrain.engine.reshard import GAPS_KEY, build_shard_layout, find_state_keys
 from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.inference import load
 from smoltrain.inference.load import (
@@ -221,12 +222,13 @@ def _check_training_states(run: RunReference, folder: Path, manifest: Manifest) 
     draws = [name for name in names if RNG_STATE_NAME.match(name)]
     faults = list_missing_states(manifest)
     faults += list_stray_files(folder, manifest)
+    state_names = OPTIMIZERS[run.config.optimizer.name].state_names
     shapes: Any = None  # DeepSpeed's, of the flat tensors in the shards
     for name in [*modules, *shards, *draws]:
         try:
             tree = _read_training_state(folder / name)
             if name in modules:
-                found = _check_module_states(run.meta_model, tree, stage)
+                found = _check_module_states(run.meta_model, tree, stage, state_names)
                 shapes = None if found else tree["param_shapes"]
             elif name in shards:
                 found = _check_optimizer_shard(tree["optimizer_state_dict"], shapes, stage, world, shards[name])
@@ -242,10 +244,12 @@ def _check_training_states(run: RunReference, folder: Path, manifest: Manifest) 
     return f"masters and moments of {count:,} parameters by {ranks} are finite", faults
 
 
-def _check_module_states(skeleton: LanguageModel, tree: dict[str, Any], stage: int) -> list[str]:
+def _check_module_states(
+    skeleton: LanguageModel, tree: dict[str, Any], stage: int, state_names: tuple[str, ...]
+) -> list[str]:
     """What is wrong with the weights that DeepSpeed loads, and what it says of the optimizer states.
 
-    Under ZeRO-0 these are here too, and masters are the weights themselves.
+    Under ZeRO-0 these are here too, under `state_names`, and masters are the weights themselves.
     """
     faults = _find_non_finite(tree)
     if stage < 3:  # ZeRO-3 puts empty tensors here
@@ -258,10 +262,10 @@ def _check_module_states(skeleton: LanguageModel, tree: dict[str, Any], stage: i
         flat = {name: tuple(shape) for group in tree["param_shapes"] for name, shape in group.items()}
         return faults + [f"of the optimizer states, {fault}" for fault in _find_shape_mismatches(flat, trainable)]
     want = sum(map(math.prod, trainable.values()))
-    for moment in ("exp_avg", "exp_avg_sq"):
-        have = sum(x.numel() for key, x in _iterate_tensors(tree["optimizer"]) if key.endswith(f".{moment}"))
+    for state_name in state_names:
+        have = sum(x.numel() for key, x in _iterate_tensors(tree["optimizer"]) if key.endswith(f".{state_name}"))
         if have != want:
-            faults.append(f"{moment} has {have:,} elements, not {want:,}")
+            faults.append(f"{state_name} has {have:,} elements, not {want:,}")
     return faults
 
 
@@ -272,17 +276,18 @@ def _check_optimizer_shard(state: dict[str, Any], shapes: Any, stage: int, world
     """
     if shapes is None:
         return []
-    wrote = build_shard_layout(stage, shapes, state.get(GAPS_KEY), world)
-    masters, adamw = (next((key for key in keys if key in state), keys[0]) for keys in (MASTER_KEYS, ADAMW_KEYS))
+    layout = build_shard_layout(stage, shapes, state.get(GAPS_KEY), world)
+    masters, optimizer = find_state_keys(state)
     bad: dict[str, None] = {}  # in order
-    for stretch in wrote.parameter_slices(rank):
-        stop = stretch.place + stretch.stop - stretch.first
-        moments = state[adamw]["state"].get(stretch.tensor, {})
-        for what, flat in {"masters": state[masters][stretch.tensor], **moments}.items():
-            if flat.dim() and len(flat) < stop:
-                bad[f"{what} has {len(flat):,} elements, which end within {stretch.name}"] = None
-            elif not _is_finite(flat[stretch.place : stop] if flat.dim() else flat):
-                bad[f"{what} of {stretch.name} is not finite"] = None
+    for piece in layout.parameter_slices(rank):
+        stop = piece.offset + piece.stop - piece.first
+        numbers = state[optimizer]["state"].get(piece.tensor, {})
+        for what, value in {"masters": state[masters][piece.tensor], **numbers}.items():
+            elementwise = is_elementwise_state(value)
+            if elementwise and len(value) < stop:
+                bad[f"{what} has {len(value):,} elements, which end within {piece.name}"] = None
+            elif not _is_finite(value[piece.offset : stop] if elementwise else value):
+                bad[f"{what} of {piece.name} is not finite"] = None
     return list(bad)
 
 

@@ -187,11 +187,11 @@ def test_a_config_that_its_checkpoint_denies_is_refused_everywhere(
 
 def test_any_flip_of_config_yaml_is_said(run: Path, original: Path) -> None:
     """The command's own values count, so a config.yaml that is damaged where nothing depends on it is mended."""
-    assert find_config_damage(run) == ""
+    assert find_config_damage(run) is None
     replaced(run, "print_every: 2", "print_every: 6")
-    assert find_config_damage(run).startswith(f"{run / CONFIG_FILE} is not what the run wrote")
+    assert (find_config_damage(run) or "").startswith(f"{run / CONFIG_FILE} is not what the run wrote")
     assert begun(command(run, original)).changes[0].startswith(f"{run / CONFIG_FILE} is not what the run wrote")
-    assert find_config_damage(run) == ""
+    assert find_config_damage(run) is None
     assert read_run_config(run / CONFIG_FILE).track.print_every == 2
 
 
@@ -317,7 +317,7 @@ def test_manifests_of_one_run_carry_its_identity(run: Path, original: Path) -> N
     assert manifest.identity == make_run_identity(command(run, original), 4, provenance["run_id"])
     changed = dataclasses.replace(manifest, identity=manifest.identity | {"run_id": "x"})
     with pytest.raises(UserError, match="another run's"):
-        check_checkpoint_identity(changed, run / CONFIG_FILE)
+        check_checkpoint_identity(changed, manifest.identity, run / CONFIG_FILE)
 
 
 # ---- damage to provenance

@@ -319,9 +319,11 @@ def address(run: Path, tmp_path: Path) -> Iterator[str]:
 def talkative(run: Path) -> int:
     """A seed with which the model does not end its document soon."""
     loaded, long = load_trained_model(str(run)), GenerationSection(**SETTINGS | {"max_tokens": 400})
-    for seed in itertools.count():
-        if sum(1 for _ in loaded.generate_text(PROMPT, long, greedy=False, seed=seed)) > 300:
-            return seed
+
+    def length(seed: int) -> int:
+        return sum(1 for _ in loaded.generate_text(PROMPT, long, greedy=False, seed=seed))
+
+    return next(seed for seed in itertools.count() if length(seed) > 300)
 
 
 @pytest.mark.slow

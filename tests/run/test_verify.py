@@ -21,7 +21,7 @@ from smoltrain.checkpoint.saver import CheckpointSaver
 from smoltrain.cli import main
 from smoltrain.config.schema import CheckpointSection, Config
 from smoltrain.data.tokens.prepare import prepare_run_data
-from smoltrain.engine.reshard import ADAMW_KEYS, MASTER_KEYS, build_shard_layout
+from smoltrain.engine.reshard import MASTER_KEYS, OPTIMIZER_KEYS, build_shard_layout
 from smoltrain.errors import BAD_INPUT, DONE, FAULT
 from smoltrain.run.row_ledger import LEDGER_FILE, read_row_history
 from smoltrain.run.run_folder import enter_run_folder
@@ -149,7 +149,7 @@ def save_one(settings: Config, precision: str, wandb_id: str, identity: RunIdent
     loader = loader_of(settings, here.rank, here.size, accumulation)
     train_step(1, wrapped, loader, plan, here)
     saver = CheckpointSaver(settings.run_folder / "checkpoints", here, plan, CheckpointSection(), say=lambda _: None)
-    saver.begin(
+    saver.start_save(
         1, wrapped, loader, precision=precision, skipped_updates=0, wandb_id=wandb_id, identity=identity,
         validation_loss=None, validation_rows=8,
     )  # fmt: skip
@@ -174,7 +174,7 @@ def test_every_stage_is_looked_into(tmp_path: Path, ranks: Any, stage: int, size
         rewrite(at / "deepspeed" / "mp_rank_00_model_states.pt", lambda t: t["optimizer"]["state"].pop(3))
         want = "exp_avg has 28,320 elements, not 28,832"
     else:
-        adamw = ADAMW_KEYS[stage == 3]
+        adamw = OPTIMIZER_KEYS[stage == 3]
         rewrite(shard_of(at, 1), lambda t: t["optimizer_state_dict"][adamw]["state"][1]["exp_avg"].fill_(math.inf))
         want = "exp_avg of norm.weight is not finite"
     reseal(at)
@@ -244,7 +244,7 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
         "model.safetensors is in torch.float32, but the checkpoint in bf16",
     ),
     (
-        spoil_file("*optim*", lambda t: optimizer(t)[ADAMW_KEYS[0]]["state"][0]["exp_avg_sq"][-1].fill_(math.nan)),
+        spoil_file("*optim*", lambda t: optimizer(t)[OPTIMIZER_KEYS[0]]["state"][0]["exp_avg_sq"][-1].fill_(math.nan)),
         "exp_avg_sq of layers.1.mlp.down_proj.weight is not finite",
     ),
     (
@@ -343,9 +343,9 @@ def test_another_loss_than_when_it_was_saved(run: Path, verify: Callable[..., Ve
 def test_padding_may_hold_anything():
     shapes, world, rank = [{"matrix": torch.Size((3, 7)), "vector": torch.Size((32,))}], 3, 2
     wrote = build_shard_layout(3, shapes, None, world)  # the vector is dealt out as 11, 11 and 10
-    flat = torch.full((sum(wrote.parts(0)),), math.nan)
+    flat = torch.full((wrote.shard_size(0),), math.nan)
     flat[:17] = 1.0
-    state = {MASTER_KEYS[1]: [flat], ADAMW_KEYS[1]: {"state": {0: {"exp_avg": flat, "step": torch.ones(())}}}}
+    state = {MASTER_KEYS[1]: [flat], OPTIMIZER_KEYS[1]: {"state": {0: {"exp_avg": flat, "step": torch.ones(())}}}}
     assert _check_optimizer_shard(state, shapes, 3, world, rank) == []
     flat[16] = math.nan
     assert _check_optimizer_shard(state, shapes, 3, world, rank) == [
