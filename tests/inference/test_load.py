@@ -215,7 +215,7 @@ def test_weights_that_are_no_numbers(run: Path, hub: Path, value: float):
 
 def test_a_run_whose_config_asks_for_all_memory(run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        "smoltrain.run.run_folder.check_checkpoint_identity", lambda *_: None
+        "smoltrain.checkpoint.identity.check_checkpoint_identity", lambda *_: None
     )  # a manifest that says the same
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("intermediate_size: 64", "intermediate_size: 16777216"))

@@ -152,7 +152,7 @@ def test_text_ends_at_either_end_here_and_in_transformers(tmp_path: Path, word: 
             head.weight[ids[word]] = 1e-3 * torch.ones(32)
             head.weight[65] = -1e-3 * torch.ones(32)
     prompt = [70, 71, 72]
-    written = list(ours.generate(prompt, ours.generation, greedy=True))
+    written = list(ours.generate_ids(prompt, ours.generation, greedy=True))
     settings = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
     answer = theirs.generate(torch.tensor([prompt]), **settings, repetition_penalty=1.0)[0].tolist()
     assert len(written) < 8, "it ended before its length"
