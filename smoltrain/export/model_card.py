@@ -70,10 +70,7 @@ def _training_facts(config: Config, metrics: Path, step: int, last_step: int | N
     rows["data"] = _describe_data(config.data)
     if "data/tokens" in last:
         rows["tokens seen"] = f"{last['data/tokens']:,} in rows of {config.batch.sequence_length:,}"
-    for metric, words in LOSSES.items():
-        if metric in last:
-            rows[words] = f"{last[metric]:.4f}"
-    return rows
+    return rows | {words: f"{last[metric]:.4f}" for metric, words in LOSSES.items() if metric in last}
 
 
 def _describe_data(data: DataSection) -> str:

@@ -7,7 +7,6 @@ It is imported late, and so is torch: a refusal of the Hub should not wait for e
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +59,8 @@ def _check_hub_token(endpoint: str, token: str) -> None:
     """Ask the Hub who the token is. Errors: UserError if it does not answer in time, or does not know the token."""
     from huggingface_hub.utils import get_session, hf_raise_for_status
 
-    want = f"an answer within {HUB_TIMEOUT_S:g} s; the same command tries again"
-    change = f"the network, or HF_ENDPOINT={endpoint}"
-    with _as_user_errors(endpoint, "the token", Problem("the Hub cannot be reached", "", want, change)):
-        headers = {"Authorization": f"Bearer {token}"}
+    headers = {"Authorization": f"Bearer {token}"}
+    with _as_user_errors(endpoint, "the token"):
         hf_raise_for_status(get_session().get(f"{endpoint}/api/whoami-v2", headers=headers, timeout=HUB_TIMEOUT_S))
 
 
@@ -103,8 +100,7 @@ def _upload_export(folder: Path, repo: str, endpoint: str, token: str, private: 
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    want = "it to last; the same command tries again, the export stays"
-    with _as_user_errors(endpoint, repo, Problem("the connection to the Hub broke", "", want, "the network")):
+    with _as_user_errors(endpoint, repo):
         api = HfApi(endpoint=endpoint, token=token)
         created = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message=message)
@@ -112,8 +108,8 @@ def _upload_export(folder: Path, repo: str, endpoint: str, token: str, private: 
 
 
 @contextmanager
-def _as_user_errors(endpoint: str, what: str, broken: Problem) -> Iterator[None]:
-    """The client's errors as a UserError: a refusal of `what`, or `broken` with what the network said."""
+def _as_user_errors(endpoint: str, what: str) -> Iterator[None]:
+    """The client's errors as UserErrors: the Hub refuses `what`, or the network fails."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
@@ -128,4 +124,6 @@ def _as_user_errors(endpoint: str, what: str, broken: Problem) -> Iterator[None]
     except Exception as error:  # of the network, whose library changes with the client's version
         if type(error).__module__.partition(".")[0] not in NETWORK_LIBRARIES:
             raise
-        raise UserError(replace(broken, saw=str(error))) from None
+        want = f"an answer within {HUB_TIMEOUT_S:g} s, and a connection that lasts; the same command tries again"
+        change = f"the network, or HF_ENDPOINT={endpoint}"
+        raise UserError(Problem("the Hub cannot be reached", str(error), want, change)) from None

@@ -135,12 +135,9 @@ def _reload_in_fresh_process(
     }
     cases_file.write_text(json.dumps(cases), encoding="utf-8")
     environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(scratch / "modules"),
-        "CUDA_VISIBLE_DEVICES": "",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
+        "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules"), "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }  # fmt: skip
     command = [sys.executable, "-I", str(RELOAD_SCRIPT), str(folder.resolve()), str(cases_file), str(scratch)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:

@@ -165,16 +165,9 @@ def describe_model(loaded: LoadedModel, device: torch.device) -> str:
 
 
 def generate_for_page(
-    models: DemoModels,
-    prompt: str,
-    step: int | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    max_tokens: int,
-    greedy: bool,
-    seed: int | None,
-) -> Iterator[tuple[str, str]]:
+    models: DemoModels, prompt: str, step: int | None, temperature: float, top_k: int, top_p: float, max_tokens: int,
+    greedy: bool, seed: int | None,
+) -> Iterator[tuple[str, str]]:  # fmt: skip
     """(The prompt and what the model has made of it so far, the headline), again and again.
 
     Errors: gr.Error, which the page shows.

@@ -34,16 +34,10 @@ def sample_token(logits_V: Tensor, settings: GenerationSection, greedy: bool, ge
 
 
 def generate_ids(
-    model: LanguageModel,
-    prompt_ids: Sequence[int],
-    settings: GenerationSection,
-    *,
-    stop_ids: Collection[int] = (),
-    banned_ids: Sequence[int] = (),
-    greedy: bool = False,
-    seed: int = 0,
+    model: LanguageModel, prompt_ids: Sequence[int], settings: GenerationSection, *,
+    stop_ids: Collection[int] = (), banned_ids: Sequence[int] = (), greedy: bool = False, seed: int = 0,
     say: Callable[[str], None] = lambda _: None,
-) -> Iterator[int]:
+) -> Iterator[int]:  # fmt: skip
     """Yield new ids until one of `stop_ids` (not yielded), settings.max_tokens, or the last position of the model.
 
     If it is the position that ends it, `say` tells. `banned_ids` but `stop_ids` are never drawn. Neither torch's random

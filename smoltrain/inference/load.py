@@ -63,14 +63,9 @@ class LoadedModel:
     inherited_generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json beside the weights
 
     def generate_text(
-        self,
-        prompt: str,
-        settings: GenerationSection,
-        *,
-        greedy: bool,
-        seed: int,
+        self, prompt: str, settings: GenerationSection, *, greedy: bool, seed: int,
         say: Callable[[str], None] = lambda _: None,
-    ) -> Iterator[str]:
+    ) -> Iterator[str]:  # fmt: skip
         """Pieces of the text behind a prompt, as they come; an empty prompt begins a document.
 
         The prompt is text, also where it spells a special token. Errors: UserError, at once, for a prompt that is no
@@ -137,17 +132,10 @@ def _load_run(source: str, step: int | None, runs: Path) -> LoadedModel:
     tokenizer = Tokenizer.from_folder(folder / "tokenizer", config.tokenizer.separator, config.tokenizer.pad)
     _check_vocabulary_size(tokenizer, model, folder / "tokenizer")
     return LoadedModel(
-        model=model.eval(),
-        dtype=common_dtype(weights.values()),
-        tokenizer=tokenizer,
-        generation=config.generation,
-        seed=config.run.seed,
-        folder=folder,
-        step=manifest.step,
-        manifest=manifest,
-        config=config,
-        inherited_generation=read_generation_config(folder / "tokenizer"),
-    )
+        model=model.eval(), dtype=common_dtype(weights.values()), tokenizer=tokenizer,
+        generation=config.generation, seed=config.run.seed, folder=folder, step=manifest.step, manifest=manifest,
+        config=config, inherited_generation=read_generation_config(folder / "tokenizer"),
+    )  # fmt: skip
 
 
 def _load_huggingface_folder(folder: Path) -> LoadedModel:
@@ -161,14 +149,10 @@ def _load_huggingface_folder(folder: Path) -> LoadedModel:
     tokenizer = Tokenizer.from_folder(folder, _find_separator(folder, inherited))
     _check_vocabulary_size(tokenizer, model, folder / TOKENIZER_FILE)
     return LoadedModel(
-        model=model.eval(),
-        dtype=common_dtype(weights.values()),
-        tokenizer=tokenizer,
-        generation=_read_generation_settings(inherited, folder / GENERATION_CONFIG),
-        seed=RunSection().seed,
-        folder=folder,
-        inherited_generation=inherited,
-    )
+        model=model.eval(), dtype=common_dtype(weights.values()), tokenizer=tokenizer,
+        generation=_read_generation_settings(inherited, folder / GENERATION_CONFIG), seed=RunSection().seed,
+        folder=folder, inherited_generation=inherited,
+    )  # fmt: skip
 
 
 def stop_token_ids(tokenizer: Tokenizer, inherited: Mapping[str, Any]) -> list[int]:

@@ -228,12 +228,9 @@ def convert_to_hf_tensors(section: ModelSection, ours: Tensors) -> Tensors:
     name = hf_class_name(section)
     # NeoX's MLP always has biases.
     full_section = section.model_copy(update={"mlp_bias": True}) if name == NEOX else section
-    full = dict(ours)
     like = next(iter(ours.values()))
-    for our_name, x in _meta_tensors(full_section).items():
-        if our_name not in full:
-            full[our_name] = like.new_zeros(x.shape)
-    return _fuse_tensors(name, full_section, full)
+    zeros = {n: like.new_zeros(x.shape) for n, x in _meta_tensors(full_section).items() if n not in ours}
+    return _fuse_tensors(name, full_section, ours | zeros)
 
 
 def read_hf_decoder(folder: Path) -> tuple[ModelSection, Tensors]:
@@ -357,8 +354,7 @@ def _split_tensors(name: str, section: ModelSection, theirs: Tensors) -> Tensors
             parts = [p.flatten(0, 1) for p in x.unflatten(0, (section.num_attention_heads, 3, -1)).unbind(1)]
         else:
             parts = list(x.chunk(len(our_names)))
-        for our_name, part in zip(our_names, parts, strict=True):
-            ours[our_name] = part.contiguous()
+        ours |= {our_name: part.contiguous() for our_name, part in zip(our_names, parts, strict=True)}
     return ours
 
 
