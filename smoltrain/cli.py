@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from smoltrain import __version__
 from smoltrain.console import guard_console
 from smoltrain.errors import BAD_INPUT, FAULT, INTERRUPTED, Problem, TrainingStopped, UserError, format_error
 
@@ -67,6 +68,22 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(FAULT)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def _print_version(asked_for: bool) -> None:
+    if asked_for:
+        print(f"smoltrain {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def read_common_options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Pretrains small language models on one to many GPUs."""
 
 
 @app.command(epilog="Example: smoltrain recipes")

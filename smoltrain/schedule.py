@@ -5,7 +5,7 @@ Step n is the n-th optimizer step, n = 1, 2, ...; everything logged or saved "at
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -118,17 +118,46 @@ def scheduled_lr(phase: PhaseSection, done: int) -> float:
     Warm-up rises from lr/warmup, never from 0, so that the first step already learns.
     """
     assert phase.lr is not None, "schedule continue is resolved by Plan.lr"
-    peak, low = phase.lr, phase.final_lr
     if done < phase.warmup_steps:
-        return peak * (done + 1) / phase.warmup_steps
-    progress = (done - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
-    match phase.schedule:
-        case "linear":
-            return low + (peak - low) * (1 - progress)
-        case "cosine":  # Loshchilov & Hutter 2017, eq. 5
-            return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
-        case "wsd":  # warm-up, stable, decay: Hu et al. 2024 (MiniCPM)
-            left = phase.steps - done
-            return peak if left > phase.decay_steps else low + (peak - low) * left / phase.decay_steps
-        case _:
-            return peak
+        return phase.lr * (done + 1) / phase.warmup_steps
+    return SCHEDULES[phase.schedule](phase, phase.lr, done)
+
+
+# --- the schedules after warm-up: (phase, its peak, steps done) -> learning rate
+
+
+def hold_peak(_phase: PhaseSection, peak: float, _done: int) -> float:
+    """The peak, to the end."""
+    return peak
+
+
+def fall_linearly(phase: PhaseSection, peak: float, done: int) -> float:
+    """A straight line from the peak to final_lr."""
+    return phase.final_lr + (peak - phase.final_lr) * (1 - _progress(phase, done))
+
+
+def fall_by_cosine(phase: PhaseSection, peak: float, done: int) -> float:
+    """Half a period of a cosine: Loshchilov & Hutter 2017, eq. 5."""
+    return phase.final_lr + (peak - phase.final_lr) * 0.5 * (1 + math.cos(math.pi * _progress(phase, done)))
+
+
+def fall_at_the_end(phase: PhaseSection, peak: float, done: int) -> float:
+    """Warm-up, stable, decay: the peak, then a straight line over decay_steps; Hu et al. 2024 (MiniCPM)."""
+    left = phase.steps - done
+    if left > phase.decay_steps:
+        return peak
+    return phase.final_lr + (peak - phase.final_lr) * left / phase.decay_steps
+
+
+def _progress(phase: PhaseSection, done: int) -> float:
+    """0 at the first step after warm-up, 1 after the last step: no step is trained at final_lr itself."""
+    return (done - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
+
+
+# By the names of `schedule` in config/schema.py; "continue" is none of them: it holds the phase before (Plan.lr).
+SCHEDULES: dict[str, Callable[[PhaseSection, float, int], float]] = {
+    "constant": hold_peak,
+    "linear": fall_linearly,
+    "cosine": fall_by_cosine,
+    "wsd": fall_at_the_end,
+}

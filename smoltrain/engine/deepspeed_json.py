@@ -116,8 +116,12 @@ def _find_deepspeed_json(name: str) -> Path:
     shipped = {path.stem: path for path in sorted(DS_CONFIGS_FOLDER.glob("*.json"))}
     if name in shipped:
         return shipped[name]
-    if Path(name).is_file():
-        return Path(name)
+    path = Path(name)
+    if path.is_file():
+        return path
+    packed = DS_CONFIGS_FOLDER / path.name
+    if path == Path(DS_CONFIGS_FOLDER.name, path.name) and packed.is_file():
+        return packed  # outside the checkout no folder ds_configs/ lies; the same words find what is shipped
     want = suggest_choice(name, shipped) + ", or a path to a JSON file"
     raise UserError(Problem("no such DeepSpeed config", repr(name), want, "engine.ds_config"))
 

@@ -37,6 +37,7 @@ FINISH_TIMEOUT_S = 120.0  # for the last upload; what is left stays on disk for 
 LOCAL_TIMEOUT_S = 120.0  # for what waits for this machine alone: a copy of the weights, steps read from metrics.jsonl
 TRUE_WORDS = ("1", "on", "yes", "true")
 
+
 # ---- connecting
 
 

@@ -16,7 +16,8 @@ from smoltrain.kernels.attention import AttentionKernel, PackedDocuments, causal
 from smoltrain.model.decoder import Decoder
 from smoltrain.model.interface import LanguageModel
 from tests.kernels.test_attention import definition, fake_flash
-from tests.model.test_decoder import GPT2, LLAMA, NEOX, as_llama, built, gradients, llama, section
+from tests.model.test_decoder import as_llama, llama
+from tests.model.tiny_decoders import GPT2, LLAMA, NEOX, built, gradients, section
 
 Layout = list[list[int]]  # the lengths of the documents of each row
 
