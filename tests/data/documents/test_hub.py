@@ -315,4 +315,3 @@ def test_a_configuration_and_each_of_its_splits(said: dict[str, Any]):
 )
 def test_the_form_of_a_name(name: str, is_one: bool):
     assert is_hub_repo_name(name) is is_one
-

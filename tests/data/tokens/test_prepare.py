@@ -277,9 +277,7 @@ def on_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
         paths = sorted((root / "source").iterdir())
         return [Shard(path.name, str(path), path.stat().st_size, "commit c0ffee") for path in paths]
 
-    monkeypatch.setattr(
-        listing, "find_source_files", lambda *args, **more: FoundFiles(shards(*args, **more), {})
-    )
+    monkeypatch.setattr(listing, "find_source_files", lambda *args, **more: FoundFiles(shards(*args, **more), {}))
     return asked
 
 
