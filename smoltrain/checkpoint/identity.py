@@ -169,9 +169,9 @@ def find_identity_mismatches(own: RunIdentity, sealed: RunIdentity, step: int) -
 
 
 def check_checkpoint_identity(manifest: "Manifest", own: RunIdentity, path: Path) -> None:
-    """Errors: UserError unless a checkpoint is of the run whose config.yaml is at `path`, and agrees with that.
+    """Errors: UserError unless a checkpoint is its run's own, and says of it what its config.yaml at `path` says.
 
-    `own` is the identity of that run.
+    `own` is the identity that this config.yaml gives the run.
     """
     sealed = manifest.identity
     checkpoint = f"the checkpoint of step {manifest.step}"

@@ -32,6 +32,7 @@ from smoltrain.errors import Problem, UserError
 if TYPE_CHECKING:
     from smoltrain.checkpoint.manifest import Manifest
 
+SAMPLES_FILE = "samples.jsonl"
 SPIKES_FILE = "spikes.jsonl"
 MAX_STARTS = 200  # that provenance keeps: the first one and the newest ones
 UNWRITABLE_ERRORS = {

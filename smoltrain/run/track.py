@@ -22,7 +22,7 @@ from smoltrain.engine.layer_gradients import LayerGradient
 from smoltrain.errors import DONE, FAULT
 from smoltrain.files import METRICS_FILE
 from smoltrain.redact import redact_text
-from smoltrain.run.run_folder import RunFolder
+from smoltrain.run.run_folder import SAMPLES_FILE, RunFolder
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.run.wandb_run import WandbRun
 
@@ -55,7 +55,6 @@ METRICS = {
 }
 SOURCE_TOKENS_PREFIX = "data/tokens_by_source/"  # + source: as data/tokens, of that source alone
 GRADIENT_NORM_PREFIX = "gradients/norm_before_clipping/"  # + layer: L2 norm of its gradient, averaged over all ranks
-SAMPLES_FILE = "samples.jsonl"
 SAMPLE_KEYS = ("step", "prompt", "text")
 
 

@@ -140,26 +140,16 @@ def _init_wandb(config: Config, folder: Path, run_id: str, mode: str) -> Any:
     import wandb
 
     track = config.track
+    settings = wandb.Settings(
+        init_timeout=track.wandb_timeout_s, finish_timeout=FINISH_TIMEOUT_S, finish_timeout_raises=True,
+        console="off", silent=True,
+    )  # fmt: skip
     return wandb.init(
-        project=track.wandb_project,
-        entity=track.wandb_entity,
-        id=run_id,
-        name=track.wandb_name or config.run.name,
-        group=track.wandb_group,
-        tags=track.wandb_tags or None,
-        notes=track.wandb_notes,
-        dir=str(folder),
+        project=track.wandb_project, entity=track.wandb_entity, id=run_id, name=track.wandb_name or config.run.name,
+        group=track.wandb_group, tags=track.wandb_tags or None, notes=track.wandb_notes, dir=str(folder),
         mode=mode,  # pyright: ignore[reportArgumentType]
-        resume="allow",
-        config=redacted_config(config),
-        settings=wandb.Settings(
-            init_timeout=track.wandb_timeout_s,
-            finish_timeout=FINISH_TIMEOUT_S,
-            finish_timeout_raises=True,
-            console="off",
-            silent=True,
-        ),
-    )
+        resume="allow", config=redacted_config(config), settings=settings,
+    )  # fmt: skip
 
 
 def _describe_environment(config: Config) -> str:

@@ -228,7 +228,7 @@ def test_a_position_is_found_in_its_step(data: st.DataObject, num_steps: int, fi
     last = max(logged)
     for position, step in enumerate(steps):
         if step <= last or not any(s > last for s in skips):
-            assert history.place(position) == (step, position - steps.index(step) + 1)
+            assert history.locate_row(position) == (step, position - steps.index(step) + 1)
 
 
 @settings(max_examples=30)

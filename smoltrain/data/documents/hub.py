@@ -64,10 +64,8 @@ def list_dataset_files(source: SourceSection, split: str, commit: str, key: str)
     except UserError:
         raise
     except Exception as error:  # as above
-        what, want = (
-            f"the dataset {source.hub} cannot be read",
-            f"a configuration and split that it has, or {OTHER_DATA}",
-        )
+        what = f"the dataset {source.hub} cannot be read"
+        want = f"a configuration and split that it has, or {OTHER_DATA}"
         raise UserError(Problem(what, exception_message(error), want, change)) from None
 
 
