@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from smoltrain.data import progress
-from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.progress import report_progress
 
 
