@@ -135,7 +135,7 @@ def train_step(step: int, session: "Session") -> StepResult:
             raise _too_many_skips_error(step, plan.lr(step))
 
     # Each rank has waited for the slowest one in the collectives, so its own clock tells that one's time. Memory grows
-    # in the update, after the exchange: this rank's peak is of now, the others' of before (and of now at the next step).
+    # in the update, after the exchange: this rank's peak is of now, the others' of before it.
     step_s = time.perf_counter() - began_s - inspected_s
     metrics = {
         "train/loss_nats_per_token": mean_loss,
