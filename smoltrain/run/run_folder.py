@@ -42,7 +42,7 @@ class RunFolder:
     path: Path
     rows_per_step: int
     wandb_id: str
-    identity: RunIdentity | None = None  # for the manifests of its checkpoints
+    identity: RunIdentity  # for the manifests of its checkpoints
     changes: tuple[str, ...] = ()  # of the config since the last start, as far as they may move a number
 
 

@@ -102,9 +102,10 @@ def losses_after(settings: Config, restored_from: int | None) -> tuple[list[floa
     return losses, wrapped.weights(keep=True), loader.ledger
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_restored_run_goes_on_bitwise_with_dropout(tmp_path: Path, ranks: Any, stage: int) -> None:
-    settings = tiny.load(tmp_path, f"engine.ds_config=zero{stage}", "engine.precision=bf16", "model.dropout=0.1")
+@pytest.mark.parametrize(("stage", "by"), [(1, "auto"), (2, "step"), (2, "micro_batch"), (3, "auto")])
+def test_a_restored_run_goes_on_bitwise_with_dropout(tmp_path: Path, ranks: Any, stage: int, by: str) -> None:
+    words = (f"engine.ds_config=zero{stage}", "engine.precision=bf16", f"engine.reduce_gradients={by}")
+    settings = tiny.load(tmp_path, *words, "model.dropout=0.1")
     prepare_run_data(settings)
     straight = ranks(2).run(losses_after, settings, None)
     resumed = ranks(2).run(losses_after, settings, 3)

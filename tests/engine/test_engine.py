@@ -178,14 +178,19 @@ def read(settings: Config, folder: Path, stage: int) -> tuple[dict[str, list[Any
     return whole_state(wrapped), go_on(settings, wrapped, loader, 4, 8)
 
 
-def assert_elastic(tmp_path: Path, ranks: Any, old: int, old_stage: int, readers: list[tuple[int, int]]) -> None:
-    """What `old` ranks wrote is read by each (ranks, stage): bitwise, then losses within 1e-6 and the same rows."""
+def assert_elastic(
+    tmp_path: Path, ranks: Any, old: int, old_stage: int, readers: list[tuple[int, int]], by: str = "auto"
+) -> None:
+    """What `old` ranks wrote is read by each (ranks, stage): bitwise, then losses within 1e-6 and the same rows.
+
+    `by`: who reduces the readers' gradients.
+    """
     settings = settings_of(tmp_path, old_stage, "fp32")
     prepare_run_data(settings)
     expected, (losses, ledger) = ranks(old).run(write, settings, tmp_path / "old")[0]
     assert losses[-1] < losses[0] - 0.1, "a run that stands still proves nothing"
     for size, stage in readers:
-        found = ranks(size).run(read, settings_of(tmp_path, stage, "fp32"), tmp_path / "old", old_stage)
+        found = ranks(size).run(read, settings_of(tmp_path, stage, "fp32", by), tmp_path / "old", old_stage)
         for state, (losses_after, ledger_after) in found:
             assert state == expected, f"{size} ranks under ZeRO-{stage}"
             assert losses_after == pytest.approx(losses, abs=1e-6), f"{size} ranks under ZeRO-{stage}"
@@ -193,18 +198,20 @@ def assert_elastic(tmp_path: Path, ranks: Any, old: int, old_stage: int, readers
 
 
 @pytest.mark.parametrize(
-    ("old", "old_stage", "new", "new_stage"), [(2, 3, 1, 2), pytest.param(1, 1, 2, 3, marks=pytest.mark.slow)]
+    ("old", "old_stage", "new", "new_stage", "by"),
+    [(2, 3, 1, 2, "step"), (2, 3, 1, 2, "micro_batch"), pytest.param(1, 1, 2, 3, "auto", marks=pytest.mark.slow)],
 )
 def test_a_run_goes_on_on_another_world_under_another_stage(
-    tmp_path: Path, ranks: Any, old: int, old_stage: int, new: int, new_stage: int
+    tmp_path: Path, ranks: Any, old: int, old_stage: int, new: int, new_stage: int, by: str
 ) -> None:
-    assert_elastic(tmp_path, ranks, old, old_stage, [(new, new_stage)])
+    assert_elastic(tmp_path, ranks, old, old_stage, [(new, new_stage)], by)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("by", ["auto", "micro_batch"])
 @pytest.mark.parametrize(("old", "old_stage"), [(3, 3), (4, 1)])
-def test_three_and_four_ranks_are_read_by_all(tmp_path: Path, ranks: Any, old: int, old_stage: int) -> None:
-    assert_elastic(tmp_path, ranks, old, old_stage, [(1, 3), (2, 2), (3, 1), (4, 3)])
+def test_three_and_four_ranks_are_read_by_all(tmp_path: Path, ranks: Any, old: int, old_stage: int, by: str) -> None:
+    assert_elastic(tmp_path, ranks, old, old_stage, [(1, 3), (2, 2), (3, 1), (4, 3)], by)
 
 
 @pytest.mark.long

@@ -140,7 +140,7 @@ def test_the_loss_is_that_of_the_run_in_fp32_too_and_with_a_document_mask(tmp_pa
     assert "in fp32 the order of additions moves a loss by less than 1e-06 of itself" in words
 
 
-def save_one(settings: Config, precision: str, wandb_id: str, identity: RunIdentity | None) -> None:
+def save_one(settings: Config, precision: str, wandb_id: str, identity: RunIdentity) -> None:
     """On every rank: one step and its checkpoint."""
     from smoltrain.engine.engine import build_engine
 
