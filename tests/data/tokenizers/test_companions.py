@@ -19,7 +19,7 @@ from smoltrain.errors import UserError
 from smoltrain.export import export
 from smoltrain.export.verify import ExportComparison
 from smoltrain.inference.load import LoadedModel, load_trained_model
-from smoltrain.train.start import StartPoint, copy_generation_config
+from smoltrain.train.initial_weights import copy_generation_config
 from tests import folders, tiny
 
 TALK = [{"role": "user", "content": "Who is king?"}, {"role": "bot", "content": "Nobody."}]
@@ -48,7 +48,7 @@ def continued(folder: Path, chat: Path, *overrides: str) -> Path:
     settings = tiny.load(folder, *words)
     made = folders.run_of(settings)
     tokenizer = load_prepared_data(settings).tokenizer
-    copy_generation_config(StartPoint(weights_from=settings.init.source), settings, tokenizer, print)
+    copy_generation_config(settings.init.source, settings, tokenizer, print)
     return made
 
 
@@ -207,7 +207,7 @@ def test_other_weights_bring_nothing(tmp_path: Path):
     folders.hub(tmp_path / "base", folders.CHAT_SHAPE)
     (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 5}')
     tokenizer = load_prepared_data(settings).tokenizer
-    copy_generation_config(StartPoint(weights_from=str(tmp_path / "base")), settings, tokenizer, told.append)
+    copy_generation_config(str(tmp_path / "base"), settings, tokenizer, told.append)
     assert "left out: its token ids are those of another tokenizer" in told[0]
     assert not kept.exists(), "nor does that of a start before stay"
 
