@@ -174,10 +174,11 @@ def generate_command(
         loaded.generation, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
     )
     notes: list[str] = []
-    if left_out := unsupported_generation_settings(loaded.inherited):
+    if left_out := unsupported_generation_settings(loaded.inherited_generation):
         print(f"{GENERATION_CONFIG} asks for more than is done here: {', '.join(left_out)}", file=sys.stderr)
     seed = loaded.seed if seed is None else seed
-    _print_pieces([prompt], loaded.text(prompt, settings, greedy=greedy, seed=seed, say=notes.append), ["\n"])
+    pieces = loaded.generate_text(prompt, settings, greedy=greedy, seed=seed, say=notes.append)
+    _print_pieces([prompt], pieces, ["\n"])
     for note in notes:
         print(note, file=sys.stderr)
 
