@@ -111,9 +111,7 @@ def test_files_of_the_project_exist(page: Path):
     others = {
         path for path in paths if path in METRICS or re.fullmatch(r"data/(\w+/NAME|[\w-]+\.jsonl?)|c\d\d_\w+\.py", path)
     }
-    assert sorted(set(paths) - set(known) - others - EXAMPLES) == [], (
-        "and neither a metric, nor of a run folder or of a trial"
-    )
+    assert sorted(set(paths) - set(known) - others - EXAMPLES) == [], "no metric, and no file of a run or of a trial"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if name_of(page) not in HISTORY], ids=name_of)
