@@ -55,7 +55,50 @@ UPLOADS = ("smoltrain.export.push",)  # alone may write to the Hub
 
 # Modules without a test file of their name -> why, and the tests that cover them.
 TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
-    "smoltrain.__main__": ("two lines; run as a command", "tests/test_cli.py")
+    "smoltrain.__main__": ("two lines, run as a command", "tests/test_cli.py"),
+    "smoltrain.checkpoint.manifest": (
+        "what the saver writes and a start reads",
+        "tests/checkpoint/test_saver.py, tests/whole_runs/test_corruption.py",
+    ),
+    "smoltrain.checkpoint.restore": ("the other half of saving", "tests/checkpoint/test_saver.py"),
+    "smoltrain.config.config_file": (
+        "the file of a run folder",
+        "tests/run/test_run_folder.py, tests/checkpoint/test_identity.py",
+    ),
+    "smoltrain.config.schema": (
+        "fields, which are reached through recipes",
+        "tests/config/test_load.py, tests/config/test_rules.py",
+    ),
+    "smoltrain.distributed.awake_clock": ("a clock of the watchdog", "tests/train/test_watchdog.py"),
+    "smoltrain.engine.optimizer": (
+        "what it does is to the weights of an engine",
+        "tests/engine/test_engine.py, tests/engine/test_reshard.py, tests/test_extending.py",
+    ),
+    "smoltrain.engine.shards": (
+        "DeepSpeed calls it when it saves and loads",
+        "tests/engine/test_reshard.py, tests/checkpoint/test_saver.py",
+    ),
+    "smoltrain.engine.step_method": (
+        "a protocol; its classes are tested",
+        "tests/engine/test_deepspeed_steps.py, tests/engine/test_once_per_step.py",
+    ),
+    "smoltrain.export.reload": (
+        "runs in a process of its own, without smoltrain",
+        "tests/export/test_export.py, tests/export/test_verify.py",
+    ),
+    "smoltrain.launch.config_pipe": ("its two ends are processes", "tests/launch/test_supervisor.py"),
+    "smoltrain.model.interface": (
+        "abstract; its classes are tested",
+        "tests/model/test_decoder.py, tests/model/test_transformers_model.py",
+    ),
+    "smoltrain.train.backstop": ("a process beside the watchdog", "tests/train/test_watchdog.py"),
+    "smoltrain.train.data_metrics": ("numbers of a step", "tests/train/test_step.py, tests/run/test_track.py"),
+    "smoltrain.train.describe": ("lines of whole runs", "tests/run/test_track.py, tests/launch/test_supervisor.py"),
+    "smoltrain.train.evaluate": ("needs a session, as a step does", "tests/train/test_step.py"),
+    "smoltrain.train.loop": ("needs whole runs", "tests/launch/test_rank.py, tests/whole_runs/test_endings.py"),
+    "smoltrain.train.run": ("needs whole runs", "tests/launch/test_rank.py, tests/whole_runs/test_endings.py"),
+    "smoltrain.train.sample": ("needs a session, as a step does", "tests/train/test_step.py"),
+    "smoltrain.train.session": ("needs whole runs", "tests/run/test_track.py, tests/whole_runs/test_endings.py"),
 }
 # Test files below a room that are about more than one module -> what they are about.
 NAMED_AFTER_A_TOPIC = {
