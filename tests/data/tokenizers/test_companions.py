@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smoltrain.cli import generate
+from smoltrain.cli import generate_command
 from smoltrain.config.load import read_run_config
 from smoltrain.data.tokenizers.companions import read_companions, unsupported_generation_settings
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
@@ -180,7 +180,7 @@ def test_what_its_authors_suppress_is_not_drawn(tmp_path: Path, believed: None):
 
 def test_what_our_own_sampling_does_not_do_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folders.chat(tmp_path / "chat")
-    generate(str(tmp_path / "chat"), max_tokens=1)
+    generate_command(str(tmp_path / "chat"), max_tokens=1)
     line = "generation_config.json asks for more than is done here: repetition_penalty=1.1, min_p=0.05\n"
     assert capsys.readouterr().err == line
     assert (
