@@ -32,7 +32,7 @@ ENTRY = {"smoltrain", "smoltrain.__main__"}  # above the floors: the package its
 # One module (or folder) knows each big library; with another library in its place, one file changes.
 OWNERS = {
     "torch.distributed": ("smoltrain.distributed.world",),
-    "deepspeed": ("smoltrain.engine",),
+    "deepspeed": ("smoltrain.engine.deepspeed_private",),
     "wandb": ("smoltrain.run.wandb_run",),
     "flash_attn": ("smoltrain.kernels.attention",),
     "liger_kernel": ("smoltrain.kernels.loss",),
@@ -69,7 +69,6 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         "fields, which are reached through recipes",
         "tests/config/test_load.py, tests/config/test_rules.py",
     ),
-    "smoltrain.distributed.awake_clock": ("a clock of the watchdog", "tests/train/test_watchdog.py"),
     "smoltrain.engine.optimizer": (
         "what it does is to the weights of an engine",
         "tests/engine/test_engine.py, tests/engine/test_reshard.py, tests/test_extending.py",
@@ -86,19 +85,11 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         "runs in a process of its own, without smoltrain",
         "tests/export/test_export.py, tests/export/test_verify.py",
     ),
-    "smoltrain.launch.config_pipe": ("its two ends are processes", "tests/launch/test_supervisor.py"),
     "smoltrain.model.interface": (
         "abstract; its classes are tested",
         "tests/model/test_decoder.py, tests/model/test_transformers_model.py",
     ),
     "smoltrain.train.backstop": ("a process beside the watchdog", "tests/train/test_watchdog.py"),
-    "smoltrain.train.data_metrics": ("numbers of a step", "tests/train/test_step.py, tests/run/test_track.py"),
-    "smoltrain.train.describe": ("lines of whole runs", "tests/run/test_track.py, tests/launch/test_supervisor.py"),
-    "smoltrain.train.evaluate": ("needs a session, as a step does", "tests/train/test_step.py"),
-    "smoltrain.train.loop": ("needs whole runs", "tests/launch/test_rank.py, tests/whole_runs/test_endings.py"),
-    "smoltrain.train.run": ("needs whole runs", "tests/launch/test_rank.py, tests/whole_runs/test_endings.py"),
-    "smoltrain.train.sample": ("needs a session, as a step does", "tests/train/test_step.py"),
-    "smoltrain.train.session": ("needs whole runs", "tests/run/test_track.py, tests/whole_runs/test_endings.py"),
 }
 # Test files below a room that are about more than one module -> what they are about.
 NAMED_AFTER_A_TOPIC = {
