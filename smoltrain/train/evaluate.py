@@ -6,9 +6,9 @@ from collections.abc import Callable
 import torch
 
 from smoltrain.data.rows.loader import Batch
-from smoltrain.data.tokens.packing import NO_LABEL
 from smoltrain.distributed.world import World
 from smoltrain.engine.engine import Engine
+from smoltrain.kernels.loss import IGNORE_INDEX
 
 
 def evaluate_loss(
@@ -26,6 +26,6 @@ def evaluate_loss(
             if world.sum_ints(stop())[0]:
                 return None
             loss += float(engine.forward(batch))
-    labels = torch.cat([batch.labels_BT[batch.labels_BT != NO_LABEL] for batch in batches])
+    labels = torch.cat([batch.labels_BT[batch.labels_BT != IGNORE_INDEX] for batch in batches])
     loss, num_tokens, num_bytes = world.sum_floats(loss, len(labels), float(bytes_per_id[labels].sum()))
     return loss / num_tokens, loss / math.log(2) / num_bytes

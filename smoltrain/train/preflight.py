@@ -6,7 +6,7 @@ The ranks would find the same, minutes later and all at once.
 import torch
 
 from smoltrain.config.schema import Config
-from smoltrain.data.tokens.prepare import check_tokenizer_fits
+from smoltrain.data.tokens.check_fit import check_tokenizer_fits
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config
 from smoltrain.kernels.precision import choose_precision
 from smoltrain.model.build import build_model, count_parameters

@@ -50,7 +50,7 @@ from smoltrain.train.start import (
     is_validation_missing,
     load_initial_weights,
 )
-from smoltrain.train.step import StepResult, estimate_unique_contents, train_step
+from smoltrain.train.step import StepResult, train_step
 from smoltrain.train.watchdog import Watchdog
 
 
@@ -231,10 +231,7 @@ def train_from_checkpoint(config: Config, world: World, stop: StopFlag) -> int:
             recent.append(result)
             if rows_ledger:
                 rows_ledger.append(result.digests)
-            due_now = step % config.track.print_every == 0 or step == last_step
             more: dict[str, float | str] = {"train/skipped_updates": skipped}
-            if due_now:
-                more["data/unique_contents"] = estimate_unique_contents(loader, world)
             if len(recent) == recent.maxlen:
                 tracker.warn_once(
                     "slow data", slow_data_warning(mean(r.metrics["speed/data_wait_share"] for r in recent))

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 
 from smoltrain.config.schema import SpikesSection
-from smoltrain.data.rows.count_distinct import DistinctCounter
 from smoltrain.data.rows.loader import Loader, StepRows, StepTotals
 from smoltrain.data.rows.row_contents import RowContents
-from smoltrain.data.tokens.packing import NO_LABEL
 from smoltrain.distributed.world import World
 from smoltrain.engine.engine import Engine
 from smoltrain.engine.layer_gradients import LayerGradient, summarize_layer_gradients
 from smoltrain.errors import TrainingStopped, UserError
+from smoltrain.kernels.loss import IGNORE_INDEX
 from smoltrain.run.track import SOURCE_TOKENS_PREFIX
 from smoltrain.schedule import Plan
 from smoltrain.train.spikes import Spike, SpikeGuard
@@ -163,13 +162,6 @@ def data_metrics(loader: Loader) -> dict[str, float | str]:
     }
 
 
-def estimate_unique_contents(loader: Loader, world: World) -> float:
-    """How many different documents all ranks have begun, estimated. Collective."""
-    for text in world.gather(loader.sketch.to_text()):
-        loader.sketch.merge(DistinctCounter.from_text(text))
-    return loader.sketch.estimate()
-
-
 def _accumulate_gradients(
     rows: StepRows, totals: StepTotals, engine: Engine, world: World, mark: Callable[[str], None]
 ) -> float:
@@ -205,14 +197,13 @@ def _compute_row_losses(
             for i in range(len(batch.ids_BT)):
                 mark("forward")
                 row = batch.slice_rows(i, i + 1)
-                num_targets = int((row.labels_BT != NO_LABEL).sum())
+                num_targets = int((row.labels_BT != IGNORE_INDEX).sum())
                 losses.append(float(engine.forward(row)) / max(1, num_targets))
     mark("reduction")
     named = loader.describe_rows()
     everywhere = world.gather(list(zip(named, losses, strict=True)))
     pairs = sorted((pair for mine in everywhere for pair in mine), key=lambda pair: pair[0].position)
-    located = world.run_on_first_rank(lambda: loader.add_addresses([row for row, _ in pairs]))
-    return located, [loss for _, loss in pairs]
+    return [row for row, _ in pairs], [loss for _, loss in pairs]
 
 
 def _too_many_skips_error(step: int, lr: float) -> TrainingStopped:

@@ -14,11 +14,13 @@ from smoltrain.data.rows.loader import Loader, StepLayout, merge_loader_states
 from smoltrain.data.rows.row_source import CachedRowSource, RowSource, StreamedRowSource
 from smoltrain.data.rows.streams import StreamedSource
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
+from smoltrain.data.tokens.index import DataIndex
 from smoltrain.data.tokens.prepared import PreparedData
 from smoltrain.data.tokens.token_files import MappedTokens
 
 B, T, SEED = 12, 4, 7
 WORLDS = (1, 2, 3, 4, 6)
+NO_INDEX = DataIndex.model_construct()  # nothing of it is asked for here
 TOKENIZER = Tokenizer.train_bpe(["x"], 257, "<|endoftext|>")  # every byte is a token, the separator is 0
 
 
@@ -33,7 +35,7 @@ def cached(*num_rows: int, validation: int = 17) -> PreparedData:
     """Sources of so many rows."""
     train = tuple(counting(n, 1 + 1000 * i) for i, n in enumerate(num_rows))
     held_out = tuple(counting(validation, 30_000 + 1000 * i) for i in range(len(num_rows)))
-    return PreparedData(TOKENIZER, "bytes", "cached", "", np.dtype(np.uint16), train, held_out, (), 1, {})
+    return PreparedData(TOKENIZER, "bytes", "cached", "", np.dtype(np.uint16), train, held_out, (), 1, NO_INDEX)
 
 
 def write(folder: Path, texts: list[list[str]]) -> Path:
@@ -49,7 +51,7 @@ def streamed(folders: dict[str, Path], num_streams: int) -> PreparedData:
     """Sources of shards in folders, by name."""
     found = tuple(tuple(list_shards(part)) for part in section(folders).parts)
     held_out = tuple(counting(17, 30_000) for _ in folders)
-    return PreparedData(TOKENIZER, "bytes", "stream", "", np.dtype(np.uint16), (), held_out, found, num_streams, {})
+    return PreparedData(TOKENIZER, "bytes", "stream", "", np.dtype(np.uint16), (), held_out, found, num_streams, NO_INDEX)
 
 
 def section(folders: dict[str, Path], **changes: Any) -> DataSection:

@@ -1,8 +1,7 @@
 """How much of a text its ids say: what comes back when they are decoded, and how many bytes they stand for."""
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from smoltrain.data.tokenizers.encode_pieces import TokenPiece
@@ -70,14 +69,3 @@ def lost_bytes(text: str, back: str) -> int:
 def round_trip_to_json(spelling: RoundTripCounts) -> dict[str, int]:
     """As an index holds it."""
     return asdict(spelling)
-
-
-def sum_round_trips(sides: Iterable[dict[str, Any]]) -> RoundTripCounts:
-    """That of several sides or parts, as an index speaks of them; one made before this was counted has none."""
-    return sum((_parse_round_trip(about.get("spelling")) for about in sides), RoundTripCounts())
-
-
-def _parse_round_trip(value: Any) -> RoundTripCounts:
-    names = {field.name for field in fields(RoundTripCounts)}
-    known = isinstance(value, dict) and value.keys() == names and all(type(count) is int for count in value.values())
-    return RoundTripCounts(**value) if known else RoundTripCounts()

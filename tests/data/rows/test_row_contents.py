@@ -148,7 +148,7 @@ def test_where_the_held_out_side_is_the_tail_no_document_is_left_out(tmp_path: P
     name = next(f"{i}.txt" for i in range(99) if is_held_out(f"{i}.txt", 0.2))  # by its name it would be held out
     (tmp_path / name).write_text("once more unto the breach, dear friends, " * 60)
     loader = loader_of(tiny.load(tmp_path, f"data.path={tmp_path / name}"))
-    assert loader.prepared.index["sources"]["data"]["held_out"] == "tail"
+    assert loader.prepared.index.sources["data"].held_out == "tail"
     assert {p.address for row in loader.add_addresses(an_epoch(loader)) for p in row.passages} == {name}
 
 

@@ -118,9 +118,6 @@ def test_streams_share_the_documents_out(make: Make, num_shards: int, num_docume
     ranks.steps(30)
     assert loader.unique_documents == num_all == max(seen)
     assert loader.repeat_factor > 1
-    for other in ranks.ranks[1:]:
-        loader.sketch.merge(other.sketch)
-    assert abs(loader.sketch.estimate() - num_all) <= 2
     ranks.close()
 
 

@@ -64,7 +64,7 @@ def test_copies_under_other_names_are_left_out_and_counted(root: Path, capsys: A
     assert set(validation) == held
     assert sorted(train) == sorted(one for one in 2 * texts if one not in held)
     copies = 40 - len(train) - len(validation)
-    assert prepared.index["sources"]["web"]["copies"] == copies > 0
+    assert prepared.index.sources["web"].copies == copies > 0
     assert f"data: {copies} documents of web are not trained on: the text is held out" in capsys.readouterr().out
     assert f"; {copies} copies of held-out documents left out" in prepared.describe()
     assert_apart(prepared)
@@ -94,7 +94,7 @@ def test_the_bytes_do_not_depend_on_the_parts(root: Path, part_bytes: int, monke
     assert parts.train[0].starts.tolist() == whole.train[0].starts.tolist()
     assert parts.train[0].hashes.tolist() == [content_hash(one) for one in split(parts, parts.train[0])]
     assert not list(root.rglob("*.partial"))
-    named = {name for side in ("train", "validation") for name in parts.index["sources"]["web"][side]["files"]}
+    named = {name for side in ("train", "validation") for name in parts.index.sources["web"][side]["files"]}
     assert {Path(name).name for name in contents(root / "runs" / "parts") if "/web/" in name} == named
 
 
@@ -144,8 +144,8 @@ def test_a_copy_of_a_single_text_is_not_trained_on(root: Path):
     write_texts(root / "a", [book])
     write_texts(root / "b", [book, *(text(i) for i in range(9))])
     prepared = prepare_run_data(config(root, "a", "b"))
-    assert [prepared.index["sources"][name]["held_out"] for name in "ab"] == ["tail", "documents"]
-    assert [prepared.index["sources"][name]["copies"] for name in "ab"] == [0, 1]
+    assert [prepared.index.sources[name].held_out for name in "ab"] == ["tail", "documents"]
+    assert [prepared.index.sources[name].copies for name in "ab"] == [0, 1]
     assert book not in split(prepared, prepared.train[1])
     assert_apart(prepared)
     write_texts(root / "c", [book])

@@ -37,7 +37,7 @@ def test_the_tail_of_many_parts(root: Path, monkeypatch: pytest.MonkeyPatch):
         (root / "source" / name).write_text(f"number {i} " * 50 * (i + 1))
     prepared = prepare_run_data(make(root))
     (train,), (validation,) = prepared.train, prepared.validation
-    assert len(prepared.index["sources"]["data"]["train"]["files"]) == 5
+    assert len(prepared.index.sources["data"].train.files) == 5
     ids = np.concatenate([train.all(), validation.all()])
     ends = np.flatnonzero(ids == prepared.tokenizer.separator_id)
     assert len(ends) == 3
@@ -132,7 +132,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(root: Path, monkeypa
     for num in (1, 2):
         monkeypatch.setattr(worker_pool, "num_cores", lambda num=num: num)
         prepared = prepare_run_data(make(root, run__name=f"by{num}"))
-        assert prepared.index["sources"]["data"]["bad_records"] == 1
+        assert prepared.index.sources["data"].bad_records == 1
         whole[num] = contents(root / "runs" / f"by{num}")
     assert whole[1] == whole[2]
     assert {f"data/data/train-{i:05}.bin" for i in range(3)} < set(whole[1])
@@ -148,7 +148,7 @@ def test_an_error_in_one_of_several_processes_is_the_users_to_read(root: Path, m
     assert "more than 1 records of 'data' are bad" in problem(config)  # one in the first part, one in the last
     assert not list(config.run_folder.rglob("*.partial"))
     before = set(contents(config.run_folder))
-    assert prepare_run_data(make(root, data__max_bad_records=2)).index["sources"]["data"]["bad_records"] == 2
+    assert prepare_run_data(make(root, data__max_bad_records=2)).index.sources["data"].bad_records == 2
     assert "data/bad-records.jsonl" in before
 
 
@@ -204,7 +204,7 @@ def test_the_plan_of_the_parts_is_a_function_of_the_shards_alone(root: Path, mon
     monkeypatch.setattr(tokenise_module, "PART_BYTES", 1000)
     monkeypatch.setattr(worker_pool, "num_cores", lambda: 1)
     Tokenizer.train_bpe(["This is document"], 262, "<|endoftext|>").save(root / "given")
-    about = prepare_run_data(given(root)).index["sources"]["data"]["train"]
+    about = prepare_run_data(given(root)).index.sources["data"].train
     sizes = [path.stat().st_size for path in sorted((root / "source").iterdir())]
     assert sizes == [210] * 20  # so five files are a part
     assert [name for name in about["files"] if name.endswith(".bin")] == [f"train-{i:05}.bin" for i in range(4)]

@@ -230,7 +230,7 @@ def test_changed_data_are_refused_or_accepted_and_written_down(
     accepted = prepare_run_data(config(root, mode, data__allow_changed=True))
     (said,) = capsys.readouterr().out.splitlines()
     assert "sources/data/files/03.jsonl" in said
-    assert [change["saw"].partition(" = ")[0] for change in accepted.index["changes"]] == [
+    assert [change["saw"].partition(" = ")[0] for change in accepted.index.changes] == [
         "sources/data/files/03.jsonl"
     ]
     assert accepted.validation[0].all().tolist() == first.validation[0].all().tolist()
@@ -259,7 +259,7 @@ def test_a_moved_folder_is_the_same_data(root: Path, mode: str):
     first = prepare_run_data(config(root, mode))
     (root / "source").rename(root / "moved")
     second = prepare_run_data(config(root, mode, data__path=str(root / "moved")))
-    assert second.index["fingerprint"] == first.index["fingerprint"]
+    assert second.index.fingerprint == first.index.fingerprint
     assert "changes" not in second.index
     if mode == "stream":
         assert all(Path(shard.url).is_file() for shard in second.shards[0])
@@ -288,7 +288,7 @@ def test_a_resume_asks_no_hub(root: Path, mode: str, monkeypatch: pytest.MonkeyP
     changes: dict[str, Any] = {"data__path": None, "data__hub": "me/texts"}
     first = prepare_run_data(config(root, mode, **changes))
     assert asked == [None]
-    about = first.index["fingerprint"]["sources"]["data"]
+    about = first.index.fingerprint.sources["data"]
     assert about["commit"] == "c0ffee"
     again = prepare_run_data(config(root, mode, **changes))
     assert asked == [None]
@@ -322,7 +322,7 @@ def test_runs_share_a_cache(root: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     alone = prepare_run_data(config(root, "cached", run__name="alone"))
     first = prepare_run_data(config(root, "auto", **cache))
     (home,) = (root / "cache").iterdir()
-    assert first.index["cache"] == home.name
+    assert first.index.cache == home.name
     assert len(home.name) == 16
     assert not list((root / "runs" / "run").rglob("*.bin"))
     monkeypatch.setattr(retry, "read_records_with_retry", None)

