@@ -51,7 +51,8 @@ def streamed(folders: dict[str, Path], num_streams: int) -> PreparedData:
     """Sources of shards in folders, by name."""
     found = tuple(tuple(list_shards(part)) for part in section(folders).parts)
     held_out = tuple(counting(17, 30_000) for _ in folders)
-    return PreparedData(TOKENIZER, "bytes", "stream", "", np.dtype(np.uint16), (), held_out, found, num_streams, NO_INDEX)
+    dtype = np.dtype(np.uint16)
+    return PreparedData(TOKENIZER, "bytes", "stream", "", dtype, (), held_out, found, num_streams, NO_INDEX)
 
 
 def section(folders: dict[str, Path], **changes: Any) -> DataSection:

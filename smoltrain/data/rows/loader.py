@@ -90,9 +90,9 @@ class StepTotals:
     @classmethod
     def from_ints(cls, ints: list[int], num_sources: int) -> "StepTotals":
         """The inverse."""
-        counts = ints[num_sources : num_sources + 3]
+        num_new_rows, num_new_documents, num_bad_records = ints[num_sources : num_sources + 3]
         digests = np.array(ints[num_sources + 3 :], np.int64).view(np.uint64)
-        return cls(ints[:num_sources], *counts, digests)
+        return cls(ints[:num_sources], num_new_rows, num_new_documents, num_bad_records, digests)
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Loader:
         return self._mix_begins
 
     def set_source_mix(self, weights: dict[str, float] | None) -> None:
-        """From here on these shares, by source name; None is the sources' own. The same weights again change nothing."""
+        """From here on these shares, by source name; None is the sources' own. The same ones again change nothing."""
         new = self._default_weights if weights is None else tuple(weights.get(name, 0.0) for name in self.sources)
         if new != self._weights:
             self._weights, self._mix_begins = new, self.rows_consumed

@@ -135,7 +135,7 @@ def test_empty_records_are_counted_apart(root: Path, mode: str, capsys: pytest.C
     whole = made.model_copy(update={"evaluate": made.evaluate.model_copy(update={"every": 1, "rows": 10**5})})
     prepared = prepare_run_data(whole)
     about = prepared.index.sources["data"]
-    assert (about["bad_records"], about["empty_records"]) == (2, 300)
+    assert (about.bad_records, about.empty_records) == (2, 300)
     assert prepared.describe().endswith("; 300 empty records passed over; 2 bad records skipped")
     log = (made.run_folder / "data" / "bad-records.jsonl").read_text().splitlines()
     assert len(log) == 2

@@ -82,11 +82,11 @@ def mixed(root: Path, mode: str, *names: str, **changes: Any) -> Config:
 
 def test_small_local_files_are_cached_and_the_reason_is_said(root: Path, monkeypatch: pytest.MonkeyPatch):
     prepared = prepare_run_data(config(root, "auto"))
-    assert (prepared.mode, prepared.why) == ("cached", "1 MiB of local files, at most 256 are cached")
+    assert (prepared.mode, prepared.mode_reason) == ("cached", "1 MiB of local files, at most 256 are cached")
     assert prepared.describe().startswith("cached, as 1 MiB of local files, at most 256 are cached; ")
     monkeypatch.setattr(module, "MAX_AUTO_CACHED_MIB", 0)
     prepared = prepare_run_data(config(root, "auto", run__name="other"))
-    assert (prepared.mode, prepared.why) == ("stream", "1 MiB of local files, only up to 0 are cached")
+    assert (prepared.mode, prepared.mode_reason) == ("stream", "1 MiB of local files, only up to 0 are cached")
 
 
 def test_what_is_not_on_this_machine_is_streamed(root: Path):
@@ -116,7 +116,7 @@ def test_the_mode_of_the_first_start_is_kept(root: Path, mode: str, other: str):
 def test_prepared_ahead_all_of_it_is_cached(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "MAX_AUTO_CACHED_MIB", 0)
     prepared = prepare_run_data(config(root, "auto"), ahead=True)
-    assert (prepared.mode, prepared.why) == ("cached", "it was prepared ahead")
+    assert (prepared.mode, prepared.mode_reason) == ("cached", "it was prepared ahead")
     assert prepare_run_data(config(root, "auto")).mode == "cached"
     assert prepare_run_data(config(root, run__name="other"), ahead=True).mode == "stream"
 
@@ -230,9 +230,7 @@ def test_changed_data_are_refused_or_accepted_and_written_down(
     accepted = prepare_run_data(config(root, mode, data__allow_changed=True))
     (said,) = capsys.readouterr().out.splitlines()
     assert "sources/data/files/03.jsonl" in said
-    assert [change["saw"].partition(" = ")[0] for change in accepted.index.changes] == [
-        "sources/data/files/03.jsonl"
-    ]
+    assert [change["saw"].partition(" = ")[0] for change in accepted.index.changes] == ["sources/data/files/03.jsonl"]
     assert accepted.validation[0].all().tolist() == first.validation[0].all().tolist()
     if mode == "cached":
         assert accepted.train[0].all().tolist() == first.train[0].all().tolist()
@@ -260,7 +258,7 @@ def test_a_moved_folder_is_the_same_data(root: Path, mode: str):
     (root / "source").rename(root / "moved")
     second = prepare_run_data(config(root, mode, data__path=str(root / "moved")))
     assert second.index.fingerprint == first.index.fingerprint
-    assert "changes" not in second.index
+    assert second.index.changes == []
     if mode == "stream":
         assert all(Path(shard.url).is_file() for shard in second.shards[0])
 

