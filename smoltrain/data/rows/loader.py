@@ -31,6 +31,7 @@ from smoltrain.kernels.loss import IGNORE_INDEX
 
 LOADER_STATE_FORMAT = 3
 READABLE_STATE_FORMATS = (2, 3)  # 2 also has a "sketch", from which different texts were estimated
+PLAIN_STATE = ("ledger", "mix_begins", "source_targets", "unique_rows", "unique_documents", "bad_records")  # attributes
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,8 @@ class Loader:
         self.unique_rows = self.unique_documents = self.bad_records = 0
         self._supply, self._identity = supply, identity
         self._default_weights = tuple(weights.values())
-        self._weights, self._mix_begins = self._default_weights, 0
+        self._weights = self._default_weights
+        self.mix_begins = 0  # the position since which the sources have the shares that they have now
         self._planned: PlannedStep | None = None
         self._is_fetched = False
 
@@ -167,16 +169,11 @@ class Loader:
         """Targets that the optimizer has used, over all ranks."""
         return sum(self.source_targets)
 
-    @property
-    def mix_begins(self) -> int:
-        """The position since which the sources have the shares that they have now."""
-        return self._mix_begins
-
     def set_source_mix(self, weights: dict[str, float] | None) -> None:
         """From here on these shares, by source name; None is the sources' own. The same ones again change nothing."""
         new = self._default_weights if weights is None else tuple(weights.get(name, 0.0) for name in self.sources)
         if new != self._weights:
-            self._weights, self._mix_begins = new, self.rows_consumed
+            self._weights, self.mix_begins = new, self.rows_consumed
             self._planned = None
 
     def wait_until_ready(self, timeout_s: float) -> bool:
@@ -232,16 +229,11 @@ class Loader:
         return {
             "format": LOADER_STATE_FORMAT,
             "position": self.rows_consumed,
-            "ledger": self.ledger,
             "identity": self._identity,
             "weights": self._weights,
-            "mix_begins": self._mix_begins,
             "source_rows": self.source_rows.tolist(),
-            "source_targets": self.source_targets,
-            "unique_rows": self.unique_rows,
-            "unique_documents": self.unique_documents,
-            "bad_records": self.bad_records,
             "streams": self._supply.state(),
+            **{name: getattr(self, name) for name in PLAIN_STATE},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -262,12 +254,11 @@ class Loader:
         ]
         if problems:
             raise UserError(*problems)
-        self.rows_consumed, self.ledger = state["position"], state["ledger"]
-        self._weights, self._mix_begins = tuple(state["weights"]), state["mix_begins"]
+        self.rows_consumed = state["position"]
+        self._weights = tuple(state["weights"])
         self.source_rows = np.array(state["source_rows"], np.int64)
-        self.source_targets = list(state["source_targets"])
-        self.unique_rows, self.unique_documents = state["unique_rows"], state["unique_documents"]
-        self.bad_records = state["bad_records"]
+        for name in PLAIN_STATE:
+            setattr(self, name, state[name])
         self._supply.load_state(state["streams"])
         self._planned, self._is_fetched = None, False
 
@@ -311,7 +302,7 @@ class Loader:
 
     def _plan_step(self) -> PlannedStep:
         positions = self.rows_consumed + np.arange(self.shape.rows_per_step)
-        sources = mix_pattern(self._weights)[(positions - self._mix_begins) % MIX_WINDOW]
+        sources = mix_pattern(self._weights)[(positions - self.mix_begins) % MIX_WINDOW]
         places = self.source_rows[sources] + count_earlier_equals(sources)
         # Tokens that lie ready have one stream only: then the ranks themselves are the lanes.
         num_lanes = max(self.prepared.streams, self.shape.world_size)

@@ -372,7 +372,8 @@ def _write_tokenizer_and_index(home: Path, tokenizer: Tokenizer, index: DataInde
     made = {path.name: {"bytes": path.stat().st_size, "sha256": files.file_sha256(path)} for path in saved}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_data_index(file, index.to_json() | {"tokenizer_files": made})
-    tokenise.remove_unlisted_files(file.parent, index.sources)
+    listed = {name: {file for side in source.sides for file in side.files} for name, source in index.sources.items()}
+    tokenise.remove_other_files(file.parent, listed)  # what is only of use to a restart
 
 
 def _refuse_links(home: Path) -> None:

@@ -35,7 +35,6 @@ from smoltrain.data.tokens.token_parts import (
     TOKEN_COUNTS,
     PartCount,
     TokeniseJob,
-    TokenPart,
     load_whole_part,
     plan_parts,
 )
@@ -61,7 +60,10 @@ def tokenise_sources(
     job = TokeniseJob(data, tokenizer, parts, counts, ReaderHealth())
 
     whole = _reuse_whole_parts(job)
-    _remove_strangers(data, parts, whole, folder)
+    known: dict[str, set[str]] = {source.name: set() for source in data.parts}
+    for number, record in whole.items():
+        known[parts[number].source.name] |= {parts[number].record_file.name, *record.files}
+    remove_other_files(folder, known)
     write_bad_record_log(folder, _list_bad_records(whole.values()))
     _tokenise_parts(job, [number for number in range(len(parts)) if number not in whole], folder)
 
@@ -83,11 +85,13 @@ def tokenise_sources(
     return made
 
 
-def remove_unlisted_files(folder: Path, sources: dict[str, IndexSource]) -> None:
-    """Remove whatever is in FOLDER/NAME of each source but not in the index: what is only of use to a restart."""
-    for name, source in sources.items():
-        listed = {file for side in source.sides for file in side.files}
-        _remove_other_files(files.resolve_inside(folder, name, str(folder)), listed)
+def remove_other_files(folder: Path, known: dict[str, set[str]]) -> None:
+    """Remove from FOLDER/NAME of each source all files but those that are known, by source."""
+    for name, file_names in known.items():
+        source_folder = files.resolve_inside(folder, name, str(folder))
+        for path in source_folder.iterdir() if source_folder.exists() else ():
+            if path.name not in file_names:
+                path.unlink()
 
 
 def no_documents_error(name: str, what: str, data: DataSection) -> UserError:
@@ -120,22 +124,6 @@ def _reuse_whole_parts(job: TokeniseJob) -> dict[int, PartRecord]:
         counts[PartCount.BAD] = len(record.bad)
         counts[PartCount.EMPTY] = record.empty
     return whole
-
-
-def _remove_strangers(data: DataSection, parts: list[TokenPart], whole: dict[int, PartRecord], folder: Path) -> None:
-    """Remove from the folders of the sources all files that are not of a whole part."""
-    for source in data.parts:
-        known = set()
-        for number, record in whole.items():
-            if parts[number].source.name == source.name:
-                known |= {parts[number].record_file.name, *record.files}
-        _remove_other_files(files.resolve_inside(folder, source.name, str(folder)), known)
-
-
-def _remove_other_files(folder: Path, names: set[str]) -> None:
-    for path in folder.iterdir() if folder.exists() else ():
-        if path.name not in names:
-            path.unlink()
 
 
 def _tokenise_parts(job: TokeniseJob, todo: list[int], folder: Path) -> None:

@@ -33,7 +33,7 @@ def test_the_tail_of_many_parts(root: Path, monkeypatch: pytest.MonkeyPatch):
         (root / "source" / name).write_text(f"number {i} " * 50 * (i + 1))
     prepared = prepare_run_data(make(root))
     (train,), (validation,) = prepared.train, prepared.validation
-    assert len(prepared.index.sources["data"].train.files) == 6
+    assert len(prepared.index.sources["data"].validation.files) == 6
     ids = np.concatenate([train.all(), validation.all()])
     ends = np.flatnonzero(ids == prepared.tokenizer.separator_id)
     assert len(ends) == 3
@@ -123,6 +123,7 @@ def test_the_plan_of_the_parts_is_a_function_of_the_shards_alone(root: Path, mon
     monkeypatch.setattr(tokenise_module, "num_cores", lambda: 1)
     Tokenizer.train_bpe(["This is document"], 262, "<|endoftext|>").save(root / "given")
     about = prepare_run_data(given(root)).index.sources["data"].train
+    assert about is not None
     sizes = [path.stat().st_size for path in sorted((root / "source").iterdir())]
     assert sizes == [210] * 20  # so five files are a part
     assert [name for name in about.files if name.endswith(".bin")] == [f"train-{i:05}.bin" for i in range(4)]

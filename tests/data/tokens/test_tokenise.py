@@ -323,6 +323,7 @@ def test_more_than_65536_ids_take_uint32(root: Path, monkeypatch: pytest.MonkeyP
     assert prepared.index.dtype == "uint32"
     assert prepared.dtype == prepared.train[0].dtype == np.uint32
     about = prepared.index.sources["data"].train
+    assert about is not None
     assert about.files["train-00000.bin"].bytes == 4 * len(prepared.train[0])
 
 
