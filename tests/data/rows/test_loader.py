@@ -77,20 +77,6 @@ def test_kills_and_other_worlds_neither_repeat_nor_skip(lives: list[tuple[int, i
     assert json.loads(state) == json.loads(reference.state())
 
 
-@settings(deadline=None, max_examples=20)
-@given(st.integers(B, 40), st.sampled_from(WORLDS))
-def test_an_epoch_holds_each_row_once(num_rows: int, world: int):
-    ranks = World(cached(num_rows), world)
-    seen = []
-    for _ in range(3 * num_rows // B):
-        rows = ranks.rows()
-        positions = np.concatenate([loader._next.positions for loader in ranks.ranks])
-        seen += [(row[0] - 1) // T for _, row in sorted(zip(positions, rows, strict=True))]
-        ranks.step()
-    for start in range(0, len(seen) - num_rows + 1, num_rows):
-        assert sorted(seen[start : start + num_rows]) == list(range(num_rows))
-
-
 def test_take_again_gives_the_same_rows_until_they_are_consumed():
     world = World(cached(31), 1)
     (loader,) = world.ranks

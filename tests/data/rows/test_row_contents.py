@@ -79,19 +79,6 @@ def test_the_names_do_not_depend_on_the_world_or_on_a_restart(tmp_path: Path) ->
     assert {row.source for row, _ in undisturbed.values()} == {"s0", "s1"}
 
 
-def test_a_loader_that_has_begun_can_go_back(tmp_path: Path) -> None:
-    folders = {"s0": write(tmp_path / "c", SHARDS)}
-    world = World(streamed(folders, V), 2, section(folders))
-    world.steps(3)
-    state, ledger = world.state(), world.ledger
-    first = world.steps(5)
-    world.load(state)
-    assert world.ledger == ledger
-    again = world.steps(5)
-    world.close()
-    assert (first == again).all()
-
-
 def test_rows_of_tokens_that_lie_ready_name_documents_by_number() -> None:
     """Tokens are their own places there, and every sixth begins a document."""
     world = World(cached(40, 30), 2)

@@ -12,7 +12,6 @@ import pytest
 
 from smoltrain.config.schema import Config
 from smoltrain.data.tokens import tokenise
-from smoltrain.data.tokens.fingerprints import describe_fingerprint_changes
 from smoltrain.data.tokens.index import INDEX_DIGEST_KEY, data_index_file, read_data_index, write_data_index
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.data.tokens.token_parts import TokenPart, load_whole_part
@@ -222,11 +221,6 @@ def test_every_mutation_of_a_parts_record_makes_the_part_anew(root: Path, monkey
     (folder / "data" / "train-00000.bin").write_bytes(raw["train-00000.bin"][:-2])
     prepare_run_data(settings)
     assert (folder / "data" / "train-00000.bin").read_bytes() == raw["train-00000.bin"]
-
-
-def test_a_fingerprint_of_the_wrong_kind_can_be_shown():
-    for value in (None, "x", {"bytes": "x", "sha256": 5}, {"bytes": None}, {"bytes": 5, "version": []}, [[]]):
-        describe_fingerprint_changes({"sources/data/files/a": (value, {"bytes": 5, "sha256": "0" * 64})})
 
 
 @pytest.mark.parametrize("mode", ["cached", "stream"])
