@@ -22,7 +22,7 @@ from benchmarks.about import describe_benchmark
 from smoltrain import files
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import SourceSection, TokenizerSection
-from smoltrain.data.documents.listing import list_shards
+from smoltrain.data.documents.find_files import find_source_files
 from smoltrain.data.rows.loader import Loader
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokenizers import by_name
@@ -104,7 +104,7 @@ def write_corpus(folder: Path, mib: float) -> None:
     and no tokenizer knows all words from its cache. Errors: UserError if the plays are not installed.
     """
     draw = random.Random(0)
-    plays = [Path(shard.url).read_text(encoding="utf-8").splitlines() for shard in list_shards(PLAYS)]
+    plays = [Path(shard.url).read_text(encoding="utf-8").splitlines() for shard in find_source_files(PLAYS).shards]
     folder.mkdir()
     for number in range(NUM_SHARDS):
         texts, left = [], mib * 2**20 / NUM_SHARDS

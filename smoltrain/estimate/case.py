@@ -1,13 +1,15 @@
 """What memory and time of a run depend on, as plain numbers: a config, on so many ranks of such a device."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 
 from smoltrain.config.schema import Config, ModelSection, TransformersSection
-from smoltrain.engine.deepspeed_json import fill_deepspeed_config, zero_stage
-from smoltrain.engine.once_per_step import gradient_sum_dtype
+from smoltrain.engine.deepspeed_json import fill_deepspeed_config, with_zero_stage, zero_stage
+from smoltrain.engine.optimizer import OPTIMIZERS, OptimizerKind
+from smoltrain.engine.reduction import choose_reduction, gradient_sum_dtype
 from smoltrain.errors import Problem, UserError
 from smoltrain.kernels.attention import AttentionKernel
 from smoltrain.kernels.loss import PLAIN_LOSS, LossKernel, choose_loss_kernel
@@ -66,6 +68,13 @@ class TrainingSetup:
     once_a_step: bool = True  # gradients travel; else after each micro-batch
     bucket: int = DEFAULT_BUCKET_ELEMENTS
     saves: bool = False  # before its end, while training goes on
+    optimizer: str = "adamw"  # a name of engine/optimizer.py
+    ds_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # DeepSpeed's, filled
+
+    @property
+    def optimizer_kind(self) -> OptimizerKind:
+        """What there is to know of the optimizer."""
+        return OPTIMIZERS[self.optimizer]
 
     @property
     def tokens(self) -> int:
@@ -95,9 +104,10 @@ class TrainingSetup:
         return self.tokens * self.accumulation * self.world
 
     def with_zero_stage(self, stage: int, reduce_gradients: str = "auto") -> "TrainingSetup":
-        """The same under another ZeRO stage."""
-        once = _reduces_once_a_step(stage, self.precision, self.device, reduce_gradients)
-        return replace(self, stage=stage, once_a_step=once)
+        """The same under another ZeRO stage; with engine.reduce_gradients as asked, where that stage can do it."""
+        tree = with_zero_stage(self.ds_config, stage)
+        choice = choose_reduction(tree, device=self.device, requested=reduce_gradients)
+        return replace(self, stage=stage, once_a_step=choice.once_per_step, ds_config=tree)
 
     def split(self, micro_batch: int) -> "TrainingSetup | None":
         """The same rows per step in micro-batches of another size; None where that does not divide them."""
@@ -139,9 +149,10 @@ def build_training_setup(
         recompute="none" if recompute == "auto" else recompute, attention=kernel, loss=computing.loss.name,
         compiled_blocks=computing.compiles and isinstance(config.model, ModelSection),
         compiled_update=computing.compiles,
-        once_a_step=_reduces_once_a_step(stage, precision, device, engine.reduce_gradients),
+        once_a_step=choose_reduction(tree, device=device, requested=engine.reduce_gradients).once_per_step,
         bucket=int(tree.get("zero_optimization", {}).get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS)),
         saves=plan.last_step > min([phase.last for phase in plan.phases] + [config.checkpoint.every or plan.last_step]),
+        optimizer=config.optimizer.name, ds_config=tree,
     )  # fmt: skip
 
 
@@ -189,9 +200,3 @@ def _assumed_cuda_kernels(config: Config, precision: str) -> ComputeOptions:
     else:
         head = LossKernel("liger", "likewise")
     return ComputeOptions(attention=kernel, loss=head, compiles=compiles)
-
-
-def _reduces_once_a_step(stage: int, precision: str, device: str, asked: str) -> bool:
-    """As engine.py decides when gradients travel."""
-    fits = stage in (1, 2) and precision != "fp16" and (stage, precision) != (1, "bf16")
-    return fits and (asked == "step" or (asked == "auto" and device == "cpu"))

@@ -10,13 +10,14 @@ width, H heads, I width inside the MLP, V vocabulary, T tokens of a row, n token
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from smoltrain.engine.optimizer import FP32_BYTES
 from smoltrain.estimate.case import TrainingSetup
 from smoltrain.kernels import cpu_attention
 from smoltrain.kernels.loss import CHUNK_BYTES, LARGE_CHUNK_BYTES, LIGER_CHUNKS
 
 MIB, GIB = 2**20, 2**30
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "reduction", "update", "checkpoint", "rest")
-MASTER_BYTES, MOMENTS_BYTES, SUM_BYTES = 4, 8, 4  # bytes of each parameter: fp32 all of them
+SUM_BYTES = 4  # bytes of each parameter's sum of gradients: fp32
 # The rest, measured. CPU: Python, torch, DeepSpeed and the data of a model that weighs nothing, resident; what
 # inductor loads to compile; what malloc keeps between tensors, as a share of those that come and go. CUDA: context,
 # NCCL and cuBLAS, which torch.cuda.max_memory_allocated does not see; and blocks that do not fit, as a share.
@@ -80,7 +81,8 @@ def checkpoint_copy_bytes(case: TrainingSetup) -> float:
     """Bytes of host memory on rank 0 while a checkpoint is written: its masters and moments, the weights twice."""
     N = case.shape.parameters
     return case.saves * (
-        (MASTER_BYTES + MOMENTS_BYTES) * N / (case.world if case.stage else 1) + 2 * case.weight_bytes * N
+        (FP32_BYTES + case.optimizer_kind.state_bytes) * N / (case.world if case.stage else 1)
+        + 2 * case.weight_bytes * N
     )
 
 
@@ -114,27 +116,30 @@ def _zero_state_bytes(case: TrainingSetup) -> tuple[Parts, Parts, Parts]:
     """
     N, c, W = case.shape.parameters, case.weight_bytes, case.world
     P, b = N / W, min(N, case.bucket)
-    adamw = 0 if case.device == "cuda" else 8 * P  # torch's fused kernel has no temporaries, the other two
+    kind = case.optimizer_kind
+    eager_update = (
+        0 if case.device == "cuda" else kind.temporary_bytes * P
+    )  # torch's fused kernel has no temporaries, the other two
     bucket = case.bucket if case.device == "cuda" else b
-    masters = MASTER_BYTES + MOMENTS_BYTES
+    masters = FP32_BYTES + kind.state_bytes
     if case.stage == 0:
-        states = {"weights": c * N, "gradients": SUM_BYTES * N, "optimizer": MOMENTS_BYTES * N}
+        states = {"weights": c * N, "gradients": SUM_BYTES * N, "optimizer": kind.state_bytes * N}
         return states, {"reduction": SUM_BYTES * b}, {"update": 0.0}
     if case.once_a_step:
         states = {"weights": c * N, "gradients": case.gradient_sum_bytes * N, "optimizer": masters * P}
         if case.device == "cpu":  # in shared memory, where a rank reads its part of the others' sums, and their weights
             states["reduction"] = (W - 1) * (SUM_BYTES + c) * P
-        return states, {}, {"update": 0 if case.compiled_update else adamw}
+        return states, {}, {"update": 0 if case.compiled_update else eager_update}
     if case.stage == 1 and case.precision == "bf16":
         states = {"weights": c * N, "gradients": (SUM_BYTES + c) * N, "optimizer": masters * P}
-        return states, {"reduction": SUM_BYTES * b}, {"update": adamw}
+        return states, {"reduction": SUM_BYTES * b}, {"update": eager_update}
     states = {"weights": c * N, "gradients": SUM_BYTES * P, "optimizer": masters * P, "reduction": c * bucket}
     ending = {"reduction": (SUM_BYTES + 2) * b}
     if case.stage == 3:
         states |= {"weights": c * P, "reduction": SUM_BYTES * bucket}
         ending |= {"weights": c * N if W > 1 else 0.0}
-        adamw += SUM_BYTES * P  # of gradients cast for the optimizer
-    return states, ending, {"update": adamw}
+        eager_update += SUM_BYTES * P  # of gradients cast for the optimizer
+    return states, ending, {"update": eager_update}
 
 
 def activation_bytes(case: TrainingSetup) -> tuple[float, float]:

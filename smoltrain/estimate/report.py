@@ -7,10 +7,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from smoltrain.config.schema import Config
+from smoltrain.engine.optimizer import checkpoint_bytes
 from smoltrain.estimate.case import TrainingSetup
 from smoltrain.estimate.devices import DeviceSpec
 from smoltrain.estimate.fitting import SPARE_SHARE, list_recompute_modes
-from smoltrain.estimate.memory import GIB, MASTER_BYTES, MOMENTS_BYTES, PARTS, MemoryEstimate, estimate_memory
+from smoltrain.estimate.memory import GIB, PARTS, MemoryEstimate, estimate_memory
 from smoltrain.estimate.speed import EfficiencyRates, SpeedEstimate, estimate_speed
 from smoltrain.schedule import Plan
 
@@ -74,7 +75,7 @@ def estimate_alternatives(
     for stage in STAGES:
         if stage == 0 and one.case.precision == "bf16":
             continue
-        at_stage = one.case.with_zero_stage(stage, asked if asked != "step" or stage in (1, 2) else "auto")
+        at_stage = one.case.with_zero_stage(stage, asked)
         for mode in list_recompute_modes(config, one.case):
             found[stage, mode] = build_estimate(replace(at_stage, recompute=mode), one.device, rates, base)
     return found
@@ -106,8 +107,8 @@ def plan_summary(one: Estimate, config: Config) -> str:
 
 
 def estimated_checkpoint_bytes(case: TrainingSetup) -> float:
-    """As Engine.checkpoint_bytes: the weights twice, for DeepSpeed and as safetensors, masters and moments."""
-    return case.shape.parameters * (2 * case.weight_bytes + MASTER_BYTES + MOMENTS_BYTES)
+    """About what one checkpoint takes on disk."""
+    return checkpoint_bytes(case.optimizer_kind, case.shape.parameters, case.weight_bytes)
 
 
 def max_num_checkpoints(plan: Plan, config: Config) -> int:

@@ -142,7 +142,8 @@ def update_bytes(case: TrainingSetup) -> float:
     """Read and written by one update: gradient, master and moments, the weights; torch's unfused AdamW passes more."""
     P, c = case.shape.parameters / (case.world if case.stage else 1), case.weight_bytes
     unfused = case.device == "cpu" and not (case.once_a_step and case.compiled_update)
-    return P * (28 + case.gradient_sum_bytes + c + (60 if unfused else 0))
+    kind = case.optimizer_kind
+    return P * (kind.traffic_bytes + case.gradient_sum_bytes + c + (kind.eager_traffic_bytes if unfused else 0))
 
 
 def reduction_bytes(case: TrainingSetup) -> float:

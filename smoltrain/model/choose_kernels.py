@@ -1,4 +1,4 @@
-"""By which kernels a model computes on a device, each with its reason: attention, the loss, torch.compile."""
+"""Choose the attention kernel, the loss kernel and torch.compile for a device, with a reason for each."""
 
 import torch
 
@@ -15,26 +15,29 @@ from smoltrain.schedule import Plan
 def choose_kernels(
     config: Config, device: torch.device, precision: str, *, num_parameters: int, rows_per_step: int
 ) -> tuple[ComputeOptions, dict[str, str]]:
-    """How the model computes, gradient checkpointing aside; and (what, which and why).
+    """How the model computes, gradient checkpointing aside; and for each choice "which, why".
 
     Errors: UserError for what cannot run on the device.
     """
-    engine, dtype, head_width = config.engine, DTYPES[precision], decoder_head_width(config.model)
-    kernel = choose_attention_kernel(
+    engine = config.engine
+    dtype = DTYPES[precision]
+    head_width = decoder_head_width(config.model)
+    attention = choose_attention_kernel(
         engine.attention, device, dtype, dropout=model_attention_dropout(config.model),
         document_mask=config.packing.document_mask, head_width=head_width,
     )  # fmt: skip
     if head_width is None:
-        compiles = CompileChoice(False, "a model of transformers runs as it is written")
-        head = LossKernel("plain", "a model of transformers makes its logits itself")
+        compiling = CompileChoice(False, "a model of transformers runs as it is written")
+        loss = LossKernel("plain", "a model of transformers makes its logits itself")
     else:
-        # 6 per parameter and token (Kaplan et al. 2020), over the whole plan: a resume goes on as the run began.
+        # 6 FLOP per parameter and token (Kaplan et al. 2020), over the whole plan: a resume computes as the run began.
         tokens = Plan(config.phases).last_step * rows_per_step * config.batch.sequence_length
-        compiles = choose_compile(engine.compile, device, 6.0 * num_parameters * tokens)
-        head = choose_loss_kernel(engine.loss, device, dtype, compiles=compiles.on)
+        compiling = choose_compile(engine.compile, device, 6.0 * num_parameters * tokens)
+        loss = choose_loss_kernel(engine.loss, device, dtype, compiles=compiling.on)
     reasons = {
-        "attention kernel": f"{kernel.name}, {kernel.reason}",
-        "loss kernel": f"{head.name}, {head.reason}",
-        "torch.compile": f"{'on' if compiles.on else 'off'}, {compiles.reason}",
+        "attention kernel": f"{attention.name}, {attention.reason}",
+        "loss kernel": f"{loss.name}, {loss.reason}",
+        "torch.compile": f"{'on' if compiling.on else 'off'}, {compiling.reason}",
     }
-    return ComputeOptions("none", kernel, head, config.optimizer.z_loss, compiles.on), reasons
+    options = ComputeOptions(attention=attention, loss=loss, z_loss=config.optimizer.z_loss, compiles=compiling.on)
+    return options, reasons

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from benchmarks.loss import make_loss_case, measure_loss_kernels, peak_memory_mib
+from benchmarks.loss import make_loss_case, peak_memory_mib
 from smoltrain.kernels import loss as loss_module
 from smoltrain.kernels.compile import missing_for_compile
 from smoltrain.kernels.loss import (
@@ -30,7 +30,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FUSED, RECOMPUTED = LossKernel("fused", "a test"), LossKernel("recomputed", "a test")
 COMPILED = replace(FUSED, compiles=True)
 needs_compiler = pytest.mark.skipif(
-    bool(missing_for_compile("cpu")), reason=f"{missing_for_compile('cpu')}; the same tests run without it"
+    missing_for_compile("cpu") is not None, reason=f"{missing_for_compile('cpu')}; the same tests run without it"
 )
 V, D = 50, 16
 
@@ -285,18 +285,6 @@ def test_an_older_liger_is_not_used(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, LIGER_MODULE, package)
     chosen = choose_loss_kernel("auto", CUDA, torch.bfloat16, compiles=True)
     assert (chosen.name, chosen.reason) == ("fused", "liger-kernel is installed, but older than 0.8.5")
-
-
-def test_the_bench_measures_each_kernel_against_fp32():
-    rows = measure_loss_kernels(
-        make_loss_case(64, V, D, torch.bfloat16, CPU), {"plain": PLAIN_LOSS, "fused": FUSED}, rounds=1
-    )
-    for row in rows.values():
-        assert row.loss_error < 1e-3
-        assert 1e-4 < row.hidden_error < 0.02
-        assert 1e-4 < row.weight_error < 0.02
-        assert row.peak_mib > 0
-        assert row.timed.rounds == 1
 
 
 @pytest.mark.slow

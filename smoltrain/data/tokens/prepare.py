@@ -236,7 +236,7 @@ class _Preparation:
     @property
     def not_read(self) -> dict[str, int]:
         """How many files that lie among the sources are not read, by kind."""
-        return dict(sum((Counter(listing.others) for listing in self.listed.values()), Counter[str]()))
+        return dict(sum((Counter(listing.unread) for listing in self.listed.values()), Counter[str]()))
 
     def get_tokenizer(self) -> Tokenizer:
         """The one that was given, or one trained on the first documents."""
@@ -288,7 +288,7 @@ def _choose_mode(config: Config, listed: dict[str, SourceListing]) -> tuple[str,
         return data.mode, f"data.mode={data.mode}"
     if data.cache is not None:
         return "cached", "data.cache names a folder"
-    remote = [name for name, listing in listed.items() if not all(shard.is_local for shard in listing.all)]
+    remote = [name for name, listing in listed.items() if not all(shard.is_local for shard in listing.all_shards)]
     if remote:
         return "stream", f"{', '.join(remote)} {'is' if len(remote) == 1 else 'are'} not on this machine"
     mib = math.ceil(_local_mib(listed))
@@ -299,7 +299,7 @@ def _choose_mode(config: Config, listed: dict[str, SourceListing]) -> tuple[str,
 
 def _local_mib(listed: dict[str, SourceListing]) -> float:
     """Size of all sources on this machine; infinite if any is elsewhere."""
-    shards = [shard for listing in listed.values() for shard in listing.all]
+    shards = [shard for listing in listed.values() for shard in listing.all_shards]
     return sum(shard.size or 0 for shard in shards) / 2**20 if all(shard.is_local for shard in shards) else math.inf
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from smoltrain import files
-from smoltrain.data.documents.readers import Document
+from smoltrain.data.documents.records import Document
 from smoltrain.data.documents.shard import Shard
 from smoltrain.data.tokenizers.encode_pieces import TokenPiece
 from smoltrain.data.tokenizers.round_trip import RoundTripCounter, RoundTripCounts, round_trip_to_json

@@ -200,7 +200,7 @@ def _join_source(
         held_out=rule,
         train=train,
         validation=validation,
-        shard_names=[shard.name for shard in listing.all],
+        shard_names=[shard.name for shard in listing.all_shards],
     )
 
 

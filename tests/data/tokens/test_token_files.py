@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smoltrain.data.documents.readers import Document
+from smoltrain.data.documents.records import Document
 from smoltrain.data.documents.shard import Shard
 from smoltrain.data.tokens.token_files import MappedTokens, TokenWriter, content_hash, join_token_parts, pack_address
 from smoltrain.errors import UserError
