@@ -21,7 +21,7 @@ from smoltrain.data.documents.bad_records import (
     summarise_bad_records,
     write_bad_record_log,
 )
-from smoltrain.data.documents.listing import SourceListing, has_own_validation
+from smoltrain.data.documents.listing import SourceListing, has_own_validation, source_config_key
 from smoltrain.data.documents.retry import ReaderHealth
 from smoltrain.data.progress import report_progress
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
@@ -96,8 +96,9 @@ def remove_other_files(folder: Path, known: dict[str, set[str]]) -> None:
 
 def no_documents_error(name: str, what: str, data: DataSection) -> UserError:
     """A source of which nothing can be trained, or nothing be held out."""
-    key = f"data.sources.{name}" if data.sources else "data"
-    return UserError(Problem(f"the source {name!r} has no {what}", "none", "at least one", key))
+    return UserError(
+        Problem(f"the source {name!r} has no {what}", "none", "at least one", source_config_key(name, data))
+    )
 
 
 def held_out_rule(source: MixedSource) -> HeldOutRule:
