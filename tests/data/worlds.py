@@ -82,17 +82,17 @@ class World:
         self.ranks: list[Loader] = []
         for rank in range(size):
             accumulation = identity["rows_per_step"] // size // micro_batch
-            shape = StepLayout(T, identity["rows_per_step"], micro_batch, accumulation,
+            layout = StepLayout(T, identity["rows_per_step"], micro_batch, accumulation,
                           rank, size, document_mask)  # fmt: skip
-            supply: RowSource
+            row_source: RowSource
             health = ReaderHealth()
             if prepared.mode == "cached":
-                supply = CachedRowSource(prepared.train, T, identity["seed"])
-                own = identity | {"num_rows": supply.num_rows}
+                row_source = CachedRowSource(prepared.train, T, identity["seed"])
+                own = identity | {"num_rows": row_source.num_rows}
             else:
                 assert data is not None
                 own = identity
-                supply = StreamedRowSource(
+                row_source = StreamedRowSource(
                     tuple(
                         StreamedSource(
                             i, part, data, found, prepared.streams, TOKENIZER, prepared.dtype, T, identity["seed"],
@@ -102,7 +102,7 @@ class World:
                     ),
                     rank, size, health,
                 )  # fmt: skip
-            self.ranks.append(Loader(prepared, supply, shape, identity=own, weights=weights, health=health))
+            self.ranks.append(Loader(prepared, row_source, layout, identity=own, weights=weights, health=health))
 
     def step(self) -> np.ndarray:
         """One step on all ranks; the digests of its rows, by position."""

@@ -127,24 +127,24 @@ class Loader:
     def __init__(
         self,
         prepared: PreparedData,
-        supply: RowSource,
-        shape: StepLayout,
+        row_source: RowSource,
+        layout: StepLayout,
         *,
         identity: dict[str, Any],
         weights: dict[str, float],
         health: ReaderHealth | None = None,
     ) -> None:
         """`identity` is what the sequence is a function of; `weights` those of the sources, by name."""
-        assert shape.rows_per_step == shape.micro_batch * shape.accumulation * shape.world_size
-        assert 0 <= shape.rank < shape.world_size
-        self.prepared, self.shape, self.health = prepared, shape, health or ReaderHealth()
+        assert layout.rows_per_step == layout.micro_batch * layout.accumulation * layout.world_size
+        assert 0 <= layout.rank < layout.world_size
+        self.prepared, self.layout, self.health = prepared, layout, health or ReaderHealth()
         self.sources = tuple(weights)
         self.rows_consumed = 0
         self.ledger = EMPTY_LEDGER
         self.source_rows = np.zeros(len(weights), np.int64)  # consumed so far, by source
         self.source_targets = [0] * len(weights)
         self.unique_rows = self.unique_documents = self.bad_records = 0
-        self._supply, self._identity = supply, identity
+        self._row_source, self._identity = row_source, identity
         self._default_weights = tuple(weights.values())
         self._weights = self._default_weights
         self.mix_begins = 0  # the position since which the sources have the shares that they have now
@@ -181,17 +181,17 @@ class Loader:
 
         Errors: UserError if the data cannot be read.
         """
-        return self._supply.wait_until_ready(self._next.wanted, timeout_s)
+        return self._row_source.wait_until_ready(self._next.wanted, timeout_s)
 
     def fetch_step_rows(self) -> StepRows:
         """The next step's rows for this rank; the same ones until `mark_consumed` is called. Waits for them."""
-        fetched = self._supply.rows(self._next.wanted)
+        fetched = self._row_source.rows(self._next.wanted)
         whole = self._make_batch(fetched.ids)
-        size = self.shape.micro_batch
+        size = self.layout.micro_batch
         micro_batches = [whole.slice_rows(i, i + size) for i in range(0, len(fetched.ids), size)]
         own = StepTotals(
             self._count_targets(whole.labels_BT), fetched.num_new_rows, fetched.num_new_documents,
-            self._supply.num_bad_records, self._hash_own_rows(fetched),
+            self._row_source.num_bad_records, self._hash_own_rows(fetched),
         )  # fmt: skip
         self._is_fetched = True
         return StepRows(micro_batches, own.to_ints())
@@ -203,7 +203,7 @@ class Loader:
     def describe_rows(self) -> list[RowContents]:
         """This rank's rows last taken, with what they hold, in the order of the micro-batches."""
         wanted, positions, _ = self._next
-        ids, passages = self._supply.rows(wanted).ids, self._supply.passages(wanted)
+        ids, passages = self._row_source.rows(wanted).ids, self._row_source.passages(wanted)
         rows = []
         for position, source, row, held in zip(positions, wanted.source, ids, passages, strict=True):
             shown = tuple(self._add_text(passage, row) for passage in held)
@@ -214,9 +214,9 @@ class Loader:
         """The optimizer has used the rows last taken, on all ranks."""
         assert self._is_fetched, "consumed without being fetched: a step would be skipped"
         wanted, _, rows_by_source = self._next
-        self._supply.mark_consumed(wanted)
+        self._row_source.mark_consumed(wanted)
         self.source_rows += rows_by_source
-        self.rows_consumed += self.shape.rows_per_step
+        self.rows_consumed += self.layout.rows_per_step
         self.source_targets = [a + b for a, b in zip(self.source_targets, totals.targets, strict=True)]
         self.unique_rows += totals.num_new_rows
         self.unique_documents += totals.num_new_documents
@@ -232,7 +232,7 @@ class Loader:
             "identity": self._identity,
             "weights": self._weights,
             "source_rows": self.source_rows.tolist(),
-            "streams": self._supply.state(),
+            "streams": self._row_source.state(),
             **{name: getattr(self, name) for name in PLAIN_STATE},
         }
 
@@ -259,7 +259,7 @@ class Loader:
         self.source_rows = np.array(state["source_rows"], np.int64)
         for name in PLAIN_STATE:
             setattr(self, name, state[name])
-        self._supply.load_state(state["streams"])
+        self._row_source.load_state(state["streams"])
         self._planned, self._is_fetched = None, False
 
     def validation_batches(self, num_rows: int) -> list[Batch]:
@@ -268,20 +268,20 @@ class Loader:
         Several sources share the rows by weight. Every rank gets the same number of full batches, for a forward under
         ZeRO-3 needs all ranks; rows that fill them up have no valid label.
         """
-        shape, T = self.shape, self.shape.sequence_length
+        layout, T = self.layout, self.layout.sequence_length
         rows = []
         counts = apportion_by_weight(max(num_rows, len(self.sources)), self._default_weights)
         for tokens, count in zip(self.prepared.validation, counts, strict=True):
             chosen = evenly_spaced_rows(count, count_rows(len(tokens), T))
             rows.append(tokens.read_rows(np.array(chosen, np.int64) * T, T + 1))
         ids_BS = np.concatenate(rows)
-        num_per_rank = math.ceil(len(ids_BS) / shape.world_size)
-        num_slots = math.ceil(num_per_rank / shape.micro_batch) * shape.micro_batch
-        own = ids_BS[shape.rank :: shape.world_size]
+        num_per_rank = math.ceil(len(ids_BS) / layout.world_size)
+        num_slots = math.ceil(num_per_rank / layout.micro_batch) * layout.micro_batch
+        own = ids_BS[layout.rank :: layout.world_size]
         filled = np.concatenate([own, np.repeat(ids_BS[:1], num_slots - len(own), 0)])
         batches = []
-        for start in range(0, num_slots, shape.micro_batch):
-            batch = self._make_batch(filled[start : start + shape.micro_batch])
+        for start in range(0, num_slots, layout.micro_batch):
+            batch = self._make_batch(filled[start : start + layout.micro_batch])
             labels_BT = batch.labels_BT.clone()
             labels_BT[max(0, len(own) - start) :] = IGNORE_INDEX
             batches.append(replace(batch, labels_BT=labels_BT))
@@ -290,7 +290,7 @@ class Loader:
     def close(self) -> None:
         """No more rows are wanted."""
         self.health.stop()
-        self._supply.close()
+        self._row_source.close()
 
     # ---- the next step
 
@@ -301,13 +301,13 @@ class Loader:
         return self._planned
 
     def _plan_step(self) -> PlannedStep:
-        positions = self.rows_consumed + np.arange(self.shape.rows_per_step)
+        positions = self.rows_consumed + np.arange(self.layout.rows_per_step)
         sources = mix_pattern(self._weights)[(positions - self.mix_begins) % MIX_WINDOW]
         places = self.source_rows[sources] + count_earlier_equals(sources)
         # Tokens that lie ready have one stream only: then the ranks themselves are the lanes.
-        num_lanes = max(self.prepared.streams, self.shape.world_size)
+        num_lanes = max(self.prepared.streams, self.layout.world_size)
         streams = streams_of_positions(positions, num_lanes)
-        own = streams % self.shape.world_size == self.shape.rank
+        own = streams % self.layout.world_size == self.layout.rank
         rows_by_source = np.bincount(sources, minlength=len(self.sources))
         return PlannedStep(RowRequest(sources[own], places[own], streams[own]), positions[own], rows_by_source)
 
@@ -320,7 +320,7 @@ class Loader:
     def _hash_own_rows(self, fetched: FetchedRows) -> np.ndarray:
         """The digests (rows_per_step,) uint64 of a step, by position: those of this rank's rows, 0 for all others."""
         positions = self._next.positions
-        digests = np.zeros(self.shape.rows_per_step, np.uint64)
+        digests = np.zeros(self.layout.rows_per_step, np.uint64)
         own = hash_rows(positions, fetched.row_ids, fetched.ids)
         digests[positions - self.rows_consumed] = np.array(own, np.uint64)
         return digests
@@ -332,7 +332,7 @@ class Loader:
     def _make_batch(self, ids_BS: np.ndarray) -> Batch:
         inputs_BT, labels_BT = inputs_and_labels(ids_BS.astype(np.int64))
         positions_BT = None
-        if self.shape.document_mask:
+        if self.layout.document_mask:
             separator_id = self.prepared.tokenizer.separator_id
             positions_BT = torch.from_numpy(positions_in_documents(inputs_BT, separator_id))
             # Behind a separator comes the next document's first token, which nothing before it tells.

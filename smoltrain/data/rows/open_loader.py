@@ -18,7 +18,7 @@ def open_loader(config: Config, rank: int, world_size: int, *, rows_per_step: in
     """
     prepared = load_prepared_data(config)
     batch, data, seed = config.batch, config.data, config.run.seed
-    shape = StepLayout(
+    layout = StepLayout(
         batch.sequence_length, rows_per_step, batch.micro_batch_rows, accumulation, rank, world_size,
         config.packing.document_mask,
     )  # fmt: skip
@@ -30,10 +30,10 @@ def open_loader(config: Config, rank: int, world_size: int, *, rows_per_step: in
         "sources": [part.name for part in data.parts],
     }
     health = ReaderHealth()
-    supply: RowSource
+    row_source: RowSource
     if prepared.mode == "cached":
-        supply = CachedRowSource(prepared.train, batch.sequence_length, seed)
-        identity["num_rows"] = supply.num_rows
+        row_source = CachedRowSource(prepared.train, batch.sequence_length, seed)
+        identity["num_rows"] = row_source.num_rows
     else:
         held_out = frozenset(int(hashed) for tokens in prepared.validation for hashed in tokens.hashes)
         sources = tuple(
@@ -43,7 +43,7 @@ def open_loader(config: Config, rank: int, world_size: int, *, rows_per_step: in
             )
             for number, (part, shards) in enumerate(zip(data.parts, prepared.shards, strict=True))
         )  # fmt: skip
-        supply = StreamedRowSource(sources, rank, world_size, health)
+        row_source = StreamedRowSource(sources, rank, world_size, health)
         identity |= {"streams": prepared.streams, "shuffle_rows": data.shuffle_rows}
     weights = {part.name: part.weight for part in data.parts}
-    return Loader(prepared, supply, shape, identity=identity, weights=weights, health=health)
+    return Loader(prepared, row_source, layout, identity=identity, weights=weights, health=health)

@@ -181,7 +181,7 @@ class RowStream:
         source = self._source
         share = 0.0 if has_own_validation(source.section) else source.data.validation_share
         num_bad, num_read = cursor.num_bad, 0
-        found = cursor != StreamCursor()  # in the middle of an epoch it is known that there are documents
+        has_documents = cursor != StreamCursor()  # in the middle of an epoch that is known
         while True:
             for at, item in self._read_records(cursor):
                 num_read += at.epoch == 0
@@ -197,11 +197,11 @@ class RowStream:
                 elif source.held_out and content_hash(item.text) in source.held_out:
                     self._note_held_out(item.name)
                 else:
-                    found = True
+                    has_documents = True
                     yield at._replace(num_bad=num_bad), item
-            if not found:
+            if not has_documents:
                 raise _no_document_error(source, self._number)
-            cursor, found = StreamCursor(cursor.epoch + 1), False
+            cursor, has_documents = StreamCursor(cursor.epoch + 1), False
 
     def _note_held_out(self, name: str) -> None:
         """Say once per source that documents equal to held-out texts are left out."""
