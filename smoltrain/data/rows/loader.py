@@ -196,6 +196,11 @@ class Loader:
         self._is_fetched = True
         return StepRows(micro_batches, own.to_ints())
 
+    @property
+    def num_counts(self) -> int:
+        """How many counts the rows of a step have, on any rank."""
+        return len(self.sources) + 3 + self.layout.rows_per_step
+
     def unpack_totals(self, counts: list[int]) -> StepTotals:
         """What the sums of all ranks' counts say."""
         return StepTotals.from_ints(counts, len(self.sources))
