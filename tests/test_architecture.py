@@ -93,7 +93,6 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
 }
 # Test files below a room that are about more than one module -> what they are about.
 NAMED_AFTER_A_TOPIC = {
-    "tests/data/tokens/test_parts.py": "the parts of a source's tokens, over tokenise, prepare and worker_pool",
     "tests/model/test_documents.py": "document masks of the decoder, through every kernel",
     "tests/model/test_transformers_documents.py": "document masks of transformers' classes",
 }
