@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from smoltrain import files
 from smoltrain.config.schema import SpikesSection
@@ -38,40 +38,53 @@ class Spike:
 
     step: int
     loss: float  # nats per token, of the whole step
-    why: str
-    about: str  # what else is known of it: ranks, lr, gradient norm
+    reason: str  # why it is one
+    circumstances: str  # what else is known of it: ranks, lr, gradient norm
     in_a_row: int  # spikes of this step so far, this one too
     rows: list[RowContents]
     row_losses: list[float]  # nats per token of each row alone, without dropout
 
     @property
-    def first(self) -> int:
+    def first_position(self) -> int:
         """Position of its first row."""
         return self.rows[0].position
 
     def rows_worst_first(self) -> list[tuple[RowContents, float]]:
         """The rows from the worst one on: not finite before finite, then by loss."""
-        pairs = zip(self.rows, self.row_losses, strict=True)
-        return sorted(pairs, key=lambda pair: (math.isfinite(pair[1]), -pair[1] if math.isfinite(pair[1]) else 0.0))
+
+        def badness(pair: tuple[RowContents, float]) -> float:
+            return pair[1] if math.isfinite(pair[1]) else math.inf
+
+        return sorted(zip(self.rows, self.row_losses, strict=True), key=badness, reverse=True)
 
     def rows_to_name(self) -> list[tuple[RowContents, float]]:
         """Those to name: the ones that are not finite; if there are none, the worst few."""
-        worst = self.rows_worst_first()
-        return [pair for pair in worst if not math.isfinite(pair[1])] or worst[:MAX_NAMED_ROWS]
+        worst_first = self.rows_worst_first()
+        not_finite = [pair for pair in worst_first if not math.isfinite(pair[1])]
+        return not_finite or worst_first[:MAX_NAMED_ROWS]
 
     def headline(self) -> str:
         """The loss, why it is a spike, and what the rows alone say."""
-        facts = [self.why, self.row_verdict(), "nothing was updated"]
-        return f"the loss of step {self.step} is {self.loss:.6g} {self.about}; " + "; ".join(filter(None, facts))
+        facts = [self.reason, self.row_verdict(), "nothing was updated"]
+        in_words = "; ".join(fact for fact in facts if fact)
+        return f"the loss of step {self.step} is {self.loss:.6g} {self.circumstances}; {in_words}"
 
-    def row_verdict(self) -> str:
-        """What the rows, looked at one by one, say about the whole."""
-        bad = sum(not math.isfinite(loss) for loss in self.row_losses)
-        if bad and bad == len(self.rows):
+    def row_verdict(self) -> str | None:
+        """What the rows say about the step when each is looked at alone; None if nothing clear."""
+        num_bad = sum(not math.isfinite(loss) for loss in self.row_losses)
+        if num_bad and num_bad == len(self.rows):
             return "every row is bad by itself, so it is the weights or the lr rather than the data"
-        if not bad and not math.isfinite(self.loss):
+        if not num_bad and not math.isfinite(self.loss):
             return "no row is bad by itself"
-        return ""
+        return None
+
+
+class Decision(NamedTuple):
+    """What becomes of a spike."""
+
+    does: str  # skip, rewind or stop
+    rows: tuple[int, int]  # positions from the first one up to, but without, the last
+    attempt: int  # how many times this was done, this one too
 
 
 class SpikeGuard:
@@ -86,9 +99,11 @@ class SpikeGuard:
         history: Iterable[tuple[float, int]] = (),
     ) -> None:
         """`history` is (loss, rows consumed after it) of the applied steps before; without a journal none is kept."""
-        self._section, self._world, self._journal = section, world, journal
+        self._section = section
+        self._world = world
+        self._journal = journal
         rewinds = [entry for entry in entries if entry["does"] == "rewind"]
-        self._passed = [(entry["rows"][0], entry["rows"][1]) for entry in rewinds]
+        self._skipped = [(entry["rows"][0], entry["rows"][1]) for entry in rewinds]  # positions first..last - 1
         self._history = deque(history, maxlen=max(section.history, section.window))
 
     @classmethod
@@ -97,27 +112,29 @@ class SpikeGuard:
 
         To be called at each start, and again after a rewind. Collective.
         """
-        length = max(section.history, section.window)
-        entries, history = world.run_on_first_rank(
-            lambda: (read_spikes(folder), list(deque(_read_losses(folder / "metrics.jsonl", step), maxlen=length)))
-        )
+
+        def read() -> tuple[list[dict[str, Any]], list[tuple[float, int]]]:
+            losses = deque(_read_losses(folder / files.METRICS_FILE, step), maxlen=max(section.history, section.window))
+            return read_spikes(folder), list(losses)
+
+        entries, history = world.run_on_first_rank(read)
         return cls(section, world, folder / SPIKES_FILE, entries, history)
 
     def is_row_skipped(self, position: int) -> bool:
         """Whether the row at this position is one of those that a rewind left out."""
-        return any(first <= position < last for first, last in self._passed)
+        return any(first <= position < last for first, last in self._skipped)
 
-    def find_spike_reason(self, loss: float) -> str:
-        """Why this loss, nats per token over all ranks, is a spike; '' if it is none."""
+    def find_spike_reason(self, loss: float) -> str | None:
+        """Why this loss, nats per token over all ranks, is a spike; None if it is none."""
         if not math.isfinite(loss):
             return "it is not finite"
         losses = [known for known, _ in self._history][-self._section.history :]
         if not self._section.deviations or len(losses) < MIN_HISTORY:
-            return ""
+            return None
         middle = median(losses)
         deviation = SIGMA_PER_MAD * max(MIN_MAD, median(abs(known - middle) for known in losses))
         if loss <= middle + self._section.deviations * deviation:
-            return ""
+            return None
         far = (loss - middle) / deviation
         return f"it is {far:.1f} robust deviations above {middle:.4g}, the median of the last {len(losses)} steps"
 
@@ -126,38 +143,44 @@ class SpikeGuard:
         self._history.append((loss, rows_consumed))
 
     def handle_spike(self, spike: Spike, say: Callable[[str], None], mix_begins: int = 0) -> None:
-        """Say and write down a spike, then act. Returns if its rows are to be spent without an update. Collective.
+        """Log a spike, write it into the journal, then skip, rewind or stop. Returns for a skip. Collective.
 
         A rewind's window does not reach back before the row `mix_begins`: other rows would stand at those positions.
         Errors: Rewind; TrainingStopped if the run is to end.
         """
-        section, times = self._section, len(self._passed)
-        rewinds = section.on_spike == "rewind"
-        too_often = times >= section.max_times if rewinds else spike.in_a_row > section.max_times
-        does = "stop" if too_often else section.on_spike
-        first = max(self._window_start(spike), min(mix_begins, spike.first)) if rewinds else spike.first
-        rows = (first, spike.first + len(spike.rows))
-        attempt = times + 1 if rewinds else spike.in_a_row
-        self._append_to_journal(spike, does=does, rows=rows, attempt=attempt)
+        decision = self._decide(spike, mix_begins)
+        first, last = decision.rows
+        self._append_to_journal(spike, does=decision.does, rows=decision.rows, attempt=decision.attempt)
         headline = spike.headline()
-        if does == "stop":
+        if decision.does == "stop":
             raise TrainingStopped(self._stop_message(spike, headline))
         say(headline)
         for row, loss in spike.rows_to_name()[:MAX_NAMED_ROWS]:
             say(f"  {row} has a loss of {loss:.6g}")
-        tried = f"{attempt} of at most {section.max_times}"
-        if does == "skip":
-            say(f"  the rows of the step are spent without an update ({tried} in a row)")
+        attempt = f"{decision.attempt} of at most {self._section.max_times}"
+        if decision.does == "skip":
+            say(f"  the rows of the step are spent without an update ({attempt} in a row)")
             return
-        self._passed.append(rows)
-        what = f"rewind {tried}: back to the newest checkpoint, and on from there"
-        raise Rewind(f"{what} without the rows {rows[0]:,} to {rows[1] - 1:,}")
+        self._skipped.append(decision.rows)
+        what = f"rewind {attempt}: back to the newest checkpoint, and on from there"
+        raise Rewind(f"{what} without the rows {first:,} to {last - 1:,}")
+
+    def _decide(self, spike: Spike, mix_begins: int) -> "Decision":
+        """What becomes of a spike, as the recipe says."""
+        section = self._section
+        end = spike.first_position + len(spike.rows)
+        if section.on_spike == "rewind":
+            first = max(self._window_start(spike), min(mix_begins, spike.first_position))
+            does = "stop" if len(self._skipped) >= section.max_times else "rewind"
+            return Decision(does, (first, end), attempt=len(self._skipped) + 1)
+        does = "stop" if spike.in_a_row > section.max_times else section.on_spike
+        return Decision(does, (spike.first_position, end), attempt=spike.in_a_row)
 
     def _window_start(self, spike: Spike) -> int:
         """The position of the first row of the last `window` steps, the spike's the last one; 0 if there are fewer."""
         before = self._section.window - 1
         if not before:
-            return spike.first
+            return spike.first_position
         return self._history[-before][1] - len(spike.rows) if before <= len(self._history) else 0
 
     def _stop_message(self, spike: Spike, headline: str) -> str:
@@ -178,10 +201,14 @@ class SpikeGuard:
         """One line of the journal, on the disk when this returns. Collective. Errors: TrainingStopped."""
         if not (journal := self._journal):
             return
-        line = {"step": spike.step, "time_s": round(time.time(), 3), "loss": spike.loss, "why": spike.why, **facts}
-        line["about"] = spike.about
-        line |= {
-            "verdict": spike.row_verdict(),
+        line = {
+            "step": spike.step,
+            "time_s": round(time.time(), 3),
+            "loss": spike.loss,
+            "why": spike.reason,
+            **facts,
+            "about": spike.circumstances,
+            "verdict": spike.row_verdict() or "",
             "worst_first": [{"loss": loss, **asdict(row)} for row, loss in spike.rows_worst_first()],
         }
 
@@ -205,15 +232,19 @@ def read_spikes(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / SPIKES_FILE
     lines = list(files.read_jsonl_lines(path, ("step", "does", "rows")))
-    if damaged := [line for line in lines if line.fault]:
-        want = "the line as it was written; without it the run would train on rows that it had passed over"
-        change = "the line, or delete it to accept that"
+    damaged = [line for line in lines if line.fault]
+    if damaged:
         raise UserError(
-            Problem("the journal of spikes is damaged", files.describe_damaged_lines(path, damaged), want, change)
+            Problem(
+                what="the journal of spikes is damaged",
+                saw=files.describe_damaged_lines(path, damaged),
+                want="the line as it was written; without it the run would train on rows that it had passed over",
+                change="the line, or delete it to accept that",
+            )
         )
-    whole = b"".join(line.raw for line in lines)
-    if path.exists() and path.stat().st_size > len(whole):
-        files.write_text_file(path, whole.decode())
+    size = sum(len(line.raw) for line in lines)
+    if path.exists() and path.stat().st_size > size:
+        files.keep_jsonl_lines(path, lines)
     return [line.value for line in lines]
 
 

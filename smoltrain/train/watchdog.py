@@ -43,27 +43,34 @@ class HangReport:
     @staticmethod
     def from_text(text: str) -> "HangReport":
         """The inverse; further lines are passed over."""
-        found = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+        values = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
         return HangReport(
-            int(found["step"]), int(found["marks"]), found["place"], found["line"], found["in_collective"] == "True"
+            step=int(values["step"]),
+            marks=int(values["marks"]),
+            place=values["place"],
+            line=values["line"],
+            in_collective=values["in_collective"] == "True",
         )
 
 
 class Watchdog:
-    """Watches from the first `begin` to `close`; `logs` is a folder that all ranks share. limit_s 0: never.
+    """Watches from the first `begin_step` to `close`; `logs` is a folder that all ranks share. limit_s 0: never.
 
     Its thread needs the interpreter's lock; a hang that never gives it back (native code) is what the process beside it
     (backstop.py) ends. While all ranks are suspended no time passes. One that is stopped alone hangs for the others.
     """
 
     def __init__(self, logs: Path, rank: int, size: int, limit_s: float) -> None:
-        self._logs, self._rank, self._size, self._limit_s = logs, rank, size, limit_s
+        self._logs = logs
+        self._rank = rank
+        self._size = size
+        self._limit_s = limit_s
         self._opened = time.time()
         self._last = (0, 0, "")  # step, marks, place: one object, so always of one moment
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def begin(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """A step begins; the first one starts the watch."""
         self._last = (step, 0, "begin")
         if self._limit_s and not self._thread:
@@ -93,13 +100,16 @@ class Watchdog:
     def _wait_for_silence(self, pulse: int) -> float:
         """Seconds without a sign of life, when they have become too many; 0 when the watch is closed."""
         tick_s = min(TICK_S, self._limit_s / 4)
-        clock, seen, since = AwakeClock(3 * tick_s), self._last, 0.0
+        clock = AwakeClock(3 * tick_s)
+        seen = self._last
+        since = 0.0  # on the clock
         while not self._closed.wait(tick_s):
             with contextlib.suppress(OSError):  # whoever ended the process beside this one did not mean this one
                 os.write(pulse, b".")
             now = clock.now()
             if self._last is not seen:
-                seen, since = self._last, now
+                seen = self._last
+                since = now
             if now - since >= self._limit_s:
                 return now - since
         return 0.0
@@ -154,8 +164,9 @@ class Watchdog:
         while True:
             for rank in range(self._size):
                 path = self._path(rank)
-                if rank not in reports and path.exists() and path.stat().st_mtime >= self._opened:  # no earlier life's
-                    reports[rank] = HangReport.from_text(path.read_text(encoding="utf-8"))
+                if rank in reports or not path.exists() or path.stat().st_mtime < self._opened:  # of an earlier life
+                    continue
+                reports[rank] = HangReport.from_text(path.read_text(encoding="utf-8"))
             if len(reports) == self._size or time.monotonic() >= deadline:
                 return reports
             time.sleep(0.1)
@@ -186,7 +197,8 @@ def describe_hang(reports: dict[int, HangReport], size: int, silence: float, log
 def _locate_main_thread() -> tuple[str, bool]:
     """The innermost Python line of the main thread, and whether it is inside a collective of torch.distributed."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    line, in_collective = "an unknown line", False
+    line = "an unknown line"
+    in_collective = False
     if frame:
         path = "/".join(Path(frame.f_code.co_filename).parts[-2:])
         line = f"{path}:{frame.f_lineno} ({frame.f_code.co_name})"

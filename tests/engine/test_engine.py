@@ -19,6 +19,7 @@ from tests import tiny
 from tests.engine.test_reshard import ROWS, settings_of, whole_state, write_files
 from tests.models import from_config
 from tests.ranks import world
+from tests.sessions import bare_session, train_steps
 
 STEPS = 20
 PLAN = ("phases.main.steps=20", "phases.main.warmup_steps=5", "phases.main.weight_decay=0.1")
@@ -39,13 +40,12 @@ def engine_losses(
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """(losses, gradient norms, weights) of `steps` real training steps; runs on every rank."""
     from smoltrain.engine.engine import build_engine
-    from smoltrain.train.step import train_step
 
     here = world()
     wrapped = build_engine(fresh_model(settings), settings, here, precision=precision, accumulation=2)
     loader = loader_of(settings, here.rank, here.size)
-    results = [train_step(n, wrapped, loader, Plan(settings.phases), here) for n in range(1, steps + 1)]
-    metrics = [result.metrics for result in results if result]
+    results = train_steps(range(1, steps + 1), bare_session(settings, wrapped, loader))
+    metrics = [result.metrics for result in results]
     losses = [step["train/loss_nats_per_token"] for step in metrics]
     norms = [step["train/grad_norm_before_clipping"] for step in metrics]
     return losses, norms, wrapped.weights(keep=True)
@@ -154,10 +154,9 @@ def run_of(settings: Config) -> tuple[Any, Loader]:
 
 def go_on(settings: Config, wrapped: Any, loader: Loader, first: int, last: int) -> tuple[list[float], list[str]]:
     """The losses and the ledger of steps first..last."""
-    from smoltrain.train.step import train_step
 
-    results = [train_step(n, wrapped, loader, Plan(settings.phases), world()) for n in range(first, last + 1)]
-    metrics = [result.metrics for result in results if result]
+    results = train_steps(range(first, last + 1), bare_session(settings, wrapped, loader))
+    metrics = [result.metrics for result in results]
     return [step["train/loss_nats_per_token"] for step in metrics], [step["data/ledger"] for step in metrics]
 
 

@@ -11,11 +11,11 @@ from smoltrain.config.schema import Config
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.distributed.world import World
 from smoltrain.errors import UserError
-from smoltrain.schedule import Plan
 from tests import tiny
 from tests.engine.test_engine import PLAN, fresh_model, loader_of
 from tests.engine.test_reshard import write_files
 from tests.ranks import world
+from tests.sessions import bare_session, train_steps
 
 
 def settings_of(folder: Path, *options: str) -> Config:
@@ -35,12 +35,11 @@ def wrap(settings: Config, compiles: bool = False) -> Any:
 
 def trained(settings: Config, steps: int, compiles: bool) -> tuple[str, list[float], dict[str, torch.Tensor]]:
     """(when gradients were reduced, losses, weights) after real steps; runs on every rank."""
-    from smoltrain.train.step import train_step
 
     here, wrapped = world(), wrap(settings, compiles)
     loader = loader_of(settings, here.rank, here.size)
-    results = [train_step(n, wrapped, loader, Plan(settings.phases), here) for n in range(1, steps + 1)]
-    losses = [result.metrics["train/loss_nats_per_token"] for result in results if result]
+    results = train_steps(range(1, steps + 1), bare_session(settings, wrapped, loader))
+    losses = [result.metrics["train/loss_nats_per_token"] for result in results]
     return wrapped.reduction, losses, wrapped.weights(keep=True)
 
 
@@ -231,10 +230,9 @@ def read(settings: Config, folder: Path) -> tuple[list[float], dict[str, torch.T
 
 
 def steps(settings: Config, wrapped: Any, loader: Any, first: int, last: int) -> list[float]:
-    from smoltrain.train.step import train_step
 
-    results = [train_step(n, wrapped, loader, Plan(settings.phases), world()) for n in range(first, last + 1)]
-    return [result.metrics["train/loss_nats_per_token"] for result in results if result]
+    results = train_steps(range(first, last + 1), bare_session(settings, wrapped, loader))
+    return [result.metrics["train/loss_nats_per_token"] for result in results]
 
 
 @pytest.mark.parametrize("writer", ["step", "micro_batch"])
