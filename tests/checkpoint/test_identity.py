@@ -316,21 +316,3 @@ def test_manifests_of_one_run_carry_its_identity(run: Path, original: Path) -> N
     changed = dataclasses.replace(manifest, identity=manifest.identity | {"run_id": "x"})
     with pytest.raises(UserError, match="another run's"):
         check_checkpoint_identity(changed, manifest.identity, run / CONFIG_FILE)
-
-
-# ---- damage to provenance
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "provenance: 3", "provenance: [a]", "provenance: {rows_per_step: 0}", "provenance: {rows_per_step: true}",
-        "provenance: {rows_per_step: 4, starts: 3}", "provenance: {rows_per_step: 4, starts: [3]}",
-        "provenance: {rows_per_step: 4, run_id: 3}", "provenance: {rows_per_step: x}", "provenance: {starts: []}",
-    ],
-)  # fmt: skip
-def test_a_damaged_provenance_is_one_line(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(UserError, match="the run's provenance is damaged") as caught:
-        read_provenance(tmp_path / "config.yaml")
-    assert len(str(caught.value).splitlines()) == 1
