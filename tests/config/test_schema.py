@@ -10,6 +10,7 @@ from smoltrain.config.schema import MAX_NAME_BYTES, MAX_PATH_BYTES, find_path_fa
 from smoltrain.errors import UserError
 
 EXAMPLE = str(Path(__file__).parents[1] / "example.yaml")
+LONG_NAME = "x" * (MAX_NAME_BYTES + 1)
 
 
 def test_a_config_is_frozen():
@@ -31,9 +32,7 @@ def test_a_path_that_a_file_system_takes(text: str):
     assert find_path_fault(text) is None
 
 
-@pytest.mark.parametrize(
-    "text", ["a\0b", "a/" + "x" * (MAX_NAME_BYTES + 1), "é" * 101, "x/" * (MAX_PATH_BYTES // 2 + 1)]
-)
+@pytest.mark.parametrize("text", ["a\0b", f"a/{LONG_NAME}", "é" * 101, "x/" * (MAX_PATH_BYTES // 2 + 1)])
 def test_a_path_that_no_file_system_takes(text: str):
     assert find_path_fault(text)
 
