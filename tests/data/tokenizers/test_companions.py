@@ -195,7 +195,9 @@ def test_weights_of_a_run_bring_what_it_had(tmp_path: Path):
     second = continued(tmp_path, first, "run.name=second", f"tokenizer.name={first / 'tokenizer'}")
     assert load_trained_model(str(second)).stop_ids == [ids[folders.SEPARATOR], ids["<|turn|>"]]
     assert load_trained_model(str(second)).inherited_generation["repetition_penalty"] == 1.1
-    assert load_trained_model(str(second)).tokenizer.companions.about["chat_template"] == folders.CHAT_TEMPLATE
+    assert (
+        load_trained_model(str(second)).tokenizer.companions.tokenizer_config["chat_template"] == folders.CHAT_TEMPLATE
+    )
 
 
 def test_other_weights_bring_nothing(tmp_path: Path):
@@ -231,8 +233,10 @@ def test_roles_of_the_older_map_and_the_newer_list(tmp_path: Path):
     )
     beside = read_companions(tmp_path / "chat")
     assert (beside.token_for_role("bos_token"), beside.token_for_role("pad_token")) == ("<|begin|>", "<|turn|>")
-    assert beside.about["additional_special_tokens"] == ["<|user|>", "<|tool|>"], "as transformers 4 reads it"
-    assert beside.special == {"<|begin|>", folders.SEPARATOR, "<|turn|>", "<|user|>", "<|tool|>"}
+    assert beside.tokenizer_config["additional_special_tokens"] == ["<|user|>", "<|tool|>"], (
+        "as transformers 4 reads it"
+    )
+    assert beside.special_tokens == {"<|begin|>", folders.SEPARATOR, "<|turn|>", "<|user|>", "<|tool|>"}
 
 
 def test_a_token_with_a_role_is_special_whatever_tokenizer_json_says(tmp_path: Path):
