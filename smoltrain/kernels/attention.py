@@ -187,7 +187,7 @@ def _check_blocked_can_run(device: torch.device, head_width: int | None) -> None
 
 
 def _fastest_cpu_kernel(dtype: torch.dtype, head_width: int | None) -> tuple[Literal["blocked", "sdpa"], str]:
-    """The faster kernel by `smoltrain bench attention`, and the reason."""
+    """The faster kernel by `python -m benchmarks.attention`, and the reason."""
     if head_width is None:
         return "sdpa", "FlashAttention needs CUDA, the device is cpu"
     if dtype not in (torch.bfloat16, torch.float32) or not _has_avx512_bf16():
