@@ -9,7 +9,7 @@ import pytest
 
 CODE = """
 import os, sys
-from smoltrain.launch.console import guard_console, take_console_warnings
+from smoltrain.console import guard_console, take_console_warnings
 guard_console()
 for i in range(3):
     print("line", i, "of K\\xf6nig Lear")

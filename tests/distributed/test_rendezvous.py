@@ -125,9 +125,9 @@ def test_one_process_meets_nobody_and_listens_nowhere() -> None:
 
 SLOW = """
 import datetime, time
-from smoltrain.distributed.world import COLLECTIVE_TIMEOUT, open_world
-COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=2)
-world = open_world("cpu")
+from smoltrain.distributed import world as world_module
+world_module.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=2)
+world = world_module.open_world("cpu")
 print(world.run_on_first_rank(lambda: time.sleep(5) or "done", patient=True), flush=True)
 """
 

@@ -105,17 +105,16 @@ def test_one_signal_to_a_bare_python_saves_and_exits_75(tmp_path: Path) -> None:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept_and_not_zeroed_again() -> None:
     code = """
-import importlib.util, resource, sys, torch
-spec = importlib.util.spec_from_file_location("script", sys.argv[1])
-script = importlib.util.module_from_spec(spec); spec.loader.exec_module(script)
+import resource, torch
+from smoltrain.launch.rank import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(5):
         torch.ones(2**24) * 2
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-given_back = faults(); script.keep_freed_memory(); faults(); faults(); print(given_back, faults())
+given_back = faults(); keep_freed_memory(); faults(); faults(); print(given_back, faults())
 """
-    words = [sys.executable, "-c", code, launches.SCRIPT]
+    words = [sys.executable, "-c", code]
     before, after = map(int, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
     assert before > 5 * 2 * 2**24 * 4 // (2 << 20), "two tensors of 64 MiB each time, in pages"
     assert after < before / 2, "the heap may still grow once"

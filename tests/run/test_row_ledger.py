@@ -89,8 +89,8 @@ def test_going_on_keeps_what_the_checkpoint_counts_and_nothing_else(
 
 def test_what_was_appended_survives_kill_9(tmp_path: Path):
     code = (
-        "import numpy as np, os, signal, sys; from pathlib import Path; from smoltrain.run.row_ledger import Ledger;"
-        "book = Ledger(Path(sys.argv[1]), 0); book.append(np.arange(1, 5, dtype=np.uint64)); book.sync();"
+        "import numpy as np, os, signal, sys; from pathlib import Path; from smoltrain.run.row_ledger import RowLedger;"
+        "book = RowLedger(Path(sys.argv[1]), 0); book.append(np.arange(1, 5, dtype=np.uint64)); book.sync();"
         "book.append(np.arange(5, 9, dtype=np.uint64)); os.kill(os.getpid(), signal.SIGKILL)"
     )
     path = tmp_path / "ledger.bin"

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from smoltrain import data
 from smoltrain.cli import app, main
 from smoltrain.config.load import list_recipes
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
@@ -15,6 +14,7 @@ from smoltrain.distributed.world import choose_device
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config
 from smoltrain.errors import UserError
 from smoltrain.kernels import compile
+from smoltrain.launch import supervisor
 from smoltrain.launch.supervisor import supervise_run
 from smoltrain.train.preflight import check_recipe, check_start
 from tests import folders, tiny
@@ -82,7 +82,7 @@ def test_train_finds_it_before_the_data_are_touched(
 ):
     if "init.from=other" in words:
         folders.run(tmp_path, "run.name=other")
-    monkeypatch.setattr(data, "prepare_run_data", None)
+    monkeypatch.setattr(supervisor, "prepare_run_data", None)
     monkeypatch.setattr(shutil, "which", lambda _: None)  # no compiler
     monkeypatch.setattr(
         compile, "missing_for_compile", compile.missing_for_compile.__wrapped__

@@ -28,7 +28,7 @@ FLAT = [(3.0, B * n) for n in range(1, 41)]  # losses, rows consumed after them
 class Alone:
     """A world of one, for what no other rank needs to know."""
 
-    def on_first(self, work: Callable[[], Any]) -> Any:
+    def run_on_first_rank(self, work: Callable[[], Any]) -> Any:
         return work()
 
 

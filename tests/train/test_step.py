@@ -243,7 +243,7 @@ class Slow:
     def __init__(self, rank: int, error: UserError | None = None) -> None:
         self.health, self._asked, self._rank, self._error = ReaderHealth(), 0, rank, error
 
-    def ready(self, timeout_s: float) -> bool:
+    def wait_until_ready(self, timeout_s: float) -> bool:
         self._asked += 1
         if world().rank == self._rank and self._error:
             raise self._error

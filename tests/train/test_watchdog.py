@@ -22,10 +22,10 @@ RANK = """
 import contextlib, ctypes, os, signal, sys, time
 from pathlib import Path
 from smoltrain.distributed.world import open_world
-from smoltrain.train.watchdog import BACKSTOP_S, Watchdog
-BACKSTOP_S = 1.0
+from smoltrain.train import watchdog
+watchdog.BACKSTOP_S = 1.0
 world = open_world("cpu")
-dog = Watchdog(Path(sys.argv[1]), world.rank, world.size, limit_s=1.5)
+dog = watchdog.Watchdog(Path(sys.argv[1]), world.rank, world.size, limit_s=1.5)
 
 def hang():
     {hang}
@@ -136,7 +136,7 @@ time.sleep(1)
 dog.close()
 print("done", flush=True)
 """
-    head = "import sys, time; from pathlib import Path; from smoltrain import watchdog\n"
+    head = "import sys, time; from pathlib import Path; from smoltrain.train import watchdog\n"
     process = subprocess.Popen([sys.executable, "-c", head + code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"

@@ -28,7 +28,7 @@ NAN, HIGH = "run.seed=3", "run.seed=12"
 # hold it. "killed" dies in the moment between the journal and the restart.
 CHILD = """
 import math, os, sys, torch
-from launch import train as script
+from smoltrain.launch import rank
 from smoltrain.config.load import load_config
 from smoltrain.data.tokens.prepare import load_prepared_data
 from smoltrain.engine.engine import Engine
@@ -45,7 +45,7 @@ if kind != "clean":
     Engine.forward = poisoned
 if kind == "killed":
     Rewind.__init__ = lambda *_: os._exit(9)
-code = script.main(words)
+code = rank.run_rank(words)
 sys.stdout.flush()
 sys.stderr.flush()
 os._exit(code)

@@ -87,9 +87,11 @@ configs:
 SCRIPT = """
 import contextlib, io, json, os, sys
 from pathlib import Path
+from smoltrain.data.documents import hub
 from smoltrain.data.documents.hub import fetch_dataset_commit
 from smoltrain.data.documents.listing import list_shards
 from smoltrain.data.documents.retry import ReaderHealth, read_records_with_retry
+from smoltrain.data.tokenizers import hub as tokenizers_hub
 from smoltrain.data.tokenizers.by_name import load_named_tokenizer
 from smoltrain.errors import UserError
 from smoltrain.config.schema import DataSection, TokenizerSection
@@ -129,7 +131,7 @@ def rows(**keys):
     return [[d.name, d.text] for s in found for d in read_records_with_retry(s, section, data=section, health=health)]
 
 def ledger(name, num_steps, **keys):
-    from smoltrain.data.rows.loader import open_loader
+    from smoltrain.data.rows.open_loader import open_loader
     from smoltrain.data.tokens.prepare import prepare_run_data
     from tests.data.tokens.test_tokenise import make
     keys = {"run__name": name, "data__shuffle_rows": 4, "data__streams": 4, "data__mode": "stream"} | keys
@@ -175,7 +177,7 @@ print(json.dumps(results))
 """
 
 SILENT = """
-hub.ANSWER_S = 0.3
+hub.HUB_ANSWER_TIMEOUT_S = tokenizers_hub.HUB_ANSWER_TIMEOUT_S = 0.3
 note("cached", lambda: tokenizer("me/tokenizer"))
 note("cosmo", lambda: tokenizer("HuggingFaceTB/cosmo2-tokenizer"))
 note("gpt2", lambda: tokenizer("openai-community/gpt2"))

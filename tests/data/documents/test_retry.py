@@ -15,11 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from smoltrain.config.schema import DataSection
-from smoltrain.data.documents import listing, readers, retry
+from smoltrain.data.documents import readers, retry
+from smoltrain.data.documents import shard as shard_module
 from smoltrain.data.documents.listing import list_shards
 from smoltrain.data.documents.readers import Record, read_records
 from smoltrain.data.documents.retry import ReaderHealth, read_records_with_retry
-from smoltrain.data.documents.shard import HTTP_STALL_S, Shard
+from smoltrain.data.documents.shard import Shard
 from smoltrain.errors import UserError
 from tests.faulty_server import FaultyServer
 
@@ -34,7 +35,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "BLOCK", 8000)
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(retry, "LONGEST_WAIT_S", 0.01)
-    monkeypatch.setattr(listing, "HTTP_STALL_S", 0.05)
+    monkeypatch.setattr(shard_module, "HTTP_STALL_S", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_patience_is_for_a_time_without_progress(files: dict[str, bytes]):
         shard = listed(data)
         server.faults = {"stall": 0.2}
         assert len(list(told(data, shard))) == len(TEXTS)
-        assert server.met["stall"] * HTTP_STALL_S > 0.2
+        assert server.met["stall"] * shard_module.HTTP_STALL_S > 0.2
 
 
 # ---- what does not
@@ -169,7 +170,7 @@ def test_a_question_that_its_own_client_keeps_asking_shows_too(
     files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(retry, "SILENCE_S", 0.05)
-    monkeypatch.setattr(listing, "HTTP_STALL_S", 30.0)
+    monkeypatch.setattr(shard_module, "HTTP_STALL_S", 30.0)
     with FaultyServer(files) as server, ThreadPoolExecutor(1) as pool:
         data, health = section(server.url("a.txt")), ReaderHealth()
         shard, server.faults = listed(data), {"stall": 1.0}

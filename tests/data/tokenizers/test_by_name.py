@@ -8,7 +8,7 @@ import pytest
 
 from smoltrain.config import schema
 from smoltrain.config.schema import TokenizerSection
-from smoltrain.data.documents import hub
+from smoltrain.data.tokenizers import hub
 from smoltrain.data.tokenizers.by_name import is_tokenizer_folder, load_named_tokenizer
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.errors import UserError

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from smoltrain.data import progress
+from smoltrain.data.documents import retry
 from smoltrain.data.tokenizers import train_bpe as train_bpe_module
 from smoltrain.data.tokenizers.tokenizer import SEAM_SEARCH_CHARACTERS, Tokenizer
 from smoltrain.data.tokenizers.train_bpe import BpeProgress, DistinctWordCounter
@@ -54,7 +55,7 @@ def test_progress_in_words():
 
 
 def test_a_separator_that_cannot_be_is_known_before_anything_is_read(root: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(train_bpe_module, "read_records_with_retry", None)
+    monkeypatch.setattr(retry, "read_records_with_retry", None)
     assert "a sign that texts are made of: saw '|', want two characters or more" in problem(
         make(root, tokenizer__separator="|")
     )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from smoltrain.config.schema import Config
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.rows.open_loader import open_loader
-from smoltrain.data.tokens import tokenise, worker_pool
+from smoltrain.data.tokens import tokenise
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.data.tokens.prepared import PreparedData
 from smoltrain.data.tokens.token_files import content_hash
@@ -86,7 +86,7 @@ def test_a_copy_of_what_validation_path_names_is_left_out_of_every_source(root: 
 def test_the_bytes_do_not_depend_on_the_parts(root: Path, part_bytes: int, monkeypatch: pytest.MonkeyPatch):
     texts = [text(i % 12) for i in range(30)]
     write_texts(root / "web", texts)
-    monkeypatch.setattr(worker_pool, "num_cores", lambda: 1)
+    monkeypatch.setattr(tokenise, "num_cores", lambda: 1)
     whole = prepare_run_data(config(root, "web"))
     monkeypatch.setattr(tokenise, "PART_BYTES", part_bytes)
     parts = prepare_run_data(config(root, "web", run__name="parts"))

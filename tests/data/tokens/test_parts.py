@@ -15,7 +15,7 @@ import pytest
 from smoltrain.data.documents import retry
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.data.tokens import token_files, worker_pool
+from smoltrain.data.tokens import token_files
 from smoltrain.data.tokens import tokenise as tokenise_module
 from smoltrain.data.tokens.prepare import prepare_run_data
 from tests.data.tokens.test_tokenise import contents, given, make, problem, twenty
@@ -29,7 +29,7 @@ def root(tmp_path: Path):
 def test_the_tail_of_many_parts(root: Path, monkeypatch: pytest.MonkeyPatch):
     """Three files whose names the hash all puts on one side, each of them a part."""
     monkeypatch.setattr(tokenise_module, "PART_BYTES", 1)
-    monkeypatch.setattr(worker_pool, "num_cores", lambda: 1)
+    monkeypatch.setattr(tokenise_module, "num_cores", lambda: 1)
     names = [f"{i:03}.txt" for i in range(100) if not is_held_out(f"{i:03}.txt", 0.3)][:3]
     for path in (root / "source").iterdir():
         path.unlink()
@@ -53,7 +53,7 @@ def test_the_tail_of_many_parts(root: Path, monkeypatch: pytest.MonkeyPatch):
 def test_a_kill_before_any_rename_leaves_nothing_that_harms(root: Path, monkeypatch: pytest.MonkeyPatch):
     """What the disk holds before each rename is what a kill there would leave: prepare again from each such state."""
     monkeypatch.setattr(tokenise_module, "PART_BYTES", 1500)  # three parts
-    monkeypatch.setattr(worker_pool, "num_cores", lambda: 1)
+    monkeypatch.setattr(tokenise_module, "num_cores", lambda: 1)
     config, states = make(root), []
     commit = token_files.commit_partial
 
@@ -79,7 +79,7 @@ def test_a_kill_before_any_rename_leaves_nothing_that_harms(root: Path, monkeypa
 
 def test_a_killed_prepare_goes_on_with_the_parts_that_are_whole(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokenise_module, "PART_BYTES", 1500)
-    monkeypatch.setattr(worker_pool, "num_cores", lambda: 1)
+    monkeypatch.setattr(tokenise_module, "num_cores", lambda: 1)
     Tokenizer.train_bpe(["This is document"], 262, "<|endoftext|>").save(root / "given")
     read, tokenise = retry.read_records_with_retry, tokenise_module.TokeniseJob.tokenise
     opened: list[str] = []
@@ -130,7 +130,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(root: Path, monkeypa
     (root / "source" / "05.txt").write_bytes(b"\xff")
     whole = {}
     for num in (1, 2):
-        monkeypatch.setattr(worker_pool, "num_cores", lambda num=num: num)
+        monkeypatch.setattr(tokenise_module, "num_cores", lambda num=num: num)
         prepared = prepare_run_data(make(root, run__name=f"by{num}"))
         assert prepared.index["sources"]["data"]["bad_records"] == 1
         whole[num] = contents(root / "runs" / f"by{num}")
@@ -141,7 +141,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(root: Path, monkeypa
 @pytest.mark.slow
 def test_an_error_in_one_of_several_processes_is_the_users_to_read(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokenise_module, "PART_BYTES", 1500)
-    monkeypatch.setattr(worker_pool, "num_cores", lambda: 2)
+    monkeypatch.setattr(tokenise_module, "num_cores", lambda: 2)
     for name in ("01.txt", "18.txt"):
         (root / "source" / name).write_bytes(b"\xff")
     config = make(root, data__max_bad_records=1)
@@ -156,13 +156,12 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from smoltrain.data.tokens.prepare import prepare_run_data
-from smoltrain.data.tokens.tokenise import PART_BYTES
-from smoltrain.distributed.cpu_cores import num_cores
+from smoltrain.data.tokens import tokenise
 from tests.data.tokens.test_tokenise import given
 
 if __name__ == "__main__":
-    PART_BYTES = 2**20
-    num_cores = lambda: 2
+    tokenise.PART_BYTES = 2**20
+    tokenise.num_cores = lambda: 2
     prepare_run_data(given(Path(sys.argv[1]), data__mode="cached", run__name=sys.argv[2]))
 """
 
@@ -195,14 +194,14 @@ def test_kill_9_in_the_middle_of_several_processes(root: Path, monkeypatch: pyte
     assert len(done) >= 1
     assert {name: (folder / name).stat().st_mtime_ns for name in done} == done
     monkeypatch.setattr(tokenise_module, "PART_BYTES", 2**20)
-    monkeypatch.setattr(worker_pool, "num_cores", lambda: 1)
+    monkeypatch.setattr(tokenise_module, "num_cores", lambda: 1)
     prepare_run_data(given(root, data__mode="cached", run__name="straight"))
     assert contents(root / "runs" / "run") == contents(root / "runs" / "straight")
 
 
 def test_the_plan_of_the_parts_is_a_function_of_the_shards_alone(root: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokenise_module, "PART_BYTES", 1000)
-    monkeypatch.setattr(worker_pool, "num_cores", lambda: 1)
+    monkeypatch.setattr(tokenise_module, "num_cores", lambda: 1)
     Tokenizer.train_bpe(["This is document"], 262, "<|endoftext|>").save(root / "given")
     about = prepare_run_data(given(root)).index["sources"]["data"]["train"]
     sizes = [path.stat().st_size for path in sorted((root / "source").iterdir())]

@@ -17,7 +17,7 @@ from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokenizers import by_name, tokenizer
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.data.tokens import packing, worker_pool
+from smoltrain.data.tokens import packing
 from smoltrain.data.tokens import tokenise as tokenise_module
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.data.tokens.prepared import PreparedData
@@ -157,7 +157,7 @@ def test_held_out_is_a_stable_share_of_the_names():
 @pytest.mark.parametrize("part_bytes", [1, 2**20])
 def test_a_single_document_holds_out_its_tail(root: Path, part_bytes: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokenise_module, "PART_BYTES", part_bytes)
-    monkeypatch.setattr(worker_pool, "num_cores", lambda: 1)
+    monkeypatch.setattr(tokenise_module, "num_cores", lambda: 1)
     shutil.rmtree(root / "source")
     text = "".join(f"line {i}\n" for i in range(200))
     for name in ("a.txt", "b.txt"):  # the hash puts one of them in train and the other in validation
