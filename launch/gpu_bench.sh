@@ -20,7 +20,7 @@ cell() { # NAME WORDS...: a run of its own, whose failure does not end the other
   local name="$1"
   shift
   echo "== $name"
-  "$BIN/smoltrain" bench train "${task[@]}" "$@" --steps "${STEPS:-20}" --out "$out/$name.json" || echo "$name failed" >&2
+  "$BIN/python" -m benchmarks.train "${task[@]}" "$@" --steps "${STEPS:-20}" --out "$out/$name.json" || echo "$name failed" >&2
 }
 
 rm -f "$out"/*.json
