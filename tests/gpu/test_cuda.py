@@ -160,7 +160,7 @@ def test_the_loss_and_its_gradients_are_those_of_fp32(
     monkeypatch.setattr(loss, "LARGE_CHUNK_BYTES", 2**24)  # 13 chunks
     case = make_loss_case(2048, 49_152, 576, BF16, CUDA)
     wide, plain = case.to(torch.float32), case.to(BF16)
-    truth, theirs = wide.forward_backward(loss.PLAIN_LOSS, z_loss), plain.run(loss.PLAIN_LOSS, z_loss)
+    truth, theirs = wide.forward_backward(loss.PLAIN_LOSS, z_loss), plain.forward_backward(loss.PLAIN_LOSS, z_loss)
     ours = case.forward_backward(LOSSES[name], z_loss)
     assert ours[0].dtype == torch.float32
     assert relative_error(ours[0], truth[0]) < 1e-4
