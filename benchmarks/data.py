@@ -24,7 +24,7 @@ from benchmarks.command import OUT, OutOption, make_app, make_console, write_res
 from smoltrain.cli import run_app
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config, SourceSection, TokenizerSection
-from smoltrain.data.documents.listing import list_shards
+from smoltrain.data.documents.find_files import find_source_files
 from smoltrain.data.rows.loader import Loader
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokenizers import by_name
@@ -126,7 +126,7 @@ def write_corpus(folder: Path, mib: float) -> None:
     and no tokenizer knows all words from its cache. Errors: UserError if the plays are not installed.
     """
     draw = random.Random(0)
-    plays = [Path(shard.url).read_text(encoding="utf-8").splitlines() for shard in list_shards(PLAYS)]
+    plays = [Path(shard.url).read_text(encoding="utf-8").splitlines() for shard in find_source_files(PLAYS).shards]
     folder.mkdir()
     for number in range(NUM_SHARDS):
         texts: list[str] = []

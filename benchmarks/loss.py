@@ -158,8 +158,8 @@ def _find_runnable_loss_kernels(case: LossCase) -> tuple[dict[str, LossKernel], 
     ours = choose_loss_kernel("fused", device, dtype, compiles=False)
     kernels[ours.name] = ours
     if ours.name == "fused":
-        if lack := compile.missing_for_compile(device.type):
-            left_out["fused, compiled"] = lack
+        if missing := compile.missing_for_compile(device.type):
+            left_out["fused, compiled"] = missing
         else:
             kernels["fused, compiled"] = replace(ours, compiles=True)
     auto = choose_loss_kernel("auto", device, dtype, compiles=False)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from smoltrain import __version__
 from smoltrain.console import guard_console
-from smoltrain.errors import BAD_INPUT, FAULT, INTERRUPTED, TrainingStopped, UserError, format_error
+from smoltrain.errors import BAD_INPUT, FAULT, INTERRUPTED, Problem, TrainingStopped, UserError, format_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -68,6 +69,22 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
         sys.exit(FAULT)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def _print_version(asked_for: bool) -> None:
+    if asked_for:
+        print(f"smoltrain {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def read_common_options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Pretrains small language models on one to many GPUs."""
 
 
 @app.command(epilog="Example: smoltrain recipes")
@@ -191,9 +208,21 @@ def verify(
     ] = False,
 ) -> None:
     """Check a run's ledger and checkpoints, or one checkpoint: files, shapes, finite numbers, place in the data."""
-    from smoltrain.run.verify import verify_run
+    from smoltrain.inference.load import locate_run
+    from smoltrain.run.verify import compare_runs, verify_one_checkpoint, verify_run
 
-    if not verify_run(path, other, forward=forward):
+    if other is not None:
+        if forward:
+            what = "two runs are compared by their rows alone"
+            raise UserError(Problem(what, "--forward with OTHER", "one run or checkpoint", "--forward or OTHER"))
+        is_sound = compare_runs(path, other)
+    else:
+        folder, step = locate_run(path)
+        if step is None:
+            is_sound = verify_run(folder, forward=forward)
+        else:
+            is_sound = verify_one_checkpoint(folder, step, forward=forward)
+    if not is_sound:
         raise typer.Exit(FAULT)
 
 
@@ -202,7 +231,7 @@ def tokenizer(
     name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2 or gpt2: the real ones, out of a package.")],
 ) -> None:
     """Make a tokenizer without the Hub; recipes then take it as `tokenizer=NAME`."""
-    from smoltrain.data.tokenizers.offline import prepare_packaged_tokenizer
+    from smoltrain.data.tokenizers.packaged import prepare_packaged_tokenizer
 
     print(prepare_packaged_tokenizer(name))
 
@@ -302,9 +331,11 @@ def _build_plan_table(plan: "Plan") -> "Table":
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from smoltrain.run.plots import steps_to_plot
+
     heads = ("phase", "steps", "schedule", "warm\nup", "lr at\nfirst", "\npeak", "\nlast", "weight\ndecay", "moments")
     table = Table(*heads, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
-    shown = plan.sampled()
+    shown = steps_to_plot(plan)
     for phase in plan.phases:
         rates = [plan.lr(step) for step in shown if phase.first <= step <= phase.last]
         lrs = [f"{rate:.3g}" for rate in (rates[0], max(rates), rates[-1])]

@@ -1,7 +1,7 @@
 """The one form in which smoltrain reports a mistake that its user can mend."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,28 @@ def format_value(value: object) -> str:
     """A value as a message shows it: on one line, and not too long."""
     text = redact_text(repr(value))  # before it is cut, so that no secret loses the sign by which it is known
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def abbreviate_list(items: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
+    more = f" and {len(items) - 3:,} more" if len(items) > 3 else ""
+    return ", ".join(items[:3]) + more
+
+
+def exception_message(error: BaseException) -> str:
+    """What an exception says, on one line; the name of its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def iterate_causes(error: BaseException, *, implicit: bool = False) -> Iterator[BaseException]:
+    """The error, the one that it was raised from, and so on.
+
+    `implicit` follows those too that were being handled when the next one was raised.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or (cause.__context__ if implicit else None)
 
 
 def problem_from_pydantic(key: str, error: Any, change: str) -> Problem:

@@ -1,4 +1,7 @@
-"""Files that survive a crash, records whose damage is seen, and tensors that cannot run code."""
+"""Files: atomic writes, .jsonl lines with checksums, and torch.load with weights_only.
+
+A write is atomic by a rename: a reader, or a crash, sees either the old file or the new one, whole.
+"""
 
 import errno
 import hashlib
@@ -18,6 +21,7 @@ import torch
 
 from smoltrain.errors import Problem, TrainingStopped, UserError, format_value
 
+METRICS_FILE = "metrics.jsonl"  # in a run folder: one line for each step, and more for what is measured now and then
 CRC32_MARK = ', "crc32": "'  # before the checksum with which each line of a run's .jsonl ends
 
 
@@ -31,11 +35,11 @@ def fsync_path(path: Path) -> None:
 
 
 def stat_regular_file(path: Path) -> os.stat_result:
-    """What the system says of a regular file. Errors: OSError for anything else: a pipe would be read for ever."""
-    about = path.stat()
-    if not stat.S_ISREG(about.st_mode):
+    """The stat of a regular file. Errors: OSError for anything else: reading a pipe would never end."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(errno.EINVAL, "no regular file", str(path))
-    return about
+    return status
 
 
 def file_sha256(path: Path) -> str:
@@ -58,11 +62,17 @@ def resolve_inside(folder: Path, name: str, change: str) -> Path:
     takes elsewhere.
     """
     path = folder / name
-    plain = bool(name) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
-    if not plain or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        want = f"a name that stays within {folder}, without `..` and links"
-        raise UserError(Problem("a name leads out of its folder", format_value(name), want, change))
-    return path
+    is_plain = bool(name) and "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
+    if is_plain and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        return path
+    raise UserError(
+        Problem(
+            what="a name leads out of its folder",
+            saw=format_value(name),
+            want=f"a name that stays within {folder}, without `..` and links",
+            change=change,
+        )
+    )
 
 
 def write_text_file(path: Path, text: str) -> None:
@@ -80,7 +90,7 @@ def commit_file(written: Path, final: Path) -> None:
 
 
 def write_json_file(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON."""
+    """Replace a whole file by a value as indented JSON, atomically."""
     write_text_file(path, json.dumps(value, indent=1) + "\n")
 
 
@@ -91,7 +101,7 @@ class JsonLine:
     number: int  # from 1
     raw: bytes  # with its end
     value: dict[str, Any]  # without its checksum; {} where the line is damaged
-    fault: str  # what is wrong with it; '' if nothing is
+    fault: str | None  # what is wrong with it
 
 
 def format_json_line(value: dict[str, Any]) -> str:
@@ -101,32 +111,32 @@ def format_json_line(value: dict[str, Any]) -> str:
 
 
 def read_jsonl_lines(path: Path, keys: Sequence[str] = ("step",)) -> Iterator[JsonLine]:
-    """Every line of a .jsonl that `json_line` wrote, which must have these keys; none if there is no such file.
+    """Every line of a .jsonl that `format_json_line` wrote, which must have these keys; none if there is no such file.
 
-    A last one without an end never was, as a crash cut it short. Lines of older versions have no checksum.
-    Errors: UserError for a file that cannot be read at all.
+    An unterminated last line is a write that a crash cut short, and is skipped. Lines of older versions have no
+    checksum. Errors: UserError for a file that cannot be read at all.
     """
     try:
         if path.exists():
             stat_regular_file(path)
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
-        raise UserError(
-            Problem("the records cannot be read", describe_error(error), "a file of lines", str(path))
-        ) from None
+        problem = Problem("the records cannot be read", describe_error(error), "a file of lines", str(path))
+        raise UserError(problem) from None
     *whole, rest = content.split(b"\n")  # bytes end a line at \n alone, where text may have eight other ends
     sealed = False
     for number, text in enumerate(whole, 1):
         raw = text + b"\n"
-        value, fault = _parse_jsonl_line(raw, keys, sealed)
+        value, fault = _parse_json_line(raw, keys, sealed)
         sealed = sealed or CRC32_MARK.encode() in raw
         yield JsonLine(number, raw, value, fault)
-    if rest and not _parse_jsonl_line(rest[:-1] + b"\n", keys, sealed=True)[1]:
+    # A crash loses bytes at the end. A whole line whose last byte alone is another one was not cut short but damaged.
+    if rest and _parse_json_line(rest[:-1] + b"\n", keys, sealed=True)[1] is None:
         yield JsonLine(len(whole) + 1, rest + b"\n", {}, "its end is not what was written")
 
 
-def _parse_jsonl_line(raw: bytes, keys: Sequence[str], sealed: bool) -> tuple[dict[str, Any], str]:
-    """The value of a line, or what is wrong with it. `sealed`: one without a checksum is not whole."""
+def _parse_json_line(raw: bytes, keys: Sequence[str], sealed: bool) -> tuple[dict[str, Any], str | None]:
+    """(value, None) of a sound line, ({}, what is wrong) of a damaged one. `sealed`: it must have a checksum."""
     head, mark, tail = raw.rpartition(CRC32_MARK.encode())
     text = head + b"}" if mark else raw
     if mark and tail != f'{zlib.crc32(text):08x}"}}\n'.encode():
@@ -137,21 +147,23 @@ def _parse_jsonl_line(raw: bytes, keys: Sequence[str], sealed: bool) -> tuple[di
         value = json.loads(text.decode())
     except (ValueError, RecursionError):
         return {}, "it is not JSON"
-    missing = [key for key in keys if key not in value] if isinstance(value, dict) else keys
-    if missing or ("step" in keys and type(value["step"]) is not int):
-        return {}, f"it has no {(*missing, 'step')[0]}"
-    return value, ""
+    missing = [key for key in keys if key not in value] if isinstance(value, dict) else list(keys)
+    if missing:
+        return {}, f"it has no {missing[0]}"
+    if "step" in keys and type(value["step"]) is not int:
+        return {}, "it has no step"
+    return value, None
 
 
 def print_warning(text: str) -> None:
-    """To whoever reads stderr."""
+    """Print a warning on stderr."""
     print(f"WARNING: {text}", file=sys.stderr)
 
 
 def read_jsonl(
     path: Path, keys: Sequence[str] = ("step",), say: Callable[[str], None] = print_warning
 ) -> Iterator[dict[str, Any]]:
-    """The values of the lines that are whole; damaged ones are left out, which is said in one line at the end."""
+    """The values of the sound lines; damaged ones are left out, which is said in one line at the end."""
     damaged = []
     for line in read_jsonl_lines(path, keys):
         if line.fault:
@@ -169,6 +181,13 @@ def describe_damaged_lines(path: Path, damaged: Iterable[JsonLine]) -> str:
     return f"{path}, line {first.number} is damaged ({first.fault}){more}"
 
 
+def keep_jsonl_lines(path: Path, lines: Iterable[JsonLine]) -> None:
+    """Cut a .jsonl down to these of its lines; a last one that a crash cut short goes with the others."""
+    kept = b"".join(line.raw for line in lines)
+    if path.exists() and path.stat().st_size != len(kept):
+        write_text_file(path, kept.decode())
+
+
 def write_tensors(path: Path, tree: Any) -> None:
     """Write a torch file that is on the disk afterwards. Errors: OSError, or RuntimeError of torch's own writer."""
     torch.serialization.set_crc32_options(False)  # 4 of 5 seconds; who writes these files hashes them too
@@ -181,10 +200,16 @@ def write_tensors(path: Path, tree: Any) -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """In one line."""
+    """In one line: what the system says of an OSError, kind and first line of any other error."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+    return f"{type(error).__name__}: {first_line(error) or 'no reason given'}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; '' if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else ""
 
 
 def read_tensors(path: Path, allowed: Sequence[type] = ()) -> Any:
@@ -197,8 +222,8 @@ def read_tensors(path: Path, allowed: Sequence[type] = ()) -> Any:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises almost anything on a broken file: RuntimeError, OSError, KeyError, ...
-        refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        if refused:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and refused:
             raise TrainingStopped(f"{path} holds more than tensors and is refused: {refused[1]}") from None
-        reason = str(error).strip().partition("\n")[0] or "it ends too early"
+        reason = first_line(error) or "it ends too early"
         raise TrainingStopped(f"{path} is broken and cannot be read: {type(error).__name__}, {reason}") from None

@@ -1,10 +1,13 @@
-"""Pure functions of the step: which phase it belongs to, its learning rate and weight decay, what is due after it.
+"""The plan of a run as pure functions of the step: its phase, learning rate and weight decay, what is due after it.
 
 Step n is the n-th optimizer step, n = 1, 2, ...; everything logged or saved "at step n" is the state after n updates.
 """
 
+import itertools
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from smoltrain.config.schema import PhaseSection
 
@@ -27,9 +30,9 @@ class Plan:
     """All phases of a run, in order."""
 
     def __init__(self, phases: tuple[PhaseSection, ...]) -> None:
-        ends = [sum(p.steps for p in phases[: i + 1]) for i in range(len(phases))]
+        ends = itertools.accumulate(phase.steps for phase in phases)
         self.phases = tuple(Phase(p, end - p.steps + 1, end) for p, end in zip(phases, ends, strict=True))
-        self.last_step = ends[-1]
+        self.last_step = self.phases[-1].last
 
     def phase(self, step: int) -> Phase:
         """The phase that step n belongs to. Errors: ValueError outside 1..last_step."""
@@ -37,16 +40,6 @@ class Plan:
             if phase.first <= step <= phase.last:
                 return phase
         raise ValueError(f"step {step} is outside the plan's 1..{self.last_step}")
-
-    def sampled(self, most: int = 4000) -> list[int]:
-        """Steps to show, in order: all of a phase, or about `most`, with its ends and those of warm-up and decay."""
-        steps: set[int] = set()
-        for phase in self.phases:
-            inside = range(phase.first, phase.last + 1)
-            warm, decay = phase.first + phase.spec.warmup_steps, phase.last - phase.spec.decay_steps
-            steps.update(inside[:: max(1, len(inside) // most)], (phase.first, phase.last))
-            steps.update(step for step in (warm - 1, warm, decay, decay + 1) if step in inside)
-        return sorted(steps)
 
     def named(self, name: str) -> Phase:
         """The phase of that name."""
@@ -82,21 +75,41 @@ class Plan:
         return every > 0 and (step % every == 0 or self.ends_phase(step))
 
 
-StepSettings = tuple[str, float, float, bool, dict[str, float] | None] | None
+class StepSettings(NamedTuple):
+    """All by which a step is trained."""
+
+    phase: str
+    lr: float
+    weight_decay: float
+    resets_optimizer: bool
+    mix: dict[str, float] | None
+
+    def __str__(self) -> str:
+        reset = ", optimizer reset" if self.resets_optimizer else ""
+        mix = f", mix {self.mix}" if self.mix else ""
+        return f"phase {self.phase}, lr {self.lr:g}, weight decay {self.weight_decay:g}{reset}{mix}"
 
 
-def step_settings(plan: Plan, step: int) -> StepSettings:
-    """All by which a step is trained: phase, learning rate, weight decay, reset, mix. None beyond the plan."""
+def step_settings(plan: Plan, step: int) -> StepSettings | None:
+    """The settings of a step; None beyond the plan."""
     if step > plan.last_step:
         return None
-    phase, reset = plan.phase(step).name, plan.resets_optimizer(step)
-    return phase, plan.lr(step), plan.weight_decay(step), reset, plan.mix(step)
+    return StepSettings(
+        plan.phase(step).name, plan.lr(step), plan.weight_decay(step), plan.resets_optimizer(step), plan.mix(step)
+    )
 
 
-def first_differing_step(past: Plan, asked: Plan, after: int) -> int | None:
+def plan_from_phases(phases: Iterable[Any]) -> Plan:
+    """The plan of phases as a run once wrote them down. Errors: ValidationError, which is a ValueError."""
+    return Plan(tuple(PhaseSection.model_validate(phase) for phase in phases))
+
+
+def first_differing_step(past: Plan, new: Plan, after: int) -> int | None:
     """The first step after `after` that one of two plans trains otherwise, or not at all; None if they are alike."""
-    steps = range(after + 1, max(past.last_step, asked.last_step) + 1)
-    return next((step for step in steps if step_settings(past, step) != step_settings(asked, step)), None)
+    for step in range(after + 1, max(past.last_step, new.last_step) + 1):
+        if step_settings(past, step) != step_settings(new, step):
+            return step
+    return None
 
 
 def scheduled_lr(phase: PhaseSection, done: int) -> float:
@@ -105,17 +118,46 @@ def scheduled_lr(phase: PhaseSection, done: int) -> float:
     Warm-up rises from lr/warmup, never from 0, so that the first step already learns.
     """
     assert phase.lr is not None, "schedule continue is resolved by Plan.lr"
-    peak, low = phase.lr, phase.final_lr
     if done < phase.warmup_steps:
-        return peak * (done + 1) / phase.warmup_steps
-    progress = (done - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
-    match phase.schedule:
-        case "linear":
-            return low + (peak - low) * (1 - progress)
-        case "cosine":  # Loshchilov & Hutter 2017, eq. 5
-            return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
-        case "wsd":  # warm-up, stable, decay: Hu et al. 2024 (MiniCPM)
-            left = phase.steps - done
-            return peak if left > phase.decay_steps else low + (peak - low) * left / phase.decay_steps
-        case _:
-            return peak
+        return phase.lr * (done + 1) / phase.warmup_steps
+    return SCHEDULES[phase.schedule](phase, phase.lr, done)
+
+
+# --- the schedules after warm-up: (phase, its peak, steps done) -> learning rate
+
+
+def hold_peak(_phase: PhaseSection, peak: float, _done: int) -> float:
+    """The peak, to the end."""
+    return peak
+
+
+def fall_linearly(phase: PhaseSection, peak: float, done: int) -> float:
+    """A straight line from the peak to final_lr."""
+    return phase.final_lr + (peak - phase.final_lr) * (1 - _progress(phase, done))
+
+
+def fall_by_cosine(phase: PhaseSection, peak: float, done: int) -> float:
+    """Half a period of a cosine: Loshchilov & Hutter 2017, eq. 5."""
+    return phase.final_lr + (peak - phase.final_lr) * 0.5 * (1 + math.cos(math.pi * _progress(phase, done)))
+
+
+def fall_at_the_end(phase: PhaseSection, peak: float, done: int) -> float:
+    """Warm-up, stable, decay: the peak, then a straight line over decay_steps; Hu et al. 2024 (MiniCPM)."""
+    left = phase.steps - done
+    if left > phase.decay_steps:
+        return peak
+    return phase.final_lr + (peak - phase.final_lr) * left / phase.decay_steps
+
+
+def _progress(phase: PhaseSection, done: int) -> float:
+    """0 at the first step after warm-up, 1 after the last step: no step is trained at final_lr itself."""
+    return (done - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
+
+
+# By the names of `schedule` in config/schema.py; "continue" is none of them: it holds the phase before (Plan.lr).
+SCHEDULES: dict[str, Callable[[PhaseSection, float, int], float]] = {
+    "constant": hold_peak,
+    "linear": fall_linearly,
+    "cosine": fall_by_cosine,
+    "wsd": fall_at_the_end,
+}

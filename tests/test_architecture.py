@@ -1,117 +1,288 @@
-"""The arrows of the project: who may import whom, who owns which library, and how straight the line is."""
+"""The house: who may import whom, who owns which library, and that its names are found by those who look for them."""
 
 import ast
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "smoltrain"
-MODULES = sorted(PACKAGE.rglob("*.py"))
-
-# Lowest first: a module imports only modules of lower layers (or of its own room).
-LAYERS = (
-    {"redact"},
-    {"errors", "exported", "advice", "console", "awake", "backstop"},
-    {"schema", "tree", "files", "wandb_env"},
-    {"contradictions", "reshape", "compiling", "sums", "cores", "garbage", "rendezvous", "plan"},
-    {"config"},
-    {"identity"},
-    {"ds_config", "model", "data", "dist", "gradients", "plots", "runfolder", "watchdog"},
-    {"flat", "kernels", "handing", "wandb_id", "wandb_run"},
-    {"zero"},
-    {"generate", "engine", "track", "huggingface", "ledger", "spikes", "estimate"},
-    {"checkpoint", "step", "choices", "beforehand"},
-    {"loading"},
-    {"origin", "card", "verify", "inspection"},
-    {"export"},
-    {"push", "demo", "train", "supervise", "bench"},
-    {"cli"},
+from docs.architecture import (
+    DATA_FLOORS,
+    FLOORS,
+    LISTING,
+    PICTURE,
+    draw_floors,
+    find_modules,
+    list_rooms,
+    module_imports,
+    read_imports,
+    room_of,
+    write_listing,
 )
+
+ROOT = Path(__file__).parent.parent
+MODULES = find_modules()
+ARROWS = module_imports()
+ENTRY = {"smoltrain", "smoltrain.__main__"}  # above the floors: the package itself, and `python -m smoltrain`
+
+# One module (or folder) knows each big library; with another library in its place, one file changes.
 OWNERS = {
-    "torch.distributed": "dist.py",
-    "deepspeed": "engine.py",
-    "wandb": "wandb_run.py",
-    "flash_attn": "model/attention.py",
-    "matplotlib": "plots.py",
-    "gradio": "demo.py",
+    "torch.distributed": ("smoltrain.distributed.world",),
+    "deepspeed": ("smoltrain.engine",),
+    "wandb": ("smoltrain.run.wandb_run",),
+    "flash_attn": ("smoltrain.kernels.attention",),
+    "liger_kernel": ("smoltrain.kernels.loss",),
+    "matplotlib": ("smoltrain.run.plots",),
+    "gradio": ("smoltrain.inference.demo",),
+    "datasets": ("smoltrain.data.documents.hub",),
+    "pyarrow": ("smoltrain.data.documents.readers",),
+    "fsspec": ("smoltrain.data.documents",),
+    "tokenizers": ("smoltrain.data.tokenizers",),
+    "typer": ("smoltrain.cli",),
+    # An export's own two files run without smoltrain.
+    "transformers": (
+        "smoltrain.model.transformers_model", "smoltrain.export.modeling_smoltrain", "smoltrain.export.reload",
+    ),
+    "huggingface_hub": ("smoltrain.data.documents.hub", "smoltrain.data.tokenizers.hub", "smoltrain.export.push"),
+}  # fmt: skip
+IMPORTED_BY_NAME = {"flash_attn", "liger_kernel"}  # through importlib, only where a run asks for it
+UPLOADS = ("smoltrain.export.push",)  # alone may write to the Hub
+
+# Modules without a test file of their name -> why, and the tests that cover them.
+TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
+    "smoltrain.__main__": ("two lines; run as a command", "tests/test_cli.py")
 }
+# Test files below a room that are about more than one module -> what they are about.
+NAMED_AFTER_A_TOPIC = {
+    "tests/data/tokens/test_parts.py": "the parts of a source's tokens, over tokenise, prepare and worker_pool",
+    "tests/model/test_documents.py": "document masks of the decoder, through every kernel",
+    "tests/model/test_transformers_documents.py": "document masks of transformers' classes",
+}
+FORBIDDEN_NAMES = {"of", "at", "look", "asked", "end", "said", "told", "again", "settle", "spent"}
 
 
-def imports(path: Path) -> set[str]:
-    """Full names of what a file imports, wherever in the file, but not under TYPE_CHECKING."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    typing_only = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-    return names
+def floor_of(room: str, floors: tuple[tuple[str, ...], ...]) -> int:
+    """0 is the top."""
+    (number,) = (number for number, floor in enumerate(floors) if room in floor)
+    return number
 
 
-def room(path: Path) -> str:
-    """'data' for smoltrain/data/rows/loader.py, 'plan' for smoltrain/schedule.py."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def stands_below(used: str, own: str, floors: tuple[tuple[str, ...], ...]) -> bool:
+    """Whether a module of room `own` may import from room `used`; '' is none of these rooms."""
+    return used in (own, "") or floor_of(used, floors) > floor_of(own, floors)
 
 
-def layer(name: str) -> int:
-    return next(i for i, rooms in enumerate(LAYERS) if name in rooms)
+def data_room_of(module: str) -> str:
+    """'rows' for smoltrain.data.rows.loader; '' outside of smoltrain/data, and for the package itself."""
+    room, _, rest = module.removeprefix("smoltrain.").partition(".")
+    return rest.partition(".")[0] if room == "data" else ""
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_nouns_import_only_nouns_below_them(path: Path) -> None:
-    own = room(path)
-    if own == "__init__":
-        return
-    used = {n.split(".")[1] for n in imports(path) if n.startswith("smoltrain.")} - {own, "__version__"}
-    above = sorted(name for name in used if layer(name) > layer(own))
-    assert not above, f"{own} imports {above}, which stand above it"
-    beside = sorted(name for name in used if layer(name) == layer(own))
-    assert len(beside) <= 1, f"{own} imports {beside} of its own layer"
+# --- floors
 
 
-@pytest.mark.parametrize(("library", "owner"), OWNERS.items())
-def test_each_big_library_has_one_owner(library: str, owner: str) -> None:
+def test_every_room_has_its_place_on_one_floor():
+    assert Counter(room for floor in FLOORS for room in floor) == Counter(
+        {room_of(name) for name in MODULES} - {"", "__main__"}
+    )
+    assert Counter(room for floor in DATA_FLOORS for room in floor) == Counter(
+        {data_room_of(name) for name in MODULES} - {""}
+    )
+
+
+def test_a_module_imports_from_its_own_room_and_from_floors_below():
+    wrong = [
+        f"{module} imports {used}"
+        for module in sorted(set(MODULES) - ENTRY)
+        for used in sorted(ARROWS[module])
+        if not stands_below(room_of(used), room_of(module), FLOORS)
+    ]
+    assert wrong == []
+
+
+def test_a_module_of_data_imports_from_its_own_room_and_from_floors_below():
+    wrong = [
+        f"{module} imports {used}"
+        for module in sorted(MODULES)
+        for used in sorted(ARROWS[module])
+        if data_room_of(module) and not stands_below(data_room_of(used), data_room_of(module), DATA_FLOORS)
+    ]
+    assert wrong == []
+
+
+def find_circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Names along one circle of imports, the first of them again at the end; [] if there is none."""
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in done:
+            return []
+        for used in sorted(arrows[name]):
+            if circle := visit(used, [*path, name]):
+                return circle
+        done.add(name)
+        return []
+
+    return next((circle for name in sorted(arrows) if (circle := visit(name, []))), [])
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert find_circle(ARROWS) == []
+
+
+def test_a_circle_is_found_and_told_by_name():
+    assert find_circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c", "b"]
+    assert find_circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_what_counts_as_an_import(tmp_path: Path):
+    (tmp_path / "smoltrain").mkdir()
+    for name, text in {
+        "__init__": "",
+        "lazy": "def f():\n    from smoltrain import deep\n    import smoltrain.direct\n",
+        "typed": (
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from smoltrain.deep import Name\n"
+            "else:\n    from smoltrain.direct import name\n"
+        ),
+        "deep": "",
+        "direct": "",
+    }.items():
+        (tmp_path / "smoltrain" / f"{name}.py").write_text(text, encoding="utf-8")
+    arrows = module_imports(tmp_path)
+    assert arrows["smoltrain.lazy"] == {"smoltrain.deep", "smoltrain.direct"}
+    assert arrows["smoltrain.typed"] == {"smoltrain.direct"}
+
+
+def test_the_picture_is_drawn_from_this_tree():
+    assert PICTURE.read_text(encoding="utf-8") == draw_floors(), "anew: .venv/bin/python docs/architecture.py"
+
+
+def test_contributing_lists_what_the_folders_say_of_themselves():
+    page = LISTING.read_text(encoding="utf-8")
+    assert page == write_listing(page, list_rooms()), "anew: .venv/bin/python docs/architecture.py"
+
+
+# --- owners
+
+
+@pytest.mark.parametrize("library", OWNERS)
+def test_each_big_library_has_one_owner(library: str):
     users = {
-        str(p.relative_to(PACKAGE))
-        for p in MODULES
-        if any(name == library or name.startswith(library + ".") for name in imports(p))
+        module
+        for module, path in MODULES.items()
+        if any(name == library or name.startswith(f"{library}.") for name in read_imports(path))
     }
-    assert users <= {owner}
-    if library != "flash_attn":  # imported by name, only where it is asked for
-        assert users == {owner}
+    strangers = {user for user in users if not user.startswith(OWNERS[library])}
+    assert strangers == set(), f"{library} belongs to {OWNERS[library]}"
+    assert users or library in IMPORTED_BY_NAME, f"nothing imports {library}: its owner is another now"
 
 
-def test_nothing_but_the_entry_point_imports_train() -> None:
-    users = [p.name for p in MODULES if "smoltrain.train.run" in imports(p)]
-    assert users == []
-    assert "smoltrain.train.run" in imports(ROOT / "launch" / "train.py")
-
-
-def test_importing_the_command_is_cheap() -> None:
-    heavy = {"torch", "deepspeed", "wandb", "matplotlib", "transformers"}
-    top = {
-        name.split(".")[0]
-        for node in ast.parse((PACKAGE / "cli.py").read_text(encoding="utf-8")).body
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [str(node.module)])
+@pytest.mark.parametrize("library", sorted(IMPORTED_BY_NAME))
+def test_a_library_that_is_imported_by_name_is_named_by_its_owner_alone(library: str):
+    named = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if node.value == library or node.value.startswith(f"{library}.")
     }
-    assert not top & heavy
+    assert named
+    assert all(name.startswith(OWNERS[library]) for name in named)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_files_and_functions_stay_readable(path: Path) -> None:
-    source = path.read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= 500
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef) and node.name != "life":  # train.py's table of contents
-            assert (node.end_lineno or 0) - node.lineno <= 75, f"{path.name}: {node.name}"
+def test_only_push_can_write_to_the_hub():
+    calls = {"upload_folder", "upload_file", "create_repo", "create_commit", "upload_large_folder"}
+    users = {
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute | ast.alias)
+        if (node.attr if isinstance(node, ast.Attribute) else node.name) in calls
+    }
+    assert users == set(UPLOADS)
+
+
+def test_only_the_rank_imports_the_loop():
+    assert {module for module, used in ARROWS.items() if "smoltrain.train.run" in used} == {"smoltrain.launch.rank"}
+
+
+def test_importing_the_command_is_cheap():
+    heavy = [
+        "torch",
+        "deepspeed",
+        "wandb",
+        "matplotlib",
+        "transformers",
+        "datasets",
+        "numpy",
+        "pydantic",
+        "rich.console",
+    ]
+    script = f"import json, sys, smoltrain.cli; print(json.dumps([name for name in {heavy} if name in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert json.loads(done.stdout) == []
+
+
+# --- names
+
+
+def definitions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """Every function, method and class of a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node
+
+
+def test_no_two_public_functions_or_classes_share_a_name():
+    owners: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name[0] != "_":
+                owners.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in owners.items() if len(modules) > 1} == {}
+
+
+def test_functions_and_classes_are_not_named_by_filler_words():
+    named = [f"{module}: {node.name}" for module, path in MODULES.items() for node in definitions(path)]
+    assert [name for name in named if name.split(": ")[1].strip("_").lower() in FORBIDDEN_NAMES] == []
+
+
+def test_no_module_uses_what_another_keeps_for_itself():
+    taken = [
+        f"{module} imports {name}"
+        for module, path in MODULES.items()
+        for name in sorted(read_imports(path))
+        if name.startswith("smoltrain.") and name.rpartition(".")[2].startswith("_")
+    ]
+    assert [line for line in taken if not line.endswith(" smoltrain.__version__")] == []
+
+
+# --- tests
+
+
+def mirror_of(module: str) -> Path:
+    """tests/data/rows/test_loader.py for smoltrain.data.rows.loader."""
+    *folders, name = module.split(".")[1:]
+    return ROOT.joinpath("tests", *folders, f"test_{name}.py")
+
+
+def test_every_module_has_a_test_file_of_its_name_or_says_why_not():
+    files = [module for module, path in MODULES.items() if path.name != "__init__.py"]
+    without = {module for module in files if not mirror_of(module).is_file()}
+    assert without == set(TESTED_ELSEWHERE)
+    for why, covered in TESTED_ELSEWHERE.values():
+        assert why
+        assert [name for name in covered.split(", ") if not (ROOT / name).is_file()] == []
+
+
+def test_every_test_file_below_a_room_is_named_after_a_module():
+    rooms = [path for path in (ROOT / "smoltrain").iterdir() if path.is_dir() and (path / "__init__.py").is_file()]
+    named = {mirror_of(module) for module in set(MODULES) - {"smoltrain"}}
+    found = {path for room in rooms for path in (ROOT / "tests" / room.name).rglob("test_*.py")}
+    assert {str(path.relative_to(ROOT)) for path in found - named} == set(NAMED_AFTER_A_TOPIC)

@@ -10,7 +10,7 @@ from unittest.mock import ANY
 
 import pytest
 
-from smoltrain import cli
+from smoltrain import __version__, cli
 from smoltrain.config.load import list_recipes, load_config, read_recipe_headline
 from smoltrain.errors import Problem, TrainingStopped, UserError
 
@@ -55,6 +55,12 @@ def test_help_tells_what_may_be_named(run: Run, verb: str, monkeypatch: pytest.M
     _, out, _ = run(verb, "--help")
     assert "the folder of a checkpoint" in out
     assert ("or a Hugging Face folder." in out) == (verb != "verify")
+
+
+def test_the_command_and_the_module_tell_the_version():
+    for words in ([COMMAND], [sys.executable, "-m", "smoltrain"]):
+        done = subprocess.run([*words, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"smoltrain {__version__}\n"
 
 
 def test_without_a_verb_there_is_help(run: Run):

@@ -1,12 +1,16 @@
 """README.md's claims: its commands are calls that work, its names exist, its numbers are the project's own."""
 
+import importlib
+import os
 import re
 import shlex
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 import typer
 import yaml
 from typer.core import TyperGroup
@@ -23,6 +27,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 QUOTED = re.findall(r"`([^`\n]+)`", FENCE.sub("", README))
 YOURS = {"my.yaml", "input.txt"}  # stand for files of the reader's own
 SCRIPT = "launch/train.py"
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 LARGEST_KB = 400
 
 
@@ -34,8 +39,9 @@ def section(title: str) -> str:
 
 
 def commands() -> list[list[str]]:
-    """The words of every line fenced as sh, without its comment."""
-    lines = [line for kind, text in FENCE.findall(README) if kind == "sh" for line in text.splitlines()]
+    """The words of every command fenced as sh, which may have several lines, without its comment."""
+    texts = [text.replace("\\\n", " ") for kind, text in FENCE.findall(README) if kind == "sh"]
+    lines = [line for text in texts for line in text.splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -71,7 +77,7 @@ def joined(words: list[str]) -> str:
 
 
 def test_every_command_is_looked_at_below():
-    known = {"smoltrain", "./train.sh", "./tests/run.sh", "deepspeed", "torchrun", "python", "sbatch"}
+    known = {"smoltrain", "./train.sh", "./tests/run.sh", "deepspeed", "torchrun", "python", "sbatch", "pip", "source"}
     assert {words[0] for words in commands()} == known
 
 
@@ -93,8 +99,8 @@ def test_a_call_of_smoltrain_is_valid(
         assert left.value.code == DONE
         assert capsys.readouterr().out
     else:
-        assert verb in ("train", "generate", "plot", "export", "push", "demo", "verify", "prepare", "bench")
-        assert given.get("recipe", given.get("run")) in list_recipes() or verb in ("verify", "bench")
+        assert verb in ("train", "generate", "plot", "export", "push", "demo", "verify", "prepare")
+        assert given.get("recipe", given.get("run")) in list_recipes() or verb == "verify"
 
 
 @pytest.mark.parametrize("words", called("sbatch"), ids=joined)
@@ -112,7 +118,10 @@ def test_a_call_of_train_sh_is_valid(words: list[str]):
     load_words(given["recipe"], list(given["overrides"] or []))
 
 
-@pytest.mark.parametrize("words", called("deepspeed", "torchrun", "python"), ids=joined)
+LAUNCHES = [words for words in called("deepspeed", "torchrun", "python") if SCRIPT in words]
+
+
+@pytest.mark.parametrize("words", LAUNCHES, ids=joined)
 def test_a_direct_launch_is_valid(words: list[str]):
     at = words.index(SCRIPT)
     launcher, (recipe, *overrides) = words[:at], words[at + 1 :]
@@ -127,6 +136,51 @@ def test_a_direct_launch_is_valid(words: list[str]):
     else:
         assert launcher == ["python"]
     load_words(recipe, overrides)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [words for words in LAUNCHES if "--nnodes" not in words], ids=joined)
+def test_a_direct_launch_trains_in_a_fresh_shell(words: list[str], tmp_path: Path):
+    """As printed, after the line that README prints for a shell; but with two ranks for 8, and few steps."""
+    ((source, script),) = called("source")
+    words = ["2" if word == "8" else word for word in words]
+    words += [f"run.folder={tmp_path}", "run.stop_after=main", "track.wandb=off", "sample.every=0", "evaluate.rows=2"]
+    words += ["phases.main.steps=1", "phases.main.warmup_steps=0", "data.pattern=plays/histories/*.md"]
+    environment = {"HOME": os.environ["HOME"], "PATH": "/usr/local/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    environment |= {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}  # deepspeed counts its devices
+    shell = ["bash", "-c", f"{source} {script} && exec {shlex.join(words)}"]
+    done = subprocess.run(shell, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False)
+    assert done.returncode == DONE, done.stdout + done.stderr
+    assert "step 1/1 main" in done.stdout
+
+
+@pytest.mark.parametrize("words", [words for words in called("python") if words[1] == "-m"], ids=joined)
+def test_a_benchmark_is_there_and_its_words_are_valid(words: list[str]):
+    module = importlib.import_module(words[2])
+    (benchmark,) = [value for name, value in vars(module).items() if name.startswith("benchmark_")]
+    app = typer.Typer()
+    app.command()(benchmark)
+    context = typer.main.get_command(app).make_context(words[2], words[3:])
+    assert context.params.get("recipe", "quickstart") in list_recipes()
+
+
+@pytest.mark.parametrize("words", called("pip"), ids=joined)
+def test_a_call_of_pip_installs_what_is_there(words: list[str]):
+    """tests/test_wheel.py builds and uses the wheel."""
+    assert words[1] in ("wheel", "install")
+    assert words[-1].partition("[")[0] == "."
+    assert set(re.findall(r"[a-z]\w*", words[-1])) <= set(EXTRAS)
+
+
+def test_every_extra_is_named_with_what_it_brings():
+    rows = dict(re.findall(r"^\| (`.+`) \| (.+) \| .+ \|$", section("As a package"), re.MULTILINE))
+    named = {
+        name: library
+        for names, libraries in rows.items()
+        for name, library in zip(names.replace("`", "").split(", "), libraries.split(", "), strict=True)
+    }
+    wanted = {name: re.split(r"[>=]", brings[0])[0] for name, brings in EXTRAS.items() if name != "dev"}
+    assert named == wanted
 
 
 @pytest.mark.parametrize("line", re.findall(r"^error: .*$", section("Recipes"), re.MULTILINE))
@@ -165,12 +219,17 @@ def test_every_picture_and_page_it_links_is_there():
 
 
 def test_what_the_arrows_name_is_in_the_files():
-    train, step = ((ROOT / "smoltrain" / f"{name}.py").read_text(encoding="utf-8") for name in ("train", "step"))
-    assert "def run(" in train
-    assert "train_step(" in train
-    assert "def train_step(" in step
-    assert "engine.backward(" in step
-    assert "\nMETRICS = {" in (ROOT / "smoltrain" / "track.py").read_text(encoding="utf-8")
+    """Each step of the line is defined where the line says, and what stands before it calls it or starts it."""
+    arrows = re.findall(r"^  -> (smoltrain/\S+\.py): (\w+)", README, re.MULTILINE)
+    assert len(arrows) >= 5
+    before = (ROOT / "train.sh").read_text(encoding="utf-8")
+    for path, name in arrows:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        assert f"def {name}(" in source, f"{path} has no {name}"
+        module = path.removesuffix(".py").replace("/", ".")
+        assert any(way in before for way in (f"{name}(", module, "smoltrain train")), f"{name} is not called"
+        before = source
+    assert "\nMETRICS = {" in (ROOT / "smoltrain" / "run" / "track.py").read_text(encoding="utf-8")
 
 
 def test_every_key_is_one_of_the_config():

@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from smoltrain.config.load import config_to_yaml, load_config, read_run_config
-from smoltrain.data.documents.listing import list_shards
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import Problem, TrainingStopped, UserError, format_value
 from smoltrain.redact import REDACTED, is_redacted, redact_text, redact_tree, redact_url
 from smoltrain.run.run_folder import check_run_folder, enter_run_folder
 from tests import tiny
+from tests.data.documents.files import list_shards
 from tests.data.tokens import test_prepare
 from tests.faulty_server import FaultyServer
 

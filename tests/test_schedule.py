@@ -3,7 +3,7 @@
 import math
 from itertools import pairwise
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
 from smoltrain.config.schema import PhaseSection
-from smoltrain.schedule import Plan, scheduled_lr
+from smoltrain.schedule import SCHEDULES, Plan, scheduled_lr
 
 
 def rates(plan: Plan) -> list[float]:
@@ -31,6 +31,11 @@ def walked(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, steps: int)
 
 def sgd(lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+def test_every_schedule_of_the_schema_has_its_function():
+    names = get_args(PhaseSection.model_fields["schedule"].annotation)
+    assert set(SCHEDULES) == set(names) - {"continue"}
 
 
 # --- parity

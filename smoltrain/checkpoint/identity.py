@@ -1,22 +1,23 @@
 """What makes a run that run and no other: which keys may differ at a later start, and how two configs differ.
 
-A run is held to its identity in two places: its config.yaml, and the manifest of every checkpoint, which is sealed.
+A run's identity stands in two places: its config.yaml, and the manifest of every checkpoint, which is sealed.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from typing_extensions import TypedDict
 
 from smoltrain.config.config_file import read_provenance
 from smoltrain.config.load import read_run_config, redacted_config
-from smoltrain.config.schema import Config, PhaseSection, SourceSection
+from smoltrain.config.schema import Config, SourceSection
 from smoltrain.errors import Problem, UserError
-from smoltrain.schedule import Plan, StepSettings, first_differing_step, step_settings
+from smoltrain.schedule import Plan, first_differing_step, plan_from_phases, step_settings
 
 if TYPE_CHECKING:
     from smoltrain.checkpoint.manifest import Manifest
 
+# What becomes of a difference in a key.
 FIXED = "refused"  # the weights of the past depend on it: with another value it would be another run
 FIXED_IN_PAST_STEPS = "refused for steps that are done"  # accepted, and printed, for those to come
 ANNOUNCED = "accepted and printed"  # numbers may come out otherwise, or be measured otherwise, from here on
@@ -45,12 +46,9 @@ KEY_RULE_TABLE = (
     ("batch", ANNOUNCED, "micro_batch"),
     ("engine", ANNOUNCED, "device ds_config precision gradient_checkpointing attention reduce_gradients loss compile"),
     ("engine", FREE, "hang_s"),
-    ("optimizer", FIXED, "beta1 beta2 eps gradient_clipping z_loss"),
-    (
-        "phases.*",
-        FIXED_IN_PAST_STEPS,
-        "name steps lr weight_decay schedule warmup_steps decay_steps final_lr optimizer_state mix",
-    ),
+    ("optimizer", FIXED, "name beta1 beta2 eps gradient_clipping z_loss"),
+    ("phases.*", FIXED_IN_PAST_STEPS, "name steps lr weight_decay schedule warmup_steps decay_steps final_lr"),
+    ("phases.*", FIXED_IN_PAST_STEPS, "optimizer_state mix"),
     ("evaluate", ANNOUNCED, "every rows"),
     ("generation", FREE, "max_tokens temperature top_k top_p"),
     ("sample", FREE, "every prompts"),
@@ -60,8 +58,17 @@ KEY_RULE_TABLE = (
     ("track", FREE, "wandb_tags wandb_notes wandb_model wandb_timeout_s"),
 )
 KEY_RULES = {f"{section}.{key}": rule for section, rule, keys in KEY_RULE_TABLE for key in keys.split()}
+# Keys that are newer than some runs, with the value that every run had before; older manifests lack them.
+NEWER_KEYS = {"optimizer.name": "adamw"}
 SOURCE_ORDER_KEY = "data.sources"  # the names of the sources, in order
-ConfigDifference = tuple[str, Any, Any]  # dotted key, value before, value now
+
+
+class ConfigDifference(NamedTuple):
+    """A dotted key that has another value in a later config."""
+
+    key: str
+    before: Any
+    now: Any
 
 
 class RunIdentity(TypedDict):
@@ -69,18 +76,24 @@ class RunIdentity(TypedDict):
 
     run_id: str
     rows_per_step: int
-    values: dict[str, Any]  # of the keys that are refused, by dotted key
+    values: dict[str, Any]  # of the FIXED keys, by dotted key
     phases: list[dict[str, Any]]
 
 
 def make_run_identity(config: Config, rows_per_step: int, run_id: str) -> RunIdentity:
     """The identity of a run with this config. It holds no path or URL."""
-    values = {key: value for key, value in _flatten_config(config).items() if key_rule(key) == FIXED}
+    values = _fixed_values(config)
     return RunIdentity(run_id=run_id, rows_per_step=rows_per_step, values=values, phases=_dump_phases(config))
 
 
+def read_run_identity(path: Path) -> RunIdentity:
+    """The identity of the run that wrote this config.yaml. Errors: UserError if it cannot be read."""
+    provenance = read_provenance(path)
+    return make_run_identity(read_run_config(path), provenance["rows_per_step"], provenance["run_id"])
+
+
 def key_rule(key: str) -> str:
-    """What becomes of a difference in this dotted key."""
+    """The rule of a dotted key: FIXED, FIXED_IN_PAST_STEPS, ANNOUNCED or FREE."""
     parts = key.split(".")
     if parts[0] == "phases":
         return FIXED_IN_PAST_STEPS
@@ -97,68 +110,94 @@ def is_announced(key: str) -> bool:
 def find_config_differences(old: Config, new: Config) -> list[ConfigDifference]:
     """Wherever two configs differ; a phase or source that only one of them has is one difference."""
     both = {phase.name for phase in old.phases} & {phase.name for phase in new.phases}
-    was, now = _flatten_config(old) | _flatten_phases(old, both), _flatten_config(new) | _flatten_phases(new, both)
-    return [(key, was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)]
+    before = _flatten_config(old) | _flatten_phases(old, both)
+    now = _flatten_config(new) | _flatten_phases(new, both)
+    differing = [key for key in before | now if before.get(key) != now.get(key)]
+    return [ConfigDifference(key, before.get(key), now.get(key)) for key in differing]
 
 
-def format_differences(changed: list[ConfigDifference]) -> list[str]:
+def format_differences(differences: list[ConfigDifference]) -> list[str]:
     """Each as `key: before -> now`."""
-    return [f"{key}: {was!r} -> {now!r}" for key, was, now in changed]
+    return [f"{key}: {before!r} -> {now!r}" for key, before, now in differences]
 
 
-def find_forbidden_changes(was: RunIdentity, new: Config, done: int, change: str) -> list[Problem]:
-    """What keeps a config from going on with a run of which so many steps are done; `change` says where to mend it."""
-    before, now = was["values"], make_run_identity(new, 0, "")["values"]
-    freed = set(SourceSection.model_fields) if new.data.allow_changed else set()
-    problems = [
-        Problem(f"{key} differs from the run's own", repr(now.get(key)), repr(before.get(key)), change)
-        for key in {**before, **now}
-        if before.get(key) != now.get(key) and not (key.startswith("data.") and key.split(".")[-1] in freed)
-    ]
-    past, asked = _plan_from_identity(was), Plan(new.phases)
-    if asked.last_step < done:
-        return [*problems, Problem("the plan ends in the past", f"{asked.last_step} steps", f"{done} or more", change)]
-    if step := _first_differing_step(past, asked, done):
-        saw, want = _describe_step(step_settings(asked, step)), _describe_step(step_settings(past, step))
+def find_forbidden_changes(past: RunIdentity, new: Config, done: int, change: str) -> list[Problem]:
+    """What keeps a config from going on with a run of which `done` steps are done; `change` says where to mend it."""
+    before = NEWER_KEYS | past["values"]
+    now = _fixed_values(new)
+    problems: list[Problem] = []
+    for key in before | now:
+        may_differ = new.data.allow_changed and _describes_documents(key)
+        if before.get(key) != now.get(key) and not may_differ:
+            what = f"{key} differs from the run's own"
+            problems.append(Problem(what, repr(now.get(key)), repr(before.get(key)), change))
+    past_plan = plan_from_phases(past["phases"])
+    new_plan = Plan(new.phases)
+    if new_plan.last_step < done:
+        problems.append(Problem("the plan ends in the past", f"{new_plan.last_step} steps", f"{done} or more", change))
+        return problems
+    step = first_differing_step(past_plan, new_plan, 0)
+    if step is not None and step <= done:
+        saw = _describe_step(new_plan, step)
+        want = _describe_step(past_plan, step)
         problems.append(Problem(f"the plan changes step {step}, which is done", saw, want, f"phases. {change}"))
     return problems
 
 
-def find_identity_mismatches(was: RunIdentity, sealed: RunIdentity, step: int) -> list[str]:
-    """Where a run's config.yaml is not what its checkpoint of this step says.
+def find_identity_mismatches(own: RunIdentity, sealed: RunIdentity, step: int) -> list[str]:
+    """Where a run's config.yaml (`own`) is not what its checkpoint of this step (`sealed`) says.
 
     Which documents there are is left out: data.allow_changed may have changed it since.
     """
-    freed = {f"data.{key}" for key in SourceSection.model_fields} | {SOURCE_ORDER_KEY}
-    before, own = sealed["values"], was["values"]
-    keys = [key for key in {**before, **own} if key not in freed and not key.startswith("data.sources.")]
-    found = [f"{key} is {own.get(key)!r}, not {before.get(key)!r}" for key in keys if own.get(key) != before.get(key)]
-    if was["rows_per_step"] != sealed["rows_per_step"]:
-        found.append(f"rows_per_step is {was['rows_per_step']}, not {sealed['rows_per_step']}")
-    past, own_plan = _plan_from_identity(sealed), _plan_from_identity(was)
-    if other := _first_differing_step(past, own_plan, step):
-        now = _describe_step(step_settings(own_plan, other))
-        then = _describe_step(step_settings(past, other))
-        found.append(f"step {other} is {now}, not {then}")
-    return found
+    values = NEWER_KEYS | own["values"]
+    sealed_values = NEWER_KEYS | sealed["values"]
+    mismatches = [
+        f"{key} is {values.get(key)!r}, not {sealed_values.get(key)!r}"
+        for key in sealed_values | values
+        if values.get(key) != sealed_values.get(key)
+        and not (_describes_documents(key) or key.startswith(SOURCE_ORDER_KEY))
+    ]
+    if own["rows_per_step"] != sealed["rows_per_step"]:
+        mismatches.append(f"rows_per_step is {own['rows_per_step']}, not {sealed['rows_per_step']}")
+    plan = plan_from_phases(own["phases"])
+    sealed_plan = plan_from_phases(sealed["phases"])
+    differing = first_differing_step(sealed_plan, plan, 0)
+    if differing is not None and differing <= step:
+        now = _describe_step(plan, differing)
+        mismatches.append(f"step {differing} is {now}, not {_describe_step(sealed_plan, differing)}")
+    return mismatches
 
 
-def _first_differing_step(past: Plan, asked: Plan, done: int) -> int:
-    """The first of the steps 1 to `done` that two plans do not have in common; 0 if there is none."""
-    first = first_differing_step(past, asked, 0)
-    return first if first is not None and first <= done else 0
+def check_checkpoint_identity(manifest: "Manifest", own: RunIdentity, path: Path) -> None:
+    """Errors: UserError unless a checkpoint is its run's own, and says of it what its config.yaml at `path` says.
+
+    `own` is the identity that this config.yaml gives the run.
+    """
+    sealed = manifest.identity
+    checkpoint = f"the checkpoint of step {manifest.step}"
+    if own["run_id"] != sealed["run_id"]:
+        want = f"{own['run_id']}, as in {path}"
+        change = f"{path.parent / 'checkpoints'}; init.from and init.load=all go on from another run"
+        raise UserError(Problem(f"{checkpoint} is another run's", f"run_id {sealed['run_id']}", want, change))
+    mismatches = find_identity_mismatches(own, sealed, manifest.step)
+    if mismatches:
+        what = f"{path} does not agree with {checkpoint}"
+        change = f"{path}; without it, the next start is held to the checkpoint and writes it anew"
+        raise UserError(Problem(what, "; ".join(mismatches), "what the run wrote", change))
 
 
-def _describe_step(at: StepSettings) -> str:
-    if at is None:
-        return "beyond the plan"
-    name, lr, decay, reset, mix = at
-    more = (", optimizer reset" if reset else "") + (f", mix {mix}" if mix else "")
-    return f"phase {name}, lr {lr:g}, weight decay {decay:g}{more}"
+def _describes_documents(key: str) -> bool:
+    """Whether a key of an identity says which documents there are, so that data.allow_changed frees it."""
+    section, *_, name = key.split(".")
+    return section == "data" and name in SourceSection.model_fields
 
 
-def _plan_from_identity(identity: RunIdentity) -> Plan:
-    return Plan(tuple(PhaseSection.model_validate(phase) for phase in identity["phases"]))
+def _describe_step(plan: Plan, step: int) -> str:
+    return str(step_settings(plan, step) or "beyond the plan")
+
+
+def _fixed_values(config: Config) -> dict[str, Any]:
+    return {key: value for key, value in _flatten_config(config).items() if key_rule(key) == FIXED}
 
 
 def _dump_phases(config: Config) -> list[dict[str, Any]]:
@@ -170,12 +209,10 @@ def _flatten_config(config: Config) -> dict[str, Any]:
     tree = redacted_config(config)
     del tree["phases"]
     sources = tree["data"].pop("sources")
-    named = {
-        key: value
-        for source in sources
-        for key, value in _flatten_tree(source, f"{SOURCE_ORDER_KEY}.{source['name']}.").items()
-    }
-    return _flatten_tree(tree, "") | {SOURCE_ORDER_KEY: [source["name"] for source in sources]} | named
+    flat = _flatten_tree(tree, "") | {SOURCE_ORDER_KEY: [source["name"] for source in sources]}
+    for source in sources:
+        flat |= _flatten_tree(source, f"{SOURCE_ORDER_KEY}.{source['name']}.")
+    return flat
 
 
 def _flatten_phases(config: Config, both: set[str]) -> dict[str, Any]:
@@ -191,21 +228,9 @@ def _flatten_phases(config: Config, both: set[str]) -> dict[str, Any]:
 
 
 def _flatten_tree(tree: Any, prefix: str) -> dict[str, Any]:
-    if isinstance(tree, dict):
-        return {k: v for key, value in tree.items() for k, v in _flatten_tree(value, f"{prefix}{key}.").items()}
-    return {prefix.rstrip("."): tree}
-
-
-def check_checkpoint_identity(manifest: "Manifest", path: Path) -> None:
-    """Errors: UserError unless a checkpoint is its run's own, and says of it what the run's config.yaml does."""
-    old, provenance = read_run_config(path), read_provenance(path)
-    was = make_run_identity(old, provenance["rows_per_step"], provenance["run_id"])
-    sealed, of_step = manifest.identity, f"the checkpoint of step {manifest.step}"
-    if was["run_id"] != sealed["run_id"]:
-        change = f"{path.parent / 'checkpoints'}; init.from and init.load=all go on from another run"
-        what, saw = f"{of_step} is another run's", f"run_id {sealed['run_id']}"
-        raise UserError(Problem(what, saw, f"{was['run_id']}, as in {path}", change))
-    if wrong := find_identity_mismatches(was, sealed, manifest.step):
-        change = f"{path}; without it, the next start is held to the checkpoint and writes it anew"
-        what, saw = f"{path} does not agree with {of_step}", "; ".join(wrong)
-        raise UserError(Problem(what, saw, "what the run wrote", change))
+    if not isinstance(tree, dict):
+        return {prefix.rstrip("."): tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten_tree(value, f"{prefix}{key}.")
+    return flat

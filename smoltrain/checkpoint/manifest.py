@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
@@ -175,20 +175,42 @@ def read_manifest(checkpoint: Path) -> Manifest | str:
     return manifest
 
 
+class TrainingFiles(NamedTuple):
+    """Names of a checkpoint's files that only training reads."""
+
+    modules: list[str]  # DeepSpeed's copies of the weights
+    shards: list[tuple[str, int]]  # of the optimizer state, with their ranks
+    rng_states: list[tuple[str, int]]  # random number generators, with their ranks
+
+
+def list_training_files(manifest: Manifest) -> TrainingFiles:
+    """Sorted by name."""
+    found = TrainingFiles([], [], [])
+    for name in sorted(manifest.files):
+        shard = SHARD_NAME.search(name)
+        rng_state = RNG_STATE_NAME.match(name)
+        if shard:
+            found.shards.append((name, int(shard[1])))
+        elif rng_state:
+            found.rng_states.append((name, int(rng_state[1])))
+        elif name.endswith(MODEL_STATES_SUFFIX):
+            found.modules.append(name)
+    return found
+
+
 def list_missing_states(manifest: Manifest) -> list[str]:
-    """What a checkpoint must name, for training to go on from it, and does not; in words."""
-    names, world, stage = sorted(manifest.files), manifest.world_size, manifest.zero_stage
-    shards = [int(found[1]) for name in names if (found := SHARD_NAME.search(name))]
-    modules = [name for name in names if name.endswith(MODEL_STATES_SUFFIX)]
-    draws = [int(found[1]) for name in names if (found := RNG_STATE_NAME.match(name))]
+    """In words, the states that training needs to go on from a checkpoint and that its manifest does not name."""
+    training = list_training_files(manifest)
+    world = manifest.world_size
+    expected = (
+        ("random states", [rank for _, rank in training.rng_states], world),
+        ("optimizer states", [rank for _, rank in training.shards], world if manifest.zero_stage else 0),
+        ("model states", list(range(len(training.modules))), world if manifest.zero_stage == 3 else 1),
+    )
     return [
-        f"it has the {what} of {len(have)} ranks, not of {num}"
-        for what, have, num in (
-            ("random states", draws, world),
-            ("optimizer states", shards, world if stage else 0),
-            ("model states", list(range(len(modules))), world if stage == 3 else 1),
-        )
-        if sorted(have) != list(range(num))
+        f"it has the {what} of {len(ranks)} ranks, not of {num}"
+        for what, ranks, num in expected
+        if sorted(ranks) != list(range(num))
     ]
 
 

@@ -73,7 +73,7 @@ class CheckpointSaver:
         self._reported_leftovers: set[str] = set()  # what it could not delete is said once
         self._writing: PendingCheckpoint | None = None
 
-    def begin(self, step: int, engine: "Engine", loader: Loader, **facts: Any) -> float:
+    def start_save(self, step: int, engine: "Engine", loader: Loader, **facts: Any) -> float:
         """Copy the state of this step and start to write it; seconds that training stood still, the slowest rank's.
 
         `facts` are the Manifest's remaining fields. One that is still being written is waited for. Where

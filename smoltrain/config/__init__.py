@@ -1,1 +1,1 @@
-"""The description of a run: schema, rules, recipe and overrides, and what may differ when a run is resumed."""
+"""The description of a run: schema, rules, recipe and overrides, and the variables of W&B."""

@@ -10,19 +10,23 @@ from smoltrain.config.yaml_text import read_yaml
 from smoltrain.errors import Problem, UserError, format_value
 
 CONFIG_FILE = "config.yaml"
-CONFIG_DIGEST_PREFIX = "# sha256 of the lines above: "  # the last line of config.yaml
+CONFIG_DIGEST_PREFIX = "# sha256 of the lines above: "  # begins the last line of config.yaml
 
 
-def find_config_damage(folder: Path) -> str:
-    """Whether config.yaml is as the run wrote it; '' if it is, or if it never had a digest, as in older versions."""
+def find_config_damage(folder: Path) -> str | None:
+    """What is wrong with the digest line of a run's config.yaml; None if nothing, or if it has none (older versions).
+
+    A last line that holds 32 hexadecimal digits in a row is taken for a digest line whose beginning was damaged.
+    """
     path = folder / CONFIG_FILE
     try:
         whole = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         return f"{path} cannot be read ({files.describe_error(error)})"
     text, mark, _ = whole.rpartition(CONFIG_DIGEST_PREFIX)
-    if (mark and whole == text + config_digest_line(text)) or not re.search(r"[0-9a-f]{32}.*\s*\Z", whole):
-        return ""
+    is_intact = bool(mark) and whole == text + config_digest_line(text)
+    if is_intact or not re.search(r"[0-9a-f]{32}.*\s*\Z", whole):
+        return None
     return f"{path} is not what the run wrote (its last line is the digest of the others)"
 
 
@@ -33,17 +37,18 @@ def config_digest_line(text: str) -> str:
 
 def read_provenance(path: Path) -> dict[str, Any]:
     """What a run's config.yaml says of its starts. Errors: UserError if the run did not write it."""
-    provenance = read_yaml(path, typed=True).get("provenance")
+    written = read_yaml(path, typed=True).get("provenance")
     want = "the config.yaml that the run wrote itself"
-    if not provenance:
+    if not written:
         raise UserError(Problem("the run's config has no provenance", "none", want, str(path)))
-    about = {"run_id": "", "wandb_id": "", "starts": []} | (provenance if isinstance(provenance, dict) else {})
-    rows, starts = about.get("rows_per_step"), about["starts"]
-    kinds = [
-        type(rows) is int and rows > 0,
-        all(isinstance(about[key], str) for key in ("run_id", "wandb_id")),
-        isinstance(starts, list) and all(isinstance(start, dict) for start in starts),
-    ]
-    if not all(kinds):
-        raise UserError(Problem("the run's provenance is damaged", format_value(provenance), want, str(path)))
-    return about
+    provenance = {"run_id": "", "wandb_id": "", "starts": []} | (written if isinstance(written, dict) else {})
+    rows = provenance.get("rows_per_step")
+    starts = provenance["starts"]
+    is_sound = (
+        (type(rows) is int and rows > 0)
+        and all(isinstance(provenance[key], str) for key in ("run_id", "wandb_id"))
+        and (isinstance(starts, list) and all(isinstance(start, dict) for start in starts))
+    )
+    if not is_sound:
+        raise UserError(Problem("the run's provenance is damaged", format_value(written), want, str(path)))
+    return provenance

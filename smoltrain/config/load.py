@@ -26,9 +26,9 @@ from smoltrain.config.yaml_text import apply_override, dump_yaml, parse_override
 from smoltrain.errors import Problem, UserError, problem_from_pydantic, suggest_choice
 from smoltrain.redact import redact_tree
 
-RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"  # inside the package, so that a wheel has them too
+DS_CONFIGS_FOLDER = Path(__file__).parents[1] / "ds_configs"
 SOURCE_KEYS = ("package", "path", "hub")
-DS_CONFIGS_FOLDER = Path(__file__).parents[2] / "ds_configs"
 
 
 def list_recipes() -> dict[str, Path]:

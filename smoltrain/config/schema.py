@@ -311,8 +311,8 @@ class EngineSection(Section):
     )
     reduce_gradients: Literal["auto", "step", "micro_batch"] = Field(
         default="auto",
-        description="when they travel under ZeRO-1 and 2: once a step, with fp32 sums of all of them on each rank, or "
-        "after each micro-batch, as DeepSpeed has it; auto: step on a CPU",
+        description="when gradients are reduced under ZeRO-1 and 2: once per step, with fp32 sums of all of them on "
+        "each rank, or after each micro-batch, by DeepSpeed; auto: step on a CPU",
     )
     loss: Literal["auto", "fused", "plain"] = Field(
         default="auto", description="whether the logits exist as a whole (plain), or a chunk of rows at a time"
@@ -329,8 +329,9 @@ class EngineSection(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW (Loshchilov & Hutter 2019). Matrices decay; vectors (norms, biases) do not."""
+    """The update. Matrices decay; vectors (norms, biases) do not."""
 
+    name: Literal["adamw"] = Field(default="adamw", description="adamw: Loshchilov & Hutter 2019")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment, per step")
     beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment, per step")
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
@@ -356,7 +357,7 @@ class PhaseSection(Section):
     decay_steps: int = Field(default=0, ge=0, description="steps of wsd's final linear fall; only with wsd")
     final_lr: float = Field(default=0.0, ge=0, description="learning rate that linear, cosine and wsd fall to")
     optimizer_state: Literal["keep", "reset"] = Field(
-        default="keep", description="AdamW's moments when the phase begins"
+        default="keep", description="the optimizer's state when the phase begins"
     )
     mix: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         default=None, description="weights of data.sources in this phase, by name; null keeps their own weights"

@@ -15,29 +15,16 @@ from smoltrain.redact import redact_text
 REPORT_INTERVAL_S = 10.0  # between lines
 POLL_INTERVAL_S = 0.5
 
+ProgressState = Callable[[], tuple[str, float]]  # what is done, in words, and which share of the work it is
+
 
 @contextlib.contextmanager
-def report_progress(state: Callable[[], tuple[str, float]] | None, health: ReaderHealth) -> Iterator[None]:
-    """While the block runs, tell from a thread what `state` says (words, share of the work done) and `health` notes."""
-    with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(_progress_bar()) if state and Console().is_terminal else None
-        task = bar.add_task("", total=1.0) if bar else None
-        say = (lambda line: bar.console.print(line, markup=False)) if bar else (lambda line: print(line, flush=True))
-        ended, said = threading.Event(), time.monotonic()
-
-        def tell() -> None:
-            nonlocal said
-            while not ended.wait(POLL_INTERVAL_S):
-                for note in health.take_notes():
-                    say(redact_text(f"data: {note}"))
-                if state and bar and task is not None:
-                    words, share = state()
-                    bar.update(task, description=words, completed=share)
-                elif state and time.monotonic() >= said + REPORT_INTERVAL_S:
-                    said = time.monotonic()
-                    print(f"data: {state()[0]} so far", flush=True)
-
-        thread = threading.Thread(target=tell, daemon=True)
+def report_progress(state: ProgressState | None, health: ReaderHealth) -> Iterator[None]:
+    """While the block runs, a thread prints how far it is (without `state` it does not) and the notes of `health`."""
+    has_bar = state is not None and Console().is_terminal
+    with _progress_bar() if has_bar else contextlib.nullcontext() as bar:
+        ended = threading.Event()
+        thread = threading.Thread(target=_report_until, args=(ended, state, health, bar), daemon=True)
         thread.start()
         try:
             yield
@@ -46,9 +33,31 @@ def report_progress(state: Callable[[], tuple[str, float]] | None, health: Reade
             thread.join()
 
 
+def _report_until(
+    ended: threading.Event, state: ProgressState | None, health: ReaderHealth, bar: Progress | None
+) -> None:
+    task = bar.add_task("", total=1.0) if bar else None
+    reported_at = time.monotonic()
+    while not ended.wait(POLL_INTERVAL_S):
+        for note in health.take_notes():
+            line = redact_text(f"data: {note}")
+            if bar:
+                bar.console.print(line, markup=False)  # above the bar
+            else:
+                print(line, flush=True)
+        if state is None:
+            continue
+        if bar and task is not None:
+            words, share = state()
+            bar.update(task, description=words, completed=share)
+        elif time.monotonic() >= reported_at + REPORT_INTERVAL_S:
+            reported_at = time.monotonic()
+            words, _ = state()
+            print(f"data: {words} so far", flush=True)
+
+
 def _progress_bar() -> Progress:
-    return Progress(
-        BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(),
-        TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")), expand=True,
-        console=Console(highlight=False), transient=True,
-    )  # fmt: skip
+    """One that is gone when the work is done."""
+    words = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    columns = (BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(), words)
+    return Progress(*columns, expand=True, console=Console(highlight=False), transient=True)

@@ -1,8 +1,9 @@
 """DeepSpeed's JSON, filled from the recipe: "auto" takes the recipe's value, anything else must agree with it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from smoltrain.config.load import DS_CONFIGS_FOLDER
 from smoltrain.config.schema import Config
@@ -30,66 +31,97 @@ def fill_deepspeed_config(
     """
     path = _find_deepspeed_json(config.engine.ds_config)
     tree = _parse_deepspeed_json(read_deepspeed_text(config.engine.ds_config), path)
-    micro = None if config.batch.micro_batch == "auto" and accumulation is None else config.batch.micro_batch_rows
-    whole = micro * accumulation * world_size if micro and accumulation and world_size else None
-    wanted = {
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accumulation,
-        "train_batch_size": whole,
-        "gradient_clipping": config.optimizer.gradient_clipping,
-        "bf16.enabled": precision and precision == "bf16",
-        "fp16.enabled": precision and precision == "fp16",
-    }
-    problems = [_fill_or_compare(tree, key, value, path) for key, value in wanted.items() if value is not None]
-    for section in ("optimizer", "scheduler"):
-        if section in tree:
-            problems.append(
-                Problem(f"{path.name} has a section that the recipe owns", section, "no such section", str(path))
-            )
-    zero = tree.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
-        saw = f"zero_optimization = {json.dumps(zero)}"
-        problems.append(Problem(f"{path.name} has no ZeRO stage", saw, '{"stage": N} of 0 to 3', str(path)))
-    elif zero_stage(tree) == 0 and precision == "bf16":
-        what = "ZeRO-0 in bf16 would not be the optimizer of the other stages"
-        problems.append(Problem(what, "stage 0 with bf16", "zero1, or precision fp32", "engine.ds_config"))
-    elif zero.get("round_robin_gradients") and config.track.gradients_every:
-        # Seen in 0.19.8: its fp32 fragments are linked to the parameters in the order before the dealing.
-        what, want = "DeepSpeed gives gradients under other parameters' names", "track.gradients_every=0, or false"
-        keys = "zero_optimization.round_robin_gradients or track.gradients_every"
-        problems.append(Problem(what, "round_robin_gradients = true", want, keys))
-    if found := [p for p in problems if p]:
-        raise UserError(*found)
+    problems = _fill_recipe_values(tree, config, precision, accumulation, world_size, path)
+    problems += _check_no_owned_sections(tree, path)
+    problems += _check_zero_section(tree, config, precision, path)
+    if problems:
+        raise UserError(*problems)
     return tree
 
 
-def zero_stage(tree: dict[str, Any]) -> int:
+def _fill_recipe_values(
+    tree: dict[str, Any], config: Config, precision: str | None, accumulation: int | None, world_size: int | None,
+    path: Path,
+) -> list[Problem]:  # fmt: skip
+    """Put the recipe's values into `tree`; what the file says otherwise."""
+    micro_batch: int | None = config.batch.micro_batch_rows
+    if config.batch.micro_batch == "auto" and accumulation is None:
+        micro_batch = None  # not chosen yet
+    rows_per_step = None
+    if micro_batch and accumulation and world_size:
+        rows_per_step = micro_batch * accumulation * world_size
+    values = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": rows_per_step,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "bf16.enabled": None if precision is None else precision == "bf16",
+        "fp16.enabled": None if precision is None else precision == "fp16",
+    }
+    problems = [_fill_or_compare(tree, key, value, path) for key, value in values.items() if value is not None]
+    return [problem for problem in problems if problem]
+
+
+def _check_no_owned_sections(tree: dict[str, Any], path: Path) -> list[Problem]:
+    """The sections that stand in the recipe instead."""
+    what = f"{path.name} has a section that the recipe owns"
+    owned = [section for section in ("optimizer", "scheduler") if section in tree]
+    return [Problem(what, saw=section, want="no such section", change=str(path)) for section in owned]
+
+
+def _check_zero_section(tree: dict[str, Any], config: Config, precision: str | None, path: Path) -> list[Problem]:
+    """What is wrong with zero_optimization: one problem at most."""
+    zero = tree.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        saw = f"zero_optimization = {json.dumps(zero)}"
+        return [Problem(f"{path.name} has no ZeRO stage", saw, want='{"stage": N} of 0 to 3', change=str(path))]
+    if zero_stage(tree) == 0 and precision == "bf16":
+        what = "ZeRO-0 in bf16 would not be the optimizer of the other stages"
+        return [Problem(what, saw="stage 0 with bf16", want="zero1, or precision fp32", change="engine.ds_config")]
+    if zero.get("round_robin_gradients") and config.track.gradients_every:
+        # Seen in 0.19.8: its fp32 fragments are linked to the parameters in the order before they are distributed.
+        what, want = "DeepSpeed gives gradients under other parameters' names", "track.gradients_every=0, or false"
+        keys = "zero_optimization.round_robin_gradients or track.gradients_every"
+        return [Problem(what, saw="round_robin_gradients = true", want=want, change=keys)]
+    return []
+
+
+def zero_stage(tree: Mapping[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed config."""
     return int(tree.get("zero_optimization", {}).get("stage", 0))
 
 
-class GradientDtypes(NamedTuple):
-    """The precision of gradients: where they add up, and where they travel."""
-
-    accumulation: str
-    reduction: str
-
-    def __str__(self) -> str:
-        return f"they add up in {self.accumulation} and travel in {self.reduction}"
+def with_zero_stage(tree: Mapping[str, Any], stage: int) -> dict[str, Any]:
+    """A copy of a DeepSpeed config, with another ZeRO stage."""
+    return {**tree, "zero_optimization": {**tree.get("zero_optimization", {}), "stage": stage}}
 
 
-def gradient_dtypes(tree: dict[str, Any], precision: str) -> GradientDtypes:
-    """What the file says of gradients; DeepSpeed's default for both is the precision of the weights."""
-    accumulation = tree.get("data_types", {}).get("grad_accum_dtype") or precision
-    return GradientDtypes(accumulation, tree.get("communication_data_type") or precision)
+def config_precision(tree: Mapping[str, Any]) -> str:
+    """The precision of weights and activations in a filled DeepSpeed config."""
+    for precision in ("bf16", "fp16"):
+        if tree.get(precision, {}).get("enabled"):
+            return precision
+    return "fp32"
+
+
+def offloads_optimizer(tree: Mapping[str, Any]) -> bool:
+    """Whether a DeepSpeed config keeps masters and optimizer state away from the device."""
+    zero = tree.get("zero_optimization", {})
+    offload = zero.get("offload_optimizer") or {}
+    # A section without a device is none; cpu_offload is DeepSpeed's older key for the same.
+    return offload.get("device", "none") != "none" or bool(zero.get("cpu_offload"))
 
 
 def _find_deepspeed_json(name: str) -> Path:
     shipped = {path.stem: path for path in sorted(DS_CONFIGS_FOLDER.glob("*.json"))}
     if name in shipped:
         return shipped[name]
-    if Path(name).is_file():
-        return Path(name)
+    path = Path(name)
+    if path.is_file():
+        return path
+    packed = DS_CONFIGS_FOLDER / path.name
+    if path == Path(DS_CONFIGS_FOLDER.name, path.name) and packed.is_file():
+        return packed  # outside the checkout no folder ds_configs/ lies; the same words find what is shipped
     want = suggest_choice(name, shipped) + ", or a path to a JSON file"
     raise UserError(Problem("no such DeepSpeed config", repr(name), want, "engine.ds_config"))
 

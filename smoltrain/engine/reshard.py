@@ -1,23 +1,26 @@
-"""What N ranks wrote under one ZeRO stage, cut anew for M ranks under any other: plain dicts and tensors in and out.
+"""Reshards ZeRO optimizer state between world sizes and stages: plain dicts and tensors in and out, without DeepSpeed.
 
-ZeRO deals flat fp32 tensors (master weights, AdamW's moments) out to the ranks. Such a tensor is a row of segments, and
-each segment is split into one part per rank, all of the same length, a multiple of `alignment`; what the last parts
-hold beyond the segment's end is padding. Under ZeRO-1 and ZeRO-2 a parameter group is one tensor and one segment: its
-parameters one after another, perhaps with gaps. Under ZeRO-3 every parameter is a segment, so that a rank has a stretch
-of each, and a group may be several tensors. Whoever wrote it, an element is found by its parameter's name.
+ZeRO partitions flat fp32 tensors (master weights, and the tensors of the optimizer's state) among the ranks. Such a
+tensor is a row of segments, and each segment is split into one part per rank, all of the same length, a multiple of
+`alignment`; what the last parts hold beyond the segment's end is padding. Under ZeRO-1 and ZeRO-2 a parameter group is
+one tensor and one segment: its parameters one after another, perhaps with gaps. Under ZeRO-3 every parameter is a
+segment, so that a rank has a slice of each, and a group may be several tensors. Whoever wrote it, an element is found
+by its parameter's name.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from smoltrain.engine.optimizer import is_elementwise_state
 from smoltrain.errors import Problem, UserError
 
-MASTER_KEYS = ("single_partition_of_fp32_groups", "fp32_flat_groups")  # as ZeRO-1 and ZeRO-2, or ZeRO-3, call them
-ADAMW_KEYS = ("base_optimizer_state", "optimizer_state_dict")
+# Keys of DeepSpeed's files, as ZeRO-1 and ZeRO-2, or ZeRO-3, call them. deepspeed_private.py compares them.
+MASTER_KEYS = ("single_partition_of_fp32_groups", "fp32_flat_groups")
+OPTIMIZER_KEYS = ("base_optimizer_state", "optimizer_state_dict")
 GAPS_KEY = "param_alignment_paddings"  # of ZeRO-1 and ZeRO-2 with zero_optimization.parameter_alignment
 LOSS_SCALER_KEY = "loss_scaler"  # not of ZeRO-1 in bf16, which DeepSpeed computes with a class of its own
 ALIGNMENT = 2  # elements; of a part under ZeRO-1 and ZeRO-2
@@ -27,41 +30,50 @@ Segment = tuple[tuple[str, int, int], ...]  # parameter, its elements, the gap b
 
 @dataclass(frozen=True)
 class ParameterSlice:
-    """Elements `first` up to, but without, `stop` of a parameter; they begin at `place` of a rank's flat tensor."""
+    """Elements `first` up to, but without, `stop` of a parameter; they begin at `offset` of a rank's flat tensor."""
 
     tensor: int
     name: str
     first: int
     stop: int
-    place: int
+    offset: int
 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """How a world of ranks holds an optimizer state."""
+    """How a world of ranks holds an optimizer state: for each flat tensor its segments."""
 
     tensors: tuple[tuple[Segment, ...], ...]
     alignment: int
-    world: int
+    world_size: int
 
-    def parts(self, tensor: int) -> list[int]:
+    def part_sizes(self, tensor: int) -> list[int]:
         """Elements of one rank's part of each segment, padding included."""
-        step = self.alignment * self.world
+        step = self.alignment * self.world_size
         sizes = (sum(size + gap for _, size, gap in segment) for segment in self.tensors[tensor])
         return [-(-size // step) * self.alignment for size in sizes]
+
+    def shard_size(self, tensor: int) -> int:
+        """Elements of a flat tensor that one rank holds, padding included."""
+        return sum(self.part_sizes(tensor))
 
     def parameter_slices(self, rank: int) -> Iterator[ParameterSlice]:
         """What a rank holds, without padding and gaps."""
         for tensor, segments in enumerate(self.tensors):
-            place = 0  # where the segment begins in the rank's flat tensor
-            for segment, part in zip(segments, self.parts(tensor), strict=True):
-                begin, end, at = rank * part, (rank + 1) * part, 0  # all within the segment
+            part_offset = 0  # where the segment's part begins in what the rank holds
+            for segment, part_size in zip(segments, self.part_sizes(tensor), strict=True):
+                # Within the segment: the rank's part is begin..end, the parameter begins at `position`.
+                begin = rank * part_size
+                end = begin + part_size
+                position = 0
                 for name, size, gap in segment:
-                    first, stop = max(begin, at), min(end, at + size)
+                    first = max(begin, position)
+                    stop = min(end, position + size)
                     if first < stop:
-                        yield ParameterSlice(tensor, name, first - at, stop - at, place + first - begin)
-                    at += size + gap
-                place += part
+                        offset = part_offset + first - begin
+                        yield ParameterSlice(tensor, name, first - position, stop - position, offset)
+                    position += size + gap
+                part_offset += part_size
 
     def parameter_sizes(self) -> dict[str, int]:
         """Elements of every parameter."""
@@ -70,117 +82,131 @@ class ShardLayout:
 
 @dataclass(frozen=True)
 class SliceCopy:
-    """Elements start..stop of a flat tensor of one old rank, and where they begin in the new one."""
+    """Elements start..stop of a flat tensor of one old rank, and their offset in the new one."""
 
     rank: int
     tensor: int
     start: int
     stop: int
-    place: int
+    offset: int
 
 
 def build_shard_layout(
-    stage: int, shapes: Sequence[Mapping[str, torch.Size]], gaps: Sequence[Sequence[int]] | None, world: int
+    stage: int, shapes: Sequence[Mapping[str, torch.Size]], gaps: Sequence[Sequence[int]] | None, world_size: int
 ) -> ShardLayout:
     """From DeepSpeed's param_shapes, one mapping per flat tensor, and its gaps; None where there can be none."""
     groups = [[(name, shape.numel()) for name, shape in group.items()] for group in shapes]
     if stage == 3:
-        return ShardLayout(tuple(tuple(((name, size, 0),) for name, size in group) for group in groups), 1, world)
-    behind = gaps or [[0] * len(group) for group in groups]
-    segments = (
-        tuple((name, size, gap) for (name, size), gap in zip(group, some, strict=True))
-        for group, some in zip(groups, behind, strict=True)
-    )
-    return ShardLayout(tuple((segment,) for segment in segments), ALIGNMENT, world)
+        tensors = tuple(tuple(((name, size, 0),) for name, size in group) for group in groups)
+        return ShardLayout(tensors, 1, world_size)
+    all_gaps = gaps or [[0] * len(group) for group in groups]
+    segments = [
+        tuple((name, size, gap) for (name, size), gap in zip(group, group_gaps, strict=True))
+        for group, group_gaps in zip(groups, all_gaps, strict=True)
+    ]
+    return ShardLayout(tuple((segment,) for segment in segments), ALIGNMENT, world_size)
 
 
-def plan_slice_copies(wrote: ShardLayout, own: ShardLayout, rank: int) -> list[list[SliceCopy]]:
-    """For each flat tensor of this rank where its elements stand among the ranks that wrote them.
+def plan_slice_copies(old: ShardLayout, new: ShardLayout, rank: int) -> list[list[SliceCopy]]:
+    """For each flat tensor of this rank of the new layout, where its elements are among the ranks of the old one.
 
-    Errors: UserError if those wrote other parameters.
+    Errors: UserError if the two layouts hold other parameters.
     """
-    if wrote.parameter_sizes() != own.parameter_sizes():
-        differing = sorted({name for name, _ in wrote.parameter_sizes().items() ^ own.parameter_sizes().items()})
-        saw, want = f"{', '.join(differing[:3])} differ", "the parameters of this run's config"
+    if old.parameter_sizes() != new.parameter_sizes():
+        differing = sorted({name for name, _ in old.parameter_sizes().items() ^ new.parameter_sizes().items()})
+        saw = f"{', '.join(differing[:3])} differ"
+        want = "the parameters of this run's config"
         raise UserError(Problem("the optimizer state on disk is of another model", saw, want, "the checkpoint"))
-    found: list[list[SliceCopy]] = [[] for _ in own.tensors]
     held: dict[str, list[tuple[int, ParameterSlice]]] = defaultdict(list)
-    for source in range(wrote.world):
-        for stretch in wrote.parameter_slices(source):
-            held[stretch.name].append((source, stretch))
-    for goal in own.parameter_slices(rank):
-        for source, stretch in held[goal.name]:
-            first, stop = max(goal.first, stretch.first), min(goal.stop, stretch.stop)
+    for old_rank in range(old.world_size):
+        for piece in old.parameter_slices(old_rank):
+            held[piece.name].append((old_rank, piece))
+    copies: list[list[SliceCopy]] = [[] for _ in new.tensors]
+    for goal in new.parameter_slices(rank):
+        for old_rank, piece in held[goal.name]:
+            first = max(goal.first, piece.first)
+            stop = min(goal.stop, piece.stop)
             if first < stop:
-                start, length = stretch.place + first - stretch.first, stop - first
-                place = goal.place + first - goal.first
-                found[goal.tensor].append(SliceCopy(source, stretch.tensor, start, start + length, place))
-    return found
+                start = piece.offset + first - piece.first
+                offset = goal.offset + first - goal.first
+                copies[goal.tensor].append(SliceCopy(old_rank, piece.tensor, start, start + stop - first, offset))
+    return copies
 
 
-def source_ranks(wrote: ShardLayout, own: ShardLayout, rank: int) -> list[int]:
+def source_ranks(old: ShardLayout, new: ShardLayout, rank: int) -> list[int]:
     """The ranks of the old world whose shards this rank of the new one must read; at least one, for the counters."""
-    return sorted({move.rank for tensor in plan_slice_copies(wrote, own, rank) for move in tensor}) or [0]
+    return sorted({copy.rank for copies in plan_slice_copies(old, new, rank) for copy in copies}) or [0]
 
 
 def reshard_optimizer_state(
-    template: Mapping[str, Any],
-    shards: Mapping[int, Mapping[str, Any]],
-    wrote: ShardLayout,
-    own: ShardLayout,
-    rank: int,
+    template: Mapping[str, Any], shards: Mapping[int, Mapping[str, Any]], old: ShardLayout, new: ShardLayout, rank: int
 ) -> dict[str, Any]:
-    """This rank's optimizer state, from those of the `sources`. New tensors, the old ones are not kept.
+    """This rank's optimizer state, from the shards of `source_ranks`. New tensors, the old ones are not kept.
 
-    `template` is the rank's own state of the moment: its form and hyperparameters stay, its numbers are replaced. Step
-    counts and the loss scale are the same on every rank and are taken from one of them; a loss scale of another
-    precision means nothing here. Errors: UserError where DeepSpeed dealt the numbers out in some other way.
+    `template` is the rank's own state of the moment: its form and hyperparameters stay, its numbers are replaced.
+    Counters and the loss scale are the same on every rank and are taken from one of them; a loss scale of another
+    precision means nothing here. Errors: UserError where the optimizer state is not partitioned as expected.
     """
-    first = next(iter(shards.values()))
-    (masters, adamw), (own_masters, own_adamw) = _state_keys(first), _state_keys(template)
-    for one in shards.values():
-        _check_moment_sizes(one[adamw], wrote)
-    routes = plan_slice_copies(wrote, own, rank)
+    some_shard = next(iter(shards.values()))
+    old_masters, old_optimizer = find_state_keys(some_shard)
+    new_masters, new_optimizer = find_state_keys(template)
+    for shard in shards.values():
+        _check_state_sizes(shard[old_optimizer], old)
+    copies = plan_slice_copies(old, new, rank)
+    tensors = range(len(new.tensors))
 
-    def cut(tensor: int, flat_of: Callable[[Mapping[str, Any], int], torch.Tensor]) -> torch.Tensor:
-        flat = flat_of(first, 0).new_zeros(sum(own.parts(tensor)))
-        for move in routes[tensor]:
-            taken = flat_of(shards[move.rank], move.tensor)[move.start : move.stop]
-            flat[move.place : move.place + len(taken)] = taken
-        return flat
+    masters = {(r, k): flat for r, shard in shards.items() for k, flat in enumerate(shard[old_masters])}
+    state: dict[str, Any] = dict(template)
+    state[new_masters] = [_copy_slices(masters, copies[tensor], new.shard_size(tensor)) for tensor in tensors]
 
-    state: dict[int, dict[str, Any]] = {}
-    for i in range(len(own.tensors)):
-        for name, value in first[adamw]["state"].get(0, {}).items():  # none before the first update
-            flat = value.dim() > 0
-            number = cut(i, lambda one, k, name=name: one[adamw]["state"][k][name]) if flat else value.clone()
-            state.setdefault(i, {})[name] = number
-    weights = [cut(i, lambda one, k: one[masters][k]) for i in range(len(own.tensors))]
-    numbers: dict[str, Any] = {own_masters: weights, own_adamw: template[own_adamw] | {"state": state}}
-    if type(first.get(LOSS_SCALER_KEY)) is type(template.get(LOSS_SCALER_KEY)):
-        numbers[LOSS_SCALER_KEY] = first.get(LOSS_SCALER_KEY)
-    return {**template, **numbers}
+    numbers: dict[int, dict[str, torch.Tensor]] = {}
+    # Every flat tensor has a state of the same names; before the first update there is none at all.
+    for name, value in some_shard[old_optimizer]["state"].get(0, {}).items():
+        flats = {(r, k): x[name] for r, shard in shards.items() for k, x in shard[old_optimizer]["state"].items()}
+        for tensor in tensors:
+            number = value.clone()  # a counter, of which each tensor has its own: it is counted up in place
+            if is_elementwise_state(value):
+                number = _copy_slices(flats, copies[tensor], new.shard_size(tensor))
+            numbers.setdefault(tensor, {})[name] = number
+    state[new_optimizer] = template[new_optimizer] | {"state": numbers}
 
-
-def _state_keys(state: Mapping[str, Any]) -> tuple[str, str]:
-    """What this ZeRO stage calls the masters and AdamW's own state."""
-    masters, adamw = (next(key for key in keys if key in state) for keys in (MASTER_KEYS, ADAMW_KEYS))
-    return masters, adamw
+    if type(some_shard.get(LOSS_SCALER_KEY)) is type(template.get(LOSS_SCALER_KEY)):
+        state[LOSS_SCALER_KEY] = some_shard.get(LOSS_SCALER_KEY)
+    return state
 
 
-def _check_moment_sizes(adamw: Any, wrote: ShardLayout) -> None:
-    """Every moment is as long as its layout says; the masters are, but for padding that DeepSpeed leaves away."""
-    if isinstance(adamw, dict):
-        lengths = [sum(wrote.parts(tensor)) for tensor in range(len(wrote.tensors))]
-        wrong = [
-            f"{value.numel()} elements of {name}, not {lengths[tensor]}"
-            for tensor, moments in adamw["state"].items()
-            for name, value in moments.items()
-            if value.dim() > 0 and value.numel() != lengths[tensor]
-        ]
+def _copy_slices(flats: Mapping[tuple[int, int], torch.Tensor], copies: list[SliceCopy], size: int) -> torch.Tensor:
+    """A flat tensor of `size` elements out of slices of the old ones, which are known by (rank, tensor)."""
+    flat = next(iter(flats.values())).new_zeros(size)
+    for copy in copies:
+        numbers = flats[copy.rank, copy.tensor][copy.start : copy.stop]
+        flat[copy.offset : copy.offset + len(numbers)] = numbers
+    return flat
+
+
+def find_state_keys(state: Mapping[str, Any]) -> tuple[str, str]:
+    """What this ZeRO stage calls the masters and the optimizer's own state; the first names, if it has neither."""
+    masters = next((key for key in MASTER_KEYS if key in state), MASTER_KEYS[0])
+    optimizer = next((key for key in OPTIMIZER_KEYS if key in state), OPTIMIZER_KEYS[0])
+    return masters, optimizer
+
+
+def _check_state_sizes(optimizer: Any, layout: ShardLayout) -> None:
+    """Each tensor of the state is as long as the layout says; masters are, but for padding that DeepSpeed leaves away.
+
+    Errors: UserError.
+    """
+    wrong: list[str] = []
+    if isinstance(optimizer, dict):
+        for tensor, state in optimizer["state"].items():
+            size = layout.shard_size(tensor)
+            for name, value in state.items():
+                if is_elementwise_state(value) and value.numel() != size:
+                    wrong.append(f"{value.numel()} elements of {name}, not {size}")
     else:
-        wrong = ["a list of states"]  # with elastic_checkpoint
+        wrong.append("a list of states")  # with elastic_checkpoint
     if wrong:
+        what = "the optimizer state is not partitioned as expected"
         want = "flat tensors split evenly over all ranks"
         change = "zero_optimization in engine.ds_config and the number of ranks, back to what wrote the checkpoint"
-        raise UserError(Problem("DeepSpeed dealt the optimizer state out in another way", wrong[0], want, change))
+        raise UserError(Problem(what, saw=wrong[0], want=want, change=change))

@@ -1,4 +1,4 @@
-"""A flat tensor on every rank, of which each rank owns a part: summed up into the parts, spread from the parts.
+"""A flat tensor on every rank, of which each rank owns a part: reduce-scattered into the parts, all-gathered from them.
 
 Ranks on the CPU of one machine read each other's tensor in shared memory, where no byte needs to be sent. Others use
 the collectives of their group.
@@ -30,15 +30,16 @@ class SharedTensor:
 
     @property
     def how(self) -> str:
-        """By which way the numbers travel."""
+        """By what means the ranks exchange numbers."""
         if self._world.size == 1:
-            return "nothing travels"
+            return "no communication (one rank)"
         return "through shared memory" if self._rank_tensors else "by collectives"
 
     def reduce_scatter(self) -> torch.Tensor:
         """This rank's part of the sum over the ranks. Collective.
 
-        It stands in `own`, the rest of which is void then. No rank may write to `own` before the next collective.
+        It stands in `own`, the rest of which is void then. No rank may write to `own` before the next collective:
+        another may still read there.
         """
         mine = self.own[self.part]
         if self._rank_tensors:
@@ -59,8 +60,8 @@ class SharedTensor:
             size = self.part.stop - self.part.start
             for rank, other in enumerate(self._rank_tensors):
                 if rank != self._world.rank:
-                    theirs = slice(rank * size, (rank + 1) * size)
-                    self.own[theirs] = other[theirs]
+                    part = slice(rank * size, (rank + 1) * size)
+                    self.own[part] = other[part]
         elif self._world.size > 1:
             self._world.all_gather(self.own, self.own[self.part])
 

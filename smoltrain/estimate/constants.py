@@ -71,10 +71,7 @@ EFFICIENCY = {
     ),
 }  # fmt: skip
 
-# Bytes of each parameter, fp32 all of them.
-MASTER_BYTES = 4
-MOMENTS_BYTES = 8  # AdamW's two
-SUM_BYTES = 4  # the sum of its gradients
+SUM_BYTES = 4  # of each parameter's sum of gradients: fp32
 DEFAULT_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of zero_optimization.reduce_bucket_size
 
 # The rest of the memory. CUDA: measured with an empty model; the share is a guess.

@@ -11,8 +11,9 @@ DeepSpeed's bucket, D width, H heads, I width inside the MLP, V vocabulary, T to
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from smoltrain.engine.optimizer import FP32_BYTES
 from smoltrain.estimate import constants
-from smoltrain.estimate.constants import MASTER_BYTES, MOMENTS_BYTES, SUM_BYTES
+from smoltrain.estimate.constants import SUM_BYTES
 from smoltrain.estimate.training_setup import TrainingSetup
 from smoltrain.kernels.cpu_attention import MAX_KEPT_LENGTH, QUERIES_PER_BLOCK
 from smoltrain.kernels.loss import CHUNK_BYTES, LARGE_CHUNK_BYTES, LIGER_CHUNKS
@@ -64,8 +65,8 @@ def estimate_memory(setup: TrainingSetup, base_bytes: float | None = None) -> Me
     on_top = sum(fullest.values())
     parts = {part: states.get(part, 0.0) + fullest.get(part, 0.0) for part in PART_LABELS}
     if setup.device == "cpu":
-        if setup.saves_midway:  # a copy in host memory, on rank 0, of what is written beside training
-            parts["checkpoint"] = checkpoint_bytes(setup, parts_of_states=setup.world if setup.stage else 1)
+        if setup.saves_midway:
+            parts["checkpoint"] = checkpoint_copy_bytes(setup)
             on_top += parts["checkpoint"]
         if base_bytes is None:
             base_bytes = constants.CPU_BASE_BYTES + setup.compiled_update * constants.CPU_COMPILER_BYTES
@@ -77,10 +78,11 @@ def estimate_memory(setup: TrainingSetup, base_bytes: float | None = None) -> Me
     return MemoryEstimate(parts)
 
 
-def checkpoint_bytes(setup: TrainingSetup, parts_of_states: int = 1) -> float:
-    """Of a checkpoint: the weights twice, for DeepSpeed and as safetensors, masters and moments; or one rank's part."""
+def checkpoint_copy_bytes(setup: TrainingSetup) -> float:
+    """Of host memory on rank 0 while a checkpoint is written: its part of masters and moments, the weights twice."""
     N = setup.shape.parameters
-    return (MASTER_BYTES + MOMENTS_BYTES) * N / parts_of_states + 2 * setup.weight_bytes * N
+    states = (FP32_BYTES + setup.optimizer_kind.state_bytes) * N
+    return states / (setup.world if setup.stage else 1) + 2 * setup.weight_bytes * N
 
 
 def _cpu_fragmentation_bytes(setup: TrainingSetup, on_top: float) -> float:
@@ -107,10 +109,11 @@ def _zero_state_bytes(setup: TrainingSetup) -> tuple[Parts, Parts, float]:
     N, c, W = setup.shape.parameters, setup.weight_bytes, setup.world
     P = N / W
     b = min(N, setup.bucket)
-    optimizer = (MASTER_BYTES + MOMENTS_BYTES) * P
-    adamw = 0 if setup.device == "cuda" else 8 * P  # torch's fused kernel has no temporaries, the other has two
+    kind = setup.optimizer_kind
+    optimizer = (FP32_BYTES + kind.state_bytes) * P
+    eager_update = 0 if setup.device == "cuda" else kind.temporary_bytes * P  # torch's fused kernels have none
     if setup.stage == 0:  # fp32 alone, where the weights are the masters
-        states = {"weights": c * N, "gradients": SUM_BYTES * N, "optimizer": MOMENTS_BYTES * N}
+        states = {"weights": c * N, "gradients": SUM_BYTES * N, "optimizer": kind.state_bytes * N}
         return states, {"reduction": SUM_BYTES * b}, 0.0
     if setup.once_per_step:  # stage 1 or 2, whole sums on every rank
         states = {"weights": c * N, "gradients": setup.gradient_sum_bytes * N, "optimizer": optimizer}
@@ -118,19 +121,19 @@ def _zero_state_bytes(setup: TrainingSetup) -> tuple[Parts, Parts, float]:
             setup.device == "cpu"
         ):  # in shared memory, where a rank reads its part of the others' sums, and their weights
             states["reduction"] = (W - 1) * (SUM_BYTES + c) * P
-        return states, {}, 0 if setup.compiled_update else adamw
+        return states, {}, 0 if setup.compiled_update else eager_update
     if setup.stage == 1 and setup.precision == "bf16":  # gradients in bf16 beside their sums
         states = {"weights": c * N, "gradients": (SUM_BYTES + c) * N, "optimizer": optimizer}
-        return states, {"reduction": SUM_BYTES * b}, adamw
+        return states, {"reduction": SUM_BYTES * b}, eager_update
     bucket = setup.bucket if setup.device == "cuda" else b  # on a CPU only what was touched counts
     casts = (SUM_BYTES + 2) * b  # to fp32
     if setup.stage < 3:
         states = {"weights": c * N, "gradients": SUM_BYTES * P, "optimizer": optimizer, "reduction": c * bucket}
-        return states, {"reduction": casts}, adamw
+        return states, {"reduction": casts}, eager_update
     states = {"weights": c * P, "gradients": SUM_BYTES * P, "optimizer": optimizer, "reduction": SUM_BYTES * bucket}
     gathered = c * N if W > 1 else 0.0
     cast_for_update = SUM_BYTES * P  # gradients
-    return states, {"reduction": casts, "weights": gathered}, adamw + cast_for_update
+    return states, {"reduction": casts, "weights": gathered}, eager_update + cast_for_update
 
 
 def activation_bytes(setup: TrainingSetup) -> tuple[float, float]:

@@ -9,9 +9,10 @@ from rich.console import JustifyMethod
 from rich.table import Table
 
 from smoltrain.config.schema import Config
+from smoltrain.engine.optimizer import checkpoint_bytes
 from smoltrain.estimate.constants import GIB, SPARE_SHARE, DeviceSpec, EfficiencyRates
 from smoltrain.estimate.fitting import list_recompute_modes
-from smoltrain.estimate.memory import PART_LABELS, MemoryEstimate, checkpoint_bytes, estimate_memory
+from smoltrain.estimate.memory import PART_LABELS, MemoryEstimate, estimate_memory
 from smoltrain.estimate.speed import SpeedEstimate, estimate_speed
 from smoltrain.estimate.training_setup import Recompute, TrainingSetup
 from smoltrain.schedule import Plan
@@ -56,10 +57,7 @@ def estimate_alternatives(estimate: Estimate, config: Config) -> Alternatives:
     for stage in ZERO_STAGES:
         if stage == 0 and estimate.setup.precision == "bf16":
             continue
-        reduce_gradients = config.engine.reduce_gradients
-        if reduce_gradients == "step" and stage not in (1, 2):
-            reduce_gradients = "auto"
-        at_stage = estimate.setup.with_zero_stage(stage, reduce_gradients)
+        at_stage = estimate.setup.with_zero_stage(stage, config.engine.reduce_gradients)
         for mode in list_recompute_modes(config, estimate.setup):
             alternatives[stage, mode] = replace(estimate, setup=replace(at_stage, recompute=mode))
     return alternatives
@@ -80,7 +78,9 @@ def plan_summary(estimate: Estimate, config: Config) -> str:
     plan = Plan(config.phases)
     hours = plan.last_step * estimate.speed.step_s / 3600
     tokens = plan.last_step * estimate.setup.step_tokens
-    count, size = max_num_checkpoints(plan, config), checkpoint_bytes(estimate.setup)
+    setup = estimate.setup
+    count = max_num_checkpoints(plan, config)
+    size = checkpoint_bytes(setup.optimizer_kind, setup.shape.parameters, setup.weight_bytes)
     return (
         f"{plan.last_step:,} steps, {tokens / 1e9:,.2f} billion tokens: {hours:,.1f} hours without evaluation and "
         f"sampling; on disk at most {count} checkpoints of {size / GIB:.2f} GiB, {count * size / GIB:.1f} GiB"

@@ -106,10 +106,12 @@ def gradient_bytes(setup: TrainingSetup) -> float:
 
 
 def update_bytes(setup: TrainingSetup) -> float:
-    """Read and written by one update: gradient, master and moments, the weights; torch's unfused AdamW passes more."""
+    """Read and written by one update: gradient, master and moments, the weights; torch's unfused step passes more."""
     updated = setup.shape.parameters / (setup.world if setup.stage else 1)
     unfused = setup.device == "cpu" and not (setup.once_per_step and setup.compiled_update)
-    return updated * (28 + setup.gradient_sum_bytes + setup.weight_bytes + (60 if unfused else 0))
+    kind = setup.optimizer_kind
+    state_bytes = kind.traffic_bytes + (kind.eager_traffic_bytes if unfused else 0)
+    return updated * (state_bytes + setup.gradient_sum_bytes + setup.weight_bytes)
 
 
 def reduction_bytes(setup: TrainingSetup) -> float:

@@ -1,13 +1,15 @@
 """What memory and time of a run depend on, as plain numbers: a config, on so many ranks of such a device."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 
 from smoltrain.config.schema import Config, ModelSection, TransformersSection
-from smoltrain.engine.deepspeed_json import fill_deepspeed_config, zero_stage
-from smoltrain.engine.once_per_step import gradient_sum_dtype
+from smoltrain.engine.deepspeed_json import fill_deepspeed_config, with_zero_stage, zero_stage
+from smoltrain.engine.optimizer import OPTIMIZERS, OptimizerKind
+from smoltrain.engine.reduction import choose_reduction, gradient_sum_dtype
 from smoltrain.errors import Problem, UserError
 from smoltrain.estimate.constants import DEFAULT_BUCKET_ELEMENTS
 from smoltrain.kernels.precision import DTYPES, choose_precision
@@ -62,8 +64,14 @@ class TrainingSetup:
     compiled_blocks: bool = False
     compiled_update: bool = True
     once_per_step: bool = True  # gradients are reduced once a step; else after each micro-batch
-    bucket: int = DEFAULT_BUCKET_ELEMENTS  # elements
     saves_midway: bool = False  # checkpoints are written while training goes on
+    optimizer: str = "adamw"  # a name of engine/optimizer.py
+    ds_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # DeepSpeed's, filled
+
+    @property
+    def optimizer_kind(self) -> OptimizerKind:
+        """What there is to know of the optimizer."""
+        return OPTIMIZERS[self.optimizer]
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -88,14 +96,21 @@ class TrainingSetup:
         return gradient_sum_dtype(DTYPES[self.precision], self.accumulation, self.world).itemsize
 
     @property
+    def bucket(self) -> int:
+        """Elements of DeepSpeed's bucket."""
+        zero = self.ds_config.get("zero_optimization", {})
+        return int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS))
+
+    @property
     def uses_bucket(self) -> bool:
         """Whether DeepSpeed gathers gradients in a bucket before they are reduced."""
         return not self.once_per_step and (self.stage >= 2 or (self.stage == 1 and self.precision != "bf16"))
 
     def with_zero_stage(self, stage: int, reduce_gradients: str = "auto") -> "TrainingSetup":
-        """The same under another ZeRO stage."""
-        once_per_step = _reduces_once_a_step(stage, self.precision, self.device, reduce_gradients)
-        return replace(self, stage=stage, once_per_step=once_per_step)
+        """The same under another ZeRO stage; with engine.reduce_gradients as asked, where that stage can do it."""
+        ds_config = with_zero_stage(self.ds_config, stage)
+        reduction = choose_reduction(ds_config, device=self.device, requested=reduce_gradients)
+        return replace(self, stage=stage, once_per_step=reduction.once_per_step, ds_config=ds_config)
 
     def with_micro_batch(self, micro_batch: int) -> "TrainingSetup | None":
         """The same rows per step in micro-batches of another size; None where that does not divide them."""
@@ -135,8 +150,8 @@ def build_training_setup(
         )
     accumulation = rows // (micro_batch * world)
     precision = resolved.get("precision") or _assume_precision(config.engine.precision, device)
-    deepspeed_config = fill_deepspeed_config(config, precision=precision, accumulation=accumulation, world_size=world)
-    stage = zero_stage(deepspeed_config)
+    ds_config = fill_deepspeed_config(config, precision=precision, accumulation=accumulation, world_size=world)
+    reduction = choose_reduction(ds_config, device=device, requested=config.engine.reduce_gradients)
     shape = model_shape(config.model)
     computing = resolved.get("computing")
     if computing is None:
@@ -145,16 +160,15 @@ def build_training_setup(
             assume_installed=device == "cuda",
         )  # fmt: skip
     recompute = config.engine.gradient_checkpointing
-    bucket = deepspeed_config.get("zero_optimization", {}).get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS)
     return TrainingSetup(
         shape=shape, device=device, world=world, micro_batch=micro_batch, length=config.batch.sequence_length,
-        accumulation=accumulation, stage=stage, precision=precision,
+        accumulation=accumulation, stage=zero_stage(ds_config), precision=precision,
         recompute="none" if recompute == "auto" else recompute,
         attention=computing.attention.name if computing.attention else "sdpa", loss=computing.loss.name,
         compiled_blocks=computing.compiles and isinstance(config.model, ModelSection),
         compiled_update=computing.compiles,
-        once_per_step=_reduces_once_a_step(stage, precision, device, config.engine.reduce_gradients),
-        bucket=int(bucket), saves_midway=_saves_midway(config),
+        once_per_step=reduction.once_per_step,
+        saves_midway=_saves_midway(config), optimizer=config.optimizer.name, ds_config=ds_config,
     )  # fmt: skip
 
 
@@ -204,9 +218,3 @@ def _saves_midway(config: Config) -> bool:
     if config.checkpoint.every:
         first_saves.append(config.checkpoint.every)
     return min(first_saves) < plan.last_step
-
-
-def _reduces_once_a_step(stage: int, precision: str, device: str, asked: str) -> bool:
-    """As engine.py decides when gradients travel."""
-    fits = stage in (1, 2) and precision != "fp16" and (stage, precision) != (1, "bf16")
-    return fits and (asked == "step" or (asked == "auto" and device == "cpu"))

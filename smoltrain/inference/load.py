@@ -113,7 +113,8 @@ def load_trained_model(source: str, step: int | None = None, runs: Path = RUNS_F
     settings = read_run_config(folder / "config.yaml")
     change = "the RUN argument" if step is None else "--checkpoint"
     manifest = find_valid_manifest(folder, named if step is None else step, change, _print_warning)
-    identity.check_checkpoint_identity(manifest, folder / CONFIG_FILE)
+    path = folder / CONFIG_FILE
+    identity.check_checkpoint_identity(manifest, identity.read_run_identity(path), path)
     if damage := find_config_damage(folder):
         _print_warning(f"WARNING: {damage}")
     # Compared first with a model that takes no memory: a config that is not theirs may ask for any amount of it.

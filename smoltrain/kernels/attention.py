@@ -1,4 +1,8 @@
-"""Which attention kernel runs, why, and the one function that calls it; documents packed in a row are kept apart.
+"""Causal self-attention: which kernel computes it, why, and the one function that calls it.
+
+The kernels: FlashAttention (Dao 2023), torch's scaled_dot_product_attention (SDPA), our own for CPUs
+(cpu_attention.py), and the definition ("math"). Documents that are packed in one row are kept apart: by their places
+in the row where the kernel takes these ("varlen"), else by a mask.
 
 Legend: B batch, T queries, S keys (more than T only with a cache), H query heads, K key-value heads, E width per head,
 N tokens of all rows laid end to end (B * T).
@@ -18,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smoltrain.errors import Problem, UserError
-from smoltrain.kernels.cpu_attention import blocked_attention
+from smoltrain.kernels.cpu_attention import blocked_attention, why_blocked_cannot_run
 
 BACKENDS_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -59,7 +63,7 @@ class PackedDocuments(NamedTuple):
 
 
 def document_starts(positions_BT: Tensor) -> Tensor:
-    """`Documents.starts`, for all rows laid end to end; a document never goes on in the next row."""
+    """`PackedDocuments.starts`, for all rows laid end to end; a document never goes on in the next row."""
     places = (positions_BT.flatten() == 0).nonzero().squeeze(1)  # host-device sync: their number; 1 per micro-batch
     return F.pad(places, (0, 1), value=positions_BT.numel()).int()
 
@@ -84,21 +88,28 @@ def choose_attention_kernel(
     if requested == "blocked":
         _check_blocked_can_run(device, head_width)
         return AttentionKernel("blocked", f"engine.attention is blocked{by_mask}")
+    no_flash = _why_no_flash(device, dtype)
     if requested == "auto" and device.type == "cpu":
-        name, reason = _fastest_cpu_kernel(dtype, head_width)
-        return AttentionKernel(name, reason + by_mask)
-    unfit = _why_no_flash(device, dtype)
-    flash, reason = (None, unfit) if unfit else _import_flash_attention(device, dropout)
+        why_not_blocked = _why_blocked_is_not_faster(dtype) if head_width is not None else no_flash
+        if why_not_blocked is not None:
+            return AttentionKernel("sdpa", why_not_blocked + by_mask)
+        return AttentionKernel("blocked", f"faster than SDPA on a CPU with AVX512-bf16{by_mask}")
+
+    if no_flash is None:
+        flash, reason = _import_flash_attention(device, dropout)
+    else:
+        flash, reason = None, no_flash
     if flash is not None:
-        reason += "; it keeps documents apart" if document_mask else ""
+        by_places = "; it keeps documents apart" if document_mask else ""
         varlen = partial(flash.flash_attn_varlen_func, causal=True)
-        return AttentionKernel("flash-attn", reason, flash.flash_attn_func, varlen)
+        return AttentionKernel("flash-attn", reason + by_places, flash.flash_attn_func, varlen)
     if requested == "flash":
         want = "the package flash-attn on a CUDA device in bf16 or fp16"
         raise UserError(Problem("the kernel flash cannot run", reason, want, "engine.attention"))
-    if not document_mask:
-        return AttentionKernel("sdpa", reason)
-    varlen, how = (None, "a mask") if unfit or head_width is None else _import_torch_varlen(dropout, head_width)
+
+    if no_flash is not None or head_width is None or not document_mask:
+        return AttentionKernel("sdpa", reason + by_mask)
+    varlen, how = _import_torch_varlen(dropout, head_width)
     return AttentionKernel("sdpa", f"{reason}; {how} keeps documents apart", varlen=varlen)
 
 
@@ -142,25 +153,28 @@ def causal_attention(
 
 
 def _packed_attention(
-    q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, kernel: AttentionKernel, dropout: float, documents: PackedDocuments
+    q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, kernel: AttentionKernel, dropout: float, documents: PackedDocuments
 ) -> Tensor:
-    """`attend` within each of `documents`."""
+    """`causal_attention` within each of `documents`."""
     B, H, T, _ = q_BHTE.shape
     if documents.starts is not None:
         assert kernel.varlen is not None
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTE, k_BHTE, v_BHTE))
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTE, k_BKTE, v_BKTE))
         # T for the longest document: an upper bound will do, and the true one would be another sync.
         out = kernel.varlen(q, k, v, documents.starts, documents.starts, T, T, **_dropout_argument(dropout))
         return _first_output(out).unflatten(0, (B, T)).transpose(1, 2)
-    if k_BHTE.size(1) != H:
-        # With a mask and shared heads, CUDA has no fused kernel left but the one that keeps the T x T scores: copy.
-        k_BHTE, v_BHTE = (x.repeat_interleave(H // x.size(1), dim=1) for x in (k_BHTE, v_BHTE))
+    # With a mask and shared heads, CUDA has no fused kernel left but the one that keeps the T x T scores: copy.
+    heads_per_key = H // k_BKTE.size(1)
+    k_BHTE, v_BHTE = k_BKTE, v_BKTE
+    if heads_per_key > 1:
+        k_BHTE = k_BKTE.repeat_interleave(heads_per_key, dim=1)
+        v_BHTE = v_BKTE.repeat_interleave(heads_per_key, dim=1)
     with _sdpa_backends(kernel, q_BHTE.device, only_causal=False):
         return F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, attn_mask=documents.mask_B1TT, dropout_p=dropout)
 
 
 def _sdpa_backends(kernel: AttentionKernel, device: torch.device, *, only_causal: bool) -> AbstractContextManager[Any]:
-    """Which of SDPA's kernels torch may choose from.
+    """Within this context torch may choose from these of SDPA's kernels.
 
     On Hopper and data-centre Blackwell torch itself puts cuDNN first, from cuDNN 9.15.1 on (huggingface/transformers
     #48163), so nothing is put in order here. Its backward pass makes NaN of explicit masks for some T (pytorch
@@ -168,7 +182,9 @@ def _sdpa_backends(kernel: AttentionKernel, device: torch.device, *, only_causal
     """
     if kernel.name == "math":
         return sdpa_kernel(SDPBackend.MATH)
-    return nullcontext() if only_causal or device.type != "cuda" else sdpa_kernel(BACKENDS_WITHOUT_CUDNN)
+    if only_causal or device.type != "cuda":
+        return nullcontext()
+    return sdpa_kernel(BACKENDS_WITHOUT_CUDNN)
 
 
 def _dropout_argument(dropout: float) -> dict[str, float]:
@@ -180,33 +196,49 @@ def _first_output(out: Any) -> Tensor:
 
 
 def _check_blocked_can_run(device: torch.device, head_width: int | None) -> None:
-    saw = f"the device is {device.type}" if device.type != "cpu" else "" if head_width else "a model of transformers"
-    if saw:
+    if device.type != "cpu":
+        saw = f"the device is {device.type}"
+    elif head_width is None:
+        saw = "a model of transformers"
+    else:
+        saw = why_blocked_cannot_run()
+    if saw is not None:
         want = "a decoder of smoltrain on a CPU; or auto"
         raise UserError(Problem("the kernel blocked cannot run", saw, want, "engine.attention"))
 
 
-def _fastest_cpu_kernel(dtype: torch.dtype, head_width: int | None) -> tuple[Literal["blocked", "sdpa"], str]:
-    """The faster kernel by `python -m benchmarks.attention`, and the reason."""
-    if head_width is None:
-        return "sdpa", "FlashAttention needs CUDA, the device is cpu"
-    if dtype not in (torch.bfloat16, torch.float32) or not _has_avx512_bf16():
-        return "sdpa", "blocked was found faster in bf16 and fp32, on CPUs with AVX512-bf16 only"
-    return "blocked", "faster than SDPA on a CPU with AVX512-bf16"
+def _why_blocked_is_not_faster(dtype: torch.dtype) -> str | None:
+    """Why SDPA is taken on this CPU; None where `python -m benchmarks.attention` found `blocked` faster."""
+    cannot_run = why_blocked_cannot_run()
+    if cannot_run is not None:
+        return cannot_run
+    has_avx512_bf16 = _has_avx512_bf16()
+    if has_avx512_bf16 is None:
+        return "blocked is faster with AVX512-bf16 only, and this torch does not say whether the CPU has it"
+    if dtype not in (torch.bfloat16, torch.float32) or not has_avx512_bf16:
+        return "blocked was found faster in bf16 and fp32, on CPUs with AVX512-bf16 only"
+    return None
 
 
-def _has_avx512_bf16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported()  # the public words for it are new in torch 2.13
+def _has_avx512_bf16() -> bool | None:
+    """Whether this CPU multiplies bf16 numbers itself; None where torch does not say."""
+    capabilities = getattr(torch.cpu, "get_capabilities", None)  # public, but new in torch 2.13
+    if capabilities is not None:
+        return bool(capabilities().get("avx512_bf16", False))
+    is_supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)  # private, in the torch before
+    return None if is_supported is None else bool(is_supported())
 
 
-def _why_no_flash(device: torch.device, dtype: torch.dtype) -> str:
-    """Why no FlashAttention can run, the package's or torch's own; '' if it can."""
+def _why_no_flash(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no FlashAttention can run, the package's or torch's own; None if one can."""
     if device.type != "cuda":
         return f"FlashAttention needs CUDA, the device is {device.type}"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"FlashAttention needs bf16 or fp16, the dtype is {str(dtype).removeprefix('torch.')}"
     generation = torch.cuda.get_device_capability(device)[0]
-    return "" if generation >= 8 else f"FlashAttention needs compute capability 8.0, the device has {generation}.x"
+    if generation < 8:
+        return f"FlashAttention needs compute capability 8.0, the device has {generation}.x"
+    return None
 
 
 def _import_flash_attention(device: torch.device, dropout: float) -> tuple[Any, str]:
@@ -214,15 +246,19 @@ def _import_flash_attention(device: torch.device, dropout: float) -> tuple[Any, 
 
     Version 4 (flash-attn-4, for Hopper and Blackwell) has had pre-releases only: nothing of it is tried.
     """
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
-    if hopper and not dropout and (flash := _import_flash_package("flash_attn_interface")):
-        return flash, "FlashAttention 3 is installed and the device is a Hopper GPU"
-    if flash := _import_flash_package("flash_attn"):
-        return flash, "FlashAttention 2 is installed"
+    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+    if is_hopper and not dropout:  # version 3 has no dropout
+        flash3 = _import_flash_package("flash_attn_interface")
+        if flash3 is not None:
+            return flash3, "FlashAttention 3 is installed and the device is a Hopper GPU"
+    flash2 = _import_flash_package("flash_attn")
+    if flash2 is not None:
+        return flash2, "FlashAttention 2 is installed"
     return None, "flash-attn is not installed, or not for this torch"
 
 
 def _import_flash_package(package: str) -> Any:
+    """The module with FlashAttention's two functions, or None."""
     try:
         module = importlib.import_module(package)
     except ImportError:  # also of a build for another torch

@@ -34,21 +34,21 @@ def choose_compile(requested: Literal["auto", "on", "off"], device: torch.device
     """
     if requested == "off":
         return CompileChoice(False, "as engine.compile asks")
-    lack = missing_for_compile(device.type)
+    missing = missing_for_compile(device.type)
     if requested == "on":
-        if lack:
+        if missing is not None:
             want = "a C++ compiler and Python's headers (on Debian: apt install g++ python3-dev), or off"
-            raise UserError(Problem("torch.compile cannot run here", lack, want, "engine.compile"))
+            raise UserError(Problem("torch.compile cannot run here", missing, want, "engine.compile"))
         return CompileChoice(True, "as engine.compile asks")
-    if lack:
-        return CompileChoice(False, lack)
-    enough, least = flop >= MIN_FLOP[device.type], MIN_FLOP[device.type]
-    return CompileChoice(enough, f"auto: {flop:.1e} FLOP to do, it pays from about {least:.0e}")
+    if missing is not None:
+        return CompileChoice(False, missing)
+    least = MIN_FLOP[device.type]
+    return CompileChoice(flop >= least, f"auto: {flop:.1e} FLOP to do, it pays from about {least:.0e}")
 
 
 @functools.cache
-def missing_for_compile(device_type: str) -> str:
-    """What torch.compile's inductor needs for this type of device and does not find; '' if nothing."""
+def missing_for_compile(device_type: str) -> str | None:
+    """What torch.compile's inductor needs for this type of device and does not find; None if nothing is missing."""
     if device_type == "mps":
         return "it was not tried on MPS"
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as inductor looks for it
@@ -56,14 +56,14 @@ def missing_for_compile(device_type: str) -> str:
         return f"no C++ compiler is installed ({compiler})"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "Python's headers are not installed"
-    return ""
+    return None
 
 
 class CompilableFunction(Generic[P, R]):
-    """A function, and as `compiled` the same function, which torch.compile makes when it is first called.
+    """A function, and as `compiled` the same function after torch.compile.
 
-    Shapes are taken as they come, each new one compiles anew: training has few. What is compiled is kept on disk by
-    torch, so that the next process only loads it.
+    It is compiled when it is first called, and anew for each new shape: training has few. torch keeps what it compiled
+    on disk, so that the next process only loads it.
     """
 
     def __init__(self, function: Callable[P, R]) -> None:
@@ -71,9 +71,9 @@ class CompilableFunction(Generic[P, R]):
 
     @functools.cached_property
     def compiled(self) -> Callable[P, R]:
-        """The function after torch.compile, whose import alone takes a second."""
+        """The function after torch.compile. Made on first use, for the import of the compiler alone takes a second."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of torch.jit
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
             # Inductor's own random numbers save a pass over memory on a GPU; on a CPU torch's take half their time.
             on_cpu = not torch.cuda.is_available()
             compiled = torch.compile(self._function, dynamic=False, options={"fallback_random": on_cpu})

@@ -1,4 +1,4 @@
-"""Causal attention for a CPU: batched matrix products over blocks of queries, and its backward pass written out.
+"""Causal self-attention for a CPU: batched matrix products over blocks of queries, and its backward pass written out.
 
 torch's flash kernel for CPUs multiplies in loops of its own, far from the speed of a plain matmul. Here a block of
 queries meets all keys up to its end in one batched matmul, then one softmax over its rows, then another matmul. All of
@@ -17,7 +17,7 @@ in each of the H / K heads), S keys that the block may see.
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,11 +25,25 @@ from torch import Tensor
 
 from smoltrain.kernels.cpu_dropout import drop_threshold, dropout_scale, random_levels
 
-QUERIES_PER_BLOCK = 128  # of a block; of 64, 128, 256 none was faster on two cores of an AMD EPYC (Zen 4)
-# Longest row whose probabilities stay in memory for the backward pass, H * (T + QUERIES) / 2 of them per token; of
-# longer ones they are computed again there, which takes 1.25 times as long. At T 1024 they are about half
-# of what else a block of SmolLM2-135M keeps in bf16 (10 of 23 KiB per token), and they grow with T.
+QUERIES_PER_BLOCK = 128  # of 64, 128, 256 none was faster on two cores of an AMD EPYC (Zen 4)
+# Longest row (T) whose attention weights stay in memory for the backward pass, H * (T + QUERIES_PER_BLOCK) / 2 of them
+# per token; of longer rows they are computed again there, which takes 1.25 times as long. At T 1024 they are about half
+# of what else a block of SmolLM2-135M keeps in bf16 (10 of 23 KiB per token), and they grow with T. The one owner of
+# this number: estimate/ reads it here.
 MAX_KEPT_LENGTH = 1024
+
+
+def why_blocked_cannot_run() -> str | None:
+    """Why this torch cannot compute the backward pass; None if it can."""
+    if _find_softmax_backward() is None:
+        return "this torch has no operator aten::_softmax_backward_data.out, which blocked needs"
+    return None
+
+
+def _find_softmax_backward() -> Callable[..., Tensor] | None:
+    """torch's own backward of a softmax, which can write over what it reads; its name is private."""
+    operator = getattr(torch.ops.aten, "_softmax_backward_data", None)
+    return getattr(operator, "out", None)
 
 
 def blocked_attention(
@@ -58,17 +72,23 @@ def _blocked_forward(
     dropout: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(output, the probabilities of all blocks laid end to end, or nothing)."""
+    """O = softmax(Q K^T / sqrt(E)) V, a block of queries at a time.
+
+    Returns (output, the weights of all blocks laid end to end; or with `keep` False an empty tensor).
+    """
     B, H, T, E = q_BHTE.shape
-    k_NTE, v_NTE = (x.reshape(-1, T, E) for x in (k_BKTE, v_BKTE))
-    dropped = _WeightDropout(dropout, seed)
+    k_NTE = k_BKTE.reshape(-1, T, E)
+    v_NTE = v_BKTE.reshape(-1, T, E)
+    weight_dropout = _WeightDropout(dropout, seed)
     out_BHTE, kept = _allocate_outputs(q_BHTE, keep)
-    for block, place in _query_blocks(q_BHTE):
-        room = kept[place] if keep else kept.new_empty(place.stop - place.start)
-        p_NRS = dropped.mark_dropped(_attention_weights(q_BHTE, k_NTE, block, mask_B1TT, room))
-        out_NRE = torch.bmm(dropped.zero_dropped(p_NRS), v_NTE[:, : block.stop])
+    for block, span in _query_blocks(q_BHTE):
+        buffer = kept[span] if keep else kept.new_empty(span.stop - span.start)
+        p_NRS = weight_dropout.mark_dropped(_attention_weights(q_BHTE, k_NTE, block, mask_B1TT, buffer))
+        out_NRE = torch.bmm(weight_dropout.zero_dropped(p_NRS), v_NTE[:, : block.stop])
         out_BHTE[:, :, block] = out_NRE.view(B, H, -1, E)
-    return out_BHTE.mul_(dropped.scale) if dropout else out_BHTE, kept
+    if dropout:
+        out_BHTE *= weight_dropout.scale
+    return out_BHTE, kept
 
 
 @torch.library.custom_op("smoltrain::blocked_attention_backward", mutates_args=())
@@ -82,38 +102,49 @@ def _blocked_backward(
     kept: Tensor,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With P the probabilities, O = P V and dP = dO V^T: dV = P^T dO and dS = P * (dP - the sum of P * dP)."""
+    """With P the weights, O = P V and dP = dO V^T: dV = P^T dO and dS = P * (dP - the sum of P * dP).
+
+    S are the scaled scores, so dQ = dS K / sqrt(E) and dK = dS^T Q / sqrt(E).
+    """
     B, H, T, E = q_BHTE.shape
-    k_NTE, v_NTE = (x.reshape(-1, T, E) for x in (k_BKTE, v_BKTE))
-    dropped, softmax_backward = _WeightDropout(dropout, seed), torch.ops.aten._softmax_backward_data.out
+    k_NTE = k_BKTE.reshape(-1, T, E)
+    v_NTE = v_BKTE.reshape(-1, T, E)
+    N = len(k_NTE)
+    weight_dropout = _WeightDropout(dropout, seed)
+    softmax_backward = _find_softmax_backward()
+    assert softmax_backward is not None, "choose_attention_kernel does not take blocked then"
     dq_BHTE = torch.empty_like(q_BHTE)
     # Many blocks add to the gradients of a key, too many for bf16.
-    dk_NTE, dv_NTE = (torch.zeros_like(k_NTE, dtype=torch.promote_types(k_NTE.dtype, torch.float32)) for _ in "kv")
-    for block, place in _query_blocks(q_BHTE):
-        q_NRE, dout_NRE = (_stack_query_heads(x, block, len(k_NTE)) for x in (q_BHTE, dout_BHTE))
+    sum_dtype = torch.promote_types(k_NTE.dtype, torch.float32)
+    dk_NTE = torch.zeros_like(k_NTE, dtype=sum_dtype)
+    dv_NTE = torch.zeros_like(v_NTE, dtype=sum_dtype)
+    for block, span in _query_blocks(q_BHTE):
+        q_NRE = _stack_query_heads(q_BHTE, block, N)
+        dout_NRE = _stack_query_heads(dout_BHTE, block, N)
         keys = slice(0, block.stop)
         if len(kept):
-            p_NRS = kept[place].view(len(k_NTE), -1, block.stop)
+            p_NRS = kept[span].view(N, -1, block.stop)
         else:
-            room = kept.new_empty(place.stop - place.start)
-            p_NRS = dropped.mark_dropped(_attention_weights(q_BHTE, k_NTE, block, mask_B1TT, room))
-        dv_NTE[:, keys] += torch.bmm(dropped.zero_dropped(p_NRS).mT, dout_NRE).to(dv_NTE.dtype)  # see sums.py
-        dp_NRS = dropped.mask_gradient(torch.bmm(dout_NRE, v_NTE[:, keys].mT), p_NRS)
+            buffer = kept.new_empty(span.stop - span.start)
+            p_NRS = weight_dropout.mark_dropped(_attention_weights(q_BHTE, k_NTE, block, mask_B1TT, buffer))
+        # Converted first and added then: see fp32_sums.py.
+        dv_NTE[:, keys] += torch.bmm(weight_dropout.zero_dropped(p_NRS).mT, dout_NRE).to(sum_dtype)
+        dp_NRS = weight_dropout.mask_gradient(torch.bmm(dout_NRE, v_NTE[:, keys].mT), p_NRS)
         p_NRS = p_NRS.abs() if dropout else p_NRS
         # Row by row, so it may write over what it reads.
         ds_NRS = softmax_backward(dp_NRS, p_NRS, -1, p_NRS.dtype, grad_input=dp_NRS)
         dq_BHTE[:, :, block] = torch.bmm(ds_NRS, k_NTE[:, keys]).view(B, H, -1, E)
-        dk_NTE[:, keys] += torch.bmm(ds_NRS.mT, q_NRE).to(dk_NTE.dtype)
-    dq_BHTE *= _softmax_scale(E) * dropped.scale
-    dk, dv = dk_NTE.mul_(_softmax_scale(E) * dropped.scale), dv_NTE.mul_(dropped.scale)
-    dk_BKTE, dv_BKTE = (x.to(k_NTE.dtype).view(B, -1, T, E) for x in (dk, dv))
-    return dq_BHTE, dk_BKTE, dv_BKTE
+        dk_NTE[:, keys] += torch.bmm(ds_NRS.mT, q_NRE).to(sum_dtype)
+    dq_BHTE *= _softmax_scale(E) * weight_dropout.scale
+    dk_NTE *= _softmax_scale(E) * weight_dropout.scale
+    dv_NTE *= weight_dropout.scale
+    return dq_BHTE, dk_NTE.to(k_NTE.dtype).view(B, -1, T, E), dv_NTE.to(k_NTE.dtype).view(B, -1, T, E)
 
 
 def _allocate_outputs(q_BHTE: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
-    """What `_attention` returns, not filled in; the output as the next projection wants the heads, side by side."""
+    """What `_blocked_forward` returns, not filled in; the heads lie side by side, as the next projection wants them."""
     B, H, T, E = q_BHTE.shape
-    num_kept = max(place.stop for _, place in _query_blocks(q_BHTE)) if keep else 0
+    num_kept = max(span.stop for _, span in _query_blocks(q_BHTE)) if keep else 0
     return q_BHTE.new_empty(B, T, H, E).transpose(1, 2), q_BHTE.new_empty(num_kept)
 
 
@@ -144,12 +175,13 @@ BLOCKED_ATTENTION = torch.ops.smoltrain.blocked_attention.default
 
 
 def _query_blocks(q_BHTE: Tensor) -> Iterator[tuple[slice, slice]]:
-    """(queries, the places of their probabilities if those of all blocks are laid end to end) of each block."""
+    """Of each block: (its queries, where its weights lie when those of all blocks are laid end to end)."""
     B, H, T, _ = q_BHTE.shape
     end = 0
     for start in range(0, T, QUERIES_PER_BLOCK):
         stop = min(start + QUERIES_PER_BLOCK, T)
-        begin, end = end, end + B * H * (stop - start) * stop
+        begin = end
+        end = begin + B * H * (stop - start) * stop
         yield slice(start, stop), slice(begin, end)
 
 
@@ -162,22 +194,26 @@ def _stack_query_heads(x_BHTE: Tensor, block: slice, N: int) -> Tensor:
     return x_BHTE[:, :, block].reshape(N, -1, x_BHTE.size(-1))
 
 
-def _attention_weights(q_BHTE: Tensor, k_NTE: Tensor, block: slice, mask_B1TT: Tensor | None, room: Tensor) -> Tensor:
-    """The attention weights of a block before dropout, [N, R, S], in `room`."""
+def _attention_weights(q_BHTE: Tensor, k_NTE: Tensor, block: slice, mask_B1TT: Tensor | None, buffer: Tensor) -> Tensor:
+    """The attention weights of a block before dropout, [N, R, S], written into `buffer`."""
     B, H, _, E = q_BHTE.shape
-    q_NRE, k_NES = _stack_query_heads(q_BHTE, block, len(k_NTE)), k_NTE[:, : block.stop].mT
-    s_NRS = room.view(len(k_NTE), -1, block.stop)
-    torch.baddbmm(s_NRS, q_NRE, k_NES, beta=0, alpha=_softmax_scale(E), out=s_NRS)  # scaled before it is rounded
+    scale = _softmax_scale(E)
+    q_NRE = _stack_query_heads(q_BHTE, block, len(k_NTE))
+    k_NES = k_NTE[:, : block.stop].mT
+    s_NRS = buffer.view(len(k_NTE), -1, block.stop)
+    torch.baddbmm(s_NRS, q_NRE, k_NES, beta=0, alpha=scale, out=s_NRS)  # scaled before it is rounded
     s_BHQS = s_NRS.view(B, H, -1, block.stop)
     if mask_B1TT is not None:
+        masked_BHQS = s_BHQS
         unseen = mask_B1TT[:, :, block, : block.stop]
-    else:  # earlier blocks' keys are seen by all
-        s_BHQS, unseen = s_BHQS[..., block], _causal_mask(s_BHQS.size(2), s_BHQS.dtype)
-    s_BHQS += unseen
-    if s_NRS.dtype.itemsize < 4:
+    else:  # all queries of the block see the keys of earlier blocks
+        masked_BHQS = s_BHQS[..., block]
+        unseen = _causal_mask(s_BHQS.size(2), s_BHQS.dtype)
+    masked_BHQS += unseen
+    if s_NRS.dtype.itemsize < 4:  # the second product, less the largest score: see the top of this file
         largest_NR1 = s_NRS.amax(-1, keepdim=True)
-        torch.baddbmm(largest_NR1, q_NRE, k_NES, beta=-1, alpha=_softmax_scale(E), out=s_NRS)
-        s_BHQS += unseen
+        torch.baddbmm(largest_NR1, q_NRE, k_NES, beta=-1, alpha=scale, out=s_NRS)
+        masked_BHQS += unseen
     return torch.softmax(s_NRS, -1, out=s_NRS)
 
 
@@ -188,25 +224,26 @@ def _causal_mask(Q: int, dtype: torch.dtype) -> Tensor:
 
 
 class _WeightDropout:
-    """Which weights are dropped, block after block: always the same for the same seed.
+    """Dropout of the attention weights, block after block; the same ones for the same seed.
 
     A dropped weight is kept with the opposite sign, for the gradient of the softmax needs its value.
     """
 
     def __init__(self, rate: float, seed: Tensor | None) -> None:
-        self.threshold, self.scale = drop_threshold(rate), dropout_scale(rate)
-        self.draws = None if seed is None else torch.Generator().manual_seed(int(seed))
+        self.threshold = drop_threshold(rate)
+        self.scale = dropout_scale(rate)
+        self.generator = None if seed is None else torch.Generator().manual_seed(int(seed))
 
     def mark_dropped(self, p_NRS: Tensor) -> Tensor:
-        """The block's weights, those that are dropped now with a minus."""
-        if self.draws is None:
+        """The block's weights, a minus before those that are dropped now."""
+        if self.generator is None:
             return p_NRS
-        return p_NRS.copysign_(random_levels(p_NRS.shape, self.draws) - self.threshold)
+        return p_NRS.copysign_(random_levels(p_NRS.shape, self.generator) - self.threshold)
 
     def zero_dropped(self, p_NRS: Tensor) -> Tensor:
-        """Zero instead of what is dropped; the caller multiplies its result by `scale`."""
-        return p_NRS if self.draws is None else p_NRS.relu()
+        """The weights, zero where they are dropped; the caller multiplies its result by `scale`."""
+        return p_NRS if self.generator is None else p_NRS.relu()
 
     def mask_gradient(self, dp_NRS: Tensor, p_NRS: Tensor) -> Tensor:
         """The gradient of the weights before dropout, but for `scale`."""
-        return dp_NRS if self.draws is None else dp_NRS.masked_fill_(p_NRS <= 0, 0)
+        return dp_NRS if self.generator is None else dp_NRS.masked_fill_(p_NRS <= 0, 0)

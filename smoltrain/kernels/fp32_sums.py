@@ -1,4 +1,4 @@
-"""Sums in fp32 of what is in bf16, as fast as memory allows."""
+"""Adding narrow tensors (bf16, fp16) into fp32 totals at memory speed on a CPU."""
 
 from torch import Tensor
 
@@ -6,12 +6,15 @@ CHUNK_ELEMENTS = 2**18  # elements that stay in a CPU's caches between the two l
 
 
 def accumulate_fp32(total: Tensor, part: Tensor) -> None:
-    """total += part, whose dtype may be narrower. Both of one shape; `total` is contiguous.
+    """total += part, whose dtype may be narrower. Both have one shape; `total` is contiguous.
 
-    On a CPU torch 2.13 converts and adds in one loop that is not vectorised: ten times slower than these two.
+    On a CPU torch 2.13 converts and adds in one loop that is not vectorised. Converting first, a chunk at a time so
+    that it stays in the caches, is ten times faster.
     """
     if total.dtype == part.dtype or total.device.type != "cpu":
         total += part
         return
-    for wide, narrow in zip(total.view(-1).split(CHUNK_ELEMENTS), part.reshape(-1).split(CHUNK_ELEMENTS), strict=True):
+    wide_chunks = total.view(-1).split(CHUNK_ELEMENTS)
+    narrow_chunks = part.reshape(-1).split(CHUNK_ELEMENTS)
+    for wide, narrow in zip(wide_chunks, narrow_chunks, strict=True):
         wide.add_(narrow.to(total.dtype))

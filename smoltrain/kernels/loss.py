@@ -1,8 +1,8 @@
-"""The training loss: the cross entropy of the vocabulary head, in which way it is computed, and why.
+"""The training loss: cross entropy fused with the vocabulary head, in which way it is computed, and why.
 
-With 49,152 words the logits of 16,384 tokens take 1.5 GiB in bf16, and several times that as fp32 on the way to their
-gradient. So they exist a chunk of tokens at a time, and become their own gradient at once: what is kept for the
-backward pass is no larger than the gradients of the hidden states and of the weight (Hsu et al. 2024, Liger Kernel).
+With a vocabulary of 49,152 the logits of 16,384 tokens take 1.5 GiB in bf16, and several times that as fp32 on the way
+to their gradient. So they exist a chunk of tokens at a time, and become their own gradient at once: what is kept for
+the backward pass is no larger than the gradients of the hidden states and of the weight (Liger, Hsu et al. 2024).
 
 Legend: N tokens (rows of the batch, laid end to end), C tokens of a chunk, D width of the residual stream,
 V vocabulary.
@@ -27,10 +27,10 @@ from smoltrain.kernels.fp32_sums import accumulate_fp32
 
 IGNORE_INDEX = -100  # label of a token that is no target
 MIB = 2**20
-CHUNK_BYTES = {"cpu": 48 * MIB}  # of logits: 512 tokens of 49,152 words in bf16
+CHUNK_BYTES = {"cpu": 48 * MIB}  # of logits: 512 tokens of a vocabulary of 49,152 in bf16
 LARGE_CHUNK_BYTES = 256 * MIB  # for all other devices, which starve on small products
 BLOCK_BYTES = 6 * MIB  # of fp32 softmax that stays in a CPU's caches from one operation to the next
-ROWS_PER_SLICE = 16384  # words whose part of the weight's gradient is converted at a time
+ROWS_PER_SLICE = 16384  # rows of the weight's gradient that are converted at a time
 LIGER_MODULE = "liger_kernel.transformers.functional"
 LIGER_ARGUMENTS = {"ignore_index", "reduction", "lse_square_scale", "return_z_loss", "accum_dtype", "chunk_mem_const"}
 LIGER_CHUNKS = 8  # times Liger's own budget for logits, which is the size of the hidden states: few rows, if D is small
@@ -67,13 +67,15 @@ def choose_loss_kernel(
     if device.type != "cuda":
         return LossKernel("fused", f"Liger's kernel needs CUDA, the device is {device.type}", compiles)
     liger, reason = _import_liger()
-    return LossKernel("liger", reason, liger=liger) if liger else LossKernel("fused", reason, compiles)
+    if liger is None:
+        return LossKernel("fused", reason, compiles)
+    return LossKernel("liger", reason, liger=liger)
 
 
 def summed_cross_entropy(
     hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, kernel: LossKernel = PLAIN_LOSS, z_loss: float = 0.0
 ) -> Tensor:
-    """The SUM of -log p(label) over all tokens whose label is not IGNORED, an fp32 scalar (0 if there is none).
+    """The SUM of -log p(label) over all tokens whose label is not IGNORE_INDEX, an fp32 scalar (0 if there is none).
 
     A sum, because only the caller knows the number of valid tokens over all micro-batches and ranks of a step.
     The labels are shifted already: labels_N[i] is the target of hidden_ND[i].
@@ -95,7 +97,7 @@ def summed_cross_entropy(
 
 
 def summed_cross_entropy_of_logits(logits_NV: Tensor, labels_N: Tensor, z_loss: float = 0.0) -> Tensor:
-    """The same, for a model whose logits are more than a product (scaled or soft-capped ones)."""
+    """`summed_cross_entropy` for a model whose logits are more than a product (scaled or soft-capped ones)."""
     # In bf16 the log-softmax would be rounded to 3 digits.
     wide_NV = logits_NV.to(_accumulation_dtype(logits_NV.dtype))
     loss = F.cross_entropy(wide_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -103,7 +105,7 @@ def summed_cross_entropy_of_logits(logits_NV: Tensor, labels_N: Tensor, z_loss: 
         return loss
     log_z_N = wide_NV.logsumexp(-1).masked_fill(labels_N == IGNORE_INDEX, 0.0)
     penalty = z_loss * log_z_N.square().sum()
-    return loss + (penalty - penalty.detach())  # the gradient of both, the value of the loss
+    return loss + (penalty - penalty.detach())  # the gradient of both, the value of the loss alone
 
 
 def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -120,9 +122,11 @@ def _tokens_per_chunk(N: int, row_bytes: int, device: torch.device) -> int:
 def _recomputed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, z_loss: float) -> Tensor:
     """The plain loss of each chunk, whose logits are computed anew in the backward pass (Chen et al. 2016)."""
     rows = _tokens_per_chunk(len(labels_N), len(weight_VD) * hidden_ND.element_size(), hidden_ND.device)
-    chunks = zip(hidden_ND.split(rows), labels_N.split(rows), strict=True)
-    once = partial(checkpoint, summed_cross_entropy, use_reentrant=False, preserve_rng_state=False)
-    return torch.stack([once(h, weight_VD, y, PLAIN_LOSS, z_loss) for h, y in chunks]).sum()
+    run_checkpointed = partial(checkpoint, summed_cross_entropy, use_reentrant=False, preserve_rng_state=False)
+    losses = []
+    for hidden_CD, labels_C in zip(hidden_ND.split(rows), labels_N.split(rows), strict=True):
+        losses.append(run_checkpointed(hidden_CD, weight_VD, labels_C, PLAIN_LOSS, z_loss))
+    return torch.stack(losses).sum()
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -137,8 +141,11 @@ class _FusedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, compiles: bool, z_loss: float
     ) -> Tensor:
         """See summed_cross_entropy."""
-        (N, _), V, dtype = hidden_ND.shape, len(weight_VD), hidden_ND.dtype
+        N, _ = hidden_ND.shape
+        V = len(weight_VD)
+        dtype = hidden_ND.dtype
         rows = _tokens_per_chunk(N, V * hidden_ND.element_size(), hidden_ND.device)
+        replace_logits = _replace_logits_by_gradient.compiled if compiles else _replace_logits_in_blocks
         logits_CV = hidden_ND.new_empty(rows, V)
         losses_N = hidden_ND.new_empty(N, dtype=_accumulation_dtype(dtype))
         dhidden_ND = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
@@ -147,11 +154,10 @@ class _FusedCrossEntropy(torch.autograd.Function):
             dweight_VD = torch.zeros_like(weight_VD, dtype=_accumulation_dtype(dtype))
         for start in range(0, N, rows):
             chunk = slice(start, start + rows)
-            hidden_CD, labels_C = hidden_ND[chunk], labels_N[chunk]
+            hidden_CD = hidden_ND[chunk]
+            labels_C = labels_N[chunk]
             dlogits_CV = torch.mm(hidden_CD, weight_VD.T, out=logits_CV[: len(labels_C)])
-            losses_N[chunk] = (_replace_logits_by_gradient.compiled if compiles else _replace_logits_in_blocks)(
-                dlogits_CV, labels_C, z_loss
-            )
+            losses_N[chunk] = replace_logits(dlogits_CV, labels_C, z_loss)  # and now they are what their name says
             if dhidden_ND is not None:
                 torch.mm(dlogits_CV, weight_VD, out=dhidden_ND[chunk])
             if dweight_VD is not None:
@@ -167,8 +173,11 @@ class _FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`gradient` stays a tensor: to look at it would make the host wait for the device."""
         dhidden_ND, dweight_VD = ctx.saved_tensors
-        scaled = [None if x is None else _scale_gradient(x, gradient, ctx.dtype) for x in (dhidden_ND, dweight_VD)]
-        return (*scaled, None, None, None)
+        if dhidden_ND is not None:
+            dhidden_ND = _scale_gradient(dhidden_ND, gradient, ctx.dtype)
+        if dweight_VD is not None:
+            dweight_VD = _scale_gradient(dweight_VD, gradient, ctx.dtype)
+        return dhidden_ND, dweight_VD, None, None, None
 
 
 @CompilableFunction
@@ -186,8 +195,8 @@ def _replace_logits_by_gradient(logits_CV: Tensor, labels_C: Tensor, z_loss: flo
     # The label's 1 is taken off before the rounding to bf16, which would leave nothing of a small 1 - p.
     dlogits_CV = log_p_CV.exp_().mul_(factor_C1)
     if torch.compiler.is_compiling():  # one loop with the rest, 3 times faster; eagerly it would be one more [C, V]
-        words_V = torch.arange(logits_CV.size(-1), device=logits_CV.device)
-        dlogits_CV = dlogits_CV - (words_V == labels_C[:, None]).to(dlogits_CV.dtype)
+        ids_V = torch.arange(logits_CV.size(-1), device=logits_CV.device)
+        dlogits_CV = dlogits_CV - (ids_V == labels_C[:, None]).to(dlogits_CV.dtype)
     else:
         dlogits_CV.scatter_add_(-1, label_C1, -valid_C1.to(dlogits_CV.dtype))
     logits_CV.copy_(dlogits_CV)
@@ -199,8 +208,10 @@ def _replace_logits_in_blocks(logits_CV: Tensor, labels_C: Tensor, z_loss: float
     rows = len(labels_C)
     if logits_CV.device.type == "cpu":
         rows = max(1, BLOCK_BYTES // (logits_CV.size(-1) * _accumulation_dtype(logits_CV.dtype).itemsize))
-    blocks = zip(logits_CV.split(rows), labels_C.split(rows), strict=True)
-    return torch.cat([_replace_logits_by_gradient(logits, labels, z_loss) for logits, labels in blocks])
+    losses = []
+    for logits, labels in zip(logits_CV.split(rows), labels_C.split(rows), strict=True):
+        losses.append(_replace_logits_by_gradient(logits, labels, z_loss))
+    return torch.cat(losses)
 
 
 def _accumulate_weight_gradient(dweight_VD: Tensor, dlogits_CV: Tensor, hidden_CD: Tensor) -> None:
@@ -209,22 +220,22 @@ def _accumulate_weight_gradient(dweight_VD: Tensor, dlogits_CV: Tensor, hidden_C
         dweight_VD.addmm_(dlogits_CV.T, hidden_CD)
         return
     for start in range(0, len(dweight_VD), ROWS_PER_SLICE):
-        words = slice(start, start + ROWS_PER_SLICE)
-        accumulate_fp32(dweight_VD[words], dlogits_CV[:, words].T @ hidden_CD)
+        ids = slice(start, start + ROWS_PER_SLICE)
+        accumulate_fp32(dweight_VD[ids], dlogits_CV[:, ids].T @ hidden_CD)
 
 
 def _scale_gradient(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * factor, rounded once to dtype, without a whole copy of x in its own."""
+    """x * factor, rounded once to dtype, without a whole copy of x in its own dtype."""
     if x.dtype == dtype:
         return x * factor
-    out = torch.empty_like(x, dtype=dtype)
-    for part, of in zip(out.split(ROWS_PER_SLICE), x.split(ROWS_PER_SLICE), strict=True):
-        part.copy_(of * factor)
-    return out
+    scaled = torch.empty_like(x, dtype=dtype)
+    for scaled_rows, rows in zip(scaled.split(ROWS_PER_SLICE), x.split(ROWS_PER_SLICE), strict=True):
+        scaled_rows.copy_(rows * factor)
+    return scaled
 
 
 def _import_liger() -> tuple[Callable[..., Any] | None, str]:
-    """Liger's function, where it is installed and knows what is asked of it; and the words for either case."""
+    """(Liger's function or None, the reason): None unless it is installed and takes all LIGER_ARGUMENTS."""
     try:
         function = importlib.import_module(LIGER_MODULE).liger_fused_linear_cross_entropy
     except (ImportError, AttributeError):
@@ -237,10 +248,10 @@ def _import_liger() -> tuple[Callable[..., Any] | None, str]:
 def _liger_cross_entropy(
     hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, liger: Callable[..., Any], z_loss: float
 ) -> Tensor:
-    """Liger's loss. Read in version 0.8.5: it makes the gradients in the forward pass, as ours.
+    """Liger's loss, which makes the gradients in the forward pass, as ours does (read in version 0.8.5).
 
     It waits for the device twice, to count the labels and to see whether its incoming gradient is 1. It scales its
-    gradients in place, so the backward pass runs once.
+    gradients in place, so the backward pass can run once only.
     """
     out = liger(
         hidden_ND,

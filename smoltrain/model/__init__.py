@@ -1,1 +1,1 @@
-"""Models: smoltrain's decoder and those of transformers, behind one interface, with the kernels they compute by."""
+"""Models: smoltrain's decoder and those of transformers, behind one interface, and the kernels they compute by."""

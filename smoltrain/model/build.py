@@ -1,4 +1,4 @@
-"""The two kinds of model behind one function: smoltrain's own decoder, and those of transformers."""
+"""Build a model of either kind: smoltrain's own decoder or one of transformers; and what kernels must know of it."""
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ def build_model(
 
 
 def model_attention_dropout(section: ModelSection | TransformersSection) -> float:
-    """Probability of dropout on the attention weights, which not every kernel has. Errors: as `build`."""
+    """Probability of dropout on the attention weights, which not every kernel has. Errors: as `build_model`."""
     if isinstance(section, ModelSection):
         return section.attention_dropout
     return transformers_attention_dropout(section)
@@ -40,7 +40,9 @@ def model_attention_dropout(section: ModelSection | TransformersSection) -> floa
 
 def decoder_head_width(section: ModelSection | TransformersSection) -> int | None:
     """Width of an attention head of our own decoder; None for a model of transformers."""
-    return section.hidden_size // section.num_attention_heads if isinstance(section, ModelSection) else None
+    if isinstance(section, ModelSection):
+        return section.hidden_size // section.num_attention_heads
+    return None
 
 
 def count_parameters(module: nn.Module) -> int:

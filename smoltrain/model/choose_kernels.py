@@ -1,4 +1,4 @@
-"""By which kernels a model computes on a device, each with its reason: attention, the loss, torch.compile."""
+"""Choose the attention kernel, the loss kernel and torch.compile for a device, with a reason for each."""
 
 import torch
 
@@ -18,7 +18,7 @@ def choose_kernels(
     config: Config, device: torch.device, precision: str, *, num_parameters: int, rows_per_step: int,
     assume_installed: bool = False,
 ) -> tuple[ComputeOptions, dict[str, str]]:  # fmt: skip
-    """How the model computes, gradient checkpointing aside; and (what, which and why).
+    """How the model computes, gradient checkpointing aside; and for each choice "which, why".
 
     With `assume_installed` the device is a CUDA device that may be elsewhere: flash-attn, Liger's loss and a compiler
     are taken to be installed there, and this machine is not asked. Errors: UserError for what cannot run on the device.
@@ -27,30 +27,31 @@ def choose_kernels(
     dtype = DTYPES[precision]
     head_width = decoder_head_width(config.model)
     if assume_installed and engine.attention in ("auto", "flash") and dtype != torch.float32:
-        kernel = AttentionKernel("flash-attn", ASSUMED)
+        attention = AttentionKernel("flash-attn", ASSUMED)
     else:
-        kernel = choose_attention_kernel(
+        attention = choose_attention_kernel(
             engine.attention, device, dtype, dropout=model_attention_dropout(config.model),
             document_mask=config.packing.document_mask, head_width=head_width,
         )  # fmt: skip
     if head_width is None:
-        compiles = CompileChoice(False, "a model of transformers runs as it is written")
+        compiling = CompileChoice(False, "a model of transformers runs as it is written")
         loss = LossKernel("plain", "a model of transformers makes its logits itself")
     else:
-        # 6 per parameter and token (Kaplan et al. 2020), over the whole plan: a resume goes on as the run began.
+        # 6 FLOP per parameter and token (Kaplan et al. 2020), over the whole plan: a resume computes as the run began.
         tokens = Plan(config.phases).last_step * rows_per_step * config.batch.sequence_length
         flop = 6.0 * num_parameters * tokens
         if assume_installed and engine.compile != "off":
-            compiles = CompileChoice(engine.compile == "on" or flop >= MIN_FLOP[device.type], ASSUMED)
+            compiling = CompileChoice(engine.compile == "on" or flop >= MIN_FLOP[device.type], ASSUMED)
         else:
-            compiles = choose_compile(engine.compile, device, flop)
+            compiling = choose_compile(engine.compile, device, flop)
         if assume_installed and engine.loss == "auto" and dtype != torch.float16:
             loss = LossKernel("liger", ASSUMED)
         else:
-            loss = choose_loss_kernel(engine.loss, device, dtype, compiles=compiles.on)
+            loss = choose_loss_kernel(engine.loss, device, dtype, compiles=compiling.on)
     reasons = {
-        "attention kernel": f"{kernel.name}, {kernel.reason}",
+        "attention kernel": f"{attention.name}, {attention.reason}",
         "loss kernel": f"{loss.name}, {loss.reason}",
-        "torch.compile": f"{'on' if compiles.on else 'off'}, {compiles.reason}",
+        "torch.compile": f"{'on' if compiling.on else 'off'}, {compiling.reason}",
     }
-    return ComputeOptions("none", kernel, loss, config.optimizer.z_loss, compiles.on), reasons
+    options = ComputeOptions(attention=attention, loss=loss, z_loss=config.optimizer.z_loss, compiles=compiling.on)
+    return options, reasons

@@ -1,4 +1,4 @@
-"""The decoder: token ids in, logits or the summed loss out.
+"""smoltrain's own decoder: token ids in, logits or the summed cross entropy out.
 
 Legend: B batch, T tokens, D width of the residual stream, V vocabulary.
 """
@@ -20,14 +20,16 @@ from smoltrain.model.recompute import GradientCheckpointing
 
 
 class Decoder(LanguageModel):
-    """A pre-norm decoder in the shape of Llama or GPT-2, as `section` says. Make it with `fresh`."""
+    """A pre-norm decoder in the shape of Llama or GPT-2, as `section` says. Make it with `build_decoder`."""
 
     def __init__(self, section: ModelSection, computing: ComputeOptions) -> None:
         super().__init__()
-        self._section, self._computing = section, computing
+        self._section = section
+        self._computing = computing
         self._recompute = GradientCheckpointing(computing.gradient_checkpointing, computing.compiles)
         self._kernel = computing.attention or SDPA_KERNEL
-        V, D = section.vocab_size, section.hidden_size
+        V = section.vocab_size
+        D = section.hidden_size
         self.embed_tokens = nn.Embedding(V, D)
         learned = section.positions == "learned"
         self.embed_positions = nn.Embedding(section.max_position_embeddings, D) if learned else None
@@ -82,31 +84,31 @@ class Decoder(LanguageModel):
             rotary = None
         else:
             head_width = self.section.hidden_size // self.section.num_attention_heads
-            rotary = compute_rotary_angles(
-                positions.unsqueeze(-2), head_width, self.section.rope_theta
-            )  # alike in all heads
+            positions = positions.unsqueeze(-2)  # alike in all heads
+            rotary = compute_rotary_angles(positions, head_width, self.section.rope_theta)
         x_BTD = self.dropout(x_BTD)
         # Compiled in training only: validation and generation have too many shapes.
-        run = _run_decoder_block.compiled if self._computing.compiles and self.training else _run_decoder_block
+        run_block = _run_decoder_block.compiled if self._computing.compiles and self.training else _run_decoder_block
         for i, block in enumerate(self._decoder_blocks()):
             if self.training and self._recompute.covers_block(i):
-                x_BTD = self._recompute.run(run, block, x_BTD, rotary, cache, documents)
+                x_BTD = self._recompute.run(run_block, block, x_BTD, rotary, cache, documents)
             else:
-                x_BTD = run(block, x_BTD, rotary, cache, documents)
+                x_BTD = run_block(block, x_BTD, rotary, cache, documents)
         if cache is not None:
             cache.length += ids_BT.size(1)
         if last_only:
             x_BTD = x_BTD[:, -1:]  # prompt x vocabulary logits can be larger than all activations
         x_BTD = self.norm(x_BTD)
-        head_VD = (self.lm_head or self.embed_tokens).weight
+        head_VD = (self.lm_head or self.embed_tokens).weight  # tied: the embedding table once more
         if labels_BT is None:
             return F.linear(x_BTD, head_VD)
-        how = self._computing
-        return summed_cross_entropy(x_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), how.loss, how.z_loss)
+        options = self._computing
+        return summed_cross_entropy(x_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), options.loss, options.z_loss)
 
     def _embed_tokens(self, ids_BT: Tensor) -> Tensor:
-        """On a CPU the few rows that were looked up are added to a tied table's gradient, not a table of zeros."""
+        """[B, T, D] of ids [B, T]."""
         table = self.embed_tokens
+        # On a CPU the few rows that were looked up are added to a tied table's gradient, not a table of zeros.
         table.sparse = self.lm_head is None and table.weight.device.type == "cpu"
         return table(ids_BT)
 
@@ -116,7 +118,7 @@ class Decoder(LanguageModel):
             yield block
 
     def new_cache(self, batch: int, max_length: int) -> KVCache:
-        """An empty key-value cache for this model, where its weights are and in their dtype."""
+        """See LanguageModel."""
         weight = self.embed_tokens.weight
         return KVCache(self.section, batch, max_length, device=weight.device, dtype=weight.dtype)
 
@@ -129,12 +131,12 @@ def _run_decoder_block(
     cache: KVCache | None,
     documents: PackedDocuments | None,
 ) -> Tensor:
-    """One block. All blocks have the same code, so that it is compiled once."""
+    """One block, [B, T, D] -> [B, T, D]. All blocks have the same code, so that it is compiled once."""
     return block(x_BTD, rotary, cache, documents)
 
 
 def build_decoder(section: ModelSection, computing: ComputeOptions, device: torch.device | str) -> Decoder:
-    """See kinds.build."""
+    """See model.build.build_model."""
     with torch.device("meta"):  # skips the initialization of torch's own layers
         decoder = Decoder(section, computing)
     if torch.device(device).type != "meta":

@@ -1,4 +1,4 @@
-"""What a language model is to the rest of smoltrain, of whichever kind.
+"""What a language model is to the rest of smoltrain, of whichever kind, and the options of how it computes.
 
 Legend: B batch, T tokens, V vocabulary.
 """
@@ -19,17 +19,21 @@ SDPA_KERNEL = AttentionKernel("sdpa", "the default")
 
 @dataclass(frozen=True)
 class ComputeOptions:
-    """How a model computes. Nothing of it changes a number beyond rounding, but for z_loss, which changes gradients."""
+    """How a model computes.
+
+    z_loss changes gradients. With dropout, another attention kernel or `compiles` draws other masks. Apart from these
+    two no option changes a number beyond rounding.
+    """
 
     gradient_checkpointing: Literal["none", "selective", "full"] | int = "none"  # an int: of every n-th block
     attention: AttentionKernel | None = None  # None: SDPA where the model has it
     loss: LossKernel = PLAIN_LOSS
     z_loss: float = 0.0
-    compiles: bool = False  # blocks, in training
+    compiles: bool = False  # whether torch.compile makes the blocks, in training
 
 
 class LanguageModel(nn.Module, ABC):
-    """Token ids in, logits or the summed loss out; text goes on from a key-value cache."""
+    """A causal language model: token ids in, logits or the summed cross entropy out; a KV cache continues a text."""
 
     @property
     @abstractmethod
@@ -48,15 +52,15 @@ class LanguageModel(nn.Module, ABC):
     ) -> Tensor:
         """The summed loss of the labels, an fp32 scalar; without labels the logits [B, T, V].
 
-        `labels_BT` are shifted already, and IGNORED where there is no target. With a cache (of `new_cache`) the ids
-        continue the tokens in it, and are added to it. `last_only` gives the logits of the last token, [B, 1, V].
-        `positions_BT` (int64) keeps the documents packed in a row apart: a token's place within its document, the first
-        of which begins the row; each is computed as if it were alone. Not with a cache. None: a row is one text.
+        `labels_BT` are shifted already, and IGNORE_INDEX where there is no target. With a cache (of `new_cache`) the
+        ids continue the tokens in it, and are added to it. `last_only` gives the logits of the last token, [B, 1, V].
+        `positions_BT` (int64) keeps the documents packed in a row apart: it is a token's place within its document, and
+        each row begins a document; each is computed as if it were alone. Not with a cache. None: a row is one text.
         """
 
     @abstractmethod
     def new_cache(self, batch: int, max_length: int) -> Any:
-        """An empty cache for this model, where its weights are and in their dtype; its `length` counts the tokens."""
+        """An empty KV cache for this model, where its weights are and in their dtype; its `length` counts tokens."""
 
     @property
     def device(self) -> torch.device:

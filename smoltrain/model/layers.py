@@ -1,4 +1,7 @@
-"""The parts of a decoder block. Parameter names are those of transformers' Llama.
+"""The parts of a decoder block: causal self-attention with RoPE and a KV cache, SwiGLU or GELU, RMSNorm or LayerNorm.
+
+Attributes of the modules are the names of their weights in checkpoints and exports: those of transformers' Llama.
+export/modeling_smoltrain.py has the same layers once more, as it is copied into exports; a test holds them equal.
 
 Legend: B batch, T tokens, S keys (T plus what the cache holds), D width of the residual stream, H query heads,
 K key-value heads, E width per head (D / H).
@@ -22,7 +25,7 @@ def make_norm(model: ModelSection) -> nn.Module:
 
 
 def compute_rotary_angles(positions: Tensor, head_width: int, theta: float) -> RotaryAngles:
-    """Cosines and sines of rotary positions (Su et al. 2021), each [*positions, E/2] in fp32.
+    """Cosines and sines of rotary positions (RoPE, Su et al. 2021), each [*positions, E/2] in fp32.
 
     Computed anew in each forward, once for all blocks, and kept in no buffer: a model cast to bf16 would cast the
     buffer too, and bf16 cannot tell position 257 from 256.
@@ -40,7 +43,7 @@ def apply_rotary(x_BHTE: Tensor, rotary: RotaryAngles) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the tokens so far in every block, preallocated; `length` counts the tokens."""
+    """The KV cache: keys and values of the tokens so far in every block, preallocated; `length` counts the tokens."""
 
     def __init__(
         self, model: ModelSection, batch: int, max_length: int, *, device: torch.device, dtype: torch.dtype
@@ -51,7 +54,7 @@ class KVCache:
         self.length = 0
 
     def extend(self, layer: int, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values of one block behind the old; all of them, [B, K, S, E] each."""
+        """Write the new keys and values of one block behind the old; returns all of them, [B, K, S, E] each."""
         S = self.length + k_BKTE.size(2)
         keys, values = self.store[layer, :, :, :, :S]
         keys[:, :, self.length :] = k_BKTE
@@ -64,29 +67,36 @@ class SelfAttention(nn.Module):
 
     def __init__(self, model: ModelSection, kernel: AttentionKernel, layer: int) -> None:
         super().__init__()
-        D, bias = model.hidden_size, model.attention_bias
+        D = model.hidden_size
+        bias = model.attention_bias
         self.head_width = D // model.num_attention_heads
         self.q_proj = nn.Linear(D, D, bias=bias)
         self.k_proj = nn.Linear(D, model.num_key_value_heads * self.head_width, bias=bias)
         self.v_proj = nn.Linear(D, model.num_key_value_heads * self.head_width, bias=bias)
         self.o_proj = nn.Linear(D, D, bias=bias)
-        self.dropout, self.kernel, self.layer = model.attention_dropout, kernel, layer
+        self.dropout = model.attention_dropout
+        self.kernel = kernel
+        self.layer = layer
 
     def forward(
         self, x_BTD: Tensor, rotary: RotaryAngles | None, cache: KVCache | None, documents: PackedDocuments | None
     ) -> Tensor:
         """Mix the tokens; with a cache, attend to its tokens too and add these to it."""
-        q_BHTE, k_BKSE, v_BKSE = (
-            projection(x_BTD).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q_BHTE = self._split_heads(self.q_proj(x_BTD))
+        k_BKSE = self._split_heads(self.k_proj(x_BTD))
+        v_BKSE = self._split_heads(self.v_proj(x_BTD))
         if rotary is not None:
-            q_BHTE, k_BKSE = apply_rotary(q_BHTE, rotary), apply_rotary(k_BKSE, rotary)
+            q_BHTE = apply_rotary(q_BHTE, rotary)
+            k_BKSE = apply_rotary(k_BKSE, rotary)
         if cache is not None:
             k_BKSE, v_BKSE = cache.extend(self.layer, k_BKSE, v_BKSE)
         dropout = self.dropout if self.training else 0.0
         y_BHTE = causal_attention(q_BHTE, k_BKSE, v_BKSE, self.kernel, dropout=dropout, documents=documents)
         return self.o_proj(y_BHTE.transpose(1, 2).flatten(2))
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        """[B, T, heads * E] -> [B, heads, T, E]."""
+        return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -94,7 +104,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, model: ModelSection) -> None:
         super().__init__()
-        D, inner, bias = model.hidden_size, model.intermediate_size, model.mlp_bias
+        D = model.hidden_size
+        inner = model.intermediate_size
+        bias = model.mlp_bias
         self.gate_proj = nn.Linear(D, inner, bias=bias) if model.mlp == "swiglu" else None
         self.up_proj = nn.Linear(D, inner, bias=bias)
         self.down_proj = nn.Linear(inner, D, bias=bias)

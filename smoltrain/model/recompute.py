@@ -1,4 +1,4 @@
-"""Gradient checkpointing: what blocks keep of their forward pass, and compute again (Chen et al. 2016)."""
+"""Gradient checkpointing: blocks forget activations of the forward pass and compute them again (Chen et al. 2016)."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,34 +6,38 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from smoltrain.errors import Problem, UserError
 from smoltrain.kernels.cpu_attention import BLOCKED_ATTENTION
 
-# What `selective` keeps: nearly all of the time of a block, in a third of its memory.
-ATEN = torch.ops.aten
-KEPT_OPERATORS = {
-    ATEN.mm.default,
-    ATEN.addmm.default,
-    ATEN._scaled_dot_product_flash_attention.default,
-    ATEN._scaled_dot_product_efficient_attention.default,
-    ATEN._scaled_dot_product_cudnn_attention.default,
-    ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-    BLOCKED_ATTENTION,
-}
+# What `selective` keeps, of torch.ops.aten: nearly all of the time of a block, in a third of its memory.
+# The names of attention are torch's private ones; SDPA's public name hides which of them ran.
+KEPT_OPERATORS = (
+    "mm",
+    "addmm",
+    "_scaled_dot_product_flash_attention",
+    "_scaled_dot_product_efficient_attention",
+    "_scaled_dot_product_cudnn_attention",
+    "_scaled_dot_product_flash_attention_for_cpu",
+)
 
 
 class GradientCheckpointing:
     """`none`; `full`: every block; n: every n-th block, from the first; `selective`: the cheap parts of all."""
 
     def __init__(self, mode: Literal["none", "selective", "full"] | int, compiles: bool) -> None:
-        named = {"none": 0, "selective": 1, "full": 1}
-        self._every = named[mode] if isinstance(mode, str) else mode
+        """Errors: UserError where this torch cannot do `selective`."""
         self._options: dict[str, Any] = {}
-        if mode == "selective":
-            if compiles:  # the compiler computes cheap parts again by itself, and is blind inside of torch's own way
-                self._every = 0
-            self._options["context_fn"] = partial(create_selective_checkpoint_contexts, _selective_policy)
+        if isinstance(mode, int):
+            self._every = mode
+        elif mode == "full":
+            self._every = 1
+        elif mode == "selective" and not compiles:
+            self._every = 1
+            self._options["context_fn"] = partial(create_selective_checkpoint_contexts, find_kept_operators())
+        else:  # The compiler computes cheap parts again by itself, and is blind inside of torch's own way.
+            self._every = 0
 
     def covers_block(self, i: int) -> bool:
         """Whether block i is run again in the backward pass."""
@@ -44,5 +48,14 @@ class GradientCheckpointing:
         return checkpoint(function, *args, use_reentrant=False, **self._options)
 
 
-def _selective_policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT_OPERATORS else CheckpointPolicy.PREFER_RECOMPUTE
+def find_kept_operators() -> list[Any]:
+    """The operators whose outputs `selective` keeps. Errors: UserError where this torch lacks one of them."""
+    kept = [BLOCKED_ATTENTION]
+    for name in KEPT_OPERATORS:
+        operator = getattr(torch.ops.aten, name, None)
+        if operator is None:
+            saw = f"torch {torch.__version__} without the operator aten::{name}"
+            change = "engine.gradient_checkpointing"
+            raise UserError(Problem("selective gradient checkpointing cannot run", saw, "full, or none", change))
+        kept.append(operator.default)
+    return kept

@@ -1,7 +1,8 @@
 """Any causal language model of `transformers`, with fresh weights, behind the same interface as our own decoder.
 
 transformers is imported when the first such model is built. Nothing is downloaded and no remote code is run: a model
-is a class of the installed package and the keys of a recipe.
+is a class of the installed package and the keys of a recipe. What is private in transformers is in
+transformers_private.py.
 
 Legend: B batch, T tokens, V vocabulary.
 """
@@ -19,6 +20,12 @@ from smoltrain.errors import Problem, UserError, suggest_choice
 from smoltrain.kernels.attention import AttentionKernel, document_starts
 from smoltrain.kernels.loss import summed_cross_entropy_of_logits
 from smoltrain.model.interface import ComputeOptions, LanguageModel
+from smoltrain.model.transformers_private import (
+    attention_implementation,
+    causal_model_types,
+    compatible_flash_implementations,
+    supports_sdpa,
+)
 
 OLD_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # older names, which transformers still reads
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -40,13 +47,17 @@ class HuggingFaceCache:
 
 
 class HuggingFaceModel(LanguageModel):
-    """`inner` is transformers' own model: the state dict's keys are 'inner.' and its own. Make it with `fresh`."""
+    """`inner` is transformers' own model: the keys of the state dict are 'inner.' and its own.
+
+    Make it with `build_transformers_model`.
+    """
 
     def __init__(self, section: TransformersSection, inner: Any, z_loss: float = 0.0) -> None:
         super().__init__()
-        self._section, self._z_loss = section, z_loss
+        self._section = section
+        self._z_loss = z_loss
         self.inner = inner
-        self._takes = set(inspect.signature(inner.forward).parameters)
+        self.forward_arguments = set(inspect.signature(inner.forward).parameters)
 
     @property
     def section(self) -> TransformersSection:
@@ -68,31 +79,37 @@ class HuggingFaceModel(LanguageModel):
         and either of the two switches off, without a word, the masks that transformers makes between packed documents.
         """
         assert cache is None or positions_BT is None, "a cache continues one text, not packed documents"
-        T, options = ids_BT.size(1), {} if positions_BT is None else self._document_arguments(positions_BT)
-        if last_only and "logits_to_keep" in self._takes:
+        T = ids_BT.size(1)
+        options: dict[str, Any] = {}
+        if positions_BT is not None:
+            options |= self._document_arguments(positions_BT)
+        if last_only and "logits_to_keep" in self.forward_arguments:
             options["logits_to_keep"] = 1
+        if "use_cache" in self.forward_arguments:
+            options["use_cache"] = False
+        class_has_cache = "past_key_values" in self.forward_arguments
         if cache is not None:
             cache.length += T
-            if "past_key_values" in self._takes:
+            if class_has_cache:
                 options |= {"past_key_values": cache.past, "use_cache": True}
             else:  # state-space and old classes have no such cache: the whole text is run again
-                ids_BT = ids_BT if cache.ids_BT is None else torch.cat((cache.ids_BT, ids_BT), dim=1)
+                if cache.ids_BT is not None:
+                    ids_BT = torch.cat((cache.ids_BT, ids_BT), dim=1)
                 cache.ids_BT = ids_BT
-        if "use_cache" in self._takes:
-            options.setdefault("use_cache", False)
         out = self.inner(input_ids=ids_BT, return_dict=True, **options)
-        if cache is not None and "past_key_values" in self._takes:
+        if cache is not None and class_has_cache:
             cache.past = out.past_key_values
         if labels_BT is None:
             return out.logits[:, -1:] if last_only else out.logits[:, -T:]
         return summed_cross_entropy_of_logits(out.logits.flatten(0, 1), labels_BT.flatten(), self._z_loss)
 
     def _document_arguments(self, positions_BT: Tensor) -> dict[str, Any]:
-        """The words in which transformers is told of packed documents."""
+        """The arguments by which transformers is told of packed documents."""
         options: dict[str, Any] = {"position_ids": positions_BT}
-        if str(self.inner.config._attn_implementation).startswith("flash"):
+        if attention_implementation(self.inner).startswith("flash"):
             # From positions alone it makes out documents anew in each block, and in a batch of one row only.
-            starts, T = document_starts(positions_BT), positions_BT.size(1)
+            starts = document_starts(positions_BT)
+            T = positions_BT.size(1)
             options |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": T, "max_length_k": T}
         return options
 
@@ -104,70 +121,97 @@ class HuggingFaceModel(LanguageModel):
 def build_transformers_model(
     section: TransformersSection, computing: ComputeOptions, device: torch.device | str, document_mask: bool
 ) -> HuggingFaceModel:
-    """See kinds.build."""
-    attention = computing.attention
+    """See model.build.build_model."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
+    kernel = computing.attention
     config = _transformers_config(section)
-    cls: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    flash = attention is not None and attention.name == "flash-attn"
-    if attention is not None and attention.name == "sdpa" and not cls._supports_sdpa:
-        raise _attention_kernel_error(cls, attention, "it has none", "math")
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if kernel is not None and kernel.name == "sdpa" and not supports_sdpa(model_class):
+        raise _attention_kernel_error(model_class, kernel, "it has none", "math")
+    uses_flash = kernel is not None and kernel.name == "flash-attn"
     # FlashAttention comes last, as the check of causality runs on the CPU.
-    name = None if attention is None or flash else {"sdpa": "sdpa", "math": "eager"}[attention.name]
-    meta = torch.device(device).type == "meta"
+    implementation = None if kernel is None or uses_flash else {"sdpa": "sdpa", "math": "eager"}[kernel.name]
+    on_meta = torch.device(device).type == "meta"
     try:
-        with torch.device("meta" if meta else "cpu"):  # the same weights, whatever the device
-            inner = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=name)
+        with torch.device("meta" if on_meta else "cpu"):  # the same weights, whatever the device
+            inner = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=implementation)
     except Exception as error:  # the class may stumble over its config anywhere
         raise _config_error(section, config, error) from error
     model = HuggingFaceModel(section, inner, computing.z_loss)
-    if document_mask and "position_ids" not in model._takes:
-        raise _document_mask_error(section, f"a forward of {cls.__name__} without position_ids")
-    if not meta:
+    if document_mask and "position_ids" not in model.forward_arguments:
+        raise _document_mask_error(section, f"a forward of {model_class.__name__} without position_ids")
+    if not on_meta:
         _check_causality(model)
-    if attention is not None and flash:
-        _enable_flash_attention(inner, attention)
-    if document_mask and not meta:
+    if kernel is not None and uses_flash:
+        _enable_flash_attention(inner, kernel)
+    if document_mask and not on_meta:
         # A copy goes where FlashAttention runs, for here it cannot.
-        _check_document_mask(copy.deepcopy(model).to("cuda", torch.bfloat16) if flash else model)
+        _check_document_mask(copy.deepcopy(model).to("cuda", torch.bfloat16) if uses_flash else model)
     if computing.gradient_checkpointing != "none":
-        assert computing.gradient_checkpointing == "full", "contradictions.py refuses all else"
+        assert computing.gradient_checkpointing == "full", "config/ refuses all else"
         _enable_gradient_checkpointing(inner)
     return model.to(device)
 
 
 def transformers_attention_dropout(section: TransformersSection) -> float:
-    """See kinds.attention_dropout."""
+    """See model.build.model_attention_dropout."""
     config = _transformers_config(section)
     return max(float(getattr(config, name, None) or 0.0) for name in ATTENTION_DROPOUTS)
 
 
 def _transformers_config(section: TransformersSection) -> Any:
-    """The config object of the class. Its own constructor would take a misspelt key for a new attribute."""
-    from transformers import CONFIG_MAPPING, AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    """The config object of the section's class. Errors: UserError for a class or a key that transformers lacks."""
+    from transformers import AutoConfig
 
-    kind = section.model_type
-    if kind not in CAUSAL:
-        known = kind in CONFIG_MAPPING
+    config_class = _find_config_class(section.model_type)
+    values = _collect_config_values(section, config_class)
+    try:
+        return AutoConfig.for_model(section.model_type, **values)
+    except Exception as error:  # TypeErrors, ValueErrors and those of huggingface_hub's strict dataclasses
+        raise _config_error(section, config_class, error) from error
+
+
+def _find_config_class(model_type: str) -> Any:
+    """Errors: UserError for a model type that is unknown, or no causal language model of text."""
+    from transformers import CONFIG_MAPPING
+
+    causal = causal_model_types()
+    if model_type not in causal:
+        known = model_type in CONFIG_MAPPING
         what = "a model_type without a causal language model" if known else "transformers knows no such model_type"
-        raise UserError(Problem(what, repr(kind), suggest_choice(kind, CAUSAL), "model.model_type"))
-    cls = CONFIG_MAPPING[kind]
-    keys, alias = inspect.signature(cls).parameters, dict(cls.attribute_map)
-    if alias.get("vocab_size", "vocab_size") not in keys:
+        raise UserError(Problem(what, repr(model_type), suggest_choice(model_type, causal), "model.model_type"))
+    config_class = CONFIG_MAPPING[model_type]
+    if _class_key(config_class, "vocab_size") not in inspect.signature(config_class).parameters:
         want = "a model of text alone, as llama, or the text part of this one, as gemma3_text"
-        raise UserError(Problem("this model_type takes no vocab_size", repr(kind), want, "model.model_type"))
-    values: dict[str, Any] = {alias.get("vocab_size", "vocab_size"): section.vocab_size}
-    positions = alias.get("max_position_embeddings", "max_position_embeddings")
+        raise UserError(Problem("this model_type takes no vocab_size", repr(model_type), want, "model.model_type"))
+    return config_class
+
+
+def _class_key(config_class: Any, key: str) -> str:
+    """The class's own name for a key, as GPT-2 says n_positions."""
+    return config_class.attribute_map.get(key, key)
+
+
+def _collect_config_values(section: TransformersSection, config_class: Any) -> dict[str, Any]:
+    """The arguments of the config. The class itself would take a misspelt key for a new attribute.
+
+    Errors: UserError for each key that is unknown, set twice, or set elsewhere in the recipe; and for too many blocks.
+    """
+    keys = inspect.signature(config_class).parameters
+    values: dict[str, Any] = {_class_key(config_class, "vocab_size"): section.vocab_size}
+    positions = _class_key(config_class, "max_position_embeddings")
     if positions in keys:  # else nothing in the class depends on them: state spaces, ALiBi
         values[positions] = section.max_position_embeddings
-    legal = {*keys, *alias, *(OLD_ROPE_KEYS if "rope_parameters" in keys else ())}
+    legal = {*keys, *config_class.attribute_map}
+    if "rope_parameters" in keys:
+        legal |= set(OLD_ROPE_KEYS)
     problems: list[Problem] = []
     for key, value in section.config.items():
-        name, where = alias.get(key, key), f"model.config.{key}"
+        name = _class_key(config_class, key)
+        where = f"model.config.{key}"
         if key in SET_ELSEWHERE:
-            problems.append(Problem(f"{key} is not the model's to say", repr(value), SET_ELSEWHERE[key], where))
+            problems.append(Problem(f"{key} is set elsewhere in the recipe", repr(value), SET_ELSEWHERE[key], where))
         elif key == "output_router_logits" and value:
             problems.append(Problem("the loss is the cross entropy alone", f"{key}: true", "false", where))
         elif name in values:
@@ -177,18 +221,16 @@ def _transformers_config(section: TransformersSection) -> Any:
         values[name] = value
     if problems:
         raise UserError(*problems)
-    # Special ids are the tokenizer's. Of a class's own pad_token_id, often 0 or 1, the embedding would get no gradient;
-    # here that is a token like any other, for rows are full and nothing is padding.
-    optional = {name for name in SPECIAL_IDS if name in keys and "None" in str(keys[name].annotation)}
-    values = dict.fromkeys(optional) | values
-    layers = alias.get("num_hidden_layers", "num_hidden_layers")
+    layers = _class_key(config_class, "num_hidden_layers")
     if isinstance(values.get(layers), int) and values[layers] > MAX_LAYERS:
         want = f"at most {MAX_LAYERS:,}"
         raise UserError(Problem("too many blocks", f"{values[layers]:,}", want, f"model.config.{layers}"))
-    try:
-        return AutoConfig.for_model(kind, **values)
-    except Exception as error:  # TypeErrors, ValueErrors and those of huggingface_hub's strict dataclasses
-        raise _config_error(section, cls, error) from error
+    # Special ids are the tokenizer's. Of a class's own pad_token_id, often 0 or 1, the embedding would get no gradient;
+    # here that is a token like any other, for rows are full and nothing is padding.
+    for name in SPECIAL_IDS:
+        if name in keys and "None" in str(keys[name].annotation):
+            values.setdefault(name, None)
+    return values
 
 
 def _config_error(section: TransformersSection, config: Any, error: Exception) -> UserError:
@@ -197,9 +239,9 @@ def _config_error(section: TransformersSection, config: Any, error: Exception) -
     name = (config if isinstance(config, type) else type(config)).__name__
     field = re.search(r"[Ff]ield '(\w+)'", f"{error} {cause}")
     key = f"model.config.{field[1]}" if field else "model.config"
-    said = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+    saw = f"{type(cause).__name__}: {_first_line(cause)}"
     what = f"transformers refuses this config of {section.model_type}"
-    return UserError(Problem(what, said, f"values that {name} takes", key))
+    return UserError(Problem(what, saw, f"values that {name} takes", key))
 
 
 @torch.no_grad()
@@ -212,13 +254,14 @@ def _check_causality(model: HuggingFaceModel) -> None:
     ids_BT[1, -1] = model.section.vocab_size - 1
     model.eval()  # no dropout, so no random number is drawn
     try:
-        ours, theirs = model(ids_BT)[:, :-1]
+        before, after = model(ids_BT)[:, :-1]
     except Exception as error:
         raise _config_error(model.section, model.inner.config, error) from error
     model.train()
-    if (ours - theirs).abs().max() > 1e-4 * ours.abs().max():
-        saw, want = "logits that depend on a later token", "a causal model, which some are with is_decoder: true"
-        raise UserError(Problem(f"{model.section.model_type} sees the future", saw, want, "model.config"))
+    if _logits_differ(before, after):
+        want = "a causal model, which some are with is_decoder: true"
+        what = f"{model.section.model_type} sees the future"
+        raise UserError(Problem(what, "logits that depend on a later token", want, "model.config"))
 
 
 @torch.no_grad()
@@ -228,19 +271,28 @@ def _check_document_mask(model: HuggingFaceModel) -> None:
     That a class takes positions does not mean that it masks by them, nor that all its layers are attention.
     """
     positions_BT = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0, 1, 2]], device=model.device)
-    second_BT = (positions_BT == 0).cumsum(1) == 2
+    in_second_BT = (positions_BT == 0).cumsum(1) == 2
     ids_BT = torch.zeros_like(positions_BT)
-    changed_BT = ids_BT.masked_fill(~second_BT, model.section.vocab_size - 1)
+    changed_BT = ids_BT.masked_fill(~in_second_BT, model.section.vocab_size - 1)
     model.eval()
     try:
-        before, after = (model(ids, positions_BT=positions_BT)[second_BT] for ids in (ids_BT, changed_BT))
+        before = model(ids_BT, positions_BT=positions_BT)[in_second_BT]
+        after = model(changed_BT, positions_BT=positions_BT)[in_second_BT]
     except Exception as error:
-        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise _document_mask_error(model.section, said) from error
+        raise _document_mask_error(model.section, f"{type(error).__name__}: {_first_line(error)}") from error
     model.train()
-    if (before - after).abs().max() > 1e-4 * before.abs().max():
-        kernel = model.inner.config._attn_implementation  # on another, it may do
+    if _logits_differ(before, after):
+        kernel = attention_implementation(model.inner)  # on another, it may do
         raise _document_mask_error(model.section, f"logits that depend on the document before, on {kernel}")
+
+
+def _logits_differ(before: Tensor, after: Tensor) -> bool:
+    """Whether they differ by more than rounding."""
+    return bool((before - after).abs().max() > 1e-4 * before.abs().max())
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _document_mask_error(section: TransformersSection, saw: str) -> UserError:
@@ -250,19 +302,21 @@ def _document_mask_error(section: TransformersSection, saw: str) -> UserError:
 
 def _enable_flash_attention(inner: Any, kernel: AttentionKernel) -> None:
     """Let the model run on FlashAttention. Errors: UserError where its class cannot."""
-    module = str(getattr(kernel.flash, "__module__", ""))
-    name = "flash_attention_3" if module.startswith("flash_attn_interface") else "flash_attention_2"
-    compatible = getattr(inner, "_compatible_flash_implementations", None)
+
+    def cannot(saw: str) -> UserError:
+        return _attention_kernel_error(type(inner), kernel, saw, "sdpa or math")
+
+    package = str(getattr(kernel.flash, "__module__", ""))
+    name = "flash_attention_3" if package.startswith("flash_attn_interface") else "flash_attention_2"
+    compatible = compatible_flash_implementations(inner)
     if compatible is not None and name not in compatible:  # transformers would fetch one of these from the Hub
-        raise _attention_kernel_error(type(inner), kernel, f"it takes {', '.join(compatible)} only", "sdpa or math")
+        raise cannot(f"it takes {', '.join(compatible)} only")
     try:
         inner.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
-        raise _attention_kernel_error(type(inner), kernel, str(error).partition("\n")[0], "sdpa or math") from error
-    if inner.config._attn_implementation != name:  # some classes only log that they cannot change
-        raise _attention_kernel_error(
-            type(inner), kernel, f"it stays with {inner.config._attn_implementation}", "sdpa or math"
-        )
+        raise cannot(_first_line(error)) from error
+    if attention_implementation(inner) != name:  # some classes only log that they cannot change
+        raise cannot(f"it stays with {attention_implementation(inner)}")
 
 
 def _attention_kernel_error(cls: type, kernel: AttentionKernel, saw: str, want: str) -> UserError:
@@ -276,6 +330,5 @@ def _enable_gradient_checkpointing(inner: Any) -> None:
     try:
         enable({"use_reentrant": False})
     except ValueError as error:
-        saw = str(error).partition("\n")[0]
         what = f"{type(inner).__name__} cannot recompute its blocks"
-        raise UserError(Problem(what, saw, "none", "engine.gradient_checkpointing")) from error
+        raise UserError(Problem(what, _first_line(error), "none", "engine.gradient_checkpointing")) from error

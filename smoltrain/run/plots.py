@@ -1,6 +1,6 @@
-"""Pictures as PNG files. matplotlib's object interface throughout: no window, no global state.
+"""A run's curves and plan as PNG files. matplotlib's object interface throughout: no window, no global state.
 
-It is imported when something is drawn: training, which draws at its end, would begin half a second later.
+matplotlib is imported when something is drawn: training, which draws at its end, would begin half a second later.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smoltrain.errors import Problem, UserError
-from smoltrain.files import read_jsonl
+from smoltrain.files import METRICS_FILE, read_jsonl
 from smoltrain.schedule import Plan
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREY, GREEN = "#2a6fb0", "#d1661f", "#5f6b76", "#3c7d4f"
+BLUE = "#2a6fb0"
+ORANGE = "#d1661f"
+GREY = "#5f6b76"
+GREEN = "#3c7d4f"
 PHASE_COLORS = ("#e6eef7", "#fbeed6", "#e4f2e3", "#f3e6f2")  # one per phase, in turn
 
 
@@ -27,7 +30,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
 
     figure = Figure(figsize=(9, 4.8), dpi=140, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
-    steps = plan.sampled()
+    steps = steps_to_plot(plan)
     edges = [step - 0.5 for step in (*steps, plan.last_step + 1)]
     for axes, values, color, label in (
         (upper, [plan.lr(step) for step in steps], BLUE, "learning rate"),
@@ -41,6 +44,18 @@ def draw_plan(plan: Plan, path: Path) -> None:
     _save_figure(figure, upper, lower, path)
 
 
+def steps_to_plot(plan: Plan, most: int = 4000) -> list[int]:
+    """Steps to show, in order: all of a phase, or about `most`, with its ends and those of warm-up and decay."""
+    steps: set[int] = set()
+    for phase in plan.phases:
+        inside = range(phase.first, phase.last + 1)
+        warm = phase.first + phase.spec.warmup_steps  # the first step after warm-up
+        stable = phase.last - phase.spec.decay_steps  # the last step before the decay
+        steps.update(inside[:: max(1, len(inside) // most)], (phase.first, phase.last))
+        steps.update(step for step in (warm - 1, warm, stable, stable + 1) if step in inside)
+    return sorted(steps)
+
+
 def draw_run(plan: Plan, run: Path) -> list[Path]:
     """Draw a run's metrics.jsonl under run/plots: loss.png, and training.png with every panel; the files written.
 
@@ -48,17 +63,20 @@ def draw_run(plan: Plan, run: Path) -> list[Path]:
     """
     from matplotlib.figure import Figure
 
-    metrics = _read_metrics(run / "metrics.jsonl")
+    metrics = _read_metrics(run / METRICS_FILE)
+    panels_of_file = {"loss.png": PANELS[:1], "training.png": PANELS}
+    if not len(metrics.series("data/unique_documents")[0]):  # older versions of smoltrain did not count them
+        panels_of_file["training.png"] = PANELS[:-1]
     written = []
-    counted = len(metrics.series("data/unique_documents")[0])  # not by older versions of smoltrain
-    for name, panels in (("loss.png", PANELS[:1]), ("training.png", PANELS if counted else PANELS[:-1])):
+    for name, panels in panels_of_file.items():
         figure = Figure(figsize=(9, 3.6 + 1.45 * (len(panels) - 1)), dpi=140, layout="constrained")
         heights = [3.6 if draw is _plot_loss else 1.45 for draw in panels]
         column = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
         for axes, draw in zip(column, panels, strict=True):
             _shade_phases(axes, plan)
             draw(axes, metrics)
-            axes.set_xlim(metrics.first_step - 0.5, plan.last_step + 0.5)
+            first_step = metrics.lines[0]["step"]  # past 1 where the run went on from another one
+            axes.set_xlim(first_step - 0.5, plan.last_step + 0.5)
         figure.align_ylabels()
         _save_figure(figure, column[0], column[-1], run / "plots" / name)
         written.append(run / "plots" / name)
@@ -71,22 +89,19 @@ class RunMetrics:
 
     lines: list[dict[str, Any]]
 
-    @property
-    def first_step(self) -> int:
-        """The first step that was logged; past 1 where the run went on from another one."""
-        return self.lines[0]["step"]
-
     def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """(steps, values) of one name."""
-        found = [(line["step"], line[name]) for line in self.lines if name in line]
-        steps, values = zip(*found, strict=True) if found else ((), ())
+        lines = [line for line in self.lines if name in line]
+        steps = [line["step"] for line in lines]
+        values = [line[name] for line in lines]
         return np.asarray(steps, np.int64), np.asarray(values, np.float64)
 
 
 def _read_metrics(path: Path) -> RunMetrics:
-    if lines := list(read_jsonl(path)):
-        return RunMetrics(lines)
-    raise UserError(Problem("there is nothing to draw yet", f"no step in {path}", "a run that trained", "RUN"))
+    lines = list(read_jsonl(path))
+    if not lines:
+        raise UserError(Problem("there is nothing to draw yet", f"no step in {path}", "a run that trained", "RUN"))
+    return RunMetrics(lines)
 
 
 def running_median(values: np.ndarray, width: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A run's folder: config.yaml with a record of every start, and whether this start may go on with it."""
+"""A run's folder: its lock, config.yaml with a record of every start, and whether this start may go on with it."""
 
 import datetime
 import errno
@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from smoltrain import files
 from smoltrain.checkpoint.identity import (
+    ConfigDifference,
     RunIdentity,
     check_checkpoint_identity,
     find_config_differences,
@@ -31,8 +32,9 @@ from smoltrain.errors import Problem, UserError
 if TYPE_CHECKING:
     from smoltrain.checkpoint.manifest import Manifest
 
+SAMPLES_FILE = "samples.jsonl"
 SPIKES_FILE = "spikes.jsonl"
-MAX_STARTS = 200  # that provenance keeps: the first one and the newest
+MAX_STARTS = 200  # that provenance keeps: the first one and the newest ones
 UNWRITABLE_ERRORS = {
     errno.EACCES: "a folder that this user may write",
     errno.EPERM: "a folder that this user may write",
@@ -43,7 +45,7 @@ PACKAGES = ("torch", "deepspeed", "tokenizers", "wandb", "numpy")
 
 @dataclass(frozen=True)
 class RunFolder:
-    """runs/NAME: its path, and the facts that were settled at the first start."""
+    """runs/NAME: its path, the facts of its first start, and what this start changes."""
 
     path: Path
     rows_per_step: int
@@ -52,20 +54,33 @@ class RunFolder:
     changes: tuple[str, ...] = ()  # of the config since the last start, as far as they may move a number
 
 
-def lock_run_folder(config: Config, patience_s: float = 40.0) -> FileLock | None:
-    """The right to write to a run's folder, which no two processes have; it ends with the process, however that ends.
+@dataclass(frozen=True)
+class PastRun:
+    """What is written down of the starts before this one: in the run's own config.yaml, or in its ancestor's."""
 
-    Waits a while for one that is leaving. Errors: UserError if another one keeps it. None where locks are unknown.
+    path: Path  # of that config.yaml
+    provenance: dict[str, Any]
+    identity: RunIdentity
+    differences: list[ConfigDifference] | None  # to the config of this start; None where config.yaml was lost
+
+
+def lock_run_folder(config: Config, patience_s: float = 40.0) -> FileLock | None:
+    """Take the run's lock file, which no two processes hold; it is free again when this one ends, however that ends.
+
+    Waits `patience_s` for a process that is leaving. None on a file system without locks. Errors: UserError if another
+    process keeps it, or the folder cannot be written.
     """
     lock = FileLock(config.run.folder / f".{config.run.name}.lock")
     try:
         config.run.folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=patience_s, poll_interval=0.2)
     except Timeout:
-        what, want = "another process trains this run", "one at a time"
-        raise UserError(Problem(what, str(lock.lock_file), want, "run.name, or end the other one")) from None
+        what = "another process trains this run"
+        change = "run.name, or end the other one"
+        raise UserError(Problem(what, str(lock.lock_file), "one at a time", change)) from None
     except OSError as error:
-        if want := UNWRITABLE_ERRORS.get(error.errno or 0):
+        want = UNWRITABLE_ERRORS.get(error.errno or 0)
+        if want:
             raise UserError(Problem("the run cannot be written there", str(error), want, "run.folder")) from None
         if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some network file systems have none
             return None
@@ -76,42 +91,17 @@ def lock_run_folder(config: Config, patience_s: float = 40.0) -> FileLock | None
 def check_run_folder(
     config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None
 ) -> dict[str, Any]:
-    """The provenance that this start would write: rows_per_step, run_id, wandb_id and one entry per start.
+    """Whether a run may go on after `done` steps; the provenance that this start would write.
 
-    `manifest` is that of the checkpoint to go on from, which tells of its run. A new run that goes on from an
-    `ancestor`, another run's folder, is held to that one's identity and past plan. Where config.yaml was lost, the
-    checkpoint alone is what a run is held to. Errors: UserError showing every difference when the folder belongs to
-    another model, tokenizer, data or past plan, or when config.yaml does not agree with the checkpoint.
+    That has rows_per_step, run_id, wandb_id and one entry per start. `manifest` is that of the checkpoint to go on
+    from, which tells of its run. A new run that goes on from an `ancestor`, another run's folder, is held to that one's
+    identity and past plan. Where config.yaml was lost, the checkpoint alone is what a run is held to.
+    Errors: UserError showing every difference when the folder belongs to another model, tokenizer, data or past plan,
+    or when config.yaml does not agree with the checkpoint.
     """
-    path = config.run_folder / CONFIG_FILE
-    start: dict[str, Any] = {
-        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "from_step": done,
-        "ranks": world_size,
-        "git_commit": _git_commit(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-    }
-    fresh = {"run_id": secrets.token_hex(8), "wandb_id": secrets.token_hex(4)}
-    before = path if path.exists() or not ancestor else ancestor / CONFIG_FILE
-    change = f"{before.parent} belongs to another run: take back the change, or choose another run.name"
-    if before.exists():
-        old, provenance = read_run_config(before), read_provenance(before)
-        was = make_run_identity(old, provenance["rows_per_step"], provenance["run_id"])
-        if manifest:
-            check_checkpoint_identity(manifest, before)
-        start["changes"] = format_differences(find_config_differences(old, config))
-    elif manifest:
-        was, provenance = manifest.identity, {"wandb_id": manifest.wandb_id, "starts": []}
-        provenance["run_id"] = was["run_id"]
-        start["lost"] = f"{CONFIG_FILE}, before this start"
-    else:
-        return {"rows_per_step": config.batch.rows(world_size), **fresh, "starts": [start]}
-    if problems := find_forbidden_changes(was, config, done, change):
-        raise UserError(*problems)
-    if before != path:
-        return {"rows_per_step": was["rows_per_step"], **fresh, "starts": [start]}
-    first, *others = [*provenance["starts"], start]
-    return {**fresh, **provenance, "rows_per_step": was["rows_per_step"], "starts": [first, *others[1 - MAX_STARTS :]]}
+    past = _read_past(config, ancestor, manifest)
+    _check_against_past(config, done, past, manifest)
+    return _build_provenance(config, world_size, done, past)
 
 
 def enter_run_folder(
@@ -119,25 +109,80 @@ def enter_run_folder(
 ) -> RunFolder:
     """Create or re-enter the folder after `done` steps; config.yaml then holds this start's config and provenance.
 
-    Errors: those of `check` and of `accumulation`; nothing has been written then.
+    Errors: those of `check_run_folder` and of `accumulation_steps`; nothing has been written then.
     """
-    path = config.run_folder / CONFIG_FILE
-    changes: list[str] = []
-    provenance = check_run_folder(config, world_size, done, ancestor, manifest)
+    past = _read_past(config, ancestor, manifest)
+    _check_against_past(config, done, past, manifest)
+    provenance = _build_provenance(config, world_size, done, past)
     rows = provenance["rows_per_step"]
     accumulation_steps(config, rows, world_size)
-    if (before := path if path.exists() or not ancestor else ancestor / CONFIG_FILE).exists():
-        told = [
-            change for change in find_config_differences(read_run_config(before), config) if is_announced(change[0])
-        ]
-        changes = [*filter(None, [find_config_damage(before.parent)]), *format_differences(told)]
-    elif manifest:
-        changes = [f"{path} was gone; it is written anew, held to what the checkpoint says of its run"]
+    path = config.run_folder / CONFIG_FILE
+    changes = _describe_changes(path, past)  # of config.yaml as it is, before it is written anew
     config.run_folder.mkdir(parents=True, exist_ok=True)
     text = dump_yaml(redacted_config(config) | {"provenance": provenance})
     files.write_text_file(path, text + config_digest_line(text))
     own = make_run_identity(config, rows, provenance["run_id"])
-    return RunFolder(config.run_folder, rows, provenance["wandb_id"], own, tuple(changes))
+    return RunFolder(config.run_folder, rows, provenance["wandb_id"], own, changes)
+
+
+def _read_past(config: Config, ancestor: Path | None, manifest: "Manifest | None") -> PastRun | None:
+    """What a start is held to; None for a run that begins."""
+    path = config.run_folder / CONFIG_FILE
+    if ancestor and not path.exists():
+        path = ancestor / CONFIG_FILE
+    if path.exists():
+        old = read_run_config(path)
+        provenance = read_provenance(path)
+        identity = make_run_identity(old, provenance["rows_per_step"], provenance["run_id"])
+        return PastRun(path, provenance, identity, find_config_differences(old, config))
+    if manifest:
+        provenance = {"run_id": manifest.identity["run_id"], "wandb_id": manifest.wandb_id, "starts": []}
+        return PastRun(path, provenance, manifest.identity, differences=None)
+    return None
+
+
+def _check_against_past(config: Config, done: int, past: PastRun | None, manifest: "Manifest | None") -> None:
+    """Errors: UserError, as `check_run_folder`."""
+    if past is None:
+        return
+    if manifest and past.differences is not None:
+        check_checkpoint_identity(manifest, past.identity, past.path)
+    change = f"{past.path.parent} belongs to another run: take back the change, or choose another run.name"
+    problems = find_forbidden_changes(past.identity, config, done, change)
+    if problems:
+        raise UserError(*problems)
+
+
+def _build_provenance(config: Config, world_size: int, done: int, past: PastRun | None) -> dict[str, Any]:
+    """What config.yaml will say of the run's starts, this one included."""
+    start: dict[str, Any] = {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "from_step": done,
+        "ranks": world_size,
+        "git_commit": _git_commit(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+    if past and past.differences is not None:
+        start["changes"] = format_differences(past.differences)
+    elif past:
+        start["lost"] = f"{CONFIG_FILE}, before this start"
+    rows = past.identity["rows_per_step"] if past else config.batch.rows(world_size)
+    if past is None or past.path.parent != config.run_folder:  # a new run, perhaps with an ancestor
+        ids = {"run_id": secrets.token_hex(8), "wandb_id": secrets.token_hex(4)}
+        return {"rows_per_step": rows, **ids, "starts": [start]}
+    first, *others = [*past.provenance["starts"], start]
+    return past.provenance | {"rows_per_step": rows, "starts": [first, *others[1 - MAX_STARTS :]]}
+
+
+def _describe_changes(path: Path, past: PastRun | None) -> tuple[str, ...]:
+    """What the console says of changes since the last start; `path` is that of the run's own config.yaml."""
+    if past is None:
+        return ()
+    if past.differences is None:
+        return (f"{path} was gone; it is written anew, held to what the checkpoint says of its run",)
+    damage = find_config_damage(past.path.parent)
+    announced = [difference for difference in past.differences if is_announced(difference.key)]
+    return (*([damage] if damage else []), *format_differences(announced))
 
 
 def accumulation_steps(config: Config, rows_per_step: int, world_size: int) -> int:
@@ -145,26 +190,30 @@ def accumulation_steps(config: Config, rows_per_step: int, world_size: int) -> i
 
     Errors: UserError naming the worlds that fit.
     """
-    micro = config.batch.micro_batch_rows
-    if rows_per_step % (micro * world_size):
-        whole = rows_per_step // micro if rows_per_step % micro == 0 else 0
-        small = [n for n in range(1, math.isqrt(whole) + 1) if whole % n == 0]
-        fits = sorted({*small, *(whole // n for n in small)})
-        want = f"one of {', '.join(map(str, fits))} ranks" if fits else f"a micro-batch that divides {rows_per_step}"
-        saw = f"{world_size} ranks x micro_batch {micro}"
-        what = f"{rows_per_step} rows per step do not divide evenly"
-        raise UserError(Problem(what, saw, want, "batch.micro_batch, or the number of ranks"))
-    return rows_per_step // (micro * world_size)
+    micro_batch = config.batch.micro_batch_rows
+    if rows_per_step % (micro_batch * world_size) == 0:
+        return rows_per_step // (micro_batch * world_size)
+    want = f"a micro-batch that divides {rows_per_step}"
+    if rows_per_step % micro_batch == 0:
+        num_micro_batches = rows_per_step // micro_batch
+        small = [n for n in range(1, math.isqrt(num_micro_batches) + 1) if num_micro_batches % n == 0]
+        divisors = sorted({*small, *(num_micro_batches // n for n in small)})
+        want = f"one of {', '.join(map(str, divisors))} ranks"
+    what = f"{rows_per_step} rows per step do not divide evenly"
+    saw = f"{world_size} ranks x micro_batch {micro_batch}"
+    raise UserError(Problem(what, saw, want, "batch.micro_batch, or the number of ranks"))
 
 
 def _git_commit() -> str:
     """The commit of smoltrain's own checkout, with '+' if it has local changes; 'unknown' outside of git."""
-    here = Path(__file__).parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        folder = Path(__file__).parent
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        commit = git("rev-parse", "HEAD")
+        has_changes = bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{commit}{'+' if has_changes else ''}"

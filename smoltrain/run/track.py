@@ -1,4 +1,4 @@
-"""What a run writes down: console, metrics.jsonl, samples.jsonl, and W&B through wandb_run.py.
+"""What a run logs: console, metrics.jsonl, samples.jsonl, and W&B through wandb_run.py.
 
 Rank 0 writes; the trackers of the other ranks take the same calls and keep silent, so the loop has no `if rank == 0`.
 """
@@ -8,9 +8,9 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,8 +20,9 @@ from smoltrain.config.schema import Config
 from smoltrain.console import take_console_warnings
 from smoltrain.engine.layer_gradients import LayerGradient
 from smoltrain.errors import DONE, FAULT
+from smoltrain.files import METRICS_FILE
 from smoltrain.redact import redact_text
-from smoltrain.run.run_folder import RunFolder
+from smoltrain.run.run_folder import SAMPLES_FILE, RunFolder
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.run.wandb_run import WandbRun
 
@@ -53,20 +54,15 @@ METRICS = {
     "validation/bits_per_byte": "validation loss in bits over the bytes (UTF-8) of its texts, spelled by an id or not",
 }
 SOURCE_TOKENS_PREFIX = "data/tokens_by_source/"  # + source: as data/tokens, of that source alone
-GRADIENT_NORM_PREFIX = (
-    "gradients/norm_before_clipping/"  # + layer: L2 norm of that layer's whole gradient, all ranks averaged
-)
-
-
-def open_tracker(config: Config, folder: RunFolder, rank: int, first_step: int, last_step: int) -> "Tracker":
-    """A tracker that goes on after `first_step`: later lines of an interrupted run are cut off the files."""
-    return Tracker(config, folder, rank, first_step, last_step)
+GRADIENT_NORM_PREFIX = "gradients/norm_before_clipping/"  # + layer: L2 norm of its gradient, averaged over all ranks
+SAMPLE_KEYS = ("step", "prompt", "text")
 
 
 class Tracker:
     """Console, files and W&B behind one small interface."""
 
     def __init__(self, config: Config, folder: RunFolder, rank: int, first_step: int, last_step: int) -> None:
+        """Go on after `first_step`: later lines of an interrupted run are cut off the files."""
         self._is_writer = rank == 0
         self._print_every = config.track.print_every
         self._log = open_rank_log(folder.path / "logs" / f"rank{rank}.log")
@@ -75,19 +71,18 @@ class Tracker:
         if not self._is_writer:
             return
         self._console = Console(highlight=False, soft_wrap=True)
-        self._progress = (
-            _start_progress_bar(self._console, first_step, last_step) if self._console.is_terminal else None
-        )
-        self._metrics = _reopen_jsonl(
-            folder.path / "metrics.jsonl", first_step, self.say, folder.path / UNDONE_METRICS_FILE
-        )
-        self._samples = _reopen_jsonl(folder.path / "samples.jsonl", first_step, self.say)
-        self._sample_table = _read_sample_rows(folder.path / "samples.jsonl")
+        self._progress: Progress | None = None
+        if self._console.is_terminal:
+            self._progress = _start_progress_bar(self._console, first_step, last_step)
+        undone = folder.path / UNDONE_METRICS_FILE
+        self._metrics, _ = _reopen_jsonl(folder.path / METRICS_FILE, first_step, self.say, undone=undone)
+        self._samples, lines = _reopen_jsonl(folder.path / SAMPLES_FILE, first_step, self.say, keys=SAMPLE_KEYS)
+        self._sample_table = [[line.value[key] for key in SAMPLE_KEYS] for line in lines]
         self._wandb = WandbRun(config, folder, first_step, self.say)
-        self.chosen("W&B", self._wandb.words)
+        self.say_choice("W&B", self._wandb.description)
 
     def say(self, text: str) -> None:
-        """One line for the person who watches."""
+        """Print a line on rank 0's console, without the secrets of URLs; every rank's goes to its own log."""
         text = redact_text(text)
         self._log.info(text)
         if self._is_writer:
@@ -95,13 +90,13 @@ class Tracker:
         for line in take_console_warnings():
             self._log.warning(line)
 
-    def chosen(self, what: str, value: str) -> None:
-        """One line on a choice and its reason."""
+    def say_choice(self, what: str, value: str) -> None:
+        """One line on what was chosen, with its reason."""
         self.say(f"{what:<22} {value}")
 
-    def step(self, step: int, last_step: int, phase: str, metrics: dict[str, float | str]) -> None:
+    def log_step(self, step: int, last_step: int, phase: str, metrics: dict[str, float | str]) -> None:
         """Everything measured at a training step: files and W&B always, the console at its cadence."""
-        self.metrics(step, metrics)
+        self.log_metrics(step, metrics)
         if not self._is_writer:
             return
         if self._progress:
@@ -109,8 +104,8 @@ class Tracker:
         if step % self._print_every == 0 or step == last_step:
             self.say(format_console_line(step, last_step, phase, metrics))
 
-    def metrics(self, step: int, metrics: dict[str, float | str]) -> None:
-        """Numbers by name. Errors: KeyError for a name that METRICS does not define."""
+    def log_metrics(self, step: int, metrics: dict[str, float | str]) -> None:
+        """Values by name, to metrics.jsonl and W&B. Errors: KeyError for a name that METRICS does not define."""
         for name in metrics:
             if name not in METRICS and not name.startswith((GRADIENT_NORM_PREFIX, SOURCE_TOKENS_PREFIX)):
                 raise KeyError(f"{name} is not in track.METRICS")
@@ -118,32 +113,31 @@ class Tracker:
             return
         line = {"step": step, "time_s": round(time.time(), 3), **metrics}
         self._metrics.write(files.format_json_line(line))
-        self._metrics.flush()
+        self._metrics.flush()  # a kill of this process loses no step that was logged
         if self._wandb:
-            numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
-            self._wandb.log(step, numbers, rows=str(metrics.get("data/ledger", "")))
+            self._wandb.log(step, metrics)
 
-    def validation(self, step: int, loss: float, bits_per_byte: float) -> None:
+    def log_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
         """The loss on the held-out rows, nats per token, and what follows from it."""
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        numbers = {"loss_nats_per_token": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
-        self.metrics(step, {f"validation/{name}": value for name, value in numbers.items()})
-        in_words = f"loss {loss:.4f}, perplexity {perplexity:,.1f}, {bits_per_byte:.3f} bits per byte"
-        self.say(f"validation at step {step}: {in_words}")
+        perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows a float at 710
+        values = {"loss_nats_per_token": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
+        self.log_metrics(step, {f"validation/{name}": value for name, value in values.items()})
+        numbers = f"loss {loss:.4f}, perplexity {perplexity:,.1f}, {bits_per_byte:.3f} bits per byte"
+        self.say(f"validation at step {step}: {numbers}")
 
-    def warn_once(self, kind: str, text: str) -> None:
-        """A warning, the first time that there is one of its kind; '' is none."""
+    def warn_once(self, kind: str, text: str | None) -> None:
+        """Say a warning, if there is one and it is the first of its kind."""
         if text and kind not in self._warned_kinds:
             self._warned_kinds.add(kind)
             self.say(text)
 
-    def gradients(self, step: int, layers: dict[str, LayerGradient]) -> None:
+    def log_gradients(self, step: int, layers: dict[str, LayerGradient]) -> None:
         """Norm of each layer everywhere, its histogram in W&B."""
-        self.metrics(step, {GRADIENT_NORM_PREFIX + name: layer.norm for name, layer in layers.items()})
+        self.log_metrics(step, {GRADIENT_NORM_PREFIX + name: layer.norm for name, layer in layers.items()})
         if self._wandb:
             self._wandb.log_histograms(step, layers)
 
-    def samples(self, step: int, texts: list[tuple[str, str]]) -> None:
+    def log_samples(self, step: int, texts: list[tuple[str, str]]) -> None:
         """(prompt, continuation) pairs: samples.jsonl, the console, a W&B table that grows with the run."""
         if not self._is_writer:
             return
@@ -151,17 +145,15 @@ class Tracker:
             self._samples.write(files.format_json_line({"step": step, "prompt": prompt, "text": text}))
             self._samples.flush()
             self._sample_table.append([step, prompt, text])
-            indented = "\n".join(
-                f"    {_replace_control_characters(line)}".rstrip() for line in (prompt + text).splitlines()
-            )
-            self.say(f"sample at step {step}:\n{indented}")
+            shown = [f"    {_replace_control_characters(line)}".rstrip() for line in (prompt + text).splitlines()]
+            self.say("\n".join([f"sample at step {step}:", *shown]))
         if self._wandb:
-            self._wandb.samples(step, self._sample_table)
+            self._wandb.log_samples(step, self._sample_table)
 
-    def model(self, step: int, weights: Path, *, ends_phase: bool) -> None:
+    def log_model(self, step: int, weights: Path, *, ends_phase: bool) -> None:
         """A published checkpoint's weights, for W&B where the recipe wants them there."""
         if self._wandb:
-            self._wandb.model(step, weights, ends_phase=ends_phase)
+            self._wandb.log_model(step, weights, ends_phase=ends_phase)
 
     def __enter__(self) -> "Tracker":
         return self
@@ -218,40 +210,42 @@ def _start_progress_bar(console: Console, first_step: int, last_step: int) -> Pr
     return progress
 
 
-def _reopen_jsonl(path: Path, step: int, say: Callable[[str], None], undone: Path | None = None) -> Any:
-    """Open a .jsonl for appending after `step`; what an interrupted run wrote beyond it is about to happen again.
+def _reopen_jsonl(
+    path: Path, step: int, say: Callable[[str], None], *, keys: Sequence[str] = ("step",), undone: Path | None = None
+) -> tuple[TextIO, list[files.JsonLine]]:
+    """Open a .jsonl for appending after `step`: (the file, the lines that it keeps).
 
-    It is kept in `undone`, if that is given. Damaged lines are set aside in a file of their own, which is said.
+    Lines of later steps, which an interrupted run wrote, are cut off, as those steps are done again; they are appended
+    to `undone`, if that is given. Damaged lines are set aside in a file of their own, which is said.
     """
-    lines = list(files.read_jsonl_lines(path))
-    beyond = [line for line in lines if not line.fault and line.value["step"] > step]
-    damaged = [line for line in lines if line.fault]
+    kept: list[files.JsonLine] = []
+    later: list[files.JsonLine] = []
+    damaged: list[files.JsonLine] = []
+    for line in files.read_jsonl_lines(path, keys):
+        if line.fault:
+            damaged.append(line)
+        elif line.value["step"] <= step:
+            kept.append(line)
+        else:
+            later.append(line)
     if undone:
-        _append_raw_lines(undone, beyond)
+        _append_lines(undone, later)
     if damaged:
         aside = path.with_suffix(".damaged")
-        _append_raw_lines(aside, damaged)
+        _append_lines(aside, damaged)
         say(f"WARNING: {files.describe_damaged_lines(path, damaged)}; set aside in {aside}")
-    if path.exists():
-        kept = [line for line in lines if not line.fault and line.value["step"] <= step]
-        files.write_text_file(path, b"".join(line.raw for line in kept).decode())
-    return path.open("a", encoding="utf-8")
+    files.keep_jsonl_lines(path, kept)  # last: a crash before leaves every line where it was
+    return path.open("a", encoding="utf-8"), kept
 
 
-def _append_raw_lines(path: Path, lines: list[files.JsonLine]) -> None:
+def _append_lines(path: Path, lines: list[files.JsonLine]) -> None:
     if lines:
         with path.open("ab") as file:
             file.writelines(line.raw for line in lines)
 
 
-def _read_sample_rows(path: Path) -> list[list[Any]]:
-    """What `_reopen` kept, which has said what is damaged."""
-    keys = ("step", "prompt", "text")
-    return [[line[key] for key in keys] for line in files.read_jsonl(path, keys, say=lambda _: None)]
-
-
 def open_rank_log(path: Path) -> logging.Logger:
-    """logs/rankN.log: what this rank said, and every warning of DeepSpeed and torch on it."""
+    """Open logs/rankN.log: what this rank says, and what DeepSpeed logs on it, which leaves the console."""
     path.parent.mkdir(parents=True, exist_ok=True)
     logging.raiseExceptions = False  # a full disk must not cover the console with tracebacks
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")

@@ -1,7 +1,7 @@
 """Which run of W&B a run folder writes to: the same one at every start, another one for a copy or another past.
 
-The folder's wandb.json remembers the run's id, where the folder lay, the plan that W&B saw and how far it was told.
-It is W&B's alone: what names the run in checkpoints and exports stays `wandb_id` of its provenance.
+The folder's wandb.json remembers the run's id, where the folder lay, and the plan and the steps that W&B was given.
+The id is W&B's alone: what names the run in checkpoints and exports stays `wandb_id` of its provenance.
 """
 
 import json
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from smoltrain import files
-from smoltrain.config.schema import Config, PhaseSection
+from smoltrain.config.schema import Config
 from smoltrain.run.run_folder import RunFolder
-from smoltrain.schedule import Plan, first_differing_step
+from smoltrain.schedule import Plan, first_differing_step, plan_from_phases
 
 WANDB_FILE = "wandb.json"
 UNDONE_METRICS_FILE = "metrics.undone.jsonl"  # lines of steps that were done again, after a kill or a rewind
@@ -23,7 +23,7 @@ STEP_SECTIONS = ("optimizer", "packing")  # sections that every step depends on,
 
 @dataclass(frozen=True)
 class WandbIdentity:
-    """What wandb.json holds."""
+    """What wandb.json holds: its keys are these names."""
 
     id: str
     folder: str  # where the run's folder lay, absolute
@@ -33,7 +33,7 @@ class WandbIdentity:
     open: bool = False  # a process gives it more; one that was killed leaves this behind
     undone: int = 0  # lines of metrics.undone.jsonl that are of earlier ids
     earlier: tuple[str, ...] = ()  # ids that this folder has written to before
-    why: str = field(default="", compare=False)  # an id was chosen, for the console; not kept
+    why: str | None = field(default=None, compare=False)  # a new id was chosen, for the console; not kept
 
     def write(self, folder: Path) -> None:
         """Keep it. Errors: OSError."""
@@ -44,21 +44,26 @@ class WandbIdentity:
 
 def choose_wandb_identity(config: Config, folder: RunFolder, first_step: int) -> WandbIdentity:
     """The id for a start that goes on after `first_step`, and the last step that W&B has been given under it."""
-    here, asked = folder.path.resolve(), config.track.wandb_id
+    here = folder.path.resolve()
+    asked = config.track.wandb_id
     plan = _plan_sections(config)
     fresh = WandbIdentity(asked or folder.wandb_id, str(here), plan, asked, undone=_count_undone_lines(here))
     before = read_wandb_identity(here)
-    if before is None and not asked and (here / "wandb").is_dir():  # written before there was a wandb.json
-        return replace(fresh, through=_last_logged_step(here, first_step, 0), undone=0)
     if before is None:
+        if not asked and (here / "wandb").is_dir():  # of a version without wandb.json: W&B was given what is logged
+            return replace(fresh, through=_last_logged_step(here, first_step, 0), undone=0)
         return fresh
-    earlier = (*before.earlier, before.id)
+    # Somebody asks for another id than at the last start.
     if asked and asked != before.asked:
-        return replace(fresh, earlier=earlier)
+        return replace(fresh, earlier=(*before.earlier, before.id))
+    # A copy would write into the original's curves.
     if not asked and _is_copied_folder(here, before):
         why = f"an id of its own: this folder is a copy of {before.folder}"
         return replace(fresh, id=secrets.token_hex(4), why=why)
-    through = _last_logged_step(here, max(before.through, first_step), before.undone) if before.open else before.through
+    through = before.through
+    if before.open:  # its process was killed, perhaps before it wrote down how far W&B was given the steps
+        through = _last_logged_step(here, max(through, first_step), before.undone)
+    # W&B takes back no step: one that it has and that is now trained otherwise needs a new run.
     change = _first_changed_step(before.plan, config, first_step)
     if change is not None and change <= through:
         why = f"a new id: steps {change} to {through} of {before.id} are of another plan"
@@ -74,16 +79,16 @@ def next_wandb_identity(before: WandbIdentity, folder: Path, why: str) -> WandbI
 
 
 def read_logged_digests(folder: Path, identity: WandbIdentity) -> dict[int, str]:
-    """The digest of all rows up to each step that was told under this id and will be done again."""
-    rows: dict[int, str] = {}
+    """By step, the digest of all rows up to it: of steps that W&B has under this id and that are done again."""
+    digests: dict[int, str] = {}
     for line in _read_undone_metrics(folder, identity.undone):
-        if digest := line.get("data/ledger"):
-            rows.setdefault(int(line["step"]), digest)  # the first time is what W&B keeps
-    return rows
+        if "data/ledger" in line:
+            digests.setdefault(line["step"], line["data/ledger"])  # the first time is what W&B keeps
+    return digests
 
 
 def read_wandb_identity(folder: Path) -> WandbIdentity | None:
-    """What a run's folder remembers, None if that is nothing that can be read."""
+    """What a run's folder remembers; None if there is no wandb.json that can be read."""
     try:
         return WandbIdentity(**json.loads((folder / WANDB_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -91,42 +96,41 @@ def read_wandb_identity(folder: Path) -> WandbIdentity | None:
 
 
 def _plan_sections(config: Config) -> dict[str, Any]:
+    """The sections of a config that say how each step is trained."""
     tree = config.model_dump(mode="json")
     return {key: tree[key] for key in ("phases", *STEP_SECTIONS)}
 
 
 def _is_copied_folder(here: Path, before: WandbIdentity) -> bool:
-    """Whether the folder that it was before is still there, and writes to the same run of W&B, or once did."""
+    """Whether the folder that `before` names is another one, still there, and writes to this run of W&B or once did."""
     there = Path(before.folder)
-    if there == here or (other := read_wandb_identity(there)) is None:
+    other = read_wandb_identity(there)
+    if there == here or other is None or there.samefile(here):
         return False
-    return before.id in (other.id, *other.earlier) and not there.samefile(here)
+    return before.id in (other.id, *other.earlier)
 
 
 def _first_changed_step(was: dict[str, Any], config: Config, after: int) -> int | None:
-    """The first step after `after` that is trained otherwise than W&B has been told, None if there is none."""
+    """The first step after `after` that is trained otherwise than `was` says; None if there is none."""
     now = _plan_sections(config)
     if any(was.get(key) != now[key] for key in STEP_SECTIONS):
         return after + 1
     try:
-        past = Plan(tuple(PhaseSection.model_validate(phase) for phase in was["phases"]))
-    except (KeyError, TypeError, ValueError):
+        past = plan_from_phases(was["phases"])
+    except (LookupError, TypeError, ValueError):  # it may be of another version
         return after + 1
     return first_differing_step(past, Plan(config.phases), after)
 
 
 def _last_logged_step(folder: Path, least: int, skip: int) -> int:
     """The last step that was logged, at least `least`."""
-    return max([least, *(told["step"] for told in _read_undone_metrics(folder, skip))])
+    return max([least, *(line["step"] for line in _read_undone_metrics(folder, skip))])
 
 
 def _read_undone_metrics(folder: Path, skip: int) -> list[dict[str, Any]]:
-    """What metrics.undone.jsonl tells of steps, behind so many lines; what is damaged there tells nothing."""
-    return [
-        line.value
-        for line in files.read_jsonl_lines(folder / UNDONE_METRICS_FILE)
-        if line.number > skip and not line.fault
-    ]
+    """The sound lines of metrics.undone.jsonl, without the first `skip`."""
+    lines = files.read_jsonl_lines(folder / UNDONE_METRICS_FILE)
+    return [line.value for line in lines if line.number > skip and not line.fault]
 
 
 def _count_undone_lines(folder: Path) -> int:

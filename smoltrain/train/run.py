@@ -35,7 +35,7 @@ from smoltrain.run.plots import draw_run
 from smoltrain.run.row_ledger import LEDGER_FILE, RowLedger
 from smoltrain.run.run_folder import accumulation_steps, check_run_folder, enter_run_folder, lock_run_folder
 from smoltrain.run.run_warnings import memorisation_warning, slow_data_warning
-from smoltrain.run.track import open_rank_log, open_tracker
+from smoltrain.run.track import Tracker, open_rank_log
 from smoltrain.schedule import Plan
 from smoltrain.train.evaluate import evaluate_loss
 from smoltrain.train.garbage import collect_between_steps
@@ -146,7 +146,7 @@ def train_from_checkpoint(config: Config, world: World, stop: StopFlag) -> int:
             world.run_on_first_rank(
                 lambda: copy_generation_config(begin, config, loader.prepared.tokenizer, notes.append)
             )
-        tracker = tracking.enter_context(open_tracker(config, folder, world.rank, done, last_step))
+        tracker = tracking.enter_context(Tracker(config, folder, world.rank, done, last_step))
         for note in notes:
             tracker.say(note)
         for what, value in (
@@ -162,11 +162,11 @@ def train_from_checkpoint(config: Config, world: World, stop: StopFlag) -> int:
             ("packing", PACKING_IN_WORDS[config.packing.document_mask]),
             ("plan", ", ".join(f"{p.name} {p.first}-{p.last}" for p in plan.phases)),
         ):
-            tracker.chosen(what, str(value))
+            tracker.say_choice(what, str(value))
         if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
             tracker.say("WARNING: CUDA_LAUNCH_BLOCKING is set: every kernel waits for the one before; unset it")
         if folder.changes:
-            tracker.chosen("changed", "; ".join(folder.changes))
+            tracker.say_choice("changed", "; ".join(folder.changes))
         if manifest:
             tracker.say(f"restored step {done} on {world.size} ranks, ledger {loader.ledger[:16]}")
         skipped = manifest.skipped_updates if manifest else 0
@@ -174,16 +174,14 @@ def train_from_checkpoint(config: Config, world: World, stop: StopFlag) -> int:
         if world.is_first:
             rows_ledger = RowLedger(folder.path / LEDGER_FILE, loader.rows_consumed)
             opened.callback(rows_ledger.close)
-            if rows_ledger.lost:
-                tracker.say(
-                    f"WARNING: {LEDGER_FILE} has lost {rows_ledger.lost:,} rows, as `smoltrain verify` will say"
-                )
+            if lost := rows_ledger.num_lost_rows:
+                tracker.say(f"WARNING: {LEDGER_FILE} has lost {lost:,} rows, as `smoltrain verify` will say")
         bytes_per_id = torch.from_numpy(loader.prepared.bytes_per_id())
         recent: deque[StepResult] = deque(maxlen=max(20, config.track.print_every))
         guard = SpikeGuard.open(folder.path, config.spikes, world, step=done)
         saver = CheckpointSaver(
             folder.path / "checkpoints", world, plan, config.checkpoint, say=tracker.say,
-            published=lambda step, path: tracker.model(step, path / WEIGHTS_FILE, ends_phase=plan.ends_phase(step)),
+            published=lambda step, path: tracker.log_model(step, path / WEIGHTS_FILE, ends_phase=plan.ends_phase(step)),
         )  # fmt: skip
         opened.callback(saver.close)
         opened.enter_context(publish_pending_on_error(saver))
@@ -193,18 +191,18 @@ def train_from_checkpoint(config: Config, world: World, stop: StopFlag) -> int:
             watch.mark("save")
             if rows_ledger:
                 rows_ledger.sync()
-            pause_s = saver.begin(
+            pause_s = saver.start_save(
                 step, wrapped, loader, skipped_updates=skipped, precision=chosen.precision, wandb_id=folder.wandb_id,
                 identity=folder.identity, validation_loss=validation_loss, validation_rows=config.evaluate.rows,
             )  # fmt: skip
-            tracker.metrics(step, {"speed/checkpoint_pause_s": pause_s})
+            tracker.log_metrics(step, {"speed/checkpoint_pause_s": pause_s})
 
         def validate(step: int) -> float | None:
             rows = loader.validation_batches(config.evaluate.rows)
             found = evaluate_loss(wrapped, rows, bytes_per_id, world, stop=stop.is_raised, mark=watch.mark)
             if found is None:  # asked to stop meanwhile: made up for at the next start
                 return None
-            tracker.validation(step, *found)
+            tracker.log_validation(step, *found)
             return found[0]
 
         if missed and validate(done) is None:
@@ -239,11 +237,11 @@ def train_from_checkpoint(config: Config, world: World, stop: StopFlag) -> int:
                 tracker.warn_once(
                     "slow data", slow_data_warning(mean(r.metrics["speed/data_wait_share"] for r in recent))
                 )
-            tracker.step(step, last_step, plan.phase(step).name, result.metrics | more)
+            tracker.log_step(step, last_step, plan.phase(step).name, result.metrics | more)
             for note in loader.health.take_notes():
                 tracker.say(note)
             if result.layers:
-                tracker.gradients(step, result.layers)
+                tracker.log_gradients(step, result.layers)
 
             validation_loss = validate(step) if plan.is_due(step, config.evaluate.every) else None
             if validation_loss is not None:
@@ -253,7 +251,7 @@ def train_from_checkpoint(config: Config, world: World, stop: StopFlag) -> int:
                 texts = sample_prompts(
                     wrapped, loader.prepared.tokenizer, config, world, stop=stop.is_raised, mark=watch.mark
                 )
-                tracker.samples(step, texts)
+                tracker.log_samples(step, texts)
 
             collect(step)
             watch.mark("reduction")

@@ -27,7 +27,6 @@ from smoltrain.checkpoint.manifest import (
     Manifest,
     read_manifest,
     step_folder,
-    verify_checkpoint,
     write_last_saved_step,
 )
 from smoltrain.config.config_file import CONFIG_FILE, find_config_damage, read_provenance
@@ -36,7 +35,7 @@ from smoltrain.config.schema import Config, MixedSource, ModelSection, PhaseSect
 from smoltrain.errors import UserError
 from smoltrain.inference.load import load_trained_model
 from smoltrain.run import run_folder
-from smoltrain.run.verify import _check_manifest, _find_lost_checkpoints, _open_run_reference
+from smoltrain.run.verify import _find_lost_checkpoints, inspect_checkpoint, open_run_reference
 from smoltrain.train.start import StartPoint, find_start_point
 from tests import folders, tiny
 
@@ -178,20 +177,19 @@ def test_a_config_that_its_checkpoint_denies_is_refused_everywhere(
         with pytest.raises(UserError, match=r"config\.yaml does not agree with the checkpoint of step 12") as caught:
             action()
         assert seen in str(caught.value)
-    manifest = verify_checkpoint(step_folder(run / "checkpoints", 12))
-    assert isinstance(manifest, Manifest)
-    _, faults = _check_manifest(_open_run_reference(run, False), manifest)
+    reference = open_run_reference(run, needs_data=False)
+    _, faults = inspect_checkpoint(reference, step_folder(run / "checkpoints", 12))
     assert any(seen in fault for fault in faults)
     assert (run / CONFIG_FILE).read_bytes() == before
 
 
 def test_any_flip_of_config_yaml_is_said(run: Path, original: Path) -> None:
     """The command's own values count, so a config.yaml that is damaged where nothing depends on it is mended."""
-    assert find_config_damage(run) == ""
+    assert find_config_damage(run) is None
     replaced(run, "print_every: 2", "print_every: 6")
-    assert find_config_damage(run).startswith(f"{run / CONFIG_FILE} is not what the run wrote")
+    assert (find_config_damage(run) or "").startswith(f"{run / CONFIG_FILE} is not what the run wrote")
     assert begun(command(run, original)).changes[0].startswith(f"{run / CONFIG_FILE} is not what the run wrote")
-    assert find_config_damage(run) == ""
+    assert find_config_damage(run) is None
     assert read_run_config(run / CONFIG_FILE).track.print_every == 2
 
 
@@ -317,7 +315,7 @@ def test_manifests_of_one_run_carry_its_identity(run: Path, original: Path) -> N
     assert manifest.identity == make_run_identity(command(run, original), 4, provenance["run_id"])
     changed = dataclasses.replace(manifest, identity=manifest.identity | {"run_id": "x"})
     with pytest.raises(UserError, match="another run's"):
-        check_checkpoint_identity(changed, run / CONFIG_FILE)
+        check_checkpoint_identity(changed, manifest.identity, run / CONFIG_FILE)
 
 
 # ---- damage to provenance

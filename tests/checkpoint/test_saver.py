@@ -68,7 +68,7 @@ def save_steps(settings: Config, steps: list[int], keep_last: int) -> None:
     wrapped, loader, plan = trained(settings, 1)
     writer = saver_of(settings, plan, keep_last=keep_last)
     for step in steps:
-        writer.begin(step, wrapped, loader, **FACTS)
+        writer.start_save(step, wrapped, loader, **FACTS)
     writer.finish()
 
 
@@ -92,7 +92,7 @@ def losses_after(settings: Config, restored_from: int | None) -> tuple[list[floa
     if restored_from is None:
         wrapped, loader, plan = trained(settings, 3)
         writer = saver_of(settings, plan)
-        writer.begin(3, wrapped, loader, **FACTS)  # and the next steps are trained while it is written
+        writer.start_save(3, wrapped, loader, **FACTS)  # and the next steps are trained while it is written
     else:
         wrapped, loader, plan = trained(settings, 1)
         restore(settings, restored_from, wrapped, loader)
@@ -341,7 +341,7 @@ def saving_beside_training(settings: Config) -> dict[str, Any]:
     writer, go = saver_of(settings, plan), threading.Event()
     write, files.write_tensors = files.write_tensors, lambda *words: (here.is_first or go.wait(60), write(*words))
     try:
-        writer.begin(1, wrapped, loader, **FACTS)
+        writer.start_save(1, wrapped, loader, **FACTS)
         found: dict[str, Any] = {"at once": writer.poll(), "published early": list_checkpoint_steps(checkpoints)}
         found["weights then"] = wrapped.weights(keep=True)
         run_steps(range(2, 4), wrapped, loader, plan)
@@ -379,7 +379,7 @@ def failing_to_write(settings: Config) -> list[str]:
 
     files.write_tensors = slow if here.is_first else full
     try:
-        writer.begin(9, wrapped, loader, **FACTS)
+        writer.start_save(9, wrapped, loader, **FACTS)
         if not here.is_first:
             assert failed.wait(60)
         here.barrier()
@@ -391,7 +391,7 @@ def failing_to_write(settings: Config) -> list[str]:
         said.append(str(error))
     finally:
         files.write_tensors = write
-    writer.begin(9, wrapped, loader, **FACTS)
+    writer.start_save(9, wrapped, loader, **FACTS)
     writer.finish()
     return said
 

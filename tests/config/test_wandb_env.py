@@ -18,7 +18,7 @@ from smoltrain.config.wandb_env import (
     read_wandb_environment,
 )
 from smoltrain.run.run_folder import RunFolder
-from smoltrain.run.track import open_tracker
+from smoltrain.run.track import Tracker
 from smoltrain.run.wandb_run import resolve_wandb_mode
 from tests import tiny
 
@@ -123,7 +123,7 @@ def test_the_line_says_which_variable_was_heard_and_which_was_not(
     words = ["track.wandb=auto", "track.wandb_project=mine", "track.gradients_every=4"]
     settings = load_config("quickstart", [w for w in tiny.words(tmp_path, *words) if w != "track.wandb=off"])
     settings.run_folder.mkdir(parents=True)
-    open_tracker(settings, RunFolder(settings.run_folder, 4, "12345678"), 0, 0, 12).close(0)
+    Tracker(settings, RunFolder(settings.run_folder, 4, "12345678"), 0, 0, 12).close(0)
     assert capsys.readouterr().out == (
         "W&B                    offline, WANDB_MODE=OFFLINE; run id 12345678; track.wandb_project=mine by the command "
         "line, not by WANDB_PROJECT; track.wandb_entity=team by WANDB_ENTITY; track.wandb_tags=a,b by WANDB_TAGS; "

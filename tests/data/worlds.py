@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from smoltrain.config.schema import DataSection
-from smoltrain.data.documents.listing import list_shards
 from smoltrain.data.documents.retry import ReaderHealth
 from smoltrain.data.rows.loader import Loader, StepLayout, merge_loader_states
 from smoltrain.data.rows.row_source import CachedRowSource, RowSource, StreamedRowSource
@@ -16,6 +15,7 @@ from smoltrain.data.rows.streams import StreamedSource
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.prepared import PreparedData
 from smoltrain.data.tokens.token_files import MappedTokens
+from tests.data.documents.files import list_shards
 
 B, T, SEED = 12, 4, 7
 WORLDS = (1, 2, 3, 4, 6)

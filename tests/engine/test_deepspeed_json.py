@@ -5,13 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from smoltrain.config.load import DS_CONFIGS_FOLDER
 from smoltrain.config.schema import Config
-from smoltrain.engine.deepspeed_json import RECIPE_KEYS, fill_deepspeed_config, gradient_dtypes, zero_stage
+from smoltrain.engine.deepspeed_json import RECIPE_KEYS, fill_deepspeed_config, zero_stage
 from smoltrain.errors import UserError
-from smoltrain.kernels.precision import choose_precision
 from tests import tiny
 
 SHIPPED = sorted(path.stem for path in DS_CONFIGS_FOLDER.glob("*.json"))
@@ -165,38 +163,6 @@ def test_the_recipe_keys_exist(settings: Config) -> None:
     for key in RECIPE_KEYS.values():
         section, name = key.split(".")
         assert name in tree[section]
-
-
-# ---- precision
-
-
-@pytest.mark.parametrize(
-    ("requested", "precision", "reason"),
-    [
-        ("auto", "bf16", "auto, on a CPU"),
-        ("bf16", "bf16", "as the recipe asks"),
-        ("fp32", "fp32", "as the recipe asks"),
-        ("fp16", "bf16", "DeepSpeed cannot run it on a CPU"),
-    ],
-)
-def test_precision_on_a_cpu_and_its_reason(requested: str, precision: str, reason: str) -> None:
-    chosen, why = choose_precision(requested, torch.device("cpu"))
-    assert chosen == precision
-    assert reason in why
-
-
-@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "fp16")])
-def test_auto_asks_the_gpu(monkeypatch: pytest.MonkeyPatch, native: bool, precision: str) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: native)
-    assert choose_precision("auto", torch.device("cuda"))[0] == precision
-    assert choose_precision("fp16", torch.device("cuda"))[0] == "fp16"
-
-
-def test_what_is_said_of_dtypes_is_what_the_file_says() -> None:
-    tree = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    assert gradient_dtypes(tree, "bf16") == ("fp32", "fp32")
-    assert gradient_dtypes({}, "fp32") == ("fp32", "fp32")
-    assert str(gradient_dtypes({}, "fp16")) == "they add up in fp16 and travel in fp16"
 
 
 def test_gradients_are_not_logged_where_deepspeed_gives_them_under_other_names(settings: Config, tmp_path: Path):

@@ -106,10 +106,10 @@ def furthest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
 
 
 @pytest.mark.parametrize(
-    ("stage", "travel"), [(0, "auto"), (1, "step"), (1, "micro_batch"), (2, "step"), (2, "micro_batch"), (3, "auto")]
+    ("stage", "reduce"), [(0, "auto"), (1, "step"), (1, "micro_batch"), (2, "step"), (2, "micro_batch"), (3, "auto")]
 )
-def test_fp32_equals_plain_torch_at_every_zero_stage(tmp_path: Path, ranks: Any, stage: int, travel: str) -> None:
-    options = (f"engine.ds_config=zero{stage}", "engine.precision=fp32", f"engine.reduce_gradients={travel}")
+def test_fp32_equals_plain_torch_at_every_zero_stage(tmp_path: Path, ranks: Any, stage: int, reduce: str) -> None:
+    options = (f"engine.ds_config=zero{stage}", "engine.precision=fp32", f"engine.reduce_gradients={reduce}")
     settings = tiny.load(tmp_path, *PLAN, *options)
     prepare_run_data(settings)
     expected, expected_norms, expected_weights = plain_losses(settings, bf16=False, size=2)
@@ -123,12 +123,12 @@ def test_fp32_equals_plain_torch_at_every_zero_stage(tmp_path: Path, ranks: Any,
 # Clipping multiplies by a norm that DeepSpeed rounds to fp32: one unit in the last place of a master weight then now
 # and then falls on the other side of a bf16 rounding, which is 4e-3 of that weight. Without it nothing may differ.
 @pytest.mark.parametrize(("clipping", "tolerance"), [(0.0, 1e-8), (1.0, 5e-4)])
-@pytest.mark.parametrize(("stage", "travel"), [(1, "auto"), (2, "step"), (2, "micro_batch")])
+@pytest.mark.parametrize(("stage", "reduce"), [(1, "auto"), (2, "step"), (2, "micro_batch")])
 def test_bf16_with_fp32_accumulation_equals_plain_torch(
-    tmp_path: Path, ranks: Any, stage: int, travel: str, clipping: float, tolerance: float
+    tmp_path: Path, ranks: Any, stage: int, reduce: str, clipping: float, tolerance: float
 ) -> None:
     options = (f"engine.ds_config=zero{stage}", "engine.precision=bf16", f"optimizer.gradient_clipping={clipping}")
-    settings = tiny.load(tmp_path, *PLAN, *options, f"engine.reduce_gradients={travel}")
+    settings = tiny.load(tmp_path, *PLAN, *options, f"engine.reduce_gradients={reduce}")
     prepare_run_data(settings)
     expected, expected_norms, expected_weights = plain_losses(settings, bf16=True, size=2)
     for losses, norms, weights in ranks(2).run(engine_losses, settings, "bf16", STEPS):

@@ -1,4 +1,4 @@
-"""Gradients that travel once a step, against DeepSpeed's own reduction after each micro-batch."""
+"""Gradients that are reduced once per step, against DeepSpeed's own reduction after each micro-batch."""
 
 import time
 from pathlib import Path
@@ -34,7 +34,7 @@ def wrap(settings: Config, compiles: bool = False) -> Any:
 
 
 def trained(settings: Config, steps: int, compiles: bool) -> tuple[str, list[float], dict[str, torch.Tensor]]:
-    """(when gradients travelled, losses, weights) after real steps; runs on every rank."""
+    """(when gradients were reduced, losses, weights) after real steps; runs on every rank."""
     from smoltrain.train.step import train_step
 
     here, wrapped = world(), wrap(settings, compiles)
@@ -73,7 +73,7 @@ def test_the_line_says_when_gradients_are_reduced(
     words = (f"engine.ds_config=zero{stage}", f"engine.precision={precision}", f"engine.reduce_gradients={asked}")
     settings = settings_of(tmp_path, *words)
     for said, counts in ranks(2).run(reductions, settings):
-        assert said.startswith("after each micro-batch" if each else "once a step")
+        assert said.startswith("after each micro-batch" if each else "once per step")
         first, _ = counts  # of two micro-batches
         assert (first > 0) == each, (said, counts)
 
@@ -87,8 +87,8 @@ def test_compiled_it_trains_as_deepspeed_does(tmp_path: Path, ranks: Any, precis
     ours = ranks(2).run(trained, settings_of(tmp_path, *options, "engine.reduce_gradients=step"), 12, True)
     expected: list[float] = []
     for (how, losses, weights), (other, expected, wanted) in zip(ours, theirs, strict=True):
-        assert how == "once a step, through shared memory"
-        assert other == "after each micro-batch, as DeepSpeed has it; as engine.reduce_gradients asks"
+        assert how == "once per step, through shared memory"
+        assert other == "after each micro-batch, by DeepSpeed (as engine.reduce_gradients asks)"
         assert losses == pytest.approx(expected, rel=tolerance)
         for name, value in weights.items():
             torch.testing.assert_close(value.float(), wanted[name].float(), rtol=0, atol=50 * tolerance)
@@ -101,7 +101,7 @@ def test_a_lone_micro_batch_on_a_lone_rank_is_not_added_up(tmp_path: Path, ranks
     each, once = (settings_of(tmp_path, *options, f"engine.reduce_gradients={by}") for by in ("micro_batch", "step"))
     [(_, expected, wanted)] = ranks(1).run(trained, each, 12, False)
     [(how, losses, weights)] = ranks(1).run(trained, once, 12, False)
-    assert how == "once a step, nothing travels"
+    assert how == "once per step, no communication (one rank)"
     assert losses == pytest.approx(expected, rel=5e-4)
     for name, value in weights.items():
         torch.testing.assert_close(value.float(), wanted[name].float(), rtol=0, atol=0.025)
@@ -110,7 +110,7 @@ def test_a_lone_micro_batch_on_a_lone_rank_is_not_added_up(tmp_path: Path, ranks
 
 
 def sums_of(settings: Config) -> set[torch.dtype]:
-    return {sums.own.dtype for sums in wrap(settings)._once._sums}
+    return {sums.own.dtype for sums in wrap(settings)._steps._sums}
 
 
 def test_sums_of_more_than_one_are_in_fp32(tmp_path: Path, ranks: Any) -> None:
@@ -141,8 +141,8 @@ def gradients_of(settings: Config) -> tuple[dict[str, torch.Tensor], float, bool
 
 def test_gradients_and_norm_are_those_of_deepspeed(tmp_path: Path, ranks: Any) -> None:
     both = [
-        ranks(2).run(gradients_of, settings_of(tmp_path, "engine.precision=fp32", f"engine.reduce_gradients={travel}"))
-        for travel in ("step", "micro_batch")
+        ranks(2).run(gradients_of, settings_of(tmp_path, "engine.precision=fp32", f"engine.reduce_gradients={by}"))
+        for by in ("step", "micro_batch")
     ]
     for (ours, norm, again, applied), (theirs, expected, *_) in zip(*both, strict=True):
         assert ours.keys() == theirs.keys()
@@ -259,12 +259,12 @@ def steps(settings: Config, wrapped: Any, loader: Any, first: int, last: int) ->
 
 @pytest.mark.parametrize("writer", ["step", "micro_batch"])
 def test_either_way_reads_what_the_other_wrote(tmp_path: Path, ranks: Any, writer: str) -> None:
-    by = {
-        travel: settings_of(tmp_path, "engine.precision=fp32", f"engine.reduce_gradients={travel}")
-        for travel in ("step", "micro_batch")
+    both = {
+        by: settings_of(tmp_path, "engine.precision=fp32", f"engine.reduce_gradients={by}")
+        for by in ("step", "micro_batch")
     }
-    ranks(2).run(write, by[writer], tmp_path / "shards")
-    ours, theirs = (ranks(2).run(read, settings, tmp_path / "shards") for settings in by.values())
+    ranks(2).run(write, both[writer], tmp_path / "shards")
+    ours, theirs = (ranks(2).run(read, settings, tmp_path / "shards") for settings in both.values())
     for (losses, weights), (expected, wanted) in zip(ours, theirs, strict=True):
         assert losses == pytest.approx(expected, abs=1e-6)
         for name, value in weights.items():
@@ -297,5 +297,5 @@ def refusal(settings: Config) -> str:
 def test_where_it_cannot_be_it_is_refused_by_name(tmp_path: Path, ranks: Any) -> None:
     settings = settings_of(tmp_path, "engine.precision=fp32", "engine.ds_config=zero3", "engine.reduce_gradients=step")
     [said] = ranks(1).run(refusal, settings)
-    assert "gradients cannot travel once a step" in said
+    assert "gradients cannot be reduced once per step" in said
     assert "engine.reduce_gradients" in said

@@ -16,8 +16,8 @@ from smoltrain.config.load import DS_CONFIGS_FOLDER
 from smoltrain.config.schema import Config
 from smoltrain.data.rows.loader import Batch
 from smoltrain.engine.reshard import (
-    ADAMW_KEYS,
     MASTER_KEYS,
+    OPTIMIZER_KEYS,
     ShardLayout,
     build_shard_layout,
     reshard_optimizer_state,
@@ -54,7 +54,7 @@ def flat_tensors(
 
 def states(dealt: list[list[torch.Tensor]], stage: int, lean: bool) -> list[dict[str, Any]]:
     """One optimizer state per rank in DeepSpeed's form, from each flat tensor's parts."""
-    masters, adamw = (keys[stage == 3] for keys in (MASTER_KEYS, ADAMW_KEYS))
+    masters, adamw = (keys[stage == 3] for keys in (MASTER_KEYS, OPTIMIZER_KEYS))
     found = []
     for rank in range(len(dealt[0])):
         parts = [parts[rank] for parts in dealt]
@@ -89,7 +89,7 @@ def test_any_world_and_stage_cut_anew_is_what_the_other_would_have_dealt(
     sizes = {f"p{i}": n for i, n in enumerate(lengths)}
     old, wrote, _ = data.draw(arrangements(sizes))
     new, expected, stage = data.draw(arrangements(sizes))
-    masters, adamw = (keys[stage == 3] for keys in (MASTER_KEYS, ADAMW_KEYS))
+    masters, adamw = (keys[stage == 3] for keys in (MASTER_KEYS, OPTIMIZER_KEYS))
     for rank, wanted in enumerate(expected):
         needed = {source: wrote[source] for source in source_ranks(old, new, rank)}
         found = reshard_optimizer_state(wanted, needed, old, new, rank)
@@ -122,10 +122,10 @@ def test_a_rank_reads_no_more_shards_than_it_needs() -> None:
 def test_what_cannot_be_moved_is_refused_in_words() -> None:
     old, new = two_groups(2), two_groups(1)
     (other,) = states([deal([torch.arange(1.0, 12)], 4, 1)] * 2, 2, lean=False)
-    with pytest.raises(UserError, match=r"in another way: saw 12 elements of exp_avg, not 400"):
+    with pytest.raises(UserError, match=r"not partitioned as expected: saw 12 elements of exp_avg, not 400"):
         reshard_optimizer_state(other, {0: other, 1: other}, old, new, 0)
     listed = other | {"base_optimizer_state": []}
-    with pytest.raises(UserError, match="in another way: saw a list"):
+    with pytest.raises(UserError, match="not partitioned as expected: saw a list"):
         reshard_optimizer_state(other, {0: listed, 1: listed}, old, new, 0)
     with pytest.raises(UserError, match="of another model: saw b differ"):
         source_ranks(old, build_shard_layout(2, [{"a": torch.Size([800])}, {"b": torch.Size([81])}], None, 1), 0)
@@ -201,7 +201,7 @@ def whole_state(wrapped: Any) -> dict[str, list[Any]]:
     """Master weight, both moments, compute weight of every parameter, gathered; and the step counts."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    optimizer, keys = wrapped._ds.optimizer, ("exp_avg", "exp_avg_sq")
+    optimizer, keys = wrapped._deepspeed.optimizer, ("exp_avg", "exp_avg_sq")
     if wrapped.stage in (1, 2):
         optimizer._hp_optimizer_states_linked = False  # DeepSpeed finds the moments by name after a step only
         optimizer._lazy_init_hp_params_optimizer_state()

@@ -32,7 +32,7 @@ def there_and_back(shares: bool, dtype: torch.dtype, times: int) -> list[tuple[s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("size", "shares", "how"), [
-    (1, True, "nothing travels"), (2, True, "through shared memory"), (3, True, "through shared memory"),
+    (1, True, "no communication (one rank)"), (2, True, "through shared memory"), (3, True, "through shared memory"),
     (2, False, "by collectives"), (3, False, "by collectives"),
 ])  # fmt: skip
 def test_parts_are_sums_over_the_ranks(ranks: Any, size: int, shares: bool, how: str, dtype: torch.dtype) -> None:

@@ -300,6 +300,53 @@ def test_a_cpu_takes_our_own_where_it_was_found_faster(
     assert masked == AttentionKernel(kernel.name, f"{kernel.reason}; a mask keeps documents apart")
 
 
+@pytest.fixture
+def fast_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU with AVX512-bf16, on a torch that says so in public."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+
+
+def auto_on_this_cpu() -> AttentionKernel:
+    return choose_attention_kernel("auto", CPU, BF16, head_width=64)
+
+
+@pytest.mark.usefixtures("fast_cpu")
+def test_without_the_private_word_for_avx512_bf16_the_public_one_is_asked(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    assert auto_on_this_cpu().name == "blocked"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"architecture": "aarch64"})
+    assert auto_on_this_cpu().name == "sdpa"
+
+
+@pytest.mark.usefixtures("fast_cpu")
+@pytest.mark.parametrize("has", [True, False])
+def test_a_torch_before_the_public_word_is_asked_by_the_private_one(monkeypatch: pytest.MonkeyPatch, has: bool):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    assert auto_on_this_cpu().name == ("blocked" if has else "sdpa")
+
+
+@pytest.mark.usefixtures("fast_cpu")
+def test_a_torch_that_does_not_know_avx512_bf16_takes_sdpa_and_says_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+    reason = "blocked is faster with AVX512-bf16 only, and this torch does not say whether the CPU has it"
+    assert auto_on_this_cpu() == AttentionKernel("sdpa", reason)
+
+
+@pytest.mark.usefixtures("fast_cpu")
+@pytest.mark.parametrize("operator", [None, SimpleNamespace(default=None)], ids=["gone", "without .out"])
+def test_a_torch_without_the_softmax_backward_takes_sdpa_and_says_so(monkeypatch: pytest.MonkeyPatch, operator: Any):
+    operators = {} if operator is None else {"_softmax_backward_data": operator}
+    monkeypatch.setattr(torch.ops, "aten", SimpleNamespace(**operators))
+    reason = "this torch has no operator aten::_softmax_backward_data.out, which blocked needs"
+    assert auto_on_this_cpu() == AttentionKernel("sdpa", reason)
+    with pytest.raises(UserError) as error:
+        choose_attention_kernel("blocked", CPU, BF16, head_width=64)
+    (problem,) = error.value.problems
+    assert (problem.saw, problem.change) == (reason, "engine.attention")
+
+
 def test_this_cpu_is_asked_what_it_can_multiply():
     cpus = Path("/proc/cpuinfo")
     if not cpus.is_file() or platform.machine() != "x86_64":

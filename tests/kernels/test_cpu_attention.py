@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from smoltrain.kernels import cpu_attention
 from smoltrain.kernels.attention import AttentionKernel, PackedDocuments, causal_attention
 from smoltrain.kernels.cpu_dropout import NUM_LEVELS
-from tests.model.test_decoder import GPT2, LLAMA, built, gradients, section
+from tests.model.tiny_decoders import GPT2, LLAMA, built, gradients, section
 
 BLOCKED, SDPA, MATH = (
     AttentionKernel("blocked", "test"),

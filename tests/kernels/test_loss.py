@@ -30,7 +30,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FUSED, RECOMPUTED = LossKernel("fused", "a test"), LossKernel("recomputed", "a test")
 COMPILED = replace(FUSED, compiles=True)
 needs_compiler = pytest.mark.skipif(
-    bool(missing_for_compile("cpu")), reason=f"{missing_for_compile('cpu')}; the same tests run without it"
+    missing_for_compile("cpu") is not None, reason=f"{missing_for_compile('cpu')}; the same tests run without it"
 )
 V, D = 50, 16
 

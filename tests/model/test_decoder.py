@@ -6,63 +6,24 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from smoltrain.config.schema import ModelSection
-from smoltrain.kernels import cpu_attention
 from smoltrain.kernels.attention import AttentionKernel
 from smoltrain.kernels.compile import missing_for_compile
 from smoltrain.kernels.cpu_dropout import FastDropout
-from smoltrain.model.build import build_model, count_parameters
-from smoltrain.model.decoder import Decoder
-from smoltrain.model.layers import apply_rotary, compute_rotary_angles
-from smoltrain.model.recompute import ATEN, _selective_policy
-from tests.models import build_with
-
-Tensors = dict[str, Tensor]
-
-LLAMA: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 24,
-}
-NEOX: dict[str, Any] = {**LLAMA, "num_key_value_heads": 4, "norm": "layernorm", "mlp": "gelu"}
-GPT2: dict[str, Any] = {**NEOX, "positions": "learned", "attention_bias": True, "mlp_bias": True}
-
-
-def section(shape: dict[str, Any], **changes: Any) -> ModelSection:
-    return ModelSection.model_validate({**shape, **changes})
-
-
-def built(section: ModelSection, *, seed: int = 0, **options: Any) -> Decoder:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model: Any = build_with(section, **options)
-    assert isinstance(model, Decoder)
-    return model
-
-
-def decoder(shape: dict[str, Any], *, seed: int = 0, **changes: Any) -> Decoder:
-    return built(section(shape, **changes), seed=seed)
-
-
-def batch(rows: int = 2, tokens: int = 20) -> tuple[Tensor, Tensor]:
-    """Ids and labels, two of which are ignored."""
-    drawn = torch.randint(61, (2, rows, tokens), generator=torch.Generator().manual_seed(1))
-    labels = drawn[1].clone()
-    labels[0, :2] = -100
-    return drawn[0], labels
-
-
-def gradients(model: torch.nn.Module) -> Tensors:
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
+from tests.model.tiny_decoders import (
+    GPT2,
+    LLAMA,
+    NEOX,
+    Tensors,
+    batch,
+    built,
+    decoder,
+    gradients,
+    loss_and_gradients,
+    section,
+)
 
 # Our names and layouts -> those of transformers. Each map is linear, so it carries weights and gradients alike.
 
@@ -206,42 +167,6 @@ def test_logits_and_gradients_equal_those_of_transformers(
         torch.testing.assert_close(gradient, truth[name], rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-# The shapes of the five published systems.
-SMOLLM = {"vocab_size": 49152, "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9}
-SMOLLM |= {"num_key_value_heads": 3, "intermediate_size": 1536, "max_position_embeddings": 8192}
-SMALL = {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 12, "intermediate_size": 3072}
-SYSTEMS: dict[str, tuple[dict[str, Any], int]] = {
-    "shakespeare-80m": (
-        {**GPT2, **SMALL, "vocab_size": 49152, "num_hidden_layers": 6, "max_position_embeddings": 128},
-        80_375_808,
-    ),
-    "smollm2-135m": (SMOLLM, 134_515_008),
-    "smollm2-124m": (
-        {**NEOX, **SMALL, "vocab_size": 50258, "num_hidden_layers": 12, "max_position_embeddings": 2048},
-        123_571_200,
-    ),
-    "smollm2-135m-hf": (SMOLLM, 134_515_008),
-    "smollm-149m-mha": (
-        {**SMOLLM, "vocab_size": 50304, "num_key_value_heads": 9}
-        | {"positions": "learned", "max_position_embeddings": 2048},
-        149_629_248,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_the_five_systems_have_their_parameters(name: str):
-    shape, parameters = SYSTEMS[name]
-    assert count_parameters(build_model(section(shape), device="meta")) == parameters
-
-
-def test_untying_adds_one_table():
-    tied, untied = decoder(LLAMA), decoder(LLAMA, tie_word_embeddings=False)
-    assert count_parameters(untied) - count_parameters(tied) == 61 * 32
-    assert "lm_head.weight" in untied.state_dict()
-    assert "lm_head.weight" not in tied.state_dict()
-
-
 def test_parameter_names_are_those_of_llama():
     ours = as_llama(decoder(LLAMA).state_dict())
     theirs = llama(section(LLAMA)).state_dict()
@@ -312,53 +237,8 @@ def test_the_cache_changes_nothing(shape: dict[str, Any], kernel: Literal["sdpa"
     assert (cache.length, again.length) == (20, 9)
 
 
-def loss_and_gradients(model: Decoder) -> tuple[Tensor, Tensors]:
-    ids, labels = batch()
-    with torch.random.fork_rng():
-        torch.manual_seed(3)  # the dropout masks
-        loss = model(ids, labels)
-        loss.backward()
-    return loss.detach(), gradients(model)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("mode", ["full", "selective", 1, 2, 5])
-def test_gradient_checkpointing_changes_no_number(
-    mode: Literal["full", "selective"] | int, dropout: float, monkeypatch: pytest.MonkeyPatch
-):
-    runs = []
-    for chosen in ("none", mode):
-        model = built(section(LLAMA, dropout=dropout, attention_dropout=dropout), gradient_checkpointing=chosen)
-        calls = []
-        for i, block in enumerate(model.layers):
-            block.register_forward_pre_hook(lambda module, args, i=i, calls=calls: calls.append(i))
-        runs.append((*loss_and_gradients(model), calls))
-    (plain, plain_gradients, once), (loss, grads, twice) = runs
-    assert torch.equal(loss, plain)
-    assert all(torch.equal(grads[name], x) for name, x in plain_gradients.items())
-    assert once == [0, 1, 2]
-    again = {"full": [2, 1, 0], "selective": [2, 1, 0], 1: [2, 1, 0], 2: [2, 0], 5: [0]}[mode]
-    assert twice == [0, 1, 2, *again]
-
-
-@pytest.mark.parametrize(("mode", "times"), [("none", 1), ("selective", 1), ("full", 2)])
-def test_selective_does_not_compute_attention_again(mode: str, times: int, monkeypatch: pytest.MonkeyPatch):
-    """torch's profiler would count a matrix product that is only looked up, too; what is counted here is our code."""
-    model = built(section(LLAMA), gradient_checkpointing=mode, attention=AttentionKernel("blocked", "test"))
-    computed, real = [], cpu_attention._attention_weights
-    monkeypatch.setattr(cpu_attention, "_attention_weights", lambda *args: (computed.append(1), real(*args))[1])
-    loss_and_gradients(model)
-    assert len(computed) == times * len(model.layers)
-
-
-def test_selective_keeps_matrix_products():
-    operations = (ATEN.mm.default, ATEN.addmm.default, ATEN.silu.default, ATEN.mul.Tensor)
-    kept = [op for op in operations if _selective_policy(None, op) == CheckpointPolicy.MUST_SAVE]
-    assert kept == [ATEN.mm.default, ATEN.addmm.default]
-
-
 @pytest.mark.skipif(
-    bool(missing_for_compile("cpu")), reason="torch.compile needs a compiler; test_compiling.py: then it is off"
+    missing_for_compile("cpu") is not None, reason="torch.compile needs a compiler; test_compile.py: then it is off"
 )
 @pytest.mark.parametrize(("shape", "mode"), [
     (LLAMA, "full"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
@@ -380,7 +260,7 @@ def test_compiled_blocks_compute_what_they_say(shape: dict[str, Any], mode: str)
 
 
 @pytest.mark.skipif(
-    bool(missing_for_compile("cpu")), reason="torch.compile needs a compiler; test_compiling.py: then it is off"
+    missing_for_compile("cpu") is not None, reason="torch.compile needs a compiler; test_compile.py: then it is off"
 )
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "full"])
@@ -449,43 +329,9 @@ def test_the_gradient_of_the_table_is_that_of_all_its_uses(tied: bool):
         nudge.zero_()
 
 
-def test_positions_stay_exact_in_a_bf16_model():
-    model = decoder(LLAMA, max_position_embeddings=8192).bfloat16()
-    assert not list(model.buffers())  # nothing that a cast, a checkpoint or DeepSpeed could round
-    positions = torch.arange(8192)
-    cos, sin = compute_rotary_angles(positions, 64, 10000.0)
-    angles = positions.double()[:, None] / 10000.0 ** (torch.arange(0, 64, 2).double() / 64)
-    assert cos.dtype == torch.float32
-    assert (cos - angles.cos()).abs().max() < 1e-3  # fp32 angles near 8192 are this fine; bf16 ones are off by 16
-    assert (sin - angles.sin()).abs().max() < 1e-3
-    assert model(batch()[0]).dtype == torch.bfloat16
-
-
 def test_a_bf16_model_is_near_its_fp32_self():
     (ids, labels), model = batch(), decoder(LLAMA)
     exact = model(ids, labels)
     rough = model.bfloat16()(ids, labels)
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=2e-3, atol=0)
-
-
-def test_rotary_scores_depend_on_the_distance_alone():
-    q, k = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
-
-    def score(i: int, j: int) -> float:
-        a, b = (
-            apply_rotary(x[None], compute_rotary_angles(torch.tensor([p]), 16, 10000.0)) for x, p in ((q, i), (k, j))
-        )
-        return float((a * b).sum())
-
-    assert score(5, 2) == pytest.approx(score(105, 102), abs=1e-4)
-    assert abs(score(5, 2) - score(5, 3)) > 1e-2
-
-
-@pytest.mark.parametrize("shape", [LLAMA, GPT2], ids=["rmsnorm", "layernorm"])
-def test_norms_work_in_fp32_inside(shape: dict[str, Any]):
-    layer = decoder(shape).norm
-    x = 100 + torch.randn(4, 32, generator=torch.Generator().manual_seed(0))  # bf16 sums would lose the variance
-    x = x.bfloat16()
-    want = layer(x.float())
-    torch.testing.assert_close(layer.bfloat16()(x).float(), want, rtol=2**-8, atol=1e-3)  # rounded once, at the end

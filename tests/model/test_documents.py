@@ -16,7 +16,8 @@ from smoltrain.kernels.attention import AttentionKernel, PackedDocuments, causal
 from smoltrain.model.decoder import Decoder
 from smoltrain.model.interface import LanguageModel
 from tests.kernels.test_attention import definition, fake_flash
-from tests.model.test_decoder import GPT2, LLAMA, NEOX, as_llama, built, gradients, llama, section
+from tests.model.test_decoder import as_llama, llama
+from tests.model.tiny_decoders import GPT2, LLAMA, NEOX, built, gradients, section
 
 Layout = list[list[int]]  # the lengths of the documents of each row
 
@@ -278,18 +279,23 @@ def test_a_bf16_model_masks_in_bf16():
     assert not torch.equal(before[1, :9], after[1, :9])
 
 
-def test_the_engine_hands_the_positions_on():
+@pytest.mark.parametrize("by", ["step", "micro_batch"])
+def test_the_engine_hands_the_positions_on(by: str):
     from smoltrain.data.rows.loader import Batch
+    from smoltrain.engine.deepspeed_steps import DeepSpeedSteps
     from smoltrain.engine.engine import Engine
+    from smoltrain.engine.once_per_step import OncePerStep
 
     engine, passed = object.__new__(Engine), []
+    steps = object.__new__(OncePerStep if by == "step" else DeepSpeedSteps)
 
     class Wrapped(SimpleNamespace):
         def __call__(self, *args: Any, **options: Any) -> Tensor:
             passed.append((*args, options))
             return torch.zeros(())
 
-    engine._ds, engine._once = Wrapped(device=torch.device("cpu")), None
+    engine._deepspeed, engine._steps = Wrapped(device=torch.device("cpu"), module=Wrapped()), steps
+    steps._deepspeed = engine._deepspeed
     (ids, labels), positions = drawn(LAYOUT), positions_of(LAYOUT)
     engine.forward(Batch(ids, labels, positions))
     engine.forward(Batch(ids, labels))

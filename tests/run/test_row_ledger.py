@@ -68,7 +68,7 @@ def test_a_digest_stands_at_eight_times_its_position(tmp_path: Path):
         book.append(rows[start : start + B])
         assert path.stat().st_size == 8 * (start + B), "a step waits in the process, where kill -9 would lose it"
     assert [path.read_bytes()[8 * p :][:8] for p in range(len(rows))] == [int(d).to_bytes(8, "little") for d in rows]
-    assert book.lost == 0
+    assert book.num_lost_rows == 0
     book.close()
 
 
@@ -84,7 +84,7 @@ def test_going_on_keeps_what_the_checkpoint_counts_and_nothing_else(
     kept = min(written, consumed)
     want = [*rows[:kept], *[0] * (consumed - kept), *more]
     assert np.fromfile(path, "<u8").tolist() == want
-    assert book.lost == consumed - kept
+    assert book.num_lost_rows == consumed - kept
 
 
 def test_what_was_appended_survives_kill_9(tmp_path: Path):
@@ -228,7 +228,7 @@ def test_a_position_is_found_in_its_step(data: st.DataObject, num_steps: int, fi
     last = max(logged)
     for position, step in enumerate(steps):
         if step <= last or not any(s > last for s in skips):
-            assert history.place(position) == (step, position - steps.index(step) + 1)
+            assert history.locate_row(position) == (step, position - steps.index(step) + 1)
 
 
 @settings(max_examples=30)

@@ -18,7 +18,7 @@ from smoltrain import files
 from smoltrain.config.schema import Config
 from smoltrain.engine.layer_gradients import LayerGradient
 from smoltrain.run.run_folder import RunFolder
-from smoltrain.run.track import GRADIENT_NORM_PREFIX, METRICS, Tracker, format_console_line, open_tracker
+from smoltrain.run.track import GRADIENT_NORM_PREFIX, METRICS, Tracker, format_console_line
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.run.wandb_run import GRADIENT_HISTOGRAM_PREFIX, resolve_wandb_mode
 from smoltrain.schedule import Plan
@@ -343,7 +343,7 @@ def test_a_wandb_that_cannot_even_write_is_off(
     monkeypatch.setattr(wandb, "init", fail)
     monkeypatch.setattr(wandb, "teardown", lambda: None)
     tracker = opened(tmp_path, f"track.wandb={asked}")
-    tracker.metrics(1, {"train/lr": 0.5})
+    tracker.log_metrics(1, {"train/lr": 0.5})
     tracker.close(0)
     assert capsys.readouterr().out == "W&B                    off, W&B cannot write here (disk full)\n"
 
@@ -354,7 +354,7 @@ def test_a_wandb_that_cannot_even_write_is_off(
 def opened(folder: Path, *overrides: str, rank: int = 0, first_step: int = 0) -> Tracker:
     settings = tiny.load(folder, *overrides)
     settings.run_folder.mkdir(parents=True, exist_ok=True)
-    return open_tracker(settings, RunFolder(settings.run_folder, 4, "12345678"), rank, first_step, 12)
+    return Tracker(settings, RunFolder(settings.run_folder, 4, "12345678"), rank, first_step, 12)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -362,16 +362,16 @@ def opened(folder: Path, *overrides: str, rank: int = 0, first_step: int = 0) ->
 def test_an_unlisted_name_is_refused_on_every_rank(tmp_path: Path, name: str, rank: int) -> None:
     tracker = opened(tmp_path, rank=rank)
     with pytest.raises(KeyError, match=r"is not in track\.METRICS"):
-        tracker.metrics(1, {"train/lr": 0.5, name: 1.0})
+        tracker.log_metrics(1, {"train/lr": 0.5, name: 1.0})
     tracker.close(1)
 
 
 def test_other_ranks_only_keep_a_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = opened(tmp_path, "track.wandb=online", rank=1)
     tracker.say("hello")
-    tracker.step(1, 12, "main", dict(NUMBERS))
-    tracker.gradients(1, {"norm": LayerGradient(1.0, np.array([1]), np.array([0.0, 1.0]))})
-    tracker.samples(1, [("a", "b")])
+    tracker.log_step(1, 12, "main", dict(NUMBERS))
+    tracker.log_gradients(1, {"norm": LayerGradient(1.0, np.array([1]), np.array([0.0, 1.0]))})
+    tracker.log_samples(1, [("a", "b")])
     tracker.close(0)
     assert capsys.readouterr() == ("", "")
     run = tmp_path / "runs" / "quickstart"
@@ -390,8 +390,8 @@ def test_an_interrupted_runs_later_and_broken_lines_are_dropped(tmp_path: Path) 
     samples = [{"step": n, "prompt": "p\u2028", "text": "t\n"} for n in (2, 3, 4)]
     (run / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples), encoding="utf-8")
     tracker = opened(tmp_path, first_step=3)
-    tracker.metrics(4, {"train/lr": 0.5})
-    tracker.samples(4, [("new", "text")])
+    tracker.log_metrics(4, {"train/lr": 0.5})
+    tracker.log_samples(4, [("new", "text")])
     tracker.close(0)
     kept = json_lines(run / "metrics.jsonl")
     assert kept[:4] == lines[:4]
@@ -404,7 +404,7 @@ def test_a_step_that_is_done_again_is_kept_aside_and_reaches_wandb_once(tmp_path
     for first_step, last_step in ((0, 5), (3, 4), (3, 7)):  # two kills after the checkpoint of step 3
         tracker = opened(tmp_path, "track.wandb=offline", first_step=first_step)
         for step in range(first_step + 1, last_step + 1):
-            tracker.metrics(step, {"train/lr": step / 10})
+            tracker.log_metrics(step, {"train/lr": step / 10})
         tracker.close(0)
     assert [line["step"] for line in json_lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6, 7]
     assert [line["step"] for line in json_lines(run / UNDONE_METRICS_FILE)] == [4, 5, 4]
@@ -415,7 +415,7 @@ def test_a_step_that_is_done_again_is_kept_aside_and_reaches_wandb_once(tmp_path
 
 def test_every_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
     tracker = opened(tmp_path)
-    tracker.metrics(1, {"train/lr": 0.5, "train/grad_norm_before_clipping": math.inf})
+    tracker.log_metrics(1, {"train/lr": 0.5, "train/grad_norm_before_clipping": math.inf})
     (line,) = json_lines(tmp_path / "runs" / "quickstart" / "metrics.jsonl")
     assert line["train/grad_norm_before_clipping"] == math.inf
     tracker.close(0)
@@ -425,7 +425,7 @@ def test_what_a_model_samples_cannot_command_the_terminal(tmp_path: Path, capsys
     text = "[bold]a\x1b[2J\x1b]0;title\x07b\rc\td\x00\x9b1m\u202e\ne"
     tracker = opened(tmp_path)
     capsys.readouterr()
-    tracker.samples(6, [("p: ", text)])
+    tracker.log_samples(6, [("p: ", text)])
     tracker.close(0)
     printed = capsys.readouterr().out
     assert {c for c in printed if not c.isprintable()} <= {"\n", "\t"}
@@ -449,7 +449,7 @@ def test_the_console_keeps_its_cadence_and_never_leaves_out_the_last_step(
 ) -> None:
     tracker = opened(tmp_path, "track.print_every=5")
     for step in range(1, 13):
-        tracker.step(step, 12, "main", dict(NUMBERS))
+        tracker.log_step(step, 12, "main", dict(NUMBERS))
     tracker.close(0)
     printed = [line[:12] for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert printed == ["step  5/12 m", "step 10/12 m", "step 12/12 m"]
@@ -463,7 +463,7 @@ def test_a_terminal_gets_a_bar(
     monkeypatch.setenv("TERM", "xterm")
     tracker = opened(tmp_path, "track.print_every=5", first_step=3)
     for step in range(4, 13):
-        tracker.step(step, 12, "continuation", dict(NUMBERS))
+        tracker.log_step(step, 12, "continuation", dict(NUMBERS))
     tracker.close(0)
     printed = capsys.readouterr().out
     assert "12/12" in printed

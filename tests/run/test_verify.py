@@ -21,11 +21,11 @@ from smoltrain.checkpoint.saver import CheckpointSaver
 from smoltrain.cli import main
 from smoltrain.config.schema import CheckpointSection, Config
 from smoltrain.data.tokens.prepare import prepare_run_data
-from smoltrain.engine.reshard import ADAMW_KEYS, MASTER_KEYS, build_shard_layout
+from smoltrain.engine.reshard import MASTER_KEYS, OPTIMIZER_KEYS, build_shard_layout
 from smoltrain.errors import BAD_INPUT, DONE, FAULT
 from smoltrain.run.row_ledger import LEDGER_FILE, read_row_history
 from smoltrain.run.run_folder import enter_run_folder
-from smoltrain.run.verify import _check_optimizer_shard, _open_run_reference, inspect_checkpoint
+from smoltrain.run.verify import find_shard_faults, inspect_checkpoint, open_run_reference
 from smoltrain.schedule import Plan
 from tests import tiny
 from tests.engine.test_engine import fresh_model, loader_of
@@ -133,7 +133,7 @@ def test_the_loss_is_that_of_the_run_in_fp32_too_and_with_a_document_mask(tmp_pa
     more = ("engine.precision=fp32", "engine.ds_config=zero0", "packing.document_mask=true", "model.dropout=0.3")
     done = tiny.train(tmp_path, "run.stop_after=main", *more)
     assert done.returncode == DONE, done.stderr
-    opened = _open_run_reference(tmp_path / "runs" / "quickstart", needs_data=True)
+    opened = open_run_reference(tmp_path / "runs" / "quickstart", needs_data=True)
     words, faults = inspect_checkpoint(opened, step_8(opened.folder), forward=True)
     assert not faults
     assert "in fp32 the order of additions moves a loss by less than 1e-06 of itself" in words
@@ -149,7 +149,7 @@ def save_one(settings: Config, precision: str, wandb_id: str, identity: RunIdent
     loader = loader_of(settings, here.rank, here.size, accumulation)
     train_step(1, wrapped, loader, plan, here)
     saver = CheckpointSaver(settings.run_folder / "checkpoints", here, plan, CheckpointSection(), say=lambda _: None)
-    saver.begin(
+    saver.start_save(
         1, wrapped, loader, precision=precision, skipped_updates=0, wandb_id=wandb_id, identity=identity,
         validation_loss=None, validation_rows=8,
     )  # fmt: skip
@@ -166,7 +166,8 @@ def test_every_stage_is_looked_into(tmp_path: Path, ranks: Any, stage: int, size
     prepare_run_data(settings)
     entered = enter_run_folder(settings, size, 0)
     ranks(size).run(save_one, settings, precision, entered.wandb_id, entered.identity)
-    run, at = _open_run_reference(settings.run_folder, False), step_folder(settings.run_folder / "checkpoints", 1)
+    run = open_run_reference(settings.run_folder, needs_data=False)
+    at = step_folder(settings.run_folder / "checkpoints", 1)
     words, faults = inspect_checkpoint(run, at)
     assert not faults
     assert f"28,832 parameters by {'one rank' if size == 1 else '2 ranks'} are finite, 8 rows" in words
@@ -174,7 +175,7 @@ def test_every_stage_is_looked_into(tmp_path: Path, ranks: Any, stage: int, size
         rewrite(at / "deepspeed" / "mp_rank_00_model_states.pt", lambda t: t["optimizer"]["state"].pop(3))
         want = "exp_avg has 28,320 elements, not 28,832"
     else:
-        adamw = ADAMW_KEYS[stage == 3]
+        adamw = OPTIMIZER_KEYS[stage == 3]
         rewrite(shard_of(at, 1), lambda t: t["optimizer_state_dict"][adamw]["state"][1]["exp_avg"].fill_(math.inf))
         want = "exp_avg of norm.weight is not finite"
     reseal(at)
@@ -244,7 +245,7 @@ FAULTS: list[tuple[Callable[[Path], None], str]] = [
         "model.safetensors is in torch.float32, but the checkpoint in bf16",
     ),
     (
-        spoil_file("*optim*", lambda t: optimizer(t)[ADAMW_KEYS[0]]["state"][0]["exp_avg_sq"][-1].fill_(math.nan)),
+        spoil_file("*optim*", lambda t: optimizer(t)[OPTIMIZER_KEYS[0]]["state"][0]["exp_avg_sq"][-1].fill_(math.nan)),
         "exp_avg_sq of layers.1.mlp.down_proj.weight is not finite",
     ),
     (
@@ -292,9 +293,9 @@ def test_what_is_wrong_is_named(
     spoil(step_8(run))
     code, lines = verify(run)
     assert code == FAULT
-    wrong = [line for line in lines if line.startswith(f"{step_8(run)} is not as it should be: ")]
+    wrong = [line for line in lines if line.startswith(f"{step_8(run)} fails verification: ")]
     assert any(message in line for line in wrong), lines
-    assert not any(line.startswith(f"{run}/checkpoints/step-00000004 is not") for line in lines), "the other is sound"
+    assert not any(line.startswith(f"{run}/checkpoints/step-00000004 fails") for line in lines), "the other is sound"
     assert verify(step_8(run))[0] == FAULT
     assert verify(run / "checkpoints" / "step-00000004")[0] == 0
 
@@ -337,18 +338,18 @@ def test_another_loss_than_when_it_was_saved(run: Path, verify: Callable[..., Ve
     assert verify(step_8(run))[0] == 0, "nothing else is wrong with it"
     code, lines = verify(step_8(run), "--forward")
     assert code == FAULT
-    assert "is not as it should be: validation loss " in lines[1]
+    assert "fails verification: validation loss " in lines[1]
 
 
 def test_padding_may_hold_anything():
     shapes, world, rank = [{"matrix": torch.Size((3, 7)), "vector": torch.Size((32,))}], 3, 2
     wrote = build_shard_layout(3, shapes, None, world)  # the vector is dealt out as 11, 11 and 10
-    flat = torch.full((sum(wrote.parts(0)),), math.nan)
+    flat = torch.full((wrote.shard_size(0),), math.nan)
     flat[:17] = 1.0
-    state = {MASTER_KEYS[1]: [flat], ADAMW_KEYS[1]: {"state": {0: {"exp_avg": flat, "step": torch.ones(())}}}}
-    assert _check_optimizer_shard(state, shapes, 3, world, rank) == []
+    state = {MASTER_KEYS[1]: [flat], OPTIMIZER_KEYS[1]: {"state": {0: {"exp_avg": flat, "step": torch.ones(())}}}}
+    assert find_shard_faults(state, shapes, 3, world, rank) == []
     flat[16] = math.nan
-    assert _check_optimizer_shard(state, shapes, 3, world, rank) == [
+    assert find_shard_faults(state, shapes, 3, world, rank) == [
         "masters of vector is not finite", "exp_avg of vector is not finite",
     ]  # fmt: skip
 
@@ -385,7 +386,7 @@ def test_a_bit_of_the_tokens_is_found(run: Path, verify: Callable[..., Verified]
     code, lines = verify(run)
     assert code == FAULT
     assert lines[-1].startswith(
-        f"{run}/data is not as it should be: {name.removeprefix('data/').removeprefix('tokenizer/')}: "
+        f"{run}/data fails verification: {name.removeprefix('data/').removeprefix('tokenizer/')}: "
     )
     assert path.read_bytes() == raw, "nothing is mended"
 

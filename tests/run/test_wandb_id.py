@@ -41,10 +41,10 @@ def undone(folder: Path, *steps: int) -> None:
 def test_a_new_folder_has_the_id_of_its_provenance_and_keeps_it(tmp_path: Path) -> None:
     settings = config(tmp_path)
     first = choose_wandb_identity(settings, at(tmp_path / "run"), 0)
-    assert (first.id, first.through, first.why) == (ID, 0, "")
+    assert (first.id, first.through, first.why) == (ID, 0, None)
     assert told(tmp_path / "run", settings, 5) == ID
     again = choose_wandb_identity(settings, at(tmp_path / "run"), 5)
-    assert (again.id, again.through, again.why) == (ID, 5, "")
+    assert (again.id, again.through, again.why) == (ID, 5, None)
 
 
 def test_steps_that_it_was_not_told_are_remembered_unless_the_process_was_killed(tmp_path: Path) -> None:
@@ -72,9 +72,9 @@ def test_a_folder_from_before_there_was_such_a_file_has_told_what_it_did(tmp_pat
 @pytest.mark.parametrize(
     ("words", "new"),
     [
-        ([], ""),
-        (["phases.continuation.steps=400"], ""),  # a longer plan leaves steps 7 to 10 alone
-        (["track.print_every=1", "evaluate.every=1", "checkpoint.keep_last=1"], ""),
+        ([], None),
+        (["phases.continuation.steps=400"], None),  # a longer plan leaves steps 7 to 10 alone
+        (["track.print_every=1", "evaluate.every=1", "checkpoint.keep_last=1"], None),
         (["phases.continuation.lr=1e-5"], "a new id: steps 9 to 10 of 12345678 are of another plan"),
         (["phases.main.steps=7"], "a new id: steps 8 to 10 of 12345678 are of another plan"),
         (["phases.continuation.weight_decay=0.5"], "a new id: steps 9 to 10 of 12345678 are of another plan"),
@@ -85,7 +85,9 @@ def test_a_folder_from_before_there_was_such_a_file_has_told_what_it_did(tmp_pat
     ],
 )
 @pytest.mark.parametrize("killed", [False, True])
-def test_another_plan_of_told_steps_is_another_run(tmp_path: Path, words: list[str], new: str, killed: bool) -> None:
+def test_another_plan_of_told_steps_is_another_run(
+    tmp_path: Path, words: list[str], new: str | None, killed: bool
+) -> None:
     run = tmp_path / "run"
     told(run, config(tmp_path), 4 if killed else 10, killed=killed)
     undone(run, 7, 8, 9, 10)
@@ -161,7 +163,7 @@ def test_a_moved_folder_is_no_copy(tmp_path: Path, kind: str) -> None:
     if kind == "replaced":  # another run lies where it was
         WandbIdentity("other", str(original), {}).write(at(original).path)
     found = choose_wandb_identity(settings, at(now), 8)
-    assert (found.id, found.through, found.why) == (ID, 8, "")
+    assert (found.id, found.through, found.why) == (ID, 8, None)
     assert found.folder == str((original if kind == "link" else now).resolve())
 
 

@@ -20,7 +20,7 @@ import pytest
 from smoltrain.engine.layer_gradients import LayerGradient
 from smoltrain.run import wandb_run
 from smoltrain.run.run_folder import RunFolder
-from smoltrain.run.track import Tracker, open_tracker
+from smoltrain.run.track import Tracker
 from tests import launches, tiny, wandb_files
 from tests.wandb_server import WandbServer
 
@@ -75,12 +75,12 @@ def opened(folder: Path, *overrides: str, first_step: int = 0, name: str = "quic
     words = ("track.wandb=online", f"track.wandb_timeout_s={PATIENCE_S}", f"run.name={name}", *overrides)
     settings = tiny.load(folder, *words)
     settings.run_folder.mkdir(parents=True, exist_ok=True)
-    return open_tracker(settings, RunFolder(settings.run_folder, 4, ID), 0, first_step, 12)
+    return Tracker(settings, RunFolder(settings.run_folder, 4, ID), 0, first_step, 12)
 
 
 def trained(tracker: Tracker, first: int, last: int) -> None:
     for step in range(first, last + 1):
-        tracker.metrics(step, {"train/lr": step / 10})
+        tracker.log_metrics(step, {"train/lr": step / 10})
 
 
 def rates(server: WandbServer, name: str = ID) -> dict[int, float]:
@@ -98,14 +98,14 @@ def plan(first: int, last: int) -> dict[int, float]:
 def test_a_server_is_told_everything(server: WandbServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = opened(tmp_path, "track.wandb_model=end", "track.wandb_entity=team", "track.wandb_tags=[a,b]")
     trained(tracker, 1, 3)
-    tracker.gradients(4, {"norm": LayerGradient(1.0, np.array([1]), np.array([0.0, 1.0]))})
-    tracker.samples(4, [("a", "b")])
+    tracker.log_gradients(4, {"norm": LayerGradient(1.0, np.array([1]), np.array([0.0, 1.0]))})
+    tracker.log_samples(4, [("a", "b")])
     folder = tmp_path / "runs" / "quickstart"
     (folder / "tokenizer").mkdir()
     for path in ("config.yaml", "weights"):
         (folder / path).write_text("x", encoding="utf-8")
-    tracker.model(4, folder / "weights", ends_phase=True)
-    tracker.model(12, folder / "weights", ends_phase=True)
+    tracker.log_model(4, folder / "weights", ends_phase=True)
+    tracker.log_model(12, folder / "weights", ends_phase=True)
     tracker.close(3)
     run = server.runs[ID]
     assert rates(server) == plan(1, 3)
@@ -150,8 +150,8 @@ def test_a_server_that_fails_later_costs_no_run_and_lacks_nothing_in_the_end(
     begin = time.monotonic()
     for step in range(5, 9):
         trained(tracker, step, step)
-        tracker.samples(step, [("a", "b")])
-        tracker.model(step, folder / "weights", ends_phase=False)
+        tracker.log_samples(step, [("a", "b")])
+        tracker.log_model(step, folder / "weights", ends_phase=False)
     assert time.monotonic() - begin < 2 * PATIENCE_S + 1
     begin = time.monotonic()
     tracker.close(0)
@@ -179,7 +179,7 @@ def test_a_server_that_fails_at_the_start_leaves_the_run_offline(
     begin = time.monotonic()
     tracker = opened(tmp_path)
     trained(tracker, 1, 3)
-    tracker.samples(3, [("a", "b")])
+    tracker.log_samples(3, [("a", "b")])
     tracker.close(0)
     assert time.monotonic() - begin < 20
     said = capsys.readouterr().out
@@ -269,12 +269,12 @@ def test_each_fault_is_said_once_and_waited_for_once(
     tracker = opened(home, "track.wandb_timeout_s=0.1")
     for step in range(1, 4):
         trained(tracker, step, step)
-        tracker.samples(step, [("a", "b")])
+        tracker.log_samples(step, [("a", "b")])
     tracker.close(0)
     assert run.calls == ["table", "finish 0"]
     first, last = (line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING"))
     why = {RuntimeError: "out of order", SystemExit: "SystemExit(1)"}.get(type(error), "no answer within 0.1 s")
-    assert first.startswith(f"WARNING: W&B took the samples of step 1 not ({why}): no more ")
+    assert first.startswith(f"WARNING: W&B did not accept the samples of step 1 ({why}): no more ")
     assert last.endswith("; `wandb sync wandb/run-1` uploads them")
 
 
@@ -293,7 +293,7 @@ def test_a_step_that_cannot_be_handed_over_ends_wandb_alone(
 
     monkeypatch.setattr(run, "log", lost)
     trained(tracker, 2, 4)
-    tracker.samples(4, [("a", "b")])
+    tracker.log_samples(4, [("a", "b")])
     tracker.close(0)
     assert run.calls == [], "nothing is asked of it any more"
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING"))
@@ -332,11 +332,11 @@ def test_a_histogram_that_cannot_be_made_costs_no_run(
     monkeypatch.setattr(wandb, "init", lambda **_: Broken(None))
     tracker = opened(home, "track.wandb_timeout_s=0.1")
     for step in (1, 2):
-        tracker.gradients(step, {"norm": LayerGradient(1.0, np.ones(600), np.arange(601.0))})  # wandb takes 512
+        tracker.log_gradients(step, {"norm": LayerGradient(1.0, np.ones(600), np.arange(601.0))})  # wandb takes 512
     trained(tracker, 3, 3)
     tracker.close(0)
     first, _ = (line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING"))
-    assert first.startswith("WARNING: W&B took the histograms of step 1 not (")
+    assert first.startswith("WARNING: W&B did not accept the histograms of step 1 (")
 
 
 def test_going_back_on_purpose_is_a_new_run_with_the_old_past(
@@ -352,7 +352,7 @@ def test_going_back_on_purpose_is_a_new_run_with_the_old_past(
     capsys.readouterr()
     tracker = opened(tmp_path, "phases.continuation.lr=1e-5", first_step=9)
     for step in range(10, 13):
-        tracker.metrics(step, {"train/lr": 7.0})
+        tracker.log_metrics(step, {"train/lr": 7.0})
     tracker.close(0)
     said = capsys.readouterr().out
     assert f"; run id {ID}-2, a new id: steps 10 to 12 of {ID} are of another plan" in said
@@ -368,7 +368,7 @@ def test_a_step_that_comes_out_with_other_rows_is_of_a_new_run(
     def train(first: int, last: int, rows: str, first_step: int) -> None:
         tracker = opened(tmp_path, f"track.wandb={mode}", first_step=first_step)
         for step in range(first, last + 1):
-            tracker.metrics(step, {"train/lr": 0.5, "data/ledger": f"{rows if step > 4 else 'a'}{step}"})
+            tracker.log_metrics(step, {"train/lr": 0.5, "data/ledger": f"{rows if step > 4 else 'a'}{step}"})
         tracker.close(0)
 
     train(1, 6, "a", 0)
@@ -400,7 +400,7 @@ def test_offline_going_back_and_a_copy_have_files_of_their_own(home: Path) -> No
     tracker.close(0)
     shutil.copytree(home / "runs" / "quickstart", home / "runs" / "copy", ignore=shutil.ignore_patterns("wandb"))
     tracker = opened(home, "track.wandb=offline", "phases.continuation.lr=1e-5", first_step=8)
-    tracker.metrics(9, {"train/lr": 7.0})
+    tracker.log_metrics(9, {"train/lr": 7.0})
     tracker.close(0)
     assert told("quickstart") == {ID: plan(1, 10), f"{ID}-2": plan(1, 8) | {9: 7.0}}
     tracker = opened(home, "track.wandb=offline", name="copy", first_step=10)

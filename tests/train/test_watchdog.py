@@ -84,7 +84,7 @@ def test_a_rank_that_hangs_is_named_and_both_leave(tmp_path: Path, how: str) -> 
         assert not (logs / "hang-rank1.txt").exists()
     else:
         assert re.match(
-            r"error: no sign of life for \d s: rank 1 stands in 'data' of step 3, at \S+:10 \(hang\); ", said
+            r"error: no sign of life for \d s: rank 1 stands in 'data' of step 3, at \S+:11 \(hang\); ", said
         )
         hanging = (logs / "hang-rank1.txt").read_text()
         assert "rank: 1 of 2" in hanging

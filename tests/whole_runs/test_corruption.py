@@ -427,11 +427,11 @@ def test_a_harmful_file_in_place_of_another_costs_its_checkpoint(
 def test_a_harmful_file_that_the_manifest_names_is_refused_before_anything_of_it_runs(
     run: Path, tmp_path: Path, name: str, form: Callable[[Path, Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from smoltrain.run.verify import verify_run
+    from smoltrain.run.verify import verify_one_checkpoint
 
     form(folder_of(run) / name, tmp_path / "proof")
     seal(run)
-    assert not verify_run(str(folder_of(run)))
+    assert not verify_one_checkpoint(run, 4)
     said = capsys.readouterr().out
     assert str(folder_of(run) / name) in said
     word = "is broken" if form is as_plain_pickle else "is refused"  # torch reads no bare pickle of today's protocol

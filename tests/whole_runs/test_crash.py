@@ -26,7 +26,7 @@ import torch
 from smoltrain import files
 from smoltrain.checkpoint.manifest import MANIFEST_FILE, Manifest, list_checkpoint_steps, step_folder, verify_checkpoint
 from smoltrain.run.row_ledger import LEDGER_FILE
-from smoltrain.run.verify import verify_run
+from smoltrain.run.verify import compare_runs, verify_run
 from tests import launches, tiny
 from tests.zygote import zygote
 
@@ -206,8 +206,8 @@ def check_checkpoints(run: Path, at_least: int) -> int:
 def check_same(run: Path, reference: Path, last_step: int = STEPS) -> None:
     """Rows, losses, and every bit that a checkpoint of the last step holds."""
     assert (run / LEDGER_FILE).read_bytes() == (reference / LEDGER_FILE).read_bytes()
-    assert verify_run(str(run), str(reference)), "the rows of both"
-    assert verify_run(str(run)), "the ledger, and all that is in each checkpoint"
+    assert compare_runs(str(run), str(reference)), "the rows of both"
+    assert verify_run(run), "the ledger, and all that is in each checkpoint"
     assert numbers(run) == numbers(reference), "each step once, and the same numbers"
     assert not list((run / "checkpoints").glob("*.tmp")), "nothing half done is left"
     ours, theirs = (step_folder(folder / "checkpoints", last_step) for folder in (run, reference))

@@ -69,10 +69,10 @@ def test_three_kills_and_other_numbers_of_ranks_leave_the_same_ledger(tmp_path: 
     assert log.count("on 2 ranks") == 2
 
     histories = [read_row_history(folder / "runs" / "quickstart") for folder in (whole, broken)]
-    assert [history.fault() for history in histories] == ["", ""]
+    assert [history.find_mismatch() for history in histories] == [None, None]
     comparison = compare_row_histories(*histories)
     assert comparison.diverges_at is None, f"{comparison} (killed at {kills})"
-    assert comparison.common == STEPS * 8
+    assert comparison.common_rows == STEPS * 8
     lines = [launches.metrics(folder / "runs" / "quickstart") for folder in (whole, broken)]
     last = [[line for line in told if "data/ledger" in line][-1] for told in lines]
     assert last[0]["step"] == last[1]["step"] == STEPS
@@ -132,7 +132,7 @@ def test_a_run_over_a_failing_server_sees_the_rows_of_a_run_over_a_disk(tmp_path
     assert sum(server.met.values()) > 10, server.met
     ours, theirs = (read_row_history(folder / "runs" / "quickstart") for folder in (disk, net))
     comparison = compare_row_histories(ours, theirs)
-    assert (comparison.diverges_at, comparison.common) == (None, 64 * 8)
+    assert (comparison.diverges_at, comparison.common_rows) == (None, 64 * 8)
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def asked_in(place: str) -> None:
     owner, name = {
         "validation": (run, "evaluate"),
         "sampling": (run, "generate"),
-        "saving": (CheckpointSaver, "begin"),
+        "saving": (CheckpointSaver, "start_save"),
         "plotting": (plots, "run_pngs"),
         "closing": (Tracker, "close"),
     }[place]

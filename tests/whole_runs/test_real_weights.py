@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from smoltrain.config.schema import GenerationSection, ModelSection, TransformersSection
-from smoltrain.data.tokenizers.offline import _download_package, extract_gguf, prepare_packaged_tokenizer
+from smoltrain.data.tokenizers.packaged import _download_package, extract_gguf, prepare_packaged_tokenizer
 from smoltrain.export.export import export_model
 from smoltrain.inference.generate import generate_ids
 from smoltrain.inference.load import LoadedModel, load_trained_model

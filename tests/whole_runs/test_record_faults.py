@@ -50,7 +50,7 @@ def unharmed(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run, gone on to its end."""
     code, said, run = resumed(original, tmp_path_factory.mktemp("unharmed"))
     assert code == DONE, said
-    assert verify_run(str(run))
+    assert verify_run(run)
     return run
 
 
@@ -83,7 +83,7 @@ def trial(original: Path, unharmed: Path, folder: Path, name: str, dice: random.
         return "refused, the file named"
     assert code == DONE, about
     same_weights(run, unharmed, about)
-    seen = not verify_run(str(run))
+    seen = not verify_run(run)
     shutil.rmtree(folder)
     if str(run / name) in said or (name == CONFIG_FILE and "changed " in said):
         return "said at the start"
@@ -132,7 +132,7 @@ def test_texts_with_any_line_break_are_no_hindrance(original: Path, tmp_path: Pa
     for stop in ("run.stop_after=main", "run.stop_after=null"):
         life = zygote().train(words(tmp_path, *own, stop), 1, tmp_path / "log")
         assert life.end() == [DONE], life.text()
-    assert verify_run(str(tmp_path / "runs" / "quickstart"))
+    assert verify_run(tmp_path / "runs" / "quickstart")
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def test_a_line_that_a_crash_cut_short_never_was(tmp_path: Path) -> None:
     first = whole.index(b"\n") + 1
     for length in range(first, len(whole)):
         (tmp_path / "a.jsonl").write_bytes(whole[:length])
-        assert [(line.number, line.fault) for line in files.read_jsonl_lines(tmp_path / "a.jsonl")] == [(1, "")]
+        assert [(line.number, line.fault) for line in files.read_jsonl_lines(tmp_path / "a.jsonl")] == [(1, None)]
 
 
 DAMAGED = {

@@ -10,9 +10,9 @@ import pytest
 from safetensors import safe_open
 
 from smoltrain.config.load import load_config
-from smoltrain.data.documents.listing import list_shards
 from smoltrain.schedule import Plan
 from tests import launches
+from tests.data.documents.files import list_shards
 
 # name -> parameters, as published; tokenizer out of a package; how the text is given; class on export
 SYSTEMS = {

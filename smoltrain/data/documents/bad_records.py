@@ -1,12 +1,15 @@
-"""Records that are no documents: each is logged with its address and skipped, up to a limit. Empty ones are not bad."""
+"""Records that are no documents: bad ones are reported and skipped, up to a limit; empty ones are skipped.
 
-from collections.abc import Iterable, Sequence
+What is tokenised before the run is logged in bad-records.jsonl; a stream says it on the console.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from smoltrain import files
 from smoltrain.config.schema import DataSection
-from smoltrain.data.documents.readers import BadRecord
+from smoltrain.data.documents.records import BadRecord, Document, Record
 from smoltrain.errors import Problem, UserError
 from smoltrain.redact import redact_text
 
@@ -25,37 +28,52 @@ class BadRecordEntry:
     why: str
 
 
+def keep_documents(
+    records: Iterable[Record], on_bad: Callable[[BadRecord], None], on_empty: Callable[[BadRecord], None]
+) -> Iterator[Document]:
+    """The documents among records; each bad or empty one is handed to its callback as it comes by."""
+    for record in records:
+        if isinstance(record, Document):
+            yield record
+        elif record.empty:
+            on_empty(record)
+        else:
+            on_bad(record)
+
+
 def log_bad_record(
     folder: Path, source: str, record: BadRecord, count: int, num_records: int, data: DataSection
 ) -> BadRecordEntry:
-    """Log a bad record, the `count`-th of so many records of its source.
+    """Log a bad record, the `count`-th of `num_records` records of its source so far.
 
     Errors: UserError past data.max_bad_records; without one, where most of many records are bad. A share of all is
-    judged when all are known (`check`), as bad records may stand together.
+    judged when all are known (`check_bad_record_share`), as bad records may stand together.
     """
-    bad = BadRecordEntry(source, redact_text(record.place), redact_text(record.why))
+    entry = BadRecordEntry(source, redact_text(record.place), redact_text(record.why))
+    log = folder / BAD_RECORDS_FILE
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / BAD_RECORDS_FILE).open("a", encoding="utf-8") as file:
-        file.write(_format_log_line(bad))
-    most = max(EARLY_STOP_BAD, num_records // 2) if data.max_bad_records is None else data.max_bad_records
-    if count > most:
-        raise _too_many_error(f"more than {most:,} records of {source!r}", bad, folder / BAD_RECORDS_FILE)
-    return bad
+    with log.open("a", encoding="utf-8") as file:
+        file.write(_format_log_line(entry))
+    limit = max(EARLY_STOP_BAD, num_records // 2) if data.max_bad_records is None else data.max_bad_records
+    if count > limit:
+        raise _too_many_error(f"more than {limit:,} records of {source!r}", entry, log)
+    return entry
 
 
 def check_bad_record_share(
-    folder: Path, source: str, found: Sequence[BadRecordEntry], num_records: int, data: DataSection
+    folder: Path, source: str, bad: Sequence[BadRecordEntry], num_records: int, data: DataSection
 ) -> None:
-    """Errors: UserError if more of a source's records are bad than may be."""
-    if len(found) > bad_record_limit(data, num_records):
-        which = f"{len(found):,} of {num_records:,} records of {source!r}"
-        raise _too_many_error(which, found[-1], folder / BAD_RECORDS_FILE)
+    """Called when all records are known. Errors: UserError if more of a source's are bad than may be."""
+    if len(bad) > bad_record_limit(data, num_records):
+        which = f"{len(bad):,} of {num_records:,} records of {source!r}"
+        raise _too_many_error(which, bad[-1], folder / BAD_RECORDS_FILE)
 
 
 def bad_record_limit(data: DataSection, num_records: int) -> int:
     """How many of so many records may be bad."""
-    share = max(MIN_ALLOWED_BAD, int(data.max_bad_share * num_records))
-    return share if data.max_bad_records is None else data.max_bad_records
+    if data.max_bad_records is not None:
+        return data.max_bad_records
+    return max(MIN_ALLOWED_BAD, int(data.max_bad_share * num_records))
 
 
 def _too_many_error(which: str, last: BadRecordEntry, log: Path) -> UserError:
@@ -64,28 +82,30 @@ def _too_many_error(which: str, last: BadRecordEntry, log: Path) -> UserError:
     return UserError(Problem(what, last.place, want, f"{BAD_RECORD_KEYS}, or the data"))
 
 
-def write_bad_record_log(folder: Path, found: Iterable[BadRecordEntry]) -> None:
+def write_bad_record_log(folder: Path, entries: Iterable[BadRecordEntry]) -> None:
     """The log anew; none where nothing is bad."""
-    lines = "".join(map(_format_log_line, found))
+    log = folder / BAD_RECORDS_FILE
+    lines = "".join(_format_log_line(entry) for entry in entries)
     if lines:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / BAD_RECORDS_FILE).write_text(lines, encoding="utf-8")
+        log.write_text(lines, encoding="utf-8")
     else:
-        (folder / BAD_RECORDS_FILE).unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
 
 
-def summarise_bad_records(found: Iterable[BadRecordEntry], folder: Path) -> list[str]:
+def summarise_bad_records(entries: Iterable[BadRecordEntry], folder: Path) -> list[str]:
     """One line for each source that has any: how many, and the first three."""
     by_source: dict[str, list[BadRecordEntry]] = {}
-    for bad in found:
-        by_source.setdefault(bad.source, []).append(bad)
-    return [
-        f"{len(some):,} bad record{'s' * (len(some) > 1)} of {name} skipped: "
-        + "; ".join(f"{bad.place}: {bad.why}" for bad in some[:3])
-        + (f"; the others are in {folder / BAD_RECORDS_FILE}" if len(some) > 3 else "")
-        for name, some in by_source.items()
-    ]
+    for entry in entries:
+        by_source.setdefault(entry.source, []).append(entry)
+    lines: list[str] = []
+    for source, bad in by_source.items():
+        noun = "bad record" if len(bad) == 1 else "bad records"
+        first_three = "; ".join(f"{entry.place}: {entry.why}" for entry in bad[:3])
+        rest = f"; the others are in {folder / BAD_RECORDS_FILE}" if len(bad) > 3 else ""
+        lines.append(f"{len(bad):,} {noun} of {source} skipped: {first_three}{rest}")
+    return lines
 
 
-def _format_log_line(bad: BadRecordEntry) -> str:
-    return files.format_json_line(asdict(bad))
+def _format_log_line(entry: BadRecordEntry) -> str:
+    return files.format_json_line(asdict(entry))

@@ -1,11 +1,10 @@
 """Read from the Hugging Face Hub: which files a dataset has, and how the Hub is asked. Nothing is written there.
 
 HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and the cache work as huggingface_hub documents them. It would try a Hub that is
-out of reach for half a minute, so the first question of each kind is asked here, once and with a limit.
+out of reach for half a minute, so what is asked first (`ask_hub`) is asked once and with a limit; what then lists the
+files of a dataset has none.
 """
 
-import queue
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -13,25 +12,32 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
 from smoltrain.config.schema import SourceSection
-from smoltrain.data.documents.shard import exception_message, get_file_system
-from smoltrain.errors import Problem, UserError, suggest_choice
+from smoltrain.data.documents.file_systems import get_file_system
+from smoltrain.errors import Problem, UserError, exception_message, suggest_choice
+from smoltrain.timeout import call_with_timeout
 
-T = TypeVar("T")
+Answer = TypeVar("Answer")
 HUB_ANSWER_TIMEOUT_S = 8.0  # for each first question
 OTHER_DATA = "data.path=FOLDER of .parquet or .jsonl.zst files"
 
 
+def ask_hub(question: Callable[[], Answer]) -> Answer:
+    """What a first question to the Hub returns. Errors: those of huggingface_hub; TimeoutError."""
+    return call_with_timeout(question, HUB_ANSWER_TIMEOUT_S)
+
+
 def fetch_dataset_commit(data: SourceSection) -> str:
     """The commit (sha) at which the dataset stands now. Errors: UserError if there is none that this token may read."""
-    name, api = str(data.hub), HfApi()
+    name = str(data.hub)
+    api = HfApi()
 
-    def ask() -> str:
-        api.auth_check(name, repo_type="dataset")  # what a gated dataset is called may be read by all, but not its rows
+    def fetch() -> str:
+        api.auth_check(name, repo_type="dataset")  # all may read what a gated dataset is called, but not its rows
         return str(api.dataset_info(name).sha)
 
     try:
-        return ask_with_timeout(HUB_ANSWER_TIMEOUT_S, ask)
-    except Exception as error:  # as above
+        return ask_hub(fetch)
+    except Exception as error:  # of the library, of its HTTP client, of the system: there is no common base
         raise UserError(hub_problem(error, "dataset", name, "data.hub", OTHER_DATA)) from None
 
 
@@ -40,54 +46,41 @@ def list_dataset_files(source: SourceSection, split: str, commit: str, key: str)
 
     No data is downloaded. Errors: UserError if the dataset has no such configuration or split, or cannot be listed.
     """
-    keys = f"{key}.hub, {key}.hub_config or {key}.hub_split"
+    change = f"{key}.hub, {key}.hub_config or {key}.hub_split"
     try:
         import datasets
     except ImportError:
         want = f"`pip install datasets`, or {OTHER_DATA}"
         raise UserError(Problem("a package is missing to read the Hub", "no datasets", want, f"{key}.hub")) from None
     try:
-        builder = datasets.load_dataset_builder(
-            f"hf://datasets/{source.hub}",  # the Hub's, even where a local folder has the same name
-            source.hub_config,
-            revision=commit,
-        )
-        splits = {str(name): list(urls) for name, urls in (builder.config.data_files or {}).items()}
+        # hf:// is the Hub's, even where a local folder has the same name.
+        name = f"hf://datasets/{source.hub}"
+        builder = datasets.load_dataset_builder(name, source.hub_config, revision=commit)
+        splits = {str(split_name): list(urls) for split_name, urls in (builder.config.data_files or {}).items()}
         if split not in splits:
             want = suggest_choice(split, splits) if splits else "a dataset of files"
-            raise UserError(Problem(f"the dataset {source.hub} has no such split", repr(split), want, keys))
-        system, root = get_file_system(f"hf://datasets/{source.hub}@{commit}")
-        folders = {url.rpartition("/")[0] for url in splits[split]}
-        sizes = {info["name"]: info["size"] for folder in sorted(folders) for info in system.ls(folder, detail=True)}
-        paths = {url: url.removeprefix("hf://") for url in splits[split]}
-        return [(path.removeprefix(f"{root}/"), url, sizes[path]) for url, path in paths.items()]
+            raise UserError(Problem(f"the dataset {source.hub} has no such split", repr(split), want, change))
+        return _list_sizes(f"hf://datasets/{source.hub}@{commit}", splits[split])
     except UserError:
         raise
     except Exception as error:  # as above
+        what = f"the dataset {source.hub} cannot be read"
         want = f"a configuration and split that it has, or {OTHER_DATA}"
-        raise UserError(
-            Problem(f"the dataset {source.hub} cannot be read", exception_message(error), want, keys)
-        ) from None
+        raise UserError(Problem(what, exception_message(error), want, change)) from None
 
 
-def ask_with_timeout(limit_s: float, ask: Callable[[], T]) -> T:
-    """What `ask` returns or raises. Errors: TimeoutError after limit_s, even where a look-up of a name hangs."""
-    said: queue.SimpleQueue[tuple[T] | Exception] = queue.SimpleQueue()
-
-    def listen() -> None:
-        try:
-            said.put((ask(),))
-        except Exception as error:  # it is raised again below
-            said.put(error)
-
-    threading.Thread(target=listen, daemon=True).start()
-    try:
-        answer = said.get(timeout=limit_s)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {limit_s:g} s") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer[0]
+def _list_sizes(dataset: str, urls: list[str]) -> list[tuple[str, str, int]]:
+    """(path in the dataset, URL, bytes) of each URL, with one question for each folder."""
+    system, root = get_file_system(dataset)
+    sizes: dict[str, int] = {}
+    for folder in sorted({url.rpartition("/")[0] for url in urls}):
+        for info in system.ls(folder, detail=True):
+            sizes[info["name"]] = info["size"]
+    files: list[tuple[str, str, int]] = []
+    for url in urls:
+        path = url.removeprefix("hf://")
+        files.append((path.removeprefix(f"{root}/"), url, sizes[path]))
+    return files
 
 
 def has_hub_answered(error: Exception) -> bool:
@@ -98,17 +91,13 @@ def has_hub_answered(error: Exception) -> bool:
 def hub_problem(error: Exception, kind: str, name: str, key: str, way_out: str) -> Problem:
     """An error of huggingface_hub as a problem with the `kind` (tokenizer, dataset) of that name."""
     token = "HF_TOKEN is not accepted for it" if get_token() else "no HF_TOKEN"
-    match error:
-        case GatedRepoError():
-            want = f"HF_TOKEN of an account that was granted access on its page, or {way_out}"
-            return Problem(f"the {kind} {name} is gated", token, want, key)
-        case RepositoryNotFoundError():
-            what, want = f"the Hub has no {kind} {name}", f"its exact name (for a private one HF_TOKEN), or {way_out}"
-            return Problem(what, f"not found, {token}", want, key)
+    if isinstance(error, GatedRepoError):  # before RepositoryNotFoundError, of which it is one
+        want = f"HF_TOKEN of an account that was granted access on its page, or {way_out}"
+        return Problem(f"the {kind} {name} is gated", token, want, key)
+    if isinstance(error, RepositoryNotFoundError):
+        want = f"its exact name (for a private one HF_TOKEN), or {way_out}"
+        return Problem(f"the Hub has no {kind} {name}", f"not found, {token}", want, key)
+    saw = exception_message(error)
     if has_hub_answered(error):
-        return Problem(
-            f"the Hub does not give the {kind} {name}", exception_message(error), f"an answer, or {way_out}", key
-        )
-    return Problem(
-        "the Hugging Face Hub does not answer", exception_message(error), f"{constants.ENDPOINT}, or {way_out}", key
-    )
+        return Problem(f"the Hub does not give the {kind} {name}", saw, f"an answer, or {way_out}", key)
+    return Problem("the Hugging Face Hub does not answer", saw, f"{constants.ENDPOINT}, or {way_out}", key)

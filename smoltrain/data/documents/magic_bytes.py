@@ -3,22 +3,34 @@
 import codecs
 import json
 import re
+from typing import NamedTuple
 
 from smoltrain.errors import Problem, UserError
 
 MAX_POINTER_BYTES = 1024  # a file that stands for another one is shorter
-LFS = re.compile(rb"version https://(git-lfs\.github|hawser\.github)\.com/spec/v\d+\r?\n(.*\r?\n)*oid sha256:")
-ANNEX = re.compile(rb"(\S*/)?annex/objects/\S+\s*")
+LFS_POINTER = re.compile(rb"version https://(git-lfs\.github|hawser\.github)\.com/spec/v\d+\r?\n(.*\r?\n)*oid sha256:")
+ANNEX_POINTER = re.compile(rb"(\S*/)?annex/objects/\S+\s*")
 ENCODING_HEAD_BYTES = 2**12  # bytes by which a file's encoding is told
 WIDE_BOMS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # that of UTF-32-LE begins like the first
 CONTROL_BYTES = bytes({*range(32)} - {*b"\t\n\f\r\x1b"})  # characters that texts do not hold
 
 
-def detect_pointer(raw: bytes) -> tuple[str, str] | None:
-    """Whose pointer a small file is, and the command that brings the file it stands for."""
-    if LFS.match(raw):
-        return "Git LFS", "git lfs pull"
-    return ("git-annex", "git annex get") if ANNEX.fullmatch(raw) else None
+class Pointer(NamedTuple):
+    """What a file is that only stands for another one."""
+
+    tool: str
+    command: str  # that brings the other one
+
+
+GIT_LFS = Pointer("Git LFS", "git lfs pull")
+GIT_ANNEX = Pointer("git-annex", "git annex get")
+
+
+def detect_pointer(raw: bytes) -> Pointer | None:
+    """Whose pointer a small file is, if it is one."""
+    if LFS_POINTER.match(raw):
+        return GIT_LFS
+    return GIT_ANNEX if ANNEX_POINTER.fullmatch(raw) else None
 
 
 def is_utf16_or_utf32(opening: bytes) -> bool:

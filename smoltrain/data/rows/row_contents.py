@@ -11,7 +11,7 @@ from smoltrain.config.schema import DataSection, MixedSource
 from smoltrain.data.documents import retry
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.documents.listing import list_one_source
-from smoltrain.data.documents.readers import Document
+from smoltrain.data.documents.records import Document
 from smoltrain.data.documents.retry import ReaderHealth
 from smoltrain.data.tokens.prepared import PreparedData
 from smoltrain.data.tokens.token_files import MappedTokens, content_hash

@@ -18,7 +18,7 @@ from smoltrain.data.documents import retry
 from smoltrain.data.documents.bad_records import BAD_RECORD_KEYS, bad_record_limit
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.documents.listing import has_own_validation
-from smoltrain.data.documents.readers import BadRecord, Document
+from smoltrain.data.documents.records import BadRecord, Document
 from smoltrain.data.documents.retry import ReaderHealth
 from smoltrain.data.documents.shard import Shard
 from smoltrain.data.order import permute_places
@@ -197,7 +197,7 @@ class RowStream:
 
         Errors: UserError where they are too many: all of them for a number, those read here for a share.
         """
-        self._health.note(f"a bad record is skipped: {record.place}: {record.why}")
+        self._health.add_note(f"a bad record is skipped: {record.place}: {record.why}")
         data = self._source.data
         count = num_lately if data.max_bad_records is None else num_bad
         if count > bad_record_limit(data, num_read):

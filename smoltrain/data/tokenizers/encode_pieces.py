@@ -1,6 +1,7 @@
-"""The middle of a document: many tokenizers put a space before a text, or strip it, which is not for later pieces.
+"""Encode later pieces of a document without the space or the strip that belongs to its start.
 
-A piece that begins behind a cut would get a space that the text does not have there, or lose one that it has.
+Many tokenizers put a space before a text, or strip it. A piece that begins behind a cut would get a space that the text
+does not have there, or lose one that it has.
 """
 
 import json
@@ -13,16 +14,16 @@ import tokenizers
 T = TypeVar("T")
 
 
-def build_continuation_tokenizer(inner: tokenizers.Tokenizer, about: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer for pieces that go on with a document: `inner` itself where it begins none in its own way.
+def build_continuation_tokenizer(inner: tokenizers.Tokenizer, definition: dict[str, Any]) -> tokenizers.Tokenizer:
+    """The tokenizer for pieces that continue a document: `inner` itself where it treats no start in its own way.
 
-    `about` is inner's JSON, as far as its normalizer and its pre-tokenizer.
+    `definition` is inner's JSON, as far as its normalizer and its pre-tokenizer.
     """
     changed = {
-        "normalizer": _continuation_normalizer(about["normalizer"]),
-        "pre_tokenizer": _continuation_pre_tokenizer(about["pre_tokenizer"]),
+        "normalizer": _continuation_normalizer(definition["normalizer"]),
+        "pre_tokenizer": _continuation_pre_tokenizer(definition["pre_tokenizer"]),
     }
-    if all(about[key] == value for key, value in changed.items()):
+    if all(definition[key] == value for key, value in changed.items()):
         return inner
     copy = tokenizers.Tokenizer.from_str(json.dumps(json.loads(inner.to_str()) | changed))
     copy.encode_special_tokens = inner.encode_special_tokens
@@ -43,15 +44,13 @@ def _continuation_normalizer(normalizer: dict[str, Any] | None) -> dict[str, Any
 def _continuation_pre_tokenizer(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
     if pre_tokenizer is None:
         return None
-    match pre_tokenizer["type"]:
-        case "Sequence":
-            return pre_tokenizer | {
-                "pretokenizers": [_continuation_pre_tokenizer(part) for part in pre_tokenizer["pretokenizers"]]
-            }
-        case "ByteLevel":
-            return pre_tokenizer | {"add_prefix_space": False}
-        case "Metaspace":
-            return pre_tokenizer | {"prepend_scheme": "never"}
+    if pre_tokenizer["type"] == "Sequence":
+        parts = [_continuation_pre_tokenizer(part) for part in pre_tokenizer["pretokenizers"]]
+        return pre_tokenizer | {"pretokenizers": parts}
+    if pre_tokenizer["type"] == "ByteLevel":
+        return pre_tokenizer | {"add_prefix_space": False}
+    if pre_tokenizer["type"] == "Metaspace":
+        return pre_tokenizer | {"prepend_scheme": "never"}
     return pre_tokenizer
 
 

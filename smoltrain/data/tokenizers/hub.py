@@ -7,11 +7,10 @@ from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from smoltrain.data.documents.hub import HUB_ANSWER_TIMEOUT_S, ask_with_timeout, has_hub_answered, hub_problem
-from smoltrain.data.documents.shard import exception_message
+from smoltrain.data.documents.hub import HUB_ANSWER_TIMEOUT_S, ask_hub, has_hub_answered, hub_problem
 from smoltrain.data.tokenizers.companions import is_companion_file
 from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE
-from smoltrain.errors import Problem, UserError
+from smoltrain.errors import Problem, UserError, exception_message
 
 
 def is_hub_repo_name(name: str) -> bool:
@@ -24,39 +23,30 @@ def is_hub_repo_name(name: str) -> bool:
 
 
 def download_tokenizer(name: str) -> Path:
-    """The tokenizer.json of the repository OWNER/NAME, in the Hub's cache on this machine; companions.py beside it.
+    """The tokenizer.json of the repository OWNER/NAME, in the Hub's cache on this machine; its companions beside it.
 
-    Errors: UserError if there is none, or the Hub does not answer within ANSWER_S and the cache does not have it.
+    Errors: UserError if there is none, or the Hub does not answer in time and the cache does not have it.
     """
+    way_out = _suggest_tokenizer(name)
     try:
         url = hf_hub_url(name, TOKENIZER_FILE)
-        ask_with_timeout(HUB_ANSWER_TIMEOUT_S, lambda: get_hf_file_metadata(url, timeout=HUB_ANSWER_TIMEOUT_S))
+        ask_hub(lambda: get_hf_file_metadata(url, timeout=HUB_ANSWER_TIMEOUT_S))
         file = Path(hf_hub_download(name, TOKENIZER_FILE))
-        held = (
-            ask_with_timeout(
-                HUB_ANSWER_TIMEOUT_S, lambda: HfApi().model_info(name, timeout=HUB_ANSWER_TIMEOUT_S)
-            ).siblings
-            or ()
-        )
-        for other in held:
-            if is_companion_file(other.rfilename):
-                hf_hub_download(name, other.rfilename)
+        repository = ask_hub(lambda: HfApi().model_info(name, timeout=HUB_ANSWER_TIMEOUT_S))
+        for sibling in repository.siblings or ():
+            if is_companion_file(sibling.rfilename):
+                hf_hub_download(name, sibling.rfilename)
         return file
+    except RemoteEntryNotFoundError:
+        what, want = f"the repository {name} has no {TOKENIZER_FILE}", f"one that has it, or {way_out}"
+        raise UserError(Problem(what, "not found", want, "tokenizer.name")) from None
     except Exception as error:  # of the library, of its HTTP client, of the system: there is no common base
-        if isinstance(error, RemoteEntryNotFoundError):
-            what, want = (
-                f"the repository {name} has no {TOKENIZER_FILE}",
-                f"one that has it, or {_suggest_tokenizer(name)}",
-            )
-            raise UserError(Problem(what, "not found", want, "tokenizer.name")) from None
         cached = None if has_hub_answered(error) else try_to_load_from_cache(name, TOKENIZER_FILE)
         if isinstance(cached, str):
-            print(
-                f"the tokenizer {name} is the cached one, as the Hub does not answer: {exception_message(error)}",
-                flush=True,
-            )
+            why = f"as the Hub does not answer: {exception_message(error)}"
+            print(f"the tokenizer {name} is the cached one, {why}", flush=True)
             return Path(cached)
-        raise UserError(hub_problem(error, "tokenizer", name, "tokenizer.name", _suggest_tokenizer(name))) from None
+        raise UserError(hub_problem(error, "tokenizer", name, "tokenizer.name", way_out)) from None
 
 
 def _suggest_tokenizer(name: str) -> str:

@@ -41,43 +41,44 @@ class RoundTripCounts:
 
 
 class RoundTripCounter:
-    """Counts the spelling of the pieces that come by."""
+    """Counts over the pieces of documents; the first DECODED_CHARACTERS or a few more are decoded again."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._left = tokenizer, DECODED_CHARACTERS
+        self._tokenizer = tokenizer
         self._bytes_per_id = tokenizer.bytes_per_id()
+        self._characters_left = DECODED_CHARACTERS
         self.found = RoundTripCounts()
 
     def add(self, piece: TokenPiece[Any]) -> None:
-        """One more. The first CHARACTERS or a few more are decoded again."""
+        """Count one more piece."""
         num_bytes = len(piece.text.encode())
         num_tokens = int((piece.ids != self._tokenizer.separator_id).sum())
-        unspelled = num_bytes - int(self._bytes_per_id[piece.ids].sum())
-        self.found += RoundTripCounts(num_tokens, unspelled)
-        if self._left > 0:
-            self._left -= len(piece.text)
-            self.found += RoundTripCounts(
-                sampled=num_bytes, lost=lost_bytes(piece.text, self._tokenizer.decode(piece.ids.tolist()))
-            )
+        num_unspelled = num_bytes - int(self._bytes_per_id[piece.ids].sum())
+        self.found += RoundTripCounts(num_tokens, num_unspelled)
+        if self._characters_left > 0:
+            self._characters_left -= len(piece.text)
+            decoded = self._tokenizer.decode(piece.ids.tolist())
+            self.found += RoundTripCounts(sampled=num_bytes, lost=lost_bytes(piece.text, decoded))
 
 
-def lost_bytes(text: str, back: str) -> int:
+def lost_bytes(text: str, decoded: str) -> int:
     """Bytes (UTF-8) of characters that are more often in a text than in what came back, wherever they stand."""
-    missing = Counter(text) - Counter(back)
+    missing = Counter(text) - Counter(decoded)
     return sum(len(character.encode()) * count for character, count in missing.items())
 
 
-def round_trip_to_json(spelling: RoundTripCounts) -> dict[str, int]:
-    """As an index holds it."""
-    return asdict(spelling)
+def round_trip_to_json(counts: RoundTripCounts) -> dict[str, int]:
+    """As an index holds them."""
+    return asdict(counts)
 
 
 def sum_round_trips(sides: Iterable[dict[str, Any]]) -> RoundTripCounts:
-    """That of several sides or parts, as an index speaks of them; one made before this was counted has none."""
-    return sum((_parse_round_trip(about.get("spelling")) for about in sides), RoundTripCounts())
+    """Those of several sides or parts, as an index speaks of them; one made before this was counted has none."""
+    return sum((_parse_round_trip(side.get("spelling")) for side in sides), RoundTripCounts())
 
 
 def _parse_round_trip(value: Any) -> RoundTripCounts:
+    """Nothing was counted where the index has something else."""
     names = {field.name for field in fields(RoundTripCounts)}
-    known = isinstance(value, dict) and value.keys() == names and all(type(count) is int for count in value.values())
-    return RoundTripCounts(**value) if known else RoundTripCounts()
+    is_known = isinstance(value, dict) and value.keys() == names and all(type(n) is int for n in value.values())
+    return RoundTripCounts(**value) if is_known else RoundTripCounts()

@@ -22,26 +22,27 @@ def special_token_ids(inner: tokenizers.Tokenizer) -> dict[str, int]:
     return {token.content: i for i, token in inner.get_added_tokens_decoder().items() if token.special}
 
 
-def hide_special_tokens(inner: tokenizers.Tokenizer, about: dict[str, Any]) -> tokenizers.Tokenizer:
-    """The tokenizer for texts: `inner` itself if its model can make no special token, else a copy that cannot.
+def hide_special_tokens(inner: tokenizers.Tokenizer, definition: dict[str, Any]) -> tokenizers.Tokenizer:
+    """A copy of the tokenizer that cannot produce a special token's id from text; `inner` itself if it already cannot.
 
-    `about` is inner's JSON. Text that spells a special token gets what else there is for it: smaller pieces, its bytes,
-    or the unknown token. Errors: UserError if a special token is the letter for a byte, which has no other id.
+    `definition` is inner's JSON. Text that spells a special token gets what else there is for it: smaller pieces, its
+    bytes, or the unknown token. Errors: UserError if a special token is the letter for a byte, which has no other id.
     """
     special = special_token_ids(inner)
+    model = definition["model"]
     for word in special:
-        if is_byte_letter(word) and _is_byte_level(about) and word in about["model"]["vocab"]:
+        if is_byte_letter(word) and _is_byte_level(definition) and word in model["vocab"]:
             raise byte_letter_error(word, "tokenizer")
-    if not any(_can_produce_token(word, about["model"]) for word in special):
+    if not any(_can_produce_token(word, model) for word in special):
         return inner
     prefix = f"\U0010ffff{secrets.token_hex(16)}:"  # drawn anew in each process: nobody can write it into a text
     names = {word: f"{prefix}{i}" for word, i in special.items()}
     renamed = {
-        "added_tokens": [_rename_added_token(token, names) for token in about["added_tokens"]],
-        "model": _rename_in_model(about["model"], names),
+        "added_tokens": [_rename_added_token(token, names) for token in definition["added_tokens"]],
+        "model": _rename_in_model(model, names),
         "post_processor": None,  # no text gets its tokens, and it may name some
     }
-    copy = tokenizers.Tokenizer.from_str(json.dumps(about | renamed))
+    copy = tokenizers.Tokenizer.from_str(json.dumps(definition | renamed))
     copy.encode_special_tokens = True
     if special_token_ids(copy) != {names[word]: i for word, i in special.items()}:
         what, saw = "special tokens cannot be kept out of the reach of text", f"other ids for {', '.join(special)}"
@@ -55,18 +56,18 @@ def unknown_token_id(model: dict[str, Any]) -> int | None:
 
 
 def is_byte_letter(word: str) -> bool:
-    """Whether a byte-level tokenizer spells a byte so: most signs of ASCII and Latin-1 stand for their own code."""
+    """Whether a byte-level tokenizer spells a byte so: most characters of ASCII and Latin-1 stand for themselves."""
     return word in BYTE_LETTERS
 
 
 def byte_letter_error(word: str, key: str) -> UserError:
-    """A special token of one sign, in a tokenizer that needs the sign for text."""
+    """A special token of one character, in a tokenizer that needs it for text."""
     want = "two characters or more, as in <|endoftext|>"
     return UserError(Problem("a special token is a sign that texts are made of", repr(word), want, key))
 
 
-def _is_byte_level(about: dict[str, Any]) -> bool:
-    return "ByteLevel" in json.dumps([about["pre_tokenizer"], about["normalizer"]])
+def _is_byte_level(definition: dict[str, Any]) -> bool:
+    return "ByteLevel" in json.dumps([definition["pre_tokenizer"], definition["normalizer"]])
 
 
 def _can_produce_token(word: str, model: dict[str, Any]) -> bool:
@@ -96,14 +97,15 @@ def _rename_in_model(model: dict[str, Any], names: dict[str, str]) -> dict[str, 
     """A model with new names for special tokens, and without the merges that lead to them or from them."""
     if model["type"] == "Unigram":
         return model | {"vocab": [[names.get(piece, piece), score] for piece, score in model["vocab"]]}
-    new = model | {"vocab": {names.get(word, word): i for word, i in model["vocab"].items()}}
+    renamed = model | {"vocab": {names.get(word, word): i for word, i in model["vocab"].items()}}
     if model.get("unk_token") is not None:
-        new["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+        renamed["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     if model["type"] == "BPE":
         prefix = model.get("continuing_subword_prefix") or ""
-        new["merges"] = [
-            [left, right]
-            for left, right in model["merges"]
-            if not {left, right, left + right.removeprefix(prefix)} & names.keys()
-        ]
-    return new
+        merges: list[list[str]] = []
+        for left, right in model["merges"]:
+            merged = left + right.removeprefix(prefix)
+            if names.keys().isdisjoint((left, right, merged)):
+                merges.append([left, right])
+        renamed["merges"] = merges
+    return renamed

@@ -1,11 +1,13 @@
 """Text to token ids and back, over the `tokenizers` library."""
 
+import contextlib
 import hashlib
 import json
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -20,15 +22,12 @@ from smoltrain.data.tokenizers.special_tokens import (
     special_token_ids,
     unknown_token_id,
 )
-from smoltrain.errors import Problem, UserError, format_value
+from smoltrain.errors import Problem, UserError, exception_message, format_value
 
 TOKENIZER_FILE = "tokenizer.json"
-WORD_SEAM = re.compile(
-    r"(?<=\w)(?= \w)"
-)  # before a space between two words, where byte-level pre-tokenizers cut anyway
-PUNCTUATION_SEAM = re.compile(
-    r"(?<=[^\W_])(?=[\n.,;:!?\u3001\u3002\uff0c\uff01\uff1f\uff1a\uff1b])"
-)  # they cut there too
+# Where byte-level pre-tokenizers cut anyway: before a space between two words, and before punctuation.
+WORD_SEAM = re.compile(r"(?<=\w)(?= \w)")
+PUNCTUATION_SEAM = re.compile(r"(?<=[^\W_])(?=[\n.,;:!?\u3001\u3002\uff0c\uff01\uff1f\uff1a\uff1b])")
 SEAM_SEARCH_CHARACTERS = 2**16  # characters in which a seam is looked for
 MAX_TRAINING_WORD = 256  # bytes, to train on: of a run of one kind of character the library's time is its square
 MAX_TOKENIZER_BYTES = 2**30  # of a tokenizer.json; those of 256,000 ids have 35 MB
@@ -37,17 +36,18 @@ BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")  # how a vocabulary with byte fallba
 
 
 def split_text(text: str, size: int) -> Iterator[str]:
-    """The text cut into pieces of `size` characters or a little more, and of at most SEARCHED more.
+    """The text cut into pieces of `size` characters or a little more, and of at most SEAM_SEARCH_CHARACTERS more.
 
     The library needs some 100 bytes per byte of text at work, so a long text must not go in whole. It is cut at seams
-    only, where byte-level BPE gives the pieces the very ids of the whole, as most others do. A text without any seam
-    in SEARCHED characters (a genome, a page of signs, a file filled up with NULs) is cut anywhere.
+    only, where byte-level BPE gives the pieces the very ids of the whole, as most others do. A text without any seam in
+    SEAM_SEARCH_CHARACTERS (a genome, a page of symbols, a file filled up with NULs) is cut anywhere.
     """
     start = 0
     while len(text) - start > size + SEAM_SEARCH_CHARACTERS:
-        window = start + size, start + size + SEAM_SEARCH_CHARACTERS
-        seam = WORD_SEAM.search(text, *window) or PUNCTUATION_SEAM.search(text, *window)
-        end = seam.start() if seam else window[1]
+        first = start + size
+        last = first + SEAM_SEARCH_CHARACTERS
+        seam = WORD_SEAM.search(text, first, last) or PUNCTUATION_SEAM.search(text, first, last)
+        end = seam.start() if seam else last
         yield text[start:end]
         start = end
     while (seam := WORD_SEAM.search(text, start + size)) is not None:
@@ -81,11 +81,11 @@ class Tokenizer:
     """
 
     def __init__(
-        self, inner: tokenizers.Tokenizer, separator: str, pad: str | None = None, beside: Companions | None = None
+        self, inner: tokenizers.Tokenizer, separator: str, pad: str | None = None, companions: Companions | None = None
     ) -> None:
         """Takes over `inner`, and adds `pad` behind its last id unless it is a special token already.
 
-        `beside` is what came with it, and goes where it is saved.
+        `companions` came with it, and go where it is saved.
         Errors: UserError if `separator` is none of its special tokens, or `pad` cannot be one, or a special token is a
         letter that a byte-level tokenizer needs.
         """
@@ -103,18 +103,19 @@ class Tokenizer:
         if pad is not None and pad not in special:
             _add_pad_token(inner, pad)
             special = special_token_ids(inner)
+        definition = json.loads(inner.to_str())
         self._inner = inner
-        about = json.loads(inner.to_str())
-        self._text_tokenizer = hide_special_tokens(inner, about)
-        self.companions = beside or Companions()
-        self._continuation_tokenizer = build_continuation_tokenizer(self._text_tokenizer, about)
-        self.separator, self.pad = separator, pad
+        self._text_tokenizer = hide_special_tokens(inner, definition)
+        self._continuation_tokenizer = build_continuation_tokenizer(self._text_tokenizer, definition)
+        self.companions = companions or Companions()
+        self.separator = separator
         self.separator_id = special[separator]
+        self.pad = pad
         self.pad_id = None if pad is None else special[pad]
-        self._unknown_is_separator = unknown_token_id(about["model"]) == self.separator_id
-        self._decodes_bytes = '"ByteLevel"' in json.dumps(about["decoder"])
         self.special_ids = frozenset(special.values())
         self.num_ids = _count_ids(inner)
+        self._unknown_is_separator = unknown_token_id(definition["model"]) == self.separator_id
+        self._decodes_bytes = '"ByteLevel"' in json.dumps(definition["decoder"])
 
     @classmethod
     def from_folder(cls, folder: str | Path, separator: str | int, pad: str | None = None) -> "Tokenizer":
@@ -126,21 +127,19 @@ class Tokenizer:
         try:
             inner = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing more precise
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(
-                Problem("the tokenizer cannot be read", reason, f"a valid {TOKENIZER_FILE}", str(file))
-            ) from None
-        beside = read_companions(file.parent)
+            what, want = "the tokenizer cannot be read", f"a valid {TOKENIZER_FILE}"
+            raise UserError(Problem(what, exception_message(error)[:200], want, str(file))) from None
+        companions = read_companions(file.parent)
         if isinstance(separator, int):  # the library takes no number of more than 32 bits
             end = inner.id_to_token(separator) if separator < _count_ids(inner) else None
             if end is None:
-                saw = f"id {separator}"
-                raise UserError(Problem("the end of a text has no token", saw, "an id of the tokenizer", str(file)))
+                what, saw = "the end of a text has no token", f"id {separator}"
+                raise UserError(Problem(what, saw, "an id of the tokenizer", str(file)))
             separator = end
         else:
-            end = beside.token_for_role("eos_token")
-        _mark_special_tokens(inner, beside.special, end)
-        return cls(inner, separator, pad, beside)
+            end = companions.token_for_role("eos_token")
+        _mark_special_tokens(inner, companions.special_tokens, end)
+        return cls(inner, separator, pad, companions)
 
     @classmethod
     def train_bpe(cls, texts: Iterable[str], vocab_size: int, separator: str, pad: str | None = None) -> "Tokenizer":
@@ -152,50 +151,53 @@ class Tokenizer:
         if is_byte_letter(separator):
             raise byte_letter_error(separator, "tokenizer.separator")
         inner = build_byte_level_bpe(models.BPE())
-        cuts = inner.pre_tokenizer
-        too_long = pre_tokenizers.Split(tokenizers.Regex(f".{{{MAX_TRAINING_WORD}}}"), "isolated")
-        inner.pre_tokenizer = pre_tokenizers.Sequence([cuts, too_long])  # to train, not to encode
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[separator],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
+        pre_tokenizer = inner.pre_tokenizer
+        cut_long_words = pre_tokenizers.Split(tokenizers.Regex(f".{{{MAX_TRAINING_WORD}}}"), "isolated")
+        inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizer, cut_long_words])  # to train, not to encode
         inner.train_from_iterator((piece for text in texts for piece in split_text(text, 4096)), trainer)
-        inner.pre_tokenizer = cuts
+        inner.pre_tokenizer = pre_tokenizer
         return cls(inner, separator, pad)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special ones, on this thread. Errors: as `encode_batch`."""
-        return self._check_encodings(lambda: [self._text_tokenizer.encode(text, add_special_tokens=False)])[0]
+        with _report_unencodable():
+            encoding = self._text_tokenizer.encode(text, add_special_tokens=False)
+        self._check_unknown([encoding.ids])
+        return encoding.ids
 
-    def encode_batch(self, texts: list[str], goes_on: Sequence[bool] = ()) -> list[list[int]]:
+    def encode_batch(self, texts: list[str], is_continuation: Sequence[bool] = ()) -> list[list[int]]:
         """The ids of each text, on all cores (or RAYON_NUM_THREADS of them).
 
-        `goes_on` says of each text whether it is a later piece of a document; () stands for none of them.
+        `is_continuation` says of each text whether it is a later piece of a document; () stands for none of them.
         Errors: UserError if the tokenizer has neither ids nor an unknown token for something in a text, or an unknown
         token that is the separator.
         """
-        if self._continuation_tokenizer is self._text_tokenizer or not any(goes_on):
+        if self._continuation_tokenizer is self._text_tokenizer or not any(is_continuation):
             return self._encode_texts(self._text_tokenizer, texts)
-        pairs = list(zip(texts, goes_on, strict=True))
-        first = iter(self._encode_texts(self._text_tokenizer, [text for text, later in pairs if not later]))
-        others = iter(self._encode_texts(self._continuation_tokenizer, [text for text, later in pairs if later]))
-        return [next(others if later else first) for later in goes_on]
+        ids: list[list[int]] = [[] for _ in texts]
+        for tokenizer, continues in ((self._text_tokenizer, False), (self._continuation_tokenizer, True)):
+            places = [place for place, later in enumerate(is_continuation) if later == continues]
+            for place, of_text in zip(places, self._encode_texts(tokenizer, [texts[i] for i in places]), strict=True):
+                ids[place] = of_text
+        return ids
 
     def _encode_texts(self, tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
-        return self._check_encodings(lambda: tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-
-    def _check_encodings(self, encode: Callable[[], list[tokenizers.Encoding]]) -> list[list[int]]:
-        """The ids that the library gives. Errors: as `encode_batch`."""
-        try:
-            encodings = encode()
-        except Exception as error:  # the library raises nothing more precise
-            raise _unencodable_text_error(" ".join(str(error).split()), "an unknown token") from None
+        with _report_unencodable():
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
+        self._check_unknown(ids)
+        return ids
+
+    def _check_unknown(self, ids: list[list[int]]) -> None:
+        """Errors: UserError if a text got the separator, where that is the unknown token."""
         if self._unknown_is_separator and any(self.separator_id in of_text for of_text in ids):
             raise _unencodable_text_error(f"{self.separator!r} for it", "an unknown token that is not the separator")
-        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special ones are left out, bytes that are no UTF-8 become U+FFFD."""
@@ -237,17 +239,19 @@ class Tokenizer:
         model_max_length (tokens) is the longest input that transformers lets pass without a warning.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        about = {
+        config: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             # Theirs, if it has one: a chat template may spell it.
-            "eos_token": self.companions.about.get("eos_token") or self.separator,
+            "eos_token": self.companions.tokenizer_config.get("eos_token") or self.separator,
             "clean_up_tokenization_spaces": False,  # true would delete spaces before punctuation when decoding
             "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 would add token_type_ids
         }
-        about |= {} if self.pad is None else {"pad_token": self.pad}
-        about |= {} if model_max_length is None else {"model_max_length": model_max_length}
+        if self.pad is not None:
+            config["pad_token"] = self.pad
+        if model_max_length is not None:
+            config["model_max_length"] = model_max_length
         (folder / TOKENIZER_FILE).write_text(self._inner.to_str(), encoding="utf-8")
-        write_companions(self.companions, folder, about)
+        write_companions(self.companions, folder, config)
 
 
 def _special_token(word: str) -> AddedToken:
@@ -257,21 +261,30 @@ def _special_token(word: str) -> AddedToken:
 def _find_tokenizer_file(folder: str) -> Path:
     """FOLDER/tokenizer.json. Errors: UserError, without opening it, if it is not there or cannot be one."""
     shown = folder if folder.isprintable() and len(folder) <= MAX_SHOWN_CHARACTERS else format_value(folder)
-    what, want = "the tokenizer is missing", f"a folder with {TOKENIZER_FILE}, or 'bpe' to train one"
-    file = Path(folder) / TOKENIZER_FILE
+    what = "the tokenizer is missing"
     try:
-        file = file.expanduser()
-        about = file.stat()
-        if stat.S_ISREG(about.st_mode) and about.st_size <= MAX_TOKENIZER_BYTES:
+        file = (Path(folder) / TOKENIZER_FILE).expanduser()
+        status = file.stat()
+        is_file = stat.S_ISREG(status.st_mode)
+        if is_file and status.st_size <= MAX_TOKENIZER_BYTES:
             return file
-        what, saw = "the tokenizer cannot be read", f"{TOKENIZER_FILE} in {shown} is no file"
-        if stat.S_ISREG(about.st_mode):
-            saw = f"{TOKENIZER_FILE} in {shown} has {about.st_size:,} bytes"
+        what = "the tokenizer cannot be read"
+        reason = f"has {status.st_size:,} bytes" if is_file else "is no file"
+        saw = f"{TOKENIZER_FILE} in {shown} {reason}"
     except (FileNotFoundError, NotADirectoryError):
         saw = f"no {TOKENIZER_FILE} in {shown}" if Path(folder).expanduser().is_dir() else f"no folder {shown}"
     except (OSError, ValueError, RuntimeError) as error:  # no permission, too long a name, a NUL in it, ~nobody
         saw = f"{shown}, {error.strerror if isinstance(error, OSError) else error}"
-    raise UserError(Problem(what, saw, want, "tokenizer.name"))
+    raise UserError(Problem(what, saw, f"a folder with {TOKENIZER_FILE}, or 'bpe' to train one", "tokenizer.name"))
+
+
+@contextlib.contextmanager
+def _report_unencodable() -> Iterator[None]:
+    """Errors: UserError for whatever the library raises about a text: it has no more precise exception."""
+    try:
+        yield
+    except Exception as error:
+        raise _unencodable_text_error(exception_message(error), "an unknown token") from None
 
 
 def _unencodable_text_error(saw: str, want: str) -> UserError:
@@ -279,15 +292,16 @@ def _unencodable_text_error(saw: str, want: str) -> UserError:
 
 
 def _mark_special_tokens(inner: tokenizers.Tokenizer, words: Iterable[str], end: str | None) -> None:
-    """As transformers does, whatever tokenizer.json says of them: added tokens that have a role, and the end of a text.
+    """Added tokens that have a role, and the end of a text, become special, whatever tokenizer.json says of them.
 
-    Their ids stay.
+    So transformers does it. Their ids stay.
     """
     added = {token.content: token for token in inner.get_added_tokens_decoder().values()}
     if end is not None and end not in added and inner.token_to_id(end) is not None:
         inner.add_special_tokens([_special_token(end)])
     for word in sorted({*words, end} & added.keys()):
-        if not (token := added[word]).special:
+        token = added[word]
+        if not token.special:
             token.special = True
             inner.add_special_tokens([token])
 
@@ -299,7 +313,8 @@ def _count_ids(inner: tokenizers.Tokenizer) -> int:
 
 def _add_pad_token(inner: tokenizers.Tokenizer, pad: str) -> None:
     """As a special token with the next id. Errors: UserError if text has that id, or the library gives another one."""
-    what, next_id = "the pad token cannot be added", _count_ids(inner)
+    what = "the pad token cannot be added"
+    next_id = _count_ids(inner)
     if inner.token_to_id(pad) is not None:
         saw = f"{pad!r}, an ordinary token with id {inner.token_to_id(pad)}"
         raise UserError(Problem(what, saw, "a special token or a new word", "tokenizer.pad"))

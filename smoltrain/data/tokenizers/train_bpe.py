@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from smoltrain.config.schema import Config, DataSection, MixedSource, TokenizerSection
 from smoltrain.data.documents import retry
 from smoltrain.data.documents.listing import SourceListing
-from smoltrain.data.documents.readers import Document
+from smoltrain.data.documents.records import Document
 from smoltrain.data.documents.retry import ReaderHealth
 from smoltrain.data.progress import report_progress
 from smoltrain.data.tokenizers.special_tokens import byte_letter_error, is_byte_letter
@@ -35,7 +35,8 @@ class DistinctWordCounter:
 
     def add(self, text: str) -> None:
         """More of the text."""
-        for raw in map(str.encode, set(WORD.findall(text))):
+        for word in set(WORD.findall(text)):
+            raw = word.encode()
             if zlib.crc32(raw) % WORD_SAMPLING == 0 and raw not in self._seen:
                 self._seen.add(raw)
                 self.num_bytes += len(raw) * WORD_SAMPLING
@@ -54,9 +55,7 @@ class BpeProgress:
     total: float  # characters that will be read, about
     read: int = 0
     merging_since: float | None = None  # when the last one was, by the monotonic clock
-    truncated_sources: dict[str, int] = field(
-        default_factory=dict
-    )  # sources that were left off early, and their characters so far
+    truncated_sources: dict[str, int] = field(default_factory=dict)  # left off early -> their characters so far
 
     def state(self) -> tuple[str, float]:
         """In words, and the share that was read."""
@@ -71,23 +70,25 @@ def train_bpe_tokenizer(
 ) -> Tokenizer:
     """On all documents, the held-out ones too: which ones those are can depend on the number of tokens.
 
-    Of sources that are not `small` on the first CHARACTERS_TO_TRAIN_ON, shared by weight; of any only until their
-    different words come to DIFFERENT_BYTES. num_bytes is their size.
+    num_bytes is the size of all sources. If they are not `small`, only the first CHARACTERS_TO_TRAIN_ON are read,
+    shared by weight; and of any source only so many as their different words come to MAX_DISTINCT_BYTES.
     """
-    section, data, health = config.tokenizer, config.data, ReaderHealth()
+    section, data = config.tokenizer, config.data
+    health = ReaderHealth()
     progress = BpeProgress(num_bytes if small else CHARACTERS_TO_TRAIN_ON)
+    all_weights = sum(part.weight for part in data.parts)
 
-    def everything() -> Iterator[str]:
+    def read_all_texts() -> Iterator[str]:
         for part in data.parts:
-            share = part.weight / sum(p.weight for p in data.parts)
-            left = math.inf if small else CHARACTERS_TO_TRAIN_ON * share
-            yield from _limit_texts(
-                _read_source_texts(part, listed[part.name], data, health), left, share, part.name, progress
-            )
+            share = part.weight / all_weights
+            max_characters = math.inf if small else CHARACTERS_TO_TRAIN_ON * share
+            texts = _read_source_texts(part, listed[part.name], data, health)
+            yield from _limit_texts(texts, max_characters, share, part.name, progress)
         progress.merging_since = time.monotonic()
 
     with report_progress(progress.state, health):
-        tokenizer = Tokenizer.train_bpe(everything(), section.vocab_size or 0, section.separator, section.pad)
+        texts = read_all_texts()
+        tokenizer = Tokenizer.train_bpe(texts, section.vocab_size or 0, section.separator, section.pad)
     for name, num_characters in progress.truncated_sources.items():
         saw = f"the first {num_characters:,} characters of {name}"
         print(f"data: the tokenizer is trained on {saw}; more have ever more different words, which take memory")
@@ -98,14 +99,17 @@ def _read_source_texts(
     part: MixedSource, listing: SourceListing, data: DataSection, health: ReaderHealth
 ) -> Iterator[str]:
     for shard in listing.shards:
-        for item in retry.read_records_with_retry(shard, part, data=data, health=health):
-            if isinstance(item, Document):
-                yield item.text
+        for record in retry.read_records_with_retry(shard, part, data=data, health=health):
+            if isinstance(record, Document):
+                yield record.text
 
 
-def _limit_texts(texts: Iterator[str], left: float, share: float, name: str, progress: BpeProgress) -> Iterator[str]:
-    """The first texts of a source, in pieces: `left` characters or a little more, fewer if their words differ much."""
-    words, num_characters = DistinctWordCounter(), 0
+def _limit_texts(
+    texts: Iterator[str], max_characters: float, share: float, name: str, progress: BpeProgress
+) -> Iterator[str]:
+    """The first texts of a source, in pieces: max_characters or a little more, fewer if their words differ much."""
+    words = DistinctWordCounter()
+    num_characters = 0
     for text in texts:
         for piece in split_text(text, WORD_SCAN_CHARACTERS):
             yield piece
@@ -115,5 +119,5 @@ def _limit_texts(texts: Iterator[str], left: float, share: float, name: str, pro
             if words.num_bytes > MAX_DISTINCT_BYTES * share:
                 progress.truncated_sources[name] = num_characters
                 return
-        if num_characters >= left:
+        if num_characters >= max_characters:
             return

@@ -92,7 +92,7 @@ def prepare_run_data(
     if ahead and config.data.mode == "auto" and mode == "stream":
         mode, why = "cached", "it was prepared ahead"
     fingerprint = make_fingerprint(config, given, mode, listed)
-    others = dict(sum((Counter(listing.others) for listing in listed.values()), Counter[str]()))
+    others = dict(sum((Counter(listing.unread) for listing in listed.values()), Counter[str]()))
     index = {"format": INDEX_FORMAT, "mode": mode, "why": why, "fingerprint": fingerprint, "not_read": others}
     if mode == "stream":
         _prepare_stream(config, given, listed, index, rows_per_step, world_size)
@@ -267,7 +267,7 @@ def _choose_mode(config: Config, listed: dict[str, SourceListing]) -> tuple[str,
         return data.mode, f"data.mode={data.mode}"
     if data.cache is not None:
         return "cached", "data.cache names a folder"
-    if remote := [name for name, listing in listed.items() if not all(shard.is_local for shard in listing.all)]:
+    if remote := [name for name, listing in listed.items() if not all(shard.is_local for shard in listing.all_shards)]:
         return "stream", f"{', '.join(remote)} {'is' if len(remote) == 1 else 'are'} not on this machine"
     mib = math.ceil(_local_mib(listed))
     if mib <= MAX_AUTO_CACHED_MIB:
@@ -277,7 +277,7 @@ def _choose_mode(config: Config, listed: dict[str, SourceListing]) -> tuple[str,
 
 def _local_mib(listed: dict[str, SourceListing]) -> float:
     """Size of all sources on this machine; infinite if any is elsewhere."""
-    shards = [shard for listing in listed.values() for shard in listing.all]
+    shards = [shard for listing in listed.values() for shard in listing.all_shards]
     return sum(shard.size or 0 for shard in shards) / 2**20 if all(shard.is_local for shard in shards) else math.inf
 
 

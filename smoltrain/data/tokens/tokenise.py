@@ -29,7 +29,7 @@ from smoltrain.data.documents.bad_records import (
 )
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.documents.listing import SourceListing, has_own_validation
-from smoltrain.data.documents.readers import BadRecord
+from smoltrain.data.documents.records import BadRecord
 from smoltrain.data.documents.retry import ReaderHealth
 from smoltrain.data.documents.shard import Shard
 from smoltrain.data.progress import report_progress

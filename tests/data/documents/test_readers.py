@@ -16,11 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smoltrain.config.schema import SourceSection
-from smoltrain.data.documents import readers
-from smoltrain.data.documents.listing import list_shards
-from smoltrain.data.documents.readers import BadRecord, BrokenFile, Document, Record, read_records
+from smoltrain.data.documents import decompress
+from smoltrain.data.documents.read_text import NOT_UTF8_BUT_WIDE
+from smoltrain.data.documents.readers import read_records
+from smoltrain.data.documents.records import BadRecord, BrokenFile, Document, Record
 from smoltrain.data.documents.shard import Shard
 from smoltrain.errors import UserError
+from tests.data.documents.files import list_shards
 
 ZSTD_FRAMES = (
     "28b52ffd04586100007b2274657874223a20226f6e391f0b4c"
@@ -111,7 +113,7 @@ def test_a_slice_is_that_of_all_records(
 ):
     name, raw = file[0] + suffix, compressed(file[1], suffix)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "BLOCK", block)
+        patch.setattr(decompress, "BLOCK", block)
         check_slice(name, raw, first, stride, documents=documents)
         plain = records(file[0], file[1], documents=documents)
         assert repr(records(name, raw, documents=documents)).replace(name, file[0]) == repr(plain)
@@ -139,7 +141,7 @@ def test_a_slice_of_parquet_is_that_of_its_rows(
 def test_separated_parts_are_those_of_split(parts: list[str], separator: str, block: int):
     text = separator.join(parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "BLOCK", block)
+        patch.setattr(decompress, "BLOCK", block)
         found = records("a.txt", text.encode(), documents="separator", document_separator=separator)
     expected = [part.strip("\r\n") for part in text.split(separator) if part.encode().strip()]
     if expected:
@@ -422,7 +424,7 @@ def test_texts_of_wide_characters_are_named(encoding: str, words: str):
     raw = f"{words}\n\n{words}\n".encode(encoding)
     for documents in ("file", "blank_lines", "separator"):
         (only,) = records("a.txt", raw, documents=documents)
-        assert only == BadRecord("/data/a.txt", 0, readers.NOT_UTF8_BUT_WIDE)
+        assert only == BadRecord("/data/a.txt", 0, NOT_UTF8_BUT_WIDE)
     lines = "".join(json.dumps({"text": words}, ensure_ascii=False) + "\n" for _ in range(3))
     line = problem("a.jsonl", lines.encode(encoding))
     assert "the file is not UTF-8: saw UTF-16 or UTF-32, want `iconv" in line

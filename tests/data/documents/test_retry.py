@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from smoltrain.config.schema import DataSection
-from smoltrain.data.documents import readers, retry
-from smoltrain.data.documents import shard as shard_module
-from smoltrain.data.documents.listing import list_shards
-from smoltrain.data.documents.readers import Record, read_records
+from smoltrain.data.documents import decompress, file_systems, retry
+from smoltrain.data.documents.readers import read_records
+from smoltrain.data.documents.records import Document, Record
 from smoltrain.data.documents.retry import ReaderHealth, read_records_with_retry
-from smoltrain.data.documents.shard import Shard
+from smoltrain.data.documents.shard import FileVersion, Shard
 from smoltrain.errors import UserError
+from tests.data.documents.files import list_shards
 from tests.faulty_server import FaultyServer
 
 TEXTS = [f"Document {i} ä says {random.Random(i).randbytes(150 + i % 200).hex()}." for i in range(400)]
@@ -31,11 +31,11 @@ MIXED = {"unavailable": 0.08, "cut": 0.08, "short": 0.08, "reset": 0.08, "stall"
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of many blocks, and waits that a test has time for."""
-    monkeypatch.setattr(readers, "BLOCK", 8000)
+    monkeypatch.setattr(decompress, "BLOCK", 8000)
     monkeypatch.setattr(retry, "BLOCK", 8000)
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.001)
     monkeypatch.setattr(retry, "LONGEST_WAIT_S", 0.01)
-    monkeypatch.setattr(shard_module, "HTTP_STALL_S", 0.05)
+    monkeypatch.setattr(file_systems, "HTTP_STALL_S", 0.05)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_under_all_faults_every_document_comes_once_and_in_order(
     (tmp_path / name).write_bytes(files[name])
     local = section(tmp_path / name)
     expected = list(read_records(listed(local), local, first=first, stride=stride, max_document_mib=50))
-    assert [record.text for record in expected if isinstance(record, readers.Document)] == TEXTS[first::stride]
+    assert [record.text for record in expected if isinstance(record, Document)] == TEXTS[first::stride]
     with FaultyServer(files) as server:
         data, health = section(server.url(name)), ReaderHealth()
         shard, server.faults = listed(data), MIXED
@@ -99,7 +99,7 @@ def test_under_all_faults_every_document_comes_once_and_in_order(
             assert list(told(data, shard, health, first=first, stride=stride)) == expected
         assert sum(server.met.values()) >= 5
         assert len([asked for asked in server.asked if asked.startswith("GET")]) > len(files[name]) / 8000
-    assert health.describe_wait() == ""
+    assert health.describe_wait() is None
     assert health.take_notes()
 
 
@@ -144,7 +144,7 @@ def test_patience_is_for_a_time_without_progress(files: dict[str, bytes]):
         shard = listed(data)
         server.faults = {"stall": 0.2}
         assert len(list(told(data, shard))) == len(TEXTS)
-        assert server.met["stall"] * shard_module.HTTP_STALL_S > 0.2
+        assert server.met["stall"] * file_systems.HTTP_STALL_S > 0.2
 
 
 # ---- what does not
@@ -155,11 +155,11 @@ def test_a_server_that_stays_silent_is_noticed_shown_and_given_up(files: dict[st
         data, health = section(server.url("a.txt"), patience_s=0.6), ReaderHealth()
         shard, server.faults = listed(data), {"stall": 1.0}
         future = pool.submit(problem, lambda: list(told(data, shard, health)))
-        wait_for(lambda: health.describe_wait().startswith("a.txt: no answer within 0.05 s, for 0 s"))
+        wait_for(lambda: str(health.describe_wait()).startswith("a.txt: no answer within 0.05 s, for 0 s"))
         line = future.result(5)
         assert line.startswith("a shard cannot be read: saw no answer within 0.05 s, for 1 s, want an answer within")
         assert line.endswith(f"change data.patience_s, or {server.url('a.txt')}")
-        assert health.describe_wait() == ""
+        assert health.describe_wait() is None
         assert health.take_notes() == [
             f"{server.url('a.txt')}: no answer within 0.05 s; it is tried again for up to 0.6 s"
         ]
@@ -170,7 +170,7 @@ def test_a_question_that_its_own_client_keeps_asking_shows_too(
     files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(retry, "SILENCE_S", 0.05)
-    monkeypatch.setattr(shard_module, "HTTP_STALL_S", 30.0)
+    monkeypatch.setattr(file_systems, "HTTP_STALL_S", 30.0)
     with FaultyServer(files) as server, ThreadPoolExecutor(1) as pool:
         data, health = section(server.url("a.txt")), ReaderHealth()
         shard, server.faults = listed(data), {"stall": 1.0}
@@ -179,7 +179,7 @@ def test_a_question_that_its_own_client_keeps_asking_shows_too(
         server.faults = {}
         server.released.set()
         assert future.result(10) == len(TEXTS)
-        assert health.describe_wait() == ""
+        assert health.describe_wait() is None
 
 
 def test_the_next_try_is_announced_and_stop_ends_the_wait(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch):
@@ -190,8 +190,8 @@ def test_the_next_try_is_announced_and_stop_ends_the_wait(files: dict[str, bytes
         shard, server.faults = listed(data), {"unavailable": 1.0}
         other = Shard("other.txt", shard.url, shard.size, shard.version)
         futures = [pool.submit(problem, lambda s=s: list(told(data, s, health))) for s in (shard, other)]
-        wait_for(lambda: health.describe_wait().endswith("s (and 1 more)"))
-        what, _, seconds = health.describe_wait().removesuffix(" s (and 1 more)").rpartition(" ")
+        wait_for(lambda: str(health.describe_wait()).endswith("s (and 1 more)"))
+        what, _, seconds = str(health.describe_wait()).removesuffix(" s (and 1 more)").rpartition(" ")
         assert what.endswith(".txt: HTTP 503, for 0 s, next try in")
         assert 15 < int(seconds) <= 40
         health.stop()
@@ -247,7 +247,7 @@ def test_a_shard_that_becomes_another_one(files: dict[str, bytes], name: str, et
         line = problem(read_on)
         assert line.startswith(f"the shard changed while the run read it: saw {len(server.files[name])} bytes, ")
         assert f"want {shard.size} bytes, {shard.version}; change {server.url(name)}" in line
-        assert [record.text for record in begun if isinstance(record, readers.Document)] == TEXTS[: len(begun)]
+        assert [record.text for record in begun if isinstance(record, Document)] == TEXTS[: len(begun)]
 
 
 def test_a_length_alone_does_not_make_it_another_one(files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch):
@@ -255,8 +255,8 @@ def test_a_length_alone_does_not_make_it_another_one(files: dict[str, bytes], mo
     with FaultyServer(files) as server:
         data, health = section(server.url("a.txt")), ReaderHealth()
         shard = listed(data)
-        wrong = iter([(3, shard.version)] * 4)
-        monkeypatch.setattr(retry, "stat_shard", lambda shard: next(wrong, (shard.size, shard.version)))
+        wrong = iter([FileVersion(3, shard.version)] * 4)
+        monkeypatch.setattr(retry, "stat_shard", lambda shard: next(wrong, FileVersion(shard.size, shard.version)))
         assert len(list(told(data, shard, health))) == len(TEXTS)
         assert "a length of 3 bytes instead of" in health.take_notes()[0]
 
@@ -312,10 +312,10 @@ def test_a_mistake_of_the_program_is_not_tried_again(files: dict[str, bytes], mo
 def test_the_same_fault_is_news_only_now_and_then(monkeypatch: pytest.MonkeyPatch):
     health = ReaderHealth()
     for what in ("HTTP 503", "HTTP 503", "reset"):
-        health.failed(what, retry._PendingWait("a", what, 0.0), what)
+        health.report_failure(what, retry._PendingWait("a", what, 0.0), what)
     assert health.take_notes() == ["HTTP 503", "reset"]
     monkeypatch.setattr(retry, "NOTE_EVERY_S", 0.0)
-    health.failed("x", retry._PendingWait("a", "reset", 0.0), "again")
+    health.report_failure("x", retry._PendingWait("a", "reset", 0.0), "again")
     assert health.take_notes() == ["again"]
 
 

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from smoltrain.config.schema import TokenizerSection
 from smoltrain.data.tokenizers import tokenizer
 from smoltrain.data.tokenizers.by_name import load_named_tokenizer
-from smoltrain.data.tokenizers.offline import PACKAGED_TOKENIZERS
+from smoltrain.data.tokenizers.packaged import PACKAGED_TOKENIZERS
 from smoltrain.data.tokenizers.round_trip import LOST_SHARE_TO_WARN
 from smoltrain.data.tokenizers.special_tokens import BYTE_LETTERS
 from smoltrain.data.tokenizers.tokenizer import MAX_TRAINING_WORD, Tokenizer, build_byte_level_bpe, split_text

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from smoltrain.config.schema import TokenizerSection
 from smoltrain.data.tokenizers.by_name import load_named_tokenizer
-from smoltrain.data.tokenizers.offline import PACKAGED_TOKENIZERS
+from smoltrain.data.tokenizers.packaged import PACKAGED_TOKENIZERS
 from smoltrain.data.tokenizers.special_tokens import BYTE_LETTERS, special_token_ids
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.packing import encode_documents

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from smoltrain.config.schema import TokenizerSection
 from smoltrain.data.tokenizers.by_name import load_named_tokenizer
-from smoltrain.data.tokenizers.offline import PACKAGED_TOKENIZERS
+from smoltrain.data.tokenizers.packaged import PACKAGED_TOKENIZERS
 from smoltrain.data.tokenizers.tokenizer import Tokenizer, split_text
 from smoltrain.errors import UserError
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from smoltrain.cli import app
 from smoltrain.config.schema import Config
 from smoltrain.data.documents import listing, retry
+from smoltrain.data.documents.find_files import FoundFiles
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.documents.listing import SourceListing
 from smoltrain.data.documents.shard import Shard
@@ -276,9 +277,7 @@ def on_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
         paths = sorted((root / "source").iterdir())
         return [Shard(path.name, str(path), path.stat().st_size, "commit c0ffee") for path in paths]
 
-    monkeypatch.setattr(
-        listing, "find_source_files", lambda *args, **more: listing.FoundFiles(shards(*args, **more), {})
-    )
+    monkeypatch.setattr(listing, "find_source_files", lambda *args, **more: FoundFiles(shards(*args, **more), {}))
     return asked
 
 

