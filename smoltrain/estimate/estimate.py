@@ -52,9 +52,7 @@ def _correct_by_real_steps(estimate: Estimate, recipe: str, overrides: list[str]
     device, world = estimate.device, estimate.setup.world
     gpus = torch.cuda.device_count()
     if device.kind == "cuda" and not gpus:
-        raise UserError(
-            Problem(what="--measure runs on this machine", saw="no CUDA device", want="--device cpu", change="--device")
-        )
+        raise UserError(Problem("--measure runs on this machine", "no CUDA device", "--device cpu", "--device"))
     ranks = min(world, gpus if device.kind == "cuda" else num_cores())
     expected = estimate
     if ranks < world:  # this machine has fewer: what is measured is estimated for as many

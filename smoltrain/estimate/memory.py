@@ -81,7 +81,7 @@ def estimate_memory(setup: TrainingSetup, base_bytes: float | None = None) -> Me
 def checkpoint_copy_bytes(setup: TrainingSetup) -> float:
     """Of host memory on rank 0 while a checkpoint is written: its part of masters and moments, the weights twice."""
     N = setup.shape.parameters
-    states = (FP32_BYTES + setup.optimizer_kind.state_bytes) * N
+    states = (FP32_BYTES + setup.optimizer.state_bytes) * N
     return states / (setup.world if setup.stage else 1) + 2 * setup.weight_bytes * N
 
 
@@ -94,7 +94,8 @@ def _cpu_fragmentation_bytes(setup: TrainingSetup, on_top: float) -> float:
     if setup.once_per_step:
         casts = c * N if c < 4 else 0.0
         return max(4 * N - on_top, casts)
-    bucket = constants.CPU_BUCKET_FRAGMENTATION * min(N, setup.bucket) if setup.uses_bucket else 0
+    uses_bucket = setup.stage >= 2 or (setup.stage == 1 and setup.precision != "bf16")
+    bucket = constants.CPU_BUCKET_FRAGMENTATION * min(N, setup.bucket) if uses_bucket else 0
     gathered = constants.CPU_GATHERED_FRAGMENTATION * N if setup.stage == 3 and setup.world > 1 else 0
     return max(constants.CPU_STARTING_BYTES * N - on_top, constants.CPU_FRAGMENTATION * on_top) + bucket + gathered
 
@@ -109,7 +110,7 @@ def _zero_state_bytes(setup: TrainingSetup) -> tuple[Parts, Parts, float]:
     N, c, W = setup.shape.parameters, setup.weight_bytes, setup.world
     P = N / W
     b = min(N, setup.bucket)
-    kind = setup.optimizer_kind
+    kind = setup.optimizer
     optimizer = (FP32_BYTES + kind.state_bytes) * P
     eager_update = 0 if setup.device == "cuda" else kind.temporary_bytes * P  # torch's fused kernels have none
     if setup.stage == 0:  # fp32 alone, where the weights are the masters

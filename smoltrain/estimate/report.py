@@ -80,7 +80,7 @@ def plan_summary(estimate: Estimate, config: Config) -> str:
     tokens = plan.last_step * estimate.setup.step_tokens
     setup = estimate.setup
     count = max_num_checkpoints(plan, config)
-    size = checkpoint_bytes(setup.optimizer_kind, setup.shape.parameters, setup.weight_bytes)
+    size = checkpoint_bytes(setup.optimizer, setup.shape.parameters, setup.weight_bytes)
     return (
         f"{plan.last_step:,} steps, {tokens / 1e9:,.2f} billion tokens: {hours:,.1f} hours without evaluation and "
         f"sampling; on disk at most {count} checkpoints of {size / GIB:.2f} GiB, {count * size / GIB:.1f} GiB"

@@ -109,7 +109,7 @@ def update_bytes(setup: TrainingSetup) -> float:
     """Read and written by one update: gradient, master and moments, the weights; torch's unfused step passes more."""
     updated = setup.shape.parameters / (setup.world if setup.stage else 1)
     unfused = setup.device == "cpu" and not (setup.once_per_step and setup.compiled_update)
-    kind = setup.optimizer_kind
+    kind = setup.optimizer
     state_bytes = kind.traffic_bytes + (kind.eager_traffic_bytes if unfused else 0)
     return updated * (state_bytes + setup.gradient_sum_bytes + setup.weight_bytes)
 

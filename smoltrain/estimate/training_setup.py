@@ -65,13 +65,8 @@ class TrainingSetup:
     compiled_update: bool = True
     once_per_step: bool = True  # gradients are reduced once a step; else after each micro-batch
     saves_midway: bool = False  # checkpoints are written while training goes on
-    optimizer: str = "adamw"  # a name of engine/optimizer.py
+    optimizer: OptimizerKind = OPTIMIZERS["adamw"]
     ds_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # DeepSpeed's, filled
-
-    @property
-    def optimizer_kind(self) -> OptimizerKind:
-        """What there is to know of the optimizer."""
-        return OPTIMIZERS[self.optimizer]
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -100,11 +95,6 @@ class TrainingSetup:
         """Elements of DeepSpeed's bucket."""
         zero = self.ds_config.get("zero_optimization", {})
         return int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS))
-
-    @property
-    def uses_bucket(self) -> bool:
-        """Whether DeepSpeed gathers gradients in a bucket before they are reduced."""
-        return not self.once_per_step and (self.stage >= 2 or (self.stage == 1 and self.precision != "bf16"))
 
     def with_zero_stage(self, stage: int, reduce_gradients: str = "auto") -> "TrainingSetup":
         """The same under another ZeRO stage; with engine.reduce_gradients as asked, where that stage can do it."""
@@ -140,14 +130,9 @@ def build_training_setup(
     micro_batch = config.batch.micro_batch_rows
     rows = resolved.get("rows_per_step") or config.batch.rows(world)
     if rows % (micro_batch * world):
-        raise UserError(
-            Problem(
-                what="the rows per step do not divide evenly",
-                saw=f"{rows} rows on {world} ranks x {micro_batch}",
-                want="a micro-batch that divides a rank's share",
-                change="batch.micro_batch or --world",
-            )
-        )
+        saw = f"{rows} rows on {world} ranks x {micro_batch}"
+        want = "a micro-batch that divides a rank's share"
+        raise UserError(Problem("the rows per step do not divide evenly", saw, want, "batch.micro_batch or --world"))
     accumulation = rows // (micro_batch * world)
     precision = resolved.get("precision") or _assume_precision(config.engine.precision, device)
     ds_config = fill_deepspeed_config(config, precision=precision, accumulation=accumulation, world_size=world)
@@ -168,7 +153,7 @@ def build_training_setup(
         compiled_blocks=computing.compiles and isinstance(config.model, ModelSection),
         compiled_update=computing.compiles,
         once_per_step=reduction.once_per_step,
-        saves_midway=_saves_midway(config), optimizer=config.optimizer.name, ds_config=ds_config,
+        saves_midway=_saves_midway(config), optimizer=OPTIMIZERS[config.optimizer.name], ds_config=ds_config,
     )  # fmt: skip
 
 
