@@ -27,7 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels", "config", "distributed"),
     ("files", "console"),
     ("errors",),
-    ("redact",),
+    ("redact", "timeout"),
 )
 # The same inside smoltrain/data: from the top, what is nearer to the model.
 DATA_FLOORS: tuple[tuple[str, ...], ...] = (

@@ -173,10 +173,11 @@ def generate(
         loaded.generation, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
     )
     notes: list[str] = []
-    if left_out := unsupported_generation_settings(loaded.inherited):
+    if left_out := unsupported_generation_settings(loaded.inherited_generation):
         print(f"{GENERATION_CONFIG} asks for more than is done here: {', '.join(left_out)}", file=sys.stderr)
     seed = loaded.seed if seed is None else seed
-    _print_pieces([prompt], loaded.text(prompt, settings, greedy=greedy, seed=seed, say=notes.append), ["\n"])
+    pieces = loaded.generate_text(prompt, settings, greedy=greedy, seed=seed, say=notes.append)
+    _print_pieces([prompt], pieces, ["\n"])
     for note in notes:
         print(note, file=sys.stderr)
 
@@ -256,9 +257,9 @@ def export(
     checkpoint: CheckpointOption = None,
 ) -> None:
     """Write a Hugging Face folder, reload it with transformers alone and compare logits and text."""
-    from smoltrain.export.export import export_model as write
+    from smoltrain.export.export import export_model
 
-    write(run, out, checkpoint)
+    export_model(run, out, checkpoint)
 
 
 @app.command(epilog="Example: HF_TOKEN=... smoltrain push quickstart OWNER/NAME")
@@ -270,9 +271,9 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Anyone may read a repository that is made now.")] = False,
 ) -> None:
     """Upload a run's export to the Hugging Face Hub; exports first where there is none of the newest checkpoint."""
-    from smoltrain.export.push import push_to_hub as upload
+    from smoltrain.export.push import push_to_hub
 
-    print(upload(run, repo, private=not public))
+    print(push_to_hub(run, repo, private=not public))
 
 
 @app.command(epilog="Example: smoltrain demo quickstart --port 7860")

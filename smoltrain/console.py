@@ -1,7 +1,7 @@
-"""stdout and stderr that can be lost, and nothing with them: a closed pipe or terminal, a full disk, a narrow encoding.
+"""Guarded stdout and stderr: losing them costs no run. A closed pipe or terminal, a full disk, a narrow encoding.
 
-`open` puts streams in their place that every writer of the process then uses, libraries too. One that cannot be written
-to any more is dropped: it leads to /dev/null from then on, also for native code and for child processes.
+`guard_console` puts streams in their place that every writer of the process then uses, libraries too. One that cannot
+be written to any more is dropped: it leads to /dev/null from then on, also for native code and for child processes.
 """
 
 import io
@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 NAMES = ("stdin", "stdout", "stderr")  # by file descriptor
-LOST_VARIABLE = (
-    "SMOLTRAIN_CONSOLE_LOST"  # environment variable, by which child processes know what they cannot find out
-)
+LOST_VARIABLE = "SMOLTRAIN_CONSOLE_LOST"  # tells child processes what they cannot find out
 _warnings: list[str] = []
 
 
@@ -26,7 +24,9 @@ def guard_console() -> None:
     if sys.getfilesystemencoding() == "ascii":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, sys.orig_argv)
-    _warnings.extend(line for line in [os.environ.get(LOST_VARIABLE)] if line)
+    lost_by_parent = os.environ.get(LOST_VARIABLE)
+    if lost_by_parent:
+        _warnings.append(lost_by_parent)
     closed = [number for number in range(len(NAMES)) if not _is_open(number)]
     for number in closed:  # as daemons leave it: the next file to be opened would be taken for it
         os.open(os.devnull, os.O_RDWR)
@@ -41,7 +41,7 @@ def guard_console() -> None:
 
 
 def take_console_warnings() -> Iterator[str]:
-    """What was lost since somebody asked for the last time, a line each."""
+    """What was lost since the last call, a line each."""
     while _warnings:
         yield _warnings.pop(0)
 
@@ -78,11 +78,11 @@ def _is_open(number: int) -> bool:
 
 
 def _redirect_to_null(numbers: list[int], why: str) -> None:
-    """From now on these file descriptors lead nowhere."""
+    """From now on these file descriptors lead to /dev/null, which is said once somebody can say it."""
     for number in numbers:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, number)
-        os.close(nowhere)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, number)
+        os.close(null)
     if numbers:
         names = " and ".join(NAMES[number] for number in numbers)
         os.environ[LOST_VARIABLE] = f"the console is dropped: {names} cannot be written to ({why}); all else goes on"

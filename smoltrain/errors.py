@@ -8,7 +8,11 @@ from typing import Any
 from smoltrain.redact import redact_text
 
 # Exit codes of every entry point (README, "Resume").
-DONE, FAULT, BAD_INPUT, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
+DONE = 0
+FAULT = 1
+BAD_INPUT = 2
+STOPPED = 75  # by a signal, with everything saved
+INTERRUPTED = 130
 
 MAX_MESSAGE_CHARS = 1000  # characters of a value, or of a list of them, in a message
 
@@ -24,13 +28,14 @@ class Problem:
 
     def __str__(self) -> str:
         """On one line whatever the values are, without the secrets of URLs and without what a terminal would obey."""
-        what, saw, want, change = map(
-            _escape_and_truncate, map(redact_text, (self.what, self.saw, self.want, self.change))
-        )
-        return f"{what}: saw {saw}, want {want}; change {change}"
+        what = _show_text(self.what)
+        saw = _show_text(self.saw)
+        want = _show_text(self.want)
+        return f"{what}: saw {saw}, want {want}; change {_show_text(self.change)}"
 
 
-def _escape_and_truncate(text: str) -> str:
+def _show_text(text: str) -> str:
+    text = redact_text(text)  # before it is cut, so that no secret loses the sign by which it is known
     shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[: MAX_MESSAGE_CHARS + 1])
     return shown if len(shown) <= MAX_MESSAGE_CHARS else f"{shown[:MAX_MESSAGE_CHARS]}..."
 
@@ -59,7 +64,7 @@ class RankTrainingStopped(TrainingStopped):
 
 
 def suggest_choice(word: str, choices: Iterable[str]) -> str:
-    """What to want instead of `word`: the closest choice first, else all of them."""
+    """What to want instead of a misspelt word: the closest choice, else all of them."""
     choices = sorted(choices)
     close = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"{close[0]!r} (the nearest valid one)" if close else "one of " + ", ".join(choices)
@@ -67,7 +72,7 @@ def suggest_choice(word: str, choices: Iterable[str]) -> str:
 
 def format_value(value: object) -> str:
     """A value as a message shows it: on one line, and not too long."""
-    text = redact_text(repr(value))  # before it is cut, so that no secret loses the sign by which it is known
+    text = redact_text(repr(value))  # before it is cut
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

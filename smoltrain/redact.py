@@ -30,22 +30,21 @@ SIGNATURE_NAME_PATTERN = re.compile(
 CONTAINER_SCHEMES = ("abfs", "abfss", "wasb", "wasbs")  # CONTAINER@ACCOUNT is no user
 
 
-def redact_url(whole: str) -> str:
+def redact_url(url: str) -> str:
     """One URL without its secrets; any other text as it is."""
-    scheme, separator, rest = whole.partition("://")
+    scheme, separator, rest = url.partition("://")
     if not separator:
-        return whole
+        return url
     host, path, query, fragment = _split_url(rest)
     user, at, host = host.rpartition("@")
     if at and not (scheme.lower() in CONTAINER_SCHEMES and ":" not in user):
         user = REDACTED
-    query, fragment = _redact_parameters(query), _redact_parameters(fragment)
-    return f"{scheme}{separator}{user}{at}{host}{path}{query}{fragment}"
+    return f"{scheme}{separator}{user}{at}{host}{path}{_redact_parameters(query)}{_redact_parameters(fragment)}"
 
 
-def redact_text(words: str) -> str:
+def redact_text(text: str) -> str:
     """Any text, with each URL in it redacted."""
-    return URL_PATTERN.sub(lambda found: redact_url(found[0]), words) if "://" in words else words
+    return URL_PATTERN.sub(lambda match: redact_url(match[0]), text) if "://" in text else text
 
 
 def redact_tree(value: Any) -> Any:
@@ -59,9 +58,9 @@ def redact_tree(value: Any) -> Any:
     return value
 
 
-def is_redacted(whole: str) -> bool:
+def is_redacted(url: str) -> bool:
     """Whether a secret was taken out of this URL, so that it leads nowhere."""
-    return "://" in whole and re.search(rf"[/?&#]{REDACTED}(@|&|#|$)", whole) is not None
+    return "://" in url and re.search(rf"[/?&#]{REDACTED}(@|&|#|$)", url) is not None
 
 
 def _split_url(rest: str) -> tuple[str, str, str, str]:
@@ -78,26 +77,27 @@ def _split_url(rest: str) -> tuple[str, str, str, str]:
 
 def _redact_parameters(part: str) -> str:
     """A ?query or #fragment without what is secret in it; of a signed one nothing stays that signing has put there."""
-    sign, pieces = part[:1], re.split("([&;])", part[1:])
-    words, joints = pieces[::2], ["", *pieces[1::2]]
-    if not any(map(_is_secret_parameter, words)):
+    sign = part[:1]
+    pieces = re.split("([&;])", part[1:])
+    parameters = pieces[::2]
+    separators = ["", *pieces[1::2]]  # before each parameter
+    if not any(map(_is_secret_parameter, parameters)):
         return part
-    kept = [
-        (joint, word)
-        for joint, word in zip(joints, words, strict=True)
-        if word != REDACTED
-        and not _is_secret_parameter(word)
-        and not SIGNATURE_NAME_PATTERN.fullmatch(_parameter_name(word))
-    ]
-    whole = "".join(joint + word for joint, word in kept).lstrip("&;")
-    return f"{sign}{whole}{'&' * bool(whole)}{REDACTED}"
+    kept = ""
+    for separator, parameter in zip(separators, parameters, strict=True):
+        is_signature = SIGNATURE_NAME_PATTERN.fullmatch(_parameter_name(parameter))
+        if parameter != REDACTED and not _is_secret_parameter(parameter) and not is_signature:
+            kept += separator + parameter
+    kept = kept.lstrip("&;")
+    return f"{sign}{kept}&{REDACTED}" if kept else f"{sign}{REDACTED}"
 
 
-def _parameter_name(word: str) -> str:
-    return unquote(word.partition("=")[0])
+def _parameter_name(parameter: str) -> str:
+    return unquote(parameter.partition("=")[0])
 
 
-def _is_secret_parameter(word: str) -> bool:
-    _, equals, value = word.partition("=")
-    named = bool(equals and value) and SECRET_NAME_PATTERN.search(_parameter_name(word)) is not None
-    return named or SECRET_VALUE_PATTERN.match(unquote(value if equals else word)) is not None
+def _is_secret_parameter(parameter: str) -> bool:
+    _, equals, value = parameter.partition("=")
+    if equals and value and SECRET_NAME_PATTERN.search(_parameter_name(parameter)):
+        return True
+    return SECRET_VALUE_PATTERN.match(unquote(value if equals else parameter)) is not None

@@ -45,6 +45,10 @@ class Plan:
         """The phase of that name."""
         return next(p for p in self.phases if p.name == name)
 
+    def last_step_until(self, phase: str | None) -> int:
+        """The last step of the phase of that name; that of the whole plan for None."""
+        return self.named(phase).last if phase else self.last_step
+
     def lr(self, step: int) -> float:
         """Learning rate of step n, a pure function of the step: no state survives a resume or a phase boundary."""
         phase = self.phase(step)

@@ -20,6 +20,7 @@ from smoltrain.distributed.world import free_port
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 SCRIPT = str(ROOT / "launch" / "train.py")
+RANK_MODULE = "smoltrain.launch.rank"  # what `smoltrain train` starts
 TIMEOUT_S = 180
 
 
@@ -73,7 +74,7 @@ def run(launcher: str, words: list[str], log: Path, timeout_s: float = TIMEOUT_S
 
 def ranks_alive(words: list[str]) -> list[psutil.Process]:
     """The rank processes of the run that these words name."""
-    return [process for process, line in _processes(words) if SCRIPT in line[:3]]
+    return [process for process, line in _processes(words) if SCRIPT in line[:3] or RANK_MODULE in line[:5]]
 
 
 def alive(words: list[str]) -> dict[int, psutil.Process]:

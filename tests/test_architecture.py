@@ -39,13 +39,14 @@ OWNERS = {
     "matplotlib": ("smoltrain.run.plots",),
     "gradio": ("smoltrain.inference.demo",),
     "datasets": ("smoltrain.data.documents.hub",),
-    "pyarrow": ("smoltrain.data.documents.readers",),
+    "pyarrow": ("smoltrain.data.documents.read_parquet",),
     "fsspec": ("smoltrain.data.documents",),
     "tokenizers": ("smoltrain.data.tokenizers",),
     "typer": ("smoltrain.cli",),
     # An export's own two files run without smoltrain.
     "transformers": (
-        "smoltrain.model.transformers_model", "smoltrain.export.modeling_smoltrain", "smoltrain.export.reload",
+        "smoltrain.model.transformers_model", "smoltrain.model.transformers_private",
+        "smoltrain.export.modeling_smoltrain", "smoltrain.export.reload",
     ),
     "huggingface_hub": ("smoltrain.data.documents.hub", "smoltrain.data.tokenizers.hub", "smoltrain.export.push"),
 }  # fmt: skip

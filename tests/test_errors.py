@@ -7,8 +7,11 @@ from smoltrain.errors import (
     Problem,
     TrainingStopped,
     UserError,
+    abbreviate_list,
+    exception_message,
     format_error,
     format_value,
+    iterate_causes,
     problem_from_pydantic,
     suggest_choice,
 )
@@ -70,3 +73,29 @@ def test_pydantic_speaks_plainly(field: str, value: object, want: str):
         Values.model_validate({field: value})
     (error,) = caught.value.errors()
     assert problem_from_pydantic("a.b", error, "here") == Problem("a.b is not valid", format_value(value), want, "here")
+
+
+def test_of_many_things_the_first_three_are_named():
+    assert abbreviate_list(["a", "b", "c"]) == "a, b, c"
+    assert abbreviate_list([str(i) for i in range(1004)]) == "0, 1, 2 and 1,001 more"
+    assert abbreviate_list([]) == ""
+
+
+def test_an_exception_is_one_line():
+    assert exception_message(ValueError("no\n such  thing ")) == "no such thing"
+    assert exception_message(TimeoutError()) == "TimeoutError"
+
+
+def test_the_causes_of_an_error_with_and_without_those_that_were_only_being_handled():
+    try:
+        try:
+            try:
+                raise KeyError("in the cache")
+            except KeyError:
+                raise OSError("no route")  # noqa: B904
+        except OSError as error:
+            raise ValueError("not loaded") from error
+    except ValueError as error:
+        outer = error
+    assert [type(cause) for cause in iterate_causes(outer)] == [ValueError, OSError]
+    assert [type(cause) for cause in iterate_causes(outer, implicit=True)] == [ValueError, OSError, KeyError]

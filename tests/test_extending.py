@@ -63,3 +63,17 @@ def test_a_schedule(tree: Path):
     assert "quadratic" in run([sys.executable, "-m", *show], tree)
     assert train[0] == "./train.sh"
     run([sys.executable, "-c", LOAD, *train[1:]], tree)  # its words are those of a valid recipe
+
+
+def test_a_data_format(tree: Path):
+    title = "A data format"
+    (code,) = fenced(title, "python")
+    file = tree / "tests" / "data" / "documents" / "test_read_tsv.py"
+    file.write_text(code, encoding="utf-8")
+    words = [sys.executable, "-m", "pytest", "-q", str(file.relative_to(tree))]
+    with pytest.raises(AssertionError, match="3 failed"):
+        run(words, tree)  # without the change the test fails, so that it is one
+    apply_diffs(title, tree)
+    assert "3 passed" in run(words, tree)
+    ((_, *train),) = commands(title)
+    run([sys.executable, "-c", LOAD, *train], tree)

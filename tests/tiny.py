@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from smoltrain.checkpoint.identity import RunIdentity
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config
+from smoltrain.run.run_folder import RunFolder
 
 LINES = (
     "the king of {0} spoke to the queen of {1}",
@@ -87,3 +89,9 @@ def train(folder: Path, *overrides: str, **environment: str) -> subprocess.Compl
         encoding="utf-8", errors="replace", timeout=240, check=False, cwd=folder,
         env=own | {"OMP_NUM_THREADS": "1", "SMOLTRAIN_THREADS": "1"} | environment,
     )  # fmt: skip
+
+
+def run_folder(path: Path) -> RunFolder:
+    """A run's folder for a tracker of our own, without a run."""
+    identity = RunIdentity(run_id="", rows_per_step=4, values={}, phases=[])
+    return RunFolder(path, 4, "12345678", identity)

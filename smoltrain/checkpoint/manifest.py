@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and whether it is true."""
+"""manifest.json: what a checkpoint says of itself, whether its files are that, and the newest one that verifies."""
 
 import hashlib
 import json
@@ -61,15 +61,16 @@ def step_folder(checkpoints: Path, step: int) -> Path:
 
 def list_checkpoint_steps(checkpoints: Path) -> list[int]:
     """The steps that have a published checkpoint, oldest first. Errors: UserError if the folder cannot be read."""
+    what = "the checkpoints cannot be looked at"
     try:
         names = [name.removeprefix(STEP_PREFIX) for name in os.listdir(checkpoints) if name.startswith(STEP_PREFIX)]  # noqa: PTH208
     except FileNotFoundError as error:
         if checkpoints.is_symlink():  # to a disk that is not mounted
-            what, want = "the checkpoints cannot be looked at", "a link to a folder that is there"
+            want = "a link to a folder that is there"
             raise UserError(Problem(what, str(error), want, str(checkpoints))) from None
         return []
     except OSError as error:  # Path.glob would find nothing, and the run would begin from scratch
-        what, want = "the checkpoints cannot be looked at", "a folder that this user may read"
+        want = "a folder that this user may read"
         raise UserError(Problem(what, str(error), want, str(checkpoints))) from None
     return sorted(int(name) for name in names if re.fullmatch("[0-9]{8,}", name))
 
@@ -94,35 +95,33 @@ def read_last_saved_step(run: Path) -> int:
 def find_newest_valid_checkpoint(
     checkpoints: Path, say: Callable[[str], None], *, trains: bool = False
 ) -> Manifest | None:
-    """The manifest of the newest checkpoint whose files are all as they were written; None if there never was one.
+    """The manifest of the newest checkpoint whose files are all as they were written; None if there is no checkpoint.
 
     To go on training (`trains`) takes more files than to use the weights. Says which newer ones were passed over and
     why. Errors: UserError when checkpoints exist but none verifies: a run never starts from scratch without being told
     to.
     """
-    found = list_checkpoint_steps(checkpoints)
-    wrong: list[str] = []
-    for step in reversed(found):
-        manifest = verify_checkpoint(step_folder(checkpoints, step))
-        if isinstance(manifest, Manifest):
-            faults = (
-                [*list_missing_states(manifest), *list_stray_files(step_folder(checkpoints, step), manifest)]
-                if trains
-                else []
-            )
+    reasons: list[str] = []
+    for step in reversed(list_checkpoint_steps(checkpoints)):
+        folder = step_folder(checkpoints, step)
+        verified = verify_checkpoint(folder)
+        if isinstance(verified, Manifest):
+            faults = [*list_missing_states(verified), *list_stray_files(folder, verified)] if trains else []
             if not faults:
-                return manifest
-            manifest = f"{step_folder(checkpoints, step)} cannot be trained on: {', '.join(faults)}"
-        wrong.append(manifest)
-        say(f"checkpoint of step {step} is passed over: {manifest}")
-    if found:
+                return verified
+            reason = f"{folder} cannot be trained on: {', '.join(faults)}"
+        else:
+            reason = verified
+        reasons.append(reason)
+        say(f"checkpoint of step {step} is passed over: {reason}")
+    if reasons:
         want = "one that verifies; mend it, or delete the folder to start from scratch"
-        raise UserError(Problem("no checkpoint of this run is whole", "; ".join(wrong), want, str(checkpoints)))
+        raise UserError(Problem("no checkpoint of this run is whole", "; ".join(reasons), want, str(checkpoints)))
     return None
 
 
 def describe_last_checkpoint(checkpoints: Path) -> str:
-    """In words, what there is to go on from when a run must stop."""
+    """One sentence that names the newest valid checkpoint, for a run that must stop."""
     try:
         found = find_newest_valid_checkpoint(checkpoints, lambda _: None)
     except UserError:
@@ -215,7 +214,7 @@ def list_missing_states(manifest: Manifest) -> list[str]:
 
 
 def list_stray_files(checkpoint: Path, manifest: Manifest) -> list[str]:
-    """In words, the files of training that lie in a checkpoint and that its manifest does not name, so nobody hashed.
+    """In words, the .pt files in a checkpoint that its manifest does not name, so that nobody hashed them.
 
     DeepSpeed finds its files by how their names end.
     """

@@ -1,4 +1,4 @@
-"""A verified checkpoint back into engine, loader and random numbers; and the random numbers' state for the next one."""
+"""Restores a verified checkpoint into engine, loader and random number generators; captures the generators' state."""
 
 import hashlib
 from pathlib import Path
@@ -21,14 +21,15 @@ def restore_checkpoint(
 ) -> None:
     """Bring engine, loader and random numbers back to a verified checkpoint, whatever number of ranks wrote it.
 
-    On as many ranks as wrote it every random number comes out as it would have. On another number nobody's generators
-    fit, so each rank's begin afresh from (`seed` of the run, step, rank): the same again at every such start.
+    On as many ranks as wrote it, every random number comes out as it would have. On another number of ranks each rank's
+    generators begin afresh from (`seed` of the run, step, rank): the same again at every such start.
     Collective. Errors: UserError where a rank does not see the folder, and those of engine.load_shards.
     """
-    blind = [rank for rank, sees in enumerate(world.gather((checkpoint / MANIFEST_FILE).is_file())) if not sees]
-    if blind:
-        what, want = "the checkpoint is not there for every rank", "a file system that all nodes share"
-        raise UserError(Problem(what, f"no {checkpoint} on rank {blind[0]}", want, "run.folder"))
+    ranks_see_it = world.gather((checkpoint / MANIFEST_FILE).is_file())
+    if not all(ranks_see_it):
+        saw = f"no {checkpoint} on rank {ranks_see_it.index(False)}"
+        want = "a file system that all nodes share"
+        raise UserError(Problem("the checkpoint is not there for every rank", saw, want, "run.folder"))
     engine.load_shards(checkpoint, manifest.zero_stage)
     loader.load_state(manifest.loader)
     if manifest.world_size == world.size:

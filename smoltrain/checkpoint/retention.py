@@ -1,7 +1,7 @@
 """Which checkpoints are kept, and how one is deleted without ever looking like a damaged one."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from smoltrain import files
@@ -26,29 +26,30 @@ def steps_to_keep(losses: Mapping[int, float | None], plan: Plan, section: Check
 
 
 def prune_checkpoints(checkpoints: Path, published: int, plan: Plan, section: CheckpointSection) -> list[str]:
-    """Delete what is not to be kept, after that of the step `published` was; one of a later step did not verify.
+    """Delete superseded checkpoints up to step `published`; later ones failed verification and stay.
 
-    What is left, as it cannot be deleted, in a line each.
+    Returns a warning for each that cannot be deleted.
     """
     losses: dict[int, float | None] = {}
-    for step in (step for step in list_checkpoint_steps(checkpoints) if step <= published):
-        if (folder := step_folder(checkpoints, step)).is_dir():  # a file of that name is none of ours
+    for step in list_checkpoint_steps(checkpoints):
+        folder = step_folder(checkpoints, step)
+        if step <= published and folder.is_dir():  # a file of that name is none of ours
             manifest = read_manifest(folder)
             losses[step] = manifest.validation_loss if isinstance(manifest, Manifest) else None
-    old = [step_folder(checkpoints, step) for step in sorted(losses.keys() - steps_to_keep(losses, plan, section))]
-    return [line for folder in old if (line := _try_delete(delete_checkpoint, folder))]
+    superseded = sorted(losses.keys() - steps_to_keep(losses, plan, section))
+    return _delete_all(delete_checkpoint, [step_folder(checkpoints, step) for step in superseded])
 
 
 def delete_leftovers(checkpoints: Path) -> list[str]:
     """Delete what a crash, or a signal, left half done. One process calls this, while nobody saves.
 
-    What is left, as it cannot be deleted, in a line each.
+    Returns a warning for each that cannot be deleted.
     """
-    return [line for leftover in sorted(checkpoints.glob("step-*.tmp")) if (line := _try_delete(delete_path, leftover))]
+    return _delete_all(delete_path, sorted(checkpoints.glob("step-*.tmp")))
 
 
 def delete_checkpoint(folder: Path) -> None:
-    """Delete a checkpoint: it leaves by a rename, so that a crash midway leaves no half of one behind.
+    """Delete a checkpoint, renamed to .tmp before, so that a crash midway leaves none that is half there.
 
     One that lies elsewhere, behind a link, stays there: the link alone is deleted. Errors: OSError.
     """
@@ -66,10 +67,13 @@ def delete_path(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def _try_delete(delete: Callable[[Path], None], path: Path) -> str:
-    """What to say of it: nothing, once it is deleted."""
-    try:
-        delete(path)
-    except OSError as error:  # nothing is lost by it but room on the disk
-        return f"WARNING: {path} is left over and could not be deleted ({files.describe_error(error)})"
-    return ""
+def _delete_all(delete: Callable[[Path], None], paths: Iterable[Path]) -> list[str]:
+    """Returns a warning for each that cannot be deleted."""
+    warnings: list[str] = []
+    for path in paths:
+        try:
+            delete(path)
+        except OSError as error:  # nothing is lost by it but room on the disk
+            reason = files.describe_error(error)
+            warnings.append(f"WARNING: {path} is left over and could not be deleted ({reason})")
+    return warnings

@@ -1,9 +1,10 @@
-"""From a recipe and `section.key=value` overrides to a checked Config (schema.py), with every problem said at once.
+"""From a recipe and `section.key=value` overrides to a checked Config (schema.py), with all its problems at once.
 
-Nothing here touches torch, the network or the data; `load` is pure but for reading files and W&B's variables.
+Nothing here touches torch, the network or the data; `load_config` reads files and W&B's variables, and changes nothing.
 """
 
 import os
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,25 +46,31 @@ def read_recipe_headline(recipe: Path) -> str:
 def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The config of a recipe (a shipped name, or a path to YAML) under `section.key=value` overrides.
 
-    Errors: UserError with ALL problems found, each naming the key to change.
+    Errors: UserError with every field that is wrong, or else every rule that is broken (rules.py), each naming the key
+    to change. Where overrides are wrong, the rules are tried without them.
     """
     path = _find_recipe(recipe)
     values = read_yaml(path)
-    own = values.pop("provenance", None)  # a run's own config.yaml is a recipe too
+    provenance = values.pop("provenance", None)  # a run's own config.yaml is a recipe too
     _apply_wandb_environment(values)
-    problems = [p for text in overrides if (p := apply_override(values, text))]
+    problems: list[Problem] = []
+    for override in overrides:
+        problem = apply_override(values, override)
+        if problem:
+            problems.append(problem)
     _drop_recipe_source(values, overrides)
     run = values.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = run.get("name") or path.stem
-        run["recipe"] = run.get("recipe") or ("" if own else path.stem)
+        run["recipe"] = run.get("recipe") or ("" if provenance else path.stem)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        wrong = _collect_problems(error, values, path, overrides)
-        problems += wrong.values()
-        raise UserError(*problems, *_problems_without_overrides(recipe, overrides, wrong, problems)) from None
-    problems += [replace(p, change=_locate_key(p.change, path, overrides)) for p in find_contradictions(config)]
+        by_key = _collect_problems(error, values, path, overrides)
+        problems += by_key.values()
+        raise UserError(*problems, *_problems_without_overrides(recipe, overrides, by_key, problems)) from None
+    for problem in find_contradictions(config):
+        problems.append(replace(problem, change=_locate_key(problem.change, path, overrides)))
     if problems:
         raise UserError(*problems)
     return config
@@ -83,12 +90,12 @@ def read_run_config(path: Path) -> Config:
 
 
 def config_to_yaml(config: Config) -> str:
-    """The whole config as YAML, which `load` and `read` turn back into an equal one, but for secrets in its URLs."""
+    """The whole config as YAML text, which `load_config` reads back as an equal one, but for secrets in its URLs."""
     return dump_yaml(redacted_config(config))
 
 
 def redacted_config(config: Config) -> dict[str, Any]:
-    """The config as it is written down, and as two of them are compared: no URL has its secret."""
+    """The config as plain values, as it is written down and compared: no URL has its secret."""
     values = config.model_dump(mode="json")
     return values | {"data": redact_tree(values["data"])}
 
@@ -104,15 +111,19 @@ def override_generation(settings: GenerationSection, **options: float | None) ->
     try:
         return GenerationSection.model_validate(settings.model_dump() | given)
     except ValidationError as error:
-        named = [(e, f"generation.{e['loc'][0]}", f"--{e['loc'][0]}".replace("_", "-")) for e in error.errors()]
-        raise UserError(*[problem_from_pydantic(key, e, option) for e, key, option in named]) from None
+        problems: list[Problem] = []
+        for e in error.errors():
+            key = str(e["loc"][0])
+            problems.append(problem_from_pydantic(f"generation.{key}", e, f"--{key.replace('_', '-')}"))
+        raise UserError(*problems) from None
 
 
 def _apply_wandb_environment(values: dict[str, Any]) -> None:
     """W&B's variables take the place of the recipe's keys; overrides come later, and win."""
-    if isinstance(track := values.setdefault("track", {}), dict):
-        for one in read_wandb_environment(track, os.environ):
-            track[one.key] = one.value
+    track = values.setdefault("track", {})
+    if isinstance(track, dict):
+        for setting in read_wandb_environment(track, os.environ):
+            track[setting.key] = setting.value
 
 
 def _find_recipe(recipe: str) -> Path:
@@ -130,10 +141,13 @@ def _find_recipe(recipe: str) -> Path:
 
 def _drop_recipe_source(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
     """A data source on the command line takes the place of the recipe's, with the keys that belonged to that one."""
-    typed = [text.partition("=") for text in overrides]
-    given = {key for key, _, text in typed if parse_override_value(text) is not None}
+    given: set[str] = set()
+    for override in overrides:
+        key, _, text = override.partition("=")
+        if parse_override_value(text) is not None:
+            given.add(key)
     data = values.get("data")
-    if given & {f"data.{key}" for key in SOURCE_KEYS} and isinstance(data, dict):
+    if isinstance(data, dict) and given & {f"data.{key}" for key in SOURCE_KEYS}:
         for key in {*SourceSection.model_fields, "sources"} - {"text_field"}:
             if not any(f"{name}.".startswith(f"data.{key}.") for name in given):
                 data.pop(key, None)
@@ -141,59 +155,63 @@ def _drop_recipe_source(values: dict[str, Any], overrides: list[str] | tuple[str
 
 def _locate_key(key: str, path: Path, overrides: list[str] | tuple[str, ...]) -> str:
     """The place that gave a key its value: the command line if an override named it, else the file."""
-    typed = [override.partition("=")[0] + "." for override in overrides]
-    keys = [k + "." for k in key.split(" or ")]
-    named = any(k.startswith(t) or t.startswith(k) for k in keys for t in typed)
-    return f"{key} on the command line" if named else f"{key} in {path.name}"
+    overridden = [override.partition("=")[0] + "." for override in overrides]
+    keys = [alternative + "." for alternative in key.split(" or ")]
+    is_overridden = any(k.startswith(o) or o.startswith(k) for k in keys for o in overridden)
+    return f"{key} on the command line" if is_overridden else f"{key} in {path.name}"
 
 
 def _collect_problems(
     error: ValidationError, values: dict[str, Any], path: Path, overrides: list[str] | tuple[str, ...] = ()
 ) -> dict[str, Problem]:
     """pydantic's errors in smoltrain's own form, by key; a value that fails every type of a union is one problem."""
-    merged: dict[str, Problem] = {}
+    problems: dict[str, Problem] = {}
     for e in error.errors():
+        # Without the types of a union that pydantic has tried, which are no keys.
         parts = [p for p in e["loc"] if p not in ("int", "constrained-int") and not str(p).startswith("literal[")]
         if parts[0] == "model" and len(parts) > 1:  # pydantic names the kind of model that it read
             del parts[1]
-        named = [_name_key_part(values, parts[:i], p) for i, p in enumerate(parts)]
-        key = ".".join(named)
-        where = _locate_key(key, path, overrides)
+        names = _name_key_parts(parts, values)
+        key = ".".join(names)
+        change = _locate_key(key, path, overrides)
         if e["type"] == "extra_forbidden":
-            want = suggest_choice(named[-1], _valid_sibling_keys(parts, values))
-            problem = Problem(f"unknown key {key}", repr(named[-1]), want, where)
+            want = suggest_choice(names[-1], _valid_sibling_keys(parts, values))
+            problem = Problem(f"unknown key {key}", repr(names[-1]), want, change)
         else:
-            problem = problem_from_pydantic(key, e, where)
-        before = merged.get(key)
-        merged[key] = replace(problem, want=f"{before.want} or {problem.want}") if before else problem
-    return merged
+            problem = problem_from_pydantic(key, e, change)
+        if key in problems:
+            problem = replace(problem, want=f"{problems[key].want} or {problem.want}")
+        problems[key] = problem
+    return problems
 
 
 def _problems_without_overrides(
-    recipe: str, overrides: list[str] | tuple[str, ...], wrong: dict[str, Problem], told: list[Problem]
+    recipe: str, overrides: list[str] | tuple[str, ...], wrong_keys: Container[str], known: list[Problem]
 ) -> list[Problem]:
-    """What the recipe would still be refused for without the overrides that gave the `wrong` values."""
-    rest = [text for text in overrides if text.partition("=")[0] not in wrong]
-    if len(rest) == len(overrides):
+    """What the recipe would still be refused for without the overrides that gave the wrong values."""
+    remaining = [override for override in overrides if override.partition("=")[0] not in wrong_keys]
+    if len(remaining) == len(overrides):
         return []
     try:
-        load_config(recipe, rest)
+        load_config(recipe, remaining)
     except UserError as error:
-        named = {problem.what for problem in told}
-        return [problem for problem in error.problems if problem.what not in named]
+        known_whats = {problem.what for problem in known}
+        return [problem for problem in error.problems if problem.what not in known_whats]
     return []
 
 
-def _name_key_part(values: Any, above: list[Any], part: Any) -> str:
-    """A part of a key as the command line says it: phases and data.sources by name."""
-    if isinstance(part, int):
+def _name_key_parts(parts: list[Any], values: Any) -> list[str]:
+    """The parts of a key as the command line names them: phases and data.sources by name, not by number."""
+    names: list[str] = []
+    node = values
+    for part in parts:
         try:
-            for key in above:
-                values = values[key]
-            return str(values[part]["name"])
-        except (KeyError, IndexError, TypeError):
-            pass
-    return str(part)
+            node = node[part]
+        except (LookupError, TypeError):
+            node = None
+        is_named = isinstance(part, int) and isinstance(node, dict) and "name" in node
+        names.append(str(node["name"] if is_named else part))
+    return names
 
 
 def _valid_sibling_keys(parts: list[Any], values: dict[str, Any]) -> list[str]:
@@ -208,5 +226,6 @@ def _valid_sibling_keys(parts: list[Any], values: dict[str, Any]) -> list[str]:
         section = TransformersSection if values["model"].get("kind") == "transformers" else ModelSection
     else:
         section = Config.model_fields[parts[0]].annotation
-    known = isinstance(section, type) and issubclass(section, Section)
-    return [field.alias or name for name, field in section.model_fields.items()] if known else []
+    if not (isinstance(section, type) and issubclass(section, Section)):
+        return []
+    return [field.alias or name for name, field in section.model_fields.items()]

@@ -1,4 +1,4 @@
-"""The checks of a config that no single field can make: each row is a rule, and a broken rule becomes a Problem."""
+"""The checks of a config that no single field can make: each `yield` is a rule that is broken."""
 
 from collections.abc import Iterator
 
@@ -16,7 +16,8 @@ def find_contradictions(c: Config) -> list[Problem]:
 
 
 def _check_decoder(m: ModelSection) -> Iterator[Problem]:
-    heads, head_width = m.num_attention_heads, m.hidden_size // m.num_attention_heads
+    heads = m.num_attention_heads
+    head_width = m.hidden_size // heads
     if m.hidden_size % heads:
         want = f"a multiple of model.num_attention_heads = {heads}"
         yield Problem("the heads do not divide the width", str(m.hidden_size), want, "model.hidden_size")
@@ -32,9 +33,8 @@ def _check_decoder(m: ModelSection) -> Iterator[Problem]:
 def _check_transformers_model(m: TransformersSection, c: Config) -> Iterator[Problem]:
     for key in ("vocab_size", "max_position_embeddings", "model_type"):
         if key in m.config:
-            yield Problem(
-                f"{key} stands in the wrong place", f"model.config.{key}", f"model.{key}", f"model.config.{key}"
-            )
+            here = f"model.config.{key}"
+            yield Problem(f"{key} stands in the wrong place", here, f"model.{key}", here)
     if c.engine.gradient_checkpointing not in ("auto", "none", "full"):
         what, want = "a transformers model recomputes all blocks or none", "none or full"
         yield Problem(what, str(c.engine.gradient_checkpointing), want, "engine.gradient_checkpointing")
@@ -44,7 +44,8 @@ def _check_transformers_model(m: TransformersSection, c: Config) -> Iterator[Pro
 
 
 def _check_batch_and_data(c: Config) -> Iterator[Problem]:
-    b, t = c.batch, c.tokenizer
+    b = c.batch
+    t = c.tokenizer
     n = c.engine.gradient_checkpointing
     if isinstance(n, int) and n < 1:
         what = "gradient checkpointing of every n-th block"
@@ -56,7 +57,7 @@ def _check_batch_and_data(c: Config) -> Iterator[Problem]:
     if (b.accumulation is None) == (b.rows_per_step is None):
         saw = f"accumulation={b.accumulation}, rows_per_step={b.rows_per_step}"
         keys = "batch.accumulation or batch.rows_per_step"
-        yield Problem("the batch is not said exactly once", saw, "one of the two", keys)
+        yield Problem("the batch is not given exactly once", saw, "one of the two", keys)
     if b.micro_batch == "auto" and b.rows_per_step is None:
         what, saw = "there is nothing to split into micro-batches", f"auto x {b.accumulation} accumulated"
         want, keys = "batch.rows_per_step, and accumulation null", "batch.rows_per_step or batch.micro_batch"
@@ -71,38 +72,37 @@ def _check_batch_and_data(c: Config) -> Iterator[Problem]:
     if t.vocab_size is not None and t.vocab_size > c.model.vocab_size:
         what, want = "the embedding table cannot hold the tokenizer's ids", f"at least {t.vocab_size}"
         yield Problem(what, str(c.model.vocab_size), want, "model.vocab_size")
-    if (
-        t.name in KNOWN_VOCAB_SIZES
-        and (num_ids := KNOWN_VOCAB_SIZES[t.name] + (t.pad is not None)) > c.model.vocab_size
-    ):
+    num_ids = KNOWN_VOCAB_SIZES.get(t.name, 0) + (t.pad is not None)
+    if t.name in KNOWN_VOCAB_SIZES and num_ids > c.model.vocab_size:
+        what = "the tokenizer has more ids than the model"
         want = f"at most model.vocab_size = {c.model.vocab_size:,}"
-        yield Problem(
-            "the tokenizer has more ids than the model", f"{num_ids:,}", want, "model.vocab_size or tokenizer"
-        )
+        yield Problem(what, f"{num_ids:,}", want, "model.vocab_size or tokenizer")
 
 
 def _check_sources(c: Config) -> Iterator[Problem]:
     """Where each source's documents come from, and that the phases mix sources that there are."""
-    d, names = c.data, [source.name for source in c.data.sources]
-    own = [k for k, field in SourceSection.model_fields.items() if names and getattr(d, k) != field.default]
-    if own:
-        saw, keys = ", ".join(f"{key}={getattr(d, key)}" for key in own), " or ".join(f"data.{key}" for key in own)
+    d = c.data
+    names = [source.name for source in d.sources]
+    own = [k for k, field in SourceSection.model_fields.items() if getattr(d, k) != field.default]
+    if names and own:
+        saw = ", ".join(f"{key}={getattr(d, key)}" for key in own)
+        keys = " or ".join(f"data.{key}" for key in own)
         yield Problem("a source is described beside data.sources", saw, "each of them in its own entry", keys)
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield Problem("two sources share a name", name, "distinct names", f"data.sources.{name}.name")
     for source in d.parts:
         key = f"data.sources.{source.name}" if names else "data"
-        said = {"package": source.package, "path": source.path, "hub": source.hub}
-        if sum(value is not None for value in said.values()) != 1:
-            saw = ", ".join(f"{kind}={value}" for kind, value in said.items())
-            keys = " or ".join(f"{key}.{kind}" for kind in said)
-            yield Problem("the data is not said exactly once", saw, "one of the three", keys)
+        given = {"package": source.package, "path": source.path, "hub": source.hub}
+        if sum(value is not None for value in given.values()) != 1:
+            saw = ", ".join(f"{kind}={value}" for kind, value in given.items())
+            keys = " or ".join(f"{key}.{kind}" for kind in given)
+            yield Problem("the data is not given exactly once", saw, "one of the three", keys)
         if source.validation_split is not None and source.hub is None:
             want, keys = "null; data.validation_path names files", f"{key}.validation_split"
             yield Problem("only a Hub dataset has splits", source.validation_split, want, keys)
         if source.validation_split is not None and source.validation_path is not None:
             saw, keys = f"{source.validation_split} and {source.validation_path}", f"{key}.validation_split"
-            yield Problem("the validation data are said twice", saw, "one of the two", keys)
+            yield Problem("the validation data are given twice", saw, "one of the two", keys)
     for phase in c.phases:
         for name in sorted((phase.mix or {}).keys() - set(names)):
             want = suggest_choice(name, names) if names else "null: there is one source"

@@ -1,6 +1,6 @@
 """The typed description of a run: every section and field of a recipe, each with its unit.
 
-Nothing here reads a file: config.py does, and contradictions.py checks what no single field can see.
+Nothing here reads a file: load.py does, and rules.py checks what no single field can see.
 """
 
 import json
@@ -25,17 +25,12 @@ MAX_INT = 2**31 - 1
 MAX_LAYERS = 1_000
 MAX_ROWS = 2**20  # of a micro-batch, and micro-batches of a step
 MAX_SEED = 2**63 - 1  # torch takes up to 2^64 - 1, and the ranks add to it
-MAX_NAME_BYTES, MAX_PATH_BYTES = 200, 4000  # bytes; file systems take 255 in a name and 4,096 in all
-# Fields whose text becomes a path, and those that may be a URL, in which a name may be long.
-PATH_FIELDS = ("source", "name", "package", "hub", "pattern", "cache", "folder", "ds_config")
-PATH_OR_URL_FIELDS = ("path", "validation_path")
+MAX_NAME_BYTES = 200  # file systems take 255
+MAX_PATH_BYTES = 4000  # file systems take 4,096
 
 
 class Section(BaseModel):
-    """Frozen; a key that is not a field is an error, and so is a number that is not finite or beyond any run.
-
-    Errors: ValidationError also for a path that no file system takes.
-    """
+    """Frozen; a key that is not a field is an error, and so is a number that is not finite or beyond any run."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), serialize_by_alias=True
@@ -43,28 +38,48 @@ class Section(BaseModel):
 
     @field_validator("*", mode="after")
     @classmethod
-    def _check_bounds(cls, value: object, info: ValidationInfo) -> object:
+    def _check_int(cls, value: object, info: ValidationInfo) -> object:
         if type(value) is int and abs(value) > MAX_INT and info.field_name != "seed":
             raise ValueError(f"at most {MAX_INT:,}")
-        named = info.field_name in PATH_FIELDS
-        text = str(value) if named or info.field_name in PATH_OR_URL_FIELDS else ""
-        if "\0" in text:
-            raise ValueError("a name without NUL")
-        if named and (len(text.encode()) > MAX_PATH_BYTES or max(map(len, text.encode().split(b"/"))) > MAX_NAME_BYTES):
-            raise ValueError(f"at most {MAX_NAME_BYTES} bytes in a name, {MAX_PATH_BYTES} in a path")
         return value
 
 
+def find_path_fault(text: str) -> str | None:
+    """What a path must be and is not, None if a file system takes it."""
+    if "\0" in text:
+        return "a name without NUL"
+    path = text.encode()
+    if len(path) > MAX_PATH_BYTES or max(map(len, path.split(b"/"))) > MAX_NAME_BYTES:
+        return f"at most {MAX_NAME_BYTES} bytes in a name, {MAX_PATH_BYTES} in a path"
+    return None
+
+
+def _check_path(value: str | Path) -> str | Path:
+    fault = find_path_fault(str(value))
+    if fault:
+        raise ValueError(fault)
+    return value
+
+
+def _check_path_or_url(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("a name without NUL")
+    return value
+
+
+CheckedPath = AfterValidator(_check_path)
+PathText = Annotated[str, CheckedPath]
+PathOrUrl = Annotated[str, AfterValidator(_check_path_or_url)]  # in a URL a name may be long
 # A shell leaves the ~ of `run.folder=~/runs` as it is. Path.expanduser would raise for a user who is not there.
-HomePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]  # noqa: PTH111
-HomeText = Annotated[str, AfterValidator(os.path.expanduser)]
+HomePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path))), CheckedPath]  # noqa: PTH111
+HomeText = Annotated[str, AfterValidator(os.path.expanduser), CheckedPath]
 
 
 class RunSection(Section):
     """Where the run lives and how far it goes."""
 
-    name: str = Field(
-        default="", pattern=r"^(\w[\w.-]*)?$", description="folder under run.folder; empty takes the recipe's name"
+    name: Annotated[str, Field(pattern=r"^(\w[\w.-]*)?$"), CheckedPath] = Field(
+        default="", description="folder under run.folder; empty takes the recipe's name"
     )
     recipe: str = Field(default="", description="name of the recipe, for the model card; empty takes that of its file")
     folder: HomePath = Field(default=Path("runs"), description="parent folder of all runs")
@@ -140,14 +155,14 @@ class TransformersSection(Section):
 
 def _parse_json_text(value: object) -> object:
     """A value of a recipe, where all plain values are text, as the JSON value that the text spells, else as text."""
-    if isinstance(value, list | dict):
-        return (
-            {k: _parse_json_text(v) for k, v in value.items()}
-            if isinstance(value, dict)
-            else [_parse_json_text(v) for v in value]
-        )
+    if isinstance(value, dict):
+        return {key: _parse_json_text(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_parse_json_text(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return json.loads(value)
     except (ValueError, RecursionError):
         return value
 
@@ -155,7 +170,7 @@ def _parse_json_text(value: object) -> object:
 class TokenizerSection(Section):
     """Where token ids come from. `tokenizer=NAME` on the command line is short for `tokenizer.name=NAME`."""
 
-    name: str = Field(
+    name: PathText = Field(
         description="'bpe' trains a byte-level BPE on the data once; a folder with tokenizer.json; OWNER/NAME on the "
         "Hugging Face Hub; 'tiktoken:gpt2'; or 'smollm2' or 'gpt2', made without the Hub out of a package"
     )
@@ -179,18 +194,18 @@ class SourceSection(Section):
     One of the three on the command line takes the place of the recipe's.
     """
 
-    package: str | None = Field(default=None, description="installed Python package whose files are the documents")
-    path: str | None = Field(
+    package: PathText | None = Field(default=None, description="installed Python package whose files are the documents")
+    path: PathOrUrl | None = Field(
         default=None,
         description="a .txt, .md, .jsonl, .ndjson or .parquet file (all but parquet also .gz or .zst), a folder of "
         "them, or a glob; also as http(s)://, s3:// or gs:// URL",
     )
-    hub: str | None = Field(default=None, description="OWNER/NAME of a dataset on the Hugging Face Hub")
+    hub: PathText | None = Field(default=None, description="OWNER/NAME of a dataset on the Hugging Face Hub")
     hub_config: str | None = Field(
         default=None, description="the dataset's configuration (subset); null is its default"
     )
     hub_split: str = Field(default="train", description="the dataset's split")
-    pattern: str = Field(default="**/*", description="which files of the package or folder, as a glob")
+    pattern: PathText = Field(default="**/*", description="which files of the package or folder, as a glob")
     text_field: str = Field(default="text", description="field or column of the text in .jsonl, .ndjson and .parquet")
     documents: Literal["file", "blank_lines", "separator"] = Field(
         default="file", description="how a .txt or .md file is cut: one document, or at blank lines, or at a separator"
@@ -198,7 +213,7 @@ class SourceSection(Section):
     document_separator: str = Field(
         default="<|endoftext|>", min_length=1, description="text between documents, with documents: separator"
     )
-    validation_path: str | None = Field(
+    validation_path: PathOrUrl | None = Field(
         default=None, description="files of held-out documents, as path; instead of a share of the training documents"
     )
     validation_split: str | None = Field(
@@ -209,12 +224,14 @@ class SourceSection(Section):
 class MixedSource(SourceSection):
     """One of several sources, which share the rows of a step by weight."""
 
-    name: str = Field(pattern=r"^\w[\w-]*$", description="letters, digits, - and _; names it in phases.*.mix and logs")
+    name: Annotated[str, Field(pattern=r"^\w[\w-]*$"), CheckedPath] = Field(
+        description="letters, digits, - and _; names it in phases.*.mix and logs"
+    )
     weight: float = Field(gt=0, description="share of the rows, relative to the other weights")
 
 
 class DataSection(SourceSection):
-    """The documents of a run: one source said right here, or several under `sources`."""
+    """The documents of a run: one source described right here, or several under `sources`."""
 
     sources: tuple[MixedSource, ...] = Field(default=(), description="several sources with weights, instead of one")
     mode: Literal["auto", "stream", "cached"] = Field(
@@ -222,7 +239,7 @@ class DataSection(SourceSection):
         description="cached tokenises everything once before the first step; stream reads while training; auto caches "
         "local files of at most 256 MiB in all",
     )
-    cache: Path | None = Field(
+    cache: Annotated[Path, CheckedPath] | None = Field(
         default=None, description="folder of the tokens in cached mode, which runs may share; null is the run's own"
     )
     streams: int | None = Field(
@@ -253,7 +270,7 @@ class DataSection(SourceSection):
 
     @property
     def parts(self) -> tuple[MixedSource, ...]:
-        """The sources, at least one: a source said right here is called 'data' and has weight 1."""
+        """The sources, at least one: a source described right here is called 'data' and has weight 1."""
         if self.sources:
             return self.sources
         own = {key: getattr(self, key) for key in SourceSection.model_fields}
@@ -285,11 +302,11 @@ class BatchSection(Section):
 
     @property
     def micro_batch_rows(self) -> int:
-        """micro_batch as a number: one row, as long as nobody has settled what is auto (estimate/fitting.py)."""
+        """micro_batch as a number; one row where it is still `auto`, before train/resolve_auto.py has chosen."""
         return 1 if self.micro_batch == "auto" else self.micro_batch
 
     def rows(self, world_size: int) -> int:
-        """Rows of a step over so many ranks, at the first start."""
+        """Rows of a step on so many ranks, at the first start."""
         return self.rows_per_step or self.micro_batch_rows * (self.accumulation or 1) * world_size
 
 
@@ -346,7 +363,9 @@ class OptimizerSection(Section):
 class PhaseSection(Section):
     """A named range of steps with its own learning rate. `schedule: continue` prolongs the end of the phase before."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$", description="letters, digits, - and _")
+    name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$"), CheckedPath] = Field(
+        description="letters, digits, - and _"
+    )
     steps: int = Field(gt=0, description="optimizer steps")
     lr: float | None = Field(default=None, gt=0, description="peak learning rate; null only with schedule continue")
     weight_decay: float = Field(default=0.1, ge=0, description="decoupled decay, times lr per step")
@@ -446,15 +465,15 @@ class TrackSection(Section):
     )
 
 
+def _model_kind(section: object) -> str:
+    """Which of the two classes a model section is read as; without a kind it is the decoder."""
+    kind = section.get("kind") if isinstance(section, dict) else getattr(section, "kind", None)
+    return "transformers" if kind == "transformers" else "decoder"
+
+
 AnyModelSection = Annotated[
     Annotated[ModelSection, Tag("decoder")] | Annotated[TransformersSection, Tag("transformers")],
-    Discriminator(
-        lambda m: (
-            "transformers"
-            if (m.get("kind") if isinstance(m, dict) else getattr(m, "kind", None)) == "transformers"
-            else "decoder"
-        )
-    ),
+    Discriminator(_model_kind),
 ]
 
 

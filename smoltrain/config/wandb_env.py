@@ -15,32 +15,36 @@ TEXT_VARIABLES = {
     "WANDB_NOTES": "wandb_notes",
     "WANDB_RUN_GROUP": "wandb_group",
 }
-MODE_VARIABLES = ("WANDB_MODE", "WANDB_DISABLED")  # they are asked where track.wandb is auto: wandb_run.wandb_mode
+MODE_VARIABLES = ("WANDB_MODE", "WANDB_DISABLED")  # read where track.wandb is auto, by wandb_run.resolve_wandb_mode
 LOG_MODEL_VALUES = {"checkpoint": "checkpoint", "end": "end", "false": "none"}
 MIN_WATCH_STEPS = 100  # steps at least, as transformers has it
 
 
 @dataclass(frozen=True)
 class WandbSetting:
-    """One key of `track`, the variable that sets it, and its value there; `note` is what cannot be done of it."""
+    """One key of `track`, the variable that sets it, and its value there."""
 
     variable: str
     key: str
     value: Any
-    note: str = ""
+    note: str | None = None  # what the variable asks for and cannot have
 
 
 def read_wandb_environment(track: Mapping[str, Any], environment: Mapping[str, str]) -> list[WandbSetting]:
     """What the environment asks of a `track` section, whose own values say how often gradients are looked at."""
     given = {name: text for name, text in environment.items() if text.strip()}
     found = [WandbSetting(name, key, given[name]) for name, key in TEXT_VARIABLES.items() if name in given]
-    found += [WandbSetting(name, "wandb", "auto") for name in MODE_VARIABLES if name in given][:1]
+    modes = [name for name in MODE_VARIABLES if name in given]
+    if modes:
+        found.append(WandbSetting(modes[0], "wandb", "auto"))
     if "WANDB_TAGS" in given:
         tags = [tag.strip() for tag in given["WANDB_TAGS"].split(",")]
         found.append(WandbSetting("WANDB_TAGS", "wandb_tags", tuple(tag for tag in tags if tag)))
     if "WANDB_LOG_MODEL" in given:
         word = given["WANDB_LOG_MODEL"].lower()
-        note = "" if word in LOG_MODEL_VALUES else f"WANDB_LOG_MODEL={word} is none of {', '.join(LOG_MODEL_VALUES)}"
+        note = None
+        if word not in LOG_MODEL_VALUES:
+            note = f"WANDB_LOG_MODEL={word} is none of {', '.join(LOG_MODEL_VALUES)}"
         found.append(WandbSetting("WANDB_LOG_MODEL", "wandb_model", LOG_MODEL_VALUES.get(word, "none"), note))
     if "WANDB_WATCH" in given:
         found.append(_read_watch_setting(given["WANDB_WATCH"].lower(), track))
@@ -51,7 +55,9 @@ def _read_watch_setting(word: str, track: Mapping[str, Any]) -> WandbSetting:
     """Gradients as often as the recipe looks at them, or as transformers does; parameters are not logged."""
     every = _parse_int(track.get("gradients_every"), 0) or max(MIN_WATCH_STEPS, _parse_int(track.get("print_every"), 0))
     wants = word in ("gradients", "all")
-    note = "" if word in ("gradients", "false") else f"WANDB_WATCH={word}: of what it may watch, gradients are logged"
+    note = None
+    if word not in ("gradients", "false"):
+        note = f"WANDB_WATCH={word}: of what it may watch, gradients are logged"
     return WandbSetting("WANDB_WATCH", "gradients_every", every if wants else 0, note)
 
 

@@ -47,7 +47,7 @@ def read_yaml(path: Path, *, typed: bool = False) -> dict[str, Any]:
 
 
 def dump_yaml(tree: dict[str, Any]) -> str:
-    """YAML that `read` turns back into the same values, whatever characters are in its texts."""
+    """The tree as YAML text that `read_yaml` reads back, whatever characters are in its texts."""
     return yaml.dump(tree, Dumper=_EscapingDumper, sort_keys=False, allow_unicode=True, width=120)
 
 
@@ -65,31 +65,34 @@ def parse_override_value(text: str) -> Any:
         node = yaml.compose(text, _PlainTextLoader)
         if node is None or text[node.end_mark.index :].strip():  # a comment behind it
             return text
-        found = yaml.load(text, _PlainTextLoader)  # a SafeLoader
-        _check_tree_size(found)
+        value = yaml.load(text, _PlainTextLoader)  # a SafeLoader
+        _check_tree_size(value)
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
-    return found
+    return value
 
 
-def apply_override(tree: dict[str, Any], words: str) -> Problem | None:
-    """Set one `section.key=value` in the tree; items of a list are addressed by name: `phases.main.steps=100`."""
-    key, equals, text = words.partition("=")
+def apply_override(tree: dict[str, Any], override: str) -> Problem | None:
+    """Set one `section.key=value` in the tree; items of a list are addressed by name: `phases.main.steps=100`.
+
+    Returns what is wrong with the override; the tree then has all but that value.
+    """
+    key, equals, text = override.partition("=")
     where = "the command line"
     *parents, last = key.split(".")
     if not equals or "" in (*parents, last):
-        return Problem("an override is not key=value", repr(words), "section.key=value", where)
+        return Problem("an override is not key=value", repr(override), "section.key=value", where)
     node: Any = tree
     for depth, part in enumerate(parents):
         if isinstance(node, list):
-            named = {str(p.get("name")): p for p in node if isinstance(p, dict)}
-            if part not in named:
+            by_name = {str(item.get("name")): item for item in node if isinstance(item, dict)}
+            if part not in by_name:
                 name = ".".join(parents[: depth + 1])
-                return Problem(f"unknown key {name}", repr(part), suggest_choice(part, named), where)
-            node = named[part]
+                return Problem(f"unknown key {name}", repr(part), suggest_choice(part, by_name), where)
+            node = by_name[part]
         else:
             node = node.setdefault(part, {})
-        if isinstance(node, str) and parents == ["tokenizer"]:
+        if isinstance(node, str) and parents == ["tokenizer"]:  # a recipe may say `tokenizer: NAME` for short
             node = tree["tokenizer"] = {"name": node}
         if not isinstance(node, dict | list):
             return Problem(f"{key} goes below a plain value", format_value(node), "section.key=value", where)
@@ -107,21 +110,26 @@ def _check_bracket_depth(text: str) -> None:
 
 def _check_tree_size(tree: Any) -> None:
     """Errors: ValueError for more values, or deeper ones, than any recipe has: aliases of aliases become billions."""
-    count, level = 0, [tree]
+    count = 0
+    level = [tree]
     for _ in range(MAX_YAML_DEPTH):
-        inner: list[Any] = []
+        next_level: list[Any] = []
         for node in level:
-            inner += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
-            if count + len(inner) > MAX_YAML_VALUES:
+            if isinstance(node, dict):
+                next_level += node.values()
+            elif isinstance(node, list):
+                next_level += node
+            if count + len(next_level) > MAX_YAML_VALUES:
                 raise ValueError(f"it has more than {MAX_YAML_VALUES:,} values")
-        if not inner:
+        if not next_level:
             return
-        count, level = count + len(inner), inner
+        count += len(next_level)
+        level = next_level
     raise ValueError(TOO_DEEP)
 
 
 class _DepthLimitedLoader(yaml.SafeLoader):
-    """A SafeLoader that ends where values lie too deep, before it has taken them in."""
+    """A SafeLoader that refuses values that lie too deep before it builds them."""
 
     depth = 0
 

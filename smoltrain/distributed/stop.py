@@ -1,4 +1,12 @@
-"""TODO: moved out of world.py."""
+"""Does this rank have a reason to stop: a signal, or a launcher that is gone?
+
+A launcher that dies can signal nobody any more, and ranks that nobody watches would train on for ever. What stands
+above a rank is looked at once a second, as processes and their parents. Smaller ways do not keep that promise under
+every launcher (tests/distributed/test_stop.py, tests/whole_runs/test_signals.py):
+- PR_SET_PDEATHSIG is Linux only, is about the parent alone, and tells a dead parent and a signal not apart. DeepSpeed's
+  launcher stands under a runner, and a signal to the runner ends nothing but the runner.
+- A pipe that ends with the launcher is something that a foreign launcher would have to hold open.
+"""
 
 import contextlib
 import os
@@ -21,27 +29,27 @@ DEEPSPEED_LAUNCHER = "deepspeed.launcher.launch"
 
 def heeded_stop_signals() -> tuple[signal.Signals, ...]:
     """What asks this process to stop; not SIGHUP where it is ignored, as `nohup` has it, and children inherit."""
-    ignores = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return tuple(number for number in STOP_SIGNALS if not (number == signal.SIGHUP and ignores))
+    ignores_hangup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return tuple(number for number in STOP_SIGNALS if not (number == signal.SIGHUP and ignores_hangup))
 
 
 class StopFlag:
-    """Remembers that this rank was asked to stop; the loop adds the flags of all ranks up at each step.
+    """Remembers that this rank was asked to stop; the ranks add their flags up in each step.
 
     Some launchers signal their ranks one after another, seconds apart, so no rank may act on its own flag alone. A rank
     whose launcher has died will never be signalled: that counts as a request. As torchrun hides the exit codes of its
     ranks, a request is also noted in the file that SMOLTRAIN_ASKED names, if it names one (launch/slurm.sbatch).
 
-    Until `is_raised` is asked for the first time there is nothing to lose: a signal just ends the process, and so does
-    a launcher's death, without which the ranks might wait for each other for ever.
+    Until `listen` there is nothing to lose: a signal just ends the process, and so does a launcher's death, without
+    which the ranks might wait for each other for ever.
     """
 
     def __init__(self) -> None:
-        self.reason = ""
-        self._interrupted = 0.0  # when, in seconds of the monotonic clock
-        self._next_look = 0.0  # for launchers, likewise
+        self.reason: str | None = None
+        self._first_interrupt_s: float | None = None  # of the monotonic clock
+        self._next_look_s = 0.0  # for launchers, likewise
         self._listening = threading.Event()
-        self._noted = "SMOLTRAIN_ASKED" not in os.environ
+        self._request_file = os.environ.get("SMOLTRAIN_ASKED")  # until it is written
         # A bare `nohup python` has no launcher and may outlive its shell.
         self._launchers = _find_launcher_links() if "LOCAL_RANK" in os.environ else []
         self._signals = heeded_stop_signals()
@@ -50,50 +58,56 @@ class StopFlag:
         if self._launchers:
             threading.Thread(target=self._exit_with_launcher, name="launcher", daemon=True).start()
 
+    def listen(self) -> None:
+        """From here on a request raises the flag instead of ending the process."""
+        self._listening.set()
+        for number in self._signals:
+            signal.signal(number, self._on_signal)
+
+    def is_raised(self) -> bool:
+        """Whether this rank has a reason to stop. Looks at its launchers, at most once a second."""
+        if self.reason is None and time.monotonic() >= self._next_look_s:  # a look costs 0.1 ms, steps may be short
+            self._next_look_s = time.monotonic() + LAUNCHER_POLL_S
+            if self._is_launcher_gone():
+                self.reason = "its launcher is gone"
+        if self.reason is None:
+            return False
+        self._note_request()
+        return True
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        self.reason = signal.Signals(number).name
+        if number != signal.SIGINT:
+            return
+        now = time.monotonic()
+        if self._first_interrupt_s is None:
+            self._first_interrupt_s = now
+        elif now - self._first_interrupt_s > SIGINT_ECHO_S:
+            os._exit(INTERRUPTED)  # the second Ctrl-C: leave at once; a checkpoint in the making stays a .tmp
+
     def _exit_with_launcher(self) -> None:
         while not self._listening.wait(LAUNCHER_POLL_S):
             if self._is_launcher_gone():
-                self._touch_request_file()
+                self._note_request()
                 os._exit(STOPPED)
 
     def _is_launcher_gone(self) -> bool:
         """Whether one of those that would pass a signal on is gone."""
         return any(_parent_pid(child) != parent for child, parent in self._launchers)
 
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self.reason = signal.Signals(number).name
-        if number == signal.SIGINT:
-            now = time.monotonic()
-            if self._interrupted and now - self._interrupted > SIGINT_ECHO_S:
-                os._exit(INTERRUPTED)  # the second Ctrl-C: leave at once; a checkpoint in the making stays a .tmp
-            self._interrupted = self._interrupted or now
-
-    def is_raised(self) -> bool:
-        """Whether this rank has a reason to stop."""
-        if not self._listening.is_set():
-            self._listening.set()
-            for number in self._signals:
-                signal.signal(number, self._on_signal)
-        if not self.reason and time.monotonic() >= self._next_look:  # a look costs 0.1 ms, and steps may be short
-            self._next_look = time.monotonic() + LAUNCHER_POLL_S
-            self.reason = "its launcher is gone" if self._is_launcher_gone() else ""
-        if self.reason:
-            self._touch_request_file()
-        return bool(self.reason)
-
-    def _touch_request_file(self) -> None:
-        if not self._noted:
-            self._noted = True
+    def _note_request(self) -> None:
+        if self._request_file:
             with contextlib.suppress(OSError):
-                Path(os.environ["SMOLTRAIN_ASKED"]).touch()
+                Path(self._request_file).touch()
+            self._request_file = None
 
 
 def _find_launcher_links() -> list[tuple[int, int | None]]:
     """(process, its parent) from this rank upwards: links that hold as long as all of its launchers live.
 
-    `smoltrain train` (SMOLTRAIN_SUPERVISOR is its process) is all that stands above its ranks. DeepSpeed's launcher
-    stands under a runner, and a signal to the runner ends nothing but the runner. None stands for the parent of a
-    process that was an orphan before anybody looked.
+    `smoltrain train` (SMOLTRAIN_SUPERVISOR is its process) is all that stands above its ranks, torchrun too; above
+    DeepSpeed's launcher there is its runner. None stands for the parent of a process that was an orphan before anybody
+    looked.
     """
     if supervisor := os.environ.get("SMOLTRAIN_SUPERVISOR"):
         return [(os.getpid(), int(supervisor))]

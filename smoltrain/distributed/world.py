@@ -1,7 +1,7 @@
-"""The world of data-parallel ranks: who am I, how do we add up numbers, does anybody want to stop.
+"""The world of data-parallel ranks: who am I, all-reduces and gathers of host numbers, work of rank 0.
 
-The only importer of torch.distributed. Plain numbers travel over gloo on the host, so that counting never waits for
-a GPU; tensors are DeepSpeed's business.
+The only importer of torch.distributed. Plain numbers go over gloo on the host, so that counting never waits for a GPU;
+reduce-scatter and all-gather of tensors take the default group, which is NCCL on GPUs.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as torch_dist
 
-from smoltrain.distributed.cpu_cores import CpuShare, assign_cores, usable_cores
+from smoltrain.distributed.cpu_cores import Core, CpuShare, assign_cores, usable_cores
 from smoltrain.distributed.rendezvous import (
     LAUNCHER_VARIABLES,
     RankPlace,
@@ -45,13 +45,13 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
-    local_size: int
+    local_rank: int  # as its launcher numbers the ranks of this machine
+    local_size: int  # ranks on this machine, by the names of their hosts
     device: torch.device
     group: Any = None  # a gloo group for host numbers; None is the default group, gloo itself on the CPU
     cpu_share: CpuShare = UNBOUND_SHARE  # of the cores of its machine
     store: Any = None  # where the ranks have met
-    _works: Iterator[int] = field(default_factory=itertools.count)  # of on_first
+    _works: Iterator[int] = field(default_factory=itertools.count)  # numbers the calls of run_on_first_rank
 
     @property
     def is_first(self) -> bool:
@@ -69,6 +69,13 @@ class World:
     def max_floats(self, *values: float) -> list[float]:
         """The largest of each value over the ranks."""
         return self._all_reduce(values, torch.float64, torch_dist.ReduceOp.MAX)
+
+    def gather_floats(self, *values: float) -> list[tuple[float, ...]]:
+        """Every rank's values in fp64, in rank order, on every rank: one collective for sums, maxima and the rest."""
+        own = torch.tensor(values, dtype=torch.float64)
+        everyones = torch.empty(self.size * len(values), dtype=torch.float64)
+        _all_gather(everyones, own, group=self.group)
+        return [tuple(row) for row in everyones.view(self.size, len(values)).tolist()]
 
     def _all_reduce(self, values: tuple[Any, ...], dtype: torch.dtype, op: Any) -> list[Any]:
         tensor = torch.tensor(values, dtype=dtype)
@@ -98,7 +105,7 @@ class World:
 
         For work that may take hours the others are `patient`: they ask now and then, and wait in no collective.
         """
-        outcome: list[Any] = [None]
+        outcome: Any = None
         done = f"work/{next(self._works)}"
         lost = contextlib.suppress(RuntimeError)  # torchrun's store, which torchrun's death has taken along
         if patient and not self.is_first:
@@ -106,29 +113,32 @@ class World:
                 _poll_until(lambda: self.store.check([done]))
         if self.is_first:
             try:
-                outcome = [work()]
+                outcome = work()
             except (UserError, TrainingStopped) as error:
-                outcome = [error]
+                outcome = error
             except OSError as error:
-                outcome = [TrainingStopped(f"rank 0: {error}")]
+                outcome = TrainingStopped(f"rank 0: {error}")
             if patient:
                 with lost:
                     self.store.set(done, "")
-        torch_dist.broadcast_object_list(outcome, src=0, group=self.group)
-        if isinstance(outcome[0], Exception):
-            raise outcome[0]
-        return outcome[0]
+        outcomes = [outcome]
+        torch_dist.broadcast_object_list(outcomes, src=0, group=self.group)
+        if isinstance(outcomes[0], Exception):
+            raise outcomes[0]
+        return outcomes[0]
 
     def run_on_every_rank(self, work: Callable[[], T]) -> T:
         """Each rank's own result of `work`, or, if it fails on one, that one's error on every rank."""
-        result, failure = None, None
+        result: Any = None
+        failure: Exception | None = None
         try:
             result = work()
         except (UserError, TrainingStopped) as error:
             failure = error
-        if found := next((error for error in self.gather(failure) if error), None):
-            raise found
-        return result  # pyright: ignore[reportReturnType]
+        for error in self.gather(failure):
+            if error:
+                raise error
+        return result
 
 
 def choose_device(asked: Literal["auto", "cuda", "cpu", "mps"] = "auto", local_rank: int = 0) -> torch.device:
@@ -169,10 +179,11 @@ def open_world(device: Literal["auto", "cuda", "cpu", "mps"] = "auto") -> World:
         "nccl" if cuda else "gloo", store=store, rank=here.rank, world_size=here.size, timeout=COLLECTIVE_TIMEOUT
     )
     group = torch_dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if cuda else None
-    world = World(here.rank, here.size, here.local_rank, here.local_size, own, group, store=store)
-    world = replace(world, cpu_share=_find_cpu_share(world))
-    torch.set_num_threads(world.cpu_share.threads)
-    return world
+    world = World(here.rank, here.size, here.local_rank, 1, own, group, store=store)
+    cores_beside = _gather_cores_of_this_machine(world)
+    cpu_share = _find_cpu_share(cores_beside, world.rank)
+    torch.set_num_threads(cpu_share.threads)
+    return replace(world, local_size=len(cores_beside), cpu_share=cpu_share)
 
 
 def _open_store(here: RankPlace) -> tuple[Any, int]:
@@ -198,18 +209,23 @@ def _open_store(here: RankPlace) -> tuple[Any, int]:
         )
         store = make(here.address, port, here.size, False)
     store.set(f"here/{here.rank}", "")
+    _await_all_ranks(store, here, port)
+    return store, port
+
+
+def _await_all_ranks(store: Any, here: RankPlace, port: int) -> None:
+    """Return when every rank has written its number into the store. Errors: UserError if one does not come."""
     missing = set(range(here.size))
 
-    def all_here() -> bool:
+    def are_all_here() -> bool:
         missing.difference_update([rank for rank in missing if store.check([f"here/{rank}"])])
         return not missing
 
-    def whom() -> str:
+    def describe_wait() -> str:
         ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, sorted(missing)))}"
         return f"rank {here.rank} of {here.size} waits for {ranks} at {here.address}:{port}"
 
-    _poll_until(all_here, whom if here.rank == 0 else None)
-    return store, port
+    _poll_until(are_all_here, describe_wait if here.rank == 0 else None)
 
 
 def _is_first_rank_listening(here: RankPlace) -> bool:
@@ -222,7 +238,10 @@ def _is_first_rank_listening(here: RankPlace) -> bool:
 
 
 def _poll_until(there: Callable[[], bool], waits: Callable[[], str] | None = None) -> None:
-    """Return when it is `there`; a rank that `waits` says so, and leaves after MEET_S. Errors: UserError then."""
+    """Return when it is `there`. A rank that `waits` says so, and gives up after RENDEZVOUS_TIMEOUT_S.
+
+    Errors: UserError then.
+    """
     began, pause, say_at = time.monotonic(), 0.002, time.monotonic() + SAY_S[0]
     while not there():
         time.sleep(pause)
@@ -236,15 +255,30 @@ def _poll_until(there: Callable[[], bool], waits: Callable[[], str] | None = Non
             raise RankUserError(Problem("not all ranks have come", saw, want, "the launcher's environment variables"))
 
 
-def _find_cpu_share(world: World) -> CpuShare:
-    """This rank's part of the cores of its machine. Collective. Errors: UserError for SMOLTRAIN_THREADS."""
+def _gather_cores_of_this_machine(world: World) -> dict[int, list[Core]]:
+    """Each rank on this machine -> the cores that it may use. Collective.
+
+    Machines are told apart by their host names: not every launcher says how many ranks each of them has.
+    """
+    host = socket.gethostname()
+    everyones = world.gather((host, usable_cores()))
+    return {rank: cores for rank, (name, cores) in enumerate(everyones) if name == host}
+
+
+def _find_cpu_share(cores_beside: dict[int, list[Core]], rank: int) -> CpuShare:
+    """This rank's part of the cores of its machine. Errors: UserError for SMOLTRAIN_THREADS."""
     asked = os.environ.get("SMOLTRAIN_THREADS") or None
     if asked and not (asked.isdecimal() and int(asked)):
-        want, change = "a whole number, 1 or more", "the environment variable SMOLTRAIN_THREADS"
-        raise UserError(Problem("no number of threads", repr(asked), want, change))
-    host = socket.gethostname()
-    beside = {rank: theirs for rank, (name, theirs) in enumerate(world.gather((host, usable_cores()))) if name == host}
-    return assign_cores(list(beside.values()), list(beside).index(world.rank), int(asked) if asked else None)
+        raise UserError(
+            Problem(
+                what="no number of threads",
+                saw=repr(asked),
+                want="a whole number, 1 or more",
+                change="the environment variable SMOLTRAIN_THREADS",
+            )
+        )
+    place = list(cores_beside).index(rank)
+    return assign_cores(list(cores_beside.values()), place, int(asked) if asked else None)
 
 
 def environment_without_launcher() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """smoltrain's decoder as a class of transformers, for shapes that none of transformers' own classes has.
 
-This file is copied into exports, so it needs torch and transformers (4.46 or newer) and nothing else.
-Parameter names are Llama's.
+This file is copied into exports, so it needs torch and transformers (4.46 or newer) and nothing else, and has layers
+of its own that repeat those of smoltrain. Parameter names are Llama's.
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
 Legend: B batch, T tokens, S keys (T and what the cache holds), D width of the residual stream, H query heads,
@@ -166,7 +166,7 @@ class SmoltrainPreTrainedModel(PreTrainedModel):
     config_class = SmoltrainConfig
     base_model_prefix = "model"
     _supports_sdpa = True
-    _no_split_modules = ["Block"]  # noqa: RUF012
+    _no_split_modules = ["SmoltrainBlock"]  # noqa: RUF012
 
 
 class SmoltrainModel(SmoltrainPreTrainedModel):

@@ -1,21 +1,19 @@
-"""A run on the Hugging Face Hub: its verified export, uploaded. The only importer of huggingface_hub's client.
+"""A run on the Hugging Face Hub: its verified export, uploaded. The only module that writes to the Hub.
 
 The client takes its settings from the environment: HF_TOKEN (or the token that `hf auth login` keeps), HF_ENDPOINT.
+It is imported late, and so is torch: a refusal of the Hub should not wait for either.
 """
 
-import json
 import shlex
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from smoltrain.errors import Problem, UserError
 
-HUB_TIMEOUT_S = (
-    7.0  # for each address of the Hub, of which there may be two (IPv6, IPv4); the client itself would not end
-)
+HUB_TIMEOUT_S = 7.0  # for each address of the Hub, as IPv6 and IPv4; left to itself the client would not end
+NETWORK_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests")  # which of them, is the client's version
 
 
 def push_to_hub(source: str, repo: str, *, private: bool = True, say: Callable[[str], None] = print) -> str:
@@ -23,13 +21,14 @@ def push_to_hub(source: str, repo: str, *, private: bool = True, say: Callable[[
 
     `repo` is OWNER/NAME, or NAME for one's own; it is created (private unless told otherwise) if it does not exist.
     Errors: UserError for a bad name, no token or a refused one, a Hub that cannot be reached or forbids it; those of
-    `export`. The export stays, so that the same command goes on with the upload.
+    `export_model`. The export stays, so that the same command goes on with the upload.
     """
     endpoint, token = _read_hub_settings(repo)
     _check_hub_token(endpoint, token)
     folder, marker = _find_or_make_export(source, say)
     step = "" if marker["step"] is None else f", step {marker['step']} of {marker['last_step']}"
-    return _upload_export(folder, repo, token, private, f"{marker['run']}{step}, by smoltrain {marker['smoltrain']}")
+    message = f"{marker['run']}{step}, by smoltrain {marker['smoltrain']}"
+    return _upload_export(folder, repo, endpoint, token, private, message)
 
 
 def _read_hub_settings(repo: str) -> tuple[str, str]:
@@ -38,39 +37,31 @@ def _read_hub_settings(repo: str) -> tuple[str, str]:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    wrong: list[Problem] = []
+    problems: list[Problem] = []
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         reason = str(error).partition(". ")[0].partition(": '")[0]
-        wrong.append(
-            Problem("this is no name of a repository", repr(repo), f"OWNER/NAME ({reason})", "the REPO argument")
-        )
+        want = f"OWNER/NAME ({reason})"
+        problems.append(Problem("this is no name of a repository", repr(repo), want, "the REPO argument"))
     token = get_token()
     if not token:
         want = "a token that may write (https://huggingface.co/settings/tokens)"
-        wrong.append(Problem("there is no token for the Hub", "none", want, "HF_TOKEN, or `hf auth login`"))
+        problems.append(Problem("there is no token for the Hub", "none", want, "HF_TOKEN, or `hf auth login`"))
     if constants.is_offline_mode():
-        wrong.append(Problem("the Hub is switched off", "HF_HUB_OFFLINE=1", "it unset", "HF_HUB_OFFLINE"))
-    if wrong:
-        raise UserError(*wrong)
+        problems.append(Problem("the Hub is switched off", "HF_HUB_OFFLINE=1", "it unset", "HF_HUB_OFFLINE"))
+    if problems:
+        raise UserError(*problems)
     return constants.ENDPOINT, token or ""
 
 
 def _check_hub_token(endpoint: str, token: str) -> None:
     """Ask the Hub who the token is. Errors: UserError if it does not answer in time, or does not know the token."""
-    try:
-        request = urllib.request.Request(f"{endpoint}/api/whoami-v2", headers={"Authorization": f"Bearer {token}"})
-        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S):
-            return
-    except urllib.error.HTTPError as error:
-        raise _hub_refusal(error.code, _parse_hub_error(error.read()), endpoint, "the token") from None
-    except (OSError, ValueError) as error:  # OSError: refused, no such host, timed out, TLS; ValueError: no URL
-        reason = str(getattr(error, "reason", error))
-        want = f"an answer within {HUB_TIMEOUT_S:g} s; the same command tries again"
-        raise UserError(
-            Problem("the Hub cannot be reached", reason, want, f"the network, or HF_ENDPOINT={endpoint}")
-        ) from None
+    from huggingface_hub.utils import get_session, hf_raise_for_status
+
+    headers = {"Authorization": f"Bearer {token}"}
+    with _as_user_errors(endpoint, "the token"):
+        hf_raise_for_status(get_session().get(f"{endpoint}/api/whoami-v2", headers=headers, timeout=HUB_TIMEOUT_S))
 
 
 def _find_or_make_export(source: str, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
@@ -79,60 +70,60 @@ def _find_or_make_export(source: str, say: Callable[[str], None]) -> tuple[Path,
     It is made now if it is not there yet, or was changed since.
     """
     from smoltrain.checkpoint.manifest import find_newest_valid_checkpoint
-    from smoltrain.export.export import default_export_folder, export_model, is_verified_export, read_export_marker
+    from smoltrain.export.export import default_export_folder, export_model
+    from smoltrain.export.marker import read_export_marker, read_verified_marker
     from smoltrain.inference.load import find_run_folder, is_huggingface_folder
 
     if is_huggingface_folder(Path(source)):
-        folder = Path(source)
-        if not is_verified_export(folder):
+        marker = read_verified_marker(Path(source))
+        if marker is None:
             want = f"a run, or a folder as `smoltrain export {shlex.quote(source)} OUT` writes it"
             raise UserError(Problem("the folder is no verified export", source, want, "the RUN argument"))
-        return folder, read_export_marker(folder) or {}
+        return Path(source), marker
     run = find_run_folder(source)
     manifest = find_newest_valid_checkpoint(run / "checkpoints", say)
     if manifest is not None:
         folder = default_export_folder(run, manifest.step)
-        marker = read_export_marker(folder) or {}
-        if marker.get("run_id") == manifest.wandb_id and is_verified_export(folder):
+        marker = read_verified_marker(folder)
+        if marker is not None and marker["run_id"] == manifest.wandb_id:
             say(f"export {folder} is verified already")
             return folder, marker
     folder = export_model(source, say=say)  # which says what is missing if there is no checkpoint
-    return folder, read_export_marker(folder) or {}
+    marker = read_export_marker(folder)
+    assert marker is not None, "export_model writes one"
+    return folder, marker
 
 
-def _upload_export(folder: Path, repo: str, token: str, private: bool, message: str) -> str:
+def _upload_export(folder: Path, repo: str, endpoint: str, token: str, private: bool, message: str) -> str:
+    """Create the repository if it is missing, upload what it does not have yet; returns its URL."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    api = HfApi(token=token)
-    try:
+    with _as_user_errors(endpoint, repo):
+        api = HfApi(endpoint=endpoint, token=token)
         created = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=created.repo_id, folder_path=folder, commit_message=message)
+        return str(created)
+
+
+@contextmanager
+def _as_user_errors(endpoint: str, what: str) -> Iterator[None]:
+    """The client's errors as UserErrors: the Hub refuses `what`, or the network fails."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", 0)
-        said = error.server_message or str(error).strip().splitlines()[-1]
-        raise _hub_refusal(status, said, api.endpoint, repo) from None
+        answer = error.server_message or str(error).strip().splitlines()[-1]
+        want = {401: "a token that it knows", 403: "a token that may write there"}.get(status, "an answer of 200")
+        change = "HF_TOKEN, or `hf auth login`" if status in (401, 403) else "the REPO argument, or HF_ENDPOINT"
+        refusal = f"the Hub at {endpoint} refuses {what}"
+        raise UserError(Problem(refusal, f"{status} {answer}".strip(), want, change)) from None
     except Exception as error:  # of the network, whose library changes with the client's version
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
+        if type(error).__module__.partition(".")[0] not in NETWORK_LIBRARIES:
             raise
-        want = "it to last; the same command tries again, the export stays"
-        raise UserError(Problem("the connection to the Hub broke", str(error), want, "the network")) from None
-    return str(created)
-
-
-def _hub_refusal(status: int, said: str, endpoint: str, what: str) -> UserError:
-    """The Hub's answer in our form."""
-    want = {401: "a token that it knows", 403: "a token that may write there"}.get(status, "an answer of 200")
-    change = "HF_TOKEN, or `hf auth login`" if status in (401, 403) else "the REPO argument, or HF_ENDPOINT"
-    return UserError(Problem(f"the Hub at {endpoint} refuses {what}", f"{status} {said}".strip(), want, change))
-
-
-def _parse_hub_error(body: bytes) -> str:
-    """What a JSON answer gives as its error."""
-    try:
-        told: Any = json.loads(body)
-        return str(told["error"])
-    except (ValueError, TypeError, KeyError):
-        return ""
+        want = f"an answer within {HUB_TIMEOUT_S:g} s, and a connection that lasts; the same command tries again"
+        change = f"the network, or HF_ENDPOINT={endpoint}"
+        raise UserError(Problem("the Hub cannot be reached", str(error), want, change)) from None

@@ -4,7 +4,7 @@ CASES.json    {"trust_remote_code", "end_ids", "banned_ids", "cases": [{"text" o
 ANSWERS       a folder, which receives answers.json (class, parameters, and per case the ids of the text, the new ids,
               and all of it as text) and logits.safetensors (fp32 [T, V] per case, named by its number)
 
-export.py runs this in a fresh process and compares. All numbers are computed in fp32 on the CPU.
+verify.py runs this in a fresh process and compares. All numbers are computed in fp32 on the CPU.
 """
 
 import json
@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  
 
 def answer_prompts(folder: str, cases_file: str, answers: str) -> None:
     """Answer every case of the file."""
-    asked = json.loads(Path(cases_file).read_text(encoding="utf-8"))
+    question = json.loads(Path(cases_file).read_text(encoding="utf-8"))
+    end_ids = question["end_ids"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    options = {"trust_remote_code": asked["trust_remote_code"], "output_loading_info": True}
+    options = {"trust_remote_code": question["trust_remote_code"], "output_loading_info": True}
     options["torch_dtype" if transformers.__version__.startswith("4.") else "dtype"] = torch.float32
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     model, report = loaded
@@ -32,24 +33,25 @@ def answer_prompts(folder: str, cases_file: str, answers: str) -> None:
     # In place of the folder's own settings, which may penalise or draw.
     model.generation_config = GenerationConfig(
         do_sample=False,
-        bos_token_id=asked["end_ids"][0],
-        eos_token_id=asked["end_ids"],
-        pad_token_id=asked["end_ids"][0],
-        suppress_tokens=asked["banned_ids"] or None,
+        bos_token_id=end_ids[0],
+        eos_token_id=end_ids,
+        pad_token_id=end_ids[0],
+        suppress_tokens=question["banned_ids"] or None,
     )
-    logits, told = {}, []
-    for i, case in enumerate(asked["cases"]):
+    logits = {}
+    case_answers = []
+    for i, case in enumerate(question["cases"]):
         with torch.no_grad():
             logits[str(i)] = model(torch.tensor([case["ids"]]), use_cache=False).logits[0].contiguous()
-        told.append(answer_prompt(model, tokenizer, case, asked["end_ids"]))
+        case_answers.append(answer_prompt(model, tokenizer, case, end_ids))
     save_file(logits, Path(answers) / "logits.safetensors")
-    about = {
+    answer = {
         "class": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),  # a tied one once
         "not_loaded": sorted(str(key) for keys in report.values() for key in keys),
-        "cases": told,
+        "cases": case_answers,
     }
-    (Path(answers) / "answers.json").write_text(json.dumps(about), encoding="utf-8")
+    (Path(answers) / "answers.json").write_text(json.dumps(answer), encoding="utf-8")
 
 
 def answer_prompt(model: Any, tokenizer: Any, case: dict[str, Any], end_ids: list[int]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Whether an export is the model: the same logits and the same text from `transformers` alone, in a fresh process.
 
-Legend: T tokens, V vocabulary.
+That process runs reload.py, which cannot import smoltrain. Legend: T tokens, V vocabulary.
 """
 
 import json
@@ -11,10 +11,12 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from smoltrain.config.schema import GenerationSection
 from smoltrain.data.tokens.prepare import load_prepared_data
@@ -46,7 +48,7 @@ class VerificationPrompt:
 
 @dataclass(frozen=True)
 class ExportComparison:
-    """What transformers made of the folder: equal within TOLERANCE."""
+    """What transformers loaded: its class, its parameters, the largest difference of a logit (within TOLERANCE)."""
 
     class_name: str
     num_parameters: int
@@ -58,46 +60,57 @@ def verify_export(loaded: LoadedModel, folder: Path) -> ExportComparison:
 
     Errors: TrainingStopped naming the first thing that differs.
     """
-    asked = make_verification_prompts(loaded)
+    prompts = make_verification_prompts(loaded)
     with tempfile.TemporaryDirectory() as scratch:
-        answers = _reload_in_fresh_process(loaded, folder, asked, Path(scratch))
+        answers = _reload_in_fresh_process(loaded, folder, prompts, Path(scratch))
         if answers["not_loaded"]:
             raise TrainingStopped(f"transformers could not place tensors of the export: {answers['not_loaded'][:3]}")
-        differences = [0.0]
+        differences = []
         with safe_open(Path(scratch) / "logits.safetensors", framework="pt") as logits:
-            for i, case in enumerate(asked):
-                differences.append(_max_logit_difference(loaded, case, logits.get_tensor(str(i))))
-    worst = max(differences)
-    if worst > TOLERANCE:
+            for i, prompt in enumerate(prompts):
+                differences.append(_max_logit_difference(loaded, prompt, logits.get_tensor(str(i))))
+    if max(differences) > TOLERANCE:
         raise TrainingStopped(
-            f"the export is not the model: logits differ by up to {worst:.2g} on {len(asked)} prompts, "
-            f"at most {TOLERANCE:g} is rounding; it was deleted"
+            f"the export is not the model: logits differ by up to {max(differences):.2g} on {len(prompts)} prompts, "
+            f"at most {TOLERANCE:g} is rounding"
         )
-    for case, answer in zip(asked, answers["cases"], strict=True):
-        _check_ids_and_text(loaded, case, answer)
-    return ExportComparison(answers["class"], answers["parameters"], worst)
+    for prompt, answer in zip(prompts, answers["cases"], strict=True):
+        _check_ids_and_text(loaded, prompt, answer)
+    return ExportComparison(answers["class"], answers["parameters"], max(differences))
 
 
 def make_verification_prompts(loaded: LoadedModel) -> list[VerificationPrompt]:
-    """The run's own prompts, some texts, pieces of its validation data, and ids at random for what is missing."""
-    tokenizer, room = loaded.tokenizer, loaded.model.section.max_position_embeddings
+    """NUM_CASES prompts: the run's own and some texts, pieces of its validation data, random ids for what is missing.
+
+    The last one is long, to reach later positions.
+    """
+    room = loaded.model.section.max_position_embeddings
     limit = max(1, min(CASE_TOKENS, room // 2))
-    prompts = loaded.config.sample.prompts if loaded.config else ()
-    found: list[VerificationPrompt] = []
-    for text in dict.fromkeys([*prompts[:NUM_GREEDY], *TEXTS]):
-        ids = tokenizer.encode(text)
-        new = min(GREEDY_TOKENS, room - min(len(ids), limit)) if len(found) < NUM_GREEDY else 0
-        whole = 0 < len(ids) <= limit
-        found.append(VerificationPrompt(ids[:limit] or [tokenizer.separator_id], text if whole else None, new))
+    prompts = _make_text_prompts(loaded, limit, room)
     held_out = _read_held_out_ids(loaded)
-    step = max(1, len(held_out) // NUM_CASES)
-    pieces = [held_out[at : at + limit] for at in range(0, len(held_out), step)] if held_out else []
-    found += [VerificationPrompt(ids) for ids in pieces[: NUM_CASES - 1 - len(found)]]
-    draw = torch.Generator().manual_seed(loaded.seed)
-    while len(found) < NUM_CASES:  # the last one is long, to reach later positions
-        size = min(room, LONG_CASE_TOKENS) if len(found) == NUM_CASES - 1 else limit
-        found.append(VerificationPrompt(torch.randint(tokenizer.num_ids, (size,), generator=draw).tolist()))
-    return found
+    stride = max(1, len(held_out) // NUM_CASES)
+    for start in range(0, len(held_out), stride):
+        if len(prompts) < NUM_CASES - 1:
+            prompts.append(VerificationPrompt(held_out[start : start + limit]))
+    generator = torch.Generator().manual_seed(loaded.seed)
+    while len(prompts) < NUM_CASES:
+        is_last = len(prompts) == NUM_CASES - 1
+        length = min(room, LONG_CASE_TOKENS) if is_last else limit
+        ids = torch.randint(loaded.tokenizer.num_ids, (length,), generator=generator)
+        prompts.append(VerificationPrompt(ids.tolist()))
+    return prompts
+
+
+def _make_text_prompts(loaded: LoadedModel, limit: int, room: int) -> list[VerificationPrompt]:
+    """The recipe's prompts and TEXTS, cut to `limit` tokens; behind the first NUM_GREEDY text is to be written."""
+    recipe_prompts = loaded.config.sample.prompts[:NUM_GREEDY] if loaded.config else ()
+    prompts: list[VerificationPrompt] = []
+    for text in dict.fromkeys([*recipe_prompts, *TEXTS]):  # each once
+        all_ids = loaded.tokenizer.encode(text)
+        ids = all_ids[:limit] or [loaded.tokenizer.separator_id]
+        new_tokens = min(GREEDY_TOKENS, room - len(ids)) if len(prompts) < NUM_GREEDY else 0
+        prompts.append(VerificationPrompt(ids, text if ids == all_ids else None, new_tokens))
+    return prompts
 
 
 def _read_held_out_ids(loaded: LoadedModel) -> list[int]:
@@ -109,42 +122,46 @@ def _read_held_out_ids(loaded: LoadedModel) -> list[int]:
     return tokens.rows(np.zeros(1, int), min(len(tokens), NUM_CASES * LONG_CASE_TOKENS))[0].tolist()
 
 
-def _reload_in_fresh_process(loaded: LoadedModel, folder: Path, asked: list[VerificationPrompt], scratch: Path) -> dict:
-    """What the script answers in a process that has transformers and cannot import smoltrain."""
-    question = {
+def _reload_in_fresh_process(
+    loaded: LoadedModel, folder: Path, prompts: list[VerificationPrompt], scratch: Path
+) -> dict[str, Any]:
+    """The answers of reload.py, in a process that has transformers and cannot import smoltrain."""
+    cases_file = scratch / "cases.json"
+    cases = {
         "trust_remote_code": (folder / MODELING_FILE.name).is_file(),
-        "cases": [asdict(case) for case in asked],
-        "end_ids": loaded.end_ids,
+        "cases": [asdict(prompt) for prompt in prompts],
+        "end_ids": loaded.stop_ids,
         "banned_ids": loaded.banned_ids,
     }
-    (scratch / "cases.json").write_text(json.dumps(question), encoding="utf-8")
-    own = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules"), "CUDA_VISIBLE_DEVICES": ""}
-    own |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    words = [sys.executable, "-I", str(RELOAD_SCRIPT), str(folder.resolve()), str(scratch / "cases.json"), str(scratch)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | own)
+    cases_file.write_text(json.dumps(cases), encoding="utf-8")
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules"), "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }  # fmt: skip
+    command = [sys.executable, "-I", str(RELOAD_SCRIPT), str(folder.resolve()), str(cases_file), str(scratch)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise TrainingStopped(f"transformers cannot load the export, which was deleted: {said[-1]}")
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise TrainingStopped(f"transformers cannot load the export: {lines[-1]}")
     return json.loads((scratch / "answers.json").read_text(encoding="utf-8"))
 
 
 @torch.no_grad()
-def _max_logit_difference(loaded: LoadedModel, case: VerificationPrompt, theirs_TV: torch.Tensor) -> float:
-    """Largest distance between two logits of a case; inf where one is no number, or if there are not as many."""
-    ours_TV = loaded.model(torch.tensor([case.ids]))[0]
+def _max_logit_difference(loaded: LoadedModel, prompt: VerificationPrompt, theirs_TV: Tensor) -> float:
+    """Largest distance between two logits of a prompt; inf where one is no number, or if there are not as many."""
+    ours_TV = loaded.model(torch.tensor([prompt.ids]))[0]
     if ours_TV.shape != theirs_TV.shape:
         return math.inf
     return float((ours_TV - theirs_TV).abs().nan_to_num(nan=math.inf).max())
 
 
-def _check_ids_and_text(loaded: LoadedModel, case: VerificationPrompt, answer: dict) -> None:
+def _check_ids_and_text(loaded: LoadedModel, prompt: VerificationPrompt, answer: dict[str, Any]) -> None:
     """Errors: TrainingStopped if the tokenizer gives other ids, or greedy generation another text."""
-    tokenizer = loaded.tokenizer
-    if case.text is not None and answer["ids"] != case.ids:
-        raise TrainingStopped(f"the export's tokenizer gives other ids for {case.text!r}; it was deleted")
-    if not case.new_tokens:
+    if prompt.text is not None and answer["ids"] != prompt.ids:
+        raise TrainingStopped(f"the export's tokenizer gives other ids for {prompt.text!r}")
+    if not prompt.new_tokens:
         return
-    ids = list(loaded.generate(case.ids, GenerationSection(max_tokens=case.new_tokens), greedy=True))
-    if (answer["new"], answer["text"]) != (ids, tokenizer.decode(case.ids + ids)):
-        saw, want = answer["text"], tokenizer.decode(case.ids + ids)
-        raise TrainingStopped(f"the export goes on with another text: {saw!r}, not {want!r}; it was deleted")
+    new_ids = list(loaded.generate_ids(prompt.ids, GenerationSection(max_tokens=prompt.new_tokens), greedy=True))
+    text = loaded.tokenizer.decode(prompt.ids + new_ids)
+    if (answer["new"], answer["text"]) != (new_ids, text):
+        raise TrainingStopped(f"the export goes on with another text: {answer['text']!r}, not {text!r}")

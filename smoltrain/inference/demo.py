@@ -10,11 +10,13 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from threading import Lock
+from typing import Any
 
 import torch
 
 from smoltrain.checkpoint.manifest import list_checkpoint_steps
 from smoltrain.config.load import override_generation
+from smoltrain.config.schema import MAX_SEED
 from smoltrain.distributed.world import choose_device
 from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.inference.load import LoadedModel, load_trained_model
@@ -39,27 +41,27 @@ CSS = "#about h2 {margin: 0} #text textarea {font-family: var(--font-mono)}"
 
 
 class DemoModels:
-    """The checkpoints of a run, or one Hugging Face folder. The model that was taken last stays loaded."""
+    """Loads a run's checkpoints (or one Hugging Face folder) on demand, and keeps the model that was loaded last."""
 
     def __init__(self, run: str) -> None:
-        """Load the newest valid checkpoint. Errors: UserError, as load_run."""
+        """Load the newest valid checkpoint. Errors: UserError, as load_trained_model."""
         self.device = choose_device("mps" if torch.backends.mps.is_available() else "auto")
         self._run = run
         self._lock = Lock()  # who stops while a model is being loaded leaves that work behind, still under way
-        self._last = self._load(None)
+        self._last = self._load_to_device(None)
 
-    def steps(self) -> list[int]:
+    def list_steps(self) -> list[int]:
         """The steps that have a checkpoint now, newest first: a run under way adds and deletes some."""
         return list_checkpoint_steps(self._last.folder / "checkpoints")[::-1]
 
-    def take(self, step: int | None = None) -> LoadedModel:
-        """The model of a step, or that taken last. Errors: UserError, as load_run."""
+    def load(self, step: int | None = None) -> LoadedModel:
+        """The model of a step, or the one loaded last. Errors: UserError, as load_trained_model."""
         with self._lock:
             if step not in (None, self._last.step):
-                self._last = self._load(step)
+                self._last = self._load_to_device(step)
             return self._last
 
-    def _load(self, step: int | None) -> LoadedModel:
+    def _load_to_device(self, step: int | None) -> LoadedModel:
         loaded = load_trained_model(self._run, step)
         loaded.model.to(self.device)
         return loaded
@@ -70,22 +72,14 @@ def serve_demo(run: str, host: str = HOST, port: int = PORT) -> None:
     check_port_free(host, port)  # before the model is loaded; gradio itself would wait five seconds for the port
     if not (host == "localhost" or host.startswith("127.")):
         print(f"warning: --host {host} lets others in, and the demo asks for no password", file=sys.stderr)
-    shelf = DemoModels(run)
-    page = build_page(shelf)
+    models = DemoModels(run)
+    page = build_page(models)
+    theme = Theme(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     page.launch(
-        server_name=host,
-        server_port=port,
-        share=False,
-        ssr_mode=False,
-        mcp_server=False,
-        run_history=False,
-        footer_links=[],
-        theme=Theme(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css=CSS,
-        quiet=True,
-        prevent_thread_lock=True,
-    )
-    print(f"{run} on {shelf.device}: http://{host}:{port} (Ctrl-C ends the demo)", flush=True)
+        server_name=host, server_port=port, share=False, ssr_mode=False, mcp_server=False, run_history=False,
+        footer_links=[], theme=theme, css=CSS, quiet=True, prevent_thread_lock=True,
+    )  # fmt: skip
+    print(f"{run} on {models.device}: http://{host}:{port} (Ctrl-C ends the demo)", flush=True)
     page.block_thread()
 
 
@@ -98,20 +92,19 @@ def check_port_free(host: str, port: int) -> None:
         raise UserError(Problem("the demo cannot be served there", saw, "a free port", "--port or --host")) from None
 
 
-def build_page(shelf: DemoModels) -> gr.Blocks:
-    """The page."""
-    loaded = shelf.take()
-    settings, most = loaded.generation, loaded.model.section.max_position_embeddings - 1  # the prompt takes one
-    prompts = [[text] for text in loaded.config.sample.prompts if text] if loaded.config else []
+def build_page(models: DemoModels) -> gr.Blocks:
+    """The page: prompt, buttons and text on the left, the sampling settings on the right."""
+    loaded = models.load()
     with gr.Blocks(title=f"smoltrain: {loaded.folder.name}", analytics_enabled=False, fill_width=True) as page:
-        about = gr.Markdown(describe_model(loaded, shelf.device), elem_id="about")
+        headline = gr.Markdown(describe_model(loaded, models.device), elem_id="about")
         with gr.Row():
             with gr.Column(scale=2):
                 prompt = gr.Textbox(
                     label="Prompt", placeholder="Empty begins a new document.", lines=3, max_lines=8, elem_id="prompt"
                 )
-                if prompts:
-                    gr.Examples(prompts, prompt, label="Prompts of the recipe", cache_examples=False)
+                recipe_prompts = [[text] for text in loaded.config.sample.prompts if text] if loaded.config else []
+                if recipe_prompts:
+                    gr.Examples(recipe_prompts, prompt, label="Prompts of the recipe", cache_examples=False)
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary", elem_id="generate")
                     stop = gr.Button("Stop", elem_id="stop")
@@ -119,79 +112,77 @@ def build_page(shelf: DemoModels) -> gr.Blocks:
                     label="Text", lines=14, max_lines=14, interactive=False, buttons=["copy"], elem_id="text"
                 )
             with gr.Column(scale=1, min_width=280):
-                options = [
-                    gr.Dropdown(
-                        list_checkpoint_choices(shelf),
-                        value=loaded.step,
-                        label="Checkpoint",
-                        visible=bool(shelf.steps()),
-                        elem_id="step",
-                    ),
-                    make_slider("Temperature", settings.temperature, 0, 2, 0.01),
-                    make_slider("Top-k (0 keeps all)", settings.top_k, 0, 200, 1),
-                    make_slider("Top-p", settings.top_p, 0.01, 1, 0.01),
-                    make_slider("New tokens at most", min(settings.max_tokens, most), 1, most, 1, elem_id="max-tokens"),
-                    gr.Checkbox(label="Greedy: always the likeliest token"),
-                    gr.Number(loaded.seed, label="Seed", precision=0, minimum=0, maximum=2**63 - 1, elem_id="seed"),
-                ]
+                controls = build_controls(models)
 
         writing = start.click(
-            partial(generate_for_page, shelf),
-            [prompt, *options],
-            [text, about],
-            api_name="generate",
-            show_progress_on=text,
-        )
+            partial(generate_for_page, models), [prompt, *controls], [text, headline],
+            api_name="generate", show_progress_on=text,
+        )  # fmt: skip
         stop.click(None, cancels=writing)
         page.load(
-            lambda: gr.Dropdown(list_checkpoint_choices(shelf)),
-            outputs=options[0],
-            show_progress="hidden",
-            api_visibility="private",
-        )
+            lambda: gr.Dropdown(list_checkpoint_choices(models)), outputs=controls[0],
+            show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
     return page
+
+
+def build_controls(models: DemoModels) -> list[Any]:
+    """What stands beside the prompt, in the order of generate_for_page's arguments; the checkpoint comes first."""
+    loaded = models.load()
+    settings = loaded.generation
+    most = loaded.model.section.max_position_embeddings - 1  # the prompt takes one
+    checkpoint = gr.Dropdown(
+        list_checkpoint_choices(models), value=loaded.step, label="Checkpoint", visible=bool(models.list_steps()),
+        elem_id="step",
+    )  # fmt: skip
+    return [
+        checkpoint,
+        make_slider("Temperature", settings.temperature, 0, 2, 0.01),
+        make_slider("Top-k (0 keeps all)", settings.top_k, 0, 200, 1),
+        make_slider("Top-p", settings.top_p, 0.01, 1, 0.01),
+        make_slider("New tokens at most", min(settings.max_tokens, most), 1, most, 1, elem_id="max-tokens"),
+        gr.Checkbox(label="Greedy: always the likeliest token"),
+        gr.Number(loaded.seed, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed"),
+    ]
 
 
 def make_slider(
     label: str, value: float, least: float, most: float, step: float, elem_id: str | None = None
 ) -> gr.Slider:
-    """A slider that stands at the recipe's value, and reaches as far as that."""
+    """A slider that stands at the recipe's value, its ends moved where that lies beyond them."""
     return gr.Slider(min(least, value), max(most, value), value, step=step, label=label, elem_id=elem_id)
 
 
-def list_checkpoint_choices(shelf: DemoModels) -> list[tuple[str, int]]:
+def list_checkpoint_choices(models: DemoModels) -> list[tuple[str, int]]:
     """The entries of the list of checkpoints, and the steps they stand for."""
-    return [(f"step {step:,}", step) for step in shelf.steps()]
+    return [(f"step {step:,}", step) for step in models.list_steps()]
 
 
 def describe_model(loaded: LoadedModel, device: torch.device) -> str:
-    """What writes, as Markdown: run, parameters, step, device."""
+    """The page's headline in Markdown: run, parameters, step, device."""
     step = "" if loaded.step is None else f" · step {loaded.step:,}"
     return f"## {loaded.folder.name}\n{count_parameters(loaded.model):,} parameters{step} · on {device}"
 
 
 def generate_for_page(
-    shelf: DemoModels,
-    prompt: str,
-    step: int | None,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    max_tokens: int,
-    greedy: bool,
-    seed: int | None,
-) -> Iterator[tuple[str, str]]:
-    """The prompt and what the model makes of it, longer each time, beside the facts. Errors: gr.Error, for the page."""
-    text, notes = prompt, []
+    models: DemoModels, prompt: str, step: int | None, temperature: float, top_k: int, top_p: float, max_tokens: int,
+    greedy: bool, seed: int | None,
+) -> Iterator[tuple[str, str]]:  # fmt: skip
+    """(The prompt and what the model has made of it so far, the headline), again and again.
+
+    Errors: gr.Error, which the page shows.
+    """
+    text = prompt
+    notes: list[str] = []
     try:
-        loaded = shelf.take(step)
+        loaded = models.load(step)
         settings = override_generation(
             loaded.generation, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
         )
         seed = loaded.seed if seed is None else seed
-        for piece in loaded.text(prompt, settings, greedy=greedy, seed=seed, say=notes.append):
+        for piece in loaded.generate_text(prompt, settings, greedy=greedy, seed=seed, say=notes.append):
             text += piece
-            yield text.translate(CONTROL_PICTURES), describe_model(loaded, shelf.device)
+            yield text.translate(CONTROL_PICTURES), describe_model(loaded, models.device)
     except (UserError, TrainingStopped) as error:
         raise gr.Error(html.escape(str(error)), print_exception=False) from None
     for note in notes:

@@ -1,4 +1,4 @@
-"""Text from the model, one token at a time.
+"""Text from the model, one token at a time: sampling, the KV cache, ids as text.
 
 Legend: B batch (1 here), T tokens, V vocabulary.
 """
@@ -9,18 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from smoltrain.config.schema import GenerationSection
+from smoltrain.config.schema import MAX_SEED, GenerationSection
 from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.model.interface import LanguageModel
-
-MAX_GENERATION_SEED = 2**63 - 1
 
 
 def sample_token(logits_V: Tensor, settings: GenerationSection, greedy: bool, generator: torch.Generator) -> int:
     """One id: the likeliest if greedy or at temperature 0, else drawn by temperature, then top-k, then top-p.
 
-    `generator` is on the CPU.
-    Top-p keeps the smallest set of likeliest tokens whose probability reaches p (nucleus, Holtzman et al. 2020).
+    Top-k keeps the k likeliest tokens (Fan et al. 2018), top-p the smallest set of likeliest tokens whose probability
+    reaches p (nucleus sampling, Holtzman et al. 2020). `generator` is on the CPU.
     """
     logits_V = logits_V.detach().cpu().double()  # on the CPU one seed gives one text, whatever the device
     if greedy or settings.temperature == 0:
@@ -36,20 +34,14 @@ def sample_token(logits_V: Tensor, settings: GenerationSection, greedy: bool, ge
 
 
 def generate_ids(
-    model: LanguageModel,
-    prompt_ids: Sequence[int],
-    settings: GenerationSection,
-    *,
-    stop_ids: Collection[int] = (),
-    banned_ids: Sequence[int] = (),
-    greedy: bool = False,
-    seed: int = 0,
+    model: LanguageModel, prompt_ids: Sequence[int], settings: GenerationSection, *,
+    stop_ids: Collection[int] = (), banned_ids: Sequence[int] = (), greedy: bool = False, seed: int = 0,
     say: Callable[[str], None] = lambda _: None,
-) -> Iterator[int]:
+) -> Iterator[int]:  # fmt: skip
     """Yield new ids until one of `stop_ids` (not yielded), settings.max_tokens, or the last position of the model.
 
-    The last of these is said. `banned_ids` but `stop_ids` are never drawn. Neither torch's random state nor the model's
-    training mode changes.
+    If it is the position that ends it, `say` tells. `banned_ids` but `stop_ids` are never drawn. Neither torch's random
+    state nor the model's training mode changes.
     Errors: UserError, at once, for a prompt that is empty or leaves no position free, and for a seed out of range;
     TrainingStopped where the model's logits are no numbers.
     """
@@ -59,17 +51,17 @@ def generate_ids(
     if free <= 0:
         want = f"fewer than model.max_position_embeddings = {model.section.max_position_embeddings}"
         raise UserError(Problem("the prompt is too long", f"{len(prompt_ids)} tokens", want, "the prompt"))
-    if not 0 <= seed <= MAX_GENERATION_SEED:
-        raise UserError(Problem("the seed is out of range", str(seed), f"0 to {MAX_GENERATION_SEED}", "the seed"))
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(Problem("the seed is out of range", str(seed), f"0 to {MAX_SEED}", "the seed"))
     banned = [i for i in banned_ids if i not in stop_ids]
     count = min(free, settings.max_tokens)
 
     def new_ids() -> Iterator[int]:  # a function of its own, so that the errors above do not wait for the first next()
         generator = torch.Generator().manual_seed(seed)
         cache = model.new_cache(1, len(prompt_ids) + count)
-        fed = list(prompt_ids)
+        ids = list(prompt_ids)  # first the prompt at once, then token by token: the cache holds what was before
         for _ in range(count):
-            logits_V = _next_logits(model, fed, cache)
+            logits_V = _next_logits(model, ids, cache)
             if not logits_V.isfinite().all():
                 raise TrainingStopped("the model cannot write: its logits are not finite numbers")
             logits_V[banned] = -torch.inf
@@ -77,7 +69,7 @@ def generate_ids(
             if new in stop_ids:
                 return
             yield new
-            fed = [new]
+            ids = [new]
         if count < settings.max_tokens:
             room = model.section.max_position_embeddings
             say(f"the text stops where the context of {room:,} tokens ends: prompt {len(prompt_ids):,}, new {count:,}")
@@ -98,13 +90,13 @@ def _next_logits(model: LanguageModel, ids: list[int], cache: Any) -> Tensor:
 
 
 def decode_stream(prompt_ids: list[int], new_ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
-    """The text of new ids as they come. A character whose bytes are not all there yet waits for the rest of them."""
+    """Decode new ids as they arrive; the bytes of an unfinished character wait for the rest of it."""
     ids = list(prompt_ids)
-    told = len(decode(ids))
+    length = len(decode(ids))  # of the text that the caller has
     for new in new_ids:
         ids.append(new)
-        text = decode(ids).rstrip("\ufffd")
-        if len(text) > told:
-            yield text[told:]
-            told = len(text)
-    yield decode(ids)[told:]
+        text = decode(ids).rstrip("\ufffd")  # what stands for unfinished bytes
+        if len(text) > length:
+            yield text[length:]
+            length = len(text)
+    yield decode(ids)[length:]

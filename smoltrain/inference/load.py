@@ -34,6 +34,7 @@ from smoltrain.data.tokenizers.companions import (
 )
 from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE, Tokenizer
 from smoltrain.errors import Problem, UserError, format_value, problem_from_pydantic
+from smoltrain.files import print_warning
 from smoltrain.inference.generate import decode_stream, generate_ids
 from smoltrain.model.build import build_model
 from smoltrain.model.hf_format import Tensors, check_hf_tensors, common_dtype, read_hf_decoder, read_safetensors_file
@@ -42,11 +43,13 @@ from smoltrain.model.interface import LanguageModel
 RUNS_FOLDER = Path("runs")
 EXPORT_MARKER_FILE = "smoltrain.json"  # in exports that passed: what they are of, and what their files are
 CHECKPOINT_FOLDER_PATTERN = re.compile(r"step-([0-9]{8,})")  # the name of a published checkpoint's folder
+# Our generation section -> the keys of a generation_config.json.
+GENERATION_KEYS = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "max_tokens": "max_new_tokens"}
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model, and what goes with it wherever it came from."""
+    """A model that can write, and what goes with it wherever it came from."""
 
     model: LanguageModel  # fp32, in eval mode; its shape is model.section
     dtype: torch.dtype  # that the weights are stored in
@@ -57,42 +60,42 @@ class LoadedModel:
     step: int | None = None  # of the checkpoint; None for a Hugging Face folder, as are the next two
     manifest: Manifest | None = None
     config: Config | None = None
-    inherited: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json that came with the weights
+    inherited_generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json beside the weights
 
-    def text(
-        self,
-        prompt: str,
-        settings: GenerationSection,
-        *,
-        greedy: bool,
-        seed: int,
+    def generate_text(
+        self, prompt: str, settings: GenerationSection, *, greedy: bool, seed: int,
         say: Callable[[str], None] = lambda _: None,
-    ) -> Iterator[str]:
+    ) -> Iterator[str]:  # fmt: skip
         """Pieces of the text behind a prompt, as they come; an empty prompt begins a document.
 
         The prompt is text, also where it spells a special token. Errors: UserError, at once, for a prompt that is no
-        text or too long; and those of `generate`.
+        text or too long; and those of `generate_ids`.
         """
         if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python reads bytes that are no UTF-8
             raise UserError(Problem("the prompt is not text", format_value(prompt), "text in UTF-8", "the prompt"))
         ids = self.tokenizer.encode(prompt) or [self.tokenizer.separator_id]
-        new = self.generate(ids, settings, greedy=greedy, seed=seed, say=say)
-        return decode_stream(ids, new, self.tokenizer.decode)
+        new_ids = self.generate_ids(ids, settings, greedy=greedy, seed=seed, say=say)
+        return decode_stream(ids, new_ids, self.tokenizer.decode)
 
-    def generate(self, ids: list[int], settings: GenerationSection, **options: Any) -> Iterator[int]:
-        """What the model writes behind ids, up to any end of the text. Options and errors: those of `generate`."""
-        return generate_ids(self.model, ids, settings, stop_ids=self.end_ids, banned_ids=self.banned_ids, **options)
+    def generate_ids(self, ids: list[int], settings: GenerationSection, **options: Any) -> Iterator[int]:
+        """What the model writes behind ids, up to any of `stop_ids`. Options and errors: see generate.generate_ids."""
+        return generate_ids(self.model, ids, settings, stop_ids=self.stop_ids, banned_ids=self.banned_ids, **options)
 
     @property
-    def end_ids(self) -> list[int]:
+    def dtype_name(self) -> str:
+        """The dtype of the weights without "torch.", as bfloat16."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def stop_ids(self) -> list[int]:
         """Ids that end a text: the separator, and those that its authors named, as the end of a turn in a chat."""
-        return stop_token_ids(self.tokenizer, self.inherited)
+        return stop_token_ids(self.tokenizer, self.inherited_generation)
 
     @property
     def banned_ids(self) -> list[int]:
         """Ids that are never drawn: rows of the table without a token, and those that its authors suppress."""
         size = self.model.section.vocab_size
-        theirs = {i for i in suppressed_token_ids(self.inherited) if i < size}
+        theirs = {i for i in suppressed_token_ids(self.inherited_generation) if i < size}
         return sorted(theirs.union(self.tokenizer.unused_ids(size)))
 
 
@@ -101,35 +104,54 @@ def load_trained_model(source: str, step: int | None = None, runs: Path = RUNS_F
 
     `source` is a folder, or the name of a run under `runs`; the folder of a checkpoint is that run with its step.
     Errors: UserError for a folder that is neither, a step that has no checkpoint, a checkpoint that does not verify, a
-    class that the decoder cannot be (huggingface.SUPPORTED), and files that do not fit each other.
+    class that the decoder cannot be (hf_format.SUPPORTED), and files that do not fit each other.
     """
-    if is_huggingface_folder(Path(source)):
-        if step is not None:
-            raise UserError(
-                Problem("this folder has no checkpoints", str(step), "a run for --checkpoint", "--checkpoint")
-            )
-        return _load_huggingface_folder(Path(source))
-    folder, named = locate_run(source, runs)
-    settings = read_run_config(folder / "config.yaml")
+    if not is_huggingface_folder(Path(source)):
+        return _load_run(source, step, runs)
+    if step is not None:
+        change = "--checkpoint"
+        raise UserError(Problem("this folder has no checkpoints", str(step), f"a run for {change}", change))
+    return _load_huggingface_folder(Path(source))
+
+
+def _load_run(source: str, step: int | None, runs: Path) -> LoadedModel:
+    folder, step_of_source = locate_run(source, runs)
     change = "the RUN argument" if step is None else "--checkpoint"
-    manifest = find_valid_manifest(folder, named if step is None else step, change, _print_warning)
-    path = folder / CONFIG_FILE
-    identity.check_checkpoint_identity(manifest, identity.read_run_identity(path), path)
-    if damage := find_config_damage(folder):
-        _print_warning(f"WARNING: {damage}")
+    config_file = folder / CONFIG_FILE
+    config = read_run_config(config_file)
+    manifest = find_valid_manifest(folder, step_of_source if step is None else step, change, _print_to_stderr)
+    identity.check_checkpoint_identity(manifest, identity.read_run_identity(config_file), config_file)
+    damage = find_config_damage(folder)
+    if damage:
+        print_warning(damage)
     # Compared first with a model that takes no memory: a config that is not theirs may ask for any amount of it.
-    bare = build_model(settings.model, device="meta")
+    bare = build_model(config.model, device="meta")
     weights = read_checkpoint_weights(step_folder(folder / "checkpoints", manifest.step), bare)
-    built = build_model(settings.model)
-    built.load_state_dict({name: x.float() for name, x in weights.items()}, strict=False)
-    wants = settings.tokenizer
-    tokenizer = Tokenizer.from_folder(folder / "tokenizer", wants.separator, wants.pad)
-    _check_vocabulary_size(tokenizer, built, folder / "tokenizer")
-    dtype = common_dtype(weights.values())
-    seed = settings.run.seed
+    model = build_model(config.model)
+    model.load_state_dict({name: x.float() for name, x in weights.items()}, strict=False)  # a tied weight is there once
+    tokenizer = Tokenizer.from_folder(folder / "tokenizer", config.tokenizer.separator, config.tokenizer.pad)
+    _check_vocabulary_size(tokenizer, model, folder / "tokenizer")
     return LoadedModel(
-        built.eval(), dtype, tokenizer, settings.generation, seed, folder, manifest.step, manifest, settings,
-        read_generation_config(folder / "tokenizer"),
+        model=model.eval(), dtype=common_dtype(weights.values()), tokenizer=tokenizer,
+        generation=config.generation, seed=config.run.seed, folder=folder, step=manifest.step, manifest=manifest,
+        config=config, inherited_generation=read_generation_config(folder / "tokenizer"),
+    )  # fmt: skip
+
+
+def _load_huggingface_folder(folder: Path) -> LoadedModel:
+    section, weights = read_hf_decoder(folder)
+    model = build_model(section)
+    model.load_state_dict({name: x.float() for name, x in weights.items()})
+    if not (folder / TOKENIZER_FILE).is_file():
+        want = "the tokenizer's own file"
+        raise UserError(Problem("the folder has no tokenizer", f"no {TOKENIZER_FILE}", want, str(folder)))
+    inherited = read_generation_config(folder)
+    tokenizer = Tokenizer.from_folder(folder, _find_separator(folder, inherited))
+    _check_vocabulary_size(tokenizer, model, folder / TOKENIZER_FILE)
+    return LoadedModel(
+        model=model.eval(), dtype=common_dtype(weights.values()), tokenizer=tokenizer,
+        generation=_read_generation_settings(inherited, folder / GENERATION_CONFIG), seed=RunSection().seed,
+        folder=folder, inherited_generation=inherited,
     )  # fmt: skip
 
 
@@ -141,7 +163,7 @@ def stop_token_ids(tokenizer: Tokenizer, inherited: Mapping[str, Any]) -> list[i
 
 def is_huggingface_folder(folder: Path) -> bool:
     """Whether the folder is one of transformers' and no run."""
-    return (folder / "config.json").is_file() and not (folder / "config.yaml").is_file()
+    return (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file()
 
 
 def find_run_folder(run: str, runs: Path = RUNS_FOLDER, change: str = "the RUN argument") -> Path:
@@ -158,13 +180,14 @@ def locate_run(source: str, runs: Path = RUNS_FOLDER, change: str = "the RUN arg
     The checkpoint itself need not be there. Errors: UserError if there is no such run.
     """
     for folder in (Path(source), runs / source):
-        if (folder / "config.yaml").is_file():
+        if (folder / CONFIG_FILE).is_file():
             return folder, None
         for path in (folder, folder.resolve()):  # as it was named, if that says enough
-            named, run = CHECKPOINT_FOLDER_PATTERN.fullmatch(path.name), path.parent.parent
-            if named and path.parent.name == "checkpoints" and (run / "config.yaml").is_file():
-                return run, int(named[1])
-    have = ", ".join(sorted(p.parent.name for p in runs.glob("*/config.yaml"))) or "none yet"
+            step_name = CHECKPOINT_FOLDER_PATTERN.fullmatch(path.name)
+            run = path.parent.parent
+            if step_name and path.parent.name == "checkpoints" and (run / CONFIG_FILE).is_file():
+                return run, int(step_name[1])
+    have = ", ".join(sorted(path.parent.name for path in runs.glob(f"*/{CONFIG_FILE}"))) or "none yet"
     want = f"the folder of a run or of its checkpoint, a name under {runs}/ ({have}), or a Hugging Face folder"
     raise UserError(Problem("no such run", repr(source), want, change))
 
@@ -175,10 +198,10 @@ def find_valid_manifest(run: Path, step: int | None, change: str, say: Callable[
     Errors: UserError if there is none.
     """
     if step is None:
-        found = find_newest_valid_checkpoint(run / "checkpoints", say)
-        if found is None:
+        newest = find_newest_valid_checkpoint(run / "checkpoints", say)
+        if newest is None:
             raise UserError(Problem("this run has no checkpoint yet", str(run), "at least one", change))
-        return found
+        return newest
     manifest = verify_checkpoint(find_checkpoint_folder(run, step, change))
     if isinstance(manifest, str):
         raise UserError(Problem("the checkpoint is not whole", manifest, "the file as it was written", change))
@@ -188,39 +211,24 @@ def find_valid_manifest(run: Path, step: int | None, change: str, say: Callable[
 def find_checkpoint_folder(run: Path, step: int, change: str) -> Path:
     """The folder of a run's checkpoint of this step, unread. Errors: UserError if there is none."""
     checkpoints = run / "checkpoints"
-    if step not in (have := list_checkpoint_steps(checkpoints)):
-        want = f"one of {', '.join(map(str, have))}" if have else "a run that has saved one"
+    steps = list_checkpoint_steps(checkpoints)
+    if step not in steps:
+        want = f"one of {', '.join(map(str, steps))}" if steps else "a run that has saved one"
         raise UserError(Problem("no checkpoint of this step", str(step), want, change))
     return step_folder(checkpoints, step)
 
 
-def _print_warning(text: str) -> None:
+def _print_to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def read_checkpoint_weights(folder: Path, built: LanguageModel) -> Tensors:
+def read_checkpoint_weights(folder: Path, model: LanguageModel) -> Tensors:
     """The weights in a checkpoint, in the dtype it stores. Errors: UserError where they are not those of the model."""
     path = folder / WEIGHTS_FILE
     weights = read_safetensors_file(path)
-    own = dict(built.named_parameters())  # a tied one once, as the checkpoint has it
-    check_hf_tensors({name: p.shape for name, p in own.items()}, weights, path)
+    wanted = {name: p.shape for name, p in model.named_parameters()}  # a tied one once, as the checkpoint has it
+    check_hf_tensors(wanted, weights, path)
     return weights
-
-
-def _load_huggingface_folder(folder: Path) -> LoadedModel:
-    section, weights = read_hf_decoder(folder)
-    built = build_model(section)
-    built.load_state_dict({name: x.float() for name, x in weights.items()})
-    if not (folder / TOKENIZER_FILE).is_file():
-        raise UserError(
-            Problem("the folder has no tokenizer", f"no {TOKENIZER_FILE}", "the tokenizer's own file", str(folder))
-        )
-    inherited = read_generation_config(folder)
-    tokenizer = Tokenizer.from_folder(folder, _find_separator(folder, inherited))
-    _check_vocabulary_size(tokenizer, built, folder / TOKENIZER_FILE)
-    dtype = common_dtype(weights.values())
-    settings = _read_generation_settings(inherited, folder / GENERATION_CONFIG)
-    return LoadedModel(built.eval(), dtype, tokenizer, settings, RunSection().seed, folder, inherited=inherited)
 
 
 def has_same_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
@@ -238,37 +246,41 @@ def _find_separator(folder: Path, inherited: Mapping[str, Any]) -> str | int:
     The tokenizer's files name it, or those of the model: published folders differ in this. An export says which one
     was between its documents.
     """
-    marker = read_json_object(folder / EXPORT_MARKER_FILE) if (folder / EXPORT_MARKER_FILE).is_file() else {}
-    if isinstance(marker.get("separator"), str):
-        return marker["separator"]
-    ids = eos_token_ids(inherited)
-    end = read_companions(folder).token_for_role("eos_token")
-    if end is None and not ids:
+    marker_file = folder / EXPORT_MARKER_FILE
+    if marker_file.is_file():
+        separator = read_json_object(marker_file).get("separator")
+        if isinstance(separator, str):
+            return separator
+    eos_token = read_companions(folder).token_for_role("eos_token")
+    if eos_token is not None:
+        return eos_token
+    eos_ids = eos_token_ids(inherited)
+    if not eos_ids:
         saw = f"no eos_token in {TOKENIZER_CONFIG} or {SPECIAL_TOKENS_MAP}, no eos_token_id in config.json"
         raise UserError(Problem("nothing says which token ends a text", saw, "one of these", str(folder)))
-    return ids[0] if end is None else end
+    return eos_ids[0]
 
 
 def _read_generation_settings(about: Mapping[str, Any], file: Path) -> GenerationSection:
     """The sampling settings of generation_config.json, where it says whether it samples; else the defaults."""
-    names = {"max_tokens": "max_new_tokens", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p"}
-    match about.get("do_sample"):
-        case None:
-            return GenerationSection()
-        case False:
-            names, about = {"max_tokens": "max_new_tokens", "temperature": "temperature"}, {**about, "temperature": 0}
+    do_sample = about.get("do_sample")
+    if do_sample is None:
+        return GenerationSection()
+    values = {ours: about[theirs] for ours, theirs in GENERATION_KEYS.items() if about.get(theirs) is not None}
+    if do_sample is False:  # greedy, whatever else stands there
+        values.pop("top_k", None)
+        values.pop("top_p", None)
+        values["temperature"] = 0
     try:
-        return GenerationSection(**{ours: about[name] for ours, name in names.items() if about.get(name) is not None})
+        return GenerationSection(**values)
     except ValidationError as error:
-        raise UserError(
-            *[problem_from_pydantic(names[str(e["loc"][0])], e, str(file)) for e in error.errors()]
-        ) from None
+        problems = [problem_from_pydantic(GENERATION_KEYS[str(e["loc"][0])], e, str(file)) for e in error.errors()]
+        raise UserError(*problems) from None
 
 
-def _check_vocabulary_size(tokenizer: Tokenizer, built: LanguageModel, where: Path) -> None:
+def _check_vocabulary_size(tokenizer: Tokenizer, model: LanguageModel, where: Path) -> None:
     """Errors: UserError if the tokenizer can give an id that the embedding table has no row for."""
-    if tokenizer.num_ids > built.section.vocab_size:
-        want = f"at most the model's {built.section.vocab_size:,}"
-        raise UserError(
-            Problem("the tokenizer has more ids than the model", f"{tokenizer.num_ids:,}", want, str(where))
-        )
+    if tokenizer.num_ids > model.section.vocab_size:
+        what = "the tokenizer has more ids than the model"
+        want = f"at most the model's {model.section.vocab_size:,}"
+        raise UserError(Problem(what, f"{tokenizer.num_ids:,}", want, str(where)))

@@ -1,1 +1,1 @@
-"""What computes: attention, the loss, dropout, fp32 sums; their precision and compilation. No module knows a model."""
+"""What computes: attention, the loss, dropout, fp32 sums; their precision and compilation."""

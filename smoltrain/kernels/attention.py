@@ -11,7 +11,7 @@ N tokens of all rows laid end to end (B * T).
 import importlib
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -69,14 +69,9 @@ def document_starts(positions_BT: Tensor) -> Tensor:
 
 
 def choose_attention_kernel(
-    requested: Literal["auto", "flash", "blocked", "sdpa", "math"],
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    dropout: float = 0.0,
-    document_mask: bool = False,
-    head_width: int | None = None,
-) -> AttentionKernel:
+    requested: Literal["auto", "flash", "blocked", "sdpa", "math"], device: torch.device, dtype: torch.dtype, *,
+    dropout: float = 0.0, document_mask: bool = False, head_width: int | None = None,
+) -> AttentionKernel:  # fmt: skip
     """The kernel for attention on this device, in this dtype, with this dropout on the attention weights.
 
     `head_width` is E of our own decoder; None for a model of transformers, which has no kernel of torch for documents,
@@ -95,10 +90,7 @@ def choose_attention_kernel(
             return AttentionKernel("sdpa", why_not_blocked + by_mask)
         return AttentionKernel("blocked", f"faster than SDPA on a CPU with AVX512-bf16{by_mask}")
 
-    if no_flash is None:
-        flash, reason = _import_flash_attention(device, dropout)
-    else:
-        flash, reason = None, no_flash
+    flash, reason = _import_flash_attention(device, dropout) if no_flash is None else (None, no_flash)
     if flash is not None:
         by_places = "; it keeps documents apart" if document_mask else ""
         varlen = partial(flash.flash_attn_varlen_func, causal=True)
@@ -114,14 +106,9 @@ def choose_attention_kernel(
 
 
 def causal_attention(
-    q_BHTE: Tensor,
-    k_BKSE: Tensor,
-    v_BKSE: Tensor,
-    kernel: AttentionKernel,
-    *,
-    dropout: float = 0.0,
-    documents: PackedDocuments | None = None,
-) -> Tensor:
+    q_BHTE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, kernel: AttentionKernel, *,
+    dropout: float = 0.0, documents: PackedDocuments | None = None,
+) -> Tensor:  # fmt: skip
     """Causal attention, [B, H, T, E]. The queries are the last T of S positions: query i sees keys 0 to S - T + i.
 
     K divides H (GQA, Ainslie et al. 2023): consecutive query heads share a key-value head, which is not copied.
@@ -142,14 +129,9 @@ def causal_attention(
     mask_TS = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q_BHTE.device).tril(S - T)
     with _sdpa_backends(kernel, q_BHTE.device, only_causal=T == S):
         return F.scaled_dot_product_attention(
-            q_BHTE,
-            k_BKSE,
-            v_BKSE,
-            attn_mask=mask_TS,
-            dropout_p=dropout,
-            is_causal=1 < T == S,
-            enable_gqa=q_BHTE.size(1) != k_BKSE.size(1),
-        )
+            q_BHTE, k_BKSE, v_BKSE, attn_mask=mask_TS, dropout_p=dropout,
+            is_causal=1 < T == S, enable_gqa=q_BHTE.size(1) != k_BKSE.size(1),
+        )  # fmt: skip
 
 
 def _packed_attention(
@@ -246,24 +228,17 @@ def _import_flash_attention(device: torch.device, dropout: float) -> tuple[Any, 
 
     Version 4 (flash-attn-4, for Hopper and Blackwell) has had pre-releases only: nothing of it is tried.
     """
+    packages = {"flash_attn": "FlashAttention 2 is installed"}
     is_hopper = torch.cuda.get_device_capability(device)[0] == 9
     if is_hopper and not dropout:  # version 3 has no dropout
-        flash3 = _import_flash_package("flash_attn_interface")
-        if flash3 is not None:
-            return flash3, "FlashAttention 3 is installed and the device is a Hopper GPU"
-    flash2 = _import_flash_package("flash_attn")
-    if flash2 is not None:
-        return flash2, "FlashAttention 2 is installed"
+        flash3 = {"flash_attn_interface": "FlashAttention 3 is installed and the device is a Hopper GPU"}
+        packages = flash3 | packages
+    for name, reason in packages.items():
+        with suppress(ImportError):  # also of a build for another torch
+            module = importlib.import_module(name)
+            if hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_varlen_func"):
+                return module, reason
     return None, "flash-attn is not installed, or not for this torch"
-
-
-def _import_flash_package(package: str) -> Any:
-    """The module with FlashAttention's two functions, or None."""
-    try:
-        module = importlib.import_module(package)
-    except ImportError:  # also of a build for another torch
-        return None
-    return module if hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_varlen_func") else None
 
 
 def _import_torch_varlen(dropout: float, head_width: int) -> tuple[Callable[..., Any] | None, str]:

@@ -64,14 +64,9 @@ def blocked_attention(
 # Operators of torch, which torch.compile takes as they stand instead of unrolling all blocks.
 @torch.library.custom_op("smoltrain::blocked_attention", mutates_args=())
 def _blocked_forward(
-    q_BHTE: Tensor,
-    k_BKTE: Tensor,
-    v_BKTE: Tensor,
-    mask_B1TT: Tensor | None,
-    seed: Tensor | None,
-    dropout: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
+    q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask_B1TT: Tensor | None,
+    seed: Tensor | None, dropout: float, keep: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """O = softmax(Q K^T / sqrt(E)) V, a block of queries at a time.
 
     Returns (output, the weights of all blocks laid end to end; or with `keep` False an empty tensor).
@@ -93,15 +88,9 @@ def _blocked_forward(
 
 @torch.library.custom_op("smoltrain::blocked_attention_backward", mutates_args=())
 def _blocked_backward(
-    dout_BHTE: Tensor,
-    q_BHTE: Tensor,
-    k_BKTE: Tensor,
-    v_BKTE: Tensor,
-    mask_B1TT: Tensor | None,
-    seed: Tensor | None,
-    kept: Tensor,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout_BHTE: Tensor, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, mask_B1TT: Tensor | None,
+    seed: Tensor | None, kept: Tensor, dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """With P the weights, O = P V and dP = dO V^T: dV = P^T dO and dS = P * (dP - the sum of P * dP).
 
     S are the scaled scores, so dQ = dS K / sqrt(E) and dK = dS^T Q / sqrt(E).

@@ -26,9 +26,8 @@ def random_levels(shape: torch.Size, generator: torch.Generator | None = None) -
     thread, and bernoulli_ would take four times as long.
     """
     numel = math.prod(shape)
-    bits = torch.randint(
-        -(1 << 63), (1 << 63) - 1, (math.ceil(numel / 4),), generator=generator
-    )  # random_ is not compiled
+    num_draws = math.ceil(numel / 4)
+    bits = torch.randint(-(1 << 63), (1 << 63) - 1, (num_draws,), generator=generator)  # random_ is not compiled
     return (bits.view(torch.int16) >> 1)[:numel].view(shape)
 
 

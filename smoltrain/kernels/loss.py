@@ -123,10 +123,8 @@ def _recomputed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Te
     """The plain loss of each chunk, whose logits are computed anew in the backward pass (Chen et al. 2016)."""
     rows = _tokens_per_chunk(len(labels_N), len(weight_VD) * hidden_ND.element_size(), hidden_ND.device)
     run_checkpointed = partial(checkpoint, summed_cross_entropy, use_reentrant=False, preserve_rng_state=False)
-    losses = []
-    for hidden_CD, labels_C in zip(hidden_ND.split(rows), labels_N.split(rows), strict=True):
-        losses.append(run_checkpointed(hidden_CD, weight_VD, labels_C, PLAIN_LOSS, z_loss))
-    return torch.stack(losses).sum()
+    chunks = zip(hidden_ND.split(rows), labels_N.split(rows), strict=True)
+    return torch.stack([run_checkpointed(h, weight_VD, y, PLAIN_LOSS, z_loss) for h, y in chunks]).sum()
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
@@ -173,11 +171,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`gradient` stays a tensor: to look at it would make the host wait for the device."""
         dhidden_ND, dweight_VD = ctx.saved_tensors
-        if dhidden_ND is not None:
-            dhidden_ND = _scale_gradient(dhidden_ND, gradient, ctx.dtype)
-        if dweight_VD is not None:
-            dweight_VD = _scale_gradient(dweight_VD, gradient, ctx.dtype)
-        return dhidden_ND, dweight_VD, None, None, None
+        scaled = [None if x is None else _scale_gradient(x, gradient, ctx.dtype) for x in (dhidden_ND, dweight_VD)]
+        return (*scaled, None, None, None)
 
 
 @CompilableFunction
@@ -208,10 +203,8 @@ def _replace_logits_in_blocks(logits_CV: Tensor, labels_C: Tensor, z_loss: float
     rows = len(labels_C)
     if logits_CV.device.type == "cpu":
         rows = max(1, BLOCK_BYTES // (logits_CV.size(-1) * _accumulation_dtype(logits_CV.dtype).itemsize))
-    losses = []
-    for logits, labels in zip(logits_CV.split(rows), labels_C.split(rows), strict=True):
-        losses.append(_replace_logits_by_gradient(logits, labels, z_loss))
-    return torch.cat(losses)
+    blocks = zip(logits_CV.split(rows), labels_C.split(rows), strict=True)
+    return torch.cat([_replace_logits_by_gradient(logits, labels, z_loss) for logits, labels in blocks])
 
 
 def _accumulate_weight_gradient(dweight_VD: Tensor, dlogits_CV: Tensor, hidden_CD: Tensor) -> None:
@@ -253,15 +246,9 @@ def _liger_cross_entropy(
     It waits for the device twice, to count the labels and to see whether its incoming gradient is 1. It scales its
     gradients in place, so the backward pass can run once only.
     """
+    # Without accum_dtype the weight's gradient is added up in bf16.
     out = liger(
-        hidden_ND,
-        weight_VD,
-        labels_N,
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-        lse_square_scale=z_loss,
-        return_z_loss=bool(z_loss),
-        accum_dtype=torch.float32,  # else the weight's gradient is added up in bf16
-        chunk_mem_const=LIGER_CHUNKS,
-    )
+        hidden_ND, weight_VD, labels_N, ignore_index=IGNORE_INDEX, reduction="sum", lse_square_scale=z_loss,
+        return_z_loss=bool(z_loss), accum_dtype=torch.float32, chunk_mem_const=LIGER_CHUNKS,
+    )  # fmt: skip
     return out.loss - out.z_loss.detach() if z_loss else out  # the value without z-loss

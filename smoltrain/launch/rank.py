@@ -3,8 +3,8 @@
 import signal
 
 if __name__ == "__main__":  # before the imports, in which Python's own answer to Ctrl-C would be a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until train.run listens, it just ends this rank
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # supervise.py holds it back until here
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the training loop listens, it just ends this rank
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # supervisor.py holds it back until here
 
 import ctypes
 import os
@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 import warnings
+from typing import TYPE_CHECKING
 
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config
@@ -26,9 +27,12 @@ from smoltrain.errors import (
     UserError,
     format_error,
 )
-from smoltrain.launch.config_pipe import CONFIG_ON_STDIN
 from smoltrain.redact import redact_text
 
+if TYPE_CHECKING:
+    from smoltrain.train.start import Start
+
+START_ON_STDIN = "--start-on-stdin"  # the first word of a supervisor's rank; the others only say in `ps` what runs
 LAST_WORD_S = 5.0
 CONNECTION_LOST = re.compile("Connection (closed|reset) by peer|Broken pipe")  # gloo's words
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -36,17 +40,17 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 def run_rank(words: list[str]) -> int:
     """Train what the command line says; returns the exit code."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # cores.py tells why; OpenMP reads it when torch is imported
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # cpu_cores.py tells why; read when torch is imported
     words = [word for word in words if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
     try:
-        settings = read_config(words)
+        config, start = read_words(words)
         sys.argv[1:] = map(redact_text, sys.argv[1:])  # which W&B writes down
-        if settings.engine.device != "auto":
-            os.environ["DS_ACCELERATOR"] = settings.engine.device  # which DeepSpeed reads when it is imported
+        if config.engine.device != "auto":
+            os.environ["DS_ACCELERATOR"] = config.engine.device  # which DeepSpeed reads when it is imported
         keep_freed_memory()
-        from smoltrain.train.run import run_training  # seconds of imports, which a mistake in the words should not cost
+        from smoltrain.train.run import run_training  # seconds of imports, which a mistake in the words does not cost
 
-        return run_training(settings)
+        return run_training(config, start)
     except (UserError, TrainingStopped) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankTrainingStopped | RankUserError):
             print(format_error(error), file=sys.stderr, flush=True)
@@ -66,15 +70,16 @@ def run_rank(words: list[str]) -> int:
         return FAULT
 
 
-def read_config(words: list[str]) -> Config:
-    """The config that the words describe, or the one that the supervisor hands over. Errors: UserError."""
-    if words[:1] == [CONFIG_ON_STDIN]:
-        from smoltrain.launch.config_pipe import unpack_config  # and torch with it
+def read_words(words: list[str]) -> "tuple[Config, Start | None]":
+    """The config that the words describe; or that of the start which the supervisor hands over. Errors: UserError."""
+    if words[:1] == [START_ON_STDIN]:
+        from smoltrain.launch.config_pipe import unpack_start  # and torch with it
 
-        return unpack_config(sys.stdin.buffer)
+        start = unpack_start(sys.stdin.buffer)
+        return start.config, start
     if not words or "=" in words[0]:
         words = ["quickstart", *words]
-    return load_config(words[0], words[1:])
+    return load_config(words[0], words[1:]), None
 
 
 def keep_freed_memory() -> None:

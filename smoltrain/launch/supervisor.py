@@ -1,6 +1,7 @@
 """A fresh set of rank processes for each phase, started and watched here: what `./train.sh` does after set-up.
 
-Each phase restores from disk on every rank, so a checkpoint that could not be restored would be found at once.
+Where to begin, whether the run may go on and its data are looked at here, once (train/start.py), and handed to the
+ranks. Each phase restores from disk on every rank, so a checkpoint that could not be restored would be found at once.
 No launcher stands between: signals reach all ranks at once, and every exit code is seen.
 """
 
@@ -20,24 +21,24 @@ import torch
 
 from smoltrain.config.load import load_config, stop_after_phase
 from smoltrain.config.schema import Config
-from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.distributed.awake_clock import AwakeClock
 from smoltrain.distributed.rendezvous import RankPlace, open_rendezvous_socket
 from smoltrain.distributed.stop import STOP_SIGNALS, heeded_stop_signals
 from smoltrain.distributed.world import choose_device, environment_without_launcher
 from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepspeed_text
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
-from smoltrain.launch.config_pipe import CONFIG_ON_STDIN, pack_config
-from smoltrain.run.run_folder import check_run_folder
-from smoltrain.schedule import Plan
-from smoltrain.train.preflight import check_start
-from smoltrain.train.start import copy_ancestor_data, find_start_point, is_validation_missing, read_validation_loss
+from smoltrain.launch.config_pipe import pack_start
+from smoltrain.launch.rank import START_ON_STDIN
+from smoltrain.run.run_lock import lock_run_folder
+from smoltrain.schedule import Phase, Plan
+from smoltrain.train.start import Start, begin_next_phase, begin_run
+from smoltrain.train.start_point import read_validation_loss
 
 RANK_COMMAND = [sys.executable, "-u", "-P", "-m", "smoltrain.launch.rank"]  # -P: no module of the current folder
 CPU_RANKS = 2  # on a machine without a GPU: enough to make every collective real
 POLL_S = 0.02  # between two looks at the ranks
 MAX_POLL_GAP_S = 3.0  # between two such looks, if this process was not suspended
-NOTICE_S = 15.0  # for ranks to notice that another one has died; launch/train.py lets rank 0 speak first, for 5 s
+NOTICE_S = 15.0  # for ranks to notice that another one has died; rank.py lets rank 0 speak first, for 5 s
 GRACE_S = 35.0  # from SIGTERM to SIGKILL, to save or to finish an upload
 
 
@@ -50,45 +51,53 @@ def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None) -
     try:
         return _run_phases(recipe, overrides, ranks, signals)
     except StopRequested:
-        began = "stopped before the first step; nothing was lost"
-        print("stopped; the same command goes on from there" if signals.ranks_were_started else began)
+        if signals.ranks_were_started:
+            print("stopped; the same command goes on from there")
+        else:
+            print("stopped before the first step; nothing was lost")
         return STOPPED
     finally:
         signals.close()
 
 
-def _run_phases(recipe: str, overrides: list[str], ranks: int | None, signals: "SignalForwarder") -> int:
-    settings = load_config(recipe, overrides)
-    remember_deepspeed_text(settings.engine.ds_config, read_deepspeed_text(settings.engine.ds_config))  # for all phases
-    device = choose_device(settings.engine.device).type
-    ranks = choose_num_ranks(ranks, device)
-    plan = Plan(settings.phases)
-    begin = find_start_point(settings, lambda text: print(text, flush=True))
-    done = begin.step
-    last = plan.named(settings.run.stop_after).last if settings.run.stop_after else plan.last_step
-    rows_per_step = check_run_folder(settings, ranks, done, begin.ancestor, begin.manifest)["rows_per_step"]
-    if done < last:
-        check_start(settings, choose_device(settings.engine.device), ranks, rows_per_step)
-    copy_ancestor_data(settings, begin)
-    prepare_run_data(settings, rows_per_step, ranks)
-    missed = is_validation_missing(settings, begin, last)
-    if done >= last and not missed:
-        print(f"{settings.run.name}: the plan is complete at step {done}; nothing to do")
+def _run_phases(recipe: str, overrides: list[str], num_ranks: int | None, signals: "SignalForwarder") -> int:
+    config = load_config(recipe, overrides)
+    remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for all phases
+    device = choose_device(config.engine.device)
+    num_ranks = choose_num_ranks(num_ranks, device.type)
+    plan = Plan(config.phases)
+    last_step = plan.last_step_until(config.run.stop_after)
+    lock = lock_run_folder(config)  # until this process and the last rank have ended
+    start = begin_run(config, num_ranks, device, say=_print_now, one_phase=True)
+    if not start.has_work:
+        print(f"{config.run.name}: the plan is complete at step {start.point.step}; nothing to do")
         return DONE
-    words = [recipe, *overrides]
+    first_phase = plan.phase(start.last_step)
     for phase in plan.phases:
-        if done < phase.last <= last or (missed and done == phase.last == last):
-            what = f"steps {max(done + 1, phase.first)} to {phase.last}" if done < phase.last else "its last validation"
-            print(f"phase {phase.name}: {what}, {ranks} new processes", flush=True)
-            part = stop_after_phase(settings, phase.name)
-            code = _launch_ranks(RankProcesses([*words, f"run.stop_after={phase.name}"], ranks, device, part), signals)
-            if code == DONE and signals.stop_signal:  # too late for the ranks, which had left their last step behind
-                print(f"stopped after step {phase.last} ({signals.stop_signal}); the same command goes on from there")
-                return STOPPED
-            if code != DONE:
-                return code
-    print(_describe_finished_run(settings, plan, last))
+        if phase.last < first_phase.last or phase.last > last_step:
+            continue
+        if phase != first_phase:
+            start = begin_next_phase(stop_after_phase(config, phase.name), num_ranks, say=_print_now)
+        _print_now(f"phase {phase.name}: {_describe_work(start, phase)}, {num_ranks} new processes")
+        words = [recipe, *overrides, f"run.stop_after={phase.name}"]
+        code = _launch_ranks(RankProcesses(words, num_ranks, device.type, start, lock), signals)
+        if code == DONE and signals.stop_signal:  # too late for the ranks, which had left their last step behind
+            print(f"stopped after step {phase.last} ({signals.stop_signal}); the same command goes on from there")
+            return STOPPED
+        if code != DONE:
+            return code
+    print(_describe_finished_run(config, plan, last_step))
     return DONE
+
+
+def _describe_work(start: Start, phase: Phase) -> str:
+    """What this start will do in a phase."""
+    done = start.point.step
+    return f"steps {max(done + 1, phase.first)} to {phase.last}" if done < phase.last else "its last validation"
+
+
+def _print_now(text: str) -> None:
+    print(text, flush=True)
 
 
 def _launch_ranks(ranks: "RankProcesses", signals: "SignalForwarder") -> int:
@@ -165,8 +174,8 @@ class RankExit:
 
     @property
     def launch_code(self) -> int:
-        """The exit code (errors.py) of a launch in which this was the first end of a rank that was not done."""
-        if -self.code in STOP_SIGNALS:  # dist.StopFlag: only before the first step, when there is nothing to lose
+        """The exit code (errors.py) of the whole command, if this rank was the first to end without being done."""
+        if -self.code in STOP_SIGNALS:  # see StopFlag: only before the first step, when there is nothing to lose
             return STOPPED
         return self.code if self.code in (BAD_INPUT, STOPPED, INTERRUPTED) else FAULT
 
@@ -180,22 +189,27 @@ class RankExit:
 class RankProcesses:
     """One launch of the ranks: start, pass signals on, wait, leave nothing behind.
 
-    They train `settings`, which they read from stdin: recipe and DeepSpeed's JSON may have been edited since the
-    command read them. `words` then only tell who looks at the list of processes what runs.
+    They train what `start` says, which they read from stdin: recipe and DeepSpeed's JSON may have been edited since the
+    command read them. `words` then only tell who looks at the list of processes what runs. Rank 0 inherits `lock`, the
+    open file by which this run is locked.
     """
 
-    def __init__(self, words: list[str], count: int, device: str, settings: Config | None = None) -> None:
-        self._settings = b"" if settings is None else pack_config(settings)
-        mark = [] if settings is None else [CONFIG_ON_STDIN]
+    def __init__(
+        self, words: list[str], count: int, device: str, start: Start | None = None, lock: int | None = None
+    ) -> None:
+        self._input = b"" if start is None else pack_start(start)
+        mark = [] if start is None else [START_ON_STDIN]
         self._command = [*RANK_COMMAND, *mark, *words]
+        self._inherited = () if lock is None else (lock,)
         self._env = environment_without_launcher() | {
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
             "MASTER_ADDR": "127.0.0.1",
             "SMOLTRAIN_SUPERVISOR": str(os.getpid()),
         }
-        if asked := os.environ.get("SMOLTRAIN_ASKED"):  # by whoever started this command
-            self._env["SMOLTRAIN_ASKED"] = asked
+        request_file = os.environ.get("SMOLTRAIN_ASKED")  # of whoever started this command
+        if request_file:
+            self._env["SMOLTRAIN_ASKED"] = request_file
         if device != "cuda":
             self._env["DS_ACCELERATOR"] = device
         self._count = count
@@ -222,38 +236,52 @@ class RankProcesses:
         try:
             for rank in map(str, range(self._count)):
                 env = self._env | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(listener.getsockname()[1])}
-                heirs = ()
+                inherited: tuple[int, ...] = ()
                 if rank == "0":
-                    env, heirs = env | {"SMOLTRAIN_LISTENER": str(listener.fileno())}, (listener.fileno(),)
+                    env["SMOLTRAIN_LISTENER"] = str(listener.fileno())
+                    inherited = (listener.fileno(), *self._inherited)
                 process = subprocess.Popen(
-                    self._command, env=env, stdin=subprocess.PIPE, start_new_session=True, pass_fds=heirs
+                    self._command, env=env, stdin=subprocess.PIPE, start_new_session=True, pass_fds=inherited
                 )
                 self._processes.append(process)
                 assert process.stdin is not None
-                with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # one that has ended is seen in _wait
-                    pipe.write(self._settings)
+                # One that has ended is seen in _wait_for_exits.
+                with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+                    pipe.write(self._input)
         finally:
             listener.close()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
-    def _wait_for_exits(self, asked: list[int]) -> RankExit | None:
+    def _wait_for_exits(self, pending: list[int]) -> RankExit | None:
         """Until all have ended; after the first that died the others are asked, and at last made, to end too."""
-        running, first, clock = dict(enumerate(self._processes)), None, AwakeClock(MAX_POLL_GAP_S)
+        running = dict(enumerate(self._processes))
+        first: RankExit | None = None
+        clock = AwakeClock(MAX_POLL_GAP_S)
         due: list[tuple[float, int]] = []  # when to send which signal
         while running:
             time.sleep(POLL_S)
-            while asked:
-                self._send_signal(asked.pop(0))
-            ends = [RankExit(rank, code) for rank, process in running.items() if (code := process.poll()) is not None]
-            for end in ends:
-                del running[end.rank]
-            early = [end for end in ends if end.code != DONE]
-            if first is None and early:
-                first = min(early, key=lambda end: (end.code == FAULT, end.code))  # who lost a dead one says FAULT
+            while pending:
+                self._send_signal(pending.pop(0))
+            exits = self._collect_exits(running)
+            failed = [rank_exit for rank_exit in exits if rank_exit.code != DONE]
+            if first is None and failed:
+                # Who has lost a dead one says FAULT: the dead one itself tells more.
+                first = min(failed, key=lambda rank_exit: (rank_exit.code == FAULT, rank_exit.code))
                 due = _schedule_signals(first, clock.now())
             while due and clock.now() >= due[0][0]:
-                self._send_signal(due.pop(0)[1])
+                _, number = due.pop(0)
+                self._send_signal(number)
         return first
+
+    def _collect_exits(self, running: "dict[int, subprocess.Popen[bytes]]") -> list[RankExit]:
+        """Those that have ended since the last look; they are taken out of `running`."""
+        exits = []
+        for rank, process in list(running.items()):
+            code = process.poll()
+            if code is not None:
+                exits.append(RankExit(rank, code))
+                del running[rank]
+        return exits
 
     def _send_signal(self, number: int) -> None:
         for process in self._processes:
@@ -261,14 +289,16 @@ class RankProcesses:
 
     def _end_leftovers(self) -> None:
         """Nothing outlives the launch: what is left in the sessions of the ranks is asked, then made, to end."""
-        clock, left, told = AwakeClock(MAX_POLL_GAP_S), self.session_processes(), set[int]()
+        clock = AwakeClock(MAX_POLL_GAP_S)
+        left = self.session_processes()
+        asked: set[int] = set()
         while left:
             for process in left:
                 with contextlib.suppress(psutil.Error):
                     if clock.now() > GRACE_S:
                         process.kill()
-                    elif process.pid not in told:
-                        told.add(process.pid)
+                    elif process.pid not in asked:
+                        asked.add(process.pid)
                         process.terminate()
             time.sleep(POLL_S)
             left = self.session_processes()

@@ -1,1 +1,1 @@
-"""Models: smoltrain's decoder and those of transformers, behind one interface, and the kernels they compute by."""
+"""Language models: smoltrain's decoder and those of transformers, behind one interface."""

@@ -61,14 +61,9 @@ class Decoder(LanguageModel):
                 weight.normal_(0.0, std / (2 * len(self.layers)) ** 0.5 if writes else std)
 
     def forward(
-        self,
-        ids_BT: Tensor,
-        labels_BT: Tensor | None = None,
-        cache: KVCache | None = None,
-        *,
-        last_only: bool = False,
-        positions_BT: Tensor | None = None,
-    ) -> Tensor:
+        self, ids_BT: Tensor, labels_BT: Tensor | None = None, cache: KVCache | None = None, *,
+        last_only: bool = False, positions_BT: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """See LanguageModel."""
         assert cache is None or positions_BT is None, "a cache continues one text, not packed documents"
         x_BTD = self._embed_tokens(ids_BT)
@@ -125,12 +120,9 @@ class Decoder(LanguageModel):
 
 @CompilableFunction
 def _run_decoder_block(
-    block: DecoderBlock,
-    x_BTD: Tensor,
-    rotary: RotaryAngles | None,
-    cache: KVCache | None,
+    block: DecoderBlock, x_BTD: Tensor, rotary: RotaryAngles | None, cache: KVCache | None,
     documents: PackedDocuments | None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """One block, [B, T, D] -> [B, T, D]. All blocks have the same code, so that it is compiled once."""
     return block(x_BTD, rotary, cache, documents)
 

@@ -35,20 +35,24 @@ def _same_names(*fields: str) -> dict[str, str]:
 
 
 _SAME_IN_ALL = _same_names("vocab_size", "initializer_range", "tie_word_embeddings")
-_SAME_IN_LLAMA_AND_NEOX = _same_names(
+_SAME_IN_BOTH = _same_names(
     "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings",
-    "attention_dropout", "attention_bias",
+    "attention_dropout",
 )  # fmt: skip
 # Our field -> their key in config.json.
 CONFIG_KEYS: dict[str, dict[str, str]] = {
-    LLAMA: {**_SAME_IN_ALL, **_SAME_IN_LLAMA_AND_NEOX, **_same_names("num_key_value_heads", "rms_norm_eps", "mlp_bias")},
+    LLAMA: {
+        **_SAME_IN_ALL, **_SAME_IN_BOTH,
+        **_same_names("num_key_value_heads", "rms_norm_eps", "attention_bias", "mlp_bias"),
+    },
     GPT2: {
         **_SAME_IN_ALL, "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
         "intermediate_size": "n_inner", "max_position_embeddings": "n_positions", "rms_norm_eps": "layer_norm_epsilon",
         "dropout": "resid_pdrop", "attention_dropout": "attn_pdrop",
     },
     NEOX: {
-        **_SAME_IN_ALL, **_SAME_IN_LLAMA_AND_NEOX, "rms_norm_eps": "layer_norm_eps", "dropout": "hidden_dropout",
+        **_SAME_IN_ALL, **_SAME_IN_BOTH, "attention_bias": "attention_bias", "rms_norm_eps": "layer_norm_eps",
+        "dropout": "hidden_dropout",
     },
     SMOLTRAIN: _same_names(*(field for field in ModelSection.model_fields if field != "kind")),
 }  # fmt: skip
@@ -224,12 +228,9 @@ def convert_to_hf_tensors(section: ModelSection, ours: Tensors) -> Tensors:
     name = hf_class_name(section)
     # NeoX's MLP always has biases.
     full_section = section.model_copy(update={"mlp_bias": True}) if name == NEOX else section
-    full = dict(ours)
     like = next(iter(ours.values()))
-    for our_name, x in _meta_tensors(full_section).items():
-        if our_name not in full:
-            full[our_name] = like.new_zeros(x.shape)
-    return _fuse_tensors(name, full_section, full)
+    zeros = {n: like.new_zeros(x.shape) for n, x in _meta_tensors(full_section).items() if n not in ours}
+    return _fuse_tensors(name, full_section, ours | zeros)
 
 
 def read_hf_decoder(folder: Path) -> tuple[ModelSection, Tensors]:
@@ -353,8 +354,7 @@ def _split_tensors(name: str, section: ModelSection, theirs: Tensors) -> Tensors
             parts = [p.flatten(0, 1) for p in x.unflatten(0, (section.num_attention_heads, 3, -1)).unbind(1)]
         else:
             parts = list(x.chunk(len(our_names)))
-        for our_name, part in zip(our_names, parts, strict=True):
-            ours[our_name] = part.contiguous()
+        ours |= {our_name: part.contiguous() for our_name, part in zip(our_names, parts, strict=True)}
     return ours
 
 

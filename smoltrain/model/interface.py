@@ -42,14 +42,9 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self,
-        ids_BT: Tensor,
-        labels_BT: Tensor | None = None,
-        cache: Any = None,
-        *,
-        last_only: bool = False,
-        positions_BT: Tensor | None = None,
-    ) -> Tensor:
+        self, ids_BT: Tensor, labels_BT: Tensor | None = None, cache: Any = None, *,
+        last_only: bool = False, positions_BT: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The summed loss of the labels, an fp32 scalar; without labels the logits [B, T, V].
 
         `labels_BT` are shifted already, and IGNORE_INDEX where there is no target. With a cache (of `new_cache`) the

@@ -19,13 +19,8 @@ from smoltrain.config.schema import MAX_LAYERS, TransformersSection
 from smoltrain.errors import Problem, UserError, suggest_choice
 from smoltrain.kernels.attention import AttentionKernel, document_starts
 from smoltrain.kernels.loss import summed_cross_entropy_of_logits
+from smoltrain.model import transformers_private as private
 from smoltrain.model.interface import ComputeOptions, LanguageModel
-from smoltrain.model.transformers_private import (
-    attention_implementation,
-    causal_model_types,
-    compatible_flash_implementations,
-    supports_sdpa,
-)
 
 OLD_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # older names, which transformers still reads
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -47,10 +42,7 @@ class HuggingFaceCache:
 
 
 class HuggingFaceModel(LanguageModel):
-    """`inner` is transformers' own model: the keys of the state dict are 'inner.' and its own.
-
-    Make it with `build_transformers_model`.
-    """
+    """`inner` is transformers' own model: the keys of the state dict are 'inner.' and its own. See `build_model`."""
 
     def __init__(self, section: TransformersSection, inner: Any, z_loss: float = 0.0) -> None:
         super().__init__()
@@ -65,14 +57,9 @@ class HuggingFaceModel(LanguageModel):
         return self._section
 
     def forward(
-        self,
-        ids_BT: Tensor,
-        labels_BT: Tensor | None = None,
-        cache: HuggingFaceCache | None = None,
-        *,
-        last_only: bool = False,
-        positions_BT: Tensor | None = None,
-    ) -> Tensor:
+        self, ids_BT: Tensor, labels_BT: Tensor | None = None, cache: HuggingFaceCache | None = None, *,
+        last_only: bool = False, positions_BT: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """See LanguageModel. The loss is the cross entropy alone, also where a class would add a router's.
 
         An attention mask is never passed, and a cache only by the caller: rows are full, so there is nothing to mask,
@@ -106,7 +93,7 @@ class HuggingFaceModel(LanguageModel):
     def _document_arguments(self, positions_BT: Tensor) -> dict[str, Any]:
         """The arguments by which transformers is told of packed documents."""
         options: dict[str, Any] = {"position_ids": positions_BT}
-        if attention_implementation(self.inner).startswith("flash"):
+        if private.attention_implementation(self.inner).startswith("flash"):
             # From positions alone it makes out documents anew in each block, and in a batch of one row only.
             starts = document_starts(positions_BT)
             T = positions_BT.size(1)
@@ -127,7 +114,7 @@ def build_transformers_model(
     kernel = computing.attention
     config = _transformers_config(section)
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if kernel is not None and kernel.name == "sdpa" and not supports_sdpa(model_class):
+    if kernel is not None and kernel.name == "sdpa" and not private.supports_sdpa(model_class):
         raise _attention_kernel_error(model_class, kernel, "it has none", "math")
     uses_flash = kernel is not None and kernel.name == "flash-attn"
     # FlashAttention comes last, as the check of causality runs on the CPU.
@@ -176,7 +163,7 @@ def _find_config_class(model_type: str) -> Any:
     """Errors: UserError for a model type that is unknown, or no causal language model of text."""
     from transformers import CONFIG_MAPPING
 
-    causal = causal_model_types()
+    causal = private.causal_model_types()
     if model_type not in causal:
         known = model_type in CONFIG_MAPPING
         what = "a model_type without a causal language model" if known else "transformers knows no such model_type"
@@ -282,7 +269,7 @@ def _check_document_mask(model: HuggingFaceModel) -> None:
         raise _document_mask_error(model.section, f"{type(error).__name__}: {_first_line(error)}") from error
     model.train()
     if _logits_differ(before, after):
-        kernel = attention_implementation(model.inner)  # on another, it may do
+        kernel = private.attention_implementation(model.inner)  # on another, it may do
         raise _document_mask_error(model.section, f"logits that depend on the document before, on {kernel}")
 
 
@@ -308,15 +295,15 @@ def _enable_flash_attention(inner: Any, kernel: AttentionKernel) -> None:
 
     package = str(getattr(kernel.flash, "__module__", ""))
     name = "flash_attention_3" if package.startswith("flash_attn_interface") else "flash_attention_2"
-    compatible = compatible_flash_implementations(inner)
+    compatible = private.compatible_flash_implementations(inner)
     if compatible is not None and name not in compatible:  # transformers would fetch one of these from the Hub
         raise cannot(f"it takes {', '.join(compatible)} only")
     try:
         inner.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
         raise cannot(_first_line(error)) from error
-    if attention_implementation(inner) != name:  # some classes only log that they cannot change
-        raise cannot(f"it stays with {attention_implementation(inner)}")
+    if private.attention_implementation(inner) != name:  # some classes only log that they cannot change
+        raise cannot(f"it stays with {private.attention_implementation(inner)}")
 
 
 def _attention_kernel_error(cls: type, kernel: AttentionKernel, saw: str, want: str) -> UserError:

@@ -1,7 +1,6 @@
-"""A run's folder: its lock, config.yaml with a record of every start, and whether this start may go on with it."""
+"""A run's folder: config.yaml with a record of every start, and whether this start may go on with it."""
 
 import datetime
-import errno
 import math
 import secrets
 import subprocess
@@ -9,8 +8,6 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from filelock import FileLock, Timeout
 
 from smoltrain import files
 from smoltrain.checkpoint.identity import (
@@ -35,11 +32,6 @@ if TYPE_CHECKING:
 SAMPLES_FILE = "samples.jsonl"
 SPIKES_FILE = "spikes.jsonl"
 MAX_STARTS = 200  # that provenance keeps: the first one and the newest ones
-UNWRITABLE_ERRORS = {
-    errno.EACCES: "a folder that this user may write",
-    errno.EPERM: "a folder that this user may write",
-    errno.EROFS: "a file system that is not read-only",
-}
 PACKAGES = ("torch", "deepspeed", "tokenizers", "wandb", "numpy")
 
 
@@ -50,7 +42,7 @@ class RunFolder:
     path: Path
     rows_per_step: int
     wandb_id: str
-    identity: RunIdentity | None = None  # for the manifests of its checkpoints
+    identity: RunIdentity  # for the manifests of its checkpoints
     changes: tuple[str, ...] = ()  # of the config since the last start, as far as they may move a number
 
 
@@ -64,65 +56,57 @@ class PastRun:
     differences: list[ConfigDifference] | None  # to the config of this start; None where config.yaml was lost
 
 
-def lock_run_folder(config: Config, patience_s: float = 40.0) -> FileLock | None:
-    """Take the run's lock file, which no two processes hold; it is free again when this one ends, however that ends.
+@dataclass(frozen=True)
+class RunRecord:
+    """What a start that may go on will write: provenance for config.yaml, and what to tell of changes."""
 
-    Waits `patience_s` for a process that is leaving. None on a file system without locks. Errors: UserError if another
-    process keeps it, or the folder cannot be written.
-    """
-    lock = FileLock(config.run.folder / f".{config.run.name}.lock")
-    try:
-        config.run.folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=patience_s, poll_interval=0.2)
-    except Timeout:
-        what = "another process trains this run"
-        change = "run.name, or end the other one"
-        raise UserError(Problem(what, str(lock.lock_file), "one at a time", change)) from None
-    except OSError as error:
-        want = UNWRITABLE_ERRORS.get(error.errno or 0)
-        if want:
-            raise UserError(Problem("the run cannot be written there", str(error), want, "run.folder")) from None
-        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some network file systems have none
-            return None
-        raise
-    return lock
+    provenance: dict[str, Any]  # rows_per_step, run_id, wandb_id and one entry per start
+    changes: tuple[str, ...]  # as in RunFolder
 
 
-def check_run_folder(
+def make_run_record(
     config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None
-) -> dict[str, Any]:
-    """Whether a run may go on after `done` steps; the provenance that this start would write.
+) -> RunRecord:
+    """Check whether a run may go on after `done` steps; what this start will write then. Nothing is written.
 
-    That has rows_per_step, run_id, wandb_id and one entry per start. `manifest` is that of the checkpoint to go on
-    from, which tells of its run. A new run that goes on from an `ancestor`, another run's folder, is held to that one's
-    identity and past plan. Where config.yaml was lost, the checkpoint alone is what a run is held to.
+    `manifest` is that of the checkpoint to go on from, which tells of its run. A new run that goes on from an
+    `ancestor`, another run's folder, is held to that one's identity and past plan. Where config.yaml was lost, the
+    checkpoint alone is what a run is held to.
     Errors: UserError showing every difference when the folder belongs to another model, tokenizer, data or past plan,
     or when config.yaml does not agree with the checkpoint.
     """
     past = _read_past(config, ancestor, manifest)
     _check_against_past(config, done, past, manifest)
-    return _build_provenance(config, world_size, done, past)
+    provenance = _build_provenance(config, world_size, done, past)
+    return RunRecord(provenance, _describe_changes(config.run_folder / CONFIG_FILE, past))
+
+
+def check_run_folder(
+    config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None
+) -> dict[str, Any]:
+    """The provenance alone. Errors: those of `make_run_record`."""
+    return make_run_record(config, world_size, done, ancestor, manifest).provenance
+
+
+def write_run_folder(config: Config, world_size: int, record: RunRecord) -> RunFolder:
+    """Create or re-enter the folder: config.yaml then holds this start's config and provenance. Checks nothing again.
+
+    Errors: those of `accumulation_steps`; nothing has been written then.
+    """
+    rows = record.provenance["rows_per_step"]
+    accumulation_steps(config, rows, world_size)
+    config.run_folder.mkdir(parents=True, exist_ok=True)
+    text = dump_yaml(redacted_config(config) | {"provenance": record.provenance})
+    files.write_text_file(config.run_folder / CONFIG_FILE, text + config_digest_line(text))
+    own = make_run_identity(config, rows, record.provenance["run_id"])
+    return RunFolder(config.run_folder, rows, record.provenance["wandb_id"], own, record.changes)
 
 
 def enter_run_folder(
     config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None
 ) -> RunFolder:
-    """Create or re-enter the folder after `done` steps; config.yaml then holds this start's config and provenance.
-
-    Errors: those of `check_run_folder` and of `accumulation_steps`; nothing has been written then.
-    """
-    past = _read_past(config, ancestor, manifest)
-    _check_against_past(config, done, past, manifest)
-    provenance = _build_provenance(config, world_size, done, past)
-    rows = provenance["rows_per_step"]
-    accumulation_steps(config, rows, world_size)
-    path = config.run_folder / CONFIG_FILE
-    changes = _describe_changes(path, past)  # of config.yaml as it is, before it is written anew
-    config.run_folder.mkdir(parents=True, exist_ok=True)
-    text = dump_yaml(redacted_config(config) | {"provenance": provenance})
-    files.write_text_file(path, text + config_digest_line(text))
-    own = make_run_identity(config, rows, provenance["run_id"])
-    return RunFolder(config.run_folder, rows, provenance["wandb_id"], own, changes)
+    """Check and write in one. Errors: those of `make_run_record` and `write_run_folder`; nothing is written then."""
+    return write_run_folder(config, world_size, make_run_record(config, world_size, done, ancestor, manifest))
 
 
 def _read_past(config: Config, ancestor: Path | None, manifest: "Manifest | None") -> PastRun | None:
@@ -142,7 +126,7 @@ def _read_past(config: Config, ancestor: Path | None, manifest: "Manifest | None
 
 
 def _check_against_past(config: Config, done: int, past: PastRun | None, manifest: "Manifest | None") -> None:
-    """Errors: UserError, as `check_run_folder`."""
+    """Errors: UserError, as `make_run_record`."""
     if past is None:
         return
     if manifest and past.differences is not None:

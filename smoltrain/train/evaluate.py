@@ -1,31 +1,31 @@
-"""TODO: moved out of step.py."""
+"""The loss on held-out rows, over all ranks."""
 
 import math
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from smoltrain.data.rows.loader import Batch
 from smoltrain.data.tokens.packing import NO_LABEL
-from smoltrain.distributed.world import World
-from smoltrain.engine.engine import Engine
+
+if TYPE_CHECKING:
+    from smoltrain.train.session import Session
 
 
-def evaluate_loss(
-    engine: Engine, batches: list[Batch], bytes_per_id: torch.Tensor, world: World,
-    *, stop: Callable[[], bool] = lambda: False, mark: Callable[[str], None] = lambda _: None,
-) -> tuple[float, float] | None:  # fmt: skip
+def evaluate_loss(session: "Session", batches: list[Batch], bytes_per_id: torch.Tensor) -> tuple[float, float] | None:
     """Mean loss over the validation rows of all ranks: nats per token, and bits per UTF-8 byte. Collective.
 
-    None if `stop` told a rank to leave meanwhile. `mark` hears of each batch.
+    `batches` are this rank's, as many as every other's. None if a rank is to stop before they are done.
     """
     loss = 0.0
-    with engine.evaluation_mode():
+    with session.engine.evaluation_mode():
         for batch in batches:
-            mark("evaluation")
-            if world.sum_ints(stop())[0]:
+            session.watchdog.mark("evaluation")
+            [num_stops] = session.world.sum_ints(session.stop.is_raised())
+            if num_stops:
                 return None
-            loss += float(engine.forward(batch))
+            loss += float(session.engine.forward(batch))
     labels = torch.cat([batch.labels_BT[batch.labels_BT != NO_LABEL] for batch in batches])
-    loss, num_tokens, num_bytes = world.sum_floats(loss, len(labels), float(bytes_per_id[labels].sum()))
+    num_bytes = float(bytes_per_id[labels].sum())
+    loss, num_tokens, num_bytes = session.world.sum_floats(loss, len(labels), num_bytes)
     return loss / num_tokens, loss / math.log(2) / num_bytes

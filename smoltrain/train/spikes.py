@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from smoltrain import files
 from smoltrain.config.schema import SpikesSection
@@ -45,7 +45,7 @@ class Spike:
     row_losses: list[float]  # nats per token of each row alone, without dropout
 
     @property
-    def first(self) -> int:
+    def first_position(self) -> int:
         """Position of its first row."""
         return self.rows[0].position
 
@@ -74,6 +74,14 @@ class Spike:
         return ""
 
 
+class Decision(NamedTuple):
+    """What becomes of a spike."""
+
+    does: str  # skip, rewind or stop
+    rows: tuple[int, int]  # positions from the first one up to, but without, the last
+    attempt: int  # how many times this was done, this one too
+
+
 class SpikeGuard:
     """Tells spikes from losses, the same on every rank, and says what becomes of them."""
 
@@ -99,7 +107,7 @@ class SpikeGuard:
         """
         length = max(section.history, section.window)
         entries, history = world.run_on_first_rank(
-            lambda: (read_spikes(folder), list(deque(_read_losses(folder / "metrics.jsonl", step), maxlen=length)))
+            lambda: (read_spikes(folder), list(deque(_read_losses(folder / files.METRICS_FILE, step), maxlen=length)))
         )
         return cls(section, world, folder / SPIKES_FILE, entries, history)
 
@@ -107,17 +115,17 @@ class SpikeGuard:
         """Whether the row at this position is one of those that a rewind left out."""
         return any(first <= position < last for first, last in self._passed)
 
-    def find_spike_reason(self, loss: float) -> str:
-        """Why this loss, nats per token over all ranks, is a spike; '' if it is none."""
+    def find_spike_reason(self, loss: float) -> str | None:
+        """Why this loss, nats per token over all ranks, is a spike; None if it is none."""
         if not math.isfinite(loss):
             return "it is not finite"
         losses = [known for known, _ in self._history][-self._section.history :]
         if not self._section.deviations or len(losses) < MIN_HISTORY:
-            return ""
+            return None
         middle = median(losses)
         deviation = SIGMA_PER_MAD * max(MIN_MAD, median(abs(known - middle) for known in losses))
         if loss <= middle + self._section.deviations * deviation:
-            return ""
+            return None
         far = (loss - middle) / deviation
         return f"it is {far:.1f} robust deviations above {middle:.4g}, the median of the last {len(losses)} steps"
 
@@ -126,38 +134,44 @@ class SpikeGuard:
         self._history.append((loss, rows_consumed))
 
     def handle_spike(self, spike: Spike, say: Callable[[str], None], mix_begins: int = 0) -> None:
-        """Say and write down a spike, then act. Returns if its rows are to be spent without an update. Collective.
+        """Log a spike, write it into the journal, then skip, rewind or stop. Returns for a skip. Collective.
 
         A rewind's window does not reach back before the row `mix_begins`: other rows would stand at those positions.
         Errors: Rewind; TrainingStopped if the run is to end.
         """
-        section, times = self._section, len(self._passed)
-        rewinds = section.on_spike == "rewind"
-        too_often = times >= section.max_times if rewinds else spike.in_a_row > section.max_times
-        does = "stop" if too_often else section.on_spike
-        first = max(self._window_start(spike), min(mix_begins, spike.first)) if rewinds else spike.first
-        rows = (first, spike.first + len(spike.rows))
-        attempt = times + 1 if rewinds else spike.in_a_row
-        self._append_to_journal(spike, does=does, rows=rows, attempt=attempt)
+        decision = self._decide(spike, mix_begins)
+        first, last = decision.rows
+        self._append_to_journal(spike, does=decision.does, rows=decision.rows, attempt=decision.attempt)
         headline = spike.headline()
-        if does == "stop":
+        if decision.does == "stop":
             raise TrainingStopped(self._stop_message(spike, headline))
         say(headline)
         for row, loss in spike.rows_to_name()[:MAX_NAMED_ROWS]:
             say(f"  {row} has a loss of {loss:.6g}")
-        tried = f"{attempt} of at most {section.max_times}"
-        if does == "skip":
-            say(f"  the rows of the step are spent without an update ({tried} in a row)")
+        attempt = f"{decision.attempt} of at most {self._section.max_times}"
+        if decision.does == "skip":
+            say(f"  the rows of the step are spent without an update ({attempt} in a row)")
             return
-        self._passed.append(rows)
-        what = f"rewind {tried}: back to the newest checkpoint, and on from there"
-        raise Rewind(f"{what} without the rows {rows[0]:,} to {rows[1] - 1:,}")
+        self._passed.append(decision.rows)
+        what = f"rewind {attempt}: back to the newest checkpoint, and on from there"
+        raise Rewind(f"{what} without the rows {first:,} to {last - 1:,}")
+
+    def _decide(self, spike: Spike, mix_begins: int) -> "Decision":
+        """What becomes of a spike, as the recipe says."""
+        section = self._section
+        end = spike.first_position + len(spike.rows)
+        if section.on_spike == "rewind":
+            first = max(self._window_start(spike), min(mix_begins, spike.first_position))
+            does = "stop" if len(self._passed) >= section.max_times else "rewind"
+            return Decision(does, (first, end), attempt=len(self._passed) + 1)
+        does = "stop" if spike.in_a_row > section.max_times else section.on_spike
+        return Decision(does, (spike.first_position, end), attempt=spike.in_a_row)
 
     def _window_start(self, spike: Spike) -> int:
         """The position of the first row of the last `window` steps, the spike's the last one; 0 if there are fewer."""
         before = self._section.window - 1
         if not before:
-            return spike.first
+            return spike.first_position
         return self._history[-before][1] - len(spike.rows) if before <= len(self._history) else 0
 
     def _stop_message(self, spike: Spike, headline: str) -> str:
@@ -178,9 +192,13 @@ class SpikeGuard:
         """One line of the journal, on the disk when this returns. Collective. Errors: TrainingStopped."""
         if not (journal := self._journal):
             return
-        line = {"step": spike.step, "time_s": round(time.time(), 3), "loss": spike.loss, "why": spike.why, **facts}
-        line["about"] = spike.about
-        line |= {
+        line = {
+            "step": spike.step,
+            "time_s": round(time.time(), 3),
+            "loss": spike.loss,
+            "why": spike.why,
+            **facts,
+            "about": spike.about,
             "verdict": spike.row_verdict(),
             "worst_first": [{"loss": loss, **asdict(row)} for row, loss in spike.rows_worst_first()],
         }
@@ -205,15 +223,19 @@ def read_spikes(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / SPIKES_FILE
     lines = list(files.read_jsonl_lines(path, ("step", "does", "rows")))
-    if damaged := [line for line in lines if line.fault]:
-        want = "the line as it was written; without it the run would train on rows that it had passed over"
-        change = "the line, or delete it to accept that"
+    damaged = [line for line in lines if line.fault]
+    if damaged:
         raise UserError(
-            Problem("the journal of spikes is damaged", files.describe_damaged_lines(path, damaged), want, change)
+            Problem(
+                what="the journal of spikes is damaged",
+                saw=files.describe_damaged_lines(path, damaged),
+                want="the line as it was written; without it the run would train on rows that it had passed over",
+                change="the line, or delete it to accept that",
+            )
         )
-    whole = b"".join(line.raw for line in lines)
-    if path.exists() and path.stat().st_size > len(whole):
-        files.write_text_file(path, whole.decode())
+    size = sum(len(line.raw) for line in lines)
+    if path.exists() and path.stat().st_size > size:
+        files.keep_jsonl_lines(path, lines)
     return [line.value for line in lines]
 
 

@@ -1,104 +1,153 @@
-"""One training step, and the loss on held-out rows: collective, and the same on every rank."""
+"""One training step: collective, and the same on every rank.
+
+Ranks exchange host numbers twice in a step, for the arithmetic needs it:
+
+before the forward pass   an all-reduce of who is ready or is to stop, with the counts of the rows: the loss is a mean
+                          over the valid tokens of all ranks, by whose number backward divides
+before the update         an all-gather of each rank's loss and squared gradient norm, with its times: a spike must be
+                          met before it moves a weight, and clipping divides by the norm of the whole gradient
+
+Between machines each costs a round trip, so nothing else is exchanged in a step in which nothing is due. Where
+DeepSpeed reduces the gradients it has collectives of its own.
+"""
 
 import math
 import resource
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from smoltrain.config.schema import SpikesSection
-from smoltrain.data.rows.count_distinct import DistinctCounter
-from smoltrain.data.rows.loader import Loader, StepRows, StepTotals
+from smoltrain.data.rows.loader import Batch, StepRows, StepTotals
 from smoltrain.data.rows.row_contents import RowContents
 from smoltrain.data.tokens.packing import NO_LABEL
 from smoltrain.distributed.world import World
 from smoltrain.engine.engine import Engine
 from smoltrain.engine.layer_gradients import LayerGradient, summarize_layer_gradients
 from smoltrain.errors import TrainingStopped, UserError
-from smoltrain.run.track import SOURCE_TOKENS_PREFIX
-from smoltrain.schedule import Plan
-from smoltrain.train.spikes import Spike, SpikeGuard
+from smoltrain.train.data_metrics import data_metrics
+from smoltrain.train.spikes import Spike
 
-WAIT_S, SAY_S = 5.0, 30.0  # for data: between reductions, between lines
+if TYPE_CHECKING:  # which opens what a step works on, and imports this module
+    from smoltrain.train.session import Session
+
+WAIT_S = 1.0  # for this rank's rows, before the ranks tell each other how they stand
+POLL_S = 0.2  # between two looks at whether this rank is to stop meanwhile
+SAY_S = 30.0  # between two lines that say who waits for data
 MAX_SKIPS_IN_A_ROW = 50  # fp16's loss scale halves from 2^16 to 1 in 16 of them
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one training step measured, the same on every rank."""
+    """What one training step did; the same on every rank, but for the times and the memory among its metrics."""
 
-    metrics: dict[str, Any]
-    layers: dict[str, LayerGradient]
-    num_skipped: int
     digests: np.ndarray  # uint64, of all rows that were consumed: more than one step's where updates were skipped
+    stopped: bool = False  # a rank is to stop: nothing was updated, the other fields say nothing
+    waited_for_data: bool = False  # when it was stopped
+    metrics: dict[str, Any] = field(default_factory=dict)
+    layer_gradients: dict[str, LayerGradient] = field(default_factory=dict)
+    num_skipped: int = 0
 
 
-def train_step(
-    step: int, engine: Engine, loader: Loader, plan: Plan, world: World, gradients_every: int = 0,
-    *, guard: SpikeGuard | None = None, stop: Callable[[], bool] = lambda: False, say: Callable[[str], None] = print,
-    mark: Callable[[str], None] = lambda _: None, spent: Callable[[np.ndarray], None] = lambda _: None,
-) -> StepResult | None:  # fmt: skip
-    """The step-th update: rows in, gradients of the global mean loss, one AdamW step. Collective.
+@dataclass(frozen=True)
+class TakenRows:
+    """The next rows of this rank, when every rank has its own."""
 
-    A step whose gradient is not finite, or whose loss the guard lets skip, is no step: its rows are spent, the skip is
-    counted, the next rows are tried. Rows that a rewind left out are spent too. `mark` hears of each place in the step.
-    None if `stop` told a rank to leave while it waited for data; nothing was updated then, and `spent` was given the
-    digests of the rows that were spent. Errors, before the update: spikes.Rewind or TrainingStopped for a spike
-    (without a guard: a loss that is not finite); UserError where data cannot be read.
+    micro_batches: list[Batch]
+    totals: StepTotals
+    waited_s: float  # for this rank's rows
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """Some rank is to stop, so all do."""
+
+    waited_for_data: bool
+
+
+@dataclass(frozen=True)
+class RankNumbers:
+    """What one rank tells the others before the update."""
+
+    loss: float  # nats, summed over its tokens
+    squared_norm: float  # of its part of the gradient; 0 where DeepSpeed takes the norm
+    waited_s: float  # for rows
+    peak_gib: float  # memory so far
+
+
+def train_step(step: int, session: "Session") -> StepResult:
+    """The step-th update: rows in, gradients of the global mean loss, one step of the optimizer. Collective.
+
+    A step whose gradient is not finite, or whose loss the guard lets skip, is no step: its rows are consumed, the skip
+    is counted, the next rows are tried. Rows that a rewind left out are consumed too.
+    Errors, before the update: spikes.Rewind or TrainingStopped for a spike; UserError where data cannot be read.
     """
-    guard = guard or SpikeGuard(SpikesSection(), world)
-    if plan.resets_optimizer(step):
+    engine = session.engine
+    loader = session.loader
+    world = session.world
+    mark = session.watchdog.mark
+    if session.plan.resets_optimizer(step):  # a phase's first step: the state before it is saved already
         engine.reset_optimizer()
-    loader.set_source_mix(plan.mix(step))
-    lr, weight_decay = plan.lr(step), plan.weight_decay(step)
+    loader.set_source_mix(session.plan.mix(step))
+    lr = session.plan.lr(step)
+    weight_decay = session.plan.weight_decay(step)
     digests: list[np.ndarray] = []
-    num_spikes = num_bad_gradients = 0
+    num_spikes = 0
+    num_bad_gradients = 0
     while True:
-        began = time.perf_counter()
-        waited = wait_for_rows(loader, world, stop, say, mark)
-        if waited is None:
-            spent(np.concatenate([np.empty(0, np.uint64), *digests]))
-            return None
-        taking = time.perf_counter()
-        rows = loader.fetch_step_rows()
-        waited += time.perf_counter() - taking
-        mark("reduction")
-        totals = loader.unpack_totals(world.sum_ints(*rows.counts))
+        began_s = time.perf_counter()
+        taken = take_rows_together(session)
+        if isinstance(taken, StopRequest):
+            return StepResult(_join_digests(digests), stopped=True, waited_for_data=taken.waited_for_data)
+        totals = taken.totals
         digests.append(totals.digests)
-        if guard.is_row_skipped(loader.rows_consumed):
+        if session.guard.is_row_skipped(loader.rows_consumed):
             loader.mark_consumed(totals)
             continue
-        local = _accumulate_gradients(rows, totals, engine, world, mark)
+
+        # ---- this rank's gradients, and one exchange of numbers
+        loss_sum = _accumulate_gradients(taken, session)
         mark("reduction")
-        mean_loss = world.sum_floats(local)[0] / totals.num_targets
-        if why := guard.find_spike_reason(mean_loss):
+        squared_norm = engine.reduce()
+        # The step's first wait for the device.
+        own = RankNumbers(float(loss_sum), squared_norm, taken.waited_s, _peak_memory_gib(world))
+        numbers = _gather_numbers(own, world)
+        mean_loss = sum(rank.loss for rank in numbers) / totals.num_targets
+
+        # ---- nothing has moved yet: is the loss one to learn from?
+        reason = session.guard.find_spike_reason(mean_loss)
+        if reason:
             num_spikes += 1
-            about = _describe_bad_step(world.gather(local), lr, engine)
+            about = _describe_bad_step([rank.loss for rank in numbers], lr, engine)
             engine.drop_gradients()
-            looked = _compute_row_losses(rows, engine, loader, world, mark)
-            guard.handle_spike(Spike(step, mean_loss, why, about, num_spikes, *looked), say, loader.mix_begins)
+            rows, row_losses = _compute_row_losses(taken.micro_batches, session)
+            spike = Spike(step, mean_loss, reason, about, num_spikes, rows, row_losses)
+            session.guard.handle_spike(spike, session.tracker.say, loader.mix_begins)
             loader.mark_consumed(totals)
             continue
-        inspecting = time.perf_counter()
+        inspecting_s = time.perf_counter()
         mark("gradients")
-        layers = summarize_layer_gradients(engine.gradients()) if plan.is_due(step, gradients_every) else {}
-        inspected = time.perf_counter() - inspecting
+        layer_gradients: dict[str, LayerGradient] = {}
+        if session.plan.is_due(step, session.config.track.gradients_every):
+            layer_gradients = summarize_layer_gradients(engine.gradients())
+        inspected_s = time.perf_counter() - inspecting_s
+
+        # ---- the update
         mark("update")
-        applied = engine.update(lr=lr, weight_decay=weight_decay)
+        whole_squared_norm = sum(rank.squared_norm for rank in numbers)
+        applied = engine.update(lr=lr, weight_decay=weight_decay, squared_norm=whole_squared_norm)
         loader.mark_consumed(totals)
         if applied:
-            guard.record_loss(mean_loss, loader.rows_consumed)
+            session.guard.record_loss(mean_loss, loader.rows_consumed)
             break
         num_bad_gradients += 1
         if num_bad_gradients == MAX_SKIPS_IN_A_ROW:
             raise _too_many_skips_error(step, lr)
 
-    own = time.perf_counter() - began - inspected
-    step_s, wait_share, peak = world.max_floats(own, waited / own, _peak_memory_gib(world))
+    # Each rank has waited for the slowest one in the collectives, so its own clock tells that one's time.
+    step_s = time.perf_counter() - began_s - inspected_s
     metrics = {
         "train/loss_nats_per_token": mean_loss,
         "train/lr": lr,
@@ -109,80 +158,88 @@ def train_step(
         "speed/tokens_per_s": totals.num_targets / step_s,
         "speed/step_s": step_s,
         "speed/steps_per_s": 1 / step_s,
-        "speed/data_wait_share": wait_share,
-        "memory/peak_gib": peak,
+        "speed/data_wait_share": max(rank.waited_s for rank in numbers) / step_s,
+        "memory/peak_gib": max(_peak_memory_gib(world), *(rank.peak_gib for rank in numbers)),
     }
-    return StepResult(metrics, layers, len(digests) - 1, np.concatenate(digests))
+    return StepResult(
+        _join_digests(digests), metrics=metrics, layer_gradients=layer_gradients, num_skipped=len(digests) - 1
+    )
 
 
-def wait_for_rows(
-    loader: Loader, world: World, stop: Callable[[], bool], say: Callable[[str], None],
-    mark: Callable[[str], None] = lambda _: None,
-) -> float | None:  # fmt: skip
-    """Wait until every rank has its next rows; seconds that this one's took. None if a rank is to stop. Collective.
+def take_rows_together(session: "Session") -> TakenRows | StopRequest:
+    """Wait until every rank has its next rows, or one of them is to stop. Collective: one all-reduce if nobody waits.
 
-    Ranks whose own rows are there ask again every few seconds instead of waiting in a reduction that would time out.
-    Errors: UserError on every rank, where one of them cannot have its rows.
+    Ranks whose own rows are there ask again every second instead of waiting in a reduction that would time out. A rank
+    that is to stop waits for no data. Errors: UserError on every rank, where one of them cannot have its rows.
     """
-    waited, last = 0.0, time.monotonic()
+    loader = session.loader
+    world = session.world
+    rows: StepRows | None = None
+    waited_s = 0.0
+    waited_for_data = False
+    last_said_s = time.monotonic()
     while True:
-        mark("data")
-        ready, problem, asked = False, None, time.perf_counter()
+        session.watchdog.mark("data")
+        problem: UserError | None = None
+        began_s = time.perf_counter()
         try:
-            ready = loader.wait_until_ready(WAIT_S)
+            if rows is None and _wait_for_own_rows(session):
+                rows = loader.fetch_step_rows()
         except UserError as error:
             problem = error
-        waited += time.perf_counter() - asked
-        failed, waiting, stopping = world.sum_ints(problem is not None, not ready, stop())
-        if failed:
+        waited_s += time.perf_counter() - began_s
+        session.watchdog.mark("reduction")
+        counts = rows.counts if rows else [0] * loader.num_counts
+        stops = session.stop.is_raised()
+        num_stops, num_problems, num_waiting, *sums = world.sum_ints(stops, problem is not None, rows is None, *counts)
+        if num_stops:
+            return StopRequest(waited_for_data)
+        if num_problems:
             raise next(error for error in world.gather(problem) if error)
-        if not waiting:
-            return waited
-        if stopping:
-            return None
-        if time.monotonic() >= last + SAY_S:
-            last = time.monotonic()
-            for rank, what in enumerate(world.gather("" if ready else loader.health.describe_wait() or "rows")):
+        if rows and not num_waiting:
+            return TakenRows(rows.micro_batches, loader.unpack_totals(sums), waited_s)
+        waited_for_data = True
+        if time.monotonic() >= last_said_s + SAY_S:
+            last_said_s = time.monotonic()
+            waits = None if rows else loader.health.describe_wait() or "rows"
+            for rank, what in enumerate(world.gather(waits)):
                 if what:
-                    say(f"rank {rank} waits for data: {what}")
+                    session.tracker.say(f"rank {rank} waits for data: {what}")
 
 
-def data_metrics(loader: Loader) -> dict[str, float | str]:
-    """How far the run has come through its data."""
-    known = {} if loader.epochs is None else {"data/epochs": loader.epochs}
-    by_source = dict(zip(loader.sources, loader.source_targets, strict=True)) if len(loader.sources) > 1 else {}
-    return known | {
-        "data/rows": loader.rows_consumed,
-        "data/tokens": loader.targets_consumed,
-        "data/unique_rows": loader.unique_rows,
-        "data/unique_documents": loader.unique_documents,
-        "data/repeat_factor": loader.repeat_factor,
-        "data/bad_records": loader.bad_records,
-        "data/ledger": loader.ledger,
-        **{SOURCE_TOKENS_PREFIX + name: targets for name, targets in by_source.items()},
-    }
+def _wait_for_own_rows(session: "Session") -> bool:
+    """Whether this rank's rows are there, after at most WAIT_S; False at once if it is to stop."""
+    deadline_s = time.monotonic() + WAIT_S
+    while not session.stop.is_raised():
+        if session.loader.wait_until_ready(min(POLL_S, WAIT_S)):
+            return True
+        if time.monotonic() >= deadline_s:
+            return False
+    return False
 
 
-def estimate_unique_contents(loader: Loader, world: World) -> float:
-    """How many different documents all ranks have begun, estimated. Collective."""
-    for text in world.gather(loader.sketch.to_text()):
-        loader.sketch.merge(DistinctCounter.from_text(text))
-    return loader.sketch.estimate()
-
-
-def _accumulate_gradients(
-    rows: StepRows, totals: StepTotals, engine: Engine, world: World, mark: Callable[[str], None]
-) -> float:
-    """Forward and backward of this rank's rows; the sum of their token losses in nats."""
+def _accumulate_gradients(taken: TakenRows, session: "Session") -> torch.Tensor:
+    """Forward and backward of this rank's micro-batches; the sum of their token losses, an fp64 scalar in nats."""
     losses = []
-    for batch in rows.micro_batches:
-        mark("forward")
-        loss = engine.forward(batch)  # sum over this micro-batch's tokens
+    for batch in taken.micro_batches:
+        session.watchdog.mark("forward")
+        loss = session.engine.forward(batch)  # sum over this micro-batch's tokens
         losses.append(loss.detach().double())
-        mark("backward")
+        session.watchdog.mark("backward")
         # DeepSpeed's mean over ranks makes it the global mean.
-        engine.backward(loss * (world.size / totals.num_targets))
-    return float(torch.stack(losses).sum())  # the step's one wait for the device before the update
+        session.engine.backward(loss * (session.world.size / taken.totals.num_targets))
+    return torch.stack(losses).sum()
+
+
+def _gather_numbers(own: RankNumbers, world: World) -> list[RankNumbers]:
+    """The numbers of every rank, in rank order. Collective."""
+    everyones = world.gather_floats(own.loss, own.squared_norm, own.waited_s, own.peak_gib)
+    return [RankNumbers(*numbers) for numbers in everyones]
+
+
+def _join_digests(digests: list[np.ndarray]) -> np.ndarray:
+    """Those of all tries, in order; there may be none."""
+    return np.concatenate([np.empty(0, np.uint64), *digests])
 
 
 # ---- what goes wrong
@@ -190,28 +247,29 @@ def _accumulate_gradients(
 
 def _describe_bad_step(losses: list[float], lr: float, engine: Engine) -> str:
     """The ranks whose losses (one each) are not finite, and the numbers behind the step. Collective."""
-    bad = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-    norm = math.sqrt(sum(float(g.double().square().sum()) for _, g in engine.gradients()))
-    return (f"on rank {', '.join(bad)} " if bad else "") + f"(lr {lr:g}, gradient norm {norm:g})"
+    bad_ranks = [str(rank) for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+    squares = [float(gradient.double().square().sum()) for _, gradient in engine.gradients()]
+    numbers = f"(lr {lr:g}, gradient norm {math.sqrt(sum(squares)):g})"
+    return f"on rank {', '.join(bad_ranks)} {numbers}" if bad_ranks else numbers
 
 
-def _compute_row_losses(
-    rows: StepRows, engine: Engine, loader: Loader, world: World, mark: Callable[[str], None]
-) -> tuple[list[RowContents], list[float]]:
+def _compute_row_losses(micro_batches: list[Batch], session: "Session") -> tuple[list[RowContents], list[float]]:
     """All ranks' rows by position, with the mean loss of each alone, nats per token without dropout. Collective."""
     losses = []
-    with engine.evaluation_mode():
-        for batch in rows.micro_batches:
+    with session.engine.evaluation_mode():
+        for batch in micro_batches:
             for i in range(len(batch.ids_BT)):
-                mark("forward")
+                session.watchdog.mark("forward")
                 row = batch.slice_rows(i, i + 1)
                 num_targets = int((row.labels_BT != NO_LABEL).sum())
-                losses.append(float(engine.forward(row)) / max(1, num_targets))
-    mark("reduction")
-    named = loader.describe_rows()
-    everywhere = world.gather(list(zip(named, losses, strict=True)))
-    pairs = sorted((pair for mine in everywhere for pair in mine), key=lambda pair: pair[0].position)
-    located = world.run_on_first_rank(lambda: loader.add_addresses([row for row, _ in pairs]))
+                losses.append(float(session.engine.forward(row)) / max(1, num_targets))
+    session.watchdog.mark("reduction")
+    own_rows = session.loader.describe_rows()
+    everyones = session.world.gather(list(zip(own_rows, losses, strict=True)))
+    pairs = [pair for ranks_pairs in everyones for pair in ranks_pairs]
+    pairs.sort(key=lambda pair: pair[0].position)
+    rows = [row for row, _ in pairs]
+    located = session.world.run_on_first_rank(lambda: session.loader.add_addresses(rows))
     return located, [loss for _, loss in pairs]
 
 
@@ -223,6 +281,7 @@ def _too_many_skips_error(step: int, lr: float) -> TrainingStopped:
 
 
 def _peak_memory_gib(world: World) -> float:
+    """This rank's peak so far."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 2**30
     if world.device.type == "mps":

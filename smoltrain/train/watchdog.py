@@ -50,20 +50,23 @@ class HangReport:
 
 
 class Watchdog:
-    """Watches from the first `begin` to `close`; `logs` is a folder that all ranks share. limit_s 0: never.
+    """Watches from the first `begin_step` to `close`; `logs` is a folder that all ranks share. limit_s 0: never.
 
     Its thread needs the interpreter's lock; a hang that never gives it back (native code) is what the process beside it
     (backstop.py) ends. While all ranks are suspended no time passes. One that is stopped alone hangs for the others.
     """
 
     def __init__(self, logs: Path, rank: int, size: int, limit_s: float) -> None:
-        self._logs, self._rank, self._size, self._limit_s = logs, rank, size, limit_s
+        self._logs = logs
+        self._rank = rank
+        self._size = size
+        self._limit_s = limit_s
         self._opened = time.time()
         self._last = (0, 0, "")  # step, marks, place: one object, so always of one moment
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def begin(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """A step begins; the first one starts the watch."""
         self._last = (step, 0, "begin")
         if self._limit_s and not self._thread:

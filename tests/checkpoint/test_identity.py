@@ -36,7 +36,7 @@ from smoltrain.errors import UserError
 from smoltrain.inference.load import load_trained_model
 from smoltrain.run import run_folder
 from smoltrain.run.verify import _find_lost_checkpoints, inspect_checkpoint, open_run_reference
-from smoltrain.train.start import StartPoint, find_start_point
+from smoltrain.train.start_point import StartPoint, find_start_point
 from tests import folders, tiny
 
 # ---- the table

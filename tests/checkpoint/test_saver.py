@@ -32,6 +32,7 @@ from smoltrain.schedule import Plan
 from tests import tiny
 from tests.engine.test_engine import fresh_model, loader_of
 from tests.ranks import world
+from tests.sessions import bare_session, train_steps
 
 FACTS: dict[str, Any] = {
     "precision": "bf16", "skipped_updates": 0, "wandb_id": "abc", "validation_loss": None, "validation_rows": 8,
@@ -47,16 +48,15 @@ def trained(settings: Config, steps: int) -> tuple[Any, Any, Plan]:
     torch.manual_seed(here.rank)
     wrapped = build_engine(fresh_model(settings), settings, here, precision="bf16", accumulation=accumulation)
     loader = loader_of(settings, here.rank, here.size, accumulation)
-    run_steps(range(1, steps + 1), wrapped, loader, plan)
+    run_steps(range(1, steps + 1), settings, wrapped, loader)
     return wrapped, loader, plan
 
 
-def run_steps(steps: range, wrapped: Any, loader: Any, plan: Plan) -> list[float]:
+def run_steps(steps: range, settings: Config, wrapped: Any, loader: Any) -> list[float]:
     """The losses of these steps."""
-    from smoltrain.train.step import train_step
 
-    results = [train_step(n, wrapped, loader, plan, world()) for n in steps]
-    return [float(r.metrics["train/loss_nats_per_token"]) for r in results if r]
+    results = train_steps(steps, bare_session(settings, wrapped, loader))
+    return [float(r.metrics["train/loss_nats_per_token"]) for r in results]
 
 
 def saver_of(settings: Config, plan: Plan, **options: Any) -> CheckpointSaver:
@@ -96,15 +96,16 @@ def losses_after(settings: Config, restored_from: int | None) -> tuple[list[floa
     else:
         wrapped, loader, plan = trained(settings, 1)
         restore(settings, restored_from, wrapped, loader)
-    losses = run_steps(range(4, 7), wrapped, loader, plan)
+    losses = run_steps(range(4, 7), settings, wrapped, loader)
     if writer:
         writer.finish()
     return losses, wrapped.weights(keep=True), loader.ledger
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_restored_run_goes_on_bitwise_with_dropout(tmp_path: Path, ranks: Any, stage: int) -> None:
-    settings = tiny.load(tmp_path, f"engine.ds_config=zero{stage}", "engine.precision=bf16", "model.dropout=0.1")
+@pytest.mark.parametrize(("stage", "by"), [(1, "auto"), (2, "step"), (2, "micro_batch"), (3, "auto")])
+def test_a_restored_run_goes_on_bitwise_with_dropout(tmp_path: Path, ranks: Any, stage: int, by: str) -> None:
+    words = (f"engine.ds_config=zero{stage}", "engine.precision=bf16", f"engine.reduce_gradients={by}")
+    settings = tiny.load(tmp_path, *words, "model.dropout=0.1")
     prepare_run_data(settings)
     straight = ranks(2).run(losses_after, settings, None)
     resumed = ranks(2).run(losses_after, settings, 3)
@@ -344,7 +345,7 @@ def saving_beside_training(settings: Config) -> dict[str, Any]:
         writer.start_save(1, wrapped, loader, **FACTS)
         found: dict[str, Any] = {"at once": writer.poll(), "published early": list_checkpoint_steps(checkpoints)}
         found["weights then"] = wrapped.weights(keep=True)
-        run_steps(range(2, 4), wrapped, loader, plan)
+        run_steps(range(2, 4), settings, wrapped, loader)
         found["later"] = writer.poll()
         go.set()
         writer.finish()

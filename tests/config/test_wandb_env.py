@@ -17,7 +17,6 @@ from smoltrain.config.wandb_env import (
     TEXT_VARIABLES,
     read_wandb_environment,
 )
-from smoltrain.run.run_folder import RunFolder
 from smoltrain.run.track import Tracker
 from smoltrain.run.wandb_run import resolve_wandb_mode
 from tests import tiny
@@ -81,7 +80,7 @@ def test_the_environment_wins_over_the_recipe_and_the_command_line_over_both(
 @pytest.mark.parametrize(("recipe", "every"), [("50", 50), ("0", 300), ("x", 300)])
 def test_gradients_are_watched_as_often_as_the_recipe_does_or_transformers(recipe: str, every: int) -> None:
     (found,) = read_wandb_environment({"gradients_every": recipe, "print_every": "300"}, {"WANDB_WATCH": "gradients"})
-    assert (found.key, found.value, found.note) == ("gradients_every", every, "")
+    assert (found.key, found.value, found.note) == ("gradients_every", every, None)
 
 
 def test_what_transformers_reads_is_read() -> None:
@@ -123,7 +122,7 @@ def test_the_line_says_which_variable_was_heard_and_which_was_not(
     words = ["track.wandb=auto", "track.wandb_project=mine", "track.gradients_every=4"]
     settings = load_config("quickstart", [w for w in tiny.words(tmp_path, *words) if w != "track.wandb=off"])
     settings.run_folder.mkdir(parents=True)
-    Tracker(settings, RunFolder(settings.run_folder, 4, "12345678"), 0, 0, 12).close(0)
+    Tracker(settings, tiny.run_folder(settings.run_folder), 0, 0, 12).close(0)
     assert capsys.readouterr().out == (
         "W&B                    offline, WANDB_MODE=OFFLINE; run id 12345678; track.wandb_project=mine by the command "
         "line, not by WANDB_PROJECT; track.wandb_entity=team by WANDB_ENTITY; track.wandb_tags=a,b by WANDB_TAGS; "

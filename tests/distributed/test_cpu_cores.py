@@ -11,7 +11,7 @@ import pytest
 
 from smoltrain.distributed import cpu_cores
 from smoltrain.distributed.cpu_cores import Core, CpuShare, assign_cores
-from smoltrain.distributed.world import _find_cpu_share
+from smoltrain.distributed.world import _find_cpu_share, _gather_cores_of_this_machine
 from smoltrain.errors import UserError
 from tests.ranks import world
 
@@ -132,7 +132,7 @@ def share_of_a_rank(threads: str) -> CpuShare | str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMOLTRAIN_THREADS", threads)
         try:
-            return _find_cpu_share(world())
+            return _find_cpu_share(_gather_cores_of_this_machine(world()), world().rank)
         except UserError as error:
             return str(error)
 

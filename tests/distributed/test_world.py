@@ -1,21 +1,18 @@
 """Ranks that count, agree and stop together."""
 
-import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
-from smoltrain.distributed.stop import DEEPSPEED_LAUNCHER, STOP_SIGNALS
-from smoltrain.distributed.world import free_port
+from smoltrain.distributed.world import choose_device, free_port
 from smoltrain.errors import Problem, TrainingStopped, UserError
 from tests.ranks import world
 
@@ -44,6 +41,31 @@ def float_sums() -> tuple[list[float], list[float]]:
 
 def test_floats_add_up_in_fp64_and_the_largest_is_found(ranks: Any) -> None:
     assert ranks(2).run(float_sums) == [([3.0, 2.0**-39, float("inf")], [-1.0, 1.0])] * 2
+
+
+def every_ranks_floats() -> list[tuple[float, ...]]:
+    here = world()
+    return here.gather_floats(1.0 + here.rank, 2.0**-40, float("inf"))
+
+
+def test_floats_of_every_rank_come_in_the_order_of_the_ranks(ranks: Any) -> None:
+    one, two = ranks(2).run(every_ranks_floats)
+    assert one == two == [(1.0, 2.0**-40, float("inf")), (2.0, 2.0**-40, float("inf"))]
+
+
+def ranks_beside(names: list[str]) -> tuple[int, tuple[int, ...]]:
+    """(how many, which) ranks are on the machine of this rank, where each has one of these host names."""
+    from smoltrain.distributed import world as module
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.socket, "gethostname", lambda: names[world().rank])
+        beside = module._gather_cores_of_this_machine(world())
+    return world().local_size, tuple(beside)
+
+
+def test_machines_are_told_apart_by_their_host_names(ranks: Any) -> None:
+    assert ranks(2).run(ranks_beside, ["one", "two"]) == [(2, (0,)), (2, (1,))]
+    assert ranks(2).run(ranks_beside, ["one", "one"]) == [(2, (0, 1))] * 2
 
 
 def gathered() -> list[Any]:
@@ -146,170 +168,19 @@ def test_a_bare_python_is_a_world_of_one() -> None:
     assert out.splitlines() == ["0 1 0 1 True", "[5, 6] [0.5] [2.0] ['x']", "7"], err
 
 
-FLAG = """
-import sys, time
-from smoltrain.distributed.stop import StopFlag
-flag = StopFlag()
-print("ready", flag.is_raised(), flush=True)
-deadline = time.monotonic() + float(sys.argv[1]) if len(sys.argv) > 1 else time.monotonic() + 30
-while not flag.is_raised() and time.monotonic() < deadline:
-    time.sleep(0.01)
-print(flag.is_raised(), flag.reason, flush=True)
-if flag.reason == "SIGINT":
-    time.sleep(30)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_raises_the_flag_and_ends_nothing(number: signal.Signals) -> None:
-    process = start(FLAG)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready False\n"
-    process.send_signal(number)
-    out, err = process.communicate(timeout=30)
-    assert (out, process.returncode) == (f"True {number.name}\n", 0), err
-
-
-def test_the_second_ctrl_c_leaves_at_once_but_an_echo_of_the_first_does_not() -> None:
-    process = start(FLAG)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready False\n"
-    process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "True SIGINT\n"
-    process.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1.0)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=10)
-    assert process.returncode == 130
-
-
-LISTEN = "import time\nfrom smoltrain.distributed.stop import StopFlag\nf = StopFlag()\nprint('up', flush=True)\n"
-
-
-@pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_before_the_loop_asks_a_signal_just_ends_the_rank(number: signal.Signals) -> None:
-    code = LISTEN + "time.sleep(30)"
-    process = start(code)
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(number)
-    process.communicate(timeout=10)
-    assert process.returncode == -number
-
-
-def test_a_request_is_noted_where_the_launchers_launcher_looks(tmp_path: Path) -> None:
-    process = start(FLAG, SMOLTRAIN_ASKED=str(tmp_path / "asked"))
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready False\n"
-    assert not (tmp_path / "asked").exists()
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert (tmp_path / "asked").exists()
-
-
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
-
-
-@pytest.mark.parametrize(
-    ("launched", "supervisor", "expected"),
-    [(True, "dead", "True its launcher is gone"), (True, "the parent", "False"), (False, "dead", "False")],
-)
-def test_only_a_launched_rank_heeds_its_supervisor(launched: bool, supervisor: str, expected: str) -> None:
-    pids = {"dead": str(dead_pid()), "the parent": str(os.getpid())}
-    extra = {"SMOLTRAIN_SUPERVISOR": pids[supervisor]} | ({"LOCAL_RANK": "0"} if launched else {})
-    out, err = start(FLAG.replace("30\n", "0.2\n", 1), **extra).communicate(timeout=30)
-    assert out.splitlines()[-1].strip() == expected, err
-
-
-# Starts a rank that writes what it found to OUT, and ends once it has said that it is up.
-LAUNCHER = """
-import subprocess, sys
-rank = subprocess.Popen([sys.executable, "-c", sys.argv[1], sys.argv[2]], stdout=subprocess.PIPE, text=True)
-rank.stdout.readline()
-if "--stay" in sys.argv:
-    print("up", flush=True)
-    rank.wait()
-"""
-RUNNER = """
-import subprocess, sys
-launcher = subprocess.Popen([sys.executable, *sys.argv[1:]])
-launcher.wait()
-"""
-WRITES = FLAG.replace(
-    "print(flag.is_raised(), flag.reason, flush=True)", "open(OUT, 'w').write(f'{flag.is_raised()} {flag.reason}\\n')"
-)
-
-
-def found(out: Path) -> str:
-    """What the rank wrote."""
-    deadline = time.monotonic() + 30
-    while not (out.exists() and out.read_text(encoding="utf-8")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return out.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("extra", "expected"), [({"LOCAL_RANK": "0"}, "True its launcher is gone\n"), ({}, "False \n")]
-)
-def test_only_a_launched_rank_notices_that_its_parent_died(
-    tmp_path: Path, extra: dict[str, str], expected: str
-) -> None:
-    out = tmp_path / "out"
-    code = WRITES.replace("OUT", repr(str(out)))
-    launcher = [sys.executable, "-c", LAUNCHER, code, "1" if not extra else "20"]
-    subprocess.run(launcher, env=environment(**extra), check=True, timeout=60)
-    assert found(out) == expected
-
-
-@pytest.mark.parametrize(
-    ("module", "expected"), [(DEEPSPEED_LAUNCHER, "True its launcher is gone\n"), ("another", "False \n")]
-)
-def test_under_deepspeeds_launcher_the_runner_above_it_counts_too(tmp_path: Path, module: str, expected: str) -> None:
-    out = tmp_path / "out"
-    code = WRITES.replace("OUT", repr(str(out)))
-    launcher = ["-c", LAUNCHER, code, "20" if module == DEEPSPEED_LAUNCHER else "1", "--stay", module]
-    runner = subprocess.Popen(
-        [sys.executable, "-c", RUNNER, *launcher], env=environment(LOCAL_RANK="0"), stdout=subprocess.PIPE, text=True
-    )
-    assert runner.stdout is not None
-    assert runner.stdout.readline() == "up\n"
-    runner.kill()
-    assert found(out) == expected
-    runner.communicate()
-
-
-def test_before_the_loop_asks_a_rank_leaves_with_its_launcher() -> None:
-    code = LISTEN + "time.sleep(60)"
-    command = [sys.executable, "-c", LAUNCHER.replace('"up"', "rank.pid"), code, "0", "--stay"]
-    launcher = subprocess.Popen(command, env=environment(LOCAL_RANK="0"), stdout=subprocess.PIPE, text=True)
-    assert launcher.stdout is not None
-    rank = psutil.Process(int(launcher.stdout.readline()))
-    launcher.kill()
-    launcher.communicate()
-    with contextlib.suppress(psutil.NoSuchProcess):
-        rank.wait(20)
-
-
-def test_a_rank_that_was_an_orphan_before_it_looked_knows_it(tmp_path: Path) -> None:
-    out, script = tmp_path / "out", tmp_path / "rank.py"
-    late = "import os, sys, time\nwhile os.getppid() == int(sys.argv[2]): time.sleep(0.01)\n"
-    late += "open(sys.argv[3], 'w').write(str(os.getppid()))\n"
-    script.write_text(late + WRITES.replace("OUT", repr(str(out))))
-    launcher = ["sh", "-c", '"$0" "$1" 20 $$ "$2" & ', sys.executable, str(script), str(tmp_path / "adopter")]
-    subprocess.run(launcher, env=environment(LOCAL_RANK="0"), check=True, timeout=60, stdout=subprocess.DEVNULL)
-    if found(tmp_path / "adopter") != "1":
-        pytest.skip(
-            "orphans are adopted by another process than the first here; the tests above kill a launcher that was seen"
-        )
-    assert found(out) == "True its launcher is gone\n"
-
-
 def test_a_free_port_can_be_listened_on() -> None:
     port = free_port()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", port))
     assert 1024 <= port < 65536
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends, "mps", SimpleNamespace(is_available=lambda: True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == choose_device("cpu").type == "cpu"
+    assert choose_device("mps").type == "mps"
+    with pytest.raises(UserError, match=r"no such device: saw cuda, want one of auto, cpu, mps; change engine\.device"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto", 3) == torch.device("cuda", 3)

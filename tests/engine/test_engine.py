@@ -19,6 +19,7 @@ from tests import tiny
 from tests.engine.test_reshard import ROWS, settings_of, whole_state, write_files
 from tests.models import from_config
 from tests.ranks import world
+from tests.sessions import bare_session, train_steps
 
 STEPS = 20
 PLAN = ("phases.main.steps=20", "phases.main.warmup_steps=5", "phases.main.weight_decay=0.1")
@@ -39,13 +40,12 @@ def engine_losses(
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """(losses, gradient norms, weights) of `steps` real training steps; runs on every rank."""
     from smoltrain.engine.engine import build_engine
-    from smoltrain.train.step import train_step
 
     here = world()
     wrapped = build_engine(fresh_model(settings), settings, here, precision=precision, accumulation=2)
     loader = loader_of(settings, here.rank, here.size)
-    results = [train_step(n, wrapped, loader, Plan(settings.phases), here) for n in range(1, steps + 1)]
-    metrics = [result.metrics for result in results if result]
+    results = train_steps(range(1, steps + 1), bare_session(settings, wrapped, loader))
+    metrics = [result.metrics for result in results]
     losses = [step["train/loss_nats_per_token"] for step in metrics]
     norms = [step["train/grad_norm_before_clipping"] for step in metrics]
     return losses, norms, wrapped.weights(keep=True)
@@ -154,10 +154,9 @@ def run_of(settings: Config) -> tuple[Any, Loader]:
 
 def go_on(settings: Config, wrapped: Any, loader: Loader, first: int, last: int) -> tuple[list[float], list[str]]:
     """The losses and the ledger of steps first..last."""
-    from smoltrain.train.step import train_step
 
-    results = [train_step(n, wrapped, loader, Plan(settings.phases), world()) for n in range(first, last + 1)]
-    metrics = [result.metrics for result in results if result]
+    results = train_steps(range(first, last + 1), bare_session(settings, wrapped, loader))
+    metrics = [result.metrics for result in results]
     return [step["train/loss_nats_per_token"] for step in metrics], [step["data/ledger"] for step in metrics]
 
 
@@ -179,14 +178,19 @@ def read(settings: Config, folder: Path, stage: int) -> tuple[dict[str, list[Any
     return whole_state(wrapped), go_on(settings, wrapped, loader, 4, 8)
 
 
-def assert_elastic(tmp_path: Path, ranks: Any, old: int, old_stage: int, readers: list[tuple[int, int]]) -> None:
-    """What `old` ranks wrote is read by each (ranks, stage): bitwise, then losses within 1e-6 and the same rows."""
+def assert_elastic(
+    tmp_path: Path, ranks: Any, old: int, old_stage: int, readers: list[tuple[int, int]], by: str = "auto"
+) -> None:
+    """What `old` ranks wrote is read by each (ranks, stage): bitwise, then losses within 1e-6 and the same rows.
+
+    `by`: who reduces the readers' gradients.
+    """
     settings = settings_of(tmp_path, old_stage, "fp32")
     prepare_run_data(settings)
     expected, (losses, ledger) = ranks(old).run(write, settings, tmp_path / "old")[0]
     assert losses[-1] < losses[0] - 0.1, "a run that stands still proves nothing"
     for size, stage in readers:
-        found = ranks(size).run(read, settings_of(tmp_path, stage, "fp32"), tmp_path / "old", old_stage)
+        found = ranks(size).run(read, settings_of(tmp_path, stage, "fp32", by), tmp_path / "old", old_stage)
         for state, (losses_after, ledger_after) in found:
             assert state == expected, f"{size} ranks under ZeRO-{stage}"
             assert losses_after == pytest.approx(losses, abs=1e-6), f"{size} ranks under ZeRO-{stage}"
@@ -194,18 +198,20 @@ def assert_elastic(tmp_path: Path, ranks: Any, old: int, old_stage: int, readers
 
 
 @pytest.mark.parametrize(
-    ("old", "old_stage", "new", "new_stage"), [(2, 3, 1, 2), pytest.param(1, 1, 2, 3, marks=pytest.mark.slow)]
+    ("old", "old_stage", "new", "new_stage", "by"),
+    [(2, 3, 1, 2, "step"), (2, 3, 1, 2, "micro_batch"), pytest.param(1, 1, 2, 3, "auto", marks=pytest.mark.slow)],
 )
 def test_a_run_goes_on_on_another_world_under_another_stage(
-    tmp_path: Path, ranks: Any, old: int, old_stage: int, new: int, new_stage: int
+    tmp_path: Path, ranks: Any, old: int, old_stage: int, new: int, new_stage: int, by: str
 ) -> None:
-    assert_elastic(tmp_path, ranks, old, old_stage, [(new, new_stage)])
+    assert_elastic(tmp_path, ranks, old, old_stage, [(new, new_stage)], by)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("by", ["auto", "micro_batch"])
 @pytest.mark.parametrize(("old", "old_stage"), [(3, 3), (4, 1)])
-def test_three_and_four_ranks_are_read_by_all(tmp_path: Path, ranks: Any, old: int, old_stage: int) -> None:
-    assert_elastic(tmp_path, ranks, old, old_stage, [(1, 3), (2, 2), (3, 1), (4, 3)])
+def test_three_and_four_ranks_are_read_by_all(tmp_path: Path, ranks: Any, old: int, old_stage: int, by: str) -> None:
+    assert_elastic(tmp_path, ranks, old, old_stage, [(1, 3), (2, 2), (3, 1), (4, 3)], by)
 
 
 @pytest.mark.long

@@ -146,9 +146,10 @@ def plain_norms(settings: Config, size: int) -> tuple[dict[str, float], dict[str
     return {name: float(whole.norm()) for name, whole in wholes.items()}, {n: w.numel() for n, w in wholes.items()}
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_norms_under_zero_equal_those_of_plain_torch(tmp_path: Path, ranks: Any, stage: int) -> None:
-    settings = tiny.load(tmp_path, f"engine.ds_config=zero{stage}", "engine.precision=fp32")
+@pytest.mark.parametrize(("stage", "by"), [(2, "step"), (2, "micro_batch"), (3, "auto")])
+def test_norms_under_zero_equal_those_of_plain_torch(tmp_path: Path, ranks: Any, stage: int, by: str) -> None:
+    words = (f"engine.ds_config=zero{stage}", "engine.precision=fp32", f"engine.reduce_gradients={by}")
+    settings = tiny.load(tmp_path, *words)
     prepare_run_data(settings)
     expected, entries = plain_norms(settings, size=2)
     for norms, counts, whole in ranks(2).run(engine_norms, settings):

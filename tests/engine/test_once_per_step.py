@@ -11,11 +11,11 @@ from smoltrain.config.schema import Config
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.distributed.world import World
 from smoltrain.errors import UserError
-from smoltrain.schedule import Plan
 from tests import tiny
 from tests.engine.test_engine import PLAN, fresh_model, loader_of
 from tests.engine.test_reshard import write_files
 from tests.ranks import world
+from tests.sessions import bare_session, train_steps
 
 
 def settings_of(folder: Path, *options: str) -> Config:
@@ -35,12 +35,11 @@ def wrap(settings: Config, compiles: bool = False) -> Any:
 
 def trained(settings: Config, steps: int, compiles: bool) -> tuple[str, list[float], dict[str, torch.Tensor]]:
     """(when gradients were reduced, losses, weights) after real steps; runs on every rank."""
-    from smoltrain.train.step import train_step
 
     here, wrapped = world(), wrap(settings, compiles)
     loader = loader_of(settings, here.rank, here.size)
-    results = [train_step(n, wrapped, loader, Plan(settings.phases), here) for n in range(1, steps + 1)]
-    losses = [result.metrics["train/loss_nats_per_token"] for result in results if result]
+    results = train_steps(range(1, steps + 1), bare_session(settings, wrapped, loader))
+    losses = [result.metrics["train/loss_nats_per_token"] for result in results]
     return wrapped.reduction, losses, wrapped.weights(keep=True)
 
 
@@ -178,27 +177,6 @@ def test_a_rank_that_goes_on_waits_for_one_that_still_reads(tmp_path: Path, rank
             assert torch.equal(gradient, quickly[name]), name
 
 
-def one_rank_overflows(settings: Config) -> tuple[bool, float, bool, bool]:
-    """Whether a bad gradient was applied, its norm, whether weights stayed, whether the next step moves them."""
-    wrapped, here = wrap(settings), world()
-    loader = loader_of(settings, here.rank, here.size)
-    before = wrapped.weights(keep=True)
-
-    def step(factor: float) -> bool:
-        for batch in loader.fetch_step_rows().micro_batches:
-            wrapped.backward(wrapped.forward(batch) * factor)
-        return wrapped.update(lr=1e-3, weight_decay=0.0)
-
-    applied, norm = step(float("inf") if here.rank == 1 else 1.0), wrapped.grad_norm_before_clipping
-    stayed = all(torch.equal(value, before[name]) for name, value in wrapped.weights(keep=True).items())
-    return applied, norm, stayed, step(1.0)
-
-
-def test_a_bad_gradient_of_one_rank_is_dropped_by_all(tmp_path: Path, ranks: Any) -> None:
-    settings = settings_of(tmp_path, "engine.precision=bf16")
-    assert ranks(2).run(one_rank_overflows, settings) == [(False, float("inf"), True, True)] * 2
-
-
 class Unused(torch.nn.Module):
     """A parameter that some forwards do not reach."""
 
@@ -226,8 +204,9 @@ def without_the_second(settings: Config) -> list[float]:
     return norms
 
 
-def test_what_backward_did_not_reach_has_no_gradient_of_the_step_before(tmp_path: Path, ranks: Any) -> None:
-    settings = settings_of(tmp_path, "engine.precision=fp32", "batch.accumulation=1")
+@pytest.mark.parametrize("by", ["step", "micro_batch"])
+def test_what_backward_did_not_reach_has_no_gradient_of_the_step_before(tmp_path: Path, ranks: Any, by: str) -> None:
+    settings = settings_of(tmp_path, "engine.precision=fp32", "batch.accumulation=1", f"engine.reduce_gradients={by}")
     for first, second, third in ranks(2).run(without_the_second, settings):
         assert first > 0
         assert second == 0
@@ -251,10 +230,9 @@ def read(settings: Config, folder: Path) -> tuple[list[float], dict[str, torch.T
 
 
 def steps(settings: Config, wrapped: Any, loader: Any, first: int, last: int) -> list[float]:
-    from smoltrain.train.step import train_step
 
-    results = [train_step(n, wrapped, loader, Plan(settings.phases), world()) for n in range(first, last + 1)]
-    return [result.metrics["train/loss_nats_per_token"] for result in results if result]
+    results = train_steps(range(first, last + 1), bare_session(settings, wrapped, loader))
+    return [result.metrics["train/loss_nats_per_token"] for result in results]
 
 
 @pytest.mark.parametrize("writer", ["step", "micro_batch"])

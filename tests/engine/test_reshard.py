@@ -168,10 +168,11 @@ class Odd(torch.nn.Module):
         return torch.nn.functional.cross_entropy(logits, labels_BT.flatten(), reduction="sum")
 
 
-def settings_of(folder: Path, stage: int | str, precision: str) -> Config:
+def settings_of(folder: Path, stage: int | str, precision: str, by: str = "auto") -> Config:
+    """`by`: who reduces, engine.reduce_gradients; auto is `step` wherever that can be."""
     name = f"zero{stage}" if isinstance(stage, int) else stage
-    words = (f"engine.ds_config={name}", f"engine.precision={precision}", "batch.micro_batch=1")
-    return tiny.load(folder, *words, "track.gradients_every=0")
+    words = (f"engine.ds_config={name}", f"engine.precision={precision}", f"engine.reduce_gradients={by}")
+    return tiny.load(folder, *words, "batch.micro_batch=1", "track.gradients_every=0")
 
 
 def engine_of(settings: Config, seed: int) -> Any:
@@ -260,9 +261,13 @@ def assert_same(wrote: list[Any], found: list[Any], precision: str) -> None:
         assert losses_after == pytest.approx(losses, abs=1e-6 if precision == "fp32" else 1e-2)
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "bf16"), (2, "fp32"), (3, "bf16")])
-def test_two_ranks_and_one_read_each_other(tmp_path: Path, ranks: Any, stage: int, precision: str) -> None:
-    settings = settings_of(tmp_path, stage, precision)
+@pytest.mark.parametrize(
+    ("stage", "precision", "by"),
+    [(0, "fp32", "auto"), (1, "fp32", "micro_batch"), (1, "bf16", "auto"), (2, "bf16", "step"),
+     (2, "bf16", "micro_batch"), (2, "fp32", "step"), (3, "bf16", "auto")],
+)  # fmt: skip
+def test_two_ranks_and_one_read_each_other(tmp_path: Path, ranks: Any, stage: int, precision: str, by: str) -> None:
+    settings = settings_of(tmp_path, stage, precision, by)
     for old, new in ((2, 1), (1, 2)):
         wrote = ranks(old).run(write, settings, tmp_path / f"{old}")
         assert_same(wrote, ranks(new).run(read, settings, tmp_path / f"{old}", stage), precision)
@@ -288,10 +293,15 @@ def test_every_sharding_stage_reads_every_other(tmp_path: Path, ranks: Any, old_
             assert_same(wrote, ranks(size).run(read, settings, tmp_path / "old", old_stage), precision)
 
 
-@pytest.mark.parametrize(("old_stage", "new_stage"), [(1, 1), (2, 2), (3, 3), (3, 2)])
-def test_an_engine_that_has_trained_goes_back(tmp_path: Path, ranks: Any, old_stage: int, new_stage: int) -> None:
+@pytest.mark.parametrize(
+    ("old_stage", "new_stage", "by"),
+    [(1, 1, "auto"), (2, 2, "step"), (2, 2, "micro_batch"), (3, 3, "auto"), (3, 2, "step"), (3, 2, "micro_batch")],
+)
+def test_an_engine_that_has_trained_goes_back(
+    tmp_path: Path, ranks: Any, old_stage: int, new_stage: int, by: str
+) -> None:
     wrote = ranks(2).run(write, settings_of(tmp_path, old_stage, "bf16"), tmp_path / "old")
-    settings = settings_of(tmp_path, new_stage, "bf16")
+    settings = settings_of(tmp_path, new_stage, "bf16", by)
     assert_same(wrote, ranks(2).run(read, settings, tmp_path / "old", old_stage, True), "bf16")
 
 

@@ -2,9 +2,7 @@
 
 import json
 import re
-import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,57 +12,17 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smoltrain import __version__
 from smoltrain.config.load import load_config
 from smoltrain.errors import Problem, TrainingStopped, UserError
-from smoltrain.export import export, verify
-from smoltrain.export.model_card import read_last_metrics
-from smoltrain.export.verify import (
-    ExportComparison,
-    VerificationPrompt,
-    _check_ids_and_text,
-    _max_logit_difference,
-    _read_held_out_ids,
-    make_verification_prompts,
-    verify_export,
-)
-from smoltrain.inference.load import LoadedModel, load_trained_model
+from smoltrain.export import export
+from smoltrain.export.marker import read_verified_marker
+from smoltrain.inference.load import load_trained_model
 from smoltrain.model import hf_format
 from tests import folders, tiny
 
 SYSTEM_4 = ("model.positions=learned", "model.num_key_value_heads=4")
 EXPORT = ("README.md", "config.json", "generation_config.json", "model.safetensors", "smoltrain.json")
 EXPORT = (*EXPORT, "tokenizer.json", "tokenizer_config.json")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    with folders.one_thread():
-        yield
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama-shaped run of 12 steps with checkpoints 8 and 12, in bf16."""
-    return folders.run(tmp_path_factory.mktemp("export"))
-
-
-@pytest.fixture(scope="module")
-def exported(run: Path) -> tuple[Path, str]:
-    """(Its export, verified in earnest, and what the user read.)"""
-    told: list[str] = []
-    return export.export_model(str(run), say=told.append), "\n".join(told)
-
-
-@pytest.fixture
-def believed(monkeypatch: pytest.MonkeyPatch):
-    """Exports are published without a second process."""
-    monkeypatch.setattr(export, "verify_export", lambda loaded, folder: ExportComparison("Class", 1, 0.0))
-
-
-@pytest.fixture
-def loaded(run: Path) -> LoadedModel:
-    return load_trained_model(str(run))
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -87,7 +45,7 @@ def test_the_folder_and_the_line(run: Path, exported: tuple[Path, str]):
     )
     assert difference, told
     assert float(difference[1]) < 1e-5
-    assert export.is_verified_export(folder)
+    assert read_verified_marker(folder) == read(folder / "smoltrain.json")
     marker = read(folder / "smoltrain.json")
     assert marker["class"] == "LlamaForCausalLM"
     assert (marker["run"], marker["step"], marker["last_step"], marker["num_parameters"]) == (
@@ -126,42 +84,6 @@ def test_unspoken_ids_are_never_drawn(tmp_path: Path, believed: None):
     made = folders.run(tmp_path, "model.vocab_size=400")
     folder = export.export_model(str(made), say=lambda line: None)
     assert read(folder / "generation_config.json")["suppress_tokens"] == list(range(320, 400))
-
-
-def test_the_card(run: Path, exported: tuple[Path, str]):
-    text = (exported[0] / "README.md").read_text()
-    _, front, body = text.split("---\n", 2)
-    assert yaml.safe_load(front)["library_name"] == "transformers"
-    for line in (
-        "# quickstart",
-        f"smoltrain {__version__}",
-        "| class | `LlamaForCausalLM` |",
-        "| parameters | 28,832 |",
-        "| steps | 12 of 12 (main: 8 steps, cosine; continuation: 4 steps, linear) |",
-        "| data | local files, `corpus` |",
-        "| tokens seen | 768 in rows of 16 |",
-        "| training loss of the last step, nats per token | 4.8000 |",
-        "| validation loss, nats per token | 7.0000 |",
-    ):
-        assert line in body
-    assert "unfinished" not in text
-    assert "trust_remote_code" not in text
-    everything = "".join((exported[0] / name).read_text() for name in EXPORT if not name.endswith("safetensors"))
-    assert str(run.parent.parent) not in everything, "no path of this machine"
-
-
-def test_the_card_tells_how_to_load_it(exported: tuple[Path, str], capsys: pytest.CaptureFixture[str]):
-    code = (exported[0] / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    exec(code.replace('folder = "quickstart"', f"folder = {str(exported[0])!r}"), {})
-    assert capsys.readouterr().out.startswith("Once upon a time")
-
-
-def test_metrics_of_later_steps_are_not_the_cards(run: Path, tmp_path: Path):
-    assert read_last_metrics(run / "metrics.jsonl", 8)["train/loss_nats_per_token"] == pytest.approx(5.2)
-    cut = tmp_path / "metrics.jsonl"
-    cut.write_text('{"step": 1, "train/loss_nats_per_token": 5}\n{"step": 2, "train/lo')
-    assert read_last_metrics(cut, 8)["step"] == 1
-    assert read_last_metrics(tmp_path / "none.jsonl", 8) == {}
 
 
 def test_an_unfinished_run_says_so(run: Path, tmp_path: Path, believed: None):
@@ -271,49 +193,11 @@ def test_an_export_that_is_not_the_model_is_deleted(
 
     monkeypatch.setattr(hf_format, "convert_to_hf_tensors", flipped)
     before = {p.name: p.read_bytes() for p in exported[0].iterdir()}
-    with pytest.raises(TrainingStopped, match=r"the export is not the model: logits differ by up to \S+ on 16 prompts"):
+    with pytest.raises(TrainingStopped, match=r"the export is not the model: logits differ by up to \S+ on 16 prompts"
+                       r", at most 0\.0001 is rounding; the folder was deleted"):  # fmt: skip
         export.export_model(str(run))
     assert {p.name: p.read_bytes() for p in exported[0].iterdir()} == before, "the export before it stays"
     assert [p.name for p in exported[0].parent.iterdir()] == ["step-00000012"]
-
-
-def test_what_transformers_says_is_told(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    said = subprocess.CompletedProcess([], 1, "", "Traceback\n  ...\nValueError: no such class\n")
-    monkeypatch.setattr(verify.subprocess, "run", lambda *words, **options: said)
-    with pytest.raises(TrainingStopped, match=r"cannot load the export, which was deleted: ValueError: no such class"):
-        verify_export(loaded, tmp_path)
-
-
-def test_another_text_or_tokenizer_is_a_mismatch(loaded: LoadedModel):
-    case = VerificationPrompt([5, 6, 7], None, 3)
-    with pytest.raises(TrainingStopped, match="the export goes on with another text"):
-        _check_ids_and_text(loaded, case, {"ids": None, "new": [1, 2, 3], "text": "other"})
-    with pytest.raises(TrainingStopped, match="tokenizer gives other ids for 'The'"):
-        _check_ids_and_text(loaded, VerificationPrompt([5], "The"), {"ids": [6], "new": [], "text": ""})
-
-
-def test_numbers_that_are_none_are_a_mismatch(loaded: LoadedModel):
-    logits = loaded.model(torch.tensor([[1, 2]]))[0]
-    assert _max_logit_difference(loaded, VerificationPrompt([1, 2]), logits) == 0
-    assert _max_logit_difference(loaded, VerificationPrompt([1, 2]), logits * float("nan")) == float("inf")
-    assert _max_logit_difference(loaded, VerificationPrompt([1, 2]), logits[:1]) == float("inf")
-
-
-@pytest.mark.parametrize("room", [1, 2, 3, 64, 100_000])
-def test_cases_fit_the_model(loaded: LoadedModel, room: int, monkeypatch: pytest.MonkeyPatch):
-    section = loaded.model.section.model_copy(update={"max_position_embeddings": room})
-    monkeypatch.setattr(loaded.model, "_section", section)
-    cases = make_verification_prompts(loaded)
-    assert len(cases) == 16
-    assert all(case.ids and len(case.ids) + case.new_tokens <= room for case in cases)
-    assert cases[0].ids == loaded.tokenizer.encode("**ROMEO**  \n")[: len(cases[0].ids)]
-    assert len(cases[-1].ids) == min(room, 256)
-    if room >= 64:
-        assert [case.new_tokens for case in cases[:4]] == [32] * 4
-        assert cases[0].text == "**ROMEO**  \n"
-        assert cases[7].ids == _read_held_out_ids(loaded)[:32]
-    without_data = replace(loaded, folder=Path("nowhere"), config=None)
-    assert len(make_verification_prompts(without_data)) == 16
 
 
 @pytest.fixture

@@ -1,21 +1,21 @@
 """What the card of an export, which `push` publishes, says of the data and of the recipe, and what it must not say."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from smoltrain import __version__
 from smoltrain.config.load import RECIPES_FOLDER, load_config
 from smoltrain.config.schema import DataSection
-from smoltrain.export.export import read_export_marker
-from smoltrain.export.model_card import _describe_data, _training_facts
-from smoltrain.inference.load import EXPORT_MARKER_FILE
+from smoltrain.export.model_card import _describe_data, _training_facts, read_last_metrics
 from smoltrain.run.run_folder import enter_run_folder
 from tests import tiny
 from tests.test_redact import AMZ, SECRET
 
+TEXT_FILES = ("README.md", "config.json", "generation_config.json", "smoltrain.json", "tokenizer.json")
+TEXT_FILES = (*TEXT_FILES, "tokenizer_config.json")
 HUB = "[me/texts](https://huggingface.co/datasets/me/texts)"
 
 
@@ -57,25 +57,37 @@ def test_the_recipe_is_the_file_that_was_trained_and_no_run(tmp_path: Path):
     assert "recipe" not in _training_facts(older, tmp_path / "none.jsonl", 1, 2)
 
 
-WHOLE = {"format": 1, "smoltrain": "0", "run": "a", "run_id": "b", "step": 1, "last_step": None, "files": {}}
+def test_the_card(run: Path, exported: tuple[Path, str]):
+    text = (exported[0] / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front)["library_name"] == "transformers"
+    for line in (
+        "# quickstart",
+        f"smoltrain {__version__}",
+        "| class | `LlamaForCausalLM` |",
+        "| parameters | 28,832 |",
+        "| steps | 12 of 12 (main: 8 steps, cosine; continuation: 4 steps, linear) |",
+        "| data | local files, `corpus` |",
+        "| tokens seen | 768 in rows of 16 |",
+        "| training loss of the last step, nats per token | 4.8000 |",
+        "| validation loss, nats per token | 7.0000 |",
+    ):
+        assert line in body
+    assert "unfinished" not in text
+    assert "trust_remote_code" not in text
+    everything = "".join((exported[0] / name).read_text() for name in TEXT_FILES)
+    assert str(run.parent.parent) not in everything, "no path of this machine"
 
 
-@pytest.mark.parametrize("key", WHOLE)
-def test_a_marker_of_the_wrong_kind_is_none(tmp_path: Path, key: str):
-    file = tmp_path / EXPORT_MARKER_FILE
-    file.write_text(json.dumps(WHOLE))
-    assert read_export_marker(tmp_path) == WHOLE
-    for value in ([], 1.5, {"a": []} if key != "files" else "x"):
-        file.write_text(json.dumps(WHOLE | {key: value}))
-        assert read_export_marker(tmp_path) is None
-    file.write_text(json.dumps({k: v for k, v in WHOLE.items() if k != key}))
-    assert read_export_marker(tmp_path) is None
+def test_the_card_tells_how_to_load_it(exported: tuple[Path, str], capsys: pytest.CaptureFixture[str]):
+    code = (exported[0] / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(code.replace('folder = "quickstart"', f"folder = {str(exported[0])!r}"), {})
+    assert capsys.readouterr().out.startswith("Once upon a time")
 
 
-def test_a_marker_that_is_a_pipe_or_too_deep_is_none(tmp_path: Path):
-    file = tmp_path / EXPORT_MARKER_FILE
-    file.write_text("[" * 10**5)
-    assert read_export_marker(tmp_path) is None
-    file.unlink()
-    os.mkfifo(file)
-    assert read_export_marker(tmp_path) is None
+def test_metrics_of_later_steps_are_not_the_cards(run: Path, tmp_path: Path):
+    assert read_last_metrics(run / "metrics.jsonl", 8)["train/loss_nats_per_token"] == pytest.approx(5.2)
+    cut = tmp_path / "metrics.jsonl"
+    cut.write_text('{"step": 1, "train/loss_nats_per_token": 5}\n{"step": 2, "train/lo')
+    assert read_last_metrics(cut, 8)["step"] == 1
+    assert read_last_metrics(tmp_path / "none.jsonl", 8) == {}

@@ -79,7 +79,7 @@ def test_the_controls_stand_as_the_recipe_says(shelf: demo.DemoModels):
 
 
 def test_settings_beyond_a_slider_move_its_ends(shelf: demo.DemoModels, monkeypatch: pytest.MonkeyPatch):
-    loaded = shelf.take()
+    loaded = shelf.load()
     far = loaded.generation.model_copy(update={"temperature": 3.5, "top_k": 999, "max_tokens": 10**6})
     monkeypatch.setattr(shelf, "_last", replace(loaded, generation=far))
     page = page_of(shelf)
@@ -90,7 +90,7 @@ def test_settings_beyond_a_slider_move_its_ends(shelf: demo.DemoModels, monkeypa
 def test_a_model_without_checkpoints_and_recipe_has_a_page(
     shelf: demo.DemoModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    hub = replace(shelf.take(), folder=tmp_path, step=None, manifest=None, config=None)  # as of a Hugging Face folder
+    hub = replace(shelf.load(), folder=tmp_path, step=None, manifest=None, config=None)  # as of a Hugging Face folder
     monkeypatch.setattr(shelf, "_last", hub)
     page = page_of(shelf)
     assert (page["Checkpoint"]["visible"], page["Checkpoint"].get("value")) == (False, None)
@@ -113,9 +113,9 @@ def test_a_broken_checkpoint_is_not_the_chosen_one(run: Path, tmp_path: Path, ca
 
 
 def test_the_facts_name_run_parameters_step_and_device(shelf: demo.DemoModels):
-    number = sum(p.numel() for p in shelf.take().model.parameters())
-    assert demo.describe_model(shelf.take(), shelf.device) == (
-        f"## quickstart\n{number:,} parameters · step {shelf.take().step} · on {shelf.device}"
+    number = sum(p.numel() for p in shelf.load().model.parameters())
+    assert demo.describe_model(shelf.load(), shelf.device) == (
+        f"## quickstart\n{number:,} parameters · step {shelf.load().step} · on {shelf.device}"
     )
 
 
@@ -152,7 +152,7 @@ def test_a_checkpoint_is_loaded_when_it_is_asked_for_and_kept(run: Path, monkeyp
 
 def test_controls_of_the_page_are_shown_and_not_obeyed(shelf: demo.DemoModels, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        LoadedModel, "text", lambda *_, **__: iter(["\x1b[31m", "\x00\x7f\x85", "\u202e\t\n", "é👩\u200d🔬"])
+        LoadedModel, "generate_text", lambda *_, **__: iter(["\x1b[31m", "\x00\x7f\x85", "\u202e\t\n", "é👩\u200d🔬"])
     )
     assert texts(shelf, "a\r")[-1] == "a␍␛[31m␀␡\ufffd\ufffd\t\né👩\u200d🔬"
 
@@ -319,9 +319,11 @@ def address(run: Path, tmp_path: Path) -> Iterator[str]:
 def talkative(run: Path) -> int:
     """A seed with which the model does not end its document soon."""
     loaded, long = load_trained_model(str(run)), GenerationSection(**SETTINGS | {"max_tokens": 400})
-    return next(
-        seed for seed in itertools.count() if sum(1 for _ in loaded.text(PROMPT, long, greedy=False, seed=seed)) > 300
-    )
+
+    def length(seed: int) -> int:
+        return sum(1 for _ in loaded.generate_text(PROMPT, long, greedy=False, seed=seed))
+
+    return next(seed for seed in itertools.count() if length(seed) > 300)
 
 
 @pytest.mark.slow

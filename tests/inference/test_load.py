@@ -215,7 +215,7 @@ def test_weights_that_are_no_numbers(run: Path, hub: Path, value: float):
 
 def test_a_run_whose_config_asks_for_all_memory(run: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
-        "smoltrain.run.run_folder.check_checkpoint_identity", lambda *_: None
+        "smoltrain.checkpoint.identity.check_checkpoint_identity", lambda *_: None
     )  # a manifest that says the same
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace("intermediate_size: 64", "intermediate_size: 16777216"))
@@ -239,12 +239,12 @@ def test_a_config_json_of_anything_is_a_problem_or_a_model(hub: Path, odd: Any):
 
 def test_a_prompt_that_is_not_text(run: Path):
     with pytest.raises(UserError, match=r"the prompt is not text: saw 'caf\\udce9', want text in UTF-8"):
-        load_trained_model(str(run)).text("caf\udce9", GenerationSection(), greedy=True, seed=0)
+        load_trained_model(str(run)).generate_text("caf\udce9", GenerationSection(), greedy=True, seed=0)
 
 
 def test_a_prompt_that_spells_a_special_token_is_text(run: Path):
     loaded = load_trained_model(str(run))
-    told = "".join(loaded.text(folders.SEPARATOR, GenerationSection(max_tokens=2), greedy=True, seed=0))
+    told = "".join(loaded.generate_text(folders.SEPARATOR, GenerationSection(max_tokens=2), greedy=True, seed=0))
     assert loaded.tokenizer.separator_id not in loaded.tokenizer.encode(folders.SEPARATOR)
     assert folders.SEPARATOR not in told
 
@@ -271,8 +271,8 @@ def test_the_end_of_a_text_may_stand_in_any_file(hub: Path, where: str, bare: bo
     assert problem(hub).startswith("nothing says which token ends a text")
     ENDS[where](hub)
     loaded = load_trained_model(str(hub))
-    assert (loaded.tokenizer.separator, loaded.end_ids) == (folders.SEPARATOR, [0, 7] if "list" in where else [0])
-    assert "".join(loaded.text("the king", GenerationSection(max_tokens=3), greedy=True, seed=0)) is not None
+    assert (loaded.tokenizer.separator, loaded.stop_ids) == (folders.SEPARATOR, [0, 7] if "list" in where else [0])
+    assert "".join(loaded.generate_text("the king", GenerationSection(max_tokens=3), greedy=True, seed=0)) is not None
 
 
 @pytest.mark.parametrize("pad", ["a", "[PAD]", folders.SEPARATOR, 5, {"content": "b"}])

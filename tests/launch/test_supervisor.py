@@ -15,12 +15,13 @@ import pytest
 
 from smoltrain.checkpoint.manifest import find_newest_valid_checkpoint, list_checkpoint_steps
 from smoltrain.config.load import list_recipes
-from smoltrain.config.schema import Config
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config, zero_stage
-from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED
+from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, UserError
 from smoltrain.launch import supervisor
-from smoltrain.launch.config_pipe import pack_config, unpack_config
+from smoltrain.launch.config_pipe import pack_start, unpack_start
+from smoltrain.run.run_lock import lock_run_folder
 from smoltrain.schedule import Plan
+from smoltrain.train.start import Start
 from tests import launches, tiny
 
 LONG = (
@@ -340,11 +341,11 @@ def test_ctrl_c_while_a_rank_still_imports_shows_no_traceback(
 class Phase:
     """Stands in for the ranks of a phase, which are always done at once; `during` is what happens meanwhile."""
 
-    launched: list[Config]
+    launched: list[Start]
     during: Callable[[supervisor.SignalForwarder], None]
 
-    def __init__(self, words: list[str], count: int, device: str, settings: Config) -> None:
-        self.launched.append(settings)
+    def __init__(self, words: list[str], count: int, device: str, start: Start, lock: int) -> None:
+        self.launched.append(start)
 
     def run(self, signals: supervisor.SignalForwarder) -> None:
         signals.ranks_were_started = True
@@ -352,8 +353,8 @@ class Phase:
 
 
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
-    """The configs of the phases that were launched."""
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Start]:
+    """The starts of the phases that were launched."""
     monkeypatch.setattr(supervisor, "RankProcesses", Phase)
     Phase.launched = []
     return Phase.launched
@@ -373,15 +374,15 @@ def ask_after(signals: supervisor.SignalForwarder) -> None:
 
 @pytest.mark.parametrize("ask", [ask_late, ask_after])
 def test_no_phase_begins_after_a_signal(
-    launched: list[Config], tmp_path: Path, capsys: pytest.CaptureFixture[str], ask: Callable[..., None]
+    launched: list[Start], tmp_path: Path, capsys: pytest.CaptureFixture[str], ask: Callable[..., None]
 ) -> None:
     Phase.during = ask
     assert supervisor.supervise_run("quickstart", tiny.words(tmp_path)) == STOPPED
-    assert [settings.run.stop_after for settings in launched] == ["main"]
+    assert [start.config.run.stop_after for start in launched] == ["main"]
     assert capsys.readouterr().out.splitlines()[-1].endswith("; the same command goes on from there")
 
 
-def test_all_phases_train_what_the_recipe_said_at_the_start(launched: list[Config], tmp_path: Path) -> None:
+def test_all_phases_train_what_the_recipe_said_at_the_start(launched: list[Start], tmp_path: Path) -> None:
     recipe, engine = tmp_path / "my.yaml", tmp_path / "mine.json"
     recipe.write_text(list_recipes()["quickstart"].read_text(encoding="utf-8"), encoding="utf-8")
     engine.write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
@@ -393,9 +394,35 @@ def test_all_phases_train_what_the_recipe_said_at_the_start(launched: list[Confi
     Phase.during = edit
     words = [word for word in tiny.words(tmp_path) if not word.startswith("phases.continuation.lr=")]
     assert supervisor.supervise_run(str(recipe), [*words, f"engine.ds_config={engine}"]) == DONE
-    handed = [unpack_config(io.BytesIO(pack_config(settings))) for settings in launched]
+    handed = [unpack_start(io.BytesIO(pack_start(start))).config for start in launched]
     assert [(at.run.stop_after, at.phases[1].lr) for at in handed] == [("main", 2e-4), ("continuation", 2e-4)]
     assert zero_stage(fill_deepspeed_config(handed[1], precision="fp32", accumulation=2, world_size=2)) == 1
+
+
+@pytest.mark.slow
+def test_a_run_is_locked_until_its_supervisor_and_its_ranks_have_left(tmp_path: Path) -> None:
+    """A supervisor that is killed leaves ranks behind that save: nobody else may write into the run meanwhile."""
+    words, run_folder = tiny.words(tmp_path, *LONG, "checkpoint.every=0"), tmp_path / "runs" / "quickstart"
+    process = launches.start("smoltrain", words, tmp_path / "log")
+    launches.wait_for_step(run_folder, 3, process)
+    settings = tiny.load(tmp_path, *LONG)
+    with pytest.raises(UserError, match="another process trains this run"):
+        lock_run_folder(settings, patience_s=0.0)
+    for rank in launches.ranks_alive(words):
+        rank.suspend()
+    process.kill()
+    process.wait()
+    try:
+        with pytest.raises(UserError, match="another process trains this run"):
+            lock_run_folder(settings, patience_s=0.5)
+        for rank in launches.ranks_alive(words):
+            rank.resume()
+        lock = lock_run_folder(settings)
+        assert lock is not None
+        assert not launches.ranks_alive(words)
+        os.close(lock)
+    finally:
+        launches.kill_all(words)
 
 
 def test_the_summary_shows_no_older_loss_as_the_last_one(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ import yaml
 from smoltrain import files
 from smoltrain.config.schema import Config
 from smoltrain.engine.layer_gradients import LayerGradient
-from smoltrain.run.run_folder import RunFolder
 from smoltrain.run.track import GRADIENT_NORM_PREFIX, METRICS, Tracker, format_console_line
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.run.wandb_run import GRADIENT_HISTOGRAM_PREFIX, resolve_wandb_mode
@@ -354,7 +353,7 @@ def test_a_wandb_that_cannot_even_write_is_off(
 def opened(folder: Path, *overrides: str, rank: int = 0, first_step: int = 0) -> Tracker:
     settings = tiny.load(folder, *overrides)
     settings.run_folder.mkdir(parents=True, exist_ok=True)
-    return Tracker(settings, RunFolder(settings.run_folder, 4, "12345678"), rank, first_step, 12)
+    return Tracker(settings, tiny.run_folder(settings.run_folder), rank, first_step, 12)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

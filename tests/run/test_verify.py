@@ -30,6 +30,7 @@ from smoltrain.schedule import Plan
 from tests import tiny
 from tests.engine.test_engine import fresh_model, loader_of
 from tests.ranks import world
+from tests.sessions import bare_session, train_steps
 
 Verified = tuple[int, list[str]]
 
@@ -139,15 +140,14 @@ def test_the_loss_is_that_of_the_run_in_fp32_too_and_with_a_document_mask(tmp_pa
     assert "in fp32 the order of additions moves a loss by less than 1e-06 of itself" in words
 
 
-def save_one(settings: Config, precision: str, wandb_id: str, identity: RunIdentity | None) -> None:
+def save_one(settings: Config, precision: str, wandb_id: str, identity: RunIdentity) -> None:
     """On every rank: one step and its checkpoint."""
     from smoltrain.engine.engine import build_engine
-    from smoltrain.train.step import train_step
 
     here, plan, accumulation = world(), Plan(settings.phases), 4 // world().size
     wrapped = build_engine(fresh_model(settings), settings, here, precision=precision, accumulation=accumulation)
     loader = loader_of(settings, here.rank, here.size, accumulation)
-    train_step(1, wrapped, loader, plan, here)
+    train_steps(range(1, 2), bare_session(settings, wrapped, loader))
     saver = CheckpointSaver(settings.run_folder / "checkpoints", here, plan, CheckpointSection(), say=lambda _: None)
     saver.start_save(
         1, wrapped, loader, precision=precision, skipped_updates=0, wandb_id=wandb_id, identity=identity,

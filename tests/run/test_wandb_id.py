@@ -18,7 +18,7 @@ ID = "12345678"
 
 def at(folder: Path) -> RunFolder:
     folder.mkdir(parents=True, exist_ok=True)
-    return RunFolder(folder, 4, ID)
+    return tiny.run_folder(folder)
 
 
 def config(folder: Path, *words: str) -> Config:

@@ -19,7 +19,6 @@ import pytest
 
 from smoltrain.engine.layer_gradients import LayerGradient
 from smoltrain.run import wandb_run
-from smoltrain.run.run_folder import RunFolder
 from smoltrain.run.track import Tracker
 from tests import launches, tiny, wandb_files
 from tests.wandb_server import WandbServer
@@ -75,7 +74,7 @@ def opened(folder: Path, *overrides: str, first_step: int = 0, name: str = "quic
     words = ("track.wandb=online", f"track.wandb_timeout_s={PATIENCE_S}", f"run.name={name}", *overrides)
     settings = tiny.load(folder, *words)
     settings.run_folder.mkdir(parents=True, exist_ok=True)
-    return Tracker(settings, RunFolder(settings.run_folder, 4, ID), 0, first_step, 12)
+    return Tracker(settings, tiny.run_folder(settings.run_folder), 0, first_step, 12)
 
 
 def trained(tracker: Tracker, first: int, last: int) -> None:

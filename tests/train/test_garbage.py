@@ -8,10 +8,10 @@ import torch
 
 from smoltrain.config.schema import Config
 from smoltrain.data.tokens.prepare import prepare_run_data
-from smoltrain.schedule import Plan
 from smoltrain.train.garbage import COLLECT_EVERY, collect_between_steps
 from tests import tiny
 from tests.ranks import world
+from tests.sessions import bare_session, train_steps
 from tests.train.test_step import engine_for, loader_of
 
 
@@ -54,17 +54,14 @@ def test_python_collects_by_itself_again_after_an_error() -> None:
 
 def tensors_left_by_a_step(settings: Config) -> list[tuple[int, ...]]:
     """The shapes of tensors that a step leaves to the collector."""
-    from smoltrain.train.step import train_step
-
     here, wrapped = world(), engine_for(settings, settings.engine.precision)
-    loader, plan = loader_of(settings, here.rank, here.size), Plan(settings.phases)
-    for step in (1, 2):
-        train_step(step, wrapped, loader, plan, here, gradients_every=1)
+    session = bare_session(settings, wrapped, loader_of(settings, here.rank, here.size))
+    train_steps(range(1, 3), session)
     gc.collect()
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
-        train_step(3, wrapped, loader, plan, here, gradients_every=1)
+        train_steps(range(3, 4), session)
         gc.collect()
         return [tuple(left.shape) for left in gc.garbage if isinstance(left, torch.Tensor)]
     finally:
@@ -76,7 +73,10 @@ def tensors_left_by_a_step(settings: Config) -> list[tuple[int, ...]]:
 def test_a_step_leaves_no_tensor_to_the_collector(tmp_path: Path, ranks: Any) -> None:
     """Else a hundred steps of activations would wait for it."""
     for stage, recompute in ((2, "none"), (2, "full"), (3, "none")):
-        words = (f"engine.ds_config=zero{stage}", "engine.precision=fp32", f"engine.gradient_checkpointing={recompute}")
+        words = (
+            f"engine.ds_config=zero{stage}", "engine.precision=fp32", f"engine.gradient_checkpointing={recompute}",
+            "track.gradients_every=1",
+        )  # fmt: skip
         settings = tiny.load(tmp_path, *words)
         prepare_run_data(settings)
         assert ranks(2).run(tensors_left_by_a_step, settings) == [[], []], words

@@ -15,11 +15,11 @@ from smoltrain.data.rows.row_contents import Passage, RowContents
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import TrainingStopped
 from smoltrain.run.run_folder import SPIKES_FILE
-from smoltrain.schedule import Plan
 from smoltrain.train.spikes import Rewind, Spike, SpikeGuard, read_spikes
 from tests import tiny
 from tests.engine.test_engine import fresh_model, loader_of
 from tests.ranks import world
+from tests.sessions import bare_session, train_steps
 
 B = 8  # rows of a step on two ranks
 FLAT = [(3.0, B * n) for n in range(1, 41)]  # losses, rows consumed after them
@@ -55,22 +55,22 @@ def test_a_loss_that_is_not_finite_is_always_a_spike(loss: float) -> None:
 def test_a_loss_far_above_the_median_is_a_spike_and_one_below_it_never_is() -> None:
     noisy = [(3.0 + 0.1 * (n % 5 - 2), n) for n in range(40)]  # median 3.0, median absolute deviation 0.1
     guard = guard_of(history=noisy, deviations=6)
-    assert guard.find_spike_reason(3.0 + 5.9 * 0.14826) == ""
-    assert guard.find_spike_reason(3.0 + 6.1 * 0.14826).startswith(
-        "it is 6.1 robust deviations above 3, the median of the last 40"
-    )
-    assert guard.find_spike_reason(0.01) == ""
-    assert guard_of(history=noisy).find_spike_reason(1e9) == "", "no deviations are asked for"
+    assert guard.find_spike_reason(3.0 + 5.9 * 0.14826) is None
+    reason = guard.find_spike_reason(3.0 + 6.1 * 0.14826)
+    assert reason
+    assert reason.startswith("it is 6.1 robust deviations above 3, the median of the last 40")
+    assert guard.find_spike_reason(0.01) is None
+    assert guard_of(history=noisy).find_spike_reason(1e9) is None, "no deviations are asked for"
 
 
 def test_too_few_losses_are_no_measure() -> None:
-    assert guard_of(history=FLAT[:15], deviations=3).find_spike_reason(1e9) == ""
+    assert guard_of(history=FLAT[:15], deviations=3).find_spike_reason(1e9) is None
     assert guard_of(history=FLAT[:16], deviations=3).find_spike_reason(1e9)
 
 
 def test_a_flat_loss_is_no_trap() -> None:
     guard = guard_of(history=FLAT, deviations=6)
-    assert guard.find_spike_reason(3.0 + 6 * 1.4826 * 0.0099) == ""
+    assert guard.find_spike_reason(3.0 + 6 * 1.4826 * 0.0099) is None
     assert guard.find_spike_reason(3.0 + 6 * 1.4826 * 0.0101)
 
 
@@ -188,9 +188,8 @@ def spoilt(wrapped: Any, loader: Any, step: int, by: Callable[[torch.Tensor], to
 def steps_with(settings: Config, precision: str, spikes: dict[str, Any], how: str) -> dict[str, Any]:
     """Five steps. how: a bad row in the third, 'nan' or 'high'; or 'passed', its rows left out from the beginning."""
     from smoltrain.engine.engine import build_engine
-    from smoltrain.train.step import train_step
 
-    here, said, marks = world(), [], []
+    here = world()
     wrapped = build_engine(fresh_model(settings), settings, here, precision=precision, accumulation=2)
     loader = loader_of(settings, here.rank, here.size)
     entries = [{"does": "rewind", "rows": [2 * B, 3 * B]}] if how == "passed" else []
@@ -201,14 +200,15 @@ def steps_with(settings: Config, precision: str, spikes: dict[str, Any], how: st
     elif how == "high":
         spoilt(wrapped, loader, 3, lambda loss: loss + 16 * 100.0)
     before: dict[str, torch.Tensor] = {}
-    seen: dict[str, Any] = {"said": said, "marks": marks, "digests": [], "skipped": 0, "error": None}
+    session = bare_session(settings, wrapped, loader, guard=guard)
+    seen: dict[str, Any] = {
+        "said": session.tracker.said, "marks": session.watchdog.places, "digests": [], "skipped": 0, "error": None,
+        "reduction": wrapped.reduction,
+    }  # fmt: skip
     try:
         for step in range(1, 6):
             before = wrapped.weights(keep=True)
-            result = train_step(
-                step, wrapped, loader, Plan(settings.phases), here, guard=guard, say=said.append, mark=marks.append
-            )
-            assert result is not None
+            [result] = train_steps(range(step, step + 1), session)
             seen["digests"] += result.digests.tolist()
             seen["skipped"] += result.num_skipped
     except (TrainingStopped, Rewind) as error:
@@ -218,18 +218,22 @@ def steps_with(settings: Config, precision: str, spikes: dict[str, Any], how: st
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision", "how"),
-    [(0, "fp32", "nan"), (1, "bf16", "high"), (1, "fp32", "nan"),
-     (2, "fp32", "high"), (2, "bf16", "nan"), (3, "fp32", "nan"), (3, "bf16", "high")],
+    ("stage", "precision", "reduce", "how"),
+    [(0, "fp32", "micro_batch", "nan"), (1, "bf16", "micro_batch", "high"), (1, "fp32", "micro_batch", "nan"),
+     (1, "fp32", "step", "nan"), (2, "fp32", "micro_batch", "high"), (2, "fp32", "step", "high"),
+     (2, "bf16", "micro_batch", "nan"), (2, "bf16", "step", "nan"), (3, "fp32", "micro_batch", "nan"),
+     (3, "bf16", "micro_batch", "high")],
 )  # fmt: skip
 def test_skipped_rows_leave_no_trace_and_neither_do_rows_that_are_passed_over(
-    tmp_path: Path, ranks: Any, stage: int, precision: str, how: str
+    tmp_path: Path, ranks: Any, stage: int, precision: str, reduce: str, how: str
 ) -> None:
-    settings = prepared(tmp_path, f"engine.ds_config=zero{stage}", f"engine.precision={precision}")
+    words = (f"engine.ds_config=zero{stage}", f"engine.precision={precision}", f"engine.reduce_gradients={reduce}")
+    settings = prepared(tmp_path, *words)
     spikes = {"on_spike": "skip", "deviations": 6.0}
     skipped = ranks(2).run(steps_with, settings, precision, spikes, how)
     passed = ranks(2).run(steps_with, settings, precision, spikes, "passed")
     for ours, theirs in zip(skipped, passed, strict=True):
+        assert ("DeepSpeed" in ours["reduction"]) == (reduce == "micro_batch"), ours["reduction"]
         assert ours["error"] is theirs["error"] is None
         assert ours["skipped"] == theirs["skipped"] == 1
         assert ours["rows"] == 6 * B

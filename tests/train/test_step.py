@@ -1,20 +1,32 @@
-"""The loop itself, on two real ranks in this session: skips, resets, phases, evaluation."""
+"""The step itself, on two real ranks in this session: skips, resets, stops, and how often the ranks talk."""
 
 import math
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config
 from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.rows.loader import StepRows
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.schedule import Plan
 from tests import tiny
 from tests.engine.test_engine import fresh_model, loader_of
 from tests.ranks import world
+from tests.sessions import bare_session, train_steps
+
+# ZeRO stage, precision and who reduces: DeepSpeed (micro_batch) everywhere, and we (step) where that is possible.
+BOTH_WAYS = [
+    (0, "fp32", "micro_batch"), (1, "fp32", "micro_batch"), (1, "fp32", "step"), (1, "bf16", "micro_batch"),
+    (2, "fp32", "micro_batch"), (2, "fp32", "step"), (2, "bf16", "micro_batch"), (2, "bf16", "step"),
+    (3, "fp32", "micro_batch"), (3, "bf16", "micro_batch"),
+]  # fmt: skip
 
 
 def engine_for(settings: Config, precision: str) -> Any:
@@ -41,15 +53,13 @@ def spoil(wrapped: Any, rank: int, calls: list[int]) -> None:
 
 
 def step_with_a_bad_gradient(settings: Config, precision: str) -> dict[str, Any]:
-    from smoltrain.train.step import train_step
-
     wrapped, here = engine_for(settings, precision), world()
-    loader, plan = loader_of(settings, here.rank, here.size), Plan(settings.phases)
+    loader = loader_of(settings, here.rank, here.size)
     before = wrapped.weights(keep=True)
     spoil(wrapped, 1, [])
-    first = train_step(1, wrapped, loader, plan, here)
-    assert first is not None
+    [first] = train_steps(range(1, 2), bare_session(settings, wrapped, loader))
     return {
+        "reduction": wrapped.reduction,
         "skipped": first.num_skipped,
         "rows": loader.rows_consumed,
         "norm": first.metrics["train/grad_norm_before_clipping"],
@@ -58,14 +68,14 @@ def step_with_a_bad_gradient(settings: Config, precision: str) -> dict[str, Any]
     }
 
 
-@pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
-)
+@pytest.mark.parametrize(("stage", "precision", "reduce"), BOTH_WAYS)
 def test_a_non_finite_gradient_is_skipped_and_counted_never_as_a_step(
-    tmp_path: Path, ranks: Any, stage: int, precision: str
+    tmp_path: Path, ranks: Any, stage: int, precision: str, reduce: str
 ) -> None:
-    settings = prepared(tmp_path, f"engine.ds_config=zero{stage}", f"engine.precision={precision}")
+    words = (f"engine.ds_config=zero{stage}", f"engine.precision={precision}", f"engine.reduce_gradients={reduce}")
+    settings = prepared(tmp_path, *words)
     for seen in ranks(2).run(step_with_a_bad_gradient, settings, precision):
+        assert ("DeepSpeed" in seen["reduction"]) == (reduce == "micro_batch"), seen["reduction"]
         assert seen["skipped"] == 1
         assert seen["rows"] == 2 * 8, "the spoilt rows are spent, the step took the next ones"
         assert math.isfinite(seen["norm"])
@@ -75,22 +85,22 @@ def test_a_non_finite_gradient_is_skipped_and_counted_never_as_a_step(
 
 def first_step_of_a_phase(settings: Config, reset: bool) -> float:
     """How far one update with lr 1e-3 moves the weights furthest, after 8 steps of another phase."""
-    from smoltrain.train.step import train_step
-
     wrapped, here, plan = engine_for(settings, "fp32"), world(), Plan(settings.phases)
-    loader = loader_of(settings, here.rank, here.size)
-    for step in range(1, 9):
-        train_step(step, wrapped, loader, plan, here)
+    session = bare_session(settings, wrapped, loader_of(settings, here.rank, here.size))
+    train_steps(range(1, 9), session)
     before = wrapped.weights(keep=True)
     assert plan.resets_optimizer(9) == reset
-    train_step(9, wrapped, loader, plan, here)
+    train_steps(range(9, 10), session)
     moved = [(w - before[name]).abs() for name, w in wrapped.weights(keep=True).items()]
     return float(torch.cat([m.flatten() for m in moved]).median())
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_phase_may_reset_the_optimizer_or_keep_it(tmp_path: Path, ranks: Any, stage: int) -> None:
-    shape = (f"engine.ds_config=zero{stage}", "engine.precision=fp32", "optimizer.gradient_clipping=0")
+@pytest.mark.parametrize(("stage", "reduce"), [(0, "micro_batch"), (2, "step"), (2, "micro_batch"), (3, "micro_batch")])
+def test_a_phase_may_reset_the_optimizer_or_keep_it(tmp_path: Path, ranks: Any, stage: int, reduce: str) -> None:
+    shape = (
+        f"engine.ds_config=zero{stage}", f"engine.reduce_gradients={reduce}", "engine.precision=fp32",
+        "optimizer.gradient_clipping=0",
+    )  # fmt: skip
     phase = ("phases.continuation.lr=1e-3", "phases.continuation.weight_decay=0")
     medians = {}
     for reset in (True, False):
@@ -104,13 +114,12 @@ def test_a_phase_may_reset_the_optimizer_or_keep_it(tmp_path: Path, ranks: Any, 
 
 def endless_skips(settings: Config) -> str:
     from smoltrain.train import step
-    from smoltrain.train.step import train_step
 
     wrapped, here = engine_for(settings, "bf16"), world()
     wrapped.module.norm.weight.register_hook(lambda g: torch.full_like(g, torch.inf))
     step.MAX_SKIPS_IN_A_ROW = 3
     try:
-        train_step(1, wrapped, loader_of(settings, here.rank, here.size), Plan(settings.phases), here)
+        train_steps(range(1, 2), bare_session(settings, wrapped, loader_of(settings, here.rank, here.size)))
     except TrainingStopped as error:
         return str(error)
     finally:
@@ -118,8 +127,9 @@ def endless_skips(settings: Config) -> str:
     return "went on"
 
 
-def test_endless_skips_stop_the_run(tmp_path: Path, ranks: Any) -> None:
-    settings = prepared(tmp_path)
+@pytest.mark.parametrize("reduce", ["step", "micro_batch"])
+def test_endless_skips_stop_the_run(tmp_path: Path, ranks: Any, reduce: str) -> None:
+    settings = prepared(tmp_path, f"engine.reduce_gradients={reduce}")
     for message in ranks(2).run(endless_skips, settings):
         assert "step 1: 3 updates in a row had a gradient that is not finite" in message
 
@@ -131,7 +141,7 @@ def validation_loss(settings: Config, rows: int) -> tuple[float, float, float, f
     wrapped, here = engine_for(settings, "fp32"), world()
     loader = loader_of(settings, here.rank, here.size)
     bytes_per_id = torch.from_numpy(loader.prepared.bytes_per_id())
-    found = evaluate_loss(wrapped, loader.validation_batches(rows), bytes_per_id, here)
+    found = evaluate_loss(bare_session(settings, wrapped, loader), loader.validation_batches(rows), bytes_per_id)
     assert found is not None
     ours, bits = found
     net, total, count, num_bytes = fresh_model(settings).eval(), 0.0, 0, 0
@@ -156,13 +166,13 @@ def evaluation_with_a_stop(settings: Config) -> tuple[Any, list[str]]:
     """Rank 1 is asked to stop once its second batch is due."""
     from smoltrain.train.evaluate import evaluate_loss
 
-    wrapped, here, marks = engine_for(settings, "fp32"), world(), []
+    wrapped, here = engine_for(settings, "fp32"), world()
     loader = loader_of(settings, here.rank, here.size)
     batches, bytes_per_id = loader.validation_batches(12), torch.from_numpy(loader.prepared.bytes_per_id())
     assert len(batches) == 3
-    return evaluate_loss(
-        wrapped, batches, bytes_per_id, here, stop=lambda: here.rank == 1 and len(marks) == 2, mark=marks.append
-    ), marks
+    session = bare_session(settings, wrapped, loader, stop=lambda: here.rank == 1 and len(marks) == 2)
+    marks = session.watchdog.places
+    return evaluate_loss(session, batches, bytes_per_id), marks
 
 
 def test_a_signal_ends_an_evaluation(tmp_path: Path, ranks: Any) -> None:
@@ -171,11 +181,10 @@ def test_a_signal_ends_an_evaluation(tmp_path: Path, ranks: Any) -> None:
 
 
 def marks_of_a_step(settings: Config) -> list[str]:
-    from smoltrain.train.step import train_step
-
-    wrapped, here, marks = engine_for(settings, "fp32"), world(), []
-    train_step(1, wrapped, loader_of(settings, here.rank, here.size), Plan(settings.phases), here, 1, mark=marks.append)
-    return marks
+    wrapped, here = engine_for(settings, "fp32"), world()
+    session = bare_session(settings, wrapped, loader_of(settings, here.rank, here.size))
+    train_steps(range(1, 2), session)
+    return session.watchdog.places
 
 
 def test_a_step_marks_where_it_is(tmp_path: Path, ranks: Any) -> None:
@@ -190,39 +199,41 @@ def stopped_after_a_skip(settings: Config) -> dict[str, Any]:
     from smoltrain.config.schema import SpikesSection
     from smoltrain.train import step
     from smoltrain.train.spikes import SpikeGuard
-    from smoltrain.train.step import train_step
 
-    wrapped, here, spent = engine_for(settings, "fp32"), world(), []
+    wrapped, here = engine_for(settings, "fp32"), world()
     loader = loader_of(settings, here.rank, here.size)
     digests = loader.unpack_totals(here.sum_ints(*loader.fetch_step_rows().counts)).digests
-    ready, step.WAIT_S = loader.wait_until_ready, 0.0
+    ready, wait_s = loader.wait_until_ready, step.WAIT_S
     loader.wait_until_ready = lambda timeout_s: loader.rows_consumed == 0 and ready(timeout_s)
     guard = SpikeGuard(SpikesSection(), here, None, [{"does": "rewind", "rows": [0, 8]}])
+    session = bare_session(settings, wrapped, loader, guard=guard, stop=lambda: loader.rows_consumed > 0)
+    step.WAIT_S = 0.0
     try:
-        result = train_step(
-            1, wrapped, loader, Plan(settings.phases), here, guard=guard, stop=lambda: True, spent=spent.append
-        )
+        [result] = train_steps(range(1, 2), session)
     finally:
-        step.WAIT_S = 5.0
-    return {"result": result, "spent": spent[0].tolist(), "wanted": digests.tolist(), "rows": loader.rows_consumed}
+        step.WAIT_S = wait_s
+    return {
+        "stopped": result.stopped, "digests": result.digests.tolist(), "wanted": digests.tolist(),
+        "rows": loader.rows_consumed,
+    }  # fmt: skip
 
 
 def test_rows_that_were_spent_before_a_stop_are_not_lost_to_the_ledger(tmp_path: Path, ranks: Any) -> None:
     for seen in ranks(2).run(stopped_after_a_skip, prepared(tmp_path)):
-        assert seen["result"] is None
+        assert seen["stopped"]
         assert seen["rows"] == 8
-        assert seen["spent"] == seen["wanted"]
+        assert seen["digests"] == seen["wanted"]
 
 
 def samples(settings: Config, stage: int) -> list[tuple[str, str]]:
-    from smoltrain.train.run import sample_prompts
+    from smoltrain.train.sample import sample_prompts
 
     wrapped, here = engine_for(settings, "fp32"), world()
     assert wrapped.stage == stage
     state = torch.get_rng_state()
-    tokenizer = loader_of(settings, here.rank, here.size).prepared.tokenizer
-    texts = sample_prompts(wrapped, tokenizer, settings, here)
-    assert sample_prompts(wrapped, tokenizer, settings, here, stop=lambda: here.rank == 1) == []
+    loader = loader_of(settings, here.rank, here.size)
+    texts = sample_prompts(bare_session(settings, wrapped, loader))
+    assert sample_prompts(bare_session(settings, wrapped, loader, stop=lambda: here.rank == 1)) == []
     assert torch.equal(state, torch.get_rng_state()), "sampling must not touch the training's random numbers"
     assert wrapped.module.training
     return texts
@@ -240,6 +251,8 @@ def test_every_rank_samples_the_same_text_even_with_partitioned_weights(tmp_path
 class Slow:
     """A loader whose rows come at the third asking on one rank, or never."""
 
+    num_counts = 2
+
     def __init__(self, rank: int, error: UserError | None = None) -> None:
         self.health, self._asked, self._rank, self._error = ReaderHealth(), 0, rank, error
 
@@ -249,27 +262,35 @@ class Slow:
             raise self._error
         return world().rank != self._rank or self._asked >= 3
 
+    def fetch_step_rows(self) -> StepRows:
+        return StepRows([], [world().rank, 7])
+
+    def unpack_totals(self, counts: list[int]) -> list[int]:
+        return counts
+
 
 def waiting(rank: int, error: UserError | None, stop: bool) -> tuple[Any, list[str]]:
     """What a rank gets, and what it says, while another one waits for its data."""
     from smoltrain.train import step
-    from smoltrain.train.step import wait_for_rows
+    from smoltrain.train.step import take_rows_together
 
-    said: list[str] = []
-    step.SAY_S = 0.0
+    loader: Any = Slow(rank, error)
+    session = bare_session(load_config("quickstart"), None, loader, stop=lambda: stop and world().rank == 0)
+    say_s, wait_s = step.SAY_S, step.WAIT_S
+    step.SAY_S = step.WAIT_S = 0.0
     try:
-        loader: Any = Slow(rank, error)
-        got: Any = wait_for_rows(loader, world(), lambda: stop and world().rank == 0, said.append)
+        got: Any = take_rows_together(session)
     except UserError as raised:
         got = str(raised)
     finally:
-        step.SAY_S = 30.0
-    return got, said
+        step.SAY_S, step.WAIT_S = say_s, wait_s
+    return got, session.tracker.said
 
 
 def test_ranks_wait_for_each_others_rows_and_say_so(ranks: Any) -> None:
-    for seconds, said in ranks(2).run(waiting, 1, None, False):
-        assert seconds >= 0
+    for taken, said in ranks(2).run(waiting, 1, None, False):
+        assert taken.waited_s >= 0
+        assert taken.totals == [0 + 1, 7 + 7], "counts of the rounds in which somebody waited are not added up"
         assert said == ["rank 1 waits for data: rows"] * 2
 
 
@@ -280,4 +301,84 @@ def test_a_rank_that_cannot_have_its_rows_stops_all(ranks: Any) -> None:
 
 
 def test_a_signal_ends_the_waiting(ranks: Any) -> None:
-    assert [got for got, _ in ranks(2).run(waiting, 1, None, True)] == [None, None]
+    for got, _ in ranks(2).run(waiting, 1, None, True):
+        assert type(got).__name__ == "StopRequest"
+        assert not got.waited_for_data, "it came before anybody had waited"
+
+
+def stop_while_data_are_out_of_reach(settings: Config, asked: int) -> dict[str, Any]:
+    """A step whose rows never come on any rank, and a stop on rank 1 alone at the so manieth time it is asked for."""
+    wrapped, here, times = engine_for(settings, "fp32"), world(), []
+    loader = loader_of(settings, here.rank, here.size)
+    before = wrapped.weights(keep=True)
+
+    def never(timeout_s: float) -> bool:
+        time.sleep(timeout_s)
+        return False
+
+    def is_asked() -> bool:
+        times.append(time.monotonic())
+        return here.rank == 1 and len(times) >= asked
+
+    loader.wait_until_ready = never
+    session = bare_session(settings, wrapped, loader, stop=is_asked)
+    began = time.monotonic()
+    [result] = train_steps(range(1, 2), session)
+    return {
+        "seconds": time.monotonic() - began, "stopped": result.stopped, "waited": result.waited_for_data,
+        "unmoved": all(torch.equal(w, before[name]) for name, w in wrapped.weights(keep=True).items()),
+    }  # fmt: skip
+
+
+def test_a_stop_never_waits_for_data(tmp_path: Path, ranks: Any) -> None:
+    """Neither one that was there before the step, nor one that comes to a single rank while all of them wait."""
+    settings = prepared(tmp_path)
+    for seen in ranks(2).run(stop_while_data_are_out_of_reach, settings, 1):
+        assert (seen["stopped"], seen["unmoved"], seen["waited"]) == (True, True, False)
+        assert seen["seconds"] < 1.0 + 1.0, "the other rank looks for WAIT_S at most"
+    for seen in ranks(2).run(stop_while_data_are_out_of_reach, settings, 9):
+        assert (seen["stopped"], seen["unmoved"], seen["waited"]) == (True, True, True)
+        assert seen["seconds"] < 1.0 + 1.0 + 1.0
+
+
+# ---- how often the ranks talk
+
+
+def host_collectives(settings: Config, several_hosts: bool) -> dict[str, Any]:
+    """How often host numbers were exchanged in a step, by method of World; barriers of shared memory apart."""
+    from smoltrain.distributed.world import World
+    from smoltrain.engine import shared_tensor
+
+    counts: Counter[str] = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        if several_hosts:
+            patch.setattr(shared_tensor, "_map_shared_memory", lambda *_: [])
+        wrapped, here = engine_for(settings, settings.engine.precision), world()
+        session = bare_session(settings, wrapped, loader_of(settings, here.rank, here.size))
+        train_steps(range(1, 3), session)
+        for name in ("sum_ints", "sum_floats", "max_floats", "gather_floats", "gather", "barrier", "run_on_first_rank"):
+            real = getattr(World, name)
+
+            def counted(*args: Any, real: Any = real, name: str = name, **more: Any) -> Any:
+                counts[name] += 1
+                return real(*args, **more)
+
+            patch.setattr(World, name, counted)
+        train_steps(range(3, 4), session)  # in which nothing is due
+    counts["sum_ints"] -= counts["barrier"]  # which is one
+    return dict(counts)
+
+
+@pytest.mark.parametrize(("stage", "precision", "reduce"), BOTH_WAYS)
+def test_ranks_exchange_host_numbers_twice_a_step(
+    tmp_path: Path, ranks: Any, stage: int, precision: str, reduce: str
+) -> None:
+    words = (f"engine.ds_config=zero{stage}", f"engine.precision={precision}", f"engine.reduce_gradients={reduce}")
+    settings = prepared(tmp_path, *words)
+    for counts in ranks(2).run(host_collectives, settings, True):
+        assert {name: num for name, num in counts.items() if num} == {"sum_ints": 1, "gather_floats": 1}
+    if reduce == "step":
+        for counts in ranks(2).run(host_collectives, settings, False):
+            barriers = counts.pop("barrier")
+            assert {name: num for name, num in counts.items() if num} == {"sum_ints": 1, "gather_floats": 1}
+            assert barriers <= 4, "on one machine, around the reads of two parameter groups in shared memory"

@@ -32,7 +32,7 @@ def hang():
 
 with contextlib.closing(dog):
     for step in (1, 2, 3):
-        dog.begin(step)
+        dog.begin_step(step)
         dog.mark("data")
         if step == 3 and world.rank == 1:
             hang()
@@ -111,7 +111,7 @@ def test_signs_of_life_keep_it_quiet_and_close_ends_it(tmp_path: Path) -> None:
     code = """
 dog = Watchdog(Path(sys.argv[1]), 0, 1, limit_s=1.0)
 time.sleep(1.5)  # nothing has begun
-dog.begin(1)
+dog.begin_step(1)
 for _ in range(15):
     time.sleep(0.1)
     dog.mark("data")
@@ -129,7 +129,7 @@ def test_while_a_rank_is_suspended_no_time_passes(tmp_path: Path, all_are: bool)
     code = """
 watchdog.BACKSTOP_S = 0.2
 dog = watchdog.Watchdog(Path(sys.argv[1]), 0, 1, limit_s=2)
-dog.begin(1)
+dog.begin_step(1)
 time.sleep(0.2)
 print("begun", flush=True)
 time.sleep(1)
@@ -155,7 +155,7 @@ print("done", flush=True)
 
 @pytest.mark.parametrize(("limit_s", "code"), [(0, 0), (0.5, FAULT)])
 def test_a_limit_of_0_is_none(tmp_path: Path, limit_s: float, code: int) -> None:
-    begun = f"dog = Watchdog(Path(sys.argv[1]), 0, 1, limit_s={limit_s}); dog.begin(1); time.sleep(2); dog.close()"
+    begun = f"dog = Watchdog(Path(sys.argv[1]), 0, 1, limit_s={limit_s}); dog.begin_step(1); time.sleep(2); dog.close()"
     assert run(begun, tmp_path).returncode == code
 
 
@@ -164,7 +164,7 @@ def test_the_report_of_an_earlier_life_is_not_taken_for_one_of_this(tmp_path: Pa
     old.write_text(HangReport(9, 9, "data", "x.py:1 (f)", False).to_text())
     before = old.stat().st_mtime - 60
     os.utime(old, (before, before))
-    code = "dog = Watchdog(Path(sys.argv[1]), 0, 2, limit_s=0.5); dog.begin(1); time.sleep(60)"
+    code = "dog = Watchdog(Path(sys.argv[1]), 0, 2, limit_s=0.5); dog.begin_step(1); time.sleep(60)"
     ended = run(code, tmp_path)
     assert ended.returncode == FAULT
     assert "rank 1 wrote nothing" in ended.stderr
@@ -172,7 +172,8 @@ def test_the_report_of_an_earlier_life_is_not_taken_for_one_of_this(tmp_path: Pa
 
 def test_a_folder_that_cannot_be_written_does_not_keep_the_rank_alive(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("a file")
-    ended = run("dog = Watchdog(Path(sys.argv[1]), 0, 1, limit_s=0.5); dog.begin(7); time.sleep(60)", tmp_path / "logs")
+    code = "dog = Watchdog(Path(sys.argv[1]), 0, 1, limit_s=0.5); dog.begin_step(7); time.sleep(60)"
+    ended = run(code, tmp_path / "logs")
     assert ended.returncode == FAULT
     assert "error: rank 0 hangs and cannot say so in" in ended.stderr
     assert 'File "<string>", line 2 in <module>' in ended.stderr, "the stacks, on the console instead"

@@ -56,7 +56,7 @@ def in_checkpoints(path: Any) -> bool:
 
 def stages() -> dict[str, Stage]:
     from smoltrain.engine.engine import Engine
-    from smoltrain.train import run
+    from smoltrain.train import loop
 
     def is_manifest(path: Path, *_: Any, **__: Any) -> bool:
         return path.name.startswith(MANIFEST_FILE)
@@ -69,8 +69,8 @@ def stages() -> dict[str, Stage]:
 
     return {
         "start": Stage(Path, "write_text", is_of_the_start, 1, True, writes=0),
-        "a step": Stage(run, "train_step", lambda *_, **__: True, 2),
-        "copy to the host": Stage(Engine, "snapshot", lambda *_: True, 1),
+        "a step": Stage(loop, "train_step", lambda *_, **__: True, 2),
+        "copy to the host": Stage(Engine, "training_state", lambda *_: True, 1),
         "shard": Stage(torch, "save", lambda _, path: in_checkpoints(path), 3, writes=1),
         "weights": Stage(safetensors.torch, "serialize_file", lambda *_, **__: True, 1, True, writes=1),
         "fsync": Stage(os, "fsync", in_checkpoints, 6),

@@ -30,15 +30,14 @@ LONG = (
 def asked_in(place: str) -> None:
     """In a rank: the first time that it comes there, it gets a SIGTERM."""
     from smoltrain.checkpoint.saver import CheckpointSaver
-    from smoltrain.run import plots
     from smoltrain.run.track import Tracker
-    from smoltrain.train import run
+    from smoltrain.train import loop, sample, session
 
     owner, name = {
-        "validation": (run, "evaluate"),
-        "sampling": (run, "generate"),
+        "validation": (session, "evaluate_loss"),
+        "sampling": (sample, "generate_ids"),
         "saving": (CheckpointSaver, "start_save"),
-        "plotting": (plots, "run_pngs"),
+        "plotting": (loop, "draw_run"),
         "closing": (Tracker, "close"),
     }[place]
     whole, came = getattr(owner, name), []

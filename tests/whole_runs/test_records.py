@@ -16,7 +16,7 @@ from smoltrain.cli import main
 from smoltrain.data.documents.bad_records import BAD_RECORDS_FILE
 from smoltrain.errors import BAD_INPUT, FAULT, UserError
 from smoltrain.run.row_ledger import LEDGER_FILE, verify_ledgers
-from smoltrain.run.run_folder import SPIKES_FILE, RunFolder
+from smoltrain.run.run_folder import SPIKES_FILE
 from smoltrain.run.track import Tracker
 from smoltrain.run.verify import _find_damaged_records
 from smoltrain.train.spikes import read_spikes
@@ -117,7 +117,7 @@ def test_a_resume_sets_a_damaged_line_aside_and_says_so(
 ) -> None:
     damaged = metrics.read_bytes().split(b"\n")[1]
     settings = tiny.load(tmp_path)
-    Tracker(settings, RunFolder(settings.run_folder, 4, "id"), 0, 2, 12).close(0)
+    Tracker(settings, tiny.run_folder(settings.run_folder), 0, 2, 12).close(0)
     said = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
     assert [line["step"] for line in files.read_jsonl(metrics)] == [1]
     assert metrics.with_name("metrics.damaged").read_bytes() == damaged + b"\n"

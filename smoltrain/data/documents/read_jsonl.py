@@ -21,7 +21,9 @@ from smoltrain.data.documents.shard import Shard
 from smoltrain.errors import exception_message
 
 
-def read_jsonl(shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, limit: int) -> Iterator[Record]:
+def read_jsonl_records(
+    shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, limit: int
+) -> Iterator[Record]:
     """The wanted lines; blank ones have a number, but are no records.
 
     Errors: UserError if its first bytes, or its first record, show that no line can be read.
@@ -42,7 +44,7 @@ def read_jsonl(shard: Shard, file: BinaryIO, source: SourceSection, wanted: rang
             try:
                 text = extract_text(_parse_json_object(line, limit), source.text_field)
             except RecordError as error:
-                yield error.at(place, record)
+                yield error.as_record(place, record)
             else:
                 yield Document(f"{shard.name}:{record + 1}", record, text)
     if is_first:

@@ -26,7 +26,9 @@ from smoltrain.errors import Problem, UserError, exception_message
 PARQUET_BATCH_ROWS = 128  # rows that are made into text at once
 
 
-def read_parquet(shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, limit: int) -> Iterator[Record]:
+def read_parquet_records(
+    shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, limit: int
+) -> Iterator[Record]:
     """The wanted rows; row groups without one are not read.
 
     Errors: UserError if text_field is no column of text; BrokenFile if the file makes no sense.
@@ -90,7 +92,7 @@ def _read_batch(
         column = column.take(pa.array([record - begin for record in records]))
     for record, text in zip(records, _decode_column(column, text_field, limit), strict=True):
         if isinstance(text, RecordError):
-            yield text.at(f"{shard.place}, row {record + 1}", record)
+            yield text.as_record(f"{shard.place}, row {record + 1}", record)
         else:
             yield Document(f"{shard.name}:{record + 1}", record, text)
 

@@ -26,7 +26,9 @@ CR_ALONE = "the lines end in CR alone, so none is blank (`tr '\\r' '\\n'` mends 
 NOT_UTF8_BUT_WIDE = "the text is UTF-16 or UTF-32, not UTF-8 (`iconv -f UTF-16 -t UTF-8` makes it so)"
 
 
-def read_text(shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, limit: int) -> Iterator[Record]:
+def read_text_records(
+    shard: Shard, file: BinaryIO, source: SourceSection, wanted: range, limit: int
+) -> Iterator[Record]:
     """The wanted records of a text, as data.documents says what one is."""
     if source.documents == "file":
         return _read_whole_file(shard, file, wanted)
@@ -78,7 +80,7 @@ def _read_parts(shard: Shard, file: BinaryIO, source: SourceSection, wanted: ran
             try:
                 text = decode_utf8(part if part is None else part.strip(b"\r\n"), limit)
             except RecordError as error:
-                yield error.at(f"{shard.place}, part {record + 1}", record)
+                yield error.as_record(f"{shard.place}, part {record + 1}", record)
             else:
                 yield Document(f"{shard.name}:{record + 1}", record, text)
     if record < 0:

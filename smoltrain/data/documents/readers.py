@@ -15,9 +15,9 @@ from typing import BinaryIO
 from smoltrain.config.schema import SourceSection
 from smoltrain.data.documents.decompress import COMPRESSIONS, open_decompressed
 from smoltrain.data.documents.magic_bytes import MAX_POINTER_BYTES, detect_pointer
-from smoltrain.data.documents.read_jsonl import read_jsonl
-from smoltrain.data.documents.read_parquet import read_parquet
-from smoltrain.data.documents.read_text import read_text
+from smoltrain.data.documents.read_jsonl import read_jsonl_records
+from smoltrain.data.documents.read_parquet import read_parquet_records
+from smoltrain.data.documents.read_text import read_text_records
 from smoltrain.data.documents.records import BadRecord, EmptyFileError, Record
 from smoltrain.data.documents.shard import Shard, open_shard, report_unreadable
 from smoltrain.errors import Problem, UserError
@@ -37,12 +37,12 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    ".txt": Format(read_text, has_fields=False),
-    ".md": Format(read_text, has_fields=False),
-    ".jsonl": Format(read_jsonl, has_fields=True),
-    ".json": Format(read_jsonl, has_fields=True),
-    ".ndjson": Format(read_jsonl, has_fields=True),
-    ".parquet": Format(read_parquet, has_fields=True, may_be_compressed=False),  # it compresses its own columns
+    ".txt": Format(read_text_records, has_fields=False),
+    ".md": Format(read_text_records, has_fields=False),
+    ".jsonl": Format(read_jsonl_records, has_fields=True),
+    ".json": Format(read_jsonl_records, has_fields=True),
+    ".ndjson": Format(read_jsonl_records, has_fields=True),
+    ".parquet": Format(read_parquet_records, has_fields=True, may_be_compressed=False),  # it compresses its own columns
 }
 
 

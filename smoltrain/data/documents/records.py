@@ -38,7 +38,7 @@ class BrokenFile(UserError):
 class RecordError(Exception):
     """Why a record is bad, in one line."""
 
-    def at(self, place: str, record: int) -> BadRecord:
+    def as_record(self, place: str, record: int) -> BadRecord:
         """The record that it is about."""
         return BadRecord(place, record, str(self), empty=isinstance(self, EmptyRecordError))
 

@@ -182,6 +182,11 @@ class Loader:
         more = [rows.num_new_rows, rows.num_new_documents, self._supply.num_bad_records]
         return StepRows(micro_batches, [*targets.tolist(), *more, *digests.tolist()])
 
+    @property
+    def num_counts(self) -> int:
+        """How many counts the rows of a step have, on any rank."""
+        return len(self.sources) + 3 + self.shape.rows_per_step
+
     def unpack_totals(self, counts: list[int]) -> StepTotals:
         """What the sums of all ranks' counts say."""
         num = len(self.sources)

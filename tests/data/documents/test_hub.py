@@ -16,7 +16,6 @@ import pytest
 
 from smoltrain.data.documents.hub import HUB_ANSWER_TIMEOUT_S
 from smoltrain.data.rows.open_loader import open_loader
-from smoltrain.data.tokenizers.hub import is_hub_repo_name
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.prepare import prepare_run_data
 from tests.data.tokens.test_tokenise import make
@@ -307,11 +306,3 @@ def test_a_configuration_and_each_of_its_splits(said: dict[str, Any]):
     assert said["several"] == [found, ""]
     assert said["held out"] == [[["held/en.json.gz:1", "held"]], ""]
     assert said["text"] == [[["de/1.md", "eins"]], ""]
-
-
-@pytest.mark.parametrize(
-    ("name", "is_one"),
-    [("a/b", True), ("A-1/b_c.d", True), ("a", False), ("a/b/c", False), ("./a", False), ("/a", False)],
-)
-def test_the_form_of_a_name(name: str, is_one: bool):
-    assert is_hub_repo_name(name) is is_one

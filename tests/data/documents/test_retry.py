@@ -338,3 +338,15 @@ def test_local_files_are_read_without_patience(tmp_path: Path):
     assert "saw 5 bytes" in line
     file.unlink()
     assert "a shard is gone: saw no such file" in problem(lambda: list(told(data, shard)))
+
+
+def test_a_local_file_that_the_system_refuses_to_look_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "a.txt").write_text("hello")
+    data = section(tmp_path / "a.txt")
+    shard = listed(data)
+
+    def refuse(shard: Shard) -> FileVersion:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(retry, "stat_shard", refuse)
+    assert "the file cannot be read: saw [Errno 13] Permission denied" in problem(lambda: list(told(data, shard)))

@@ -19,7 +19,7 @@ from smoltrain.errors import UserError
 from smoltrain.export import export
 from smoltrain.export.verify import ExportComparison
 from smoltrain.inference.load import LoadedModel, load_trained_model
-from smoltrain.train.start import StartPoint, copy_generation_config
+from smoltrain.train.initial_weights import copy_generation_config
 from tests import folders, tiny
 
 TALK = [{"role": "user", "content": "Who is king?"}, {"role": "bot", "content": "Nobody."}]
@@ -48,7 +48,7 @@ def continued(folder: Path, chat: Path, *overrides: str) -> Path:
     settings = tiny.load(folder, *words)
     made = folders.run_of(settings)
     tokenizer = load_prepared_data(settings).tokenizer
-    copy_generation_config(StartPoint(weights_from=settings.init.source), settings, tokenizer, print)
+    copy_generation_config(settings.init.source, settings, tokenizer, print)
     return made
 
 
@@ -101,7 +101,7 @@ def test_the_end_of_a_turn_stays_the_eos_token_that_a_template_spells(tmp_path: 
     assert facts(first)["talk"] == facts(again)["talk"] == "Who is king?<|turn|>Nobody.<|turn|>"
     for folder in (first, again):
         loaded = load_trained_model(str(folder))
-        assert (loaded.tokenizer.separator, loaded.end_ids) == (folders.SEPARATOR, [0, ids["<|turn|>"]])
+        assert (loaded.tokenizer.separator, loaded.stop_ids) == (folders.SEPARATOR, [0, ids["<|turn|>"]])
     assert (first / "generation_config.json").read_bytes() == (again / "generation_config.json").read_bytes()
 
 
@@ -152,7 +152,7 @@ def test_text_ends_at_either_end_here_and_in_transformers(tmp_path: Path, word: 
             head.weight[ids[word]] = 1e-3 * torch.ones(32)
             head.weight[65] = -1e-3 * torch.ones(32)
     prompt = [70, 71, 72]
-    written = list(ours.generate(prompt, ours.generation, greedy=True))
+    written = list(ours.generate_ids(prompt, ours.generation, greedy=True))
     settings = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "min_p": None}
     answer = theirs.generate(torch.tensor([prompt]), **settings, repetition_penalty=1.0)[0].tolist()
     assert len(written) < 8, "it ended before its length"
@@ -162,7 +162,7 @@ def test_text_ends_at_either_end_here_and_in_transformers(tmp_path: Path, word: 
 def test_a_special_token_may_be_drawn_and_is_not_told(tmp_path: Path):
     ids = folders.chat(tmp_path / "chat")
     loaded = load_trained_model(str(tmp_path / "chat"))
-    assert loaded.end_ids == [ids[folders.SEPARATOR], ids["<|turn|>"]]
+    assert loaded.stop_ids == [ids[folders.SEPARATOR], ids["<|turn|>"]]
     assert ids["<|tool|>"] not in loaded.tokenizer.unused_ids(330)
     assert loaded.tokenizer.decode([ids["<|tool|>"], *loaded.tokenizer.encode("a")]) == "a"
 
@@ -193,8 +193,8 @@ def test_weights_of_a_run_bring_what_it_had(tmp_path: Path):
     ids = folders.chat(tmp_path / "chat")
     first = continued(tmp_path, tmp_path / "chat")
     second = continued(tmp_path, first, "run.name=second", f"tokenizer.name={first / 'tokenizer'}")
-    assert load_trained_model(str(second)).end_ids == [ids[folders.SEPARATOR], ids["<|turn|>"]]
-    assert load_trained_model(str(second)).inherited["repetition_penalty"] == 1.1
+    assert load_trained_model(str(second)).stop_ids == [ids[folders.SEPARATOR], ids["<|turn|>"]]
+    assert load_trained_model(str(second)).inherited_generation["repetition_penalty"] == 1.1
     assert load_trained_model(str(second)).tokenizer.companions.about["chat_template"] == folders.CHAT_TEMPLATE
 
 
@@ -207,7 +207,7 @@ def test_other_weights_bring_nothing(tmp_path: Path):
     folders.hub(tmp_path / "base", folders.CHAT_SHAPE)
     (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 5}')
     tokenizer = load_prepared_data(settings).tokenizer
-    copy_generation_config(StartPoint(weights_from=str(tmp_path / "base")), settings, tokenizer, told.append)
+    copy_generation_config(str(tmp_path / "base"), settings, tokenizer, told.append)
     assert "left out: its token ids are those of another tokenizer" in told[0]
     assert not kept.exists(), "nor does that of a start before stay"
 
@@ -261,4 +261,4 @@ def test_a_chat_model_that_was_trained_on(tmp_path: Path):
     assert read(out / "generation_config.json")["eos_token_id"] == [ids[folders.SEPARATOR], ids["<|turn|>"]]
     assert (out / "additional_chat_templates" / "tool_use.jinja").read_text().startswith("TOOLS ")
     loaded: LoadedModel = load_trained_model(str(out))
-    assert loaded.inherited["repetition_penalty"] == 1.1
+    assert loaded.inherited_generation["repetition_penalty"] == 1.1

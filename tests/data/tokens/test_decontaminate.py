@@ -12,23 +12,24 @@ from hypothesis import strategies as st
 from smoltrain.config.schema import Config
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.rows.open_loader import open_loader
+from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens import tokenise
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.data.tokens.prepared import PreparedData
 from smoltrain.data.tokens.token_files import content_hash
 from smoltrain.errors import UserError
-from tests.data.documents import test_check_files as test_listing
+from tests.data.documents import texts as folder_of_texts
 from tests.data.tokens.test_tokenise import contents, problem, split
 from tests.data.worlds import World, section, streamed, write
 
-text = test_listing.text
+text = folder_of_texts.text
 SHARE = 0.3
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A tokenizer in `given`."""
-    test_listing.Tokenizer.train_bpe([text(12)], 270, "<|endoftext|>").save(tmp_path / "given")
+    Tokenizer.train_bpe([text(12)], 270, "<|endoftext|>").save(tmp_path / "given")
     return tmp_path
 
 
@@ -42,7 +43,7 @@ def write_texts(folder: Path, texts: list[str], begin: str = "") -> Path:
 def config(root: Path, *folders: str, mode: str = "cached", **changes: Any) -> Config:
     parts = [{"name": name, "path": str(root / name), "weight": 1.0} for name in folders]
     parts = [part | changes.pop(f"{part['name']}_more", {}) for part in parts]
-    return test_listing.config(root, mode, data__path=None, data__sources=parts, **changes)
+    return folder_of_texts.config(root, mode, data__path=None, data__sources=parts, **changes)
 
 
 def assert_apart(prepared: PreparedData) -> None:

@@ -1,0 +1,64 @@
+"""One process at a time trains a run: a lock on a file beside its folder, held until the last holder has ended.
+
+The supervisor takes it before it looks at the run, and rank 0 of each phase inherits the open file: a lock of flock(2)
+belongs to the open file description, so it is there until both have closed it, however they end. A supervisor that is
+killed while its ranks still save leaves the run locked until they have left. Nobody unlocks it by hand.
+"""
+
+import errno
+import fcntl
+import os
+import time
+
+from smoltrain.config.schema import Config
+from smoltrain.errors import Problem, UserError
+
+PATIENCE_S = 40.0  # for a process that is leaving, and may have a checkpoint to write
+POLL_S = 0.2
+UNWRITABLE_ERRORS = {
+    errno.EACCES: "a folder that this user may write",
+    errno.EPERM: "a folder that this user may write",
+    errno.EROFS: "a file system that is not read-only",
+}
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of some network file systems
+
+
+def lock_run_folder(config: Config, patience_s: float = PATIENCE_S) -> int | None:
+    """The right to write to a run's folder: the descriptor of a locked file, to be kept open, or None without locks.
+
+    Waits a while for a process that is leaving. Errors: UserError if another one keeps the lock, or the folder cannot
+    be written.
+    """
+    path = config.run.folder / f".{config.run.name}.lock"
+    deadline = time.monotonic() + patience_s
+    try:
+        config.run.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        while not _try_lock(descriptor):
+            if time.monotonic() >= deadline:
+                os.close(descriptor)
+                raise UserError(
+                    Problem(
+                        what="another process trains this run",
+                        saw=str(path),
+                        want="one at a time",
+                        change="run.name, or end the other one",
+                    )
+                )
+            time.sleep(POLL_S)
+    except OSError as error:
+        if want := UNWRITABLE_ERRORS.get(error.errno or 0):
+            raise UserError(Problem("the run cannot be written there", str(error), want, "run.folder")) from None
+        if error.errno in NO_LOCKS:
+            return None
+        raise
+    return descriptor
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock the file if nobody else has."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,74 @@
+"""The lines by which a start says what it does and why."""
+
+import os
+
+import torch
+
+from smoltrain.data.rows.loader import Loader
+from smoltrain.distributed.world import World
+from smoltrain.engine.engine import Engine
+from smoltrain.run.run_folder import RunFolder
+from smoltrain.run.track import Tracker
+from smoltrain.schedule import Plan
+from smoltrain.train.resolve_auto import ResolvedSettings
+from smoltrain.train.start import Start
+
+PACKING_IN_WORDS = {
+    False: "documents are chopped into rows and see each other there; packing.document_mask=true keeps them apart",
+    True: "documents are chopped into rows; attention and positions stay within each, as packing.document_mask asks",
+}
+
+
+def say_start(
+    start: Start, settings: ResolvedSettings, folder: RunFolder, loader: Loader, engine: Engine, world: World,
+    tracker: Tracker,
+) -> None:  # fmt: skip
+    """One line for each choice that was made, with its reason."""
+    config = settings.config
+    plan = Plan(config.phases)
+    tracker.say_choice("run", str(folder.path))
+    tracker.say_choice("device", describe_device(world))
+    for what, reason in settings.reasons.items():
+        tracker.say_choice(what, reason)
+    tracker.say_choice("gradients", engine.gradient_reduction_summary)
+    tracker.say_choice("engine", f"DeepSpeed ZeRO-{engine.stage}, from {config.engine.ds_config}")
+    tracker.say_choice("parameters", f"{settings.num_parameters:,}")
+    tracker.say_choice("rows per step", _describe_rows_per_step(loader))
+    tracker.say_choice("tokenizer", loader.prepared.describe_tokenizer())
+    tracker.say_choice("data", loader.prepared.describe())
+    tracker.say_choice("packing", PACKING_IN_WORDS[config.packing.document_mask])
+    tracker.say_choice("plan", ", ".join(f"{phase.name} {phase.first}-{phase.last}" for phase in plan.phases))
+    if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
+        tracker.say("WARNING: CUDA_LAUNCH_BLOCKING is set: every kernel waits for the one before; unset it")
+    if folder.changes:
+        tracker.say_choice("changed", "; ".join(folder.changes))
+    if start.point.manifest:
+        tracker.say(f"restored step {start.point.step} on {world.size} ranks, ledger {loader.ledger[:16]}")
+
+
+def describe_device(world: World) -> str:
+    """What the ranks compute on, and what else this machine could offer."""
+    match world.device.type:
+        case "cuda":
+            return f"{world.size} x {torch.cuda.get_device_name(world.device)}, NCCL"
+        case "mps":
+            return "1 rank on Apple's MPS, best effort: DeepSpeed there was never tried by us; engine.device=cpu is"
+    share = world.cpu_share
+    ranks = f"{world.size} CPU rank{'s' * (world.size > 1)}"
+    threads = f"{share.threads} thread{'s' * (share.threads > 1)} each, {share.how}"
+    gpu = "CUDA was not asked for" if torch.cuda.is_available() else "no CUDA device was found"
+    hint = "; engine.device=mps would try this machine's GPU" if torch.backends.mps.is_available() else ""
+    return f"{ranks}, {threads}, gloo; {gpu}{hint}"
+
+
+def describe_completion(plan: Plan, done: int) -> str:
+    """What is complete after so many steps: the plan, or a phase of it."""
+    if done >= plan.last_step:
+        return f"the plan is complete ({plan.last_step} steps)"
+    return f"phase {plan.phase(done).name} is complete (step {done} of {plan.last_step})"
+
+
+def _describe_rows_per_step(loader: Loader) -> str:
+    layout = loader.shape
+    split = f"{layout.micro_batch} x {layout.accumulation} accumulated x {layout.world_size} ranks"
+    return f"{layout.rows_per_step} = {split} = {layout.rows_per_step * layout.sequence_length:,} tokens"

@@ -1,0 +1,70 @@
+"""The training loop: one step after the other, and what is due after each."""
+
+from smoltrain.distributed.stop import StopFlag
+from smoltrain.distributed.world import World
+from smoltrain.errors import DONE, STOPPED
+from smoltrain.run.plots import draw_run
+from smoltrain.train.describe import describe_completion
+from smoltrain.train.garbage import collect_between_steps
+from smoltrain.train.session import Session
+from smoltrain.train.step import train_step
+
+
+def run_loop(session: Session) -> int:
+    """Train until the start's last step, or until a rank is to stop; returns the exit code. Collective.
+
+    A stop is met at the beginning of the next step, before its rows are waited for, in the numbers that the ranks
+    exchange anyway. Errors: those of `train_step`, and of saving.
+    """
+    start = session.start
+    plan = session.plan
+    config = session.config
+    session.stop.listen()
+    if start.validation_missing and not session.validate(start.point.step):
+        return _leave(session, start.point.step)
+    with collect_between_steps() as collect:
+        for step in range(start.point.step + 1, start.last_step + 1):
+            session.watchdog.begin_step(step)
+            result = train_step(step, session)
+            session.record_rows(result)
+            if result.stopped:
+                session.save(step - 1)
+                return _leave(session, step - 1, waited_for_data=result.waited_for_data)
+            session.saver.poll()
+            session.record(step, result)
+            if plan.is_due(step, config.evaluate.every):
+                session.validate(step)
+            if plan.is_due(step, config.sample.every):
+                session.sample(step)
+            collect(step)
+            if plan.is_due(step, config.checkpoint.every) or plan.ends_phase(step):
+                session.save(step)
+    return _leave(session, start.last_step)
+
+
+def _leave(session: Session, step: int, *, waited_for_data: bool = False) -> int:
+    """Publish what is being written and say how it ended: all that was asked for, or a stop after `step`."""
+    session.watchdog.mark("save")
+    session.saver.finish()
+    is_last = step == session.start.last_step
+    if is_last and session.world.is_first:
+        draw_run(session.plan, session.folder.path)
+    reason = gather_stop_reason(session.world, session.stop)
+    if reason:
+        reached = f"after step {step}" if step else "before the first step"
+        while_waiting = ", waiting for data" if waited_for_data else ""
+        session.tracker.say(f"stopped {reached} ({reason}){while_waiting}; the same command goes on from there")
+        return STOPPED
+    completion = describe_completion(session.plan, step)
+    plots = session.folder.path / "plots"
+    session.tracker.say(f"{session.config.run.name}: {completion}; the curves are in {plots}")
+    return DONE
+
+
+def gather_stop_reason(world: World, stop: StopFlag) -> str | None:
+    """Why the lowest of the ranks that are to stop is; None if none is. Collective."""
+    stop.is_raised()  # which looks at its launchers
+    for reason in world.gather(stop.reason):
+        if reason:
+            return reason
+    return None

@@ -1,0 +1,240 @@
+"""All that is open while a run trains: rows, model, engine, records, checkpoints; and what the loop does with them."""
+
+import contextlib
+import functools
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from smoltrain.checkpoint.manifest import WEIGHTS_FILE
+from smoltrain.checkpoint.restore import restore_checkpoint
+from smoltrain.checkpoint.saver import CheckpointSaver
+from smoltrain.config.config_file import CONFIG_FILE
+from smoltrain.config.schema import Config
+from smoltrain.data.rows.loader import Loader
+from smoltrain.data.rows.open_loader import open_loader
+from smoltrain.distributed.cpu_cores import bind_to_cpus
+from smoltrain.distributed.stop import StopFlag
+from smoltrain.distributed.world import World
+from smoltrain.engine.engine import Engine, build_engine
+from smoltrain.errors import TrainingStopped, UserError
+from smoltrain.model.build import build_model
+from smoltrain.run.row_ledger import LEDGER_FILE, RowLedger
+from smoltrain.run.run_folder import RunFolder, accumulation_steps, write_run_folder
+from smoltrain.run.run_warnings import memorisation_warning, slow_data_warning
+from smoltrain.run.track import Tracker, open_rank_log
+from smoltrain.schedule import Plan
+from smoltrain.train.data_metrics import estimate_unique_contents
+from smoltrain.train.describe import say_start
+from smoltrain.train.evaluate import evaluate_loss
+from smoltrain.train.initial_weights import copy_generation_config, load_initial_weights
+from smoltrain.train.resolve_auto import ResolvedSettings, resolve_auto_settings
+from smoltrain.train.sample import sample_prompts
+from smoltrain.train.spikes import Rewind, SpikeGuard
+from smoltrain.train.start import Start
+from smoltrain.train.step import StepResult
+from smoltrain.train.watchdog import Watchdog
+
+RECENT_STEPS = 20  # at least, whose mean is compared with limits that are warned of
+
+
+@dataclass
+class Session:
+    """A run that trains, on this rank. Its methods are collective: every rank must call them."""
+
+    start: Start
+    config: Config  # with values for what the recipe leaves open
+    world: World
+    stop: StopFlag
+    plan: Plan
+    watchdog: Watchdog
+    loader: Loader
+    engine: Engine
+    guard: SpikeGuard
+    tracker: Tracker
+    saver: CheckpointSaver
+    ledger: RowLedger | None  # rank 0 writes it
+    folder: RunFolder
+    precision: str
+    num_skipped: int = 0  # updates, since the run began
+    saved_step: int = 0  # of the newest checkpoint, published or in the making
+    validation_loss: float | None = None  # nats per token, if the last step was evaluated
+    recent: deque[StepResult] = field(default_factory=deque)
+
+    def record(self, step: int, result: StepResult) -> None:
+        """Write down what a step did: metrics, warnings, what the loader met."""
+        self.num_skipped += result.num_skipped
+        self.validation_loss = None
+        self.recent.append(result)
+        last_step = self.start.last_step
+        metrics: dict[str, float | str] = {**result.metrics, "train/skipped_updates": self.num_skipped}
+        if step % self.config.track.print_every == 0 or step == last_step:
+            metrics["data/unique_contents"] = estimate_unique_contents(self.loader, self.world)
+        if len(self.recent) == self.recent.maxlen:
+            wait_share = mean(recent.metrics["speed/data_wait_share"] for recent in self.recent)
+            self.tracker.warn_once("slow data", slow_data_warning(wait_share))
+        self.tracker.log_step(step, last_step, self.plan.phase(step).name, metrics)
+        for note in self.loader.health.take_notes():
+            self.tracker.say(note)
+        if result.layer_gradients:
+            self.tracker.log_gradients(step, result.layer_gradients)
+
+    def record_rows(self, result: StepResult) -> None:
+        """Write the rows of a step into the ledger, also those that a step which was stopped has consumed."""
+        if self.ledger:
+            self.ledger.append(result.digests)
+
+    def validate(self, step: int) -> bool:
+        """Evaluate on the held-out rows. False if a rank is to stop meanwhile: the next start makes up for it."""
+        batches = self.loader.validation_batches(self.config.evaluate.rows)
+        losses = evaluate_loss(self, batches, self._bytes_per_id)
+        if losses is None:
+            return False
+        self.validation_loss, bits_per_byte = losses
+        self.tracker.log_validation(step, self.validation_loss, bits_per_byte)
+        if self.recent:
+            train_loss = mean(recent.metrics["train/loss_nats_per_token"] for recent in self.recent)
+            warning = memorisation_warning(train_loss, self.validation_loss, self.loader.repeat_factor)
+            self.tracker.warn_once("memorising", warning)
+        return True
+
+    @functools.cached_property
+    def _bytes_per_id(self) -> torch.Tensor:
+        """UTF-8 bytes of each token, (V,)."""
+        return torch.from_numpy(self.loader.prepared.bytes_per_id())
+
+    def sample(self, step: int) -> None:
+        """Let the model write after the recipe's prompts."""
+        self.tracker.log_samples(step, sample_prompts(self))
+
+    def save(self, step: int) -> None:
+        """Begin a checkpoint of the state after `step`, unless there is one; it is written beside training."""
+        if self.saved_step == step:
+            return
+        self.watchdog.mark("save")
+        if self.ledger:
+            self.ledger.sync()
+        pause_s = self.saver.start_save(
+            step, self.engine, self.loader, skipped_updates=self.num_skipped, precision=self.precision,
+            wandb_id=self.folder.wandb_id, identity=self.folder.identity, validation_loss=self.validation_loss,
+            validation_rows=self.config.evaluate.rows,
+        )  # fmt: skip
+        self.saved_step = step
+        self.tracker.log_metrics(step, {"speed/checkpoint_pause_s": pause_s})
+
+
+@contextlib.contextmanager
+def open_session(start: Start, world: World, stop: StopFlag) -> Iterator[Session]:
+    """Open all that `start` needs, in the order in which it may be refused; everything is closed at the end.
+
+    Nothing is written into the run's folder (but logs) before nothing refuses any more. Collective.
+    Errors: UserError for what cannot run here or does not fit the checkpoint.
+    """
+    with contextlib.ExitStack() as tracking, contextlib.ExitStack() as opened:  # the tracker is closed last of all
+        opened.enter_context(_unlink_index_on_refusal(start.config, world))
+        settings = resolve_auto_settings(start.config, world, start.rows_per_step)
+        config = settings.config
+        plan = Plan(config.phases)
+        done = start.point.step
+        logs = config.run_folder / "logs"
+        open_rank_log(logs / f"rank{world.rank}.log")
+
+        # ---- what trains: rows, model, engine
+        watchdog = Watchdog(logs, world.rank, world.size, config.engine.hang_s)
+        opened.callback(watchdog.close)
+        watchdog.begin_step(done)
+        if world.device.type == "cpu":  # a GPU's ranks leave it to their launcher, which may know what is near it
+            opened.enter_context(bind_to_cpus(world.cpu_share.cpus))
+        accumulation = accumulation_steps(config, start.rows_per_step, world.size)
+        loader = open_loader(
+            config, world.rank, world.size, rows_per_step=start.rows_per_step, accumulation=accumulation
+        )
+        opened.callback(loader.close)
+        engine = _build_engine(start, settings, loader, world, watchdog)
+
+        # ---- where it left off
+        watchdog.mark("restore")
+        if start.point.manifest and start.point.checkpoint:
+            seed = config.run.seed
+            restore_checkpoint(start.point.checkpoint, start.point.manifest, engine, loader, world, seed=seed)
+
+        # ---- nothing refuses any more: what the run writes down
+        watchdog.mark("records")
+        folder = world.run_on_first_rank(
+            lambda: write_run_folder(start.config, world.size, start.record)
+        )
+        notes = list(start.notes)
+        if start.point.manifest is None:
+            source = start.point.weights_from
+            tokenizer = loader.prepared.tokenizer
+            world.run_on_first_rank(lambda: copy_generation_config(source, config, tokenizer, notes.append))
+        tracker = tracking.enter_context(Tracker(config, folder, world.rank, done, start.last_step))
+        for note in notes:
+            tracker.say(note)
+        say_start(start, settings, folder, loader, engine, world, tracker)
+        ledger = None
+        if world.is_first:
+            ledger = RowLedger(folder.path / LEDGER_FILE, loader.rows_consumed)
+            opened.callback(ledger.close)
+            if ledger.num_lost_rows:
+                lost = f"WARNING: {LEDGER_FILE} has lost {ledger.num_lost_rows:,} rows, as `smoltrain verify` will say"
+                tracker.say(lost)
+        guard = SpikeGuard.open(folder.path, config.spikes, world, step=done)
+
+        def log_published(step: int, checkpoint: Path) -> None:
+            tracker.log_model(step, checkpoint / WEIGHTS_FILE, ends_phase=plan.ends_phase(step))
+
+        checkpoints = folder.path / "checkpoints"
+        saver = CheckpointSaver(checkpoints, world, plan, config.checkpoint, say=tracker.say, published=log_published)
+        opened.callback(saver.close)
+        opened.enter_context(publish_pending_on_error(saver))
+        yield Session(
+            start, config, world, stop, plan, watchdog, loader, engine, guard, tracker, saver, ledger, folder,
+            settings.precision,
+            num_skipped=start.point.manifest.skipped_updates if start.point.manifest else 0,
+            saved_step=done,
+            recent=deque(maxlen=max(RECENT_STEPS, config.track.print_every)),
+        )  # fmt: skip
+
+
+def _build_engine(start: Start, settings: ResolvedSettings, loader: Loader, world: World, watchdog: Watchdog) -> Engine:
+    """The model with its first weights, in the engine that trains it. Collective."""
+    config = settings.config
+    torch.manual_seed(config.run.seed)  # the same weights on every rank
+    model = build_model(config.model, settings.computing, document_mask=config.packing.document_mask)
+    if start.point.weights_from:
+        load_initial_weights(start.point.weights_from, config, model, loader.prepared.tokenizer)
+    torch.manual_seed(config.run.seed + 1 + world.rank)  # other dropout on each
+    watchdog.mark("engine")
+    return build_engine(
+        model, config, world, precision=settings.precision, accumulation=loader.shape.accumulation,
+        compiles=settings.computing.compiles,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _unlink_index_on_refusal(config: Config, world: World) -> Iterator[None]:
+    """A start that is refused before the run ever began binds nobody: other data may be prepared in its folder.
+
+    What was tokenised stays, and a start with the same data finds it.
+    """
+    try:
+        yield
+    except UserError:
+        if world.is_first and not (config.run_folder / CONFIG_FILE).exists():
+            (config.run_folder / "data" / "index.json").unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def publish_pending_on_error(saver: CheckpointSaver) -> Iterator[None]:
+    """On an error that all ranks raise alike, what is still being written is published before they leave."""
+    try:
+        yield
+    except (Rewind, TrainingStopped, UserError):
+        saver.finish()
+        raise

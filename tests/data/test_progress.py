@@ -1,0 +1,56 @@
+"""What is printed while data are prepared: how far it is, and what the readers have met."""
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from smoltrain.data import progress
+from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.progress import report_progress
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    limit = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.002)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "POLL_INTERVAL_S", 0.001)
+
+
+def test_a_line_now_and_then_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    calls: list[int] = []
+
+    def state() -> tuple[str, float]:
+        calls.append(1)
+        return f"{len(calls)} tokens", 0.5
+
+    monkeypatch.setattr(progress, "REPORT_INTERVAL_S", 0.0)
+    with report_progress(state, ReaderHealth()):
+        wait_for(lambda: len(calls) >= 2)
+    assert capsys.readouterr().out.splitlines()[:2] == ["data: 1 tokens so far", "data: 2 tokens so far"]
+    monkeypatch.setattr(progress, "REPORT_INTERVAL_S", 60.0)
+    with report_progress(state, ReaderHealth()):
+        time.sleep(0.05)
+    assert capsys.readouterr().out == ""
+
+
+def test_notes_are_printed_at_once_and_without_secrets(capsys: pytest.CaptureFixture[str]):
+    health = ReaderHealth()
+    with report_progress(None, health):
+        health.add_note("https://user:secret@host/a.txt: HTTP 503")
+        wait_for(lambda: not health._notes)
+    assert capsys.readouterr().out == "data: https://REDACTED@host/a.txt: HTTP 503\n"
+
+
+def test_an_error_within_the_block_ends_the_thread():
+    health = ReaderHealth()
+    with pytest.raises(ZeroDivisionError), report_progress(None, health):
+        raise ZeroDivisionError
+    health.add_note("late")
+    time.sleep(0.02)
+    assert health.take_notes() == ["late"]
