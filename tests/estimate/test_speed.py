@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 
-from smoltrain.estimate.constants import EFFICIENCY, GPUS
-from smoltrain.estimate.memory import estimate_memory
+from smoltrain.estimate.constants import GPUS
 from smoltrain.estimate.speed import (
     attention_operations,
     estimate_speed,
@@ -46,12 +45,3 @@ def test_more_work_takes_longer():
     stages = [make_setup(*words, recipe=SMOL, world=8, device="cuda").with_zero_stage(stage) for stage in (1, 2, 3)]
     sent = [reduction_bytes(case) for case in stages]
     assert sent == sorted(sent)
-
-
-def test_a_measurement_corrects_both():
-    case, device = make_setup(recipe=SMOL, device="cuda"), GPUS["l4"]
-    rates = EFFICIENCY["cuda"].corrected(estimated_s=2.0, measured_s=3.0)
-    assert estimate_speed(case, device, rates).step_s == pytest.approx(1.5 * estimate_speed(case, device).step_s)
-    found = 7e9
-    base = found - estimate_memory(case, 0.0).total
-    assert estimate_memory(case, base).total == pytest.approx(found)
