@@ -129,7 +129,7 @@ def test_no_file_of_the_data_holds_the_secret_and_a_new_signature_is_no_change(
     assert next(tmp_path.rglob("bad-records.jsonl")).read_text().count(REDACTED) >= 1
     anew = test_prepare.config(tmp_path, mode, data__path=url_of(served, date="2031", secret="another"), **changes)
     again = prepare_run_data(anew)
-    assert again.index["fingerprint"] == first.index["fingerprint"]
+    assert again.index.fingerprint == first.index.fingerprint
     assert check_run_folder(anew, 1, 0)["starts"][-1]["changes"] == []
     if mode == "stream":
         ((shard,),) = again.shards

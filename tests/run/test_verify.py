@@ -102,7 +102,7 @@ def test_a_sound_run_has_a_line_for_its_rows_and_one_for_each_checkpoint(run: Pa
     code, (rows, *lines, tokens) = verify(run)
     assert (code, rows.startswith(f"{run}: 32 rows (steps 1 to 8)")) == (0, True)
     assert re.fullmatch(
-        rf"{run}/data: 6 files of tokens \([0-9.]+ MiB\) and the tokenizer are as they were written", tokens
+        rf"{run}/data: 8 files of tokens \([0-9.]+ MiB\) and the tokenizer are as they were written", tokens
     )
     sizes = [sum(record["bytes"] for record in manifest_of(p).files.values()) / 2**20 for p in checkpoints(run)]
     assert lines == [
