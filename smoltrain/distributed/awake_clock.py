@@ -10,10 +10,13 @@ class AwakeClock:
     """
 
     def __init__(self, most_s: float) -> None:
-        self._most_s, self._seconds, self._last = most_s, 0.0, time.monotonic()
+        self._most_s = most_s
+        self._seconds = 0.0
+        self._last = time.monotonic()
 
     def now(self) -> float:
         """Seconds since it was made."""
-        before, self._last = self._last, time.monotonic()
-        self._seconds += min(self._last - before, self._most_s)
+        now = time.monotonic()
+        self._seconds += min(now - self._last, self._most_s)
+        self._last = now
         return self._seconds

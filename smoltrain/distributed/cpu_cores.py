@@ -3,7 +3,7 @@
 The two hyperthreads of a core share its multipliers, so one thread computes on each core. A rank that is bound to cores
 of its own keeps what is in their caches and, on a machine with several sockets, the memory beside them.
 
-Threads that wait for each other sleep (OMP_WAIT_POLICY=passive, set in launch/train.py). By default GNU's OpenMP spins:
+Threads that wait for each other sleep (OMP_WAIT_POLICY=passive, set in launch/rank.py). By default GNU's OpenMP spins:
 where another process has one of the cores, the others then burn their time in waiting for the thread that it keeps out.
 """
 
@@ -64,12 +64,13 @@ def cores_per_process(processes: int) -> int:
 
 
 def assign_cores(usable_by: list[list[Core]], place: int, asked: int | None = None) -> CpuShare:
-    """The part of the rank at `place` among those of its machine, each of which may use the cores in `usable_by`.
+    """The part of one rank of a machine, the `place`-th of those whose usable cores are in `usable_by`.
 
     Ranks that may use the same cores share them out. Where they may not, their launcher has shared them out already.
     `asked` is a number of threads, which then run wherever they like.
     """
-    own, num = usable_by[place], len(usable_by)
+    own = usable_by[place]
+    num = len(usable_by)
     if asked:
         return CpuShare(asked, frozenset(), "not bound, as SMOLTRAIN_THREADS is set")
     if any(other != own for other in usable_by):

@@ -10,7 +10,7 @@ import psutil
 
 from smoltrain.errors import Problem, RankUserError
 
-# By these a launcher tells its ranks who they are: torchrun, deepspeed, mpirun, and `smoltrain train`.
+# Prefixes of the variables by which launchers tell ranks who they are: torchrun, deepspeed, mpirun, `smoltrain train`.
 LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_", "CROSS_",
     "OMPI_COMM_WORLD_", "PMI_", "SMOLTRAIN_SUPERVISOR", "SMOLTRAIN_ASKED", "SMOLTRAIN_LISTENER",
@@ -24,7 +24,7 @@ class RankPlace:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    local_size: int = 1
+    local_size: int = 1  # as the launcher says, which checks local_rank; World counts the ranks of a machine itself
     address: str = "127.0.0.1"
     port: int | None = None  # None: rank 0 takes any that is free
     has_launcher_store: bool = False  # the store is torchrun's own
@@ -41,7 +41,7 @@ class RankPlace:
 
 
 def parse_rank_place(environment: Mapping[str, str]) -> RankPlace:
-    """What the variables say; a bare `python` is a world of one. Errors: RankRefused for one that makes no sense."""
+    """What the variables say; a bare `python` is a world of one. Errors: RankUserError for one that makes no sense."""
     size = _parse_number(environment, "WORLD_SIZE", 1, 1)
     rank = _parse_number(environment, "RANK", 0, 0, size - 1, f"WORLD_SIZE is {size}")
     of_machine = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environment else "LOCAL_SIZE"
@@ -52,10 +52,13 @@ def parse_rank_place(environment: Mapping[str, str]) -> RankPlace:
         _parse_number(environment, "LOCAL_RANK", 0, 0)
         local_rank, local_size = 0, 1
     if rank and "MASTER_PORT" not in environment:
-        saw = f"RANK={rank}, no MASTER_PORT"
-        want = "a launcher, which sets both, or neither for a run of one process"
         raise RankUserError(
-            Problem("nothing tells where rank 0 is", saw, want, "the environment variables of launchers")
+            Problem(
+                what="nothing tells where rank 0 is",
+                saw=f"RANK={rank}, no MASTER_PORT",
+                want="a launcher, which sets both, or neither for a run of one process",
+                change="the environment variables of launchers",
+            )
         )
     return RankPlace(
         rank, size, local_rank, local_size, environment.get("MASTER_ADDR") or "127.0.0.1",
@@ -82,20 +85,32 @@ def _parse_number(
 def open_rendezvous_socket(place: RankPlace) -> socket.socket:
     """A socket on which rank 0's store is to be met: on the loopback alone, if that is the address; else everywhere.
 
-    Errors: RankRefused if the port is taken.
+    Errors: RankUserError if the port is taken.
     """
-    alone, both = place.is_on_one_machine, socket.has_dualstack_ipv6()
-    family = socket.getaddrinfo(place.address, None)[0][0] if alone else socket.AF_INET6 if both else socket.AF_INET
-    where = (place.address if alone else "", place.port or 0)
+    has_both = socket.has_dualstack_ipv6()
+    dual_stack = has_both and not place.is_on_one_machine
+    if place.is_on_one_machine:
+        family, *_ = socket.getaddrinfo(place.address, None)[0]
+        address = (place.address, place.port or 0)
+    else:
+        family = socket.AF_INET6 if has_both else socket.AF_INET
+        address = ("", place.port or 0)
     try:
-        return socket.create_server(where, family=family, backlog=128, dualstack_ipv6=both and not alone)
+        return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=dual_stack)
     except OSError as error:
-        saw = f"{place.port} at {place.address}: {os.strerror(error.errno or 0)}"
-        what, want = "the port where ranks would meet cannot be used", "one that is free"
-        raise RankUserError(Problem(what, saw, want, "the environment variable MASTER_PORT")) from None
+        raise RankUserError(
+            Problem(
+                what="the port where ranks would meet cannot be used",
+                saw=f"{place.port} at {place.address}: {os.strerror(error.errno or 0)}",
+                want="one that is free",
+                change="the environment variable MASTER_PORT",
+            )
+        ) from None
 
 
 def loopback_interface() -> str | None:
-    """The network interface that has 127.0.0.1."""
-    interfaces = psutil.net_if_addrs()
-    return next((name for name, has in interfaces.items() if any(a.address == "127.0.0.1" for a in has)), None)
+    """The name of the network interface that has 127.0.0.1, if there is one."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == "127.0.0.1" for address in addresses):
+            return name
+    return None

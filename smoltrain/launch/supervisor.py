@@ -31,7 +31,7 @@ from smoltrain.launch.config_pipe import pack_start
 from smoltrain.launch.rank import START_ON_STDIN
 from smoltrain.run.run_lock import lock_run_folder
 from smoltrain.schedule import Phase, Plan
-from smoltrain.train.start import Start, begin_next_phase, begin_run
+from smoltrain.train.start import Start, begin_run
 from smoltrain.train.start_point import read_validation_loss
 
 RANK_COMMAND = [sys.executable, "-u", "-P", "-m", "smoltrain.launch.rank"]  # -P: no module of the current folder
@@ -77,7 +77,8 @@ def _run_phases(recipe: str, overrides: list[str], num_ranks: int | None, signal
         if phase.last < first_phase.last or phase.last > last_step:
             continue
         if phase != first_phase:
-            start = begin_next_phase(stop_after_phase(config, phase.name), num_ranks, say=_print_now)
+            part = stop_after_phase(config, phase.name)
+            start = begin_run(part, num_ranks, device, say=_print_now, data_ready=True)
         _print_now(f"phase {phase.name}: {_describe_work(start, phase)}, {num_ranks} new processes")
         words = [recipe, *overrides, f"run.stop_after={phase.name}"]
         code = _launch_ranks(RankProcesses(words, num_ranks, device.type, start, lock), signals)

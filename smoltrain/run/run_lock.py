@@ -33,7 +33,7 @@ def lock_run_folder(config: Config, patience_s: float = PATIENCE_S) -> int | Non
     deadline = time.monotonic() + patience_s
     try:
         config.run.folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         while not _try_lock(descriptor):
             if time.monotonic() >= deadline:
                 os.close(descriptor)

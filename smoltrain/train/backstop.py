@@ -16,12 +16,13 @@ TICK_S = 0.5
 
 
 def end_silent_process(limit_s: float) -> None:
-    """Until the pipe is closed, or nothing has come through it for so many seconds."""
-    rank, silence = os.getppid(), 0.0
+    """Wait until the pipe is closed; end the rank if nothing came through it for `limit_s` seconds."""
+    rank = os.getppid()
+    silence = 0.0
     while silence < limit_s:
         if select.select([0], [], [], TICK_S)[0]:
             if not os.read(0, 4096):
-                return
+                return  # the watch is closed
             silence = 0.0
         elif not is_process_stopped(rank):
             silence += TICK_S

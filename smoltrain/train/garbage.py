@@ -1,4 +1,4 @@
-"""Python's garbage collection: between two steps, on all ranks at once.
+"""Python's garbage collection: between two steps, on all ranks at once, instead of at any moment on any of them.
 
 By itself Python collects whenever some thousands of objects were made: in the middle of a backward pass, on each rank
 in another step, for which all others wait. And each time it looks through all that torch and DeepSpeed have set up.
@@ -13,9 +13,9 @@ COLLECT_EVERY = 100  # steps; it takes 22 ms in quickstart, where Python's own t
 
 @contextlib.contextmanager
 def collect_between_steps() -> Iterator[Callable[[int], None]]:
-    """Inside, nothing is collected but by what this yields, to be called after each step with its number."""
+    """Automatic collection is off inside; call the yielded function after each step, with the step's number."""
     gc.collect()
-    gc.freeze()  # what is alive now is not looked at again
+    gc.freeze()  # what is alive now (all that torch and DeepSpeed have set up) is not looked at again
     gc.disable()
     try:
         yield _collect_if_due

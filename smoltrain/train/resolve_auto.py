@@ -1,4 +1,4 @@
-"""What a run leaves to the machine, settled in one place, each with its reason: precision, kernels, compiling."""
+"""Resolve every `auto` in the config for this machine, and say why: precision, kernels, compiling, micro-batch."""
 
 from dataclasses import dataclass, replace
 
@@ -30,37 +30,52 @@ class ResolvedSettings:
     reasons: dict[str, str]
 
 
+def choose_computing(config: Config, device: torch.device, rows_per_step: int) -> ResolvedSettings:
+    """Precision and kernels for a device; the config stays as it is. Errors: UserError for what cannot run there."""
+    precision, why = choose_precision(config.engine.precision, device)
+    # On the meta device a model weighs nothing.
+    model = build_model(config.model, device="meta", document_mask=config.packing.document_mask)
+    num_parameters = count_parameters(model)
+    computing, reasons = choose_kernels(
+        config, device, precision, num_parameters=num_parameters, rows_per_step=rows_per_step
+    )
+    reasons = {"precision": f"{precision}, {why}", **reasons}
+    return ResolvedSettings(config, precision, computing, num_parameters, reasons)
+
+
 def resolve_auto_settings(config: Config, world: World, rows_per_step: int) -> ResolvedSettings:
     """The same on every rank, and at every start of the same plan. Collective.
 
     Errors: UserError for what cannot run here.
     """
-    precision, why = choose_precision(config.engine.precision, world.device)
-    num_parameters = count_parameters(build_model(config.model, device="meta"))
-    computing, reasons = choose_kernels(
-        config, world.device, precision, num_parameters=num_parameters, rows_per_step=rows_per_step
-    )
-    asked = {"micro-batch": config.batch.micro_batch, "gradient checkpointing": config.engine.gradient_checkpointing}
-    if "auto" in asked.values():
-        config = world.run_on_first_rank(lambda: _fit_to_memory(config, world, rows_per_step, precision, computing))
-    recompute, rows = config.engine.gradient_checkpointing, config.batch.micro_batch_rows
-    assert recompute != "auto", "it has been settled"
-    for what, value in (("micro-batch", f"{rows} row{'s' * (rows > 1)}"), ("gradient checkpointing", recompute)):
-        reasons[what] = f"{value}, {FIT_REASONS[what] if asked[what] == 'auto' else 'as the recipe asks'}"
-    computing = replace(computing, gradient_checkpointing=recompute)
-    return ResolvedSettings(
-        config, precision, computing, num_parameters, {"precision": f"{precision}, {why}", **reasons}
-    )
+    chosen = choose_computing(config, world.device, rows_per_step)
+    requested = {
+        "micro-batch": config.batch.micro_batch,
+        "gradient checkpointing": config.engine.gradient_checkpointing,
+    }
+    if "auto" in requested.values():
+        config = world.run_on_first_rank(lambda: _fit_to_memory(chosen, world, rows_per_step))
+    rows = config.batch.micro_batch_rows
+    recompute = config.engine.gradient_checkpointing
+    assert recompute != "auto", "it has been resolved"
+    values = {"micro-batch": f"{rows} row{'s' * (rows > 1)}", "gradient checkpointing": recompute}
+    reasons = dict(chosen.reasons)
+    for what, value in values.items():
+        reason = FIT_REASONS[what] if requested[what] == "auto" else "as the recipe asks"
+        reasons[what] = f"{value}, {reason}"
+    computing = replace(chosen.computing, gradient_checkpointing=recompute)
+    return replace(chosen, config=config, computing=computing, reasons=reasons)
 
 
-def _fit_to_memory(
-    config: Config, world: World, rows_per_step: int, precision: str, computing: ComputeOptions
-) -> Config:
-    """What is left to the estimator is settled by the memory of the ranks' device."""
-    kind = "cuda" if world.device.type == "cuda" else "cpu"
-    memory = psutil.virtual_memory().total / world.local_size
-    if kind == "cuda":
-        memory = torch.cuda.get_device_properties(world.device).total_memory
+def _fit_to_memory(chosen: ResolvedSettings, world: World, rows_per_step: int) -> Config:
+    """The config with what the estimator finds to fit the memory of a rank's device."""
+    if world.device.type == "cuda":
+        kind = "cuda"
+        memory_bytes = torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        kind = "cpu"
+        memory_bytes = psutil.virtual_memory().total / world.local_size
     return fit_config_to_memory(
-        config, memory, world.size, device=kind, rows_per_step=rows_per_step, precision=precision, computing=computing
-    )
+        chosen.config, memory_bytes, world.size, device=kind, rows_per_step=rows_per_step, precision=chosen.precision,
+        computing=chosen.computing,
+    )  # fmt: skip

@@ -161,9 +161,7 @@ def open_session(start: Start, world: World, stop: StopFlag) -> Iterator[Session
 
         # ---- nothing refuses any more: what the run writes down
         watchdog.mark("records")
-        folder = world.run_on_first_rank(
-            lambda: write_run_folder(start.config, world.size, start.record)
-        )
+        folder = world.run_on_first_rank(lambda: write_run_folder(start.config, world.size, start.record))
         notes = list(start.notes)
         if start.point.manifest is None:
             source = start.point.weights_from

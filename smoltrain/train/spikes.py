@@ -38,8 +38,8 @@ class Spike:
 
     step: int
     loss: float  # nats per token, of the whole step
-    why: str
-    about: str  # what else is known of it: ranks, lr, gradient norm
+    reason: str  # why it is one
+    circumstances: str  # what else is known of it: ranks, lr, gradient norm
     in_a_row: int  # spikes of this step so far, this one too
     rows: list[RowContents]
     row_losses: list[float]  # nats per token of each row alone, without dropout
@@ -51,27 +51,32 @@ class Spike:
 
     def rows_worst_first(self) -> list[tuple[RowContents, float]]:
         """The rows from the worst one on: not finite before finite, then by loss."""
-        pairs = zip(self.rows, self.row_losses, strict=True)
-        return sorted(pairs, key=lambda pair: (math.isfinite(pair[1]), -pair[1] if math.isfinite(pair[1]) else 0.0))
+
+        def badness(pair: tuple[RowContents, float]) -> float:
+            return pair[1] if math.isfinite(pair[1]) else math.inf
+
+        return sorted(zip(self.rows, self.row_losses, strict=True), key=badness, reverse=True)
 
     def rows_to_name(self) -> list[tuple[RowContents, float]]:
         """Those to name: the ones that are not finite; if there are none, the worst few."""
-        worst = self.rows_worst_first()
-        return [pair for pair in worst if not math.isfinite(pair[1])] or worst[:MAX_NAMED_ROWS]
+        worst_first = self.rows_worst_first()
+        not_finite = [pair for pair in worst_first if not math.isfinite(pair[1])]
+        return not_finite or worst_first[:MAX_NAMED_ROWS]
 
     def headline(self) -> str:
         """The loss, why it is a spike, and what the rows alone say."""
-        facts = [self.why, self.row_verdict(), "nothing was updated"]
-        return f"the loss of step {self.step} is {self.loss:.6g} {self.about}; " + "; ".join(filter(None, facts))
+        facts = [self.reason, self.row_verdict(), "nothing was updated"]
+        in_words = "; ".join(fact for fact in facts if fact)
+        return f"the loss of step {self.step} is {self.loss:.6g} {self.circumstances}; {in_words}"
 
-    def row_verdict(self) -> str:
-        """What the rows, looked at one by one, say about the whole."""
-        bad = sum(not math.isfinite(loss) for loss in self.row_losses)
-        if bad and bad == len(self.rows):
+    def row_verdict(self) -> str | None:
+        """What the rows say about the step when each is looked at alone; None if nothing clear."""
+        num_bad = sum(not math.isfinite(loss) for loss in self.row_losses)
+        if num_bad and num_bad == len(self.rows):
             return "every row is bad by itself, so it is the weights or the lr rather than the data"
-        if not bad and not math.isfinite(self.loss):
+        if not num_bad and not math.isfinite(self.loss):
             return "no row is bad by itself"
-        return ""
+        return None
 
 
 class Decision(NamedTuple):
@@ -94,9 +99,11 @@ class SpikeGuard:
         history: Iterable[tuple[float, int]] = (),
     ) -> None:
         """`history` is (loss, rows consumed after it) of the applied steps before; without a journal none is kept."""
-        self._section, self._world, self._journal = section, world, journal
+        self._section = section
+        self._world = world
+        self._journal = journal
         rewinds = [entry for entry in entries if entry["does"] == "rewind"]
-        self._passed = [(entry["rows"][0], entry["rows"][1]) for entry in rewinds]
+        self._skipped = [(entry["rows"][0], entry["rows"][1]) for entry in rewinds]  # positions first..last - 1
         self._history = deque(history, maxlen=max(section.history, section.window))
 
     @classmethod
@@ -105,15 +112,17 @@ class SpikeGuard:
 
         To be called at each start, and again after a rewind. Collective.
         """
-        length = max(section.history, section.window)
-        entries, history = world.run_on_first_rank(
-            lambda: (read_spikes(folder), list(deque(_read_losses(folder / files.METRICS_FILE, step), maxlen=length)))
-        )
+
+        def read() -> tuple[list[dict[str, Any]], list[tuple[float, int]]]:
+            losses = deque(_read_losses(folder / files.METRICS_FILE, step), maxlen=max(section.history, section.window))
+            return read_spikes(folder), list(losses)
+
+        entries, history = world.run_on_first_rank(read)
         return cls(section, world, folder / SPIKES_FILE, entries, history)
 
     def is_row_skipped(self, position: int) -> bool:
         """Whether the row at this position is one of those that a rewind left out."""
-        return any(first <= position < last for first, last in self._passed)
+        return any(first <= position < last for first, last in self._skipped)
 
     def find_spike_reason(self, loss: float) -> str | None:
         """Why this loss, nats per token over all ranks, is a spike; None if it is none."""
@@ -152,7 +161,7 @@ class SpikeGuard:
         if decision.does == "skip":
             say(f"  the rows of the step are spent without an update ({attempt} in a row)")
             return
-        self._passed.append(decision.rows)
+        self._skipped.append(decision.rows)
         what = f"rewind {attempt}: back to the newest checkpoint, and on from there"
         raise Rewind(f"{what} without the rows {first:,} to {last - 1:,}")
 
@@ -162,8 +171,8 @@ class SpikeGuard:
         end = spike.first_position + len(spike.rows)
         if section.on_spike == "rewind":
             first = max(self._window_start(spike), min(mix_begins, spike.first_position))
-            does = "stop" if len(self._passed) >= section.max_times else "rewind"
-            return Decision(does, (first, end), attempt=len(self._passed) + 1)
+            does = "stop" if len(self._skipped) >= section.max_times else "rewind"
+            return Decision(does, (first, end), attempt=len(self._skipped) + 1)
         does = "stop" if spike.in_a_row > section.max_times else section.on_spike
         return Decision(does, (spike.first_position, end), attempt=spike.in_a_row)
 
@@ -196,10 +205,10 @@ class SpikeGuard:
             "step": spike.step,
             "time_s": round(time.time(), 3),
             "loss": spike.loss,
-            "why": spike.why,
+            "why": spike.reason,
             **facts,
-            "about": spike.about,
-            "verdict": spike.row_verdict(),
+            "about": spike.circumstances,
+            "verdict": spike.row_verdict() or "",
             "worst_first": [{"loss": loss, **asdict(row)} for row, loss in spike.rows_worst_first()],
         }
 

@@ -47,60 +47,35 @@ class Start:
 
 
 def begin_run(
-    config: Config,
-    num_ranks: int,
-    device: torch.device,
-    *,
-    say: Callable[[str], None] = lambda _: None,
-    one_phase: bool = False,
-) -> Start:
+    config: Config, num_ranks: int, device: torch.device, *, say: Callable[[str], None] = lambda _: None,
+    one_phase: bool = False, data_ready: bool = False,
+) -> Start:  # fmt: skip
     """Find where to begin, check that the run may, and prepare its data. One process, holding the lock of the run.
 
-    With `one_phase` the start ends where the first phase does that is not done. `say` gets the notes as they come.
+    With `one_phase` the start ends where the first phase does that is not done. `data_ready`: this command has checked
+    recipe and data already, at the start of an earlier phase; what that phase has saved is verified, as nobody has read
+    it yet. `say` gets the notes as they come.
     Errors: UserError for whatever can be known to be wrong before a rank opens anything.
     """
-    notes = _Notes(say)
+    notes: list[str] = []
+
+    def note(text: str) -> None:
+        notes.append(text)
+        say(text)
+
     for leftover in delete_leftovers(config.run_folder / "checkpoints"):
-        notes.add(leftover)
-    point = find_start_point(config, notes.add)
+        note(leftover)
+    point = find_start_point(config, note)
     plan = Plan(config.phases)
     last_step = plan.last_step_until(config.run.stop_after)
     if one_phase:
-        next_step = min(point.step + 1, last_step)
-        config = stop_after_phase(config, plan.phase(next_step).name)
-    start = _make_start(config, point, num_ranks, notes)
-    if point.step < last_step:
-        check_start(config, device, num_ranks, start.rows_per_step)
-    copy_ancestor_data(config, point)
-    prepare_run_data(config, start.rows_per_step, num_ranks)
-    return start
-
-
-def begin_next_phase(config: Config, num_ranks: int, *, say: Callable[[str], None] = lambda _: None) -> Start:
-    """The start of new processes that go on where the phase before has ended; `config` ends with the next one.
-
-    What that phase has saved is verified, as nobody has read it yet. Tokens and recipe were checked at the command's
-    start, and the lock of the run was held since. Errors: UserError.
-    """
-    notes = _Notes(say)
-    return _make_start(config, find_start_point(config, notes.add), num_ranks, notes)
-
-
-def _make_start(config: Config, point: StartPoint, num_ranks: int, notes: "_Notes") -> Start:
-    """Errors: UserError where the run folder belongs to another run, or the config changes what is past."""
+        config = stop_after_phase(config, plan.phase(min(point.step + 1, last_step)).name)
     record = make_run_record(config, num_ranks, point.step, point.ancestor, point.manifest)
-    last_step = Plan(config.phases).last_step_until(config.run.stop_after)
+    if not data_ready:
+        rows_per_step = record.provenance["rows_per_step"]
+        if point.step < last_step:
+            check_start(config, device, num_ranks, rows_per_step)
+        copy_ancestor_data(config, point)
+        prepare_run_data(config, rows_per_step, num_ranks)
     missing = is_validation_missing(config, point, last_step)
-    return Start(config, point, record, missing, tuple(notes.texts))
-
-
-class _Notes:
-    """Texts that are said at once, and kept for the log of the run."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.texts: list[str] = []
-        self._say = say
-
-    def add(self, text: str) -> None:
-        self.texts.append(text)
-        self._say(text)
+    return Start(config, point, record, missing, tuple(notes))

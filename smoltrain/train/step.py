@@ -15,7 +15,7 @@ import math
 import resource
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -67,9 +67,8 @@ class StopRequest:
     waited_for_data: bool
 
 
-@dataclass(frozen=True)
-class RankNumbers:
-    """What one rank tells the others before the update."""
+class RankNumbers(NamedTuple):
+    """What each rank tells the others before the update."""
 
     loss: float  # nats, summed over its tokens
     squared_norm: float  # of its part of the gradient; 0 where DeepSpeed takes the norm
@@ -86,13 +85,11 @@ def train_step(step: int, session: "Session") -> StepResult:
     """
     engine = session.engine
     loader = session.loader
-    world = session.world
-    mark = session.watchdog.mark
-    if session.plan.resets_optimizer(step):  # a phase's first step: the state before it is saved already
+    guard = session.guard
+    plan = session.plan
+    if plan.resets_optimizer(step):  # a phase's first step: the state before it is saved already
         engine.reset_optimizer()
-    loader.set_source_mix(session.plan.mix(step))
-    lr = session.plan.lr(step)
-    weight_decay = session.plan.weight_decay(step)
+    loader.set_source_mix(plan.mix(step))
     digests: list[np.ndarray] = []
     num_spikes = 0
     num_bad_gradients = 0
@@ -101,65 +98,57 @@ def train_step(step: int, session: "Session") -> StepResult:
         taken = take_rows_together(session)
         if isinstance(taken, StopRequest):
             return StepResult(_join_digests(digests), stopped=True, waited_for_data=taken.waited_for_data)
-        totals = taken.totals
-        digests.append(totals.digests)
-        if session.guard.is_row_skipped(loader.rows_consumed):
-            loader.mark_consumed(totals)
+        digests.append(taken.totals.digests)
+        if guard.is_row_skipped(loader.rows_consumed):
+            loader.mark_consumed(taken.totals)
             continue
 
-        # ---- this rank's gradients, and one exchange of numbers
-        loss_sum = _accumulate_gradients(taken, session)
-        mark("reduction")
-        squared_norm = engine.reduce()
-        # The step's first wait for the device.
-        own = RankNumbers(float(loss_sum), squared_norm, taken.waited_s, _peak_memory_gib(world))
-        numbers = _gather_numbers(own, world)
-        mean_loss = sum(rank.loss for rank in numbers) / totals.num_targets
-
-        # ---- nothing has moved yet: is the loss one to learn from?
-        reason = session.guard.find_spike_reason(mean_loss)
-        if reason:
+        # ---- gradients, and a loss that must be one to learn from: nothing has moved yet
+        numbers = _compute_gradients(taken, session)
+        mean_loss = sum(rank.loss for rank in numbers) / taken.totals.num_targets
+        spike_reason = guard.find_spike_reason(mean_loss)
+        if spike_reason:
             num_spikes += 1
-            about = _describe_bad_step([rank.loss for rank in numbers], lr, engine)
+            about = _describe_bad_step([rank.loss for rank in numbers], plan.lr(step), engine)
             engine.drop_gradients()
             rows, row_losses = _compute_row_losses(taken.micro_batches, session)
-            spike = Spike(step, mean_loss, reason, about, num_spikes, rows, row_losses)
-            session.guard.handle_spike(spike, session.tracker.say, loader.mix_begins)
-            loader.mark_consumed(totals)
+            spike = Spike(step, mean_loss, spike_reason, about, num_spikes, rows, row_losses)
+            guard.handle_spike(spike, session.tracker.say, loader.mix_begins)
+            loader.mark_consumed(taken.totals)
             continue
         inspecting_s = time.perf_counter()
-        mark("gradients")
-        layer_gradients: dict[str, LayerGradient] = {}
-        if session.plan.is_due(step, session.config.track.gradients_every):
-            layer_gradients = summarize_layer_gradients(engine.gradients())
+        session.watchdog.mark("gradients")
+        inspects = plan.is_due(step, session.config.track.gradients_every)
+        layer_gradients = summarize_layer_gradients(engine.gradients()) if inspects else {}
         inspected_s = time.perf_counter() - inspecting_s
 
         # ---- the update
-        mark("update")
-        whole_squared_norm = sum(rank.squared_norm for rank in numbers)
-        applied = engine.update(lr=lr, weight_decay=weight_decay, squared_norm=whole_squared_norm)
-        loader.mark_consumed(totals)
+        session.watchdog.mark("update")
+        squared_norm = sum(rank.squared_norm for rank in numbers)
+        applied = engine.update(lr=plan.lr(step), weight_decay=plan.weight_decay(step), squared_norm=squared_norm)
+        loader.mark_consumed(taken.totals)
         if applied:
-            session.guard.record_loss(mean_loss, loader.rows_consumed)
+            guard.record_loss(mean_loss, loader.rows_consumed)
             break
         num_bad_gradients += 1
         if num_bad_gradients == MAX_SKIPS_IN_A_ROW:
-            raise _too_many_skips_error(step, lr)
+            raise _too_many_skips_error(step, plan.lr(step))
 
-    # Each rank has waited for the slowest one in the collectives, so its own clock tells that one's time.
+    # Each rank has waited for the slowest one in the collectives, so its own clock tells that one's time. Memory grows
+    # in the update, after the exchange: this rank's peak is of now, the others' of before it.
     step_s = time.perf_counter() - began_s - inspected_s
     metrics = {
         "train/loss_nats_per_token": mean_loss,
-        "train/lr": lr,
-        "train/weight_decay": weight_decay,
+        "train/lr": plan.lr(step),
+        "train/weight_decay": plan.weight_decay(step),
         "train/grad_norm_before_clipping": engine.grad_norm_before_clipping,
         "train/loss_scale": engine.loss_scale,
         **data_metrics(loader),
-        "speed/tokens_per_s": totals.num_targets / step_s,
+        "speed/tokens_per_s": taken.totals.num_targets / step_s,
         "speed/step_s": step_s,
         "speed/steps_per_s": 1 / step_s,
         "speed/data_wait_share": max(rank.waited_s for rank in numbers) / step_s,
-        "memory/peak_gib": max(_peak_memory_gib(world), *(rank.peak_gib for rank in numbers)),
+        "memory/peak_gib": max(_peak_memory_gib(session.world), *(rank.peak_gib for rank in numbers)),
     }
     return StepResult(
         _join_digests(digests), metrics=metrics, layer_gradients=layer_gradients, num_skipped=len(digests) - 1
@@ -218,22 +207,20 @@ def _wait_for_own_rows(session: "Session") -> bool:
     return False
 
 
-def _accumulate_gradients(taken: TakenRows, session: "Session") -> torch.Tensor:
-    """Forward and backward of this rank's micro-batches; the sum of their token losses, an fp64 scalar in nats."""
+def _compute_gradients(taken: TakenRows, session: "Session") -> list[RankNumbers]:
+    """Forward and backward of this rank's micro-batches, and the numbers of every rank, in rank order. Collective."""
     losses = []
     for batch in taken.micro_batches:
         session.watchdog.mark("forward")
         loss = session.engine.forward(batch)  # sum over this micro-batch's tokens
         losses.append(loss.detach().double())
         session.watchdog.mark("backward")
-        # DeepSpeed's mean over ranks makes it the global mean.
+        # The engine's mean over ranks makes it the global mean.
         session.engine.backward(loss * (session.world.size / taken.totals.num_targets))
-    return torch.stack(losses).sum()
-
-
-def _gather_numbers(own: RankNumbers, world: World) -> list[RankNumbers]:
-    """The numbers of every rank, in rank order. Collective."""
-    everyones = world.gather_floats(own.loss, own.squared_norm, own.waited_s, own.peak_gib)
+    session.watchdog.mark("reduction")
+    squared_norm = session.engine.reduce()
+    loss_sum = float(torch.stack(losses).sum())  # waits for the device
+    everyones = session.world.gather_floats(loss_sum, squared_norm, taken.waited_s, _peak_memory_gib(session.world))
     return [RankNumbers(*numbers) for numbers in everyones]
 
 

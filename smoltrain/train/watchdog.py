@@ -43,9 +43,13 @@ class HangReport:
     @staticmethod
     def from_text(text: str) -> "HangReport":
         """The inverse; further lines are passed over."""
-        found = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
+        values = dict(line.split(": ", 1) for line in text.splitlines() if ": " in line)
         return HangReport(
-            int(found["step"]), int(found["marks"]), found["place"], found["line"], found["in_collective"] == "True"
+            step=int(values["step"]),
+            marks=int(values["marks"]),
+            place=values["place"],
+            line=values["line"],
+            in_collective=values["in_collective"] == "True",
         )
 
 
@@ -96,13 +100,16 @@ class Watchdog:
     def _wait_for_silence(self, pulse: int) -> float:
         """Seconds without a sign of life, when they have become too many; 0 when the watch is closed."""
         tick_s = min(TICK_S, self._limit_s / 4)
-        clock, seen, since = AwakeClock(3 * tick_s), self._last, 0.0
+        clock = AwakeClock(3 * tick_s)
+        seen = self._last
+        since = 0.0  # on the clock
         while not self._closed.wait(tick_s):
             with contextlib.suppress(OSError):  # whoever ended the process beside this one did not mean this one
                 os.write(pulse, b".")
             now = clock.now()
             if self._last is not seen:
-                seen, since = self._last, now
+                seen = self._last
+                since = now
             if now - since >= self._limit_s:
                 return now - since
         return 0.0
@@ -157,8 +164,9 @@ class Watchdog:
         while True:
             for rank in range(self._size):
                 path = self._path(rank)
-                if rank not in reports and path.exists() and path.stat().st_mtime >= self._opened:  # no earlier life's
-                    reports[rank] = HangReport.from_text(path.read_text(encoding="utf-8"))
+                if rank in reports or not path.exists() or path.stat().st_mtime < self._opened:  # of an earlier life
+                    continue
+                reports[rank] = HangReport.from_text(path.read_text(encoding="utf-8"))
             if len(reports) == self._size or time.monotonic() >= deadline:
                 return reports
             time.sleep(0.1)
@@ -189,7 +197,8 @@ def describe_hang(reports: dict[int, HangReport], size: int, silence: float, log
 def _locate_main_thread() -> tuple[str, bool]:
     """The innermost Python line of the main thread, and whether it is inside a collective of torch.distributed."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    line, in_collective = "an unknown line", False
+    line = "an unknown line"
+    in_collective = False
     if frame:
         path = "/".join(Path(frame.f_code.co_filename).parts[-2:])
         line = f"{path}:{frame.f_lineno} ({frame.f_code.co_name})"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from smoltrain.errors import DONE, UserError
-from smoltrain.train.start import begin_next_phase, begin_run
+from smoltrain.train.start import begin_run
 from tests import launches, tiny
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def test_a_start_of_a_run_that_is_done_has_no_work(tmp_path: Path) -> None:
     settings = tiny.load(tmp_path, "run.stop_after=main")
     done = begin_run(settings, 1, CPU, one_phase=True)
     assert (done.point.step, done.last_step, done.has_work) == (8, 8, False)
-    more = begin_next_phase(tiny.load(tmp_path), 1)
+    more = begin_run(tiny.load(tmp_path), 1, CPU, data_ready=True)
     assert (more.point.step, more.last_step, more.has_work) == (8, 12, True)
     assert [start["from_step"] for start in more.record.provenance["starts"]] == [0, 8]
     with pytest.raises(UserError, match=r"model\.intermediate_size differs"):

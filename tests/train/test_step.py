@@ -134,52 +134,6 @@ def test_endless_skips_stop_the_run(tmp_path: Path, ranks: Any, reduce: str) -> 
         assert "step 1: 3 updates in a row had a gradient that is not finite" in message
 
 
-def validation_loss(settings: Config, rows: int) -> tuple[float, float, float, float]:
-    """The engine's validation loss and the same by hand over all rows on one rank; then both in bits per byte."""
-    from smoltrain.train.evaluate import evaluate_loss
-
-    wrapped, here = engine_for(settings, "fp32"), world()
-    loader = loader_of(settings, here.rank, here.size)
-    bytes_per_id = torch.from_numpy(loader.prepared.bytes_per_id())
-    found = evaluate_loss(bare_session(settings, wrapped, loader), loader.validation_batches(rows), bytes_per_id)
-    assert found is not None
-    ours, bits = found
-    net, total, count, num_bytes = fresh_model(settings).eval(), 0.0, 0, 0
-    with torch.no_grad():
-        for batch in loader_of(settings, 0, 1).validation_batches(rows):
-            total += float(net(batch.ids_BT, batch.labels_BT))
-            valid = batch.labels_BT[batch.labels_BT != -100].tolist()
-            count += len(valid)
-            num_bytes += sum(len(loader.prepared.tokenizer.decode([i]).encode()) for i in valid if i != 0)
-    return ours, total / count, bits, total / math.log(2) / num_bytes
-
-
-@pytest.mark.parametrize("rows", [1, 7, 8])
-def test_validation_loss_is_the_mean_over_the_same_tokens_on_any_world(tmp_path: Path, ranks: Any, rows: int) -> None:
-    settings = prepared(tmp_path, "engine.precision=fp32", "model.dropout=0.2")
-    for ours, by_hand, bits, bits_by_hand in ranks(2).run(validation_loss, settings, rows):
-        assert ours == pytest.approx(by_hand, rel=1e-6)
-        assert bits == pytest.approx(bits_by_hand, rel=1e-6)
-
-
-def evaluation_with_a_stop(settings: Config) -> tuple[Any, list[str]]:
-    """Rank 1 is asked to stop once its second batch is due."""
-    from smoltrain.train.evaluate import evaluate_loss
-
-    wrapped, here = engine_for(settings, "fp32"), world()
-    loader = loader_of(settings, here.rank, here.size)
-    batches, bytes_per_id = loader.validation_batches(12), torch.from_numpy(loader.prepared.bytes_per_id())
-    assert len(batches) == 3
-    session = bare_session(settings, wrapped, loader, stop=lambda: here.rank == 1 and len(marks) == 2)
-    marks = session.watchdog.places
-    return evaluate_loss(session, batches, bytes_per_id), marks
-
-
-def test_a_signal_ends_an_evaluation(tmp_path: Path, ranks: Any) -> None:
-    settings = prepared(tmp_path, "engine.ds_config=zero3", "engine.precision=fp32")
-    assert ranks(2).run(evaluation_with_a_stop, settings) == [(None, ["evaluation"] * 2)] * 2
-
-
 def marks_of_a_step(settings: Config) -> list[str]:
     wrapped, here = engine_for(settings, "fp32"), world()
     session = bare_session(settings, wrapped, loader_of(settings, here.rank, here.size))
@@ -223,29 +177,6 @@ def test_rows_that_were_spent_before_a_stop_are_not_lost_to_the_ledger(tmp_path:
         assert seen["stopped"]
         assert seen["rows"] == 8
         assert seen["digests"] == seen["wanted"]
-
-
-def samples(settings: Config, stage: int) -> list[tuple[str, str]]:
-    from smoltrain.train.sample import sample_prompts
-
-    wrapped, here = engine_for(settings, "fp32"), world()
-    assert wrapped.stage == stage
-    state = torch.get_rng_state()
-    loader = loader_of(settings, here.rank, here.size)
-    texts = sample_prompts(bare_session(settings, wrapped, loader))
-    assert sample_prompts(bare_session(settings, wrapped, loader, stop=lambda: here.rank == 1)) == []
-    assert torch.equal(state, torch.get_rng_state()), "sampling must not touch the training's random numbers"
-    assert wrapped.module.training
-    return texts
-
-
-def test_every_rank_samples_the_same_text_even_with_partitioned_weights(tmp_path: Path, ranks: Any) -> None:
-    texts = []
-    for stage in (2, 3):
-        settings = prepared(tmp_path, f"engine.ds_config=zero{stage}", "engine.precision=fp32")
-        texts += ranks(2).run(samples, settings, stage)
-    assert all(text == texts[0] for text in texts)
-    assert len(texts[0]) == 2
 
 
 class Slow:

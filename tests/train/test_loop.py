@@ -1,0 +1,123 @@
+"""What is due after a step, and how a run leaves its loop."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from smoltrain.config.load import load_config
+from smoltrain.errors import DONE, STOPPED
+from smoltrain.schedule import Plan
+from smoltrain.train import loop
+from smoltrain.train.step import StepResult
+from tests import tiny
+
+
+class Story:
+    """Stands in for a Session of the tiny plan (8 and 4 steps): each thing that the loop asks for is a word."""
+
+    def __init__(self, tmp_path: Any, *overrides: str, done: int = 0, reason: str | None = None) -> None:
+        self.config = load_config("quickstart", [*tiny.words(tmp_path, *overrides)])
+        self.plan = Plan(self.config.phases)
+        self.start = SimpleNamespace(
+            point=SimpleNamespace(step=done), last_step=self.plan.last_step, validation_missing=False
+        )
+        self.words: list[str] = []
+        self.said: list[str] = []
+        self.validates = True
+        self.stop = SimpleNamespace(reason=reason, listen=lambda: self.note("listen"), is_raised=lambda: bool(reason))
+        self.world = SimpleNamespace(gather=lambda value: [None, value], is_first=False)
+        self.watchdog = SimpleNamespace(begin_step=lambda step: self.note(f"step {step}"), mark=lambda _: None)
+        self.saver = SimpleNamespace(poll=lambda: None, finish=lambda: self.note("published"))
+        self.tracker = SimpleNamespace(say=self.said.append)
+        self.folder = SimpleNamespace(path=tmp_path)
+
+    def note(self, word: str) -> None:
+        self.words.append(word)
+
+    def record(self, step: int, result: StepResult) -> None:
+        self.note("record")
+
+    def record_rows(self, result: StepResult) -> None:
+        self.note(f"rows {len(result.digests)}")
+
+    def validate(self, step: int) -> bool:
+        self.note("validate")
+        return self.validates
+
+    def sample(self, step: int) -> None:
+        self.note("sample")
+
+    def save(self, step: int) -> None:
+        self.note(f"save {step}")
+
+
+def run(story: Any, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None, waited: bool = False) -> int:
+    """The loop, in which a step does nothing but stop where it is told to."""
+
+    def train_step(step: int, _session: Any) -> StepResult:
+        if step == stop_at:
+            return StepResult(np.zeros(3, np.uint64), stopped=True, waited_for_data=waited)
+        return StepResult(np.zeros(8, np.uint64))
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    return loop.run_loop(story)
+
+
+def after(story: Story, step: int) -> list[str]:
+    """What was asked for from the beginning of this step to that of the next one."""
+    first = story.words.index(f"step {step}") + 1
+    following = story.words[first:]
+    return following[: following.index(f"step {step + 1}")] if f"step {step + 1}" in following else following
+
+
+def test_each_thing_is_done_when_it_is_due_and_at_the_end_of_a_phase(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = Story(tmp_path)  # evaluate every 4 steps, sample every 6, save every 3
+    assert run(story, monkeypatch) == DONE
+    assert story.words[:2] == ["listen", "step 1"], "a signal ends the process until the loop begins"
+    step = ["rows 8", "record"]
+    assert [after(story, n) for n in (1, 3, 4, 6)] == [
+        step, [*step, "save 3"], [*step, "validate"], [*step, "sample", "save 6"],
+    ]  # fmt: skip
+    assert after(story, 8) == [*step, "validate", "sample", "save 8"], "the end of a phase"
+    assert after(story, 12) == [*step, "validate", "sample", "save 12", "published"]
+    assert "the plan is complete (12 steps)" in story.said[-1]
+
+
+@pytest.mark.parametrize(("waited", "more"), [(False, ""), (True, ", waiting for data")])
+def test_a_stop_saves_the_step_before_and_leaves_at_once(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, waited: bool, more: str
+) -> None:
+    story = Story(tmp_path, reason="SIGTERM")
+    assert run(story, monkeypatch, stop_at=6, waited=waited) == STOPPED
+    assert after(story, 6) == ["rows 3", "save 5", "published"], "rows that it has consumed are in the ledger first"
+    assert story.said == [f"stopped after step 5 (SIGTERM){more}; the same command goes on from there"]
+
+
+def test_a_stop_before_the_first_step_says_so(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story(tmp_path, reason="SIGINT")
+    assert run(story, monkeypatch, stop_at=1) == STOPPED
+    assert story.said == ["stopped before the first step (SIGINT); the same command goes on from there"]
+
+
+def test_a_stop_that_came_with_the_last_step_counts(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story(tmp_path, reason="its launcher is gone")
+    assert run(story, monkeypatch) == STOPPED
+    assert story.said == ["stopped after step 12 (its launcher is gone); the same command goes on from there"]
+
+
+def test_a_missing_validation_is_made_up_for_before_the_first_step(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = Story(tmp_path, done=8)
+    story.start.validation_missing = True
+    assert run(story, monkeypatch) == DONE
+    assert story.words[:3] == ["listen", "validate", "step 9"]
+    story = Story(tmp_path, done=8, reason="SIGTERM")
+    story.start.validation_missing = True
+    story.validates = False
+    assert run(story, monkeypatch) == STOPPED
+    assert story.words == ["listen", "validate", "published"]
