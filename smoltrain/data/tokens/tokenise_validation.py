@@ -9,7 +9,7 @@ from typing import Any
 
 from smoltrain.config.schema import DataSection, MixedSource
 from smoltrain.data.documents import retry
-from smoltrain.data.documents.bad_records import BadRecordEntry, check_bad_record_share, keep_documents, log_bad_record
+from smoltrain.data.documents.bad_records import BadRecordEntry, check_bad_record_share, log_bad_record
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.documents.listing import SourceListing, has_own_validation
 from smoltrain.data.documents.records import BadRecord, Document
