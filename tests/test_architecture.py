@@ -69,10 +69,6 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         "fields, which are reached through recipes",
         "tests/config/test_load.py, tests/config/test_rules.py",
     ),
-    "smoltrain.engine.optimizer": (
-        "what it does is to the weights of an engine",
-        "tests/engine/test_engine.py, tests/engine/test_reshard.py, tests/test_extending.py",
-    ),
     "smoltrain.engine.shards": (
         "DeepSpeed calls it when it saves and loads",
         "tests/engine/test_reshard.py, tests/checkpoint/test_saver.py",
