@@ -1,4 +1,4 @@
-"""How a model computes on a device is one decision, with a reason for each part; one rule here and for a GPU elsewhere."""
+"""How a model computes on a device is one decision, with a reason for each part, and one rule for GPUs elsewhere."""
 
 from pathlib import Path
 from typing import Any
