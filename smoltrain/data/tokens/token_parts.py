@@ -17,7 +17,7 @@ import numpy as np
 from smoltrain import files
 from smoltrain.config.schema import DataSection, MixedSource
 from smoltrain.data.documents import retry
-from smoltrain.data.documents.bad_records import BadRecordEntry, keep_documents, log_bad_record
+from smoltrain.data.documents.bad_records import BadRecordEntry, log_bad_record
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.documents.listing import SourceListing, has_own_validation
 from smoltrain.data.documents.records import BadRecord
@@ -129,10 +129,7 @@ class TokeniseJob:
         part, counts = self.parts[number], self.counts[number]
         name = part.source.name
 
-        def on_empty(_: BadRecord) -> None:
-            counts[PartCount.EMPTY] += 1
-
-        def on_bad(record: BadRecord) -> None:
+        def note_bad(record: BadRecord) -> None:
             counts[PartCount.BAD] += 1
             of_source = self.count_records(name)
             num_bad, num_records = int(of_source[PartCount.BAD]), int(of_source[RECORD_COUNTS].sum())
@@ -141,12 +138,18 @@ class TokeniseJob:
         for shard_number, shard in enumerate(part.shards, part.first_shard):
             end = counts[PartCount.BYTES] + (shard.size or 0)
             records = retry.read_records_with_retry(shard, part.source, data=self.data, health=self.health)
-            for document in keep_documents(records, on_bad, on_empty):
-                side = "validation" if is_held_out(document.name, self.data.validation_share) else "train"
-                address = pack_address(shard_number, shard, document)
-                yield PartDocument(part.side or side, content_hash(document.text), address), document.text
+            for record in records:
+                if isinstance(record, BadRecord):
+                    if record.empty:
+                        counts[PartCount.EMPTY] += 1
+                    else:
+                        note_bad(record)
+                    continue
+                side = "validation" if is_held_out(record.name, self.data.validation_share) else "train"
+                address = pack_address(shard_number, shard, record)
+                yield PartDocument(part.side or side, content_hash(record.text), address), record.text
                 # Characters are near enough to bytes, until the shard ends.
-                counts[PartCount.BYTES] = min(counts[PartCount.BYTES] + len(document.text), end)
+                counts[PartCount.BYTES] = min(counts[PartCount.BYTES] + len(record.text), end)
             counts[PartCount.BYTES] = end
 
 

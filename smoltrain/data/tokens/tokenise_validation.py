@@ -9,7 +9,7 @@ from typing import Any
 
 from smoltrain.config.schema import DataSection, MixedSource
 from smoltrain.data.documents import retry
-from smoltrain.data.documents.bad_records import BadRecordEntry, check_bad_record_share, keep_documents, log_bad_record
+from smoltrain.data.documents.bad_records import BadRecordEntry, check_bad_record_share, log_bad_record
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.documents.listing import SourceListing, has_own_validation
 from smoltrain.data.documents.records import BadRecord, Document
@@ -59,12 +59,16 @@ class HeldOutReader:
                 readers.append(retry.read_records_with_retry(shard, self.source, data=self.data, health=self.health))
             reader = readers.popleft()
             record = next(reader, None)
-            if record is not None:
-                readers.append(reader)
-                yield from keep_documents([record], self._note_bad, self._note_empty)
-
-    def _note_empty(self, _: BadRecord) -> None:
-        self.num_empty += 1
+            if record is None:
+                continue
+            readers.append(reader)
+            match record:
+                case BadRecord(empty=True):
+                    self.num_empty += 1
+                case BadRecord():
+                    self._note_bad(record)
+                case _:
+                    yield record
 
     def _note_bad(self, record: BadRecord) -> None:
         count, num_records = len(self.bad) + 1, self.num_records + 1
