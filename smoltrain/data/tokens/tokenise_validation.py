@@ -59,20 +59,17 @@ class HeldOutReader:
                 readers.append(retry.read_records_with_retry(shard, self.source, data=self.data, health=self.health))
             reader = readers.popleft()
             record = next(reader, None)
-            if record is None:
-                continue
-            readers.append(reader)
+            if record is not None:
+                readers.append(reader)
             match record:
                 case BadRecord(empty=True):
                     self.num_empty += 1
                 case BadRecord():
-                    self._note_bad(record)
-                case _:
+                    count, num_records = len(self.bad) + 1, self.num_records + 1
+                    name = self.source.name
+                    self.bad.append(log_bad_record(self.folder, name, record, count, num_records, self.data))
+                case Document():
                     yield record
-
-    def _note_bad(self, record: BadRecord) -> None:
-        count, num_records = len(self.bad) + 1, self.num_records + 1
-        self.bad.append(log_bad_record(self.folder, self.source.name, record, count, num_records, self.data))
 
 
 def tokenise_held_out(
