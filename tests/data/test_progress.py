@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from smoltrain.data import progress
-from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.progress import report_progress
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens import token_parts

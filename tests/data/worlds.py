@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from smoltrain.config.schema import DataSection
-from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.rows.loader import Loader, StepLayout, merge_loader_states
 from smoltrain.data.rows.row_source import CachedRowSource, RowSource, StreamedRowSource
 from smoltrain.data.rows.streams import StreamedSource
