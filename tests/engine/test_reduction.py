@@ -19,7 +19,7 @@ from smoltrain.engine.reduction import (
 )
 from smoltrain.estimate.training_setup import build_training_setup
 from tests import tiny
-from tests.engine.test_reshard import Odd
+from tests.engines import Odd
 from tests.ranks import world
 
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
