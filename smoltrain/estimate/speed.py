@@ -115,10 +115,11 @@ def update_bytes(setup: TrainingSetup) -> float:
 
 
 def reduction_bytes(setup: TrainingSetup) -> float:
-    """Sent by one rank for a step; to scatter or gather x bytes it sends x (W - 1) / W (Patarasuk & Yuan 2009).
+    """Sent by one rank for a step.
 
-    Gradients count as fp32 (communication_data_type of DeepSpeed's JSON is not looked at): reduced once a step, under
-    ZeRO-2 after each micro-batch. Updated weights are gathered; ZeRO-3 gathers them for each forward and backward.
+    To reduce-scatter or all-gather x bytes a rank sends x (W - 1) / W (Patarasuk & Yuan 2009). Gradients count as fp32
+    (communication_data_type of DeepSpeed's JSON is not looked at): reduced once a step, under ZeRO-2 after each
+    micro-batch. Updated weights are gathered; ZeRO-3 gathers them for each forward and backward.
     """
     N, c, W = setup.shape.parameters, setup.weight_bytes, setup.world
     reductions = setup.accumulation if setup.stage >= 2 and not setup.once_per_step else 1

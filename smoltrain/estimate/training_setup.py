@@ -55,7 +55,7 @@ class TrainingSetup:
     world: int
     micro_batch: int  # rows
     length: int  # targets per row
-    accumulation: int  # micro-batches of a rank and step
+    accumulation: int  # gradient accumulation: micro-batches of a rank and step
     stage: int  # of ZeRO
     precision: str  # bf16, fp16 or fp32
     recompute: Recompute = "none"

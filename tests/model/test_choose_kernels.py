@@ -1,4 +1,4 @@
-"""How a model computes on a device is one decision, with a reason for each part, and one rule for GPUs elsewhere."""
+"""How a model computes on a device is one decision, with a reason for each part of it."""
 
 from pathlib import Path
 from typing import Any
