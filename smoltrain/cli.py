@@ -30,8 +30,6 @@ app = typer.Typer(
 
 prepare = typer.Typer(help="Make ahead what a run would make at its first start.", no_args_is_help=True)
 app.add_typer(prepare, name="prepare")
-bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.")]
 ModelArgument = Annotated[
@@ -50,12 +48,15 @@ RecipeArgument = Annotated[
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to use instead of the recipe's.")
 ]
-RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Calls of each kernel, in turn.")]
-OutOption = Annotated[str, typer.Option(help="File for the numbers, what they depend on, and the command.")]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command and exit: a mistake of the user's ends with readable lines and a code, never a traceback."""
+    """Run the command and exit."""
+    run_app(app, arguments)
+
+
+def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
+    """Run a command and exit: a mistake of the user's ends with readable lines and a code, never a traceback."""
     if arguments is None:  # this is a process of its own
         guard_console()
     try:
@@ -132,9 +133,9 @@ def estimate_command(
     ] = False,
 ) -> None:
     """Estimate memory, time and disk of a run before it starts, with alternatives and advice."""
-    from smoltrain.estimate.estimate import print_estimate as tell
+    from smoltrain.estimate.estimate import print_estimate
 
-    tell(recipe, overrides or [], world, device, measured=measure)
+    print_estimate(recipe, overrides or [], world, device, measured=measure)
 
 
 @app.command("train", epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2")
@@ -287,93 +288,6 @@ def demo_command(
     from smoltrain.inference.demo import serve_demo
 
     serve_demo(run, host=host, port=port)
-
-
-@bench.command(name="data", epilog="Example: smoltrain bench data --minutes 10")
-def bench_data_command(
-    minutes: Annotated[
-        float, typer.Option(min=0, help="How long to stream; memory is told at 10, 50 and 100 % of it.")
-    ] = 0.5,
-    tokenizer: Annotated[str, typer.Option(help="As tokenizer.name in a recipe.")] = "smollm2",
-    mib: Annotated[float, typer.Option(min=1, help="MiB of text to make; streaming goes round and round in it.")] = 64,
-    out: OutOption = "bench.json",
-) -> None:
-    """Measure tokens per second of the loader without a model, streaming and cached, and its memory."""
-    from pathlib import Path
-
-    from benchmarks.data import benchmark_data as measure
-
-    measure(tokenizer, minutes, mib, Path(out))
-
-
-@bench.command(name="checkpoint", epilog="Example: smoltrain bench checkpoint shakespeare-80m --saves 3")
-def bench_checkpoint_command(
-    recipe: RecipeArgument = "quickstart",
-    overrides: OverridesArgument = None,
-    saves: Annotated[int, typer.Option(min=2, help="Checkpoints in each of the two runs.")] = 3,
-    every: Annotated[int, typer.Option(min=1, help="Steps between saves, for the share of a run that is told.")] = 200,
-    out: OutOption = "bench.json",
-) -> None:
-    """Measure what saving costs a run: with its files written beside training, and with training waiting for them."""
-    from pathlib import Path
-
-    from benchmarks.checkpoint import benchmark_checkpoint as measure
-
-    measure(recipe, overrides or [], saves, every, Path(out))
-
-
-@bench.command(name="train", epilog="Example: smoltrain bench train quickstart --against hf-trainer,plain --rounds 2")
-def bench_train_command(
-    recipe: RecipeArgument,
-    overrides: OverridesArgument = None,
-    *,
-    against: Annotated[
-        str, typer.Option(help="Other trainers: hf-trainer, hf-trainer+ds, litgpt, plain, plain+compile.")
-    ] = "",
-    ranks: Annotated[int, typer.Option(min=1, help="Processes of each trainer.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a run; the first three are warm-up.")] = 12,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each trainer, in turn.")] = 2,
-    micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Micro-batch of the other trainers; by default the recipe's.")
-    ] = None,
-    out: OutOption = "bench.json",
-) -> None:
-    """Measure whole trainers side by side on the same shape and rows: tokens/s, MFU, memory, start-up."""
-    from pathlib import Path
-
-    from benchmarks.train import benchmark_training as measure
-
-    measure(recipe, overrides or [], against, ranks, steps, rounds, micro_batch, Path(out))
-
-
-@bench.command(name="attention", epilog="Example: smoltrain bench attention smollm2-135m batch.sequence_length=1024")
-def bench_attention_command(
-    recipe: RecipeArgument,
-    overrides: OverridesArgument = None,
-    rounds: RoundsOption = 10,
-    out: OutOption = "bench.json",
-) -> None:
-    """Measure the attention kernels at a recipe's shape: forward and backward, and the error against fp64."""
-    from pathlib import Path
-
-    from benchmarks.attention import benchmark_attention as measure
-
-    measure(recipe, overrides or [], rounds, Path(out))
-
-
-@bench.command(name="loss", epilog="Example: smoltrain bench loss smollm2-135m batch.micro_batch=8")
-def bench_loss_command(
-    recipe: RecipeArgument,
-    overrides: OverridesArgument = None,
-    rounds: RoundsOption = 10,
-    out: OutOption = "bench.json",
-) -> None:
-    """Measure the loss kernels at a recipe's shape: forward and backward, memory, and the error against fp32."""
-    from pathlib import Path
-
-    from benchmarks.loss import benchmark_loss as measure
-
-    measure(recipe, overrides or [], rounds, Path(out))
 
 
 def _print_pieces(*parts: "Iterable[str]") -> None:

@@ -56,23 +56,6 @@ UPLOADS = ("smoltrain.export.push",)  # alone may write to the Hub
 # Modules without a test file of their name -> why, and the tests that cover them.
 TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     "smoltrain.__main__": ("two lines, run as a command", "tests/test_cli.py"),
-    "smoltrain.checkpoint.manifest": (
-        "what the saver writes and a start reads",
-        "tests/checkpoint/test_saver.py, tests/whole_runs/test_corruption.py",
-    ),
-    "smoltrain.checkpoint.restore": ("the other half of saving", "tests/checkpoint/test_saver.py"),
-    "smoltrain.config.config_file": (
-        "the file of a run folder",
-        "tests/run/test_run_folder.py, tests/checkpoint/test_identity.py",
-    ),
-    "smoltrain.config.schema": (
-        "fields, which are reached through recipes",
-        "tests/config/test_load.py, tests/config/test_rules.py",
-    ),
-    "smoltrain.engine.optimizer": (
-        "what it does is to the weights of an engine",
-        "tests/engine/test_engine.py, tests/engine/test_reshard.py, tests/test_extending.py",
-    ),
     "smoltrain.engine.shards": (
         "DeepSpeed calls it when it saves and loads",
         "tests/engine/test_reshard.py, tests/checkpoint/test_saver.py",

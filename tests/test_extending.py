@@ -80,6 +80,7 @@ def test_a_data_format(tree: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_an_optimizer(tree: Path):
     title = "An optimizer"
     (code,) = fenced(title, "python")

@@ -11,11 +11,12 @@ from smoltrain.config.load import config_to_yaml, load_config, read_run_config
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import Problem, TrainingStopped, UserError, format_value
 from smoltrain.redact import REDACTED, is_redacted, redact_text, redact_tree, redact_url
-from smoltrain.run.run_folder import check_run_folder, enter_run_folder
+from smoltrain.run.run_folder import check_run_folder
 from tests import tiny
 from tests.data.documents.files import list_shards
 from tests.data.tokens import test_prepare
 from tests.faulty_server import FaultyServer
+from tests.tiny import enter_run_folder
 
 SECRET = "Zx9SeCrEt7"
 AMZ = f"X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIA1/{SECRET}&X-Amz-Date=2026&X-Amz-Signature={SECRET}"

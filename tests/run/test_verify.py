@@ -24,13 +24,13 @@ from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.engine.reshard import MASTER_KEYS, OPTIMIZER_KEYS, build_shard_layout
 from smoltrain.errors import BAD_INPUT, DONE, FAULT
 from smoltrain.run.row_ledger import LEDGER_FILE, read_row_history
-from smoltrain.run.run_folder import enter_run_folder
 from smoltrain.run.verify import find_shard_faults, inspect_checkpoint, open_run_reference
 from smoltrain.schedule import Plan
 from tests import tiny
 from tests.engine.test_engine import fresh_model, loader_of
 from tests.ranks import world
 from tests.sessions import bare_session, train_steps
+from tests.tiny import enter_run_folder
 
 Verified = tuple[int, list[str]]
 

@@ -17,11 +17,11 @@ import numpy as np
 from smoltrain import files
 from smoltrain.config.schema import DataSection, MixedSource
 from smoltrain.data.documents import retry
-from smoltrain.data.documents.bad_records import BadRecordEntry, keep_documents, log_bad_record
+from smoltrain.data.documents.bad_records import BadRecordEntry, log_bad_record
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.documents.listing import SourceListing, has_own_validation
 from smoltrain.data.documents.reader_health import ReaderHealth
-from smoltrain.data.documents.records import BadRecord
+from smoltrain.data.documents.records import BadRecord, Document
 from smoltrain.data.documents.shard import Shard
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.index import INDEX_DIGEST_KEY, SIDES, PartRecord, check_part_record, digest_index
@@ -127,27 +127,28 @@ class TokeniseJob:
     def _read_documents(self, number: int, bad: list[BadRecordEntry]) -> Iterator[tuple[PartDocument, str]]:
         """Each document of a part, with its text; what is bad goes to the log and into `bad`."""
         part, counts = self.parts[number], self.counts[number]
-        name = part.source.name
-
-        def on_empty(_: BadRecord) -> None:
-            counts[PartCount.EMPTY] += 1
-
-        def on_bad(record: BadRecord) -> None:
-            counts[PartCount.BAD] += 1
-            of_source = self.count_records(name)
-            num_bad, num_records = int(of_source[PartCount.BAD]), int(of_source[RECORD_COUNTS].sum())
-            bad.append(log_bad_record(part.folder.parent, name, record, num_bad, num_records, self.data))
-
         for shard_number, shard in enumerate(part.shards, part.first_shard):
             end = counts[PartCount.BYTES] + (shard.size or 0)
-            records = retry.read_records_with_retry(shard, part.source, data=self.data, health=self.health)
-            for document in keep_documents(records, on_bad, on_empty):
-                side = "validation" if is_held_out(document.name, self.data.validation_share) else "train"
-                address = pack_address(shard_number, shard, document)
-                yield PartDocument(part.side or side, content_hash(document.text), address), document.text
-                # Characters are near enough to bytes, until the shard ends.
-                counts[PartCount.BYTES] = min(counts[PartCount.BYTES] + len(document.text), end)
+            for record in retry.read_records_with_retry(shard, part.source, data=self.data, health=self.health):
+                match record:
+                    case BadRecord(empty=True):
+                        counts[PartCount.EMPTY] += 1
+                    case BadRecord():
+                        counts[PartCount.BAD] += 1
+                        bad.append(self._log_bad_record(part, record))
+                    case Document(name, _, text):
+                        side = "validation" if is_held_out(name, self.data.validation_share) else "train"
+                        address = pack_address(shard_number, shard, record)
+                        yield PartDocument(part.side or side, content_hash(text), address), text
+                        # Characters are near enough to bytes, until the shard ends.
+                        counts[PartCount.BYTES] = min(counts[PartCount.BYTES] + len(text), end)
             counts[PartCount.BYTES] = end
+
+    def _log_bad_record(self, part: TokenPart, record: BadRecord) -> BadRecordEntry:
+        """Errors: UserError past what the whole source may have, as far as all processes have read it."""
+        counts = self.count_records(part.source.name)
+        num_bad, num_records = int(counts[PartCount.BAD]), int(counts[RECORD_COUNTS].sum())
+        return log_bad_record(part.folder.parent, part.source.name, record, num_bad, num_records, self.data)
 
 
 def plan_parts(

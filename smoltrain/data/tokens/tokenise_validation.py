@@ -9,7 +9,7 @@ from typing import Any
 
 from smoltrain.config.schema import DataSection, MixedSource
 from smoltrain.data.documents import retry
-from smoltrain.data.documents.bad_records import BadRecordEntry, check_bad_record_share, keep_documents, log_bad_record
+from smoltrain.data.documents.bad_records import BadRecordEntry, check_bad_record_share, log_bad_record
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.documents.listing import SourceListing, has_own_validation
 from smoltrain.data.documents.reader_health import ReaderHealth
@@ -61,14 +61,15 @@ class HeldOutReader:
             record = next(reader, None)
             if record is not None:
                 readers.append(reader)
-                yield from keep_documents([record], self._note_bad, self._note_empty)
-
-    def _note_empty(self, _: BadRecord) -> None:
-        self.num_empty += 1
-
-    def _note_bad(self, record: BadRecord) -> None:
-        count, num_records = len(self.bad) + 1, self.num_records + 1
-        self.bad.append(log_bad_record(self.folder, self.source.name, record, count, num_records, self.data))
+            match record:
+                case BadRecord(empty=True):
+                    self.num_empty += 1
+                case BadRecord():
+                    count, num_records = len(self.bad) + 1, self.num_records + 1
+                    name = self.source.name
+                    self.bad.append(log_bad_record(self.folder, name, record, count, num_records, self.data))
+                case Document():
+                    yield record
 
 
 def tokenise_held_out(

@@ -13,8 +13,10 @@ from smoltrain.data.rows.loader import Loader
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.rows.row_contents import RowContents
 from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.data.tokens.token_files import content_hash
 from tests import tiny
 from tests.data.tokens.test_index import as_format_2
+from tests.data.tokens.test_prepare import config, on_hub, twelve
 from tests.data.worlds import TOKENIZER, T, World, cached, section, streamed, write
 
 V = 6  # streams
@@ -164,3 +166,13 @@ def test_data_of_the_format_before_name_documents_by_number_alone(tmp_path: Path
 
 def replace_addresses(row: RowContents) -> RowContents:
     return replace(row, passages=tuple(replace(passage, address="") for passage in row.passages))
+
+
+def test_documents_of_the_hub_have_addresses_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = twelve(tmp_path)
+    on_hub(root, monkeypatch)
+    (train,) = prepare_run_data(config(root, "cached", data__path=None, data__hub="me/texts")).train
+    for number, hashed in enumerate(train.hashes.tolist()):
+        name, _, line = train.document_address(number).partition(":")
+        text = json.loads((root / "source" / name).read_text().splitlines()[int(line) - 1])["text"]
+        assert content_hash(text) == hashed

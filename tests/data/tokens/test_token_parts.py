@@ -14,6 +14,7 @@ from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens import token_parts
 from smoltrain.data.tokens import tokenise as tokenise_module
 from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.data.tokens.token_files import content_hash
 from tests.data.tokens.test_tokenise import contents, given, make, twenty
 
 
@@ -127,3 +128,20 @@ def test_the_plan_of_the_parts_is_a_function_of_the_shards_alone(root: Path, mon
     sizes = [path.stat().st_size for path in sorted((root / "source").iterdir())]
     assert sizes == [210] * 20  # so five files are a part
     assert [name for name in about.files if name.endswith(".bin")] == [f"train-{i:05}.bin" for i in range(4)]
+
+
+def test_a_part_behind_other_shards_than_before_is_made_anew(root: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its own shards are the same, but the addresses of its documents hold their numbers among all shards."""
+    monkeypatch.setattr(token_parts, "PART_BYTES", 300)  # two files a part
+    monkeypatch.setattr(tokenise_module, "num_cores", lambda: 1)
+    Tokenizer.train_bpe(["This is document"], 262, "<|endoftext|>").save(root / "given")
+    join = tokenise_module._join_source
+    monkeypatch.setattr(tokenise_module, "_join_source", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare_run_data(given(root))
+    monkeypatch.setattr(tokenise_module, "_join_source", join)
+    (root / "source" / "00.txt").unlink()
+    (root / "source" / "01.txt").write_text("This is document 01. " * 20)  # a part of its own now
+    for tokens in (*(prepared := prepare_run_data(given(root))).train, *prepared.validation):
+        for number, hashed in enumerate(tokens.hashes.tolist()):
+            assert content_hash((root / "source" / tokens.document_address(number)).read_text()) == hashed
