@@ -1,1 +1,1 @@
-"""Measurements of this machine: `smoltrain bench`. Timings live here and in no test."""
+"""Measurements of this machine, each a command: `python -m benchmarks.train`. Timings live here and in no test."""

@@ -1,28 +1,29 @@
-"""What checkpoints cost a run: `smoltrain bench checkpoint`.
+"""What checkpoints cost a run: `python -m benchmarks.checkpoint`.
 
 A real run of two or more ranks is trained twice, once with checkpoints written beside training and once with training
 waiting for them, and its own metrics.jsonl is read. A save costs the seconds that training stood still, and what the
 steps right behind it took longer than others, as the writer needs cores too.
 """
 
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Annotated
 
-from rich.console import Console
+import typer
 from rich.table import Table
 
-from benchmarks.about import describe_benchmark
-from smoltrain import files
-from smoltrain.config.load import load_config, measurement_overrides
-from smoltrain.errors import TrainingStopped
+from benchmarks.command import OUT, OutOption, make_app, make_console, write_result
+from smoltrain.cli import OverridesArgument, RecipeArgument, run_app
+from smoltrain.config.load import load_config
+from smoltrain.estimate.measure import measurement_overrides, run_for_metrics
 
 WARM_UP = 4  # steps that are slower than all others
 BESIDE = 12  # steps behind a save in which its files may still be in the making
 PACKAGES = ("deepspeed", "safetensors")
+WAYS = {"true": "beside training", "false": "training waits"}  # by checkpoint.background
 
 
 @dataclass(frozen=True)
@@ -34,32 +35,45 @@ class SaveCost:
     pause_s: float  # training stood still, the slowest rank
     slowdown_s: float  # the BESIDE steps behind a save took this much longer than as many others
 
-    def share(self, every: int) -> float:
+    def share_of_run(self, every: int) -> float:
         """Of a run's time that goes into saving every so many steps."""
-        lost = self.pause_s + self.slowdown_s
-        return lost / (every * self.step_s + lost)
+        lost_s = self.pause_s + self.slowdown_s
+        return lost_s / (every * self.step_s + lost_s)
 
 
-def benchmark_checkpoint(recipe: str, overrides: list[str], saves: int, every: int, out: Path) -> None:
-    """Measure, print a table, and write `out` (JSON). Errors: UserError for the recipe; TrainingStopped."""
-    settings = load_config(recipe, overrides)
+def benchmark_checkpoint(
+    recipe: RecipeArgument = "quickstart",
+    overrides: OverridesArgument = None,
+    saves: Annotated[int, typer.Option(min=2, help="Checkpoints in each of the two runs.")] = 3,
+    every: Annotated[int, typer.Option(min=1, help="Steps between saves, for the share of a run that is told.")] = 200,
+    out: OutOption = OUT,
+) -> None:
+    """Measure what saving costs a run: with its files written beside training, and with training waiting for them.
+
+    Errors: UserError for the recipe; TrainingStopped.
+    """
+    overrides = overrides or []
+    config = load_config(recipe, overrides)
     out.parent.mkdir(parents=True, exist_ok=True)
     steps = WARM_UP + saves * 2 * BESIDE
-    print(f"trains {settings.run.name} for {steps} steps, twice", flush=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        found = {
-            name: _train_and_measure(recipe, overrides, Path(scratch, name), steps, name) for name in ("true", "false")
-        }
-    words = {"true": "beside training", "false": "training waits"}
+    print(f"trains {config.run.name} for {steps} steps, twice", flush=True)
+    costs: dict[str, SaveCost] = {}
+    for background, way in WAYS.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            words = [
+                *overrides, *measurement_overrides(config, steps, Path(scratch)),
+                f"checkpoint.every={2 * BESIDE}", "checkpoint.keep_last=1", f"checkpoint.background={background}",
+            ]  # fmt: skip
+            smoltrain = str(Path(sys.executable).with_name("smoltrain"))
+            costs[way] = compute_save_cost(run_for_metrics([smoltrain, "train", recipe, *words], Path(scratch)))
     table = Table("", "saves", "step\ns", "stood still\ns", "slower steps\ns", f"share of a run\nsaving every {every}")
-    for name, cost in found.items():
-        numbers = (f"{value:.2f}" for value in (cost.step_s, cost.pause_s, cost.slowdown_s))
-        table.add_row(words[name], str(cost.saves), *numbers, f"{cost.share(every):.1%}")
-    Console(markup=False, highlight=False).print(table)
-    measured = {words[name]: asdict(cost) | {"share": cost.share(every)} for name, cost in found.items()}
-    depends = {"recipe": recipe, "overrides": overrides, "steps": steps, "every": every}
-    files.write_json_file(out, describe_benchmark(depends, PACKAGES) | {"measured": measured})
-    print(out)
+    for way, cost in costs.items():
+        seconds = (f"{value:.2f}" for value in (cost.step_s, cost.pause_s, cost.slowdown_s))
+        table.add_row(way, str(cost.saves), *seconds, f"{cost.share_of_run(every):.1%}")
+    make_console().print(table)
+    settings = {"recipe": recipe, "overrides": overrides, "steps": steps, "every": every}
+    measured = {way: asdict(cost) | {"share": cost.share_of_run(every)} for way, cost in costs.items()}
+    write_result(out, settings, PACKAGES, {"measured": measured})
 
 
 def compute_save_cost(lines: list[dict]) -> SaveCost:
@@ -67,21 +81,14 @@ def compute_save_cost(lines: list[dict]) -> SaveCost:
     took = {line["step"]: line["speed/step_s"] for line in lines if "speed/step_s" in line}
     pauses = {line["step"]: line["speed/checkpoint_pause_s"] for line in lines if "speed/checkpoint_pause_s" in line}
     pauses.pop(max(took), None)  # nothing is trained behind the last one
-    beside = {step: [took[step + i] for i in range(1, BESIDE + 1) if step + i in took] for step in pauses}
-    disturbed = {step + i for step in pauses for i in range(1, BESIDE + 1)}
-    clean = median(s for step, s in took.items() if step > WARM_UP and step not in disturbed)
-    slowdown = median(sum(steps) - len(steps) * clean for steps in beside.values())
-    return SaveCost(len(pauses), clean, median(pauses.values()), max(0.0, slowdown))
+    behind = {save: [step for step in range(save + 1, save + BESIDE + 1) if step in took] for save in pauses}
+    disturbed = {step for steps in behind.values() for step in steps}
+    clean_s = median(s for step, s in took.items() if step > WARM_UP and step not in disturbed)
+    slowdowns = [sum(took[step] - clean_s for step in steps) for steps in behind.values()]
+    return SaveCost(len(pauses), clean_s, median(pauses.values()), max(0.0, median(slowdowns)))
 
 
-def _train_and_measure(recipe: str, overrides: list[str], folder: Path, steps: int, background: str) -> SaveCost:
-    words = [
-        *measurement_overrides(load_config(recipe, overrides), steps), "run.name=bench", f"run.folder={folder}",
-        f"checkpoint.every={2 * BESIDE}", "checkpoint.keep_last=1", f"checkpoint.background={background}",
-    ]  # fmt: skip
-    command = [str(Path(sys.executable).with_name("smoltrain")), "train", recipe, *overrides, *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if done.returncode:
-        what = f"the run that was to be measured ended with code {done.returncode}"
-        raise TrainingStopped(f"{what}: {done.stdout[-500:]}")
-    return compute_save_cost(list(files.read_jsonl(folder / "bench" / "metrics.jsonl")))
+app = make_app(benchmark_checkpoint, "shakespeare-80m --saves 3")
+
+if __name__ == "__main__":
+    run_app(app)

@@ -1,27 +1,29 @@
-"""How fast this machine deals rows in both modes, and whether the memory stays flat: `smoltrain bench data`.
+"""How fast this machine deals rows in both modes, and whether the memory stays flat: `python -m benchmarks.data`.
 
 The loader alone, in one process and without a model. The corpus is made on the spot, so nothing is downloaded.
 """
 
+import contextlib
 import os
 import random
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Annotated
 
 import psutil
 import pyarrow
+import typer
 from pyarrow import parquet
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.about import describe_benchmark
-from smoltrain import files
+from benchmarks.command import OUT, OutOption, make_app, make_console, write_result
+from smoltrain.cli import run_app
 from smoltrain.config.load import load_config
-from smoltrain.config.schema import SourceSection, TokenizerSection
+from smoltrain.config.schema import Config, SourceSection, TokenizerSection
 from smoltrain.data.documents.find_files import find_source_files
 from smoltrain.data.rows.loader import Loader
 from smoltrain.data.rows.open_loader import open_loader
@@ -49,42 +51,34 @@ class Throughput:
     core_seconds: float
 
 
-def benchmark_data(tokenizer: str, minutes: float, mib: float, out: Path) -> None:
-    """Measure, print a table, and write `out` (JSON). Errors: UserError if the tokenizer or the plays are missing."""
+def benchmark_data(
+    minutes: Annotated[
+        float, typer.Option(min=0, help="How long to stream; memory is told at 10, 50 and 100 % of it.")
+    ] = 0.5,
+    tokenizer: Annotated[str, typer.Option(help="As tokenizer.name in a recipe.")] = "smollm2",
+    mib: Annotated[float, typer.Option(min=1, help="MiB of text to make; streaming goes round and round in it.")] = 64,
+    out: OutOption = OUT,
+) -> None:
+    """Measure tokens per second of the loader without a model, streaming and cached, and its memory.
+
+    Errors: UserError if the tokenizer or the plays are missing.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        corpus, runs = Path(scratch, "corpus"), Path(scratch, "runs")
         print(f"makes {mib:g} MiB of text, then measures for about {60 * minutes + 3 * SHORT_S:.0f} s", flush=True)
-        write_corpus(corpus, mib)
-        preparing, loader = _open_benchmark_loader("cached", tokenizer, corpus, runs)
-        batches, encode = cycle(_read_document_batches(corpus)), loader.prepared.tokenizer.encode_batch
-        measured = {
-            "tokenizer alone": measure_throughput(lambda: sum(map(len, encode(next(batches)))), SHORT_S),
-            "cached, preparing": preparing,
-            "cached, training": measure_throughput(_make_step(loader), SHORT_S),
-        }
-        loader.close()
-        _, loader = _open_benchmark_loader("cached", tokenizer, corpus, runs, LONG_SEQUENCE_LENGTH)
-        measured[f"the same, T {LONG_SEQUENCE_LENGTH}"] = measure_throughput(_make_step(loader), SHORT_S)
-        loader.close()
-        _, loader = _open_benchmark_loader("stream", tokenizer, corpus, runs)
-        memory: list[tuple[float, float]] = []
-        measure_throughput(_make_step(loader), 0, unit=STEPS_PER_ROUND)  # until every stream is under way
-        measured["streaming"] = measure_throughput(
-            _make_step(loader), 60 * minutes, unit=STEPS_PER_ROUND, watch=lambda at: memory.append((at, rss_mib()))
-        )
-        loader.close()
-    told = {f"{share:.0%}": round(value_at_share(memory, share)) for share in SHARES}
+        write_corpus(Path(scratch, "corpus"), mib)
+        measured, samples = _measure_modes(tokenizer, Path(scratch), 60 * minutes)
+    rss = {f"{share:.0%}": round(value_at_share(samples, share)) for share in SHARES}
     table = Table("", "\ntokens/s", "tokens/s\nper core", "\ntokens", "\nseconds")
     for what, m in measured.items():
         rates = (f"{m.tokens / max(seconds, 1e-9):,.0f}" for seconds in (m.seconds, m.core_seconds))
         table.add_row(what, *rates, f"{m.tokens:,}", f"{m.seconds:.1f}")
-    console = Console(markup=False, highlight=False)
+    console = make_console()
     console.print(table)
     seconds = measured["streaming"].seconds
-    words = ", ".join(f"{mib:,} MiB after {share}" for share, mib in told.items())
+    words = ", ".join(f"{mib:,} MiB after {share}" for share, mib in rss.items())
     console.print(f"resident memory while streaming for {seconds:.0f} s: {words} of the time", soft_wrap=True)
-    numbers = {"measured": {what: asdict(m) for what, m in measured.items()}, "streaming_rss_mib": told}
+    numbers = {"measured": {what: asdict(m) for what, m in measured.items()}, "streaming_rss_mib": rss}
     settings = {
         "tokenizer": tokenizer,
         "corpus_mib": mib,
@@ -93,8 +87,36 @@ def benchmark_data(tokenizer: str, minutes: float, mib: float, out: Path) -> Non
         "streams": NUM_STREAMS,
         "shuffle_rows": SHUFFLE_ROWS,
     }
-    files.write_json_file(out, describe_benchmark(settings, PACKAGES) | numbers)
-    console.print(out)
+    write_result(out, settings, PACKAGES, numbers)
+
+
+def _measure_modes(
+    tokenizer: str, scratch: Path, streaming_s: float
+) -> tuple[dict[str, Throughput], list[tuple[float, float]]]:
+    """What each mode makes of scratch/corpus; and, while streaming, (seconds, resident MiB) about once a second."""
+    measured: dict[str, Throughput] = {}
+    config = _make_config("cached", tokenizer, scratch)
+    preparing = _measure_preparing(config)
+    with _open_benchmark_loader(config) as loader:
+        batches = cycle(_read_document_batches(scratch / "corpus"))
+        encode = loader.prepared.tokenizer.encode_batch
+        measured["tokenizer alone"] = measure_throughput(lambda: sum(map(len, encode(next(batches)))), SHORT_S)
+        measured["cached, preparing"] = preparing
+        measured["cached, training"] = measure_throughput(lambda: _deal_step(loader), SHORT_S)
+    config = _make_config("cached", tokenizer, scratch, LONG_SEQUENCE_LENGTH)
+    prepare_run_data(config)
+    with _open_benchmark_loader(config) as loader:
+        measured[f"the same, T {LONG_SEQUENCE_LENGTH}"] = measure_throughput(lambda: _deal_step(loader), SHORT_S)
+    samples: list[tuple[float, float]] = []
+    config = _make_config("stream", tokenizer, scratch)
+    prepare_run_data(config)
+    with _open_benchmark_loader(config) as loader:
+        measure_throughput(lambda: _deal_step(loader), 0, unit=STEPS_PER_ROUND)  # until every stream is under way
+        measured["streaming"] = measure_throughput(
+            lambda: _deal_step(loader), streaming_s, unit=STEPS_PER_ROUND,
+            watch=lambda passed: samples.append((passed, rss_mib())),
+        )  # fmt: skip
+    return measured, samples
 
 
 def write_corpus(folder: Path, mib: float) -> None:
@@ -107,7 +129,8 @@ def write_corpus(folder: Path, mib: float) -> None:
     plays = [Path(shard.url).read_text(encoding="utf-8").splitlines() for shard in find_source_files(PLAYS).shards]
     folder.mkdir()
     for number in range(NUM_SHARDS):
-        texts, left = [], mib * 2**20 / NUM_SHARDS
+        texts: list[str] = []
+        left = mib * 2**20 / NUM_SHARDS
         while left > 0:
             texts.append(_make_document(draw.choice(plays), draw))
             left -= len(texts[-1])
@@ -124,8 +147,11 @@ def measure_throughput(
     clock: Callable[[], float] = time.perf_counter,
 ) -> Throughput:
     """Tokens of as many steps, in whole units, as the seconds need; `watch` is called about once a second."""
-    began, used = clock(), core_seconds()
-    tokens, passed, watched = 0, 0.0, 0.0
+    began = clock()
+    used = core_seconds()
+    tokens = 0
+    passed = 0.0
+    watched = 0.0
     while True:
         for _ in range(unit):
             tokens += step()
@@ -154,14 +180,12 @@ def value_at_share(samples: list[tuple[float, float]], share: float) -> float:
     return next(value for seconds, value in samples if seconds >= when)
 
 
-def _open_benchmark_loader(
-    mode: str, tokenizer: str, corpus: Path, runs: Path, sequence_length: int = SEQUENCE_LENGTH
-) -> tuple[Throughput, Loader]:
-    """What preparing took, and the loader of a run of one rank."""
+def _make_config(mode: str, tokenizer: str, scratch: Path, sequence_length: int = SEQUENCE_LENGTH) -> Config:
+    """A run of one rank over scratch/corpus."""
     words = [
         f"run.name={mode}",
-        f"run.folder={runs}",
-        f"data.path={corpus}",
+        f"run.folder={scratch / 'runs'}",
+        f"data.path={scratch / 'corpus'}",
         "data.pattern=**/*",
         f"data.mode={mode}",
         f"data.streams={NUM_STREAMS}",
@@ -174,23 +198,31 @@ def _open_benchmark_loader(
     if tokenizer != "bpe":
         num_ids = by_name.load_named_tokenizer(TokenizerSection(name=tokenizer)).num_ids
         words += [f"tokenizer.name={tokenizer}", "tokenizer.vocab_size=null", f"model.vocab_size={num_ids}"]
-    settings = load_config("quickstart", words)
-    began, used = time.perf_counter(), core_seconds()
-    prepared = prepare_run_data(settings)
+    return load_config("quickstart", words)
+
+
+def _measure_preparing(config: Config) -> Throughput:
+    """Tokenise all of a run's data ahead."""
+    began = time.perf_counter()
+    used = core_seconds()
+    prepared = prepare_run_data(config)
     num_tokens = sum(map(len, (*prepared.train, *prepared.validation)))
-    took = Throughput(num_tokens, time.perf_counter() - began, core_seconds() - used)
-    return took, open_loader(settings, 0, 1, rows_per_step=ROWS_PER_STEP, accumulation=1)
+    return Throughput(num_tokens, time.perf_counter() - began, core_seconds() - used)
 
 
-def _make_step(loader: Loader) -> Callable[[], int]:
+@contextlib.contextmanager
+def _open_benchmark_loader(config: Config) -> Iterator[Loader]:
+    """The loader of a run of one rank whose data are prepared; closed at the end."""
+    loader = open_loader(config, 0, 1, rows_per_step=ROWS_PER_STEP, accumulation=1)
+    yield loader
+    loader.close()
+
+
+def _deal_step(loader: Loader) -> int:
     """One step of a run without a model; the targets in it."""
-
-    def step() -> int:
-        totals = loader.unpack_totals(loader.fetch_step_rows().counts)
-        loader.mark_consumed(totals)
-        return totals.num_targets
-
-    return step
+    totals = loader.unpack_totals(loader.fetch_step_rows().counts)
+    loader.mark_consumed(totals)
+    return totals.num_targets
 
 
 def _read_document_batches(corpus: Path) -> list[list[str]]:
@@ -199,13 +231,23 @@ def _read_document_batches(corpus: Path) -> list[list[str]]:
 
 
 def _make_document(lines: list[str], draw: random.Random) -> str:
-    size, place, kept = draw.randint(*CHARACTERS), draw.randrange(len(lines)), []
+    """A passage of so many characters, a word made up behind one line in five."""
+    size = draw.randint(*CHARACTERS)
+    place = draw.randrange(len(lines))
+    kept: list[str] = []
     while size > 0:
         line = lines[place % len(lines)]
         kept.append(f"{line} {_make_word(draw)}" if draw.random() < 0.2 else line)
-        size, place = size - len(kept[-1]) - 1, place + 1
+        size -= len(kept[-1]) + 1
+        place += 1
     return "\n".join(kept)
 
 
 def _make_word(draw: random.Random) -> str:
     return "".join(draw.choice("bdfgklmnprstv") + draw.choice("aeiou") for _ in range(draw.randint(2, 4)))
+
+
+app = make_app(benchmark_data, "--minutes 10")
+
+if __name__ == "__main__":
+    run_app(app)

@@ -1,4 +1,4 @@
-"""What the loss costs at a recipe's shape: `smoltrain bench loss`. Forward and backward of the vocabulary head alone.
+"""What the loss costs at a recipe's shape, forward and backward of the head alone: `python -m benchmarks.loss`.
 
 Legend: N tokens of a micro-batch, D width of the residual stream, V vocabulary.
 """
@@ -12,17 +12,16 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.about import describe_benchmark
-from benchmarks.peers import model_depth_and_width
-from benchmarks.timing import CallTimes, time_interleaved
-from smoltrain import files
+from benchmarks.command import OUT, OutOption, RoundsOption, make_app, make_console, write_result
+from benchmarks.timing import CallTimes, relative_error, time_interleaved
+from smoltrain.cli import OverridesArgument, RecipeArgument, run_app
 from smoltrain.config.load import load_config
 from smoltrain.distributed.world import choose_device
+from smoltrain.estimate.training_setup import model_shape
 from smoltrain.kernels import compile
 from smoltrain.kernels.loss import IGNORE_INDEX, PLAIN_LOSS, LossKernel, choose_loss_kernel, summed_cross_entropy
 from smoltrain.kernels.precision import DTYPES, choose_precision
@@ -44,13 +43,13 @@ class LossKernelResult:
 
 @dataclass(frozen=True)
 class LossCase:
-    """One micro-batch: what the head is given. Of the labels one in fifty is IGNORED."""
+    """One micro-batch: what the head is given. Of the labels one in fifty is IGNORE_INDEX."""
 
     hidden_ND: Tensor
     weight_VD: Tensor
     labels_N: Tensor
 
-    def run(self, kernel: LossKernel, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    def forward_backward(self, kernel: LossKernel, z_loss: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
         """The mean loss, and its gradients for the hidden states and the weight."""
         loss = summed_cross_entropy(self.hidden_ND, self.weight_VD, self.labels_N, kernel, z_loss)
         scale = 1 / (self.labels_N != IGNORE_INDEX).sum()  # on the device, as the trainer's
@@ -63,35 +62,40 @@ class LossCase:
         return replace(self, hidden_ND=hidden, weight_VD=weight)
 
 
-def benchmark_loss(recipe: str, overrides: list[str], rounds: int, out: Path) -> None:
-    """Measure, print a table, and write `out` (JSON). Errors: UserError for the recipe."""
-    settings = load_config(recipe, overrides)
+def benchmark_loss(
+    recipe: RecipeArgument, overrides: OverridesArgument = None, rounds: RoundsOption = 10, out: OutOption = OUT
+) -> None:
+    """Measure the loss kernels at a recipe's shape: forward and backward, memory, and the error against fp32.
+
+    Errors: UserError for the recipe.
+    """
+    config = load_config(recipe, overrides or [])
     out.parent.mkdir(parents=True, exist_ok=True)
-    device = choose_device(settings.engine.device)
-    precision, _ = choose_precision(settings.engine.precision, device)
-    N = settings.batch.micro_batch_rows * settings.batch.sequence_length
-    V, (_, D) = settings.model.vocab_size, model_depth_and_width(settings.model)
+    device = choose_device(config.engine.device)
+    precision, _ = choose_precision(config.engine.precision, device)
+    N = config.batch.micro_batch_rows * config.batch.sequence_length
+    V, D = config.model.vocab_size, model_shape(config.model).width
     case = make_loss_case(N, V, D, DTYPES[precision], device)
     kernels, left_out = _find_runnable_loss_kernels(case)
-    rows = measure_loss_kernels(case, kernels, rounds)
+    results = measure_loss_kernels(case, kernels, rounds)
     table = Table(
         "", "forward and\nbackward ms", "clean\ncalls", "peak\nMiB", "error against fp32 of the\nloss | gradients"
     )
-    for name, row in rows.items():
-        errors = f"{row.loss_error:.1e} | {max(row.hidden_error, row.weight_error):.1e}"
-        table.add_row(name, f"{row.timed.median_s * 1e3:,.1f}", row.timed.clean, f"{row.peak_mib:,.0f}", errors)
-    console = Console(markup=False, highlight=False)
+    for name, result in results.items():
+        errors = f"{result.loss_error:.1e} | {max(result.hidden_error, result.weight_error):.1e}"
+        timed = result.timed
+        table.add_row(name, f"{timed.median_s * 1e3:,.1f}", timed.clean, f"{result.peak_mib:,.0f}", errors)
+    console = make_console()
     console.print(table)
     for name, reason in left_out.items():
         console.print(f"{name} was not measured: {reason}")
     console.print(f"{N} tokens x {D} wide x {V} words in {precision} on {device.type}")
-    depends = {
-        "recipe": recipe, "overrides": overrides, "rounds": rounds, "device": device.type, "precision": precision,
-        "tokens": N, "width": D, "vocabulary": V,
+    settings = {
+        "recipe": recipe, "overrides": overrides or [], "rounds": rounds, "device": device.type,
+        "precision": precision, "tokens": N, "width": D, "vocabulary": V,
     }  # fmt: skip
-    measured = {name: asdict(row) for name, row in rows.items()}
-    files.write_json_file(out, describe_benchmark(depends, ()) | {"measured": measured, "not_measured": left_out})
-    console.print(out)
+    measured = {name: asdict(result) for name, result in results.items()}
+    write_result(out, settings, (), {"measured": measured, "not_measured": left_out})
 
 
 def make_loss_case(N: int, V: int, D: int, dtype: torch.dtype, device: torch.device) -> LossCase:
@@ -104,15 +108,16 @@ def make_loss_case(N: int, V: int, D: int, dtype: torch.dtype, device: torch.dev
 
 
 def measure_loss_kernels(case: LossCase, kernels: dict[str, LossKernel], rounds: int) -> dict[str, LossKernelResult]:
-    """One row for each kernel; all are timed in turn."""
+    """One result for each kernel; all are timed in turn."""
     device = case.hidden_ND.device
-    truth = case.to(torch.float32).run(REFERENCE)
-    errors = {
-        name: [float((ours.float() - true).norm() / true.norm()) for ours, true in zip(case.run(k), truth, strict=True)]
-        for name, k in kernels.items()  # which also compiles what is to be compiled
-    }
-    peaks = {name: peak_memory_mib(lambda k=k: case.run(k), device) for name, k in kernels.items()}
-    times = time_interleaved({name: lambda k=k: case.run(k) for name, k in kernels.items()}, rounds=rounds)
+    reference = case.to(torch.float32).forward_backward(REFERENCE)
+    errors: dict[str, list[float]] = {}
+    for name, kernel in kernels.items():  # which also compiles what is to be compiled
+        ours = case.forward_backward(kernel)
+        errors[name] = [relative_error(x, truth) for x, truth in zip(ours, reference, strict=True)]
+    calls = {name: lambda kernel=kernel: case.forward_backward(kernel) for name, kernel in kernels.items()}
+    peaks = {name: peak_memory_mib(call, device) for name, call in calls.items()}
+    times = time_interleaved(calls, rounds=rounds)
     return {name: LossKernelResult(times[name], peaks[name], *errors[name]) for name in kernels}
 
 
@@ -176,3 +181,9 @@ def _silence_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+app = make_app(benchmark_loss, "smollm2-135m batch.micro_batch=8")
+
+if __name__ == "__main__":
+    run_app(app)

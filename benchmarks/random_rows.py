@@ -23,7 +23,7 @@ WORDS = 1000  # of a document
 
 
 def random_rows_overrides(folder: Path) -> list[str]:
-    """What makes a recipe train on what `write` has written to the folder."""
+    """What makes a recipe train on what write_random_rows has written to the folder."""
     return [
         f"data.path={folder / 'train.jsonl'}", f"data.validation_path={folder / 'validation.jsonl'}",
         "data.text_field=text", "data.mode=cached", f"data.cache={folder / 'tokens'}",

@@ -15,6 +15,7 @@ import torch
 
 MAX_WAIT_SHARE = 0.05  # of a call's time at most may a thread have waited for a core
 MIN_CLEAN_CALLS = 3  # clean calls that make a median
+ALL_COUNT = ", so all count"
 PROC = Path("/proc")
 
 
@@ -22,9 +23,19 @@ PROC = Path("/proc")
 class CallTimes:
     """What one function's calls took."""
 
-    median_s: float  # of the clean calls, of all where those are fewer than FEWEST
+    median_s: float  # of the clean calls; of all where those are fewer than MIN_CLEAN_CALLS
     clean: str  # in words: how many calls were, and whether the median is theirs
     rounds: int
+
+    @property
+    def num_clean(self) -> str:
+        """For a narrow column: "3/5"."""
+        return self.clean.partition(",")[0].replace(" of ", "/")
+
+    @property
+    def counts_all(self) -> bool:
+        """Whether too few calls were clean, so that the median is of all."""
+        return self.clean.endswith(ALL_COUNT)
 
 
 def time_interleaved(
@@ -51,12 +62,12 @@ def summarise_times(seconds: Sequence[float], waits: Sequence[float | None]) -> 
     if None in waits:
         return CallTimes(median(seconds), "not known", len(seconds))
     if len(clean) < MIN_CLEAN_CALLS:
-        return CallTimes(median(seconds), f"{len(clean)} of {len(seconds)}, so all count", len(seconds))
+        return CallTimes(median(seconds), f"{len(clean)} of {len(seconds)}{ALL_COUNT}", len(seconds))
     return CallTimes(median(clean), f"{len(clean)} of {len(seconds)}", len(seconds))
 
 
 def select_clean_calls(seconds: Sequence[float], waits: Sequence[float | None]) -> list[float]:
-    """The calls in which no thread waited for CLEAN of the time; unknown waits (None) count as none."""
+    """The calls in which no thread waited for MAX_WAIT_SHARE of the time; unknown waits count as none."""
     return [took for took, waited in zip(seconds, waits, strict=True) if (waited or 0.0) < MAX_WAIT_SHARE * took]
 
 
@@ -66,21 +77,29 @@ def read_thread_waits(process: int | str = "self") -> dict[str, float]:
         files = list(Path(PROC, str(process), "task").glob("*/schedstat"))
     except OSError:
         return {}
-    return {file.parent.name: field / 1e9 for file in files if (field := _read_wait_ns(file)) is not None}
+    waits_ns = {file.parent.name: _read_wait_ns(file) for file in files}
+    return {thread: waited / 1e9 for thread, waited in waits_ns.items() if waited is not None}
 
 
 def longest_wait_s(before: Mapping[str, float], after: Mapping[str, float]) -> float | None:
-    """The longest wait of one thread between two looks at the same processes; None where nobody counts."""
+    """The longest wait of one thread between two readings of the same processes; None where nobody counts."""
     return max((waited - before.get(thread, 0.0) for thread, waited in after.items()), default=None)
+
+
+def relative_error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    """The norm of the difference over the norm of the truth, in the truth's dtype."""
+    return float((ours.to(truth.dtype) - truth).norm() / truth.norm())
 
 
 def _time_call(call: Callable[[], object]) -> tuple[float, float | None]:
     """(seconds, seconds of waiting) of one call."""
-    before, began = read_thread_waits(), time.perf_counter()
+    before = read_thread_waits()
+    began = time.perf_counter()
     call()
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
-    return time.perf_counter() - began, longest_wait_s(before, read_thread_waits())
+    took = time.perf_counter() - began
+    return took, longest_wait_s(before, read_thread_waits())
 
 
 def _read_wait_ns(file: Path) -> int | None:

@@ -20,7 +20,7 @@ import psutil
 
 from benchmarks.timing import PROC, longest_wait_s, read_thread_waits
 
-POLL_S = 0.002  # between two looks at the file of lines
+POLL_S = 0.002  # between two reads of the file of lines
 STALL_S = 900.0  # without a line, after which a trainer is ended
 KEPT_LOG = 40, 240  # lines that are kept, characters of each
 GRACE_S = 60.0  # for a trainer to end by itself, or when told to
@@ -50,7 +50,7 @@ def watch_trainer(
 ) -> TrainerRecord:
     """Run a command that appends to `lines` until it has done its steps and ended; its words go to `log`.
 
-    A signal to end this process ends the trainer first. Errors: Failed.
+    A signal to end this process ends the trainer first. Errors: TrainerFailed.
     """
     began = time.perf_counter()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -77,22 +77,31 @@ def watch_trainer(
 
 
 def _record_steps(process: subprocess.Popen, lines: Path, steps: int, began: float, *, cuda: bool) -> TrainerRecord:
-    """Look at the file until the last step is in it, or the process has ended. Errors: TimeoutError."""
-    seen, at, last, ranks, waits = TrainerRecord(), 0, began, [], {}
+    """Poll the file until the last step is in it, or the process has ended. Errors: TimeoutError."""
+    seen = TrainerRecord()
+    offset = 0
+    last = began
+    ranks: list[psutil.Process] = []
+    waits: dict[str, float] = {}
     while len(seen.losses) < steps:
-        ended = process.poll() is not None
-        at, new = _read_new_lines(lines, at)
+        ended = process.poll() is not None  # before the file is read: what it wrote last is read too
+        offset, new = _read_new_lines(lines, offset)
         for line in new:
             if LOSS not in line:
                 continue
             now = time.perf_counter()
-            ranks = ranks or find_rank_processes(process.pid)
-            before, waits = waits, {thread: s for rank in ranks for thread, s in read_thread_waits(rank.pid).items()}
+            if not ranks:
+                ranks = find_rank_processes(process.pid)
+            before = waits
+            waits = {thread: waited for rank in ranks for thread, waited in read_thread_waits(rank.pid).items()}
             seen.step_s.append(now - last)
             seen.waits_s.append(longest_wait_s(before, waits))
             seen.losses.append(line[LOSS])
             seen.start_s = seen.start_s or now - began
-            seen.peak_gib = line.get(PEAK, 0.0) if cuda else sum(map(peak_rss_gib, ranks)) or seen.peak_gib
+            if cuda:
+                seen.peak_gib = line.get(PEAK, 0.0)
+            else:  # 0 where the ranks have ended by now
+                seen.peak_gib = sum(map(peak_rss_gib, ranks)) or seen.peak_gib
             seen.parameters = line.get("parameters", seen.parameters)
             last = now
         if ended:
@@ -103,18 +112,18 @@ def _record_steps(process: subprocess.Popen, lines: Path, steps: int, began: flo
     return seen
 
 
-def _read_new_lines(file: Path, at: int) -> tuple[int, list[dict[str, Any]]]:
-    """What stands in the file behind byte `at`: the byte to go on from, and all whole lines."""
+def _read_new_lines(file: Path, offset: int) -> tuple[int, list[dict[str, Any]]]:
+    """The whole lines behind byte `offset` of the file, and the byte at which they end."""
     try:
-        if os.stat(file).st_size == at:  # noqa: PTH116 - 500 times a second
-            return at, []
+        if os.stat(file).st_size == offset:  # noqa: PTH116 - 500 times a second
+            return offset, []
         with file.open("rb") as opened:
-            opened.seek(at)
+            opened.seek(offset)
             new = opened.read()
     except FileNotFoundError:
-        return at, []
+        return offset, []
     whole = new[: new.rfind(b"\n") + 1]
-    return at + len(whole), [json.loads(line) for line in whole.splitlines()]
+    return offset + len(whole), [json.loads(line) for line in whole.splitlines()]
 
 
 def find_rank_processes(root: int) -> list[psutil.Process]:
@@ -155,7 +164,7 @@ def end_process_tree(process: subprocess.Popen) -> None:
     for child in family:
         with contextlib.suppress(psutil.Error):  # which also sees that a number is another process's by now
             child.kill()
-    with contextlib.suppress(ProcessLookupError):  # one that it started after the look at its children
+    with contextlib.suppress(ProcessLookupError):  # one that it started after its children were listed
         os.killpg(process.pid, signal.SIGKILL)
     psutil.wait_procs(family, GRACE_S)  # to be killed takes a moment
 
@@ -163,8 +172,10 @@ def end_process_tree(process: subprocess.Popen) -> None:
 def find_error_line(log: Path) -> str:
     """Why a trainer ended, cut to what a table can hold: its first line about an error, else the last one it said."""
     lines = _read_log_lines(log)
-    first = next((line for line in lines if ERROR.search(line)), None)  # those behind it tell that a rank has died
-    return (first or (lines or ["it said nothing"])[-1])[:300]
+    if not lines:
+        return "it said nothing"
+    errors = [line for line in lines if ERROR.search(line)]  # those behind the first tell that a rank has died
+    return (errors or lines[-1:])[0][:300]
 
 
 def _read_log_lines(log: Path) -> list[str]:

@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# The table of one GPU: launch/gpu_bench.sh [FOLDER] [section.key=value ...], for smollm2-135m at T 2048 in bf16, some 40 minutes.
-# First ours beside other trainers, then ours alone for every attention kernel, with and without torch.compile, for each way
-# of gradient checkpointing and ZeRO-1 and 2 (ZeRO-0 in bf16 is refused: docs/decisions.md). Each cell is a JSON in FOLDER;
-# FOLDER/table.md has them all. A cell that fails, for want of memory or of a kernel, says so and is not in the table.
-# Never run by its authors, who had no GPU; tests/benchmarks/test_gpu_bench.py runs it on a CPU, at a tiny shape.
+# The table of one GPU, for smollm2-135m at T 2048 in bf16, some 40 minutes:
+#
+#     launch/gpu_bench.sh [FOLDER] [section.key=value ...]
+#
+# First ours beside other trainers, then ours alone for every attention kernel, with and without torch.compile, for
+# each way of gradient checkpointing and ZeRO-1 and 2 (ZeRO-0 in bf16 is refused: docs/decisions.md). Each cell is a
+# JSON in FOLDER; FOLDER/table.md has them all. A cell that fails, for want of memory or of a kernel, says so and is
+# not in the table. No GPU has run it yet; tests/benchmarks/test_gpu_bench.py runs it on a CPU, at a tiny shape.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 BIN="${BIN:-.venv/bin}"
@@ -20,7 +23,8 @@ cell() { # NAME WORDS...: a run of its own, whose failure does not end the other
   local name="$1"
   shift
   echo "== $name"
-  "$BIN/smoltrain" bench train "${task[@]}" "$@" --steps "${STEPS:-20}" --out "$out/$name.json" || echo "$name failed" >&2
+  "$BIN/python" -m benchmarks.train "${task[@]}" "$@" --steps "${STEPS:-20}" --out "$out/$name.json" ||
+    echo "$name failed" >&2
 }
 
 rm -f "$out"/*.json

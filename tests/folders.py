@@ -20,8 +20,8 @@ from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.model.build import build_model
 from smoltrain.model.hf_format import MODELING_FILE, convert_to_hf_tensors, make_hf_config
 from smoltrain.model.interface import LanguageModel
-from smoltrain.run.run_folder import enter_run_folder
 from tests import tiny
+from tests.tiny import enter_run_folder
 
 SEPARATOR = "<|endoftext|>"
 

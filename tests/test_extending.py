@@ -77,3 +77,20 @@ def test_a_data_format(tree: Path):
     assert "3 passed" in run(words, tree)
     ((_, *train),) = commands(title)
     run([sys.executable, "-c", LOAD, *train], tree)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_an_optimizer(tree: Path):
+    title = "An optimizer"
+    (code,) = fenced(title, "python")
+    file = tree / "tests" / "engine" / "test_lion.py"
+    file.write_text(code, encoding="utf-8")
+    words = [sys.executable, "-m", "pytest", "-q", str(file.relative_to(tree))]
+    with pytest.raises(AssertionError, match="5 failed"):
+        run(words, tree)  # without the change the test fails, so that it is one
+    apply_diffs(title, tree)
+    assert "5 passed" in run(words, tree)
+    train, estimate = commands(title)
+    run([sys.executable, "-c", LOAD, *train[1:]], tree)
+    assert "GiB" in run([sys.executable, "-m", *estimate], tree)

@@ -11,11 +11,12 @@ from smoltrain.config.load import config_to_yaml, load_config, read_run_config
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import Problem, TrainingStopped, UserError, format_value
 from smoltrain.redact import REDACTED, is_redacted, redact_text, redact_tree, redact_url
-from smoltrain.run.run_folder import check_run_folder, enter_run_folder
+from smoltrain.run.run_folder import check_run_folder
 from tests import tiny
 from tests.data.documents.files import list_shards
 from tests.data.tokens import test_prepare
 from tests.faulty_server import FaultyServer
+from tests.tiny import enter_run_folder
 
 SECRET = "Zx9SeCrEt7"
 AMZ = f"X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=AKIA1/{SECRET}&X-Amz-Date=2026&X-Amz-Signature={SECRET}"
@@ -129,7 +130,7 @@ def test_no_file_of_the_data_holds_the_secret_and_a_new_signature_is_no_change(
     assert next(tmp_path.rglob("bad-records.jsonl")).read_text().count(REDACTED) >= 1
     anew = test_prepare.config(tmp_path, mode, data__path=url_of(served, date="2031", secret="another"), **changes)
     again = prepare_run_data(anew)
-    assert again.index["fingerprint"] == first.index["fingerprint"]
+    assert again.index.fingerprint == first.index.fingerprint
     assert check_run_folder(anew, 1, 0)["starts"][-1]["changes"] == []
     if mode == "stream":
         ((shard,),) = again.shards

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from smoltrain.checkpoint.identity import RunIdentity
+from smoltrain.checkpoint.manifest import Manifest
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config
-from smoltrain.run.run_folder import RunFolder
+from smoltrain.run.run_folder import RunFolder, make_run_record, write_run_folder
 
 LINES = (
     "the king of {0} spoke to the queen of {1}",
@@ -95,3 +96,10 @@ def run_folder(path: Path) -> RunFolder:
     """A run's folder for a tracker of our own, without a run."""
     identity = RunIdentity(run_id="", rows_per_step=4, values={}, phases=[])
     return RunFolder(path, 4, "12345678", identity)
+
+
+def enter_run_folder(
+    config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: Manifest | None = None
+) -> RunFolder:
+    """Check and write a run's folder, as a start after `done` steps does."""
+    return write_run_folder(config, world_size, make_run_record(config, world_size, done, ancestor, manifest))

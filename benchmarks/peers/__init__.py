@@ -56,7 +56,8 @@ PEERS = {
 def parse_peer_names(names: str) -> dict[str, Peer]:
     """The peers of a list like 'hf-trainer,litgpt', in its order. Errors: UserError for a name that is none of them."""
     wanted = [name.strip() for name in names.split(",") if name.strip()]
-    if wrong := [name for name in wanted if name not in PEERS]:
+    wrong = [name for name in wanted if name not in PEERS]
+    if wrong:
         raise UserError(
             *[Problem("no such peer", repr(name), suggest_choice(name, PEERS), "--against") for name in wrong]
         )
@@ -64,7 +65,7 @@ def parse_peer_names(names: str) -> dict[str, Peer]:
 
 
 def build_peer_command(peer: Peer, task: Path, ranks: int, port: int) -> list[str]:
-    """What runs a peer on so many ranks. Errors: Unavailable, also where its environment cannot be made."""
+    """What runs a peer on so many ranks. Errors: PeerUnavailable, also where its environment cannot be made."""
     if ranks > 1 and not peer.ranks:
         raise PeerUnavailable("it runs on one rank")
     binaries = install_peer_environment(peer.environment) / "bin"
@@ -86,42 +87,34 @@ def peer_variables(peer: Peer) -> dict[str, str]:
 
 
 def describe_peer_model(peer: Peer, section: ModelSection | TransformersSection) -> dict[str, Any]:
-    """A model in the words of a peer's task. Errors: Unavailable for a shape that it does not have."""
+    """A model in the words of a peer's task. Errors: PeerUnavailable for a shape that it does not have."""
     if peer.environment == "litgpt":
         if isinstance(section, TransformersSection):
             raise PeerUnavailable("its GPT has smoltrain's own shapes, not those of transformers")
         return {"shape": section.model_dump(mode="json")}
-    about = _auto_config_keywords(section)
-    if about["model_type"] == MODEL_TYPES[SMOLTRAIN]:
+    model = _auto_config_keywords(section)
+    if model["model_type"] == MODEL_TYPES[SMOLTRAIN]:
         raise PeerUnavailable("transformers has no class of this shape")
-    return {"model": about}
-
-
-def model_depth_and_width(section: ModelSection | TransformersSection) -> tuple[int, int]:
-    """Blocks, and the width of the residual stream."""
-    told: Any = section  # transformers' configs have these names too, whatever they call them in their files
-    if isinstance(section, TransformersSection):
-        from transformers import AutoConfig
-
-        told = AutoConfig.for_model(**_auto_config_keywords(section))
-    return told.num_hidden_layers, told.hidden_size
+    return {"model": model}
 
 
 def _auto_config_keywords(section: ModelSection | TransformersSection) -> dict[str, Any]:
     """The keywords of AutoConfig.for_model."""
     if isinstance(section, ModelSection):
-        about = make_hf_config(section)
+        config = make_hf_config(section)
     else:
         built = build_model(section, device="meta")
         assert isinstance(built, HuggingFaceModel)
-        about = built.inner.config.to_diff_dict()
-    return {key: value for key, value in about.items() if key not in ("architectures", "auto_map", "dtype")}
+        config = built.inner.config.to_diff_dict()
+    return {key: value for key, value in config.items() if key not in ("architectures", "auto_map", "dtype")}
 
 
 def install_peer_environment(name: str) -> Path:
     """The folder of an environment, made now if it is not there yet: a venv and pip, minutes and a gigabyte or more.
 
-    It is named after what stands in it, so that another version of smoltrain makes another one. Errors: Unavailable.
+    It is named after what stands in it, so that another version of smoltrain makes another one.
+
+    Errors: PeerUnavailable.
     """
     packages = ENVIRONMENTS[name]
     digest = hashlib.sha256(" ".join((*packages, sys.version)).encode()).hexdigest()[:8]
@@ -156,6 +149,7 @@ def _run_installer(words: Sequence[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise PeerUnavailable(f"it cannot be installed: {error}") from None
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit code {done.returncode}"]
-        raise PeerUnavailable(f"it cannot be installed: {said[-1]}")
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        last = lines[-1] if lines else f"exit code {done.returncode}"
+        raise PeerUnavailable(f"it cannot be installed: {last}")
     return done.stdout

@@ -105,16 +105,6 @@ def stop_after_phase(config: Config, phase: str) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"stop_after": phase})})
 
 
-def measurement_overrides(config: Config, steps: int) -> list[str]:
-    """Overrides with which its recipe trains so many steps of its first phase and does nothing else, to measure."""
-    phase = config.phases[0]
-    return [
-        f"run.stop_after={phase.name}", f"phases.{phase.name}.steps={steps}", f"phases.{phase.name}.warmup_steps=0",
-        f"phases.{phase.name}.decay_steps={steps if phase.decay_steps else 0}", "evaluate.every=0", "sample.every=0",
-        "checkpoint.every=0", "track.gradients_every=0", "track.wandb=off",
-    ]  # fmt: skip
-
-
 def override_generation(settings: GenerationSection, **options: float | None) -> GenerationSection:
     """`settings` with those command-line options that were given, checked again."""
     given = {key: value for key, value in options.items() if value is not None}
@@ -213,14 +203,14 @@ def _problems_without_overrides(
 def _name_key_parts(parts: list[Any], values: Any) -> list[str]:
     """The parts of a key as the command line names them: phases and data.sources by name, not by number."""
     names: list[str] = []
-    node = values
+    node: Any = values
     for part in parts:
         try:
             node = node[part]
-        except (LookupError, TypeError):
+        except (LookupError, TypeError):  # the key is missing
             node = None
-        is_named = isinstance(part, int) and isinstance(node, dict) and "name" in node
-        names.append(str(node["name"] if is_named else part))
+        name = node.get("name", part) if isinstance(part, int) and isinstance(node, dict) else part
+        names.append(str(name))
     return names
 
 

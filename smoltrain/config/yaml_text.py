@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 from yaml.composer import ComposerError
 
-from smoltrain.errors import Problem, UserError, format_value, suggest_choice
+from smoltrain.errors import Problem, UserError, exception_message, format_value, suggest_choice
 
 MAX_YAML_BYTES = 2**20  # bytes of a file: a recipe has some thousands, and PyYAML reads about 100,000 a second
 MAX_YAML_VALUES = 100_000  # values in a file, an alias counted as often as it stands there
@@ -38,7 +38,7 @@ def read_yaml(path: Path, *, typed: bool = False) -> dict[str, Any]:
         saw = f"line {line}: {' '.join(str(error.problem).split())}"
         raise UserError(Problem("the file cannot be read as YAML", saw, "valid YAML", str(path))) from None
     except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        saw = " ".join(str(error).split())
+        saw = exception_message(error)
         raise UserError(Problem("the file cannot be read as YAML", saw, "valid YAML", str(path))) from None
     if not isinstance(tree, dict):
         saw = "nothing" if tree is None else format_value(tree)

@@ -1,8 +1,12 @@
-"""Which row is trained on when, and the proof of it. Integers only: no files, no ranks, no state.
+"""Which row is trained on when, and the proof of it: pure functions, without files and without state.
 
 Positions 0, 1, 2, ... count the rows that the run consumes. A step is `rows_per_step` positions. Which source and which
 virtual stream a position belongs to is a function of the position alone; the world size decides only which rank fetches
 its row. So does every shuffle follow from (seed, what is shuffled) alone.
+
+Why this is our own: a sampler that holds a permutation takes memory that grows with the data, and a distributed one
+deals by the world size. Here any place of any epoch is computed in constant memory, so a run resumes anywhere, on any
+number of ranks.
 """
 
 import functools
@@ -15,43 +19,45 @@ TWO_TO_64 = 2**64
 EMPTY_LEDGER = "0" * 32  # the ledger before the first step
 MIX_WINDOW = 1000  # rows: any window of so many holds each source's exact share
 MAX_STREAMS = 64
-MAX_SORTED = 2**16
-FEISTEL_ROUNDS = 6  # of the Feistel network
+MAX_SORTED = 2**16  # things that are shuffled by sorting
+FEISTEL_ROUNDS = 6
 
 
 def permute_places(places: np.ndarray, num: int, *key: int) -> np.ndarray:
     """Where the permutation of 0..num-1 that `key` names sends these places, int64.
 
-    Up to SORTED things are sorted by pseudo-random words. More of them go through a Feistel network (Luby & Rackoff
-    1988) over the next power of four, again and again until they fall below `num` (Black & Rogaway 2002): any place
-    of any epoch costs the same, and nothing of the size of the data is ever held.
+    Up to MAX_SORTED things are sorted by pseudo-random words. More of them go through a Feistel network (Luby &
+    Rackoff 1988) over the next power of four, again and again until they fall below `num` (Black & Rogaway 2002): any
+    place of any epoch costs the same, and nothing of the size of the data is ever held.
     """
     if num <= MAX_SORTED:
         return _small_permutation(num, key)[places]
     half = ((num - 1).bit_length() + 1) // 2
     low = np.uint64(2**half - 1)
-    found = np.asarray(places, np.uint64).copy()
-    todo = np.ones(found.shape, bool)
+    permuted = np.asarray(places, np.uint64).copy()
+    todo = np.ones(permuted.shape, bool)
     while todo.any():
-        left, right = found[todo] >> np.uint64(half), found[todo] & low
+        left = permuted[todo] >> np.uint64(half)
+        right = permuted[todo] & low
         for round_key in _round_keys(key):
             left, right = right, left ^ (_splitmix64(right + round_key) & low)
-        found[todo] = left << np.uint64(half) | right
-        todo = found >= num
-    return found.astype(np.int64)
+        permuted[todo] = left << np.uint64(half) | right
+        todo = permuted >= num  # fewer than three quarters: the network is over less than four times `num`
+    return permuted.astype(np.int64)
 
 
 @functools.lru_cache(maxsize=64)
 def _small_permutation(num: int, key: tuple[int, ...]) -> np.ndarray:
-    one, two, *_ = _round_keys(key)
-    places = np.argsort(_splitmix64(_splitmix64(np.arange(num, dtype=np.uint64) + one) ^ two), kind="stable")
+    first_key, second_key, *_ = _round_keys(key)
+    words = _splitmix64(_splitmix64(np.arange(num, dtype=np.uint64) + first_key) ^ second_key)
+    places = np.argsort(words, kind="stable")
     places.setflags(write=False)
     return places
 
 
 @functools.lru_cache(maxsize=1024)
 def _round_keys(key: tuple[int, ...]) -> tuple[np.uint64, ...]:
-    """ROUNDS pseudo-random words out of a key."""
+    """FEISTEL_ROUNDS pseudo-random words out of a key."""
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8 * FEISTEL_ROUNDS).digest()
     return tuple(np.frombuffer(digest, np.dtype("<u8")))
 
@@ -76,9 +82,9 @@ def largest_num_streams(rows_per_step: int, world_size: int) -> int:
 
 
 def streams_of_positions(positions: np.ndarray, num_streams: int) -> np.ndarray:
-    """The stream (n,) of each position (n,). Each aligned block of `num_streams` positions has one of each stream.
+    """The stream (n,) of each position (n,). Each aligned block of `num_streams` positions has each stream once.
 
-    A block begins with any of them: in a regular order a stream would keep meeting the same source of a mix.
+    It begins with a pseudo-random one: in a regular order a stream would keep meeting the same source of a mix.
     """
     if num_streams == 1:
         return np.zeros(len(positions), np.int64)
@@ -116,14 +122,11 @@ def apportion_by_weight(num: int, weights: tuple[float, ...]) -> list[int]:
 
 
 def count_earlier_equals(values: np.ndarray) -> np.ndarray:
-    """For each element (at least one), how many equal ones stand before it."""
-    if (values == values[0]).all():
-        return np.arange(len(values))
-    order = np.argsort(values, kind="stable")
-    ordered = values[order]
-    first = np.searchsorted(ordered, ordered)
+    """For each element (n,), how many equal ones stand before it."""
     counts = np.empty(len(values), np.int64)
-    counts[order] = np.arange(len(values)) - first
+    for value in np.unique(values):
+        equal = values == value
+        counts[equal] = np.arange(equal.sum())
     return counts
 
 

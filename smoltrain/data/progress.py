@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.redact import redact_text
 
 REPORT_INTERVAL_S = 10.0  # between lines

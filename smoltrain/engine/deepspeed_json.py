@@ -26,8 +26,9 @@ def fill_deepspeed_config(
 ) -> dict[str, Any]:
     """The dict for deepspeed.initialize. What is None, as long as nobody knows it, is neither filled in nor compared.
 
-    Errors: UserError for an unknown file, a value that contradicts the recipe (both named), a section that is none or
-    that the recipe owns, and bf16 under ZeRO-0, which DeepSpeed computes with another optimizer (docs/decisions.md).
+    Errors: UserError for an unknown file, a value that contradicts the recipe (both named), a section that
+    is none or that the recipe owns, and bf16 under ZeRO-0, which DeepSpeed computes with another optimizer
+    (docs/decisions.md).
     """
     path = _find_deepspeed_json(config.engine.ds_config)
     tree = _parse_deepspeed_json(read_deepspeed_text(config.engine.ds_config), path)

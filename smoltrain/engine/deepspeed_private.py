@@ -1,8 +1,9 @@
 """DeepSpeed, and every name of it that it does not document and that smoltrain depends on. The only importer of it.
 
-Another version may rename what is its own business. Some renames would be silent: a build of a minute at each start, a
-script in checkpoints that unpickles anything, gradients that are reduced twice, ranks that outlive their launcher. So
-each name is looked for when this module is imported, and one error names those that are gone.
+Another version may rename what is its own business. Some renames would be silent: a build of a minute at
+each start, a script in checkpoints that unpickles anything, gradients that are reduced twice, ranks that
+outlive their launcher. So each name is looked for when this module is imported, and one error names those
+that are gone.
 """
 
 import importlib

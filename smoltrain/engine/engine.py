@@ -33,8 +33,8 @@ def build_engine(
 ) -> "Engine":
     """Hand the model to DeepSpeed with the recipe's optimizer and numbers. Collective.
 
-    `compiles`: whether torch.compile may be used. Errors: UserError where the DeepSpeed config contradicts the recipe,
-    and where engine.reduce_gradients=step is impossible.
+    `compiles`: whether torch.compile may be used. Errors: UserError where the DeepSpeed config contradicts
+    the recipe, and where engine.reduce_gradients=step is impossible.
     """
     tree = fill_deepspeed_config(config, precision=precision, accumulation=accumulation, world_size=world.size)
     requested = config.engine.reduce_gradients
@@ -111,8 +111,8 @@ class Engine:
     def reduce(self) -> float:
         """Reduce the gradients, after the last backward; the squared L2 norm of this rank's part of them. Collective.
 
-        For a loop that adds it up over the ranks together with other numbers, and gives the sum to `update`. Where
-        DeepSpeed reduces, this does nothing and returns 0.
+        For a loop that adds it up over the ranks together with other numbers, and gives the sum to
+        `update`. Where DeepSpeed reduces, this does nothing and returns 0.
         """
         return self._steps.reduce()
 
@@ -173,8 +173,8 @@ class Engine:
     def training_state(self, folder: Path) -> dict[str, Any]:
         """What this rank must write into `folder`, by relative file name. Collective.
 
-        Weights, masters and optimizer state. Makes the folders. The tensors are those in use: whoever keeps them
-        over the next update copies them.
+        Weights, masters and optimizer state. Makes the folders. The tensors are those in use: whoever keeps
+        them over the next update copies them.
         """
         with _silence_stdout():
             self._deepspeed.save_checkpoint(str(folder), tag=SHARDS_FOLDER, save_latest=False)
@@ -183,9 +183,10 @@ class Engine:
     def load_shards(self, folder: Path, written_stage: int) -> None:
         """The inverse of `training_state`, from any number of ranks and ZeRO-1, 2 or 3 to any. Collective.
 
-        Masters, optimizer state and an fp16 run's loss scale come from the disk; the compute weights are what this
-        stage and precision make of the masters. The engine may have trained before.
-        Errors: UserError where one of the stages is ZeRO-0, or the optimizer state is of a form that cannot be moved.
+        Masters, optimizer state and an fp16 run's loss scale come from the disk; the compute weights are
+        what this stage and precision make of the masters. The engine may have trained before. Errors:
+        UserError where one of the stages is ZeRO-0, or the optimizer state is of a form that cannot be
+        moved.
         """
         if self.stage != written_stage and 0 in (self.stage, written_stage):
             what, saw = f"{folder.name} is a checkpoint of another ZeRO stage", f"ZeRO-{self.stage}"

@@ -1,14 +1,15 @@
 """ZeRO-1 and ZeRO-2 whose gradients are reduced once per step, and whose update is one pass over memory.
 
-DeepSpeed's ZeRO-2 reduces after every micro-batch, through copies in the weights' precision and in fp32; at the end it
-looks for overflow, takes the norm, clips, updates and casts, each in a pass of its own over all gradients. With a CPU's
-memory these passes cost as much as a small model. Here each gradient is accumulated in fp32 as soon as backward has
-made it, while it is in the cache; at the step's end the sums are reduce-scattered, and one compiled loop clips, updates
-and casts. DeepSpeed stays what lays out the partitions, holds masters and optimizer state, and writes them to disk.
+DeepSpeed's ZeRO-2 reduces after every micro-batch, through copies in the weights' precision and in fp32; at
+the end it looks for overflow, takes the norm, clips, updates and casts, each in a pass of its own over all
+gradients. With a CPU's memory these passes cost as much as a small model. Here each gradient is accumulated
+in fp32 as soon as backward has made it, while it is in the cache; at the step's end the sums are
+reduce-scattered, and one compiled loop clips, updates and casts. DeepSpeed stays what lays out the
+partitions, holds masters and optimizer state, and writes them to disk.
 
-The price is an fp32 gradient of the whole model on every rank, of which ZeRO-2 alone would keep a part; a lone
-micro-batch on a lone rank has nothing to add up, and its gradients stay as they are. The arithmetic is that of
-Rajbhandari et al. (2020) either way: tests/engine/test_once_per_step.py compares the two.
+The price is an fp32 gradient of the whole model on every rank, of which ZeRO-2 alone would keep a part; a
+lone micro-batch on a lone rank has nothing to add up, and its gradients stay as they are. The arithmetic is
+that of Rajbhandari et al. (2020) either way: tests/engine/test_once_per_step.py compares the two.
 """
 
 import math

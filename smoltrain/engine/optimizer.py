@@ -1,8 +1,9 @@
 """The optimizer: its parameter groups, its update, its state, and what the rest of smoltrain must know of it.
 
-An optimizer is described by one class here and chosen by optimizer.name. It must be elementwise: a weight's update
-needs nothing but that weight, its gradient and its state, so that ZeRO may cut flat tensors anywhere and reshard them.
-docs/extending.md adds one. Nothing here needs DeepSpeed: estimates and `smoltrain verify` do without it.
+An optimizer is described by one class here and chosen by optimizer.name. It must be elementwise: a weight's
+update needs nothing but that weight, its gradient and its state, so that ZeRO may cut flat tensors anywhere
+and reshard them. docs/extending.md adds one. Nothing here needs DeepSpeed: estimates and `smoltrain verify`
+do without it.
 """
 
 import math
@@ -22,8 +23,8 @@ class OptimizerKind(ABC):
     """One optimizer, as engine, resharding, `smoltrain verify` and estimates see it."""
 
     state_names: ClassVar[tuple[str, ...]]
-    """Tensors of its state with an fp32 number for each weight, under torch's names. Anything else in the state is a
-    counter: the same on every rank, and kept as it is when the state is resharded."""
+    """Tensors of its state with an fp32 number for each weight, under torch's names. Anything else in the
+    state is a counter: the same on every rank, and kept as it is when the state is resharded."""
 
     has_one_pass_update: ClassVar[bool] = False
     """Whether `update_in_one_pass` exists; without it torch's own step runs, however gradients are reduced."""
@@ -46,8 +47,8 @@ class OptimizerKind(ABC):
     ) -> None:  # fmt: skip
         """One compiled loop: update fp32 `master` and `state` by `gradient` x `scale`, cast the result to `weights`.
 
-        All are flat and of one length. `group` is the parameter group, with lr and weight_decay of this step; `state`
-        is empty before the first update.
+        All are flat and of one length. `group` is the parameter group, with lr and weight_decay of this
+        step; `state` is empty before the first update.
         """
         raise NotImplementedError
 

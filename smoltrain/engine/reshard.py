@@ -1,11 +1,11 @@
 """Reshards ZeRO optimizer state between world sizes and stages: plain dicts and tensors in and out, without DeepSpeed.
 
-ZeRO partitions flat fp32 tensors (master weights, and the tensors of the optimizer's state) among the ranks. Such a
-tensor is a row of segments, and each segment is split into one part per rank, all of the same length, a multiple of
-`alignment`; what the last parts hold beyond the segment's end is padding. Under ZeRO-1 and ZeRO-2 a parameter group is
-one tensor and one segment: its parameters one after another, perhaps with gaps. Under ZeRO-3 every parameter is a
-segment, so that a rank has a slice of each, and a group may be several tensors. Whoever wrote it, an element is found
-by its parameter's name.
+ZeRO partitions flat fp32 tensors (master weights, and the tensors of the optimizer's state) among the
+ranks. Such a tensor is a row of segments, and each segment is split into one part per rank, all of the same
+length, a multiple of `alignment`; what the last parts hold beyond the segment's end is padding. Under
+ZeRO-1 and ZeRO-2 a parameter group is one tensor and one segment: its parameters one after another, perhaps
+with gaps. Under ZeRO-3 every parameter is a segment, so that a rank has a slice of each, and a group may be
+several tensors. Whoever wrote it, an element is found by its parameter's name.
 """
 
 from collections import defaultdict
@@ -143,9 +143,10 @@ def reshard_optimizer_state(
 ) -> dict[str, Any]:
     """This rank's optimizer state, from the shards of `source_ranks`. New tensors, the old ones are not kept.
 
-    `template` is the rank's own state of the moment: its form and hyperparameters stay, its numbers are replaced.
-    Counters and the loss scale are the same on every rank and are taken from one of them; a loss scale of another
-    precision means nothing here. Errors: UserError where the optimizer state is not partitioned as expected.
+    `template` is the rank's own state of the moment: its form and hyperparameters stay, its numbers are
+    replaced. Counters and the loss scale are the same on every rank and are taken from one of them; a loss
+    scale of another precision means nothing here. Errors: UserError where the optimizer state is not
+    partitioned as expected.
     """
     some_shard = next(iter(shards.values()))
     old_masters, old_optimizer = find_state_keys(some_shard)

@@ -1,7 +1,7 @@
 """A flat tensor on every rank, of which each rank owns a part: reduce-scattered into the parts, all-gathered from them.
 
-Ranks on the CPU of one machine read each other's tensor in shared memory, where no byte needs to be sent. Others use
-the collectives of their group.
+Ranks on the CPU of one machine read each other's tensor in shared memory, where no byte needs to be sent.
+Others use the collectives of their group.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ class SharedTensor:
     def reduce_scatter(self) -> torch.Tensor:
         """This rank's part of the sum over the ranks. Collective.
 
-        It stands in `own`, the rest of which is void then. No rank may write to `own` before the next collective:
-        another may still read there.
+        It stands in `own`, the rest of which is void then. No rank may write to `own` before the next
+        collective: another may still read there.
         """
         mine = self.own[self.part]
         if self._rank_tensors:

@@ -1,26 +1,28 @@
-"""TODO: moved out of __init__.py."""
+"""The verb `smoltrain estimate`: an estimate in print, corrected by real steps where they are asked for."""
 
 from dataclasses import replace
 
+import torch
 from rich.console import Console
 
 from smoltrain.config.load import load_config
 from smoltrain.distributed.cpu_cores import num_cores
 from smoltrain.errors import Problem, UserError
-from smoltrain.estimate.case import build_training_setup
-from smoltrain.estimate.devices import DeviceSpec, find_device
+from smoltrain.estimate.constants import EFFICIENCY, GIB
+from smoltrain.estimate.devices import find_device
 from smoltrain.estimate.fitting import fit_config_to_memory
 from smoltrain.estimate.measure import measure_run
-from smoltrain.estimate.memory import GIB, estimate_memory
+from smoltrain.estimate.memory import estimate_memory
 from smoltrain.estimate.report import (
+    Estimate,
     build_alternatives_table,
-    build_estimate,
     build_parts_table,
     estimate_alternatives,
     plan_summary,
+    setup_summary,
     write_advice,
 )
-from smoltrain.estimate.speed import EfficiencyRates, correct_efficiency, default_efficiency
+from smoltrain.estimate.training_setup import build_training_setup
 
 
 def print_estimate(recipe: str, overrides: list[str], world: int, device: str, *, measured: bool = False) -> None:
@@ -31,47 +33,45 @@ def print_estimate(recipe: str, overrides: list[str], world: int, device: str, *
     Errors: UserError for the recipe, the device, a batch that does not divide; TrainingStopped from the real steps.
     """
     console = Console(markup=False, highlight=False)
-    settings, here = load_config(recipe, overrides), find_device(device, world)
-    settings = fit_config_to_memory(settings, here.memory, world, device=here.kind)
-    asked = build_training_setup(settings, world=world, device=here.kind)
-    rates, base = (_measure_corrections(recipe, overrides, world, here, console)) if measured else (None, None)
-    one = build_estimate(asked, here, rates, base)
-    console.print(
-        f"{settings.run.name}: {asked.shape.parameters:,} parameters on {world} x {here.name}, ZeRO-{asked.stage}, "
-        f"{asked.precision}, {asked.micro_batch} rows x {asked.accumulation} a rank and step, T {asked.length}, "
-        f"attention {asked.attention}, loss {asked.loss}",
-        soft_wrap=True,
-    )
-    console.print(build_parts_table(one))
-    rows = estimate_alternatives(one, settings, rates, base)
-    console.print(build_alternatives_table(rows, asked))
-    for line in (plan_summary(one, settings), *write_advice(one, rows)):
+    config = load_config(recipe, overrides)
+    spec = find_device(device, world)
+    config = fit_config_to_memory(config, spec.memory, world, device=spec.kind)
+    estimate = Estimate(build_training_setup(config, world=world, device=spec.kind), spec)
+    if measured:
+        estimate = _correct_by_real_steps(estimate, recipe, overrides, console)
+    alternatives = estimate_alternatives(estimate, config)
+    console.print(setup_summary(estimate, config), soft_wrap=True)
+    console.print(build_parts_table(estimate))
+    console.print(build_alternatives_table(alternatives, estimate.setup))
+    for line in (plan_summary(estimate, config), *write_advice(estimate, alternatives)):
         console.print(line, soft_wrap=True)
 
 
-def _measure_corrections(
-    recipe: str, overrides: list[str], world: int, device: DeviceSpec, console: Console
-) -> tuple[EfficiencyRates, float]:
-    """The constants, and the memory of the rest, as a real run on this machine says."""
-    import torch
-
+def _correct_by_real_steps(estimate: Estimate, recipe: str, overrides: list[str], console: Console) -> Estimate:
+    """The estimate with its rates and base as a real run on this machine says."""
+    device, world = estimate.device, estimate.setup.world
     gpus = torch.cuda.device_count()
     if device.kind == "cuda" and not gpus:
         raise UserError(Problem("--measure runs on this machine", "no CUDA device", "--device cpu", "--device"))
     ranks = min(world, gpus if device.kind == "cuda" else num_cores())
-    here = find_device(device.name, ranks)
-    asked = build_training_setup(
-        fit_config_to_memory(load_config(recipe, overrides), here.memory, ranks, device=here.kind),
-        world=ranks,
-        device=here.kind,
-    )
-    expected = build_estimate(replace(asked, saves=False), here)
-    compiles = "on" if asked.compiled_update else "off"  # `auto` would find a plan of few steps too short for it
-    found = measure_run(recipe, [*overrides, f"engine.device={device.kind}", f"engine.compile={compiles}"], ranks)
+    expected = estimate
+    if ranks < world:  # this machine has fewer: what is measured is estimated for as many
+        device = find_device(device.name, ranks)
+        config = fit_config_to_memory(load_config(recipe, overrides), device.memory, ranks, device=device.kind)
+        expected = Estimate(build_training_setup(config, world=ranks, device=device.kind), device)
+    setup = replace(expected.setup, saves_midway=False)
+    expected = replace(expected, setup=setup)
+    as_estimated = [
+        f"engine.device={device.kind}", f"batch.micro_batch={setup.micro_batch}",
+        f"engine.gradient_checkpointing={setup.recompute}",
+        f"engine.compile={'on' if setup.compiled_update else 'off'}",  # `auto` would find a plan of few steps too short
+    ]  # fmt: skip
+    run = measure_run(recipe, [*overrides, *as_estimated], ranks)
     console.print(
-        f"measured here, {ranks} x {here.name}: step {found.step_s:.3f} s, estimated {expected.speed.step_s:.3f} s; "
-        f"memory {found.peak_bytes / GIB:.2f} GiB, estimated {expected.memory.total / GIB:.2f} GiB",
+        f"measured here, {ranks} x {device.name}: step {run.step_s:.3f} s, estimated {expected.speed.step_s:.3f} s; "
+        f"memory {run.peak_bytes / GIB:.2f} GiB, estimated {expected.memory.total / GIB:.2f} GiB",
         soft_wrap=True,
     )
-    base = found.peak_bytes - estimate_memory(expected.case, 0.0).total
-    return correct_efficiency(default_efficiency(here.kind), expected.speed.step_s, found.step_s), max(0.0, base)
+    rates = EFFICIENCY[device.kind]
+    base_bytes = max(0.0, run.peak_bytes - estimate_memory(setup, base_bytes=0.0).total)
+    return replace(estimate, rates=rates.corrected(expected.speed.step_s, run.step_s), base_bytes=base_bytes)

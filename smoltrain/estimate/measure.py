@@ -1,21 +1,26 @@
-"""Some real steps of a recipe on this machine, by real ranks, to correct the estimate with."""
+"""Real steps of a recipe on this machine, to measure something: by how much the estimate is off, what a save costs."""
 
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from smoltrain import files
-from smoltrain.config.load import load_config, measurement_overrides
+from smoltrain.config.load import load_config
+from smoltrain.config.schema import Config
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.distributed.cpu_cores import cores_per_process
 from smoltrain.distributed.world import environment_without_launcher, free_port
 from smoltrain.errors import TrainingStopped
+from smoltrain.estimate.constants import GIB
 
 RANK_MODULE = "smoltrain.launch.rank"
 STEPS, WARM_UP = 20, 5  # the first ones compile
+RUN_NAME = "measured"
 
 
 @dataclass(frozen=True)
@@ -26,32 +31,49 @@ class MeasuredRun:
     peak_bytes: float  # of the largest rank
 
 
+def measurement_overrides(config: Config, steps: int, folder: Path) -> list[str]:
+    """Overrides by which its recipe trains so many steps of its first phase in a folder, and does nothing beside."""
+    phase = config.phases[0]
+    return [
+        f"run.name={RUN_NAME}", f"run.folder={folder}", f"run.stop_after={phase.name}",
+        f"phases.{phase.name}.steps={steps}", f"phases.{phase.name}.warmup_steps=0",
+        f"phases.{phase.name}.decay_steps={steps if phase.decay_steps else 0}", "evaluate.every=0", "sample.every=0",
+        "checkpoint.every=0", "track.gradients_every=0", "track.wandb=off",
+    ]  # fmt: skip
+
+
+def run_for_metrics(command: Sequence[str], folder: Path, env: Mapping[str, str] = os.environ) -> list[dict]:
+    """Run a command that trains with measurement_overrides; the lines of its metrics.jsonl.
+
+    Errors: TrainingStopped with the run's last words where it fails.
+    """
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env, check=False
+    )
+    if done.returncode:
+        what = f"the run that was to be measured ended with code {done.returncode}"
+        raise TrainingStopped(f"{what}: {done.stdout[-500:].strip()}")
+    return list(files.read_jsonl(folder / RUN_NAME / "metrics.jsonl"))
+
+
 def measure_run(recipe: str, overrides: list[str], ranks: int, steps: int = STEPS) -> MeasuredRun:
     """Train the first phase for so many steps in a temporary folder, without evaluation, samples or W&B.
 
     Errors: UserError for the recipe and its data; TrainingStopped with the run's last words where it fails.
     """
-    quiet = measurement_overrides(load_config(recipe, overrides), steps)
     with tempfile.TemporaryDirectory() as scratch:
-        words = [*quiet, "run.name=measure", f"run.folder={scratch}"]
-        settings = load_config(recipe, [*overrides, *words])
-        prepare_run_data(settings, settings.batch.rows(ranks), ranks)  # here: it takes memory that training does not
+        words = [*overrides, *measurement_overrides(load_config(recipe, overrides), steps, Path(scratch))]
+        config = load_config(recipe, words)
+        prepare_run_data(config, config.batch.rows(ranks), ranks)  # here: it takes memory that training does not
         launcher = [sys.executable]
         if ranks > 1:
             launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
             launcher += ["--master-port", str(free_port())]
-        own = environment_without_launcher()
-        own.setdefault("OMP_NUM_THREADS", str(cores_per_process(ranks)))
-        done = subprocess.run(
-            [*launcher, "-m", RANK_MODULE, recipe, *overrides, *words],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True, errors="replace", env=own, check=False,
-        )  # fmt: skip
-        if done.returncode:
-            what = f"the run that was to be measured ended with code {done.returncode}"
-            raise TrainingStopped(f"{what}: {done.stdout[-500:].strip()}")
-        lines = list(files.read_jsonl(Path(scratch, "measure", "metrics.jsonl")))
-    return summarize_run_metrics(lines)
+        env = environment_without_launcher()
+        env.setdefault("OMP_NUM_THREADS", str(cores_per_process(ranks)))
+        return summarize_run_metrics(
+            run_for_metrics([*launcher, "-m", RANK_MODULE, recipe, *words], Path(scratch), env)
+        )
 
 
 def summarize_run_metrics(lines: list[dict]) -> MeasuredRun:
@@ -59,4 +81,4 @@ def summarize_run_metrics(lines: list[dict]) -> MeasuredRun:
     steps = [line for line in lines if "speed/step_s" in line]
     late = steps[min(WARM_UP, len(steps) // 2) :]
     peak_gib = max(line["memory/peak_gib"] for line in steps)
-    return MeasuredRun(median(line["speed/step_s"] for line in late), peak_gib * 2**30)
+    return MeasuredRun(median(line["speed/step_s"] for line in late), peak_gib * GIB)

@@ -119,7 +119,7 @@ def _read_held_out_ids(loaded: LoadedModel) -> list[int]:
         return []
     run = loaded.config.run.model_copy(update={"folder": loaded.folder.parent, "name": loaded.folder.name})
     tokens = load_prepared_data(loaded.config.model_copy(update={"run": run})).validation[0]
-    return tokens.rows(np.zeros(1, int), min(len(tokens), NUM_CASES * LONG_CASE_TOKENS))[0].tolist()
+    return tokens.read_rows(np.zeros(1, int), min(len(tokens), NUM_CASES * LONG_CASE_TOKENS))[0].tolist()
 
 
 def _reload_in_fresh_process(

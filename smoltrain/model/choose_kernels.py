@@ -3,37 +3,51 @@
 import torch
 
 from smoltrain.config.schema import Config
-from smoltrain.kernels.attention import choose_attention_kernel
-from smoltrain.kernels.compile import CompileChoice, choose_compile
+from smoltrain.kernels.attention import AttentionKernel, choose_attention_kernel
+from smoltrain.kernels.compile import MIN_FLOP, CompileChoice, choose_compile
 from smoltrain.kernels.loss import LossKernel, choose_loss_kernel
 from smoltrain.kernels.precision import DTYPES
 from smoltrain.model.build import decoder_head_width, model_attention_dropout
 from smoltrain.model.interface import ComputeOptions
 from smoltrain.schedule import Plan
 
+ASSUMED = "taken to be installed"
+
 
 def choose_kernels(
-    config: Config, device: torch.device, precision: str, *, num_parameters: int, rows_per_step: int
-) -> tuple[ComputeOptions, dict[str, str]]:
+    config: Config, device: torch.device, precision: str, *, num_parameters: int, rows_per_step: int,
+    assume_installed: bool = False,
+) -> tuple[ComputeOptions, dict[str, str]]:  # fmt: skip
     """How the model computes, gradient checkpointing aside; and for each choice "which, why".
 
-    Errors: UserError for what cannot run on the device.
+    With `assume_installed` the device is a CUDA device that may be elsewhere: flash-attn, Liger's loss and a compiler
+    are taken to be installed there, and this machine is not asked. Errors: UserError for what cannot run on the device.
     """
     engine = config.engine
     dtype = DTYPES[precision]
     head_width = decoder_head_width(config.model)
-    attention = choose_attention_kernel(
-        engine.attention, device, dtype, dropout=model_attention_dropout(config.model),
-        document_mask=config.packing.document_mask, head_width=head_width,
-    )  # fmt: skip
+    if assume_installed and engine.attention in ("auto", "flash") and dtype != torch.float32:
+        attention = AttentionKernel("flash-attn", ASSUMED)
+    else:
+        attention = choose_attention_kernel(
+            engine.attention, device, dtype, dropout=model_attention_dropout(config.model),
+            document_mask=config.packing.document_mask, head_width=head_width,
+        )  # fmt: skip
     if head_width is None:
         compiling = CompileChoice(False, "a model of transformers runs as it is written")
         loss = LossKernel("plain", "a model of transformers makes its logits itself")
     else:
         # 6 FLOP per parameter and token (Kaplan et al. 2020), over the whole plan: a resume computes as the run began.
         tokens = Plan(config.phases).last_step * rows_per_step * config.batch.sequence_length
-        compiling = choose_compile(engine.compile, device, 6.0 * num_parameters * tokens)
-        loss = choose_loss_kernel(engine.loss, device, dtype, compiles=compiling.on)
+        flop = 6.0 * num_parameters * tokens
+        if assume_installed and engine.compile != "off":
+            compiling = CompileChoice(engine.compile == "on" or flop >= MIN_FLOP[device.type], ASSUMED)
+        else:
+            compiling = choose_compile(engine.compile, device, flop)
+        if assume_installed and engine.loss == "auto" and dtype != torch.float16:
+            loss = LossKernel("liger", ASSUMED)
+        else:
+            loss = choose_loss_kernel(engine.loss, device, dtype, compiles=compiling.on)
     reasons = {
         "attention kernel": f"{attention.name}, {attention.reason}",
         "loss kernel": f"{loss.name}, {loss.reason}",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from smoltrain.config.schema import ModelSection
 from smoltrain.data.tokenizers.companions import read_json_object
-from smoltrain.errors import Problem, UserError, format_value, problem_from_pydantic
+from smoltrain.errors import Problem, UserError, exception_message, format_value, problem_from_pydantic
 from smoltrain.model.build import build_model
 
 Tensors = dict[str, Tensor]
@@ -284,7 +284,7 @@ def read_safetensors_file(file: Path) -> Tensors:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = exception_message(error)
         raise UserError(Problem("the weights cannot be read", reason, "a whole .safetensors file", str(file))) from None
 
 

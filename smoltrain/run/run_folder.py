@@ -102,13 +102,6 @@ def write_run_folder(config: Config, world_size: int, record: RunRecord) -> RunF
     return RunFolder(config.run_folder, rows, record.provenance["wandb_id"], own, record.changes)
 
 
-def enter_run_folder(
-    config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None
-) -> RunFolder:
-    """Check and write in one. Errors: those of `make_run_record` and `write_run_folder`; nothing is written then."""
-    return write_run_folder(config, world_size, make_run_record(config, world_size, done, ancestor, manifest))
-
-
 def _read_past(config: Config, ancestor: Path | None, manifest: "Manifest | None") -> PastRun | None:
     """What a start is held to; None for a run that begins."""
     path = config.run_folder / CONFIG_FILE

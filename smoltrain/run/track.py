@@ -39,7 +39,6 @@ METRICS = {
     "data/epochs": "rows consumed so far over the rows there are; of a single source in cached mode",
     "data/unique_rows": "rows consumed so far none of whose tokens came twice, all ranks",
     "data/unique_documents": "documents begun so far, each counted in the first epoch of its source alone, all ranks",
-    "data/unique_contents": "different texts among them, estimated to 0.8 %, all ranks; at the console's cadence",
     "data/repeat_factor": "rows consumed so far over data/unique_rows",
     "data/bad_records": "records skipped so far in streams because they could not be read, all ranks",
     "data/ledger": "digest of every row id and token so far, the same on any number of ranks (text)",

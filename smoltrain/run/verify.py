@@ -30,7 +30,6 @@ from smoltrain.config.schema import Config
 from smoltrain.data.documents.bad_records import BAD_RECORDS_FILE
 from smoltrain.data.rows.loader import Batch, Loader
 from smoltrain.data.rows.open_loader import open_loader
-from smoltrain.data.tokens.packing import NO_LABEL
 from smoltrain.data.tokens.prepare import inspect_prepared_data
 from smoltrain.distributed.world import choose_device
 from smoltrain.engine.optimizer import OPTIMIZERS, is_elementwise_state
@@ -44,6 +43,7 @@ from smoltrain.inference.load import (
     load_trained_model,
     read_checkpoint_weights,
 )
+from smoltrain.kernels.loss import IGNORE_INDEX
 from smoltrain.kernels.precision import DTYPES
 from smoltrain.model.build import build_model
 from smoltrain.model.hf_format import common_dtype
@@ -386,7 +386,7 @@ def _compute_validation_loss(loaded: LoadedModel, batches: list[Batch], device: 
     for batch in batches:
         there = batch.to(device)
         total += float(loaded.model(there.ids_BT, there.labels_BT, positions_BT=there.positions_BT))
-        num_tokens += int((batch.labels_BT != NO_LABEL).sum())
+        num_tokens += int((batch.labels_BT != IGNORE_INDEX).sum())
     return total / num_tokens
 
 

@@ -1,8 +1,6 @@
 """Metrics of how far a run has come through its data."""
 
-from smoltrain.data.rows.count_distinct import DistinctCounter
 from smoltrain.data.rows.loader import Loader
-from smoltrain.distributed.world import World
 from smoltrain.run.track import SOURCE_TOKENS_PREFIX
 
 
@@ -23,10 +21,3 @@ def data_metrics(loader: Loader) -> dict[str, float | str]:
         for name, num_targets in zip(loader.sources, loader.source_targets, strict=True):
             metrics[SOURCE_TOKENS_PREFIX + name] = num_targets
     return metrics
-
-
-def estimate_unique_contents(loader: Loader, world: World) -> float:
-    """How many different documents all ranks have begun, estimated. Collective."""
-    for text in world.gather(loader.sketch.to_text()):
-        loader.sketch.merge(DistinctCounter.from_text(text))
-    return loader.sketch.estimate()

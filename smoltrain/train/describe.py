@@ -69,6 +69,6 @@ def describe_completion(plan: Plan, done: int) -> str:
 
 
 def _describe_rows_per_step(loader: Loader) -> str:
-    layout = loader.shape
+    layout = loader.layout
     split = f"{layout.micro_batch} x {layout.accumulation} accumulated x {layout.world_size} ranks"
     return f"{layout.rows_per_step} = {split} = {layout.rows_per_step * layout.sequence_length:,} tokens"

@@ -3,7 +3,7 @@
 import torch
 
 from smoltrain.config.schema import Config
-from smoltrain.data.tokens.prepare import check_tokenizer_fits
+from smoltrain.data.tokens.check_fit import check_tokenizer_fits
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config
 from smoltrain.model.build import build_model
 from smoltrain.run.run_folder import accumulation_steps

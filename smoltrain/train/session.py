@@ -28,7 +28,6 @@ from smoltrain.run.run_folder import RunFolder, accumulation_steps, write_run_fo
 from smoltrain.run.run_warnings import memorisation_warning, slow_data_warning
 from smoltrain.run.track import Tracker, open_rank_log
 from smoltrain.schedule import Plan
-from smoltrain.train.data_metrics import estimate_unique_contents
 from smoltrain.train.describe import say_start
 from smoltrain.train.evaluate import evaluate_loss
 from smoltrain.train.initial_weights import copy_generation_config, load_initial_weights
@@ -72,8 +71,6 @@ class Session:
         self.recent.append(result)
         last_step = self.start.last_step
         metrics: dict[str, float | str] = {**result.metrics, "train/skipped_updates": self.num_skipped}
-        if step % self.config.track.print_every == 0 or step == last_step:
-            metrics["data/unique_contents"] = estimate_unique_contents(self.loader, self.world)
         if len(self.recent) == self.recent.maxlen:
             wait_share = mean(recent.metrics["speed/data_wait_share"] for recent in self.recent)
             self.tracker.warn_once("slow data", slow_data_warning(wait_share))
@@ -209,7 +206,7 @@ def _build_engine(start: Start, settings: ResolvedSettings, loader: Loader, worl
     torch.manual_seed(config.run.seed + 1 + world.rank)  # other dropout on each
     watchdog.mark("engine")
     return build_engine(
-        model, config, world, precision=settings.precision, accumulation=loader.shape.accumulation,
+        model, config, world, precision=settings.precision, accumulation=loader.layout.accumulation,
         compiles=settings.computing.compiles,
     )  # fmt: skip
 

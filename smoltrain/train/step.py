@@ -22,11 +22,11 @@ import torch
 
 from smoltrain.data.rows.loader import Batch, StepRows, StepTotals
 from smoltrain.data.rows.row_contents import RowContents
-from smoltrain.data.tokens.packing import NO_LABEL
 from smoltrain.distributed.world import World
 from smoltrain.engine.engine import Engine
 from smoltrain.engine.layer_gradients import LayerGradient, summarize_layer_gradients
 from smoltrain.errors import TrainingStopped, UserError
+from smoltrain.kernels.loss import IGNORE_INDEX
 from smoltrain.train.data_metrics import data_metrics
 from smoltrain.train.spikes import Spike
 
@@ -248,16 +248,14 @@ def _compute_row_losses(micro_batches: list[Batch], session: "Session") -> tuple
             for i in range(len(batch.ids_BT)):
                 session.watchdog.mark("forward")
                 row = batch.slice_rows(i, i + 1)
-                num_targets = int((row.labels_BT != NO_LABEL).sum())
+                num_targets = int((row.labels_BT != IGNORE_INDEX).sum())
                 losses.append(float(session.engine.forward(row)) / max(1, num_targets))
     session.watchdog.mark("reduction")
     own_rows = session.loader.describe_rows()
     everyones = session.world.gather(list(zip(own_rows, losses, strict=True)))
     pairs = [pair for ranks_pairs in everyones for pair in ranks_pairs]
     pairs.sort(key=lambda pair: pair[0].position)
-    rows = [row for row, _ in pairs]
-    located = session.world.run_on_first_rank(lambda: session.loader.add_addresses(rows))
-    return located, [loss for _, loss in pairs]
+    return [row for row, _ in pairs], [loss for _, loss in pairs]
 
 
 def _too_many_skips_error(step: int, lr: float) -> TrainingStopped:

@@ -104,21 +104,21 @@ def test_an_identity_survives_json_and_names_no_path(tmp_path: Path) -> None:
 
 
 def test_what_differs_and_is_accepted_is_said_and_recorded(tmp_path: Path) -> None:
-    run_folder.enter_run_folder(tiny.load(tmp_path), 1, 0)
+    tiny.enter_run_folder(tiny.load(tmp_path), 1, 0)
     words = ("engine.precision=fp32", "evaluate.rows=4", "track.print_every=3", "phases.continuation.lr=1e-5")
-    entered = run_folder.enter_run_folder(tiny.load(tmp_path, *words, "run.stop_after=main"), 1, 3)
+    entered = tiny.enter_run_folder(tiny.load(tmp_path, *words, "run.stop_after=main"), 1, 3)
     said = {"engine.precision: 'bf16' -> 'fp32'", "evaluate.rows: 8 -> 4", "phases.continuation.lr: 0.0003 -> 1e-05"}
     assert set(entered.changes) == said
     provenance = read_provenance(entered.path / CONFIG_FILE)
     free = {"run.stop_after: None -> 'main'", "track.print_every: 2 -> 3"}
     assert set(provenance["starts"][1]["changes"]) == said | free
-    assert run_folder.enter_run_folder(tiny.load(tmp_path, *words), 1, 3).changes == ()
+    assert tiny.enter_run_folder(tiny.load(tmp_path, *words), 1, 3).changes == ()
 
 
 def test_provenance_keeps_the_first_start_and_the_newest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "MAX_STARTS", 4)
     for done in range(7):
-        run_folder.enter_run_folder(tiny.load(tmp_path), 1, done)
+        tiny.enter_run_folder(tiny.load(tmp_path), 1, done)
     starts = read_provenance(tiny.load(tmp_path).run_folder / CONFIG_FILE)["starts"]
     assert [start["from_step"] for start in starts] == [0, 4, 5, 6]
 
@@ -148,7 +148,7 @@ def command(run: Path, original: Path, *overrides: str) -> Config:
 
 def begun(settings: Config) -> run_folder.RunFolder:
     found = find_start_point(settings, print)
-    return run_folder.enter_run_folder(settings, 1, found.step, found.ancestor, found.manifest)
+    return tiny.enter_run_folder(settings, 1, found.step, found.ancestor, found.manifest)
 
 
 def replaced(run: Path, old: str, new: str) -> None:
@@ -285,7 +285,7 @@ def test_metrics_alone_and_config_alone_tell_of_checkpoints_too(run: Path, origi
     pauses(run, 3, 6)
     assert "metrics.jsonl tells that one of step 3 was written" in gone(command(run, original))
     pauses(run)
-    run_folder.enter_run_folder(command(run, original), 1, 6)
+    tiny.enter_run_folder(command(run, original), 1, 6)
     assert "config.yaml tells of a start from step 6" in gone(command(run, original))
 
 
@@ -316,21 +316,3 @@ def test_manifests_of_one_run_carry_its_identity(run: Path, original: Path) -> N
     changed = dataclasses.replace(manifest, identity=manifest.identity | {"run_id": "x"})
     with pytest.raises(UserError, match="another run's"):
         check_checkpoint_identity(changed, manifest.identity, run / CONFIG_FILE)
-
-
-# ---- damage to provenance
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "provenance: 3", "provenance: [a]", "provenance: {rows_per_step: 0}", "provenance: {rows_per_step: true}",
-        "provenance: {rows_per_step: 4, starts: 3}", "provenance: {rows_per_step: 4, starts: [3]}",
-        "provenance: {rows_per_step: 4, run_id: 3}", "provenance: {rows_per_step: x}", "provenance: {starts: []}",
-    ],
-)  # fmt: skip
-def test_a_damaged_provenance_is_one_line(tmp_path: Path, text: str) -> None:
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(UserError, match="the run's provenance is damaged") as caught:
-        read_provenance(tmp_path / "config.yaml")
-    assert len(str(caught.value).splitlines()) == 1

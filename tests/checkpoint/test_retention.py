@@ -1,14 +1,19 @@
-"""Which checkpoints stay."""
+"""Which checkpoints stay, and that the others go without harm."""
 
+import errno
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smoltrain.checkpoint.retention import delete_checkpoint, shutil, steps_to_keep
-from smoltrain.config.schema import CheckpointSection, PhaseSection
+from smoltrain.checkpoint.manifest import list_checkpoint_steps
+from smoltrain.checkpoint.retention import delete_checkpoint, delete_leftovers, prune_checkpoints, steps_to_keep
+from smoltrain.config.schema import CheckpointSection, Config, PhaseSection
 from smoltrain.schedule import Plan
+from tests.checkpoint.saving import save_steps
 
 PLAN = Plan((PhaseSection(name="main", steps=8, lr=1e-3), PhaseSection(name="more", steps=4, lr=1e-3)))
 LOSSES = {2: 5.0, 4: 3.0, 6: None, 8: 4.0, 10: 4.5}
@@ -56,3 +61,70 @@ def test_a_checkpoint_that_leaves_never_looks_damaged(tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         delete_checkpoint(folder)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000004.old.tmp"], "which the next start sweeps"
+
+
+# --- on disk
+
+
+def test_the_newest_the_ends_of_phases_and_nothing_else_are_kept(settings: Config, ranks: Any) -> None:
+    ranks(2).run(save_steps, settings, [2, 4, 6, 8, 9, 10, 11, 12], 2)
+    assert list_checkpoint_steps(settings.run_folder / "checkpoints") == [8, 11, 12]
+
+
+def test_leftovers_of_a_crash_are_no_checkpoints_and_are_swept(two_checkpoints: Path) -> None:
+    leftovers = [two_checkpoints / "step-00000007.tmp", two_checkpoints / "step-00000003.old.tmp"]
+    for leftover in leftovers:
+        leftover.mkdir()
+        (leftover / "half.pt").write_bytes(b"half")
+    assert list_checkpoint_steps(two_checkpoints) == [3, 6]
+    delete_leftovers(two_checkpoints)
+    assert sorted(p.name for p in two_checkpoints.iterdir()) == ["step-00000003", "step-00000006"]
+
+
+def test_links_and_files_among_checkpoints_go_without_harm_to_what_they_lead_to(
+    settings: Config, tmp_path: Path
+) -> None:
+    checkpoints, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    for folder in (checkpoints / "step-00000004", elsewhere / "step-00000002", elsewhere / "half"):
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+    (checkpoints / "step-00000002").symlink_to("../elsewhere/step-00000002")
+    (checkpoints / "step-00000003").symlink_to(elsewhere / "nowhere")
+    (checkpoints / "step-00000001").write_text("a file")
+    (checkpoints / "step-00000007.tmp").symlink_to(elsewhere / "half")
+    (checkpoints / "step-00000008.tmp").write_text("a file")
+    (checkpoints / "step-00000009.tmp").mkdir()
+    assert delete_leftovers(checkpoints) == []
+    section = settings.checkpoint.model_copy(update={"keep_last": 1})
+    assert prune_checkpoints(checkpoints, 4, Plan(settings.phases), section) == []
+    left = sorted(path.name for path in checkpoints.iterdir())
+    assert left == ["step-00000001", "step-00000003", "step-00000004"], "what is no checkpoint is nobody's to delete"
+    assert (elsewhere / "step-00000002" / "manifest.json").exists()
+    assert (elsewhere / "half" / "manifest.json").exists()
+
+
+def test_what_cannot_be_deleted_is_named_and_left_and_the_rest_goes(
+    settings: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("step-00000002", "step-00000003", "step-00000004", "step-00000005.tmp", "step-00000006.tmp"):
+        (tmp_path / name).mkdir()
+    whole = shutil.rmtree
+
+    def refuse(path: Path) -> None:
+        if "2" in path.name or "5" in path.name:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path / "x"))
+        whole(path)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    [line] = delete_leftovers(tmp_path)
+    assert line == (
+        f"WARNING: {tmp_path}/step-00000005.tmp is left over and could not be deleted "
+        f"(Permission denied: {tmp_path}/step-00000005.tmp/x)"
+    )
+    section = settings.checkpoint.model_copy(update={"keep_last": 1})
+    [line] = prune_checkpoints(tmp_path, 4, Plan(settings.phases), section)
+    assert line.startswith(
+        f"WARNING: {tmp_path}/step-00000002 is left over and could not be deleted (Permission denied"
+    )
+    left = sorted(path.name for path in tmp_path.glob("step-*"))
+    assert left == ["step-00000002.old.tmp", "step-00000004", "step-00000005.tmp"]

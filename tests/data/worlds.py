@@ -8,17 +8,19 @@ import numpy as np
 import torch
 
 from smoltrain.config.schema import DataSection
-from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.rows.loader import Loader, StepLayout, merge_loader_states
 from smoltrain.data.rows.row_source import CachedRowSource, RowSource, StreamedRowSource
 from smoltrain.data.rows.streams import StreamedSource
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
+from smoltrain.data.tokens.index import DataIndex
 from smoltrain.data.tokens.prepared import PreparedData
 from smoltrain.data.tokens.token_files import MappedTokens
 from tests.data.documents.files import list_shards
 
 B, T, SEED = 12, 4, 7
 WORLDS = (1, 2, 3, 4, 6)
+NO_INDEX = DataIndex.model_construct()  # nothing of it is asked for here
 TOKENIZER = Tokenizer.train_bpe(["x"], 257, "<|endoftext|>")  # every byte is a token, the separator is 0
 
 
@@ -33,7 +35,7 @@ def cached(*num_rows: int, validation: int = 17) -> PreparedData:
     """Sources of so many rows."""
     train = tuple(counting(n, 1 + 1000 * i) for i, n in enumerate(num_rows))
     held_out = tuple(counting(validation, 30_000 + 1000 * i) for i in range(len(num_rows)))
-    return PreparedData(TOKENIZER, "bytes", "cached", "", np.dtype(np.uint16), train, held_out, (), 1, {})
+    return PreparedData(TOKENIZER, "bytes", "cached", "", np.dtype(np.uint16), train, held_out, (), 1, NO_INDEX)
 
 
 def write(folder: Path, texts: list[list[str]]) -> Path:
@@ -49,7 +51,8 @@ def streamed(folders: dict[str, Path], num_streams: int) -> PreparedData:
     """Sources of shards in folders, by name."""
     found = tuple(tuple(list_shards(part)) for part in section(folders).parts)
     held_out = tuple(counting(17, 30_000) for _ in folders)
-    return PreparedData(TOKENIZER, "bytes", "stream", "", np.dtype(np.uint16), (), held_out, found, num_streams, {})
+    dtype = np.dtype(np.uint16)
+    return PreparedData(TOKENIZER, "bytes", "stream", "", dtype, (), held_out, found, num_streams, NO_INDEX)
 
 
 def section(folders: dict[str, Path], **changes: Any) -> DataSection:
@@ -79,17 +82,17 @@ class World:
         self.ranks: list[Loader] = []
         for rank in range(size):
             accumulation = identity["rows_per_step"] // size // micro_batch
-            shape = StepLayout(T, identity["rows_per_step"], micro_batch, accumulation,
+            layout = StepLayout(T, identity["rows_per_step"], micro_batch, accumulation,
                           rank, size, document_mask)  # fmt: skip
-            supply: RowSource
+            row_source: RowSource
             health = ReaderHealth()
             if prepared.mode == "cached":
-                supply = CachedRowSource(prepared.train, T, identity["seed"])
-                own = identity | {"num_rows": supply.num_rows}
+                row_source = CachedRowSource(prepared.train, T, identity["seed"])
+                own = identity | {"num_rows": row_source.num_rows}
             else:
                 assert data is not None
                 own = identity
-                supply = StreamedRowSource(
+                row_source = StreamedRowSource(
                     tuple(
                         StreamedSource(
                             i, part, data, found, prepared.streams, TOKENIZER, prepared.dtype, T, identity["seed"],
@@ -99,7 +102,7 @@ class World:
                     ),
                     rank, size, health,
                 )  # fmt: skip
-            self.ranks.append(Loader(prepared, supply, shape, identity=own, weights=weights, health=health))
+            self.ranks.append(Loader(prepared, row_source, layout, identity=own, weights=weights, health=health))
 
     def step(self) -> np.ndarray:
         """One step on all ranks; the digests of its rows, by position."""

@@ -100,6 +100,19 @@ def test_a_path_works_and_may_repeat_the_recipe(settings: Config, tmp_path: Path
     assert owned(tree)["bf16.enabled"] is True
 
 
+def test_a_shipped_file_is_found_by_its_path_outside_the_checkout_too(
+    settings: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert zero_stage(fill(using(settings, "ds_configs/zero1.json"))) == 1
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs" / "zero1.json").write_text('{"zero_optimization": {"stage": 3}}', encoding="utf-8")
+    assert zero_stage(fill(using(settings, "ds_configs/zero1.json"))) == 3, "a file of one's own there comes first"
+    for name in ("ds_configs/zero9.json", "elsewhere/zero1.json", "ds_configs/zero1.yaml"):
+        with pytest.raises(UserError, match="no such DeepSpeed config"):
+            fill(using(settings, name))
+
+
 def test_every_contradiction_is_named_at_once_on_both_sides(settings: Config, tmp_path: Path) -> None:
     contrary = {
         "train_micro_batch_size_per_gpu": 8,

@@ -10,7 +10,7 @@ import torch
 from smoltrain.config.schema import Config
 from smoltrain.data.rows.loader import Batch
 from tests import tiny
-from tests.engine.test_reshard import ROWS, Odd, T, V
+from tests.engines import ROWS, Odd, T, V
 from tests.ranks import world
 
 WAYS = [  # stage, precision, engine.reduce_gradients, the class that takes the steps

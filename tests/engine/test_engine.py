@@ -12,27 +12,15 @@ import torch
 
 from smoltrain.config.schema import Config
 from smoltrain.data.rows.loader import Loader, merge_loader_states
-from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.schedule import Plan
 from tests import tiny
-from tests.engine.test_reshard import ROWS, settings_of, whole_state, write_files
-from tests.models import from_config
+from tests.engines import ROWS, fresh_model, loader_of, settings_of, whole_state, write_files
 from tests.ranks import world
 from tests.sessions import bare_session, train_steps
 
 STEPS = 20
 PLAN = ("phases.main.steps=20", "phases.main.warmup_steps=5", "phases.main.weight_decay=0.1")
-
-
-def loader_of(settings: Config, rank: int, size: int, accumulation: int = 2) -> Loader:
-    rows = settings.batch.micro_batch_rows * accumulation * size
-    return open_loader(settings, rank, size, rows_per_step=rows, accumulation=accumulation)
-
-
-def fresh_model(settings: Config) -> Any:
-    torch.manual_seed(settings.run.seed)
-    return from_config(settings)
 
 
 def engine_losses(

@@ -12,8 +12,8 @@ from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.distributed.world import World
 from smoltrain.errors import UserError
 from tests import tiny
-from tests.engine.test_engine import PLAN, fresh_model, loader_of
-from tests.engine.test_reshard import write_files
+from tests.engine.test_engine import PLAN
+from tests.engines import fresh_model, loader_of, write_files
 from tests.ranks import world
 from tests.sessions import bare_session, train_steps
 

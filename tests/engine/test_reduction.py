@@ -17,9 +17,9 @@ from smoltrain.engine.reduction import (
     gradient_sum_dtype,
     why_not_once_per_step,
 )
-from smoltrain.estimate.case import build_training_setup
+from smoltrain.estimate.training_setup import build_training_setup
 from tests import tiny
-from tests.engine.test_reshard import Odd
+from tests.engines import Odd
 from tests.ranks import world
 
 FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
@@ -113,9 +113,9 @@ def test_rule_engine_and_estimate_agree(tmp_path: Path, ranks: Any, name: str, p
     assert reason is None or f"by DeepSpeed ({reason})" in line
     assert zero_optimizer or reason is not None, "DeepSpeed took a class that OncePerStep does not know"
     setup = build_training_setup(settings, world=1, device="cpu")
-    assert setup.once_a_step == (reason is None)
+    assert setup.once_per_step == (reason is None)
 
 
 def test_an_estimate_knows_of_offload(tmp_path: Path) -> None:
     settings = tiny.load(tmp_path, "engine.ds_config=zero2_offload", "engine.precision=bf16")
-    assert not build_training_setup(settings, world=1, device="cpu").once_a_step
+    assert not build_training_setup(settings, world=1, device="cpu").once_per_step

@@ -10,9 +10,9 @@ from smoltrain import __version__
 from smoltrain.config.load import RECIPES_FOLDER, load_config
 from smoltrain.config.schema import DataSection
 from smoltrain.export.model_card import _describe_data, _training_facts, read_last_metrics
-from smoltrain.run.run_folder import enter_run_folder
 from tests import tiny
 from tests.test_redact import AMZ, SECRET
+from tests.tiny import enter_run_folder
 
 TEXT_FILES = ("README.md", "config.json", "generation_config.json", "smoltrain.json", "tokenizer.json")
 TEXT_FILES = (*TEXT_FILES, "tokenizer_config.json")

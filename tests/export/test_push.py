@@ -12,7 +12,7 @@ import pytest
 from smoltrain.config.schema import ModelSection
 from smoltrain.errors import BAD_INPUT, DONE, UserError
 from smoltrain.export import export
-from smoltrain.export.push import _find_or_make_export, _read_hub_settings
+from smoltrain.export.push import NETWORK_LIBRARIES, _as_user_errors, _find_or_make_export, _read_hub_settings
 from smoltrain.export.verify import ExportComparison
 from smoltrain.inference.load import load_trained_model
 from tests import folders
@@ -147,6 +147,21 @@ def test_a_hub_that_is_not_there(run: Path, push: Push, kind: str):
     assert refused.stderr.startswith("error: the Hub cannot be reached: saw ")
     assert url in refused.stderr
     assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("library", NETWORK_LIBRARIES)
+def test_a_connection_that_breaks_is_told_whatever_library_says_it(library: str):
+    broken = type("ReadError", (Exception,), {"__module__": f"{library}.errors"})
+    with pytest.raises(UserError) as error, _as_user_errors("https://hub", "me/tiny"):
+        raise broken("connection reset")
+    (problem,) = error.value.problems
+    assert (problem.what, problem.saw) == ("the Hub cannot be reached", "connection reset")
+    assert problem.want.endswith("the same command tries again")
+
+
+def test_a_fault_of_ours_is_no_mistake_of_the_user():
+    with pytest.raises(ZeroDivisionError), _as_user_errors("https://hub", "me/tiny"):
+        _ = 1 / 0
 
 
 def test_what_is_no_export(run: Path, tmp_path: Path):

@@ -160,8 +160,8 @@ def test_the_loss_and_its_gradients_are_those_of_fp32(
     monkeypatch.setattr(loss, "LARGE_CHUNK_BYTES", 2**24)  # 13 chunks
     case = make_loss_case(2048, 49_152, 576, BF16, CUDA)
     wide, plain = case.to(torch.float32), case.to(BF16)
-    truth, theirs = wide.run(loss.PLAIN_LOSS, z_loss), plain.run(loss.PLAIN_LOSS, z_loss)
-    ours = case.run(LOSSES[name], z_loss)
+    truth, theirs = wide.forward_backward(loss.PLAIN_LOSS, z_loss), plain.forward_backward(loss.PLAIN_LOSS, z_loss)
+    ours = case.forward_backward(LOSSES[name], z_loss)
     assert ours[0].dtype == torch.float32
     assert relative_error(ours[0], truth[0]) < 1e-4
     for gradient, plain_gradient, true_gradient in zip(ours[1:], theirs[1:], truth[1:], strict=True):
@@ -171,10 +171,10 @@ def test_the_loss_and_its_gradients_are_those_of_fp32(
 @pytest.mark.parametrize("name", ["fused", "compiled"])
 def test_our_loss_never_waits_for_the_device(name: str) -> None:
     case = make_loss_case(1024, 49_152, 576, BF16, CUDA)
-    case.run(LOSSES[name])
+    case.forward_backward(LOSSES[name])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        case.run(LOSSES[name])
+        case.forward_backward(LOSSES[name])
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -204,8 +204,8 @@ def test_a_micro_batch_never_waits_for_the_device() -> None:
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_loss_needs_a_quarter_of_the_memory_of_plain_logits(name: str) -> None:
     case = make_loss_case(8 * 2048, 49_152, 576, BF16, CUDA)
-    case.run(LOSSES[name])
-    ours, plain = (peak_memory_mib(lambda k=k: case.run(k), CUDA) for k in (LOSSES[name], loss.PLAIN_LOSS))
+    case.forward_backward(LOSSES[name])
+    ours, plain = (peak_memory_mib(lambda k=k: case.forward_backward(k), CUDA) for k in (LOSSES[name], loss.PLAIN_LOSS))
     assert 4 * ours < plain
 
 

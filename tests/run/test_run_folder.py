@@ -13,8 +13,9 @@ from smoltrain.checkpoint.identity import find_config_differences
 from smoltrain.config.load import load_config, read_run_config
 from smoltrain.config.schema import Config, PhaseSection
 from smoltrain.errors import Problem, UserError
-from smoltrain.run.run_folder import accumulation_steps, check_run_folder, enter_run_folder
+from smoltrain.run.run_folder import accumulation_steps, check_run_folder
 from tests import tiny
+from tests.tiny import enter_run_folder
 
 DONE = 6  # of main's 8 steps; the warm-up is 2, the schedule cosine
 

@@ -24,13 +24,13 @@ from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.engine.reshard import MASTER_KEYS, OPTIMIZER_KEYS, build_shard_layout
 from smoltrain.errors import BAD_INPUT, DONE, FAULT
 from smoltrain.run.row_ledger import LEDGER_FILE, read_row_history
-from smoltrain.run.run_folder import enter_run_folder
 from smoltrain.run.verify import find_shard_faults, inspect_checkpoint, open_run_reference
 from smoltrain.schedule import Plan
 from tests import tiny
 from tests.engine.test_engine import fresh_model, loader_of
 from tests.ranks import world
 from tests.sessions import bare_session, train_steps
+from tests.tiny import enter_run_folder
 
 Verified = tuple[int, list[str]]
 
@@ -102,7 +102,7 @@ def test_a_sound_run_has_a_line_for_its_rows_and_one_for_each_checkpoint(run: Pa
     code, (rows, *lines, tokens) = verify(run)
     assert (code, rows.startswith(f"{run}: 32 rows (steps 1 to 8)")) == (0, True)
     assert re.fullmatch(
-        rf"{run}/data: 6 files of tokens \([0-9.]+ MiB\) and the tokenizer are as they were written", tokens
+        rf"{run}/data: 8 files of tokens \([0-9.]+ MiB\) and the tokenizer are as they were written", tokens
     )
     sizes = [sum(record["bytes"] for record in manifest_of(p).files.values()) / 2**20 for p in checkpoints(run)]
     assert lines == [

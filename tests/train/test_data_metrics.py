@@ -3,8 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
-from smoltrain.data.rows.count_distinct import DistinctCounter
-from smoltrain.train.data_metrics import data_metrics, estimate_unique_contents
+from smoltrain.train.data_metrics import data_metrics
 
 NUMBERS = {
     "rows_consumed": 24, "targets_consumed": 380, "unique_rows": 16, "unique_documents": 5, "repeat_factor": 1.5,
@@ -29,15 +28,3 @@ def test_several_sources_are_told_one_by_one() -> None:
     metrics = data_metrics(loader(None, web=300, books=80))
     assert metrics["data/tokens_by_source/web"] == 300
     assert metrics["data/tokens_by_source/books"] == 80
-
-
-def test_contents_are_counted_over_all_ranks() -> None:
-    ours, theirs = DistinctCounter(), DistinctCounter()
-    import numpy as np
-
-    rng = np.random.default_rng(1)
-    ours.add(rng.integers(0, 2**63, 300).astype(np.uint64))
-    theirs.add(rng.integers(0, 2**63, 200).astype(np.uint64))
-    world: Any = SimpleNamespace(gather=lambda text: [text, theirs.to_text()])
-    loader: Any = SimpleNamespace(sketch=ours)
-    assert abs(estimate_unique_contents(loader, world) - 500) < 25

@@ -11,7 +11,7 @@ import torch
 
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config
-from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.rows.loader import StepRows
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import Problem, TrainingStopped, UserError

@@ -3,13 +3,13 @@
 What is tokenised before the run is logged in bad-records.jsonl; a stream says it on the console.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from smoltrain import files
 from smoltrain.config.schema import DataSection
-from smoltrain.data.documents.records import BadRecord, Document, Record
+from smoltrain.data.documents.records import BadRecord
 from smoltrain.errors import Problem, UserError
 from smoltrain.redact import redact_text
 
@@ -26,19 +26,6 @@ class BadRecordEntry:
     source: str
     place: str
     why: str
-
-
-def keep_documents(
-    records: Iterable[Record], on_bad: Callable[[BadRecord], None], on_empty: Callable[[BadRecord], None]
-) -> Iterator[Document]:
-    """The documents among records; each bad or empty one is handed to its callback as it comes by."""
-    for record in records:
-        if isinstance(record, Document):
-            yield record
-        elif record.empty:
-            on_empty(record)
-        else:
-            on_bad(record)
 
 
 def log_bad_record(

@@ -3,11 +3,9 @@
 Suffixes of names are shapes: B rows, T targets per row, S = T + 1 ids.
 """
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,19 +22,21 @@ from smoltrain.data.order import (
     mix_pattern,
     streams_of_positions,
 )
-from smoltrain.data.rows.count_distinct import DistinctCounter
-from smoltrain.data.rows.row_contents import NUM_SHOWN_TOKENS, RowContents
-from smoltrain.data.rows.row_source import RowRequest, RowSource
-from smoltrain.data.tokens.packing import NO_LABEL, count_rows, inputs_and_labels, positions_in_documents
+from smoltrain.data.rows.row_contents import NUM_SHOWN_TOKENS, Passage, RowContents
+from smoltrain.data.rows.row_source import FetchedRows, RowRequest, RowSource
+from smoltrain.data.tokens.packing import count_rows, inputs_and_labels, positions_in_documents
 from smoltrain.data.tokens.prepared import PreparedData
 from smoltrain.errors import Problem, UserError
+from smoltrain.kernels.loss import IGNORE_INDEX
 
-LOADER_STATE_FORMAT = 2
+LOADER_STATE_FORMAT = 3
+READABLE_STATE_FORMATS = (2, 3)  # 2 also has a "sketch", from which different texts were estimated
+PLAIN_STATE = ("ledger", "mix_begins", "source_targets", "unique_rows", "unique_documents", "bad_records")  # attributes
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: ids int64 (B, T), and labels int64 (B, T), already one place on; -100 is no target.
+    """One micro-batch: ids int64 (B, T), and labels int64 (B, T), already one place on; IGNORE_INDEX is no target.
 
     With a document mask also positions int64 (B, T): each token's place in its document, 0 where one begins.
     """
@@ -70,23 +70,35 @@ class StepRows:
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What all ranks together took in a step."""
+    """What was taken in a step: by one rank, or, of summed counts, by all of them."""
 
     targets: list[int]  # valid labels, by source
     num_new_rows: int
     num_new_documents: int
     num_bad_records: int  # so far
-    digests: np.ndarray  # (rows_per_step,) uint64, by position
+    digests: np.ndarray  # (rows_per_step,) uint64, by position; 0 where another rank has the row
 
     @property
     def num_targets(self) -> int:
         """Valid labels of the step."""
         return sum(self.targets)
 
+    def to_ints(self) -> list[int]:
+        """As one all-reduce of int64 takes them."""
+        counts = [self.num_new_rows, self.num_new_documents, self.num_bad_records]
+        return [*self.targets, *counts, *self.digests.view(np.int64).tolist()]
+
+    @classmethod
+    def from_ints(cls, ints: list[int], num_sources: int) -> "StepTotals":
+        """The inverse."""
+        num_new_rows, num_new_documents, num_bad_records = ints[num_sources : num_sources + 3]
+        digests = np.array(ints[num_sources + 3 :], np.int64).view(np.uint64)
+        return cls(ints[:num_sources], num_new_rows, num_new_documents, num_bad_records, digests)
+
 
 @dataclass(frozen=True)
 class StepLayout:
-    """How a step's rows are cut up."""
+    """How a step's rows are cut up: into micro-batches of each rank, one after the other (gradient accumulation)."""
 
     sequence_length: int
     rows_per_step: int
@@ -97,39 +109,47 @@ class StepLayout:
     document_mask: bool = False
 
 
+class PlannedStep(NamedTuple):
+    """This rank's rows of a step, their positions (n,), and how many all ranks take of each source."""
+
+    wanted: RowRequest
+    positions: np.ndarray
+    rows_by_source: np.ndarray
+
+
 class Loader:
     """Deals the endless global sequence of rows (see order.py) to one rank.
 
-    The protocol is `take`, train, `consumed`: the position moves only when the optimizer has used the rows, so a step
-    that is tried again, or cut short by a crash, sees the same rows.
+    The protocol is `fetch_step_rows`, train, `mark_consumed`: the position moves only when the optimizer has used the
+    rows, so a step that is tried again, or cut short by a crash, sees the same rows.
     """
 
     def __init__(
         self,
         prepared: PreparedData,
-        supply: RowSource,
-        shape: StepLayout,
+        row_source: RowSource,
+        layout: StepLayout,
         *,
         identity: dict[str, Any],
         weights: dict[str, float],
         health: ReaderHealth | None = None,
-        locate: Callable[[list[RowContents]], list[RowContents]] = list,
     ) -> None:
         """`identity` is what the sequence is a function of; `weights` those of the sources, by name."""
-        assert shape.rows_per_step == shape.micro_batch * shape.accumulation * shape.world_size
-        assert 0 <= shape.rank < shape.world_size
-        self.prepared, self.shape, self.health = prepared, shape, health or ReaderHealth()
+        assert layout.rows_per_step == layout.micro_batch * layout.accumulation * layout.world_size
+        assert 0 <= layout.rank < layout.world_size
+        self.prepared, self.layout, self.health = prepared, layout, health or ReaderHealth()
         self.sources = tuple(weights)
         self.rows_consumed = 0
         self.ledger = EMPTY_LEDGER
-        self.sketch = DistinctCounter()  # of this rank's documents since the last merge, and of all before
         self.source_rows = np.zeros(len(weights), np.int64)  # consumed so far, by source
         self.source_targets = [0] * len(weights)
         self.unique_rows = self.unique_documents = self.bad_records = 0
-        self._supply, self._identity, self._locate = supply, identity, locate
-        self._default = tuple(weights.values())
-        self._weights, self._mix_begins = self._default, 0
-        self._begun: np.ndarray | None = None  # content hashes of the documents in the rows last taken
+        self._row_source, self._identity = row_source, identity
+        self._default_weights = tuple(weights.values())
+        self._weights = self._default_weights
+        self.mix_begins = 0  # the position since which the sources have the shares that they have now
+        self._planned: PlannedStep | None = None
+        self._is_fetched = False
 
     @property
     def epochs(self) -> float | None:
@@ -149,134 +169,103 @@ class Loader:
         """Targets that the optimizer has used, over all ranks."""
         return sum(self.source_targets)
 
-    @property
-    def mix_begins(self) -> int:
-        """The position since which the sources have the shares that they have now."""
-        return self._mix_begins
-
     def set_source_mix(self, weights: dict[str, float] | None) -> None:
-        """From here on these shares, by source name; None is the sources' own. Said again it changes nothing."""
-        new = self._default if weights is None else tuple(weights.get(name, 0.0) for name in self.sources)
+        """From here on these shares, by source name; None is the sources' own. The same ones again change nothing."""
+        new = self._default_weights if weights is None else tuple(weights.get(name, 0.0) for name in self.sources)
         if new != self._weights:
-            self._weights, self._mix_begins = new, self.rows_consumed
-            self._clear_next()
+            self._weights, self.mix_begins = new, self.rows_consumed
+            self._planned = None
 
     def wait_until_ready(self, timeout_s: float) -> bool:
-        """Whether `take` can answer at once, after at most so long. Errors: UserError if the data cannot be read."""
-        return self._supply.wait_until_ready(self._next[0], timeout_s)
+        """Whether `fetch_step_rows` can answer at once, after at most so long.
+
+        Errors: UserError if the data cannot be read.
+        """
+        return self._row_source.wait_until_ready(self._next.wanted, timeout_s)
 
     def fetch_step_rows(self) -> StepRows:
-        """The next step's rows for this rank; the same ones until `consumed` is called. Waits for them."""
-        wanted, positions, _ = self._next
-        rows = self._supply.rows(wanted)
-        digests = np.zeros(self.shape.rows_per_step, np.int64)
-        mine = hash_rows(positions, rows.row_ids, rows.ids)
-        digests[positions - self.rows_consumed] = np.array(mine, np.uint64).view(np.int64)
-        self._begun = rows.documents
-        whole = self._make_batch(rows.ids)
-        size = self.shape.micro_batch
-        micro_batches = [whole.slice_rows(i, i + size) for i in range(0, len(rows.ids), size)]
-        targets = np.bincount(wanted.source, minlength=len(self.sources)) * self.shape.sequence_length
-        if self.shape.document_mask:
-            targets -= np.bincount(wanted.source, (whole.labels_BT == NO_LABEL).sum(1), len(self.sources)).astype(int)
-        more = [rows.num_new_rows, rows.num_new_documents, self._supply.num_bad_records]
-        return StepRows(micro_batches, [*targets.tolist(), *more, *digests.tolist()])
+        """The next step's rows for this rank; the same ones until `mark_consumed` is called. Waits for them."""
+        fetched = self._row_source.rows(self._next.wanted)
+        whole = self._make_batch(fetched.ids)
+        size = self.layout.micro_batch
+        micro_batches = [whole.slice_rows(i, i + size) for i in range(0, len(fetched.ids), size)]
+        own = StepTotals(
+            self._count_targets(whole.labels_BT), fetched.num_new_rows, fetched.num_new_documents,
+            self._row_source.num_bad_records, self._hash_own_rows(fetched),
+        )  # fmt: skip
+        self._is_fetched = True
+        return StepRows(micro_batches, own.to_ints())
 
     @property
     def num_counts(self) -> int:
         """How many counts the rows of a step have, on any rank."""
-        return len(self.sources) + 3 + self.shape.rows_per_step
+        return len(self.sources) + 3 + self.layout.rows_per_step
 
     def unpack_totals(self, counts: list[int]) -> StepTotals:
         """What the sums of all ranks' counts say."""
-        num = len(self.sources)
-        new_rows, new_documents, bad_records = counts[num : num + 3]
-        digests = np.array(counts[num + 3 :], np.int64).view(np.uint64)
-        return StepTotals(counts[:num], new_rows, new_documents, bad_records, digests)
+        return StepTotals.from_ints(counts, len(self.sources))
 
     def describe_rows(self) -> list[RowContents]:
         """This rank's rows last taken, with what they hold, in the order of the micro-batches."""
         wanted, positions, _ = self._next
-        ids, found = self._supply.rows(wanted).ids, self._supply.passages(wanted)
-        decode = self.prepared.tokenizer.decode
-        return [
-            RowContents(
-                int(position),
-                self.sources[source],
-                tuple(
-                    replace(p, text=decode(row[p.first : min(p.last, p.first + NUM_SHOWN_TOKENS)].tolist()))
-                    for p in held
-                ),
-            )
-            for position, source, row, held in zip(positions, wanted.source.tolist(), ids, found, strict=True)
-        ]
-
-    def add_addresses(self, rows: list[RowContents]) -> list[RowContents]:
-        """The same rows, of any rank, with the addresses of documents that can only be found by reading their files."""
-        return self._locate(rows)
+        ids, passages = self._row_source.rows(wanted).ids, self._row_source.passages(wanted)
+        rows = []
+        for position, source, row, held in zip(positions, wanted.source, ids, passages, strict=True):
+            shown = tuple(self._add_text(passage, row) for passage in held)
+            rows.append(RowContents(int(position), self.sources[source], shown))
+        return rows
 
     def mark_consumed(self, totals: StepTotals) -> None:
         """The optimizer has used the rows last taken, on all ranks."""
-        assert self._begun is not None, "consumed() without take(): a step would be skipped"
-        wanted, _, by_source = self._next
-        self._supply.mark_consumed(wanted)
-        self.sketch.add(self._begun)
-        self._begun = None
-        self.source_rows += by_source
-        self.rows_consumed += self.shape.rows_per_step
+        assert self._is_fetched, "consumed without being fetched: a step would be skipped"
+        wanted, _, rows_by_source = self._next
+        self._row_source.mark_consumed(wanted)
+        self.source_rows += rows_by_source
+        self.rows_consumed += self.layout.rows_per_step
         self.source_targets = [a + b for a, b in zip(self.source_targets, totals.targets, strict=True)]
         self.unique_rows += totals.num_new_rows
         self.unique_documents += totals.num_new_documents
         self.bad_records = totals.num_bad_records
         self.ledger = extend_ledger(self.ledger, int(totals.digests.sum(dtype=np.uint64)))
-        self._clear_next()
+        self._planned, self._is_fetched = None, False
 
     def state(self) -> dict[str, Any]:
-        """Where the run stands, JSON-able: this rank's part of it. `merged` makes it the same on every rank."""
+        """Where the run stands, JSON-able: this rank's part of it. See merge_loader_states."""
         return {
             "format": LOADER_STATE_FORMAT,
             "position": self.rows_consumed,
-            "ledger": self.ledger,
             "identity": self._identity,
             "weights": self._weights,
-            "mix_begins": self._mix_begins,
             "source_rows": self.source_rows.tolist(),
-            "source_targets": self.source_targets,
-            "unique_rows": self.unique_rows,
-            "unique_documents": self.unique_documents,
-            "bad_records": self.bad_records,
-            "sketch": self.sketch.to_text(),
-            "streams": self._supply.state(),
+            "streams": self._row_source.state(),
+            **{name: getattr(self, name) for name in PLAIN_STATE},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a merged state. Errors: UserError, one problem for each way in which it is of other data."""
-        if state.get("format") != LOADER_STATE_FORMAT:
+        if state.get("format") not in READABLE_STATE_FORMATS:
             what, want = "the checkpoint is of another sequence of rows: format", str(state.get("format"))
             change = "the version of smoltrain, to the one that wrote the checkpoint"
             raise UserError(Problem(what, str(LOADER_STATE_FORMAT), want, change))
         problems = [
             Problem(
-                f"the checkpoint is of another sequence of rows: {key}",
-                str(self._identity.get(key)),
-                str(state["identity"].get(key)),
-                "the recipe, back to what the run began with",
+                what=f"the checkpoint is of another sequence of rows: {key}",
+                saw=str(self._identity.get(key)),
+                want=str(state["identity"].get(key)),
+                change="the recipe, back to what the run began with",
             )
             for key in self._identity | state["identity"]
             if self._identity.get(key) != state["identity"].get(key)
         ]
         if problems:
             raise UserError(*problems)
-        self.rows_consumed, self.ledger = state["position"], state["ledger"]
-        self._weights, self._mix_begins = tuple(state["weights"]), state["mix_begins"]
+        self.rows_consumed = state["position"]
+        self._weights = tuple(state["weights"])
         self.source_rows = np.array(state["source_rows"], np.int64)
-        self.source_targets = list(state["source_targets"])
-        self.unique_rows, self.unique_documents = state["unique_rows"], state["unique_documents"]
-        self.bad_records = state["bad_records"]
-        self.sketch = DistinctCounter.from_text(state["sketch"])
-        self._supply.load_state(state["streams"])
-        self._begun = None
-        self._clear_next()
+        for name in PLAIN_STATE:
+            setattr(self, name, state[name])
+        self._row_source.load_state(state["streams"])
+        self._planned, self._is_fetched = None, False
 
     def validation_batches(self, num_rows: int) -> list[Batch]:
         """This rank's batches of at most `num_rows` held-out rows, evenly spaced; the same on any world, each time.
@@ -284,58 +273,79 @@ class Loader:
         Several sources share the rows by weight. Every rank gets the same number of full batches, for a forward under
         ZeRO-3 needs all ranks; rows that fill them up have no valid label.
         """
-        shape, T = self.shape, self.shape.sequence_length
+        layout, T = self.layout, self.layout.sequence_length
         rows = []
-        counts = apportion_by_weight(max(num_rows, len(self.sources)), self._default)
+        counts = apportion_by_weight(max(num_rows, len(self.sources)), self._default_weights)
         for tokens, count in zip(self.prepared.validation, counts, strict=True):
             chosen = evenly_spaced_rows(count, count_rows(len(tokens), T))
-            rows.append(tokens.rows(np.array(chosen, np.int64) * T, T + 1))
+            rows.append(tokens.read_rows(np.array(chosen, np.int64) * T, T + 1))
         ids_BS = np.concatenate(rows)
-        num_slots = math.ceil(math.ceil(len(ids_BS) / shape.world_size) / shape.micro_batch) * shape.micro_batch
-        mine = ids_BS[shape.rank :: shape.world_size]
-        filled = np.concatenate([mine, np.repeat(ids_BS[:1], num_slots - len(mine), 0)])
+        num_per_rank = math.ceil(len(ids_BS) / layout.world_size)
+        num_slots = math.ceil(num_per_rank / layout.micro_batch) * layout.micro_batch
+        own = ids_BS[layout.rank :: layout.world_size]
+        filled = np.concatenate([own, np.repeat(ids_BS[:1], num_slots - len(own), 0)])
         batches = []
-        for start in range(0, num_slots, shape.micro_batch):
-            batch = self._make_batch(filled[start : start + shape.micro_batch])
+        for start in range(0, num_slots, layout.micro_batch):
+            batch = self._make_batch(filled[start : start + layout.micro_batch])
             labels_BT = batch.labels_BT.clone()
-            labels_BT[max(0, len(mine) - start) :] = NO_LABEL
+            labels_BT[max(0, len(own) - start) :] = IGNORE_INDEX
             batches.append(replace(batch, labels_BT=labels_BT))
         return batches
 
     def close(self) -> None:
         """No more rows are wanted."""
         self.health.stop()
-        self._supply.close()
+        self._row_source.close()
 
-    @functools.cached_property
-    def _next(self) -> tuple[RowRequest, np.ndarray, np.ndarray]:
-        """This rank's rows of the next step, their positions (n,), and how many all ranks take of each source."""
-        positions = self.rows_consumed + np.arange(self.shape.rows_per_step)
-        sources = mix_pattern(self._weights)[(positions - self._mix_begins) % MIX_WINDOW]
+    # ---- the next step
+
+    @property
+    def _next(self) -> PlannedStep:
+        if self._planned is None:
+            self._planned = self._plan_step()
+        return self._planned
+
+    def _plan_step(self) -> PlannedStep:
+        positions = self.rows_consumed + np.arange(self.layout.rows_per_step)
+        sources = mix_pattern(self._weights)[(positions - self.mix_begins) % MIX_WINDOW]
         places = self.source_rows[sources] + count_earlier_equals(sources)
-        lanes = max(self.prepared.streams, self.shape.world_size)  # tokens that lie ready know no streams
-        streams = streams_of_positions(positions, lanes)
-        mine = streams % self.shape.world_size == self.shape.rank
-        by_source = np.bincount(sources, minlength=len(self.sources))
-        return RowRequest(sources[mine], places[mine], streams[mine]), positions[mine], by_source
+        # Tokens that lie ready have one stream only: then the ranks themselves are the lanes.
+        num_lanes = max(self.prepared.streams, self.layout.world_size)
+        streams = streams_of_positions(positions, num_lanes)
+        own = streams % self.layout.world_size == self.layout.rank
+        rows_by_source = np.bincount(sources, minlength=len(self.sources))
+        return PlannedStep(RowRequest(sources[own], places[own], streams[own]), positions[own], rows_by_source)
 
-    def _clear_next(self) -> None:
-        self.__dict__.pop("_next", None)  # where functools keeps it
+    def _count_targets(self, labels_BT: torch.Tensor) -> list[int]:
+        """Valid labels of this rank's rows, by source."""
+        targets_B = (labels_BT != IGNORE_INDEX).sum(1).numpy()
+        targets = np.bincount(self._next.wanted.source, targets_B, len(self.sources))
+        return targets.astype(int).tolist()
+
+    def _hash_own_rows(self, fetched: FetchedRows) -> np.ndarray:
+        """The digests (rows_per_step,) uint64 of a step, by position: those of this rank's rows, 0 for all others."""
+        positions = self._next.positions
+        digests = np.zeros(self.layout.rows_per_step, np.uint64)
+        own = hash_rows(positions, fetched.row_ids, fetched.ids)
+        digests[positions - self.rows_consumed] = np.array(own, np.uint64)
+        return digests
+
+    def _add_text(self, passage: Passage, ids: np.ndarray) -> Passage:
+        shown = ids[passage.first : min(passage.last, passage.first + NUM_SHOWN_TOKENS)]
+        return replace(passage, text=self.prepared.tokenizer.decode(shown.tolist()))
 
     def _make_batch(self, ids_BS: np.ndarray) -> Batch:
         inputs_BT, labels_BT = inputs_and_labels(ids_BS.astype(np.int64))
         positions_BT = None
-        if self.shape.document_mask:
+        if self.layout.document_mask:
             separator_id = self.prepared.tokenizer.separator_id
             positions_BT = torch.from_numpy(positions_in_documents(inputs_BT, separator_id))
-            labels_BT = np.where(inputs_BT == separator_id, NO_LABEL, labels_BT)  # the next document's first token
+            # Behind a separator comes the next document's first token, which nothing before it tells.
+            labels_BT = np.where(inputs_BT == separator_id, IGNORE_INDEX, labels_BT)
         return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(labels_BT), positions_BT)
 
 
 def merge_loader_states(states: list[dict[str, Any]]) -> dict[str, Any]:
-    """The states of all ranks as the one that every rank can load."""
-    sketch = DistinctCounter()
-    for state in states:
-        sketch.merge(DistinctCounter.from_text(state["sketch"]))
+    """The states of all ranks as the one that every rank can load: they differ in their streams alone."""
     streams = {key: place for state in states for key, place in state["streams"].items()}
-    return states[0] | {"sketch": sketch.to_text(), "streams": streams}
+    return states[0] | {"streams": streams}

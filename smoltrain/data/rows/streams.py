@@ -1,4 +1,4 @@
-"""Documents read while training: V virtual streams per source, dealt to whatever ranks there are.
+"""Documents read while training: V virtual streams per source, dealt to whatever ranks there are; each prefetches.
 
 Stream v of a source reads the shards number v, v + V, v + 2V, ..., in another order each epoch, for ever; where there
 are fewer shards than streams, every V-th document of all of them. Its documents become tokens, its tokens rows, and
@@ -30,7 +30,8 @@ from smoltrain.data.tokens.token_files import content_hash
 from smoltrain.errors import Problem, UserError
 
 CHARACTERS_PER_TOKEN = 4  # of most texts, about
-SHARD_ORDER, ROW_ORDER = 1, 2  # apart, where all other parts of a shuffle's key are equal
+SHARD_ORDER = 1  # what is shuffled: the part of a shuffle's key in which these two differ
+ROW_ORDER = 2
 
 
 class StreamCursor(NamedTuple):
@@ -53,10 +54,15 @@ class StreamPosition(NamedTuple):
 class DocumentTokens(NamedTuple):
     """Consecutive tokens of one document."""
 
-    cursor: StreamCursor
+    cursor: StreamCursor  # of the first of them
     name: str  # the document's
     ids: np.ndarray
-    hashed: int | None  # its content, if it begins here
+    begins: bool  # the document begins here
+
+    def drop_first(self, count: int) -> "DocumentTokens":
+        """Without its first `count` tokens."""
+        cursor = self.cursor._replace(offset=self.cursor.offset + count)
+        return DocumentTokens(cursor, self.name, self.ids[count:], self.begins and not count)
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,7 @@ class ShuffleBlock:
     ids: np.ndarray  # (K, T + 1)
     rows: np.ndarray  # (K,) their numbers in the stream
     first_epoch: np.ndarray  # (K,) bool: all of the row's tokens are seen for the first time
-    documents: list[np.ndarray]  # of each row: content hashes (uint64) of the documents that begin in it
-    new_documents: np.ndarray  # (K,) how many of them begin in their first epoch
+    new_documents: np.ndarray  # (K,) how many documents begin in the row, in their first epoch
     starts: np.ndarray  # (D,) where in the block, before its shuffle, its documents begin; the first one at 0
     names: list[str]  # (D,) theirs
 
@@ -96,26 +101,31 @@ class StreamedSource:
 
 
 class RowStream:
-    """One virtual stream: rows from a place on, the next block always in the making on a thread of the pool."""
+    """One virtual stream: rows from a position on, the next block always prefetched on a thread of the pool."""
 
     def __init__(
-        self, source: StreamedSource, number: int, place: StreamPosition, health: ReaderHealth, pool: ThreadPoolExecutor
+        self,
+        source: StreamedSource,
+        number: int,
+        position: StreamPosition,
+        health: ReaderHealth,
+        pool: ThreadPoolExecutor,
     ) -> None:
         self._source, self._number, self._health, self._pool = source, number, health, pool
-        self._place = place
+        self._position = position
         self._blocks: list[ShuffleBlock] = []
-        self._making = self._generate_blocks(place.block_begins, place.num_rows // source.data.shuffle_rows)
+        self._making = self._generate_blocks(position.block_begins, position.num_rows // source.data.shuffle_rows)
         self._future: Future[ShuffleBlock] = pool.submit(next, self._making)
 
     @property
-    def place(self) -> StreamPosition:
+    def position(self) -> StreamPosition:
         """From where the rows not yet consumed can be made again."""
-        return self._place
+        return self._position
 
     @property
     def num_bad(self) -> int:
         """Bad records passed over in the first epoch, up to the end of the block that is being consumed."""
-        return self._blocks[0].end.num_bad if self._blocks else self._place.block_begins.num_bad
+        return self._blocks[0].end.num_bad if self._blocks else self._position.block_begins.num_bad
 
     def pending_block(self, count: int) -> Future[ShuffleBlock] | None:
         """The block to wait for before `rows(count)` can answer at once; None if it can. Errors: those of reading."""
@@ -129,65 +139,72 @@ class RowStream:
     def rows(self, count: int) -> list[tuple[ShuffleBlock, int]]:
         """The next rows that are not consumed: each a block and a place in it. Waits for them."""
         while (future := self.pending_block(count)) is not None:
-            future.exception()  # waits; `wanted` raises it
+            future.exception()  # waits; the next look at the future raises it
         size, first = self._source.data.shuffle_rows, self._num_rows_consumed_of_block()
         return [(self._blocks[i // size], i % size) for i in range(first, first + count)]
 
     def mark_consumed(self, count: int) -> None:
         """The optimizer has used the next `count` rows."""
-        size, served = self._source.data.shuffle_rows, self._num_rows_consumed_of_block() + count
-        begins = self._place.block_begins
-        for _ in range(served // size):
+        num_served = self._num_rows_consumed_of_block() + count
+        begins = self._position.block_begins
+        for _ in range(num_served // self._source.data.shuffle_rows):
             begins = self._blocks.pop(0).end
-        self._place = StreamPosition(begins, self._place.num_rows + count)
+        self._position = StreamPosition(begins, self._position.num_rows + count)
 
     def _num_rows_consumed_of_block(self) -> int:
-        return self._place.num_rows % self._source.data.shuffle_rows
+        return self._position.num_rows % self._source.data.shuffle_rows
 
     def _num_rows_ready(self) -> int:
         return len(self._blocks) * self._source.data.shuffle_rows - self._num_rows_consumed_of_block()
 
-    # ---- on the pool's threads: documents -> pieces -> blocks
+    # ---- on the pool's threads: records -> documents -> tokens -> blocks
 
-    def _read_documents(self, cursor: StreamCursor) -> Iterator[tuple[StreamCursor, int, Document]]:
-        """Training documents from a cursor on, for ever, each with its cursor and content hash. Errors: UserError."""
-        source, num_bad, num_read, before = self._source, cursor.num_bad, 0, cursor.num_bad
-        mine = deal_shards(source.shards, self._number, source.num_streams)
+    def _read_records(self, cursor: StreamCursor) -> Iterator[tuple[StreamCursor, Document | BadRecord]]:
+        """The records of one epoch from a cursor on, each with its own cursor (without a count of bad ones)."""
+        source = self._source
+        shards = deal_shards(source.shards, self._number, source.num_streams)
+        stride = 1 if len(source.shards) >= source.num_streams else source.num_streams
+        key = (SHARD_ORDER, source.number, self._number, cursor.epoch)
+        shard_order = permute_places(np.arange(len(shards)), len(shards), source.seed, *key)
+        first = cursor.record
+        for i in range(cursor.shard, len(shards)):
+            shard, first_of_stream = shards[shard_order[i]]
+            for item in retry.read_records_with_retry(
+                shard, source.section, first=first or first_of_stream, stride=stride, data=source.data,
+                health=self._health,
+            ):  # fmt: skip
+                yield StreamCursor(cursor.epoch, i, item.record), item
+            first = 0
+
+    def _read_documents(self, cursor: StreamCursor) -> Iterator[tuple[StreamCursor, Document]]:
+        """Training documents from a cursor on, for ever, each with its cursor. Errors: UserError."""
+        source = self._source
         share = 0.0 if has_own_validation(source.section) else source.data.validation_share
-        epoch, found = cursor.epoch, cursor != StreamCursor()
+        num_bad, num_read = cursor.num_bad, 0
+        has_documents = cursor != StreamCursor()  # in the middle of an epoch that is known
         while True:
-            turn = permute_places(
-                np.arange(len(mine)), len(mine), source.seed, SHARD_ORDER, source.number, self._number, epoch
-            )
-            for i in range(cursor.shard, len(mine)):
-                shard, first = mine[turn[i]]
-                stride = 1 if len(source.shards) >= source.num_streams else source.num_streams
-                for item in retry.read_records_with_retry(
-                    shard, source.section, first=cursor.record or first, stride=stride, data=source.data,
-                    health=self._health,
-                ):  # fmt: skip
-                    num_read += epoch == 0
-                    if isinstance(item, BadRecord) and item.empty:
-                        self._health.add_note_once(
-                            "empty", f"empty records are passed over; the first one: {item.place}"
-                        )
-                    elif isinstance(item, BadRecord):
-                        if epoch == 0:
-                            num_bad += 1
-                            self._count_bad_record(item, num_bad, num_bad - before, num_read)
-                    elif not is_held_out(item.name, share):
-                        if (hashed := content_hash(item.text)) in source.held_out:
-                            self._note_held_out(item.name)
-                            continue
-                        found = True
-                        yield StreamCursor(epoch, i, item.record, 0, num_bad), hashed, item
-                cursor = StreamCursor()
-            if not found:
+            for at, item in self._read_records(cursor):
+                num_read += at.epoch == 0
+                if isinstance(item, BadRecord) and item.empty:
+                    line = f"empty records are passed over; the first one: {item.place}"
+                    self._health.add_note_once("empty", line)
+                elif isinstance(item, BadRecord):
+                    if at.epoch == 0:  # each is counted, and said, once
+                        num_bad += 1
+                        self._count_bad_record(item, num_bad, num_bad - cursor.num_bad, num_read)
+                elif is_held_out(item.name, share):
+                    continue
+                elif source.held_out and content_hash(item.text) in source.held_out:
+                    self._note_held_out(item.name)
+                else:
+                    has_documents = True
+                    yield at._replace(num_bad=num_bad), item
+            if not has_documents:
                 raise _no_document_error(source, self._number)
-            epoch, found = epoch + 1, False
+            cursor, has_documents = StreamCursor(cursor.epoch + 1), False
 
     def _note_held_out(self, name: str) -> None:
-        """Say it of the first document that is left out."""
+        """Say once per source that documents equal to held-out texts are left out."""
         source = self._source.section.name
         line = f"documents of {source} are not trained on where their texts are held out; the first one: {name}"
         self._health.add_note_once(f"held out of {source}", line)
@@ -207,16 +224,17 @@ class RowStream:
 
     def _tokenise_documents(self, cursor: StreamCursor) -> Iterator[DocumentTokens]:
         """Tokens from a cursor on, for ever, with their own cursors."""
-        skip = cursor.offset
-        documents = (((where, hashed, d.name), d.text) for where, hashed, d in self._read_documents(cursor))
+        num_to_skip = cursor.offset  # tokens of the first document, which belong to the block before
+        documents = (((at, document.name), document.text) for at, document in self._read_documents(cursor))
         block = self._source.data.shuffle_rows * self._source.sequence_length
         characters = min(CHARACTERS_PER_TOKEN * block, packing.ENCODE_CHARACTERS)
         for piece in encode_documents(documents, self._source.tokenizer, self._source.dtype, characters):
-            where, hashed, name = piece.about
-            begin = max(skip - piece.offset, 0)
-            if begin < len(piece.ids):
-                offset, skip = piece.offset + begin, 0
-                yield DocumentTokens(where._replace(offset=offset), name, piece.ids[begin:], None if offset else hashed)
+            at, name = piece.about
+            tokens = DocumentTokens(at._replace(offset=piece.offset), name, piece.ids, piece.offset == 0)
+            num_before = max(num_to_skip - piece.offset, 0)
+            if num_before < len(piece.ids):
+                num_to_skip = 0
+                yield tokens.drop_first(num_before)
 
     def _generate_blocks(self, cursor: StreamCursor, number: int) -> Iterator[ShuffleBlock]:
         """Block `number`, which begins at the cursor, and all that follow."""
@@ -226,32 +244,37 @@ class RowStream:
         for tokens in self._tokenise_documents(cursor):
             buffer.append(tokens)
             length += len(tokens.ids)
-            while length > size:
+            while length > size:  # one more than the block's inputs: the last label
                 rest = _drop_tokens(buffer, size)
                 yield self._build_block(number, buffer, rest[0].cursor)
                 buffer, length, number = rest, length - size, number + 1
 
     def _build_block(self, number: int, buffer: list[DocumentTokens], end: StreamCursor) -> ShuffleBlock:
+        """The first K * T + 1 tokens of the buffer as rows, shuffled."""
         source = self._source
         K, T = source.data.shuffle_rows, source.sequence_length
         tokens = np.concatenate([piece.ids for piece in buffer])[: K * T + 1]
-        offsets = np.cumsum([0, *(len(piece.ids) for piece in buffer)])
-        epochs = np.array([piece.cursor.epoch for piece in buffer])
-        begins = np.array([piece.hashed is not None for piece in buffer]) & (offsets[:-1] < K * T)
-        hashes = np.array([piece.hashed for piece in buffer if piece.hashed is not None], np.uint64)
-        of_row = np.searchsorted(offsets[:-1][begins], np.arange(K + 1) * T)  # documents, by where they begin
-        new = np.cumsum([0, *(epochs[begins] == 0)])
-        last = np.searchsorted(offsets, np.arange(1, K + 1) * T, side="right") - 1  # of the buffer, in each row
-        firsts = np.flatnonzero(begins | (offsets[:-1] == 0))  # a document may go on from the block before
-        turn = permute_places(np.arange(K), K, source.seed, ROW_ORDER, source.number, self._number, number)
+        rows_KS = np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T]
+        offsets = np.cumsum([0, *(len(piece.ids) for piece in buffer)])  # of each piece, and the end of the last
+        starts = offsets[:-1]
+        is_new = np.array([piece.cursor.epoch == 0 for piece in buffer])
+
+        # A row is of the first epoch if its last piece is: epochs only grow.
+        last_piece = np.searchsorted(offsets, np.arange(1, K + 1) * T, side="right") - 1
+        begins = np.array([piece.begins for piece in buffer]) & (starts < K * T)
+        new_documents = np.bincount(starts[begins & is_new] // T, minlength=K)
+
+        # The first document may have begun in the block before.
+        firsts = np.flatnonzero(begins | (starts == 0))
+        key = (ROW_ORDER, source.number, self._number, number)
+        row_order = permute_places(np.arange(K), K, source.seed, *key)
         return ShuffleBlock(
             end=end,
-            ids=np.lib.stride_tricks.sliding_window_view(tokens, T + 1)[::T][turn],
-            rows=number * K + turn,
-            first_epoch=(epochs[last] == 0)[turn],
-            documents=[hashes[of_row[row] : of_row[row + 1]] for row in turn],
-            new_documents=(new[of_row[1:]] - new[of_row[:-1]])[turn],
-            starts=offsets[firsts],
+            ids=rows_KS[row_order],
+            rows=number * K + row_order,
+            first_epoch=is_new[last_piece][row_order],
+            new_documents=new_documents[row_order],
+            starts=starts[firsts],
             names=[buffer[i].name for i in firsts],
         )
 
@@ -269,13 +292,10 @@ def deal_shards(shards: tuple[Shard, ...], stream: int, num_streams: int) -> lis
 
 def _drop_tokens(buffer: list[DocumentTokens], count: int) -> list[DocumentTokens]:
     """The buffer without its first `count` tokens, of which it has more."""
-    for i, (cursor, name, ids, hashed) in enumerate(buffer):
-        if len(ids) > count:
-            cut = DocumentTokens(
-                cursor._replace(offset=cursor.offset + count), name, ids[count:], None if count else hashed
-            )
-            return [cut, *buffer[i + 1 :]]
-        count -= len(ids)
+    for i, piece in enumerate(buffer):
+        if len(piece.ids) > count:
+            return [piece.drop_first(count), *buffer[i + 1 :]]
+        count -= len(piece.ids)
     raise AssertionError("the buffer has no more tokens than that")
 
 

@@ -1,8 +1,7 @@
 """How much of a text its ids say: what comes back when they are decoded, and how many bytes they stand for."""
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from smoltrain.data.tokenizers.encode_pieces import TokenPiece
@@ -70,15 +69,3 @@ def lost_bytes(text: str, decoded: str) -> int:
 def round_trip_to_json(counts: RoundTripCounts) -> dict[str, int]:
     """As an index holds them."""
     return asdict(counts)
-
-
-def sum_round_trips(sides: Iterable[dict[str, Any]]) -> RoundTripCounts:
-    """Those of several sides or parts, as an index speaks of them; one made before this was counted has none."""
-    return sum((_parse_round_trip(side.get("spelling")) for side in sides), RoundTripCounts())
-
-
-def _parse_round_trip(value: Any) -> RoundTripCounts:
-    """Nothing was counted where the index has something else."""
-    names = {field.name for field in fields(RoundTripCounts)}
-    is_known = isinstance(value, dict) and value.keys() == names and all(type(n) is int for n in value.values())
-    return RoundTripCounts(**value) if is_known else RoundTripCounts()

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from smoltrain.config.schema import Config, DataSection, MixedSource, TokenizerSection
 from smoltrain.data.documents import retry
 from smoltrain.data.documents.listing import SourceListing
+from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.documents.records import Document
-from smoltrain.data.documents.retry import ReaderHealth
 from smoltrain.data.progress import report_progress
 from smoltrain.data.tokenizers.special_tokens import byte_letter_error, is_byte_letter
 from smoltrain.data.tokenizers.tokenizer import Tokenizer, split_text

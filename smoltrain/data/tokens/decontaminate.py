@@ -8,116 +8,120 @@ a restart; a part that loses documents is written once more without them.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from smoltrain.data.tokens.token_files import SIDES, TokenWriter
+from smoltrain.data.tokens.index import ADDRESSES, HASHES, IDS, SIDES, STARTS, PartRecord, PartSide
+from smoltrain.data.tokens.token_files import TokenWriter
 from smoltrain.errors import Problem, UserError
 
 
-@dataclass
+@dataclass(frozen=True)
+class CleanSource:
+    """The parts of a source without the training documents whose texts are held out."""
+
+    records: list[PartRecord]
+    num_copies: int  # documents that were left out
+    num_repeated: int  # documents to train on beyond the first of each text
+
+
 class _SideDocuments:
-    """The documents (D,) of one side of a source, in all of its parts."""
+    """The D documents of one side of a source, of all of its parts together: who of them stays."""
 
-    folder: Path
-    name: str  # train or validation
-    made: list[dict[str, Any]]  # what Writer.commit returned for each part
-    is_whole: bool = False  # the source has no other side: its last tokens are to be held out
+    def __init__(self, folder: Path, side: str, records: list[PartRecord], *, is_whole: bool) -> None:
+        """is_whole: the source has no other side, and its last tokens are to be held out."""
+        self.side, self._folder, self.is_whole = side, folder, is_whole
+        self.parts = [record.sides[side] for record in records]
+        self._part_borders = np.cumsum([part.documents for part in self.parts])[:-1]
+        self.hashes = np.concatenate([np.empty(0, np.uint64), *(self._read(part, HASHES) for part in self.parts)])
+        lengths = [np.diff(self._read(part, STARTS), append=np.uint64(part.tokens)) for part in self.parts]
+        self._lengths = np.concatenate([np.empty(0, np.int64), *lengths]).astype(np.int64)
+        self.keep = np.ones(len(self.hashes), bool)
 
-    def __post_init__(self) -> None:
-        self.hashes = [self._read(part, 2) for part in self.made]
-        starts = [self._read(part, 1) for part in self.made]
-        ends = [np.append(s[1:], np.uint64(part["tokens"])) for s, part in zip(starts, self.made, strict=True)]
-        self.lengths = [(e[: len(s)] - s).astype(np.int64) for s, e in zip(starts, ends, strict=True)]
-        self.keep = [np.ones(len(hashes), bool) for hashes in self.hashes]
-
-    def _read(self, part: dict[str, Any], kind: int) -> np.ndarray:
-        files = list(part["files"])
-        return np.fromfile(self.folder / files[kind], np.uint64) if files else np.empty(0, np.uint64)
-
-    def tail_masks(self, share: float) -> list[np.ndarray]:
-        """Which documents are held out, at least in part, if the last tokens are; none where there are two sides."""
+    def find_tail(self, share: float) -> np.ndarray:
+        """Which documents (D,) are held out, at least in part, as the last tokens; none where there are two sides."""
         if not self.is_whole:
-            return [np.zeros(len(hashes), bool) for hashes in self.hashes]
-        lengths = np.concatenate([np.where(keep, n, 0) for keep, n in zip(self.keep, self.lengths, strict=True)])
+            return np.zeros(len(self.hashes), bool)
+        lengths = np.where(self.keep, self._lengths, 0)
         total = int(lengths.sum())
-        tail = np.cumsum(lengths) > total - math.ceil(total * share)
-        return np.split(tail, np.cumsum([len(hashes) for hashes in self.hashes])[:-1])
+        return np.cumsum(lengths) > total - math.ceil(total * share)
 
-    def drop(self, held: np.ndarray, share: float) -> None:
-        """Leave out what is held out elsewhere: `held` (H,) are hashes. The tail itself stays what it is."""
-        parts = zip(self.keep, self.hashes, self.tail_masks(share), strict=True)
-        self.keep = [keep & (tail | ~np.isin(hashes, held)) for keep, hashes, tail in parts]
+    def drop(self, held: np.ndarray) -> None:
+        """Leave out the documents whose hashes are among `held` (H,)."""
+        self.keep &= ~np.isin(self.hashes, held)
 
-    def drop_from_tail_too(self, held: np.ndarray) -> None:
-        """The same, of the tail too."""
-        self.keep = [keep & ~np.isin(hashes, held) for keep, hashes in zip(self.keep, self.hashes, strict=True)]
+    def drop_before_tail(self, held: np.ndarray, share: float) -> None:
+        """Leave out those of them that are not in the tail, which is itself held out."""
+        self.keep &= self.find_tail(share) | ~np.isin(self.hashes, held)
 
-    def tail_hashes(self, share: float) -> np.ndarray:
-        """Of the documents in the tail."""
-        tails = zip(self.keep, self.hashes, self.tail_masks(share), strict=True)
-        return np.concatenate([np.empty(0, np.uint64), *(hashes[keep & tail] for keep, hashes, tail in tails)])
-
-    @property
-    def num_dropped(self) -> int:
-        """Documents that are left out."""
-        return sum(int((~keep).sum()) for keep in self.keep)
-
-    def written(self, dtype: np.dtype) -> list[dict[str, Any]]:
-        """What stays, as Writer.commit returns it for each part."""
+    def write_kept(self, dtype: np.dtype) -> list[PartSide]:
+        """What stays of each part: the part itself, or files anew."""
+        keeps = np.split(self.keep, self._part_borders)
         return [
-            part if keep.all() else self._rewrite_part(i, dtype)
-            for i, (part, keep) in enumerate(zip(self.made, self.keep, strict=True))
+            part if keep.all() else self._rewrite_part(number, part, keep, dtype)
+            for number, (part, keep) in enumerate(zip(self.parts, keeps, strict=True))
         ]
 
-    def _rewrite_part(self, number: int, dtype: np.dtype) -> dict[str, Any]:
-        part = self.made[number]
-        ids = np.memmap(self.folder / next(iter(part["files"])), dtype, mode="r")
-        writer = TokenWriter(self.folder, f"{self.name}-{number:05}-apart")
+    def _rewrite_part(self, number: int, part: PartSide, keep: np.ndarray, dtype: np.dtype) -> PartSide:
+        (ids_file,) = part.file_names(IDS)
+        ids = np.memmap(self._folder / ids_file, dtype, mode="r")
+        starts, hashes, addresses = (self._read(part, kind).tolist() for kind in (STARTS, HASHES, ADDRESSES))
+        ends = [*starts[1:], part.tokens]
+        writer = TokenWriter(self._folder, f"{self.side}-{number:05}-apart")
         try:
-            begin = 0
-            for keep, hashed, length in zip(self.keep[number], self.hashes[number], self.lengths[number], strict=True):
-                if keep:
-                    writer.begin(int(hashed))
-                    writer.add(ids[begin : begin + int(length)])
-                begin += int(length)
+            for i in np.flatnonzero(keep).tolist():
+                writer.begin_document(hashes[i], addresses[i])
+                writer.add_ids(ids[starts[i] : ends[i]])
             return writer.commit()
         finally:
             writer.discard()
 
+    def _read(self, part: PartSide, kind: str) -> np.ndarray:
+        """(documents of the part,) uint64."""
+        values = [np.fromfile(self._folder / name, np.uint64) for name in part.file_names(kind)]
+        return values[0] if values else np.empty(0, np.uint64)
+
 
 def drop_held_out_documents(
-    records: dict[str, list[dict[str, Any]]], own: set[str], folder: Path, dtype: np.dtype, share: float
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
-    """The records of the parts of each source without the training documents whose texts any source holds out.
+    records: dict[str, list[PartRecord]], own: set[str], folder: Path, dtype: np.dtype, share: float
+) -> dict[str, CleanSource]:
+    """The parts of each source without the training documents whose texts any source holds out.
 
-    `own` are the sources that name what they hold out. Also returns how many documents of each are left out.
-    Errors: UserError if nothing remains to train on.
+    `own` are the sources that name what they hold out. Errors: UserError if nothing remains to train on.
     """
-    trained, held = {}, [np.empty(0, np.uint64)]
+    trained: dict[str, _SideDocuments] = {}
+    held = [np.empty(0, np.uint64)]
     for name, parts in records.items():
-        sides = {side: _SideDocuments(folder / name, side, [part[side] for part in parts]) for side in SIDES}
-        full = [side for side in SIDES if any(part[side]["documents"] for part in parts)]
+        full = [side for side in SIDES if any(record.sides[side].documents for record in parts)]
         if len(full) == 1 and name not in own:
-            trained[name] = sides[full[0]]
-            trained[name].is_whole = True
+            trained[name] = _SideDocuments(folder / name, full[0], parts, is_whole=True)
         else:
-            trained[name] = sides["train"]
-            held += sides["validation"].hashes
+            trained[name] = _SideDocuments(folder / name, "train", parts, is_whole=False)
+            held.append(_SideDocuments(folder / name, "validation", parts, is_whole=False).hashes)
     known = np.unique(np.concatenate(held))
+
     for side in trained.values():
         if side.is_whole:
-            side.drop_from_tail_too(known)
-            tail = side.tail_hashes(share)
-            side.drop(tail, share)
+            # The tail moves with every document that is left out: first what others hold out, then copies of the tail.
+            side.drop(known)
+            tail = side.hashes[side.keep & side.find_tail(share)]
+            side.drop_before_tail(tail, share)
             known = np.union1d(known, tail)
-    made = {}
-    for name, side in trained.items():
-        side.drop(known, share)
-        if side.made and not any(keep.any() for keep in side.keep) and side.num_dropped:
-            what, want = f"the source {name!r} has no document to train on", "texts that are not held out as well"
-            raise UserError(Problem(what, f"{side.num_dropped:,}, all of them held out", want, "data"))
-        written = side.written(dtype)
-        made[name] = [part | {side.name: new} for part, new in zip(records[name], written, strict=True)]
-    return made, {name: side.num_dropped for name, side in trained.items()}
+    return {name: _clean_source(name, records[name], side, known, dtype, share) for name, side in trained.items()}
+
+
+def _clean_source(
+    name: str, records: list[PartRecord], side: _SideDocuments, held: np.ndarray, dtype: np.dtype, share: float
+) -> CleanSource:
+    side.drop_before_tail(held, share)
+    num_copies = int((~side.keep).sum())
+    if num_copies and not side.keep.any():
+        what, want = f"the source {name!r} has no document to train on", "texts that are not held out as well"
+        raise UserError(Problem(what, f"{num_copies:,}, all of them held out", want, "data"))
+    trained = side.hashes[side.keep & ~side.find_tail(share)]
+    num_repeated = len(trained) - len(np.unique(trained))
+    kept = [
+        record.model_copy(update={side.side: part})
+        for record, part in zip(records, side.write_kept(dtype), strict=True)
+    ]
+    return CleanSource(kept, num_copies, num_repeated)

@@ -1,10 +1,10 @@
-"""What the tokens of a run are a function of, as JSON; made at the first `prepare`, compared at every later one."""
+"""What the tokens of a run are a function of, as JSON; made at the first start, compared at every later one."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smoltrain.config.schema import Config, DataSection, MixedSource
+from smoltrain.config.schema import Config, DataSection, MixedSource, TokenizerSection
 from smoltrain.data.documents.listing import (
     SourceListing,
     exclude_shared_files,
@@ -13,7 +13,7 @@ from smoltrain.data.documents.listing import (
     list_one_source,
 )
 from smoltrain.data.documents.shard import Shard, hash_shard
-from smoltrain.data.tokenizers import by_name as by_name_module
+from smoltrain.data.tokenizers import by_name
 from smoltrain.data.tokenizers.by_name import is_tokenizer_folder
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.errors import Problem, UserError
@@ -26,10 +26,10 @@ def make_fingerprint(
 
     In cached mode every local file is read once, about 1 GB/s. Errors: UserError if one cannot be read.
     """
-    name, section = config.tokenizer.name, config.tokenizer
-    tokenizer = {"name": name, "sha256": given.fingerprint()} if given else {"bpe": section.vocab_size}
-    about = {part.name: _fingerprint_source(part, config.data, mode, listed[part.name]) for part in config.data.parts}
-    return {"sources": about, "tokenizer": tokenizer, "separator": section.separator, "pad": section.pad}
+    section = config.tokenizer
+    tokenizer = {"name": section.name, "sha256": given.fingerprint()} if given else {"bpe": section.vocab_size}
+    sources = {part.name: _fingerprint_source(part, config.data, mode, listed[part.name]) for part in config.data.parts}
+    return {"sources": sources, "tokenizer": tokenizer, "separator": section.separator, "pad": section.pad}
 
 
 def remake_fingerprint(
@@ -38,21 +38,15 @@ def remake_fingerprint(
     """The fingerprint as far as it can be had without the Hub, tiktoken or a package; the rest is as it was made.
 
     A local folder counts by what is in it, not by its name. Also returns the files of those sources that were listed.
-    Errors: those of `sources.shards`, but not for a server that a cached run no longer needs.
+    Errors: those of `list_one_source`, but not for a server that a cached run no longer needs.
     """
-    section, was = config.tokenizer, made["tokenizer"]
-    if section.name == "bpe":
-        tokenizer = {"bpe": section.vocab_size}
-    elif is_tokenizer_folder(section.name):
-        tokenizer = {"name": was.get("name"), "sha256": by_name_module.load_named_tokenizer(section).fingerprint()}
-    else:
-        tokenizer = {"name": section.name, "sha256": was.get("sha256")}
-    about: dict[str, Any] = {}
+    section = config.tokenizer
+    sources: dict[str, Any] = {}
     listed: dict[str, SourceListing] = {}
     for part in config.data.parts:
         before = made["sources"].get(part.name, {})
         if part.hub and not part.validation_path:
-            about[part.name] = _source_settings(part, config.data) | _fingerprint_hub(part, before.get("commit"))
+            sources[part.name] = _source_settings(part, config.data) | _fingerprint_hub(part, before.get("commit"))
             continue
         try:
             listed[part.name] = list_one_source(part, config.data)
@@ -60,11 +54,13 @@ def remake_fingerprint(
             if mode == "stream" or "://" not in f"{part.path}{part.validation_path}":
                 raise
             print(f"data: {error}; the tokens that were made of it stay in use", flush=True)
-            about[part.name] = before
+            sources[part.name] = before
     listed = exclude_shared_files(listed, config.data)
-    by_name = {part.name: part for part in config.data.parts}
-    about |= {name: _fingerprint_source(by_name[name], config.data, mode, found) for name, found in listed.items()}
-    return {"sources": about, "tokenizer": tokenizer, "separator": section.separator, "pad": section.pad}, listed
+    for part in config.data.parts:
+        if part.name in listed:
+            sources[part.name] = _fingerprint_source(part, config.data, mode, listed[part.name])
+    tokenizer = _refingerprint_tokenizer(section, made["tokenizer"])
+    return {"sources": sources, "tokenizer": tokenizer, "separator": section.separator, "pad": section.pad}, listed
 
 
 def fingerprint_differences(made: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -81,11 +77,11 @@ def only_documents_changed(changed: dict[str, tuple[Any, Any]]) -> bool:
 
 def describe_fingerprint_changes(changed: dict[str, tuple[Any, Any]]) -> tuple[str, str]:
     """What is seen and what was wanted: the first three differences, and how many more there are."""
-    was, saw = (
-        ", ".join([f"{key} = {_format_value(pair[i])}" for key, pair in list(changed.items())[:3]]) for i in range(2)
-    )
+    shown = list(changed.items())[:3]
+    saw = ", ".join(f"{key} = {_format_value(now)}" for key, (_, now) in shown)
+    want = ", ".join(f"{key} = {_format_value(before)}" for key, (before, _) in shown)
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-    return saw + more, was + more
+    return saw + more, want + more
 
 
 def changed_data_error(changed: dict[str, tuple[Any, Any]], config: Config, folder: Path) -> UserError:
@@ -97,39 +93,49 @@ def changed_data_error(changed: dict[str, tuple[Any, Any]], config: Config, fold
     return UserError(Problem(f"the run {config.run.name!r} was prepared from other data", saw, want, change))
 
 
+def _refingerprint_tokenizer(section: TokenizerSection, before: dict[str, Any]) -> dict[str, Any]:
+    """Of a tokenizer that would have to be fetched, the digest that it had before."""
+    if section.name == "bpe":
+        return {"bpe": section.vocab_size}
+    if is_tokenizer_folder(section.name):
+        return {"name": before.get("name"), "sha256": by_name.load_named_tokenizer(section).fingerprint()}
+    return {"name": section.name, "sha256": before.get("sha256")}
+
+
 def _fingerprint_source(part: MixedSource, data: DataSection, mode: str, listed: SourceListing) -> dict[str, Any]:
-    about = _source_settings(part, data)
+    fingerprint = _source_settings(part, data)
     if part.hub:
-        about |= _fingerprint_hub(part, hub_commit(listed.shards))
+        fingerprint |= _fingerprint_hub(part, hub_commit(listed.shards))
     else:
-        about["files"] = _fingerprint_files(listed.shards, mode)
+        fingerprint["files"] = _fingerprint_files(listed.shards, mode)
     if part.validation_path:
-        about["validation_files"] = _fingerprint_files(listed.held_out, mode)
-    return about
+        fingerprint["validation_files"] = _fingerprint_files(listed.held_out, mode)
+    return fingerprint
 
 
 def _source_settings(part: MixedSource, data: DataSection) -> dict[str, Any]:
     """The part that stands in the config itself."""
-    about = {"text_field": part.text_field, "documents": part.documents, "max_document_mib": data.max_document_mib}
+    settings = {"text_field": part.text_field, "documents": part.documents, "max_document_mib": data.max_document_mib}
     if part.documents == "separator":
-        about["document_separator"] = part.document_separator
+        settings["document_separator"] = part.document_separator
     if not has_own_validation(part):
-        about["validation_share"] = data.validation_share
-    return about
+        settings["validation_share"] = data.validation_share
+    return settings
 
 
 def _fingerprint_hub(part: MixedSource, commit: str | None) -> dict[str, Any]:
-    about = {"hub": part.hub, "config": part.hub_config, "split": part.hub_split, "commit": commit}
-    return about | ({"validation_split": part.validation_split} if part.validation_split else {})
+    dataset = {"hub": part.hub, "config": part.hub_config, "split": part.hub_split, "commit": commit}
+    return dataset | ({"validation_split": part.validation_split} if part.validation_split else {})
 
 
 def _fingerprint_files(shards: tuple[Shard, ...], mode: str) -> dict[str, Any]:
     """Each file's size (bytes) and, where all of it is read anyway, its SHA-256; elsewhere its version."""
-    return {
-        shard.name: {"bytes": shard.size}
-        | ({"sha256": hash_shard(shard)} if mode == "cached" and shard.is_local else {"version": shard.version})
-        for shard in shards
-    }
+    fingerprints = {}
+    for shard in shards:
+        is_read = mode == "cached" and shard.is_local
+        content = {"sha256": hash_shard(shard)} if is_read else {"version": shard.version}
+        fingerprints[shard.name] = {"bytes": shard.size} | content
+    return fingerprints
 
 
 def _flatten(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -14,17 +14,21 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
 
 from smoltrain import files
-from smoltrain.data.tokens.token_files import TOKEN_FILE_SUFFIXES, write_partial_json
 from smoltrain.errors import Problem, UserError, format_value
 
-INDEX_FORMAT = 2
+INDEX_FORMAT = 3  # 2 differs in that it has no addresses of documents, and can still be read
 INDEX_DIGEST_KEY = "index_sha256"  # in index.json, and in a part's record: of everything else in it
 MAX_COUNT = 2**53  # more than any count is
+WHAT_WAS_PREPARED = "what was prepared (delete the folder to prepare anew)"
+
+SIDES = ("train", "validation")
+IDS, STARTS, HASHES, ADDRESSES = FILE_KINDS = (".bin", ".starts", ".hashes", ".addresses")
 
 IndexCount = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 SourceName = Annotated[str, StringConstraints(pattern=r"^\w[\w-]*$")]  # as schema.MixedSource has it
-NAME_OF_FILE = r"^(train|validation|whole)(-[0-9]{5,}(-apart)?)?\.(bin|starts|hashes)$"
+NAME_OF_FILE = r"^(train|validation|whole)(-[0-9]{5,}(-apart)?)?\.(bin|starts|hashes|addresses)$"
+HeldOutRule = Literal["documents", "tail", "validation_path", "validation_split"]
 FileName = Annotated[str, StringConstraints(pattern=NAME_OF_FILE)]
 
 
@@ -33,16 +37,20 @@ class _StrictModel(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow")
 
+    def to_json(self) -> dict[str, Any]:
+        """What was read, or is to be written: defaults that nobody set are no part of it."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
 
 class IndexFile(_StrictModel):
-    """As `tokens.Writer` wrote it."""
+    """A file as it was written."""
 
     bytes: IndexCount
     sha256: Sha256
 
 
 class IndexRoundTrip(_StrictModel):
-    """What spelling.to_json returned; of what was made before it was counted there is none."""
+    """The fields of RoundTripCounts."""
 
     tokens: IndexCount
     unspelled: Annotated[int, Field(ge=-MAX_COUNT, le=MAX_COUNT)]
@@ -50,15 +58,24 @@ class IndexRoundTrip(_StrictModel):
     lost: IndexCount
 
 
-class IndexSide(_StrictModel):
-    """What `tokens.joined` returned: one stream, or a stretch of one."""
+class PartSide(_StrictModel):
+    """What TokenWriter.commit returns: one side of one part."""
 
     tokens: IndexCount
     documents: IndexCount
-    dtype: Literal["uint16", "uint32"]
-    first: IndexCount
     files: dict[FileName, IndexFile]
-    spelling: IndexRoundTrip = IndexRoundTrip(tokens=0, unspelled=0, sampled=0, lost=0)
+    spelling: IndexRoundTrip | None = None  # not known of a part that has lost documents since, and of old data
+
+    def file_names(self, kind: str) -> list[str]:
+        """The files of one of FILE_KINDS, in the order of the stream."""
+        return [name for name in self.files if name.endswith(kind)]
+
+
+class IndexSide(PartSide):
+    """What join_token_parts returns: one stream, or a stretch of one."""
+
+    dtype: Literal["uint16", "uint32"]
+    first: IndexCount  # token at which the stretch begins
 
 
 class IndexSource(_StrictModel):
@@ -66,15 +83,22 @@ class IndexSource(_StrictModel):
 
     bad_records: IndexCount
     empty_records: IndexCount = 0
-    copies: IndexCount = 0
-    held_out: Literal["documents", "tail", "validation_path", "validation_split"]
+    copies: IndexCount = 0  # documents not trained on, as their texts are held out
+    repeated: IndexCount = 0  # documents trained on whose texts other ones have too
+    held_out: HeldOutRule
     train: IndexSide | None = None
     validation: IndexSide
     shards: list[Annotated[tuple[str, str, IndexCount | None, str], Field(strict=False)]] | None = None
+    shard_names: list[str] | None = None  # in cached mode: the addresses of documents speak of their numbers
+
+    @property
+    def sides(self) -> list[IndexSide]:
+        """Those that it has."""
+        return [side for side in (self.train, self.validation) if side is not None]
 
 
 class IndexFingerprint(_StrictModel):
-    """What fingerprints.make returned."""
+    """What make_fingerprint returns."""
 
     sources: dict[SourceName, dict[str, JsonValue]]
     tokenizer: dict[str, JsonValue]
@@ -83,9 +107,9 @@ class IndexFingerprint(_StrictModel):
 
 
 class DataIndex(_StrictModel):
-    """The whole."""
+    """All that is known of prepared data."""
 
-    format: Literal[2]
+    format: Literal[2, 3]
     mode: Literal["cached", "stream"]
     why: str
     fingerprint: IndexFingerprint
@@ -101,22 +125,23 @@ class DataIndex(_StrictModel):
 
 
 class PartRecord(_StrictModel):
-    """What part-00000.json says of a part that is whole (cached.py)."""
+    """What part-00000.json says of a part that is whole (token_parts.py)."""
 
     made_of: Sha256
-    train: "PartSide"
-    validation: "PartSide"
+    train: PartSide
+    validation: PartSide
     bad: list[dict[Literal["source", "place", "why"], str]]
     empty: IndexCount
 
+    @property
+    def sides(self) -> dict[str, PartSide]:
+        """By their names."""
+        return {"train": self.train, "validation": self.validation}
 
-class PartSide(_StrictModel):
-    """What `tokens.Writer.commit` returned."""
-
-    tokens: IndexCount
-    documents: IndexCount
-    files: dict[FileName, IndexFile]
-    spelling: IndexRoundTrip
+    @property
+    def files(self) -> dict[str, IndexFile]:
+        """Of both sides."""
+        return self.train.files | self.validation.files
 
 
 def data_index_file(home: Path) -> Path:
@@ -124,7 +149,7 @@ def data_index_file(home: Path) -> Path:
     return home / "data" / "index.json"
 
 
-def read_data_index(file: Path) -> dict[str, Any]:
+def read_data_index(file: Path) -> DataIndex:
     """An index, checked. Errors: UserError if there is none, if it is of another version, or damaged in any way."""
     if not os.path.lexists(file):
         raise UserError(Problem("the data are not prepared", f"no {file}", "`prepare` to run first", "run.name"))
@@ -135,27 +160,27 @@ def read_data_index(file: Path) -> dict[str, Any]:
         raise _damaged_index_error(file, files.describe_error(error)) from None
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise _damaged_index_error(file, f"{type(error).__name__}: {error}") from None
-    if isinstance(form, int) and form != INDEX_FORMAT:
+    if isinstance(form, int) and form not in (INDEX_FORMAT - 1, INDEX_FORMAT):
         what, want = "the data were prepared by another version of smoltrain", f"format {INDEX_FORMAT}"
         change = f"{file.parent}: delete it to prepare anew, or run.name"
         raise UserError(Problem(what, f"format {form}", want, change))
     try:
-        checked = DataIndex.model_validate(tree)
+        index = DataIndex.model_validate(tree)
     except ValidationError as error:
         first = error.errors()[0]
         raise _damaged_index_error(file, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    if wrong := _find_contradiction(checked):
-        raise _damaged_index_error(file, wrong)
-    if (INDEX_DIGEST_KEY in tree or checked.tokenizer_files is not None) and tree.get(INDEX_DIGEST_KEY) != digest_index(
-        tree
-    ):
+    contradiction = _find_contradiction(index)
+    if contradiction:
+        raise _damaged_index_error(file, contradiction)
+    is_sealed = INDEX_DIGEST_KEY in tree or index.tokenizer_files is not None  # older ones are not
+    if is_sealed and tree.get(INDEX_DIGEST_KEY) != digest_index(tree):
         raise _damaged_index_error(file, "another digest than that of its content")
-    return tree
+    return index
 
 
 def write_data_index(file: Path, tree: dict[str, Any]) -> None:
     """Replace the index by `tree`, sealed; a reader, or a crash, sees either the old or the new one."""
-    write_partial_json(file, tree | {INDEX_DIGEST_KEY: digest_index(tree)})
+    files.write_json_file(file, tree | {INDEX_DIGEST_KEY: digest_index(tree)})
 
 
 def digest_index(tree: dict[str, Any]) -> str:
@@ -164,7 +189,7 @@ def digest_index(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def check_part_record(tree: Any, number: int, itemsize: int) -> dict[str, Any] | None:
+def check_part_record(tree: Any, number: int, itemsize: int) -> PartRecord | None:
     """The record of the part with this number, if it is as it was written; its ids take `itemsize` bytes each."""
     try:
         record = PartRecord.model_validate(tree)
@@ -172,46 +197,49 @@ def check_part_record(tree: Any, number: int, itemsize: int) -> dict[str, Any] |
         return None
     if tree.get(INDEX_DIGEST_KEY) != digest_index(tree):
         return None
-    for side in ("train", "validation"):
-        made: PartSide = getattr(record, side)
-        sizes = (made.tokens * itemsize, made.documents * 8, made.documents * 8) if made.tokens else ()
-        want = {f"{side}-{number:05}{kind}": size for kind, size in zip(TOKEN_FILE_SUFFIXES, sizes, strict=False)}
-        if {name: file.bytes for name, file in made.files.items()} != want:
+    for name, side in record.sides.items():
+        sizes = {IDS: side.tokens * itemsize} | dict.fromkeys((STARTS, HASHES, ADDRESSES), side.documents * 8)
+        want = {f"{name}-{number:05}{kind}": size for kind, size in sizes.items()} if side.tokens else {}
+        if {file: made.bytes for file, made in side.files.items()} != want:
             return None
-    return tree
+    return record
 
 
-def _find_contradiction(index: DataIndex) -> str:
-    """The first thing in which an index cannot be true; '' if there is none."""
-    cached = index.mode == "cached"
-    for name, about in index.sources.items():
-        if cached != (about.train is not None) or cached == (about.shards is not None):
+def _find_contradiction(index: DataIndex) -> str | None:
+    """The first thing in which an index cannot be true."""
+    is_cached = index.mode == "cached"
+    for name, source in index.sources.items():
+        if is_cached != (source.train is not None) or is_cached == (source.shards is not None):
             return f"{name} is not what the mode {index.mode} has"
-        cut = about.train.tokens if about.held_out == "tail" and about.train else None
-        for side in (about.train, about.validation):
-            if side and (wrong := _find_side_fault(side, index.dtype, cut)):
-                return f"{name}: {wrong}"
-    if cached and index.streams != 1:
+        cut = source.train.tokens if source.held_out == "tail" and source.train else None
+        for side in source.sides:
+            fault = _find_side_fault(side, index.dtype, cut)
+            if fault:
+                return f"{name}: {fault}"
+    if is_cached and index.streams != 1:
         return f"{index.streams} streams in cached mode"
-    return "" if index.sources.keys() == index.fingerprint.sources.keys() else "other sources than in its fingerprint"
+    if index.sources.keys() != index.fingerprint.sources.keys():
+        return "other sources than in its fingerprint"
+    return None
 
 
-def _find_side_fault(side: IndexSide, dtype: str, cut: int | None) -> str:
+def _find_side_fault(side: IndexSide, dtype: str, cut: int | None) -> str | None:
     """What is wrong with one side; `cut` is where the tail begins, of a stream that both sides share."""
-    sizes = {kind: [f.bytes for name, f in side.files.items() if name.endswith(kind)] for kind in TOKEN_FILE_SUFFIXES}
-    ids, (starts, hashes) = sizes[".bin"], (sizes[kind] for kind in TOKEN_FILE_SUFFIXES[1:])
-    itemsize = np.dtype(dtype).itemsize
     if side.dtype != dtype:
         return f"dtype {side.dtype} instead of {dtype}"
-    if not ids or len(starts) != 1 or starts != hashes or any(size % itemsize for size in ids):
+    itemsize = np.dtype(dtype).itemsize
+    sizes = {kind: [side.files[name].bytes for name in side.file_names(kind)] for kind in FILE_KINDS}
+    is_stream = bool(sizes[IDS]) and all(size % itemsize == 0 for size in sizes[IDS])
+    # A format of before has no addresses; nor has the validation side of a stream, which nobody asks for them.
+    fits_documents = len(sizes[STARTS]) == 1 and sizes[HASHES] == sizes[STARTS]
+    if not is_stream or not fits_documents or sizes[ADDRESSES] not in ([], sizes[STARTS]):
         return f"files that make no stream: {format_value(list(side.files))}"
-    total, num_documents = sum(ids) // itemsize, starts[0] // 8
+    total, num_documents = sum(sizes[IDS]) // itemsize, sizes[STARTS][0] // 8
     stretches = [(0, total)] if cut is None else [(0, cut), (cut, total - cut)]
     if (side.first, side.tokens) not in stretches or not side.tokens or side.documents > num_documents:
         return f"{side.tokens} tokens of {side.documents} documents, which its files do not hold"
-    return ""
+    return None
 
 
 def _damaged_index_error(file: Path, saw: str) -> UserError:
-    want = "what was prepared (delete the folder to prepare anew)"
-    return UserError(Problem("the index of the data is damaged", " ".join(saw.split()), want, str(file)))
+    return UserError(Problem("the index of the data is damaged", " ".join(saw.split()), WHAT_WAS_PREPARED, str(file)))

@@ -1,4 +1,4 @@
-"""Documents to one stream of tokens, and the stream to rows: concatenate and chop, so that no token is wasted.
+"""Packing: documents to one stream of tokens, and the stream to rows. Concatenate and chop, so that no token is wasted.
 
 T is the sequence length in targets, N the tokens of the stream. Row i is tokens[i*T : i*T + T + 1]: T + 1 ids, of which
 the last is the first of row i + 1. Thus every token but the first is a target exactly once; up to T - 1 at the end
@@ -6,7 +6,7 @@ of the stream fill no row.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -15,8 +15,21 @@ from smoltrain.data.tokenizers.encode_pieces import TokenPiece
 from smoltrain.data.tokenizers.tokenizer import Tokenizer, split_text
 
 T = TypeVar("T")
-NO_LABEL = -100  # torch's cross_entropy leaves these targets out
 ENCODE_CHARACTERS = 2**19  # tokenised in one call: enough to keep some cores busy, in about 50 MB of English
+
+
+class TextPiece(NamedTuple, Generic[T]):
+    """A piece of a document's text; `about` is the caller's."""
+
+    about: T
+    text: str
+    begins: bool  # the document
+    ends: bool
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The smallest type that holds the ids."""
+    return np.dtype(np.uint16 if tokenizer.num_ids <= 2**16 else np.uint32)
 
 
 def encode_documents(
@@ -28,11 +41,12 @@ def encode_documents(
     """
     offset = 0
     for batch in _batch_pieces(documents, characters):
-        texts, goes_on = [text for _, text, _, _ in batch], [not begins for *_, begins in batch]
-        for (about, text, ends, _), ids in zip(batch, tokenizer.encode_batch(texts, goes_on), strict=True):
-            part = append_separator(ids, tokenizer.separator_id if ends else None, dtype)
-            yield TokenPiece(about, offset, part, text)
-            offset = 0 if ends else offset + len(part)
+        texts = [piece.text for piece in batch]
+        is_continuation = [not piece.begins for piece in batch]
+        for piece, ids in zip(batch, tokenizer.encode_batch(texts, is_continuation), strict=True):
+            tokens = append_separator(ids, tokenizer.separator_id if piece.ends else None, dtype)
+            yield TokenPiece(piece.about, offset, tokens, piece.text)
+            offset = 0 if piece.ends else offset + len(tokens)
 
 
 def append_separator(ids: list[int], separator_id: int | None, dtype: DTypeLike) -> np.ndarray:
@@ -58,16 +72,16 @@ def positions_in_documents(ids_BT: np.ndarray, separator_id: int) -> np.ndarray:
     return places_T - np.maximum.accumulate(begins_BT, axis=1)
 
 
-def _batch_pieces(documents: Iterable[tuple[T, str]], characters: int) -> Iterator[list[tuple[T, str, bool, bool]]]:
-    """The documents in lists of about so many characters: (about, a piece, whether it ends its document, or begins it).
+def _batch_pieces(documents: Iterable[tuple[T, str]], characters: int) -> Iterator[list[TextPiece[T]]]:
+    """The documents' pieces in lists of about so many characters.
 
     A list is longer by one piece at most, whatever the texts.
     """
     batch, size = [], 0
     for about, text in documents:
-        parts = list(split_text(text, ENCODE_CHARACTERS))
-        for number, piece in enumerate(parts, start=1):
-            batch.append((about, piece, number == len(parts), number == 1))
+        texts = list(split_text(text, ENCODE_CHARACTERS))
+        for number, piece in enumerate(texts):
+            batch.append(TextPiece(about, piece, begins=number == 0, ends=number == len(texts) - 1))
             size += len(piece)
             if size >= characters:
                 yield batch

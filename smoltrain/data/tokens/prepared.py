@@ -1,15 +1,15 @@
 """What a run trains on, once it is prepared: its tokenizer, its tokens, and what can be said of them."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from smoltrain.data.documents.file_kinds import format_counts
 from smoltrain.data.documents.shard import Shard
-from smoltrain.data.tokenizers.round_trip import LOST_SHARE_TO_WARN, RoundTripCounts, sum_round_trips
+from smoltrain.data.tokenizers.round_trip import LOST_SHARE_TO_WARN, RoundTripCounts
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.data.tokens.token_files import SIDES, MappedTokens
+from smoltrain.data.tokens.index import DataIndex, IndexSource
+from smoltrain.data.tokens.token_files import MappedTokens, sum_round_trips
 
 
 @dataclass(frozen=True)
@@ -19,82 +19,103 @@ class PreparedData:
     tokenizer: Tokenizer
     tokenizer_name: str  # as the recipe calls it
     mode: str  # cached or stream
-    why: str  # the mode
+    mode_reason: str
     dtype: np.dtype  # of the ids
     train: tuple[MappedTokens, ...]  # () when streaming
     validation: tuple[MappedTokens, ...]
     shards: tuple[tuple[Shard, ...], ...]  # of the training side; () when cached
     streams: int  # V; 1 when cached
-    index: dict[str, Any]
+    index: DataIndex
 
     def describe(self) -> str:
         """One line: mode, how many tokens and documents of each source, how the validation side was held out."""
-        sources = self.index["sources"]
-        read = []
-        for number, (name, about) in enumerate(sources.items()):
-            if self.mode == "stream":
-                what = f"{len(about['shards']):,} files"
-            else:
-                num_documents = len(self.train[number].starts)  # with the one that is cut, where its tail is held out
-                what = f"{about['train']['tokens']:,} tokens of {num_documents:,} document{'s' * (num_documents != 1)}"
-            read.append(what if len(sources) == 1 else f"{name} {what}")
-        held = [sources[name]["validation"] for name in sources]
-        total = {key: sum(side[key] for side in held) for key in ("tokens", "documents")}
-        rules = " and ".join(sorted({about["held_out"] for about in sources.values()}))
-        num_empty = sum(about.get("empty_records", 0) for about in sources.values())
-        num_bad = sum(about["bad_records"] for about in sources.values())
+        sources = self.index.sources
+        training = [self._describe_training_side(i, source) for i, source in enumerate(sources.values())]
+        if len(sources) > 1:
+            training = [f"{name} {text}" for name, text in zip(sources, training, strict=True)]
         streams = f" through {self.streams} streams" if self.mode == "stream" else ""
-        copies = sum(about.get("copies", 0) for about in sources.values())
-        skipped = f"; {copies:,} cop{'ies' if copies > 1 else 'y'} of held-out documents left out" if copies else ""
-        if others := self.index.get("not_read"):
-            skipped += f"; not read: {format_counts(others)}"
-        skipped += f"; {num_empty:,} empty record{'s' * (num_empty > 1)} passed over" if num_empty else ""
-        skipped += f"; {num_bad:,} bad record{'s' * (num_bad > 1)} skipped" if num_bad else ""
-        return (
-            f"{self.mode}, as {self.why}; {', '.join(read)}{streams};"
-            f" validation {total['tokens']:,} of {total['documents']:,}, held out by {rules}{skipped}"
-        )
+        num_tokens = sum(source.validation.tokens for source in sources.values())
+        num_documents = sum(source.validation.documents for source in sources.values())
+        rules = " and ".join(sorted({source.held_out for source in sources.values()}))
+        validation = f"validation {num_tokens:,} of {num_documents:,}, held out by {rules}"
+        mode = f"{self.mode}, as {self.mode_reason}"
+        return "; ".join([mode, f"{', '.join(training)}{streams}", validation, *self._describe_skipped()])
 
     def describe_tokenizer(self) -> str:
         """One line: name, number of ids, special tokens, how much of the text they spell."""
         t = self.tokenizer
-        asked = f" ({self._num_requested_ids:,} were asked for)" if t.num_ids < self._num_requested_ids else ""
+        requested = f" ({self._num_requested_ids:,} were asked for)" if t.num_ids < self._num_requested_ids else ""
         pad = "" if t.pad is None else f", pad {t.pad} = {t.pad_id}"
-        about = f"{self.tokenizer_name}: {t.num_ids:,} ids{asked}, separator {t.separator} = {t.separator_id}{pad}"
-        spelled = self._sum_round_trips(*SIDES)
-        if not spelled.sampled:  # prepared before this was counted
-            return about
-        share = f"{spelled.lost_share:.2%}" if spelled.lost_share >= 0.0001 else "less than 0.01%"
-        return f"{about}; {f'{share} of the bytes of' if spelled.lost else 'nothing of'} a sample of the text is lost"
+        line = f"{self.tokenizer_name}: {t.num_ids:,} ids{requested}, separator {t.separator} = {t.separator_id}{pad}"
+        counts = self._count_round_trips(validation_only=False)
+        if not counts.sampled:  # prepared before this was counted
+            return line
+        if not counts.lost:
+            return f"{line}; nothing of a sample of the text is lost"
+        share = f"{counts.lost_share:.2%}" if counts.lost_share >= 0.0001 else "less than 0.01%"
+        return f"{line}; {share} of the bytes of a sample of the text is lost"
 
     def bytes_per_id(self) -> np.ndarray:
         """How many bytes of the validation texts each id stands for, (num_ids,) float64; separators for none.
 
         Those of Tokenizer.bytes_per_id; bytes that no id spells are shared out evenly over all tokens of these texts.
         """
-        sizes = self.tokenizer.bytes_per_id() + self._sum_round_trips("validation").unspelled_per_token
+        counts = self._count_round_trips(validation_only=True)
+        sizes = self.tokenizer.bytes_per_id() + counts.unspelled_per_token
         sizes[self.tokenizer.separator_id] = 0
         return sizes
 
     def warnings(self, vocab_size: int) -> list[str]:
         """What is wrong with the tokenizer for these texts, and a model of `vocab_size` rows. One line each."""
-        found, share = [], self._sum_round_trips(*SIDES).lost_share
+        lines = []
+        share = self._count_round_trips(validation_only=False).lost_share
         if share >= LOST_SHARE_TO_WARN:
             lost = f"the tokenizer {self.tokenizer_name} cannot spell the text: {share:.2%} of the bytes of a sample"
-            found.append(f"{lost} do not come back from its ids; tokenizer=bpe loses none")
+            lines.append(f"{lost} do not come back from its ids; tokenizer=bpe loses none")
         if self.tokenizer.num_ids < self._num_requested_ids:
             requested = f"{self._num_requested_ids:,} were asked for"
             few = f"the text gave a tokenizer of {self.tokenizer.num_ids:,} ids, {requested}"
             rows = f"{vocab_size - self.tokenizer.num_ids:,} of the {vocab_size:,} rows of the model's table"
-            found.append(f"{few}: {rows} will never be used; smaller are tokenizer.vocab_size and model.vocab_size")
-        return found
+            lines.append(f"{few}: {rows} will never be used; smaller are tokenizer.vocab_size and model.vocab_size")
+        return lines
+
+    def _describe_training_side(self, number: int, source: IndexSource) -> str:
+        if source.train is None:
+            return f"{len(source.shards or []):,} files"
+        num_documents = len(self.train[number].starts)  # with the one that is cut, where its tail is held out
+        repeated = f" ({source.repeated:,} of which repeat another)" if source.repeated else ""
+        return f"{source.train.tokens:,} tokens of {num_documents:,} {_plural('document', num_documents)}{repeated}"
+
+    def _describe_skipped(self) -> list[str]:
+        """What is not trained on: one phrase for each kind that there is."""
+        sources = self.index.sources.values()
+        num_copies = sum(source.copies for source in sources)
+        num_empty = sum(source.empty_records for source in sources)
+        num_bad = sum(source.bad_records for source in sources)
+        phrases = []
+        if num_copies:
+            copies = "copies" if num_copies > 1 else "copy"
+            phrases.append(f"{num_copies:,} {copies} of held-out documents left out")
+        if self.index.not_read:
+            phrases.append(f"not read: {format_counts(self.index.not_read)}")
+        if num_empty:
+            phrases.append(f"{num_empty:,} {_plural('empty record', num_empty)} passed over")
+        if num_bad:
+            phrases.append(f"{num_bad:,} {_plural('bad record', num_bad)} skipped")
+        return phrases
 
     @property
     def _num_requested_ids(self) -> int:
         """Ids that a BPE of the run's own was to have; 0 for any other tokenizer."""
-        asked = self.index.get("fingerprint", {}).get("tokenizer", {}).get("bpe") or 0
-        return asked + (self.tokenizer.pad is not None) if asked else 0
+        size = self.index.fingerprint.tokenizer.get("bpe")
+        return size + (self.tokenizer.pad is not None) if isinstance(size, int) else 0
 
-    def _sum_round_trips(self, *sides: str) -> RoundTripCounts:
-        sources = self.index.get("sources", {}).values()
-        return sum_round_trips(about[side] for about in sources for side in sides if side in about)
+    def _count_round_trips(self, *, validation_only: bool) -> RoundTripCounts:
+        sources = self.index.sources.values()
+        return sum_round_trips(
+            side for source in sources for side in ([source.validation] if validation_only else source.sides)
+        )
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"

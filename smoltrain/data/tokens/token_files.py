@@ -1,11 +1,11 @@
-"""Token ids in files: NAME-00000.bin, NAME-00001.bin, ... are one stream, NAME.starts and NAME.hashes its documents.
+"""Token ids in files: NAME-00000.bin, NAME-00001.bin, ... are one stream; NAME.starts and its like tell its documents.
 
-All of them are bare little-endian arrays, mapped into memory and never loaded whole: ids uint16 or uint32, starts and
-hashes uint64. A file in the making is called .partial; its final name means that it is whole and on the disk.
+All of them are bare arrays in native (little-endian) order, mapped into memory and never loaded whole: ids uint16 or
+uint32, all others uint64. A file in the making is called .partial; its final name means that it is whole and on the
+disk.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,54 +14,84 @@ import numpy as np
 import xxhash
 
 from smoltrain import files
-from smoltrain.data.tokenizers.round_trip import round_trip_to_json, sum_round_trips
+from smoltrain.data.documents.records import Document
+from smoltrain.data.documents.shard import Shard
+from smoltrain.data.tokenizers.encode_pieces import TokenPiece
+from smoltrain.data.tokenizers.round_trip import RoundTripCounter, RoundTripCounts, round_trip_to_json
+from smoltrain.data.tokenizers.tokenizer import Tokenizer
+from smoltrain.data.tokens.index import (
+    ADDRESSES,
+    FILE_KINDS,
+    HASHES,
+    IDS,
+    STARTS,
+    IndexFile,
+    IndexRoundTrip,
+    IndexSide,
+    PartSide,
+)
 from smoltrain.errors import Problem, UserError
 
-SIDES = ("train", "validation")
-TOKEN_FILE_SUFFIXES = (".bin", ".starts", ".hashes")
+SHARD_BIT = 40  # of a packed address: from here on the shard's number, below it the record's (from 1)
 
 
 def content_hash(text: str) -> int:
-    """Equal for equal texts, and for other texts other: xxh3 of the UTF-8, in [0, 2^64)."""
+    """xxh3-64 of the UTF-8, in [0, 2^64): equal texts have equal hashes, and collisions are negligible."""
     return xxhash.xxh3_64_intdigest(text.encode())
+
+
+def pack_address(number: int, shard: Shard, document: Document) -> int:
+    """Where a document lies, as a uint64: in which record of shard `number`; record 0 is all of a shard."""
+    record = 0 if document.name == shard.name else document.record + 1
+    return number << SHARD_BIT | record
 
 
 class MappedTokens:
     """N token ids in one stream over one or more arrays, and its D documents.
 
     `starts` (D,) uint64, ascending, are the places at which documents begin, the first of them 0; `hashes` (D,) uint64
-    are the content hashes of these documents.
+    are their content hashes. `addresses` (D,) uint64 are their packed addresses, () where these are not known, as of
+    data that older versions prepared; `shard_names` are the names of the shards by number.
     """
 
-    def __init__(self, parts: Sequence[np.ndarray], starts: np.ndarray, hashes: np.ndarray) -> None:
+    def __init__(
+        self,
+        parts: Sequence[np.ndarray],
+        starts: np.ndarray,
+        hashes: np.ndarray,
+        addresses: np.ndarray | None = None,
+        shard_names: Sequence[str] = (),
+    ) -> None:
         assert parts, "a stream of no part has no dtype"
         assert len(starts) == len(hashes)
         self._parts = [np.asarray(part) for part in parts]  # of a memmap still a view, but four times as fast to index
         self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         self._begins = self._ends - [len(part) for part in parts]
         self.starts, self.hashes = np.asarray(starts), np.asarray(hashes)
+        self.addresses = np.empty(0, np.uint64) if addresses is None else np.asarray(addresses)
+        self.shard_names = shard_names
 
     @classmethod
-    def open(cls, folder: Path, about: dict[str, Any]) -> "MappedTokens":
-        """One side of a source, as its index says: `about` is what `joined` returned.
+    def open(cls, folder: Path, side: IndexSide, shard_names: Sequence[str] = ()) -> "MappedTokens":
+        """One side of a source, as its index says: `side` is what join_token_parts returned.
 
-        Errors: UserError if a file has not the size that it had; what is in it was looked at before (damage.py).
+        Errors: UserError if a file has not the size that it had; what is in it was checked before (check_tokens.py).
         """
-        for name, made in about["files"].items():
+        for name, made in side.files.items():
             path = files.resolve_inside(folder.parent, f"{folder.name}/{name}", str(folder.parent))
             saw = path.stat().st_size if path.is_file() else 0
-            if saw != made["bytes"]:
-                want = f"{made['bytes']:,} bytes"
+            if saw != made.bytes:
+                want = f"{made.bytes:,} bytes"
                 raise UserError(Problem(f"{name} is damaged", f"{saw:,} bytes", want, str(folder)))
-        kinds = {
-            kind: [folder / name for name in about["files"] if name.endswith(kind)] for kind in TOKEN_FILE_SUFFIXES
+        parts = [_map_array(folder / name, side.dtype) for name in side.file_names(IDS)]
+        of_documents = {
+            kind: [_map_array(folder / name, "uint64") for name in side.file_names(kind)]
+            for kind in (STARTS, HASHES, ADDRESSES)
         }
-        parts = [_map_array(path, about["dtype"]) for path in kinds[".bin"]]
-        (starts,), (hashes,) = (
-            [_map_array(path, "uint64") for path in kinds[kind]] for kind in TOKEN_FILE_SUFFIXES[1:]
-        )
-        whole = cls(parts, starts, hashes)
-        return whole._slice(about["first"], about["first"] + about["tokens"])
+        (starts,) = of_documents[STARTS]
+        (hashes,) = of_documents[HASHES]
+        whole = cls(parts, starts, hashes, *of_documents[ADDRESSES], shard_names=shard_names)
+        return whole._slice(side.first, side.first + side.tokens)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -71,7 +101,17 @@ class MappedTokens:
         """uint16 or uint32."""
         return self._parts[0].dtype
 
-    def rows(self, offsets: np.ndarray, length: int) -> np.ndarray:
+    def document_address(self, number: int) -> str:
+        """SHARD, or SHARD:N (from 1) where it has many documents, of document `number`; '' if it is not known."""
+        if number >= len(self.addresses):
+            return ""
+        shard, record = divmod(int(self.addresses[number]), 1 << SHARD_BIT)
+        if shard >= len(self.shard_names):
+            return ""
+        name = self.shard_names[shard]
+        return f"{name}:{record}" if record else name
+
+    def read_rows(self, offsets: np.ndarray, length: int) -> np.ndarray:
         """The ids (n, length) from each of the offsets (n,) on, copied; offset + length is at most N."""
         offsets = np.asarray(offsets, np.int64)
         if not len(offsets):
@@ -104,64 +144,97 @@ class MappedTokens:
         """The stream from token `first` up to, but without, `last`; a document cut in two begins anew at its cut."""
         if (first, last) == (0, len(self)):
             return self
-        begin, end = np.searchsorted(self.starts, [first, last])
-        starts, hashes = self.starts[begin:end] - np.uint64(first), self.hashes[begin:end]
-        if not len(starts) or starts[0]:
-            starts, hashes = np.append(np.uint64(0), starts), np.append(self.hashes[begin - 1], hashes)
-        return MappedTokens(self._views_between(first, last), starts, hashes)
+        begin, end = np.searchsorted(self.starts, np.array([first, last], self.starts.dtype)).tolist()
+        if begin == end or self.starts[begin] != first:
+            begin -= 1  # the document that is cut
+        starts = np.maximum(self.starts[begin:end], np.uint64(first)) - np.uint64(first)
+        return MappedTokens(
+            self._views_between(first, last), starts, self.hashes[begin:end], self.addresses[begin:end],
+            self.shard_names,
+        )  # fmt: skip
 
 
 class TokenWriter:
-    """The tokens and documents of one side of one part, NAME.bin, NAME.starts and NAME.hashes, in the making."""
+    """The tokens and documents of one side of one part, NAME.bin, NAME.starts and so on, in the making."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, tokenizer: Tokenizer | None = None) -> None:
+        """With a tokenizer it also counts how much of the text comes back from the ids."""
         self.num_tokens = self.num_documents = 0
-        self._files = [_PartialFile(folder / f"{name}{kind}") for kind in TOKEN_FILE_SUFFIXES]
+        self._counter = None if tokenizer is None else RoundTripCounter(tokenizer)
+        self._files = {kind: _PartialFile(folder / f"{name}{kind}") for kind in FILE_KINDS}
 
-    def begin(self, hashed: int) -> None:
-        """A document of this content hash begins with the next ids."""
-        _, starts, hashes = self._files
-        starts.write(np.uint64(self.num_tokens))
-        hashes.write(np.uint64(hashed))
+    def begin_document(self, hashed: int, address: int | None = None) -> None:
+        """A document of this content hash begins with the next ids. Either all documents have addresses or none."""
+        self._files[STARTS].write(np.uint64(self.num_tokens))
+        self._files[HASHES].write(np.uint64(hashed))
+        if address is not None:
+            self._files[ADDRESSES].write(np.uint64(address))
         self.num_documents += 1
 
-    def add(self, ids: np.ndarray) -> None:
+    def add_piece(self, piece: TokenPiece[Any]) -> None:
+        """The next ids, and the text that they were made of."""
+        self.add_ids(piece.ids)
+        if self._counter is not None:
+            self._counter.add(piece)
+
+    def add_ids(self, ids: np.ndarray) -> None:
         """The next ids (n,)."""
-        self._files[0].write(ids)
+        self._files[IDS].write(ids)
         self.num_tokens += len(ids)
 
-    def commit(self) -> dict[str, Any]:
-        """Give the files their names, if there is anything in them; returns what an index says of this part."""
-        about = {name: made for file in self._files for name, made in file.commit().items()} if self.num_tokens else {}
+    def commit(self) -> PartSide:
+        """Give their names to the files that hold something."""
+        written = {}
+        for file in self._files.values():
+            if file.size:
+                written |= file.commit()
         self.discard()
-        return {"tokens": self.num_tokens, "documents": self.num_documents, "files": about}
+        side = PartSide(tokens=self.num_tokens, documents=self.num_documents, files=written)
+        if self._counter is not None:
+            side.spelling = _to_index(self._counter.found)
+        return side
 
     def discard(self) -> None:
         """Close and remove whatever is not committed."""
-        for file in self._files:
+        for file in self._files.values():
             file.discard()
 
 
-def join_token_parts(folder: Path, name: str, parts: Iterable[dict[str, Any]], dtype: np.dtype) -> dict[str, Any]:
-    """One stream of several parts, with all documents in NAME.starts and NAME.hashes; returns what an index says of it.
+def join_token_parts(folder: Path, name: str, parts: Iterable[PartSide], dtype: np.dtype) -> IndexSide:
+    """One stream of several parts, with all of its documents in NAME.starts and its like.
 
-    `parts` are what `Writer.commit` returned, in the order of the stream; those without tokens are no part of it.
+    `parts` are what TokenWriter.commit returned, in the order of the stream; those without tokens are no part of it.
     """
-    parts = [part for part in parts if part["tokens"]]
-    starts, hashes = (_PartialFile(folder / f"{name}{kind}") for kind in TOKEN_FILE_SUFFIXES[1:])
-    found, first = {}, 0
+    parts = [part for part in parts if part.tokens]
+    of_documents = {kind: _PartialFile(folder / f"{name}{kind}") for kind in (STARTS, HASHES, ADDRESSES)}
+    written: dict[str, IndexFile] = {}
+    num_tokens = 0
     for part in parts:
-        ids, *documents = part["files"]
-        found[ids] = part["files"][ids]
-        starts.write(np.fromfile(folder / documents[0], np.uint64) + np.uint64(first))
-        hashes.write(np.fromfile(folder / documents[1], np.uint64))
-        first += part["tokens"]
-    found |= starts.commit() | hashes.commit()
-    num_documents = sum(part["documents"] for part in parts)
-    counted = (
-        {"spelling": round_trip_to_json(sum_round_trips(parts))} if all("spelling" in part for part in parts) else {}
-    )
-    return {"tokens": first, "documents": num_documents, "dtype": dtype.name, "first": 0, "files": found} | counted
+        written |= {ids: part.files[ids] for ids in part.file_names(IDS)}
+        for kind, file in of_documents.items():
+            for source in part.file_names(kind):
+                values = np.fromfile(folder / source, np.uint64)
+                file.write(values + np.uint64(num_tokens) if kind == STARTS else values)
+        num_tokens += part.tokens
+    for file in of_documents.values():
+        written |= file.commit() if file.size else {}
+        file.discard()
+    num_documents = sum(part.documents for part in parts)
+    about = {"tokens": num_tokens, "documents": num_documents, "dtype": dtype.name, "first": 0, "files": written}
+    joined = IndexSide.model_validate(about)
+    if all(part.spelling for part in parts):
+        joined.spelling = _to_index(sum_round_trips(parts))
+    return joined
+
+
+def sum_round_trips(sides: Iterable[PartSide]) -> RoundTripCounts:
+    """Those of several sides or parts; one of which they are not known counts as nothing."""
+    known = (side.spelling for side in sides if side.spelling is not None)
+    return sum((RoundTripCounts(**spelling.model_dump()) for spelling in known), RoundTripCounts())
+
+
+def _to_index(counts: RoundTripCounts) -> IndexRoundTrip:
+    return IndexRoundTrip(**round_trip_to_json(counts))
 
 
 class _PartialFile:
@@ -169,39 +242,27 @@ class _PartialFile:
 
     def __init__(self, final: Path) -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
-        partial_path(final).unlink(missing_ok=True)  # it may be a link: what it leads to is not ours
-        self._final, self._file, self._sha256 = final, partial_path(final).open("xb"), hashlib.sha256()
+        self._final = final
+        self._partial = final.with_name(f"{final.name}.partial")
+        self._partial.unlink(missing_ok=True)  # it may be a link: what it leads to is not ours
+        self._file = self._partial.open("xb")
+        self._sha256 = hashlib.sha256()
+        self.size = 0
 
     def write(self, array: np.ndarray | np.generic) -> None:
         raw = array.tobytes()
         self._file.write(raw)
         self._sha256.update(raw)
+        self.size += len(raw)
 
-    def commit(self) -> dict[str, Any]:
-        size = self._file.tell()
+    def commit(self) -> dict[str, IndexFile]:
         self._file.close()
-        commit_partial(self._final)
-        return {self._final.name: {"bytes": size, "sha256": self._sha256.hexdigest()}}
+        files.commit_file(self._partial, self._final)
+        return {self._final.name: IndexFile(bytes=self.size, sha256=self._sha256.hexdigest())}
 
     def discard(self) -> None:
         self._file.close()
-        partial_path(self._final).unlink(missing_ok=True)
-
-
-def partial_path(final: Path) -> Path:
-    """What a file is called while it is in the making."""
-    return final.with_name(f"{final.name}.partial")
-
-
-def write_partial_json(path: Path, value: Any) -> None:
-    """Replace a whole file so that a reader, or a crash, sees either the old or the new one."""
-    partial_path(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    commit_partial(path)
-
-
-def commit_partial(final: Path) -> None:
-    """Give a partial file its final name; see files.commit."""
-    files.commit_file(partial_path(final), final)
+        self._partial.unlink(missing_ok=True)
 
 
 def _map_array(path: Path, dtype: str) -> np.ndarray:

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ from smoltrain.data.documents.retry import ReaderHealth
 from smoltrain.data.documents.shard import Shard
 from smoltrain.data.order import evenly_spaced_rows
 from smoltrain.data.progress import report_progress
-from smoltrain.data.tokenizers.round_trip import RoundTripCounter, round_trip_to_json
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.data.tokens.packing import encode_documents
+from smoltrain.data.tokens.index import IndexSource
+from smoltrain.data.tokens.packing import encode_documents, token_dtype
 from smoltrain.data.tokens.token_files import TokenWriter, content_hash, join_token_parts
-from smoltrain.data.tokens.tokenise import no_documents_error, token_dtype
+from smoltrain.data.tokens.tokenise import held_out_rule, no_documents_error
 from smoltrain.errors import Problem, UserError
 from smoltrain.redact import redact_url
 
@@ -39,9 +39,7 @@ class HeldOutReader:
     num_train: int = 0  # documents to train on
     num_held_out: int = 0
     num_empty: int = 0
-
-    def __post_init__(self) -> None:
-        self.bad: list[BadRecordEntry] = []
+    bad: list[BadRecordEntry] = field(default_factory=list)
 
     @property
     def num_records(self) -> int:
@@ -49,7 +47,9 @@ class HeldOutReader:
         return self.num_train + self.num_held_out + self.num_empty + len(self.bad)
 
     def documents(self, shards: tuple[Shard, ...]) -> Generator[Document]:
-        """One document of each of AT_ONCE shards in turn. Evenly spaced shards come first, then the others in order."""
+        """One document of each of OPEN_SHARDS shards in turn. Evenly spaced shards come first, then the others in
+        order.
+        """
         first = evenly_spaced_rows(OPEN_SHARDS, len(shards))
         waiting = deque([*first, *(set(range(len(shards))) - set(first))])
         readers: deque[Iterator[Document | BadRecord]] = deque()
@@ -58,16 +58,18 @@ class HeldOutReader:
                 shard = shards[waiting.popleft()]
                 readers.append(retry.read_records_with_retry(shard, self.source, data=self.data, health=self.health))
             reader = readers.popleft()
-            item = next(reader, None)
-            if item is not None:
+            record = next(reader, None)
+            if record is not None:
                 readers.append(reader)
-            if isinstance(item, BadRecord) and item.empty:
-                self.num_empty += 1
-            elif isinstance(item, BadRecord):
-                count, name = len(self.bad) + 1, self.source.name
-                self.bad.append(log_bad_record(self.folder, name, item, count, self.num_records + 1, self.data))
-            elif item is not None:
-                yield item
+            match record:
+                case BadRecord(empty=True):
+                    self.num_empty += 1
+                case BadRecord():
+                    count, num_records = len(self.bad) + 1, self.num_records + 1
+                    name = self.source.name
+                    self.bad.append(log_bad_record(self.folder, name, record, count, num_records, self.data))
+                case Document():
+                    yield record
 
 
 def tokenise_held_out(
@@ -79,83 +81,87 @@ def tokenise_held_out(
     *,
     num_tokens: int,
     num_streams: int,
-) -> tuple[dict[str, Any], list[BadRecordEntry]]:
+) -> tuple[IndexSource, list[BadRecordEntry]]:
     """Held-out documents of one source until they make `num_tokens`, or the source ends, into FOLDER/NAME/.
 
-    Returns what the index says of the source. Errors: UserError for bad data, for a source that has no document to
-    hold out, and for one with fewer documents to train on than streams.
+    Errors: UserError for bad data, for a source that has no document to hold out, and for one with fewer documents to
+    train on than streams.
     """
-    own = has_own_validation(source)
-    share = 0.0 if own else data.validation_share
-    reading = HeldOutReader(source, data, folder, ReaderHealth())
-    writer, speller = TokenWriter(folder / source.name, "validation-00000"), RoundTripCounter(tokenizer)
+    has_own = has_own_validation(source)
+    share = 0.0 if has_own else data.validation_share
+    reader = HeldOutReader(source, data, folder, ReaderHealth())
+    writer = TokenWriter(folder / source.name, "validation-00000", tokenizer)
 
     def write(document: Document) -> None:
-        reading.num_held_out += 1
+        reader.num_held_out += 1
         if writer.num_tokens < num_tokens:
-            writer.begin(content_hash(document.text))
+            writer.begin_document(content_hash(document.text))
             for piece in encode_documents([(None, document.text)], tokenizer, token_dtype(tokenizer)):
-                writer.add(piece.ids)
-                speller.add(piece)
+                writer.add_piece(piece)
 
-    def state() -> tuple[str, float]:
+    def describe_progress() -> tuple[str, float]:
         words = f"{writer.num_tokens:,} of {num_tokens:,} validation tokens of {source.name}"
-        return f"{words} after {reading.num_train:,} documents", min(1.0, writer.num_tokens / num_tokens)
+        return f"{words} after {reader.num_train:,} documents", min(1.0, writer.num_tokens / num_tokens)
 
     try:
-        with report_progress(state, reading.health):
-            with closing(reading.documents(listing.held_out)) as documents:
+        with report_progress(describe_progress, reader.health):
+            with closing(reader.documents(listing.held_out)) as documents:
                 for document in documents:
                     write(document)
                     if writer.num_tokens >= num_tokens:
                         break
-            with closing(reading.documents(listing.shards)) as documents:
+            # The training side is read too: until each stream has a document, and for what is held out of it.
+            with closing(reader.documents(listing.shards)) as documents:
                 for document in documents:
                     if is_held_out(document.name, share):
                         write(document)
                     else:
-                        reading.num_train += 1
-                    if reading.num_train >= num_streams and (own or writer.num_tokens >= num_tokens):
+                        reader.num_train += 1
+                    if reader.num_train >= num_streams and (has_own or writer.num_tokens >= num_tokens):
                         break
-        check_bad_record_share(folder, source.name, reading.bad, reading.num_records, data)
-        _check_document_counts(reading, own=own, num_streams=num_streams)
-        made = writer.commit() | {"spelling": round_trip_to_json(speller.found)}
+        check_bad_record_share(folder, source.name, reader.bad, reader.num_records, data)
+        _check_document_counts(reader, has_own=has_own, num_streams=num_streams)
+        part = writer.commit()
     finally:
         writer.discard()
-    option = "validation_split" if source.validation_split else "validation_path"
-    about = {
-        "bad_records": len(reading.bad),
-        "empty_records": reading.num_empty,
-        "held_out": option if own else "documents",
-        "validation": join_token_parts(folder / source.name, "validation", [made], token_dtype(tokenizer)),
-        "shards": shards_to_json(listing.shards),
-    }
-    return about, reading.bad
+    made = IndexSource(
+        bad_records=len(reader.bad),
+        empty_records=reader.num_empty,
+        held_out=held_out_rule(source),
+        validation=join_token_parts(folder / source.name, "validation", [part], token_dtype(tokenizer)),
+        shards=shards_to_json(listing.shards),
+    )
+    return made, reader.bad
 
 
-def shards_to_json(shards: tuple[Shard, ...]) -> list[list[Any]]:
+def shards_to_json(shards: tuple[Shard, ...]) -> list[Any]:
     """As the index holds them, without the secrets of their URLs."""
-    return [list(astuple(replace(shard, url=redact_url(shard.url)))) for shard in shards]
+    return [astuple(replace(shard, url=redact_url(shard.url))) for shard in shards]
 
 
-def shards_from_json(rows: list[list[Any]], source: MixedSource) -> tuple[Shard, ...]:
+def shards_from_json(rows: list[Any], source: MixedSource) -> tuple[Shard, ...]:
     """The inverse, with the secrets that the source's own URL brings."""
-    own = {redact_url(url): url for url in (source.path, source.validation_path) if url}
-    found = (Shard(*row) for row in rows)
-    return tuple(replace(shard, url=own.get(shard.url, shard.url)) for shard in found)
+    own_urls = {redact_url(url): url for url in (source.path, source.validation_path) if url}
+    shards = (Shard(*row) for row in rows)
+    return tuple(replace(shard, url=own_urls.get(shard.url, shard.url)) for shard in shards)
 
 
-def _check_document_counts(reading: HeldOutReader, *, own: bool, num_streams: int) -> None:
-    name, data = reading.source.name, reading.data
-    if reading.num_train + reading.num_held_out == 0:
+def _check_document_counts(reader: HeldOutReader, *, has_own: bool, num_streams: int) -> None:
+    name, data = reader.source.name, reader.data
+    if reader.num_train + reader.num_held_out == 0:
         raise no_documents_error(name, "document", data)
-    if reading.num_train < num_streams:
-        what, want = f"the source {name!r} has fewer documents than streams", f"at least {num_streams}, one per stream"
-        saw = f"{reading.num_train} to train on"
-        raise UserError(Problem(what, saw, want, f"data.streams, or data.mode=cached, or the source {name!r}"))
-    if reading.num_held_out == 0:
-        if own:
-            raise no_documents_error(name, "document to validate on", data)
+    if reader.num_train < num_streams:
+        raise UserError(
+            Problem(
+                what=f"the source {name!r} has fewer documents than streams",
+                saw=f"{reader.num_train} to train on",
+                want=f"at least {num_streams}, one per stream",
+                change=f"data.streams, or data.mode=cached, or the source {name!r}",
+            )
+        )
+    if reader.num_held_out == 0 and has_own:
+        raise no_documents_error(name, "document to validate on", data)
+    if reader.num_held_out == 0:
         what = f"no document of the source {name!r} is held out"
         change = f"data.validation_share = {data.validation_share}"
-        raise UserError(Problem(what, f"none of {reading.num_train:,}", "at least one", change))
+        raise UserError(Problem(what, f"none of {reader.num_train:,}", "at least one", change))

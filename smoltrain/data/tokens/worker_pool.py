@@ -8,35 +8,34 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from smoltrain.config.schema import DataSection
 from smoltrain.data.documents.retry import ReaderHealth
 from smoltrain.data.progress import report_progress
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
+from smoltrain.data.tokens.token_parts import PartCount, TokeniseJob, TokenPart
 from smoltrain.distributed.cpu_cores import num_cores
 from smoltrain.errors import TrainingStopped
 
-if TYPE_CHECKING:
-    from smoltrain.config.schema import DataSection
-    from smoltrain.data.tokens.tokenise import TokeniseJob, TokenPart
-
 SPAWN = multiprocessing.get_context("spawn")  # a fork would inherit locks of threads that it does not have
+_job: TokeniseJob | None = None  # of a worker
 
 
-def tokenise_in_processes(work: "TokeniseJob", todo: list[int], num_processes: int, tokenizer_folder: Path) -> None:
-    """Make these parts of `work`, whose tokenizer was saved in a folder; its counts are kept up to date meanwhile.
+def tokenise_in_processes(job: TokeniseJob, todo: list[int], num_processes: int, tokenizer_folder: Path) -> None:
+    """Make these parts of a job, whose tokenizer was saved in a folder; its counts are kept up to date meanwhile.
 
-    Errors: those of `Work.tokenise`; TrainingStopped if a process is killed. All of them have ended then.
+    Errors: those of `TokeniseJob.tokenise_part`; TrainingStopped if a process is killed. All of them have ended then.
     """
-    counts = SPAWN.RawArray("q", work.counts.ravel().tolist())
-    work.counts = _view_counts(counts)
+    shared = SPAWN.RawArray("q", job.counts.ravel().tolist())
+    job.counts = _view_counts(shared)
     alive, ours = SPAWN.Pipe(duplex=False)  # nothing is ever sent; it breaks when we close it, or die
-    tokenizer = tokenizer_folder, work.tokenizer.separator, work.tokenizer.pad
+    tokenizer = (tokenizer_folder, job.tokenizer.separator, job.tokenizer.pad)
     num_threads = max(1, num_cores() // num_processes)
-    initial = (work.data, work.parts, counts, tokenizer, num_threads, alive)
-    executor = ProcessPoolExecutor(num_processes, SPAWN, _init_worker, initial)
+    arguments = (job.data, job.parts, shared, tokenizer, num_threads, alive)
+    executor = ProcessPoolExecutor(num_processes, SPAWN, _init_worker, arguments)
     try:
         for future in as_completed([executor.submit(_tokenise_part, number) for number in todo]):
             future.result()
@@ -51,27 +50,25 @@ def tokenise_in_processes(work: "TokeniseJob", todo: list[int], num_processes: i
 
 
 def _init_worker(
-    data: "DataSection",
-    parts: "list[TokenPart]",
-    counts: Any,
+    data: DataSection,
+    parts: list[TokenPart],
+    shared: Any,
     tokenizer: tuple[Path, str, str | None],
     num_threads: int,
     alive: Connection,
 ) -> None:
     """In each process, before its first part."""
-    global _work  # noqa: PLW0603 (an initializer can hand over its work in no other way)
-    from smoltrain.data.tokens.tokenise import TokeniseJob
-
+    global _job  # noqa: PLW0603 (an initializer can hand over its work in no other way)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the one that started us ends us
     os.environ.setdefault("RAYON_NUM_THREADS", str(num_threads))
     threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
-    _work = TokeniseJob(data, Tokenizer.from_folder(*tokenizer), parts, _view_counts(counts), ReaderHealth())
+    _job = TokeniseJob(data, Tokenizer.from_folder(*tokenizer), parts, _view_counts(shared), ReaderHealth())
 
 
 def _tokenise_part(number: int) -> None:
-    assert _work is not None
-    with report_progress(None, _work.health):
-        _work.tokenise(number)
+    assert _job is not None
+    with report_progress(None, _job.health):
+        _job.tokenise_part(number)
 
 
 def _exit_with_parent(alive: Connection) -> None:
@@ -80,8 +77,5 @@ def _exit_with_parent(alive: Connection) -> None:
     os._exit(1)
 
 
-def _view_counts(counts: Any) -> np.ndarray:
-    return np.frombuffer(counts, np.int64).reshape(-1, 6)
-
-
-_work: "TokeniseJob | None" = None
+def _view_counts(shared: Any) -> np.ndarray:
+    return np.frombuffer(shared, np.int64).reshape(-1, len(PartCount))

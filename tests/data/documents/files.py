@@ -27,7 +27,7 @@ def names(path: Path | str, **more: str) -> list[str]:
 def problem(source: SourceSection, **more: bool | str) -> str:
     """The one line that the user gets to see."""
     with pytest.raises(UserError) as caught:
-        list_shards(source, **more)  # pyright: ignore[reportArgumentType]
+        list_shards(source, **more)
     (only,) = caught.value.problems
     assert "\n" not in str(only)
     assert not {"", "None"} & {only.what, only.saw, only.want, only.change}

@@ -37,7 +37,7 @@ def test_bad_records_are_counted_logged_and_skipped(root: Path, capsys: pytest.C
     config = make(root, data__max_bad_records=4)
     prepared = prepare_run_data(config)
     assert prepared.train[0].all().tolist() == good.train[0].all().tolist()
-    assert prepared.index["sources"]["data"]["bad_records"] == 4
+    assert prepared.index.sources["data"].bad_records == 4
     assert prepared.describe().endswith("; 4 bad records skipped")
     log = [json.loads(line) for line in (config.run_folder / "data" / "bad-records.jsonl").read_text().splitlines()]
     assert [Path(bad["place"].rpartition(":")[0] or bad["place"]).name for bad in log] == [
@@ -68,7 +68,7 @@ def test_bad_records_of_a_stream(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with (root / "source" / "00.jsonl").open("r+") as file:
         file.write("{]")
     prepared = prepare_run_data(config(root))
-    assert prepared.index["sources"]["data"]["bad_records"] == 1
+    assert prepared.index.sources["data"].bad_records == 1
     assert "data: 1 bad record of data skipped: " in capsys.readouterr().out
     assert "more than 0 records of 'data' are bad" in problem(config(root, run__name="b", data__max_bad_records=0))
 
@@ -96,7 +96,7 @@ def test_one_in_a_hundred_may_be_bad_wherever_they_stand(root: Path, first: str,
     monkeypatch.setattr(bad_records, "MIN_ALLOWED_BAD", 10)
     records = [(15, "bad"), (1485, "good")]
     jsonl(root, *(records if first == "bad" else reversed(records)))
-    assert prepare_run_data(given(root)).index["sources"]["data"]["bad_records"] == 15
+    assert prepare_run_data(given(root)).index.sources["data"].bad_records == 15
     strict = given(root, run__name="b", data__max_bad_share=0.0099)
     assert problem(strict).startswith("15 of 1,500 records of 'data' are bad; the last one: the line is not JSON")
     assert problem(given(root, run__name="c", data__max_bad_records=14)).startswith("more than 14 records of 'data'")
@@ -116,7 +116,7 @@ def test_what_is_refused_goes_on_with_a_higher_limit(root: Path, monkeypatch: py
     jsonl(root, (300, "good"), (120, "bad"))
     assert "data.max_bad_records or data.max_bad_share" in problem(given(root))
     monkeypatch.setattr("smoltrain.data.documents.retry.read_records_with_retry", None)  # all parts are whole
-    assert prepare_run_data(given(root, data__max_bad_share=0.5)).index["sources"]["data"]["bad_records"] == 120
+    assert prepare_run_data(given(root, data__max_bad_share=0.5)).index.sources["data"].bad_records == 120
 
 
 def test_nothing_but_bad_ones_are_not_read_to_the_end(root: Path, monkeypatch: pytest.MonkeyPatch):
@@ -134,8 +134,8 @@ def test_empty_records_are_counted_apart(root: Path, mode: str, capsys: pytest.C
     made = given(root, data__mode=mode, **changes)
     whole = made.model_copy(update={"evaluate": made.evaluate.model_copy(update={"every": 1, "rows": 10**5})})
     prepared = prepare_run_data(whole)
-    about = prepared.index["sources"]["data"]
-    assert (about["bad_records"], about["empty_records"]) == (2, 300)
+    about = prepared.index.sources["data"]
+    assert (about.bad_records, about.empty_records) == (2, 300)
     assert prepared.describe().endswith("; 300 empty records passed over; 2 bad records skipped")
     log = (made.run_folder / "data" / "bad-records.jsonl").read_text().splitlines()
     assert len(log) == 2
@@ -151,7 +151,7 @@ def test_a_restart_counts_empty_records_as_before(root: Path, monkeypatch: pytes
     with pytest.raises(ZeroDivisionError):
         prepare_run_data(given(root))
     monkeypatch.undo()
-    assert prepare_run_data(given(root)).index["sources"]["data"]["empty_records"] == 7
+    assert prepare_run_data(given(root)).index.sources["data"].empty_records == 7
 
 
 def test_a_single_text_is_one_document(root: Path):

@@ -58,7 +58,7 @@ def test_a_file_that_one_source_holds_out_is_not_trained_on_by_another(root: Pat
         },
     ]
     prepared = prepared_of(root, mode, data__path=None, data__sources=parts, data__validation_share=0.4)
-    files = prepared.index["fingerprint"]["sources"]
+    files: Any = prepared.index.fingerprint.sources
     assert sorted(files["a"]["files"]) == [f"{i:02}.txt" for i in range(5, 12)]
     assert sorted(files["b"]["validation_files"]) == [f"{i:02}.txt" for i in range(5)]
 

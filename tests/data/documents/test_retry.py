@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from smoltrain.config.schema import DataSection
-from smoltrain.data.documents import decompress, file_systems, retry
+from smoltrain.data.documents import decompress, file_systems, reader_health, retry
+from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.documents.readers import read_records
 from smoltrain.data.documents.records import Document, Record
-from smoltrain.data.documents.retry import ReaderHealth, read_records_with_retry
+from smoltrain.data.documents.retry import read_records_with_retry
 from smoltrain.data.documents.shard import FileVersion, Shard
 from smoltrain.errors import UserError
 from tests.data.documents.files import list_shards
@@ -169,7 +170,7 @@ def test_a_server_that_stays_silent_is_noticed_shown_and_given_up(files: dict[st
 def test_a_question_that_its_own_client_keeps_asking_shows_too(
     files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(retry, "SILENCE_S", 0.05)
+    monkeypatch.setattr(reader_health, "SILENCE_S", 0.05)
     monkeypatch.setattr(file_systems, "HTTP_STALL_S", 30.0)
     with FaultyServer(files) as server, ThreadPoolExecutor(1) as pool:
         data, health = section(server.url("a.txt")), ReaderHealth()
@@ -307,16 +308,6 @@ def test_a_mistake_of_the_program_is_not_tried_again(files: dict[str, bytes], mo
         monkeypatch.setattr(retry, "open_shard", mistake)
         with pytest.raises(TypeError, match="a mistake"):
             list(told(data, shard))
-
-
-def test_the_same_fault_is_news_only_now_and_then(monkeypatch: pytest.MonkeyPatch):
-    health = ReaderHealth()
-    for what in ("HTTP 503", "HTTP 503", "reset"):
-        health.report_failure(what, retry._PendingWait("a", what, 0.0), what)
-    assert health.take_notes() == ["HTTP 503", "reset"]
-    monkeypatch.setattr(retry, "NOTE_EVERY_S", 0.0)
-    health.report_failure("x", retry._PendingWait("a", "reset", 0.0), "again")
-    assert health.take_notes() == ["again"]
 
 
 # ---- local files

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ from smoltrain.data.rows.loader import Loader
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.rows.row_contents import RowContents
 from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.data.tokens.token_files import content_hash
 from tests import tiny
+from tests.data.tokens.test_index import as_format_2
+from tests.data.tokens.test_prepare import config, on_hub, twelve
 from tests.data.worlds import TOKENIZER, T, World, cached, section, streamed, write
 
 V = 6  # streams
@@ -77,19 +81,6 @@ def test_the_names_do_not_depend_on_the_world_or_on_a_restart(tmp_path: Path) ->
     assert {row.source for row, _ in undisturbed.values()} == {"s0", "s1"}
 
 
-def test_a_loader_that_has_begun_can_go_back(tmp_path: Path) -> None:
-    folders = {"s0": write(tmp_path / "c", SHARDS)}
-    world = World(streamed(folders, V), 2, section(folders))
-    world.steps(3)
-    state, ledger = world.state(), world.ledger
-    first = world.steps(5)
-    world.load(state)
-    assert world.ledger == ledger
-    again = world.steps(5)
-    world.close()
-    assert (first == again).all()
-
-
 def test_rows_of_tokens_that_lie_ready_name_documents_by_number() -> None:
     """Tokens are their own places there, and every sixth begins a document."""
     world = World(cached(40, 30), 2)
@@ -114,9 +105,9 @@ def an_epoch(loader: Loader) -> list[RowContents]:
     return rows
 
 
-def test_a_document_of_files_is_found_again(tmp_path: Path) -> None:
+def test_a_document_of_files_has_an_address(tmp_path: Path) -> None:
     loader = loader_of(tiny.load(tmp_path))
-    found = loader.add_addresses(an_epoch(loader))
+    found = an_epoch(loader)
     named = {passage.address for row in found for passage in row.passages}
     assert named == {path.name for path in (tmp_path / "corpus").iterdir() if not is_held_out(path.name, 0.2)}
     for row in found:
@@ -127,13 +118,13 @@ def test_a_document_of_files_is_found_again(tmp_path: Path) -> None:
     assert str(found[0]) == f"row 0 of 'data' ({found[0].passages[0].address} {found[0].passages[0].text!r})"
 
 
-def test_so_is_one_of_many_in_a_file_with_bad_and_held_out_ones_between(tmp_path: Path) -> None:
+def test_so_has_one_of_many_in_a_file_with_bad_and_held_out_ones_between(tmp_path: Path) -> None:
     texts = [f"document {n}: " + "to be or not to be " * (n % 5) for n in range(200)]
     lines = [json.dumps({"text": text}) for text in texts]
     lines[3], lines[50], lines[51] = "{", "", json.dumps({"text": None})
     (tmp_path / "lines.jsonl").write_text("\n".join(lines))
     loader = loader_of(tiny.load(tmp_path, f"data.path={tmp_path / 'lines.jsonl'}"))
-    found = loader.add_addresses(an_epoch(loader))
+    found = an_epoch(loader)
     for row in found:
         for number, passage in enumerate(row.passages):
             name, _, line = passage.address.partition(":")
@@ -148,20 +139,40 @@ def test_where_the_held_out_side_is_the_tail_no_document_is_left_out(tmp_path: P
     name = next(f"{i}.txt" for i in range(99) if is_held_out(f"{i}.txt", 0.2))  # by its name it would be held out
     (tmp_path / name).write_text("once more unto the breach, dear friends, " * 60)
     loader = loader_of(tiny.load(tmp_path, f"data.path={tmp_path / name}"))
-    assert loader.prepared.index["sources"]["data"]["held_out"] == "tail"
-    assert {p.address for row in loader.add_addresses(an_epoch(loader)) for p in row.passages} == {name}
+    assert loader.prepared.index.sources["data"].held_out == "tail"
+    assert {p.address for row in an_epoch(loader) for p in row.passages} == {name}
 
 
-@pytest.mark.parametrize("how", ["changed", "gone", "none left"])
-def test_what_is_no_longer_as_it_was_keeps_its_number_alone(tmp_path: Path, how: str) -> None:
-    loader = loader_of(tiny.load(tmp_path))
-    rows = an_epoch(loader)
-    names = sorted(path.name for path in (tmp_path / "corpus").iterdir() if not is_held_out(path.name, 0.2))
-    lost = names[2:] if how != "none left" else names
-    for name in lost:
-        path = tmp_path / "corpus" / name
+@pytest.mark.parametrize("how", ["changed", "gone"])
+def test_the_address_is_that_of_the_first_start(tmp_path: Path, how: str) -> None:
+    settings = tiny.load(tmp_path)
+    before = an_epoch(loader_of(settings))
+    for path in (tmp_path / "corpus").iterdir():
         path.write_text(path.read_text().swapcase()) if how == "changed" else path.unlink()
-    found = {p.number or 0: p for row in loader.add_addresses(rows) for p in row.passages}
-    addresses = [found[number].address for number in sorted(found)]
-    assert addresses == ["" if name in lost else name for name in names]
-    assert str(found[5]).startswith("training document 5 '")
+    assert an_epoch(open_loader(settings, 0, 1, rows_per_step=4, accumulation=2)) == before
+
+
+def test_data_of_the_format_before_name_documents_by_number_alone(tmp_path: Path) -> None:
+    settings = tiny.load(tmp_path)
+    rows = an_epoch(loader_of(settings))
+    as_format_2(settings)
+    before = an_epoch(loader_of(settings))
+    assert [replace_addresses(row) for row in rows] == before
+    numbers = {passage.number for row in before for passage in row.passages}
+    assert len(numbers) > 5
+    shown = next(row for row in before if row.passages[0].number == 5)
+    assert f"(training document 5 {shown.passages[0].text!r}" in str(shown)
+
+
+def replace_addresses(row: RowContents) -> RowContents:
+    return replace(row, passages=tuple(replace(passage, address="") for passage in row.passages))
+
+
+def test_documents_of_the_hub_have_addresses_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = twelve(tmp_path)
+    on_hub(root, monkeypatch)
+    (train,) = prepare_run_data(config(root, "cached", data__path=None, data__hub="me/texts")).train
+    for number, hashed in enumerate(train.hashes.tolist()):
+        name, _, line = train.document_address(number).partition(":")
+        text = json.loads((root / "source" / name).read_text().splitlines()[int(line) - 1])["text"]
+        assert content_hash(text) == hashed

@@ -118,9 +118,6 @@ def test_streams_share_the_documents_out(make: Make, num_shards: int, num_docume
     ranks.steps(30)
     assert loader.unique_documents == num_all == max(seen)
     assert loader.repeat_factor > 1
-    for other in ranks.ranks[1:]:
-        loader.sketch.merge(other.sketch)
-    assert abs(loader.sketch.estimate() - num_all) <= 2
     ranks.close()
 
 
@@ -132,7 +129,7 @@ def test_no_token_is_lost_between_blocks_rows_and_epochs(make: Make):
     tokens = {}
     for _ in range(60):
         wanted, *_ = loader._next
-        rows = loader._supply.rows(wanted)
+        rows = loader._row_source.rows(wanted)
         for row, ids in zip(rows.row_ids.tolist(), rows.ids.tolist(), strict=True):
             tokens[row] = ids[:T]
         ranks.step()
@@ -187,10 +184,10 @@ def test_a_source_that_the_mix_leaves_out_is_not_read(make: Make):
     prepared, data = make((12, 5), (2, 40))
     ranks = World(prepared, 1, data, weights={"s0": 1.0, "s1": 1.0})
     ranks.steps(3, {"s0": 1.0})
-    supply: Any = ranks.ranks[0]._supply
-    assert {source for source, _ in supply._streams} == {0}
+    row_source: Any = ranks.ranks[0]._row_source
+    assert {source for source, _ in row_source._streams} == {0}
     ranks.steps(3)
-    assert {source for source, _ in supply._streams} == {0, 1}
+    assert {source for source, _ in row_source._streams} == {0, 1}
     ranks.close()
 
 

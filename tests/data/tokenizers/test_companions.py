@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smoltrain.cli import generate
+from smoltrain.cli import generate_command
 from smoltrain.config.load import read_run_config
 from smoltrain.data.tokenizers.companions import read_companions, unsupported_generation_settings
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
@@ -180,7 +180,7 @@ def test_what_its_authors_suppress_is_not_drawn(tmp_path: Path, believed: None):
 
 def test_what_our_own_sampling_does_not_do_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     folders.chat(tmp_path / "chat")
-    generate(str(tmp_path / "chat"), max_tokens=1)
+    generate_command(str(tmp_path / "chat"), max_tokens=1)
     line = "generation_config.json asks for more than is done here: repetition_penalty=1.1, min_p=0.05\n"
     assert capsys.readouterr().err == line
     assert (
@@ -195,7 +195,9 @@ def test_weights_of_a_run_bring_what_it_had(tmp_path: Path):
     second = continued(tmp_path, first, "run.name=second", f"tokenizer.name={first / 'tokenizer'}")
     assert load_trained_model(str(second)).stop_ids == [ids[folders.SEPARATOR], ids["<|turn|>"]]
     assert load_trained_model(str(second)).inherited_generation["repetition_penalty"] == 1.1
-    assert load_trained_model(str(second)).tokenizer.companions.about["chat_template"] == folders.CHAT_TEMPLATE
+    assert (
+        load_trained_model(str(second)).tokenizer.companions.tokenizer_config["chat_template"] == folders.CHAT_TEMPLATE
+    )
 
 
 def test_other_weights_bring_nothing(tmp_path: Path):
@@ -231,8 +233,10 @@ def test_roles_of_the_older_map_and_the_newer_list(tmp_path: Path):
     )
     beside = read_companions(tmp_path / "chat")
     assert (beside.token_for_role("bos_token"), beside.token_for_role("pad_token")) == ("<|begin|>", "<|turn|>")
-    assert beside.about["additional_special_tokens"] == ["<|user|>", "<|tool|>"], "as transformers 4 reads it"
-    assert beside.special == {"<|begin|>", folders.SEPARATOR, "<|turn|>", "<|user|>", "<|tool|>"}
+    assert beside.tokenizer_config["additional_special_tokens"] == ["<|user|>", "<|tool|>"], (
+        "as transformers 4 reads it"
+    )
+    assert beside.special_tokens == {"<|begin|>", folders.SEPARATOR, "<|turn|>", "<|user|>", "<|tool|>"}
 
 
 def test_a_token_with_a_role_is_special_whatever_tokenizer_json_says(tmp_path: Path):

@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from pydantic import ValidationError
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from smoltrain.config.schema import Config
 from smoltrain.data.tokenizers import round_trip
 from smoltrain.data.tokenizers.round_trip import RoundTripCounter, RoundTripCounts
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
+from smoltrain.data.tokens.index import DataIndex, IndexFingerprint, IndexSource
 from smoltrain.data.tokens.packing import encode_documents
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.data.tokens.prepared import PreparedData
@@ -108,21 +110,28 @@ def test_the_tokenizer_line_and_a_warning_say_what_is_lost(kind: str, root: Path
     assert "WARNING" not in capsys.readouterr().out, "once"
 
 
+def prepared_with(spelling: dict[str, int] | None) -> PreparedData:
+    """One source, of which so much is known of how its texts come back."""
+    side: dict[str, Any] = {"tokens": 1, "documents": 1, "files": {}, "dtype": "uint16", "first": 0}
+    side |= {} if spelling is None else {"spelling": spelling}
+    source = IndexSource.model_validate({"bad_records": 0, "held_out": "documents", "train": side, "validation": side})
+    fingerprint = IndexFingerprint(sources={}, tokenizer={}, separator="", pad=None)
+    index = DataIndex.model_construct(sources={"a": source}, fingerprint=fingerprint)
+    return PreparedData(LOSSLESS, "x", "cached", "", np.dtype(np.uint16), (), (), (), 1, index)
+
+
 def test_the_share_from_which_on_there_is_a_warning():
-    line = "x" * 996
     for lost, warns in ((1, True), (0, False)):
         counted = round_trip.round_trip_to_json(RoundTripCounts(sampled=1000, lost=lost))
-        index: dict[str, Any] = {"sources": {"a": {"train": {"spelling": counted}}}}
-        prepared = PreparedData(LOSSLESS, line, "cached", "", np.dtype(np.uint16), (), (), (), 1, index)
-        assert bool(prepared.warnings(400)) is warns
-    index["sources"]["a"]["train"]["spelling"] = round_trip.round_trip_to_json(RoundTripCounts(sampled=10**6, lost=1))
-    assert "; less than 0.01% of the bytes of a sample of the text is lost" in prepared.describe_tokenizer()
+        assert bool(prepared_with(counted).warnings(400)) is warns
+    rare = round_trip.round_trip_to_json(RoundTripCounts(sampled=10**6, lost=1))
+    assert "; less than 0.01% of the bytes of a sample of the text is lost" in prepared_with(rare).describe_tokenizer()
     for damaged in ("x", [], {"lost": 1}, counted | {"lost": "1"}, counted | {"lost": None}):
-        index["sources"]["a"]["train"]["spelling"] = damaged
-        assert prepared.describe_tokenizer().endswith(" = 0"), "as if it had never been counted"
-    index["sources"]["a"]["train"] = {}
-    assert prepared.describe_tokenizer().endswith(" = 0"), "prepared before this was counted"
-    assert prepared.bytes_per_id().tolist() == LOSSLESS.bytes_per_id().tolist()
+        with pytest.raises(ValidationError):
+            prepared_with(damaged)  # pyright: ignore[reportArgumentType]
+    before = prepared_with(None)
+    assert before.describe_tokenizer().endswith(" = 0"), "prepared before this was counted"
+    assert before.bytes_per_id().tolist() == LOSSLESS.bytes_per_id().tolist()
 
 
 def test_what_does_not_come_back():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from smoltrain.config.schema import Config
+from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens import check_tokens
 from smoltrain.data.tokens import tokenise as tokenise_module
 from smoltrain.data.tokens.index import data_index_file
@@ -147,3 +148,21 @@ def test_a_pipe_in_the_place_of_a_file_is_no_file(root: Path, mode: str):
     index.unlink()
     os.mkfifo(index)
     assert "the index of the data is damaged: saw no regular file" in problem(settings)
+
+
+@pytest.mark.parametrize(
+    ("file", "shown"),
+    [
+        ("data/index.json", "the index of the data is damaged"),
+        ("tokenizer/tokenizer.json", "the run's tokenizer has changed"),
+    ],
+)
+def test_damage_is_found(root: Path, file: str, shown: str):
+    settings = config(root, "cached")
+    prepare_run_data(settings)
+    path = settings.run_folder / file
+    if path.name == "tokenizer.json":
+        Tokenizer.train_bpe(["other"], 260, "<|endoftext|>").save(path.parent)
+    else:
+        path.write_bytes(path.read_bytes()[:-2])
+    assert shown in problem(settings)

@@ -13,7 +13,7 @@ from smoltrain.config.schema import Config
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.data.tokens import tokenise
+from smoltrain.data.tokens import token_parts, tokenise
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.data.tokens.prepared import PreparedData
 from smoltrain.data.tokens.token_files import content_hash
@@ -65,7 +65,10 @@ def test_copies_under_other_names_are_left_out_and_counted(root: Path, capsys: A
     assert set(validation) == held
     assert sorted(train) == sorted(one for one in 2 * texts if one not in held)
     copies = 40 - len(train) - len(validation)
-    assert prepared.index["sources"]["web"]["copies"] == copies > 0
+    assert prepared.index.sources["web"].copies == copies > 0
+    num_repeated = len(train) - len(set(train))
+    assert prepared.index.sources["web"].repeated == num_repeated > 0
+    assert f" of {len(train)} documents ({num_repeated} of which repeat another); " in prepared.describe()
     assert f"data: {copies} documents of web are not trained on: the text is held out" in capsys.readouterr().out
     assert f"; {copies} copies of held-out documents left out" in prepared.describe()
     assert_apart(prepared)
@@ -89,13 +92,13 @@ def test_the_bytes_do_not_depend_on_the_parts(root: Path, part_bytes: int, monke
     write_texts(root / "web", texts)
     monkeypatch.setattr(tokenise, "num_cores", lambda: 1)
     whole = prepare_run_data(config(root, "web"))
-    monkeypatch.setattr(tokenise, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(token_parts, "PART_BYTES", part_bytes)
     parts = prepare_run_data(config(root, "web", run__name="parts"))
     assert parts.train[0].all().tolist() == whole.train[0].all().tolist()
     assert parts.train[0].starts.tolist() == whole.train[0].starts.tolist()
     assert parts.train[0].hashes.tolist() == [content_hash(one) for one in split(parts, parts.train[0])]
     assert not list(root.rglob("*.partial"))
-    named = {name for side in ("train", "validation") for name in parts.index["sources"]["web"][side]["files"]}
+    named = {name for side in parts.index.sources["web"].sides for name in side.files}
     assert {Path(name).name for name in contents(root / "runs" / "parts") if "/web/" in name} == named
 
 
@@ -145,8 +148,8 @@ def test_a_copy_of_a_single_text_is_not_trained_on(root: Path):
     write_texts(root / "a", [book])
     write_texts(root / "b", [book, *(text(i) for i in range(9))])
     prepared = prepare_run_data(config(root, "a", "b"))
-    assert [prepared.index["sources"][name]["held_out"] for name in "ab"] == ["tail", "documents"]
-    assert [prepared.index["sources"][name]["copies"] for name in "ab"] == [0, 1]
+    assert [prepared.index.sources[name].held_out for name in "ab"] == ["tail", "documents"]
+    assert [prepared.index.sources[name].copies for name in "ab"] == [0, 1]
     assert book not in split(prepared, prepared.train[1])
     assert_apart(prepared)
     write_texts(root / "c", [book])
@@ -174,7 +177,7 @@ def test_documents_are_found_again_among_left_out_ones(root: Path, single: bool)
     found = set()
     for _ in range(12):
         taken = loader.fetch_step_rows()
-        for row in loader.add_addresses(loader.describe_rows()):
+        for row in loader.describe_rows():
             for passage in row.passages:
                 assert passage.number is not None
                 one = (root / "web" / passage.address).read_text()
@@ -212,8 +215,8 @@ def test_a_streamed_run_does_not_train_on_copies_of_what_it_validates_on(root: P
     begun: set[int] = set()
     for _ in range(120):
         taken = loader.fetch_step_rows()
-        assert loader._begun is not None
-        begun |= {int(hashed) for hashed in loader._begun}
+        addresses = {passage.address for row in loader.describe_rows() for passage in row.passages}
+        begun |= {content_hash((root / "web" / address).read_text()) for address in addresses}
         loader.mark_consumed(loader.unpack_totals(taken.counts))
     loader.close()
     assert len(begun) > 10

@@ -12,9 +12,9 @@ import pytest
 
 from smoltrain.config.schema import Config
 from smoltrain.data.tokens import tokenise
-from smoltrain.data.tokens.fingerprints import describe_fingerprint_changes
 from smoltrain.data.tokens.index import INDEX_DIGEST_KEY, data_index_file, read_data_index, write_data_index
 from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.data.tokens.token_parts import TokenPart, load_whole_part
 from smoltrain.errors import UserError
 from tests.data.tokens.test_prepare import config, twelve
 from tests.data.tokens.test_tokenise import contents, problem
@@ -47,6 +47,21 @@ def changed(tree: dict[str, Any], place: tuple[Any, ...], value: Any) -> dict[st
     else:
         node[place[-1]] = value
     return tree
+
+
+def as_format_2(settings: Config) -> None:
+    """Make a run's prepared data what the version before would have left."""
+    file = data_index_file(settings.run_folder)
+    tree = json.loads(file.read_text())
+    for name, source in tree["sources"].items():
+        source.pop("repeated", None)
+        source.pop("shard_names", None)
+        for side in ("train", "validation"):
+            side_files = source.get(side, {"files": {}})["files"]
+            for file_name in [file_name for file_name in side_files if file_name.endswith(".addresses")]:
+                del side_files[file_name]
+                (file.parent / name / file_name).unlink(missing_ok=True)
+    write_data_index(file, tree | {"format": 2})
 
 
 def told_of(settings: Config) -> str:
@@ -178,27 +193,29 @@ def test_a_cache_that_says_it_is_of_other_data_is_refused(root: Path):
 
 def test_every_mutation_of_a_parts_record_makes_the_part_anew(root: Path, monkeypatch: pytest.MonkeyPatch):
     """A preparation that was killed has left its parts behind; one of their records is damaged."""
-    monkeypatch.setattr(tokenise, "remove_unlisted_files", lambda *_: None)
+    monkeypatch.setattr(tokenise, "remove_other_files", lambda *_: None)
     settings = config(root, "cached")
     prepare_run_data(settings)
     folder = settings.run_folder / "data"
     record = folder / "data" / "part-00000.json"
     whole = json.loads(record.read_text())
     raw = {path.name: path.read_bytes() for path in (folder / "data").iterdir()}
-    part = tokenise.TokenPart(settings.data.parts[0], 0, (), 0, None, folder / "data", whole["made_of"])
-    assert tokenise._load_whole_part(part, 2) == whole
+    part = TokenPart(settings.data.parts[0], 0, (), 0, 0, None, folder / "data", whole["made_of"])
+    loaded = load_whole_part(part, 2)
+    assert loaded is not None
+    assert loaded.to_json() == whole
     for place in places(whole):
         for value in VALUES:
             tree = changed(whole, place, value)
             if tree != whole:
                 record.write_text(json.dumps(tree))
-                assert tokenise._load_whole_part(part, 2) is None, (place, value)
+                assert load_whole_part(part, 2) is None, (place, value)
     for text in ("", "[" * 10**5, "null", '"x"', "[]"):
         record.write_text(text)
-        assert tokenise._load_whole_part(part, 2) is None
+        assert load_whole_part(part, 2) is None
     record.unlink()
     os.mkfifo(record)
-    assert tokenise._load_whole_part(part, 2) is None
+    assert load_whole_part(part, 2) is None
     record.unlink()
     data_index_file(settings.run_folder).unlink()
     (folder / "data" / "train-00000.bin").write_bytes(raw["train-00000.bin"][:-2])
@@ -206,6 +223,33 @@ def test_every_mutation_of_a_parts_record_makes_the_part_anew(root: Path, monkey
     assert (folder / "data" / "train-00000.bin").read_bytes() == raw["train-00000.bin"]
 
 
-def test_a_fingerprint_of_the_wrong_kind_can_be_shown():
-    for value in (None, "x", {"bytes": "x", "sha256": 5}, {"bytes": None}, {"bytes": 5, "version": []}, [[]]):
-        describe_fingerprint_changes({"sources/data/files/a": (value, {"bytes": 5, "sha256": "0" * 64})})
+@pytest.mark.parametrize("mode", ["cached", "stream"])
+def test_data_of_the_format_before_are_read_and_repaired(root: Path, mode: str, capsys: pytest.CaptureFixture[str]):
+    settings = config(root, mode)
+    prepare_run_data(settings)
+    as_format_2(settings)
+    before = contents(settings.run_folder)
+    assert not any(name.endswith(".addresses") for name in before)
+    capsys.readouterr()
+    prepared = prepare_run_data(settings)
+    assert prepared.index.format == 2
+    assert capsys.readouterr().out == ""
+    for path in settings.run_folder.rglob("validation.starts"):
+        path.write_bytes(b"\1" + path.read_bytes()[1:])
+    prepare_run_data(settings)
+    assert "validation.starts is damaged" in capsys.readouterr().out
+    assert contents(settings.run_folder) == before
+
+
+def test_addresses_that_lead_nowhere_are_not_known(root: Path):
+    """An index whose list of shards is shorter than its files say: the rows are read, their documents have numbers."""
+    settings = config(root, "cached")
+    prepare_run_data(settings)
+    file = data_index_file(settings.run_folder)
+    tree = json.loads(file.read_text())
+    assert tree["sources"]["data"]["shard_names"] == [f"{i:02}.jsonl" for i in range(12)]
+    tree["sources"]["data"]["shard_names"] = ["00.jsonl"]
+    write_data_index(file, tree)
+    (tokens,) = prepare_run_data(settings).train
+    addresses = [tokens.document_address(number) for number in range(len(tokens.starts))]
+    assert {address.partition(":")[0] for address in addresses} == {"00.jsonl", ""}

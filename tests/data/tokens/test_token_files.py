@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smoltrain.data.tokens.token_files import MappedTokens, TokenWriter, content_hash, join_token_parts
+from smoltrain.data.documents.records import Document
+from smoltrain.data.documents.shard import Shard
+from smoltrain.data.tokens.token_files import MappedTokens, TokenWriter, content_hash, join_token_parts, pack_address
 from smoltrain.errors import UserError
 
 DOCUMENTS = st.lists(st.integers(1, 9), max_size=6)  # their lengths, in one part
@@ -27,10 +29,10 @@ def test_rows_are_those_of_the_joined_stream(sizes: list[int], length: int, draw
     found, ids = whole(sizes)
     assert len(found) == len(ids)
     if length > len(ids):
-        assert found.rows(np.array([], np.int64), length).shape == (0, length)
+        assert found.read_rows(np.array([], np.int64), length).shape == (0, length)
         return
     offsets = draw.draw(st.lists(st.integers(0, len(ids) - length), max_size=9))
-    rows = found.rows(np.array(offsets, np.int64), length)
+    rows = found.read_rows(np.array(offsets, np.int64), length)
     assert rows.dtype == np.uint16
     assert rows.tolist() == [ids[i : i + length].tolist() for i in offsets]
 
@@ -41,7 +43,7 @@ def test_no_row_beyond_the_ends(sizes: list[int], offsets: list[int]):
     """Windows are made without a look at the bounds, so a row past them would be anybody's memory."""
     found, _ = whole(sizes)
     with pytest.raises(AssertionError):
-        found.rows(np.array(offsets), 3)
+        found.read_rows(np.array(offsets), 3)
 
 
 @settings(max_examples=50)
@@ -57,27 +59,30 @@ def test_what_is_written_comes_back(
         writer = TokenWriter(folder, f"train-{number:05}")
         for size in sizes:
             starts.append(len(ids))
-            writer.begin(2**64 - len(starts))
+            writer.begin_document(2**64 - len(starts), len(starts) << 40 | len(starts) % 2)
             cut = next(cuts)
             new = [len(ids) + i for i in range(size)]
-            writer.add(np.array(new[:cut], dtype))
-            writer.add(np.array(new[cut:], dtype))
+            writer.add_ids(np.array(new[:cut], dtype))
+            writer.add_ids(np.array(new[cut:], dtype))
             ids += new
         made.append(writer.commit())
     about = join_token_parts(folder, "train", made, np.dtype(dtype))
     assert not list(folder.glob("*.partial"))
-    found = MappedTokens.open(folder, about)
+    names = [f"{number}.jsonl" for number in range(len(starts) + 1)]
+    found = MappedTokens.open(folder, about, names)
+    addresses = [f"{i}.jsonl:1" if i % 2 else f"{i}.jsonl" for i in range(1, len(starts) + 1)]
+    assert [found.document_address(number) for number in range(len(starts))] == addresses
     assert found.dtype == dtype
     assert found.all().tolist() == ids
     assert found.starts.tolist() == starts
     assert found.hashes.tolist() == [2**64 - i for i in range(1, len(starts) + 1)]
-    assert (about["tokens"], about["documents"]) == (len(ids), len(starts))
+    assert (about.tokens, about.documents) == (len(ids), len(starts))
 
     # a tail of it begins a document of its own, which is the one that was cut
     cut = data.draw(st.integers(1, len(ids)))
     if cut < len(ids):
-        head = MappedTokens.open(folder, about | {"tokens": cut})
-        tail = MappedTokens.open(folder, about | {"first": cut, "tokens": len(ids) - cut})
+        head = MappedTokens.open(folder, about.model_copy(update={"tokens": cut}))
+        tail = MappedTokens.open(folder, about.model_copy(update={"first": cut, "tokens": len(ids) - cut}))
         assert head.all().tolist() + tail.all().tolist() == ids
         assert head.starts.tolist() == [start for start in starts if start < cut]
         assert tail.starts.tolist() == sorted({0, *(start - cut for start in starts if start >= cut)})
@@ -86,14 +91,16 @@ def test_what_is_written_comes_back(
         assert len(tail.hashes) == len(tail.starts)
         last = sum(start <= cut for start in starts) - 1
         assert tail.hashes[0] == found.hashes[last]
+        assert tail.addresses.tolist() == found.addresses[last:].tolist()
+        assert head.addresses.tolist() == found.addresses[: len(head.starts)].tolist()
 
 
 def test_a_file_of_another_size_is_refused(tmp_path: Path):
     writer = TokenWriter(tmp_path, "train-00000")
-    writer.begin(1)
-    writer.add(np.arange(9, dtype=np.uint16))
+    writer.begin_document(1)
+    writer.add_ids(np.arange(9, dtype=np.uint16))
     about = join_token_parts(tmp_path, "train", [writer.commit()], np.dtype(np.uint16))
-    for name in about["files"]:
+    for name in about.files:
         raw = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(raw[:-1])
         with pytest.raises(UserError, match=f"{name} is damaged: saw {len(raw) - 1} bytes, want {len(raw)} bytes"):
@@ -102,6 +109,20 @@ def test_a_file_of_another_size_is_refused(tmp_path: Path):
     (tmp_path / "train-00000.bin").unlink()
     with pytest.raises(UserError, match="saw 0 bytes"):
         MappedTokens.open(tmp_path, about)
+
+
+def test_an_address_is_a_record_or_all_of_a_shard():
+    jsonl, text = Shard("a/b.jsonl", "", 1, ""), Shard("c:7.txt", "", 1, "")
+    addresses = [
+        pack_address(0, jsonl, Document("a/b.jsonl:1", 0, "")),
+        pack_address(2**24 - 1, jsonl, Document(f"a/b.jsonl:{2**40 - 1}", 2**40 - 2, "")),
+        pack_address(1, text, Document("c:7.txt", 0, "")),
+    ]
+    names = ["a/b.jsonl", "c:7.txt"] + ["x"] * (2**24 - 2)
+    numbers = np.arange(3, dtype=np.uint64)
+    tokens = MappedTokens([np.zeros(9, np.uint16)], numbers, numbers, np.array(addresses, np.uint64), names)
+    assert [tokens.document_address(i) for i in range(3)] == ["a/b.jsonl:1", f"x:{2**40 - 1}", "c:7.txt"]
+    assert tokens.document_address(3) == ""
 
 
 def test_equal_texts_have_equal_hashes_and_others_do_not():
@@ -118,8 +139,8 @@ def test_rows_are_gathered_fast(tmp_path: Path, num_parts: int):
     made, rng = [], np.random.default_rng(0)
     for number in range(num_parts):
         writer = TokenWriter(tmp_path, f"train-{number:05}")
-        writer.begin(number)
-        writer.add(rng.integers(0, 2**16, size, dtype=np.uint16))
+        writer.begin_document(number)
+        writer.add_ids(rng.integers(0, 2**16, size, dtype=np.uint16))
         made.append(writer.commit())
     found = MappedTokens.open(tmp_path, join_token_parts(tmp_path, "train", made, np.dtype(np.uint16)))
     offsets = rng.integers(0, len(found) - length, (200, batch))
@@ -127,7 +148,7 @@ def test_rows_are_gathered_fast(tmp_path: Path, num_parts: int):
     for _ in range(5):  # the machine has other things to do
         began = time.perf_counter()
         for some in offsets:
-            found.rows(some, length)
+            found.read_rows(some, length)
         best = max(best, offsets.size * length / (time.perf_counter() - began))
     print(f"{best / 1e6:.0f} M tokens/s")
     assert best > 300e6

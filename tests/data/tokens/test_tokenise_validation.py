@@ -106,8 +106,8 @@ def test_fewer_documents_than_streams(root: Path):
 def test_held_out_files_are_the_whole_validation_side(root: Path, mode: str):
     write(root / "held", 2, "exam", num=4)
     prepared = prepare_run_data(config(root, mode, data__validation_path=str(root / "held")))
-    about = prepared.index["sources"]["data"]
-    assert about["held_out"] == "validation_path"
+    about = prepared.index.sources["data"]
+    assert about.held_out == "validation_path"
     assert prepared.describe().endswith("held out by validation_path")
     exams = texts(root / "held", held=True, share=1)
     found = split(prepared, prepared.validation[0])
@@ -116,7 +116,7 @@ def test_held_out_files_are_the_whole_validation_side(root: Path, mode: str):
         assert found == exams
         everything = texts(root / "source", held=False, share=0)
         assert split(prepared, prepared.train[0]) == everything
-    assert "validation_share" not in prepared.index["fingerprint"]["sources"]["data"]
+    assert "validation_share" not in prepared.index.fingerprint.sources["data"]
     other = config(root, mode, data__validation_path=str(root / "held"), data__validation_share=0.1)
     assert prepare_run_data(other).index == prepared.index
     (root / "held" / "01.jsonl").unlink()

@@ -1,0 +1,90 @@
+"""Every number of the estimate that no formula gives, in one place: its unit, and where it comes from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+MIB, GIB = 2**20, 2**30
+GB, TERA = 1e9, 1e12  # as in data sheets
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """What one rank has."""
+
+    name: str
+    kind: Literal["cuda", "cpu"]
+    memory: float  # bytes
+    half_flops: float  # operations per second of a matmul in bf16 or fp16, sums in fp32
+    fp32_flops: float  # the same in torch's default of fp32, which is no TF32
+    bandwidth: float  # bytes per second of its memory
+    link: float  # bytes per second to the other ranks of the node, each direction
+
+    def peak_flops(self, precision: str) -> float:
+        """Operations per second of a matmul in this precision, at the peak."""
+        return self.fp32_flops if precision == "fp32" else self.half_flops
+
+
+# The vendor's data sheets (NVIDIA H200, H100 SXM, A100 SXM, L4; GeForce RTX 4090): dense, without sparsity.
+GPUS = {
+    device.name: device
+    for device in (
+        DeviceSpec("h200", "cuda", 141 * GB, 989 * TERA, 67 * TERA, 4800 * GB, 450 * GB),
+        DeviceSpec("h100", "cuda", 80 * GB, 989 * TERA, 67 * TERA, 3350 * GB, 450 * GB),
+        DeviceSpec("a100-80", "cuda", 80 * GB, 312 * TERA, 19.5 * TERA, 2039 * GB, 300 * GB),
+        DeviceSpec("a100-40", "cuda", 40 * GB, 312 * TERA, 19.5 * TERA, 1555 * GB, 300 * GB),
+        DeviceSpec("l4", "cuda", 24 * GB, 121 * TERA, 30.3 * TERA, 300 * GB, 32 * GB),
+        DeviceSpec("4090", "cuda", 24 * GB, 165 * TERA, 82.6 * TERA, 1008 * GB, 32 * GB),
+    )
+}
+
+
+@dataclass(frozen=True)
+class EfficiencyRates:
+    """Which share of its peaks a device reaches; and what a step or a block costs at least."""
+
+    matmul: float  # of the matmul peak
+    attention: Mapping[str, float]  # of the matmul peak, by kernel
+    bandwidth: float  # of the memory's
+    link: float  # of the link's
+    activation_passes: float  # how often what a block keeps is read or written, forward and backward
+    launch_s: float  # of one block forward and backward, seconds that the host needs to start its kernels
+    eager_launch_s: float  # the same of a block that is not compiled
+    step_s: float  # reductions of counts, the optimizer's own work on the host, logs
+    correction: float = 1.0  # of all seconds, from --measure
+
+    def corrected(self, estimated_s: float, measured_s: float) -> "EfficiencyRates":
+        """The rates by which the estimate would have been what was measured."""
+        return replace(self, correction=self.correction * measured_s / estimated_s)
+
+
+EFFICIENCY = {
+    # Published runs of small models (llm.c, llm-foundry: 41 and 45 % MFU), not our own.
+    "cuda": EfficiencyRates(
+        matmul=0.62, attention={"flash-attn": 0.45, "sdpa": 0.45, "math": 0.05}, bandwidth=0.8, link=0.6,
+        activation_passes=5.0, launch_s=0.8e-3, eager_launch_s=0.8e-3, step_s=5e-3,
+    ),
+    # Eight shapes of 2 to 30 blocks on two cores (docs/performance.md).
+    "cpu": EfficiencyRates(
+        matmul=0.92, attention={"blocked": 0.24, "sdpa": 0.11, "math": 0.08}, bandwidth=0.9, link=0.4,
+        activation_passes=4.5, launch_s=1e-3, eager_launch_s=6e-3, step_s=20e-3,
+    ),
+}  # fmt: skip
+
+SUM_BYTES = 4  # of each parameter's sum of gradients: fp32
+DEFAULT_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of zero_optimization.reduce_bucket_size
+
+# The rest of the memory. CUDA: measured with an empty model; the share is a guess.
+CUDA_BASE_BYTES = 1000 * MIB  # context, NCCL and cuBLAS, which torch.cuda.max_memory_allocated does not see
+CUDA_FRAGMENTATION = 0.03  # share of all that is allocated: blocks that do not fit where another was freed
+# CPU: resident sets, fitted to nine of fourteen real runs (docs/estimate.md).
+CPU_BASE_BYTES = 503 * MIB  # Python, torch, DeepSpeed and the data of a model that weighs nothing
+CPU_COMPILER_BYTES = 66 * MIB  # what inductor loads to compile
+CPU_FRAGMENTATION = 0.05  # share of the tensors that come and go, which malloc keeps between them
+CPU_STARTING_BYTES = 6  # bytes a parameter of the fp32 model that DeepSpeed converts; freed, and used again later
+CPU_BUCKET_FRAGMENTATION = 12  # bytes an element of DeepSpeed's bucket, which malloc puts on new pages each time
+CPU_GATHERED_FRAGMENTATION = 6  # bytes a parameter: likewise the weights that ZeRO-3 gathers
+
+# Tokens of a micro-batch beyond which none was faster: measured on CPUs (docs/performance.md), on GPUs a guess.
+BUSY_TOKENS = {"cpu": 2048, "cuda": 32768}
+SPARE_SHARE = 0.05  # of a device's memory, left free for what the estimate does not know

@@ -1,0 +1,78 @@
+"""The optimizer: what decays, what a reset leaves, how a gradient is clipped, and its sizes."""
+
+import math
+
+import pytest
+import torch
+
+from smoltrain.config.schema import OptimizerSection
+from smoltrain.engine.optimizer import (
+    OPTIMIZERS,
+    build_optimizer,
+    checkpoint_bytes,
+    clipping_factor,
+    is_elementwise_state,
+    reset_optimizer_state,
+    set_hyperparameters,
+)
+
+
+def model_of() -> torch.nn.Module:
+    torch.manual_seed(0)
+    frozen = torch.nn.Linear(3, 3, bias=False)
+    frozen.weight.requires_grad_(False)
+    return torch.nn.ModuleList([torch.nn.Linear(4, 3), torch.nn.LayerNorm(3), torch.nn.Embedding(5, 4), frozen])
+
+
+def test_the_schema_knows_each_optimizer_and_no_other() -> None:
+    assert set(OptimizerSection.model_fields["name"].annotation.__args__) == set(OPTIMIZERS)  # pyright: ignore
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    optimizer = build_optimizer(model_of(), OptimizerSection(), torch.device("cpu"))
+    set_hyperparameters(optimizer.param_groups, lr=0.5, weight_decay=0.1)
+    matrices, vectors = optimizer.param_groups
+    assert sorted(tuple(p.shape) for p in matrices["params"]) == [(3, 4), (5, 4)]
+    assert [tuple(p.shape) for p in vectors["params"]] == [(3,)] * 3
+    assert (matrices["lr"], matrices["weight_decay"]) == (0.5, 0.1)
+    assert (vectors["lr"], vectors["weight_decay"]) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_it_says_of_its_state_is_so(name: str) -> None:
+    """Names and sizes after a step; and after a reset the next step is that of a new optimizer."""
+    model, kind = model_of(), OPTIMIZERS[name]
+    optimizer = build_optimizer(model, OptimizerSection(name=name), torch.device("cpu"))  # pyright: ignore
+    set_hyperparameters(optimizer.param_groups, lr=0.1, weight_decay=0.0)
+    gradients = {p: torch.randn_like(p) for p in model.parameters() if p.requires_grad}
+
+    def step() -> dict[torch.Tensor, torch.Tensor]:
+        before = {p: p.detach().clone() for p in gradients}
+        for p, gradient in gradients.items():
+            p.grad = gradient.clone()
+        optimizer.step()
+        return {p: p.detach() - before[p] for p in gradients}
+
+    first = step()
+    for p, state in optimizer.state.items():
+        assert {name for name, value in state.items() if is_elementwise_state(value)} == set(kind.state_names)
+        assert sum(x.nbytes for x in state.values() if is_elementwise_state(x)) == kind.state_bytes * p.numel()
+    gradients = {p: -3 * gradient for p, gradient in gradients.items()}
+    step()
+    reset_optimizer_state(optimizer)
+    gradients = {p: gradient / -3 for p, gradient in gradients.items()}
+    for p, moved in step().items():
+        torch.testing.assert_close(moved, first[p], rtol=1e-4, atol=1e-6)
+
+
+def test_the_norm_is_cut_down_to_the_largest_and_never_up() -> None:
+    assert clipping_factor(4.0, 1.0) == pytest.approx(0.25, rel=1e-6)
+    assert clipping_factor(0.5, 1.0) == 1.0
+    assert clipping_factor(0.0, 1.0) == 1.0
+    assert clipping_factor(math.inf, 1.0) == 0.0
+    assert clipping_factor(9.0, 0.0) == 1.0, "0 never clips"
+
+
+def test_a_checkpoint_holds_weights_twice_and_masters_and_state_once() -> None:
+    assert checkpoint_bytes(OPTIMIZERS["adamw"], 1000, 2) == 1000 * (2 * 2 + 4 + 2 * 4)
+    assert OPTIMIZERS["adamw"].traffic_bytes == 28

@@ -1,0 +1,113 @@
+"""Engines for tests: of the tiny run's model and its rows, and of an odd little model whose rows are made here."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from smoltrain.config.schema import Config
+from smoltrain.data.rows.loader import Batch, Loader
+from smoltrain.data.rows.open_loader import open_loader
+from tests import tiny
+from tests.models import from_config
+from tests.ranks import world
+
+ROWS, T, V = 12, 6, 13  # of the odd model: rows per step, tokens per row, vocabulary
+
+
+# ---- the tiny run's
+
+
+def loader_of(settings: Config, rank: int, size: int, accumulation: int = 2) -> Loader:
+    rows = settings.batch.micro_batch_rows * accumulation * size
+    return open_loader(settings, rank, size, rows_per_step=rows, accumulation=accumulation)
+
+
+def fresh_model(settings: Config) -> Any:
+    torch.manual_seed(settings.run.seed)
+    return from_config(settings)
+
+
+# ---- the odd one
+
+
+class Odd(torch.nn.Module):
+    """Tied weights, two parameter groups, sizes that no number of ranks divides: 135 elements decay, 12 do not.
+
+    Without biases: once ZeRO-3 has run in a process, DeepSpeed's own F.linear stays there and rounds them otherwise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(V, 5)
+        self.norm = torch.nn.LayerNorm(5, bias=False)
+        self.up = torch.nn.Linear(5, 7, bias=False)
+        self.norm_up = torch.nn.LayerNorm(7, bias=False)
+        self.down = torch.nn.Linear(7, 5, bias=False)
+        self.head = torch.nn.Linear(5, V, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids_BT: torch.Tensor, labels_BT: torch.Tensor, positions_BT: None) -> torch.Tensor:
+        x = self.embed(ids_BT)
+        x = x + self.down(torch.tanh(self.norm_up(self.up(self.norm(x)))))
+        logits = self.head(x).float().flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, labels_BT.flatten(), reduction="sum")
+
+
+def settings_of(folder: Path, stage: int | str, precision: str, by: str = "auto") -> Config:
+    """`by`: who reduces, engine.reduce_gradients; auto is `step` wherever that can be."""
+    name = f"zero{stage}" if isinstance(stage, int) else stage
+    words = (f"engine.ds_config={name}", f"engine.precision={precision}", f"engine.reduce_gradients={by}")
+    return tiny.load(folder, *words, "batch.micro_batch=1", "track.gradients_every=0")
+
+
+def engine_of(settings: Config, seed: int) -> Any:
+    from smoltrain.engine.engine import build_engine
+
+    torch.manual_seed(seed)
+    accumulation = ROWS // world().size
+    return build_engine(Odd(), settings, world(), precision=settings.engine.precision, accumulation=accumulation)
+
+
+def train(wrapped: Any, first: int, last: int) -> list[float]:
+    """The mean losses of steps first..last, each of the same rows on any number of ranks."""
+    here, losses = world(), []
+    for step in range(first, last + 1):
+        ids = torch.randint(V, (ROWS, T + 1), generator=torch.Generator().manual_seed(step))
+        total = 0.0
+        for row in ids[here.rank :: here.size]:
+            loss = wrapped.forward(Batch(row[None, :-1], row[None, 1:]))
+            total += float(loss.detach())
+            wrapped.backward(loss * (here.size / (ROWS * T)))
+        assert wrapped.update(lr=1e-2, weight_decay=0.1)
+        losses.append(here.sum_floats(total)[0] / (ROWS * T))
+    return losses
+
+
+def whole_state(wrapped: Any) -> dict[str, list[Any]]:
+    """Master weight, both moments, compute weight of every parameter, gathered; and the step counts."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    optimizer, keys = wrapped._deepspeed.optimizer, ("exp_avg", "exp_avg_sq")
+    if wrapped.stage in (1, 2):
+        optimizer._hp_optimizer_states_linked = False  # DeepSpeed finds the moments by name after a step only
+        optimizer._lazy_init_hp_params_optimizer_state()
+    found: dict[str, list[Any]] = {}
+    for name, p in wrapped.module.named_parameters():
+        whole: list[Any]
+        if wrapped.stage == 0:
+            whole = [p, *(optimizer.state[p][key] for key in keys)]
+        else:
+            whole = [safe_get_full_fp32_param(p), *(safe_get_full_optimizer_state(p, key) for key in keys)]
+        found[name] = [x.detach().tolist() for x in whole]
+    for name, weights in wrapped.weights(keep=True).items():
+        found[name].append(weights.tolist())
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return found | {"step": sorted({float(state["step"]) for state in inner.state.values()})}
+
+
+def write_files(wrapped: Any, folder: Path) -> None:
+    """What a checkpoint would hold of the engine, without the rest of it."""
+    for name, state in wrapped.training_state(folder).items():
+        torch.save(state, folder / name)
+    world().barrier()
