@@ -46,7 +46,7 @@ from smoltrain.estimate.measure import RUN_NAME, measurement_overrides
 from smoltrain.estimate.speed import flops_per_token
 from smoltrain.estimate.training_setup import model_shape
 from smoltrain.kernels.precision import choose_precision
-from smoltrain.run.run_folder import check_run_folder
+from smoltrain.run.run_folder import make_run_record
 
 ROOT = Path(__file__).parent.parent
 OURS = "smoltrain"
@@ -235,7 +235,7 @@ def _prepare_task(config: Config, asked: Config, scratch: Path, ranks: int, step
     config = config.model_copy(update={"phases": (phase, phase.model_copy(update=rest))})
     device = choose_device(config.engine.device)
     precision, _ = choose_precision(config.engine.precision, device)
-    rows_per_step = check_run_folder(config, ranks, 0)["rows_per_step"]
+    rows_per_step = make_run_record(config, ranks, 0).provenance["rows_per_step"]
     T = config.batch.sequence_length
     write_random_rows(scratch / "data", config.model.vocab_size, (steps + 2) * rows_per_step * (T + 1), T)
     (scratch / "bench.yaml").write_text(config_to_yaml(config), encoding="utf-8")

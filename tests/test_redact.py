@@ -11,7 +11,7 @@ from smoltrain.config.load import config_to_yaml, load_config, read_run_config
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import Problem, TrainingStopped, UserError, format_value
 from smoltrain.redact import REDACTED, is_redacted, redact_text, redact_tree, redact_url
-from smoltrain.run.run_folder import check_run_folder
+from smoltrain.run.run_folder import make_run_record
 from tests import tiny
 from tests.data.documents.files import list_shards
 from tests.data.tokens import test_prepare
@@ -131,7 +131,7 @@ def test_no_file_of_the_data_holds_the_secret_and_a_new_signature_is_no_change(
     anew = test_prepare.config(tmp_path, mode, data__path=url_of(served, date="2031", secret="another"), **changes)
     again = prepare_run_data(anew)
     assert again.index.fingerprint == first.index.fingerprint
-    assert check_run_folder(anew, 1, 0)["starts"][-1]["changes"] == []
+    assert make_run_record(anew, 1, 0).provenance["starts"][-1]["changes"] == []
     if mode == "stream":
         ((shard,),) = again.shards
         assert shard.url == url_of(served, date="2031", secret="another"), "it can be opened"
@@ -176,7 +176,7 @@ def test_held_out_files_and_mixed_sources_too(tmp_path: Path, served: FaultyServ
     assert leaks(tmp_path) == []
     anew = json.loads(json.dumps(parts).replace("X-Amz-Date=2026", "X-Amz-Date=2031"))
     assert anew != parts
-    assert check_run_folder(test_prepare.config(tmp_path, "stream", data__path=None, data__sources=anew), 1, 0)
+    assert make_run_record(test_prepare.config(tmp_path, "stream", data__path=None, data__sources=anew), 1, 0)
     own = yaml.safe_load((settings.run_folder / "config.yaml").read_text())
     with pytest.raises(UserError, match=r"change data\.sources\.a\.path on the command line"):
         list_shards(read_run_config(settings.run_folder / "config.yaml").data.parts[0], key="data.sources.a")

@@ -81,13 +81,6 @@ def make_run_record(
     return RunRecord(provenance, _describe_changes(config.run_folder / CONFIG_FILE, past))
 
 
-def check_run_folder(
-    config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None
-) -> dict[str, Any]:
-    """The provenance alone. Errors: those of `make_run_record`."""
-    return make_run_record(config, world_size, done, ancestor, manifest).provenance
-
-
 def write_run_folder(config: Config, world_size: int, record: RunRecord) -> RunFolder:
     """Create or re-enter the folder: config.yaml then holds this start's config and provenance. Checks nothing again.
 
@@ -136,7 +129,7 @@ def _build_provenance(config: Config, world_size: int, done: int, past: PastRun 
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "from_step": done,
         "ranks": world_size,
-        "git_commit": _git_commit(),
+        "git_commit": find_git_commit(Path(__file__).parent),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
     if past and past.differences is not None:
@@ -181,16 +174,21 @@ def accumulation_steps(config: Config, rows_per_step: int, world_size: int) -> i
     raise UserError(Problem(what, saw, want, "batch.micro_batch, or the number of ranks"))
 
 
-def _git_commit() -> str:
-    """The commit of smoltrain's own checkout, with '+' if it has local changes; 'unknown' outside of git."""
+def find_git_commit(folder: Path) -> str:
+    """The commit of the checkout that these sources are part of, with '+' if it has local changes; else 'unknown'.
+
+    An environment may lie inside somebody else's repository, which does not track what is installed there.
+    """
 
     def git(*words: str) -> str:
-        folder = Path(__file__).parent
         return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        is_tracked = bool(git("ls-files", "."))
         commit = git("rev-parse", "HEAD")
         has_changes = bool(git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    if not is_tracked:
         return "unknown"
     return f"{commit}{'+' if has_changes else ''}"

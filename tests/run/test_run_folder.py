@@ -1,6 +1,7 @@
 """A run's folder knows its run: what may change between two starts, what may not, and who started it."""
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from smoltrain.checkpoint.identity import find_config_differences
 from smoltrain.config.load import load_config, read_run_config
 from smoltrain.config.schema import Config, PhaseSection
 from smoltrain.errors import Problem, UserError
-from smoltrain.run.run_folder import accumulation_steps, check_run_folder
+from smoltrain.run.run_folder import accumulation_steps, find_git_commit, make_run_record
 from tests import tiny
 from tests.tiny import enter_run_folder
 
@@ -114,10 +115,10 @@ def test_entering_again_keeps_the_identity_and_adds_to_the_history(settings: Con
 
 def test_checking_writes_nothing(settings: Config, tmp_path: Path) -> None:
     before = file_of(settings).read_bytes()
-    assert len(check_run_folder(settings, 1, DONE)["starts"]) == 2
+    assert len(make_run_record(settings, 1, DONE).provenance["starts"]) == 2
     assert file_of(settings).read_bytes() == before
     fresh = tiny.load(tmp_path, "run.name=fresh")
-    assert check_run_folder(fresh, 1, 0)["rows_per_step"] == 4
+    assert make_run_record(fresh, 1, 0).provenance["rows_per_step"] == 4
     assert not fresh.run_folder.exists()
 
 
@@ -321,3 +322,28 @@ def test_differences_name_the_dotted_key_and_both_values(settings: Config) -> No
         ("run.stop_after", None, "main"),
         ("model.norm", "rmsnorm", "layernorm"),
     ]
+
+
+def test_the_commit_is_that_of_the_sources_own_checkout(tmp_path: Path) -> None:
+    """Sources that were installed into an environment inside another project's repository have none."""
+
+    def git(*words: str) -> str:
+        author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", *author, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    sources = tmp_path / "site-packages" / "smoltrain"
+    sources.mkdir(parents=True)
+    (sources / "cli.py").write_text("one")
+    (tmp_path / "theirs.txt").write_text("theirs")
+    assert find_git_commit(sources) == "unknown", "no repository"
+    git("init", "-q")
+    git("add", "theirs.txt")
+    git("commit", "-qm", "theirs")
+    assert find_git_commit(sources) == "unknown", "theirs"
+    git("add", ".")
+    git("commit", "-qm", "ours")
+    assert find_git_commit(sources) == git("rev-parse", "HEAD")
+    (sources / "cli.py").write_text("two")
+    assert find_git_commit(sources) == git("rev-parse", "HEAD") + "+"
