@@ -56,10 +56,6 @@ UPLOADS = ("smoltrain.export.push",)  # alone may write to the Hub
 # Modules without a test file of their name -> why, and the tests that cover them.
 TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     "smoltrain.__main__": ("two lines, run as a command", "tests/test_cli.py"),
-    "smoltrain.engine.shards": (
-        "DeepSpeed calls it when it saves and loads",
-        "tests/engine/test_reshard.py, tests/checkpoint/test_saver.py",
-    ),
     "smoltrain.engine.step_method": (
         "a protocol; its classes are tested",
         "tests/engine/test_deepspeed_steps.py, tests/engine/test_once_per_step.py",

@@ -14,8 +14,8 @@ from smoltrain.distributed.world import choose_device
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config
 from smoltrain.errors import UserError
 from smoltrain.kernels import compile
-from smoltrain.launch import supervisor
 from smoltrain.launch.supervisor import supervise_run
+from smoltrain.train import start
 from smoltrain.train.preflight import check_recipe, check_start
 from tests import folders, tiny
 
@@ -82,7 +82,7 @@ def test_train_finds_it_before_the_data_are_touched(
 ):
     if "init.from=other" in words:
         folders.run(tmp_path, "run.name=other")
-    monkeypatch.setattr(supervisor, "prepare_run_data", None)
+    monkeypatch.setattr(start, "prepare_run_data", None)
     monkeypatch.setattr(shutil, "which", lambda _: None)  # no compiler
     monkeypatch.setattr(
         compile, "missing_for_compile", compile.missing_for_compile.__wrapped__

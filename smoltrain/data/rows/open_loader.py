@@ -3,7 +3,7 @@
 from typing import Any
 
 from smoltrain.config.schema import Config
-from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.rows.loader import Loader, StepLayout
 from smoltrain.data.rows.row_source import CachedRowSource, RowSource, StreamedRowSource
 from smoltrain.data.rows.streams import StreamedSource

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from typing_extensions import override
 
-from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.order import permute_places
 from smoltrain.data.rows.row_contents import Passage, document_spans
 from smoltrain.data.rows.streams import RowStream, StreamCursor, StreamedSource, StreamPosition

@@ -18,8 +18,8 @@ from smoltrain.data.documents import retry
 from smoltrain.data.documents.bad_records import BAD_RECORD_KEYS, bad_record_limit
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.documents.listing import has_own_validation
+from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.documents.records import BadRecord, Document
-from smoltrain.data.documents.retry import ReaderHealth
 from smoltrain.data.documents.shard import Shard
 from smoltrain.data.order import permute_places
 from smoltrain.data.rows.row_contents import Passage, document_spans

@@ -14,7 +14,7 @@ from pathlib import Path
 from smoltrain import files
 from smoltrain.config.schema import Config, MixedSource, TokenizerSection
 from smoltrain.data.documents.listing import SourceListing, list_one_source
-from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.progress import report_progress
 from smoltrain.data.tokenizers import by_name
 from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE, Tokenizer

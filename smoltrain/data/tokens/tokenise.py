@@ -22,7 +22,7 @@ from smoltrain.data.documents.bad_records import (
     write_bad_record_log,
 )
 from smoltrain.data.documents.listing import SourceListing, has_own_validation, source_config_key
-from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.progress import report_progress
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens import token_parts

@@ -12,8 +12,8 @@ from smoltrain.data.documents import retry
 from smoltrain.data.documents.bad_records import BadRecordEntry, check_bad_record_share, log_bad_record
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.documents.listing import SourceListing, has_own_validation
+from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.documents.records import BadRecord, Document
-from smoltrain.data.documents.retry import ReaderHealth
 from smoltrain.data.documents.shard import Shard
 from smoltrain.data.order import evenly_spaced_rows
 from smoltrain.data.progress import report_progress

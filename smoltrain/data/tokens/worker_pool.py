@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from smoltrain.config.schema import DataSection
-from smoltrain.data.documents.retry import ReaderHealth
+from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.progress import report_progress
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.token_parts import PartCount, TokeniseJob, TokenPart
