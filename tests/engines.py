@@ -84,11 +84,11 @@ def train(wrapped: Any, first: int, last: int) -> list[float]:
     return losses
 
 
-def whole_state(wrapped: Any) -> dict[str, list[Any]]:
-    """Master weight, both moments, compute weight of every parameter, gathered; and the step counts."""
+def whole_state(wrapped: Any, keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq")) -> dict[str, list[Any]]:
+    """Master weight, optimizer state, compute weight of every parameter, gathered; and the step counts."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-    optimizer, keys = wrapped._deepspeed.optimizer, ("exp_avg", "exp_avg_sq")
+    optimizer = wrapped._deepspeed.optimizer
     if wrapped.stage in (1, 2):
         optimizer._hp_optimizer_states_linked = False  # DeepSpeed finds the moments by name after a step only
         optimizer._lazy_init_hp_params_optimizer_state()
@@ -103,7 +103,7 @@ def whole_state(wrapped: Any) -> dict[str, list[Any]]:
     for name, weights in wrapped.weights(keep=True).items():
         found[name].append(weights.tolist())
     inner = getattr(optimizer, "optimizer", optimizer)
-    return found | {"step": sorted({float(state["step"]) for state in inner.state.values()})}
+    return found | {"step": sorted({float(state["step"]) for state in inner.state.values() if "step" in state})}
 
 
 def write_files(wrapped: Any, folder: Path) -> None:
