@@ -24,6 +24,9 @@ def fenced(title: str, kind: str) -> list[str]:
     return [text for found, text in FENCE.findall(rest.partition("\n## ")[0]) if found == kind]
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     """A copy of the package and of the tests, to be changed."""
@@ -79,7 +82,6 @@ def test_a_data_format(tree: Path):
     run([sys.executable, "-c", LOAD, *train], tree)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_optimizer(tree: Path):
     title = "An optimizer"

@@ -51,9 +51,14 @@ def assert_same(wrote: list[Any], found: list[Any], precision: str) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "precision", "by"),
-    [(0, "fp32", "auto"), (1, "fp32", "micro_batch"), (1, "bf16", "auto"), (2, "bf16", "step"),
-     (2, "bf16", "micro_batch"), (2, "fp32", "step"), (3, "bf16", "auto")],
-)  # fmt: skip
+    [
+        *[(1, "bf16", "auto"), (2, "bf16", "step"), (2, "bf16", "micro_batch")],
+        *(
+            pytest.param(*cell, marks=pytest.mark.slow)
+            for cell in ((0, "fp32", "auto"), (1, "fp32", "micro_batch"), (2, "fp32", "step"), (3, "bf16", "auto"))
+        ),
+    ],
+)
 def test_two_ranks_and_one_read_each_other(tmp_path: Path, ranks: Any, stage: int, precision: str, by: str) -> None:
     settings = settings_of(tmp_path, stage, precision, by)
     for old, new in ((2, 1), (1, 2)):
@@ -71,7 +76,9 @@ def test_every_world_reads_every_other(tmp_path: Path, ranks: Any, stage: int, p
             assert_same(wrote, ranks(new).run(read, settings, tmp_path / f"{old}", stage), precision)
 
 
-@pytest.mark.parametrize("old_stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "old_stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
 def test_every_sharding_stage_reads_every_other(tmp_path: Path, ranks: Any, old_stage: int, precision: str) -> None:
     wrote = ranks(2).run(write, settings_of(tmp_path, old_stage, precision), tmp_path / "old")

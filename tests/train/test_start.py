@@ -68,7 +68,8 @@ def hashed_by(folder: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, word
     return Counter(log.read_text().splitlines())
 
 
-@pytest.mark.parametrize("launcher", ["smoltrain", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["smoltrain", "torchrun"])
 def test_one_start_hashes_each_file_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str) -> None:
     """The local sources, the tokens and the checkpoint: all that was there before."""
     words = tiny.words(tmp_path, "evaluate.every=0", "sample.every=0", "track.gradients_every=0", "checkpoint.every=4")
@@ -89,6 +90,7 @@ def test_one_start_hashes_each_file_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert set(corpus) == {1}
 
 
+@pytest.mark.slow
 def test_the_data_are_looked_at_once_however_many_phases_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
