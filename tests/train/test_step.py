@@ -95,7 +95,13 @@ def first_step_of_a_phase(settings: Config, reset: bool) -> float:
     return float(torch.cat([m.flatten() for m in moved]).median())
 
 
-@pytest.mark.parametrize(("stage", "reduce"), [(0, "micro_batch"), (2, "step"), (2, "micro_batch"), (3, "micro_batch")])
+@pytest.mark.parametrize(
+    ("stage", "reduce"),
+    [
+        *[(2, "step"), (2, "micro_batch")],
+        *(pytest.param(stage, "micro_batch", marks=pytest.mark.slow) for stage in (0, 3)),
+    ],
+)
 def test_a_phase_may_reset_the_optimizer_or_keep_it(tmp_path: Path, ranks: Any, stage: int, reduce: str) -> None:
     shape = (
         f"engine.ds_config=zero{stage}", f"engine.reduce_gradients={reduce}", "engine.precision=fp32",
