@@ -30,10 +30,7 @@ def losses_after(settings: Config, restored_from: int | None) -> tuple[list[floa
 
 @pytest.mark.parametrize(
     ("stage", "by"),
-    [
-        *[(2, "step"), (2, "micro_batch")],
-        *(pytest.param(stage, "auto", marks=pytest.mark.slow) for stage in (1, 3)),
-    ],
+    [*[(2, "step"), (2, "micro_batch")], *(pytest.param(stage, "auto", marks=pytest.mark.slow) for stage in (1, 3))],
 )
 def test_a_restored_run_goes_on_bitwise_with_dropout(tmp_path: Path, ranks: Any, stage: int, by: str) -> None:
     words = (f"engine.ds_config=zero{stage}", "engine.precision=bf16", f"engine.reduce_gradients={by}")
