@@ -30,3 +30,12 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     yield of_size
     for group in started.values():
         group.close()
+
+
+@pytest.fixture
+def believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are published without a second process that compares them."""
+    from smoltrain.export import export
+    from smoltrain.export.verify import ExportComparison
+
+    monkeypatch.setattr(export, "verify_export", lambda loaded, folder: ExportComparison("Class", 1, 0.0))

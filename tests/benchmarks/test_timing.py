@@ -35,7 +35,9 @@ def test_every_function_is_called_once_a_round_in_turn():
 def test_a_thread_that_has_to_wait_for_a_core_is_seen():
     """Two threads of this very process, held on one core, wait for each other half of the time."""
     if not timing.read_thread_waits():
-        pytest.skip("this kernel does not count waiting; the tests of `summary` and `clean_ones` give them waits")
+        pytest.skip(
+            "this kernel does not count waiting; the tests of summarise_times and select_clean_calls give them waits"
+        )
     code = """if True:
         import hashlib, os, threading
         from benchmarks.timing import longest_wait_s, read_thread_waits

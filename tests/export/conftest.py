@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from smoltrain.export import export
-from smoltrain.export.verify import ExportComparison
 from smoltrain.inference.load import LoadedModel, load_trained_model
 from tests import folders
 
@@ -28,12 +27,6 @@ def exported(run: Path) -> tuple[Path, str]:
     """(Its export, verified in earnest, and what the user read.)"""
     told: list[str] = []
     return export.export_model(str(run), say=told.append), "\n".join(told)
-
-
-@pytest.fixture
-def believed(monkeypatch: pytest.MonkeyPatch):
-    """Exports are published without a second process."""
-    monkeypatch.setattr(export, "verify_export", lambda loaded, folder: ExportComparison("Class", 1, 0.0))
 
 
 @pytest.fixture

@@ -40,7 +40,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["mount", *options], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         why = getattr(error, "stderr", b"").decode() or error
-        pytest.skip(f"no tmpfs can be mounted here ({why}); test_checkpoint.py says that the disk is nearly full")
+        pytest.skip(
+            f"no tmpfs can be mounted here ({why}); tests/checkpoint/test_saver.py says that the disk is nearly full"
+        )
     yield mounted
     subprocess.run(["umount", "--lazy", str(mounted)], check=True)
 

@@ -17,7 +17,6 @@ from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.prepare import load_prepared_data
 from smoltrain.errors import UserError
 from smoltrain.export import export
-from smoltrain.export.verify import ExportComparison
 from smoltrain.inference.load import LoadedModel, load_trained_model
 from smoltrain.train.initial_weights import copy_generation_config
 from tests import folders, tiny
@@ -30,12 +29,6 @@ SHAPE = tuple(f"model.{k}={v}" for k, v in folders.CHAT_SHAPE.model_dump().items
 def one_thread() -> Iterator[None]:
     with folders.one_thread():
         yield
-
-
-@pytest.fixture
-def believed(monkeypatch: pytest.MonkeyPatch):
-    """Exports are published without a second process."""
-    monkeypatch.setattr(export, "verify_export", lambda loaded, folder: ExportComparison("Class", 1, 0.0))
 
 
 def read(file: Path) -> dict[str, Any]:

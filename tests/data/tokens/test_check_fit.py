@@ -9,18 +9,8 @@ from smoltrain.data.documents import retry
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import UserError
-from tests.data.tokens.test_prepare import config, mixed, twelve, write
-from tests.data.tokens.test_tokenise import contents, make, problem, twenty
-
-
-@pytest.fixture
-def root(tmp_path: Path):
-    return twenty(tmp_path)
-
-
-@pytest.fixture
-def shard_root(tmp_path: Path):
-    return twelve(tmp_path)
+from tests.data.tokens.test_prepare import config, mixed, write
+from tests.data.tokens.test_tokenise import contents, make, problem
 
 
 def test_ids_must_fit_the_model_before_anything_is_trained_or_written(root: Path, monkeypatch: pytest.MonkeyPatch):

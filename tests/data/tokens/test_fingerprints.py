@@ -13,18 +13,8 @@ from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.fingerprints import describe_fingerprint_changes
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import Problem, UserError
-from tests.data.tokens.test_prepare import config, on_hub, touch, twelve
-from tests.data.tokens.test_tokenise import given, make, problem, snapshot, twenty
-
-
-@pytest.fixture
-def root(tmp_path: Path):
-    return twenty(tmp_path)
-
-
-@pytest.fixture
-def shard_root(tmp_path: Path):
-    return twelve(tmp_path)
+from tests.data.tokens.test_prepare import config, on_hub, touch
+from tests.data.tokens.test_tokenise import given, make, problem, snapshot
 
 
 @pytest.mark.parametrize(

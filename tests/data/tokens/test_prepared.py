@@ -2,15 +2,8 @@
 
 from pathlib import Path
 
-import pytest
-
 from smoltrain.data.tokens.prepare import prepare_run_data
-from tests.data.tokens.test_tokenise import make, problem, twenty
-
-
-@pytest.fixture
-def root(tmp_path: Path):
-    return twenty(tmp_path)
+from tests.data.tokens.test_tokenise import make, problem
 
 
 def test_one_line_about_the_tokenizer(root: Path):

@@ -15,12 +15,7 @@ from smoltrain.data.tokens import token_parts
 from smoltrain.data.tokens import tokenise as tokenise_module
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.data.tokens.token_files import content_hash
-from tests.data.tokens.test_tokenise import contents, given, make, twenty
-
-
-@pytest.fixture
-def root(tmp_path: Path):
-    return twenty(tmp_path)
+from tests.data.tokens.test_tokenise import contents, given, make
 
 
 def test_the_tail_of_many_parts(root: Path, monkeypatch: pytest.MonkeyPatch):

@@ -61,11 +61,6 @@ def twenty(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def root(tmp_path: Path):
-    return twenty(tmp_path)
-
-
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns) for path in files}

@@ -13,12 +13,7 @@ from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens import token_parts
 from smoltrain.data.tokens import tokenise as tokenise_module
 from smoltrain.data.tokens.prepare import prepare_run_data
-from tests.data.tokens.test_tokenise import contents, given, make, problem, twenty
-
-
-@pytest.fixture
-def root(tmp_path: Path):
-    return twenty(tmp_path)
+from tests.data.tokens.test_tokenise import contents, given, make, problem
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_processes(root: Path, monkeypatch: pytest.MonkeyPatch):
