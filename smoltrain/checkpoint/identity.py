@@ -4,18 +4,14 @@ A run's identity stands in two places: its config.yaml, and the manifest of ever
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from typing_extensions import TypedDict
 
-from smoltrain.config.config_file import read_provenance
-from smoltrain.config.load import read_run_config, redacted_config
+from smoltrain.config.load import redacted_config
 from smoltrain.config.schema import Config, SourceSection
 from smoltrain.errors import Problem, UserError
 from smoltrain.schedule import Plan, first_differing_step, plan_from_phases, step_settings
-
-if TYPE_CHECKING:
-    from smoltrain.checkpoint.manifest import Manifest
 
 # What becomes of a difference in a key.
 FIXED = "refused"  # the weights of the past depend on it: with another value it would be another run
@@ -86,10 +82,9 @@ def make_run_identity(config: Config, rows_per_step: int, run_id: str) -> RunIde
     return RunIdentity(run_id=run_id, rows_per_step=rows_per_step, values=values, phases=_dump_phases(config))
 
 
-def read_run_identity(path: Path) -> RunIdentity:
-    """The identity of the run that wrote this config.yaml. Errors: UserError if it cannot be read."""
-    provenance = read_provenance(path)
-    return make_run_identity(read_run_config(path), provenance["rows_per_step"], provenance["run_id"])
+def identity_of_run(config: Config, provenance: dict[str, Any]) -> RunIdentity:
+    """The identity of the run whose config.yaml holds this config and this provenance."""
+    return make_run_identity(config, provenance["rows_per_step"], provenance["run_id"])
 
 
 def key_rule(key: str) -> str:
@@ -168,18 +163,17 @@ def find_identity_mismatches(own: RunIdentity, sealed: RunIdentity, step: int) -
     return mismatches
 
 
-def check_checkpoint_identity(manifest: "Manifest", own: RunIdentity, path: Path) -> None:
+def check_checkpoint_identity(sealed: RunIdentity, step: int, own: RunIdentity, path: Path) -> None:
     """Errors: UserError unless a checkpoint is its run's own, and says of it what its config.yaml at `path` says.
 
-    `own` is the identity that this config.yaml gives the run.
+    `sealed` is the identity in the manifest of the checkpoint of `step`; `own` is that of config.yaml.
     """
-    sealed = manifest.identity
-    checkpoint = f"the checkpoint of step {manifest.step}"
+    checkpoint = f"the checkpoint of step {step}"
     if own["run_id"] != sealed["run_id"]:
         want = f"{own['run_id']}, as in {path}"
         change = f"{path.parent / 'checkpoints'}; init.from and init.load=all go on from another run"
         raise UserError(Problem(f"{checkpoint} is another run's", f"run_id {sealed['run_id']}", want, change))
-    mismatches = find_identity_mismatches(own, sealed, manifest.step)
+    mismatches = find_identity_mismatches(own, sealed, step)
     if mismatches:
         what = f"{path} does not agree with {checkpoint}"
         change = f"{path}; without it, the next start is held to the checkpoint and writes it anew"

@@ -19,7 +19,7 @@ from smoltrain.checkpoint.manifest import (
     step_folder,
     verify_checkpoint,
 )
-from smoltrain.config.config_file import CONFIG_FILE, find_config_damage
+from smoltrain.config.config_file import CONFIG_FILE, find_config_damage, read_provenance
 from smoltrain.config.load import read_run_config
 from smoltrain.config.schema import Config, GenerationSection, RunSection
 from smoltrain.data.tokenizers.companions import (
@@ -120,7 +120,8 @@ def _load_run(source: str, step: int | None, runs: Path) -> LoadedModel:
     config_file = folder / CONFIG_FILE
     config = read_run_config(config_file)
     manifest = find_valid_manifest(folder, step_of_source if step is None else step, change, _print_to_stderr)
-    identity.check_checkpoint_identity(manifest, identity.read_run_identity(config_file), config_file)
+    own = identity.identity_of_run(config, read_provenance(config_file))
+    identity.check_checkpoint_identity(manifest.identity, manifest.step, own, config_file)
     damage = find_config_damage(folder)
     if damage:
         print_warning(damage)

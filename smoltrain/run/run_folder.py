@@ -17,8 +17,8 @@ from smoltrain.checkpoint.identity import (
     find_config_differences,
     find_forbidden_changes,
     format_differences,
+    identity_of_run,
     is_announced,
-    make_run_identity,
 )
 from smoltrain.config.config_file import CONFIG_FILE, config_digest_line, find_config_damage, read_provenance
 from smoltrain.config.load import read_run_config, redacted_config
@@ -91,7 +91,7 @@ def write_run_folder(config: Config, world_size: int, record: RunRecord) -> RunF
     config.run_folder.mkdir(parents=True, exist_ok=True)
     text = dump_yaml(redacted_config(config) | {"provenance": record.provenance})
     files.write_text_file(config.run_folder / CONFIG_FILE, text + config_digest_line(text))
-    own = make_run_identity(config, rows, record.provenance["run_id"])
+    own = identity_of_run(config, record.provenance)
     return RunFolder(config.run_folder, rows, record.provenance["wandb_id"], own, record.changes)
 
 
@@ -103,7 +103,7 @@ def _read_past(config: Config, ancestor: Path | None, manifest: "Manifest | None
     if path.exists():
         old = read_run_config(path)
         provenance = read_provenance(path)
-        identity = make_run_identity(old, provenance["rows_per_step"], provenance["run_id"])
+        identity = identity_of_run(old, provenance)
         return PastRun(path, provenance, identity, find_config_differences(old, config))
     if manifest:
         provenance = {"run_id": manifest.identity["run_id"], "wandb_id": manifest.wandb_id, "starts": []}
@@ -116,7 +116,7 @@ def _check_against_past(config: Config, done: int, past: PastRun | None, manifes
     if past is None:
         return
     if manifest and past.differences is not None:
-        check_checkpoint_identity(manifest, past.identity, past.path)
+        check_checkpoint_identity(manifest.identity, manifest.step, past.identity, past.path)
     change = f"{past.path.parent} belongs to another run: take back the change, or choose another run.name"
     problems = find_forbidden_changes(past.identity, config, done, change)
     if problems:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from smoltrain import files
-from smoltrain.checkpoint.identity import RunIdentity, check_checkpoint_identity, make_run_identity
+from smoltrain.checkpoint.identity import RunIdentity, check_checkpoint_identity, identity_of_run
 from smoltrain.checkpoint.manifest import (
     Manifest,
     list_checkpoint_steps,
@@ -199,7 +199,7 @@ def open_run_reference(folder: Path, *, needs_data: bool) -> RunReference:
     history = None
     with contextlib.suppress(UserError):  # without a row, which `verify_ledgers` says
         history = read_row_history(folder)
-    own = make_run_identity(config, rows, provenance["run_id"])
+    own = identity_of_run(config, provenance)
     model = build_model(config.model, device="meta")
     return RunReference(folder, config, own, provenance["wandb_id"], model, history, loader, no_loader_reason)
 
@@ -232,7 +232,7 @@ def _check_manifest(run: RunReference, manifest: Manifest) -> CheckResult:
         if saw != want:
             faults.append(f"its {what} is {saw!r}, in the run's config.yaml {want!r}")
     try:
-        check_checkpoint_identity(manifest, run.identity, run.folder / CONFIG_FILE)
+        check_checkpoint_identity(manifest.identity, manifest.step, run.identity, run.folder / CONFIG_FILE)
     except UserError as error:
         faults += [f"{problem.what}: {problem.saw}" for problem in error.problems]
     return CheckResult("", faults)

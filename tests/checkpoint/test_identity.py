@@ -1,6 +1,5 @@
 """A run stays the run that it is: a table says what may differ; checkpoints and config.yaml hold it to that."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -313,6 +312,6 @@ def test_manifests_of_one_run_carry_its_identity(run: Path, original: Path) -> N
     assert isinstance(manifest, Manifest)
     provenance = read_provenance(run / CONFIG_FILE)
     assert manifest.identity == make_run_identity(command(run, original), 4, provenance["run_id"])
-    changed = dataclasses.replace(manifest, identity=manifest.identity | {"run_id": "x"})
+    changed = make_run_identity(command(run, original), 4, "x")
     with pytest.raises(UserError, match="another run's"):
-        check_checkpoint_identity(changed, manifest.identity, run / CONFIG_FILE)
+        check_checkpoint_identity(changed, manifest.step, manifest.identity, run / CONFIG_FILE)
