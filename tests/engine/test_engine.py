@@ -111,7 +111,9 @@ def test_fp32_equals_plain_torch_at_every_zero_stage(tmp_path: Path, ranks: Any,
 # Clipping multiplies by a norm that DeepSpeed rounds to fp32: one unit in the last place of a master weight then now
 # and then falls on the other side of a bf16 rounding, which is 4e-3 of that weight. Without it nothing may differ.
 @pytest.mark.parametrize(("clipping", "tolerance"), [(0.0, 1e-8), (1.0, 5e-4)])
-@pytest.mark.parametrize(("stage", "reduce"), [(1, "auto"), (2, "step"), (2, "micro_batch")])
+@pytest.mark.parametrize(
+    ("stage", "reduce"), [pytest.param(1, "auto", marks=pytest.mark.slow), (2, "step"), (2, "micro_batch")]
+)
 def test_bf16_with_fp32_accumulation_equals_plain_torch(
     tmp_path: Path, ranks: Any, stage: int, reduce: str, clipping: float, tolerance: float
 ) -> None:
