@@ -297,10 +297,21 @@ def address(run: Path, tmp_path: Path) -> Iterator[str]:
     port = free_port()
     late = run / "checkpoints" / "step-00000008"
     late.rename(tmp_path / late.name)
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background ignores it
-        f"from smoltrain.inference.demo import serve_demo; serve_demo({str(run)!r}, port={port})"
-    )
+    code = f"""
+import signal, time
+from smoltrain.inference import demo, load
+
+whole = load.LoadedModel.generate_text
+
+def slow(self, *arguments, **options):  # as a large model is: a tiny one would end before the page can stop it
+    for piece in whole(self, *arguments, **options):
+        time.sleep(0.1)
+        yield piece
+
+load.LoadedModel.generate_text = slow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+demo.serve_demo({str(run)!r}, port={port})
+"""
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         try:
@@ -317,13 +328,13 @@ def address(run: Path, tmp_path: Path) -> Iterator[str]:
 
 
 def talkative(run: Path) -> int:
-    """A seed with which the model does not end its document soon."""
-    loaded, long = load_trained_model(str(run)), GenerationSection(**SETTINGS | {"max_tokens": 400})
+    """A seed with which the model does not end its document soon: half a minute at the pace of the page's model."""
+    loaded, long = load_trained_model(str(run)), GenerationSection(**SETTINGS | {"max_tokens": 300})
 
-    def length(seed: int) -> int:
+    def pieces(seed: int) -> int:
         return sum(1 for _ in loaded.generate_text(PROMPT, long, greedy=False, seed=seed))
 
-    return next(seed for seed in itertools.count() if length(seed) > 300)
+    return next(seed for seed in itertools.count() if pieces(seed) > 250)
 
 
 @pytest.mark.slow
