@@ -4,9 +4,10 @@ import io
 import itertools
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from smoltrain import __version__
 from smoltrain.console import guard_console
@@ -48,6 +49,18 @@ RecipeArgument = Annotated[
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to use instead of the recipe's.")
 ]
+
+
+class OverridesCommand(TyperCommand):
+    """A verb that takes KEY=VALUE, also as `--key=value` and `--key value` where it has no such option itself."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Turn the options that are keys of a recipe into overrides before typer reads the others."""
+        from smoltrain.config.keys import read_key_options
+
+        own = {name: not getattr(option, "is_flag", False) for option in self.get_params(ctx) for name in option.opts}
+        options = {name: takes_value for name, takes_value in own.items() if name.startswith("-")}
+        return super().parse_args(ctx, args if ctx.resilient_parsing else read_key_options(args, options))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -101,7 +114,7 @@ def recipes_command() -> None:
     Console(markup=False, highlight=False).print(table)
 
 
-@app.command("show", epilog="Example: smoltrain show quickstart phases.main.lr=1e-3 --plan")
+@app.command("show", cls=OverridesCommand, epilog="Example: smoltrain show quickstart phases.main.lr=1e-3 --plan")
 def show_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
@@ -119,7 +132,11 @@ def show_command(
         print(config_to_yaml(resolved) + _format_config_facts(resolved))
 
 
-@app.command("estimate", epilog="Example: smoltrain estimate smollm2-135m batch.micro_batch=8 --world 8 --device h100")
+@app.command(
+    "estimate",
+    cls=OverridesCommand,
+    epilog="Example: smoltrain estimate smollm2-135m batch.micro_batch=8 --world 8 --device h100",
+)
 def estimate_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
@@ -138,7 +155,11 @@ def estimate_command(
     print_estimate(recipe, overrides or [], world, device, measured=measure)
 
 
-@app.command("train", epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2")
+@app.command(
+    "train",
+    cls=OverridesCommand,
+    epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2",
+)
 def train_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
@@ -239,7 +260,7 @@ def prepare_tokenizer_command(
     print(prepare_packaged_tokenizer(name))
 
 
-@prepare.command("data", epilog="Example: smoltrain prepare data quickstart data.cache=tokens")
+@prepare.command("data", cls=OverridesCommand, epilog="Example: smoltrain prepare data quickstart data.cache=tokens")
 def prepare_data_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Tokenise a run's data ahead, once; goes on where it was stopped. Unless data.mode says stream, all of them."""
     from smoltrain.config.load import load_config

@@ -3,6 +3,7 @@
 Nothing here touches torch, the network or the data; `load_config` reads files and W&B's variables, and changes nothing.
 """
 
+import difflib
 import os
 from collections.abc import Container
 from dataclasses import replace
@@ -11,17 +12,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from smoltrain.config.keys import NEAR, NEAR_SIBLING, expand_override, find_full_keys, list_sections, suggest_key
 from smoltrain.config.rules import find_contradictions
-from smoltrain.config.schema import (
-    Config,
-    GenerationSection,
-    MixedSource,
-    ModelSection,
-    PhaseSection,
-    Section,
-    SourceSection,
-    TransformersSection,
-)
+from smoltrain.config.schema import Config, GenerationSection, SourceSection
 from smoltrain.config.wandb_env import read_wandb_environment
 from smoltrain.config.yaml_text import apply_override, dump_yaml, parse_override_value, read_yaml
 from smoltrain.errors import Problem, UserError, problem_from_pydantic, suggest_choice
@@ -30,6 +23,7 @@ from smoltrain.redact import redact_tree
 RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"  # inside the package, so that a wheel has them too
 DS_CONFIGS_FOLDER = Path(__file__).parents[1] / "ds_configs"
 SOURCE_KEYS = ("package", "path", "hub")
+MAX_UNKNOWN_KEYS = 20  # of an unknown section, each of which is answered
 
 
 def list_recipes() -> dict[str, Path]:
@@ -46,6 +40,7 @@ def read_recipe_headline(recipe: Path) -> str:
 def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The config of a recipe (a shipped name, or a path to YAML) under `section.key=value` overrides.
 
+    An override may shorten its key as far as no other key of the recipe is meant (keys.py); a file spells keys in full.
     Errors: UserError with every field that is wrong, or else every rule that is broken (rules.py), each naming the key
     to change. Where overrides are wrong, the rules are tried without them.
     """
@@ -54,8 +49,12 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Con
     provenance = values.pop("provenance", None)  # a run's own config.yaml is a recipe too
     _apply_wandb_environment(values)
     problems: list[Problem] = []
-    for override in overrides:
-        problem = apply_override(values, override)
+    given = overrides
+    overrides = []
+    for short in given:
+        override = expand_override(short, values)
+        overrides.append(override)
+        problem = _find_ambiguity(override, values) or apply_override(values, override)
         if problem:
             problems.append(problem)
     _drop_recipe_source(values, overrides)
@@ -175,10 +174,9 @@ def _collect_problems(
         key = ".".join(names)
         change = _locate_key(key, path, overrides)
         if e["type"] == "extra_forbidden":
-            want = suggest_choice(names[-1], _valid_sibling_keys(parts, values))
-            problem = Problem(f"unknown key {key}", repr(names[-1]), want, change)
-        else:
-            problem = problem_from_pydantic(key, e, change)
+            problems |= _describe_unknown_key(key, e["input"], values, path, overrides)
+            continue
+        problem = problem_from_pydantic(key, e, change)
         if key in problems:
             problem = replace(problem, want=f"{problems[key].want} or {problem.want}")
         problems[key] = problem
@@ -214,18 +212,32 @@ def _name_key_parts(parts: list[Any], values: Any) -> list[str]:
     return names
 
 
-def _valid_sibling_keys(parts: list[Any], values: dict[str, Any]) -> list[str]:
-    """The valid keys at the place of an unknown one."""
-    if len(parts) == 1:
-        section: Any = Config
-    elif parts[0] == "phases":
-        section = PhaseSection
-    elif parts[:2] == ["data", "sources"]:
-        section = MixedSource
-    elif parts[0] == "model":
-        section = TransformersSection if values["model"].get("kind") == "transformers" else ModelSection
-    else:
-        section = Config.model_fields[parts[0]].annotation
-    if not (isinstance(section, type) and issubclass(section, Section)):
-        return []
-    return [field.alias or name for name, field in section.model_fields.items()]
+def _find_ambiguity(override: str, values: dict[str, Any]) -> Problem | None:
+    """What is wrong with an override whose key is short for several keys."""
+    key, equals, text = override.partition("=")
+    if not equals or len(find_full_keys(key, values)) < 2:
+        return None
+    want = suggest_key(key, values, text) or ""
+    return Problem(f"{key} is short for several keys", repr(key), want, f"{key} on the command line")
+
+
+def _describe_unknown_key(
+    key: str, value: object, values: dict[str, Any], path: Path, overrides: list[str] | tuple[str, ...]
+) -> dict[str, Problem]:
+    """The problem of an unknown key, by key; of an unknown section that is near to none, one for each key in it."""
+    section, _, name = key.rpartition(".")
+    sections = list_sections(values)
+    siblings = sections.get(section, [])
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=NEAR_SIBLING if section else NEAR)
+    if isinstance(value, dict) and not section and 0 < len(value) <= MAX_UNKNOWN_KEYS:
+        is_misspelt = near and value.keys() <= set(sections.get(near[0], []))
+        if not is_misspelt:
+            found: dict[str, Problem] = {}
+            for inner, inner_value in value.items():
+                found |= _describe_unknown_key(f"{key}.{inner}", inner_value, values, path, overrides)
+            return found
+    want = f"{near[0]!r} (the nearest valid one)" if near else f"one of {', '.join(sorted(siblings))}"
+    if not isinstance(value, dict):
+        is_override = any(override.partition("=")[0] == key for override in overrides)
+        want = suggest_key(key, values, value if is_override else None) or want
+    return {key: Problem(f"unknown key {key}", repr(name), want, _locate_key(key, path, overrides))}

@@ -5,8 +5,10 @@ Nothing here reads a file: load.py does, and rules.py checks what no single fiel
 
 import json
 import os
+import re
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -29,12 +31,39 @@ MAX_NAME_BYTES = 200  # file systems take 255
 MAX_PATH_BYTES = 4000  # file systems take 4,096
 
 
+# More than two digits of exponent are beyond any run, and would take all memory.
+WHOLE_NUMBER = re.compile(r"[+-]?\d+(?:_\d+)*(?:\.\d+)?(?P<exponent>[eE]\+?\d{1,2})?")
+
+
+def parse_whole_number(text: str) -> int | None:
+    """The whole number that a text spells, as in 5_000 or 1e4; None if it is none."""
+    number = Fraction(text) if WHOLE_NUMBER.fullmatch(text) else None
+    return int(number) if number is not None and number.denominator == 1 else None
+
+
+def _takes_int(annotation: object) -> bool:
+    """Whether a field takes whole numbers, with or beside other values, but not any number."""
+    return annotation is int or (annotation is not float and any(map(_takes_int, get_args(annotation))))
+
+
 class Section(BaseModel):
     """Frozen; a key that is not a field is an error, and so is a number that is not finite or beyond any run."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), serialize_by_alias=True
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _parse_exponent(cls, value: object, info: ValidationInfo) -> object:
+        """1e4 as the whole number 10000, where one is wanted; pydantic itself takes 5_000."""
+        if not isinstance(value, str) or info.field_name is None:
+            return value
+        if not _takes_int(cls.model_fields[info.field_name].annotation):
+            return value
+        found = WHOLE_NUMBER.fullmatch(value)
+        number = parse_whole_number(value) if found and found["exponent"] else None
+        return value if number is None else number
 
     @field_validator("*", mode="after")
     @classmethod
@@ -465,7 +494,7 @@ class TrackSection(Section):
     )
 
 
-def _model_kind(section: object) -> str:
+def model_kind(section: object) -> str:
     """Which of the two classes a model section is read as; without a kind it is the decoder."""
     kind = section.get("kind") if isinstance(section, dict) else getattr(section, "kind", None)
     return "transformers" if kind == "transformers" else "decoder"
@@ -473,7 +502,7 @@ def _model_kind(section: object) -> str:
 
 AnyModelSection = Annotated[
     Annotated[ModelSection, Tag("decoder")] | Annotated[TransformersSection, Tag("transformers")],
-    Discriminator(_model_kind),
+    Discriminator(model_kind),
 ]
 
 
