@@ -56,6 +56,7 @@ KEY_RULE_TABLE = (
 KEY_RULES = {f"{section}.{key}": rule for section, rule, keys in KEY_RULE_TABLE for key in keys.split()}
 # Keys that are newer than some runs, with the value that every run had before; older manifests lack them.
 NEWER_KEYS = {"optimizer.name": "adamw"}
+ABSENT = "nothing"  # in place of the value of a key that only one of two configs has
 SOURCE_ORDER_KEY = "data.sources"  # the names of the sources, in order
 
 
@@ -65,6 +66,15 @@ class ConfigDifference(NamedTuple):
     key: str
     before: Any
     now: Any
+
+
+class ForbiddenChange(NamedTuple):
+    """A dotted key with another value than steps that are done were trained with."""
+
+    key: str
+    before: Any  # ABSENT where only the later config has it
+    now: Any
+    step: int | None  # the first step that would have been another one; None: all of them
 
 
 class RunIdentity(TypedDict):
@@ -116,27 +126,64 @@ def format_differences(differences: list[ConfigDifference]) -> list[str]:
     return [f"{key}: {before!r} -> {now!r}" for key, before, now in differences]
 
 
-def find_forbidden_changes(past: RunIdentity, new: Config, done: int, change: str) -> list[Problem]:
-    """What keeps a config from going on with a run of which `done` steps are done; `change` says where to mend it."""
+def find_forbidden_changes(past: RunIdentity, new: Config, done: int) -> list[ForbiddenChange]:
+    """What keeps a config from going on with a run of which `done` steps are done: every key that must be taken back.
+
+    Of the plan those keys alone by which a step that is done would have been trained otherwise.
+    """
     before = NEWER_KEYS | past["values"]
     now = _fixed_values(new)
-    problems: list[Problem] = []
+    changes: list[ForbiddenChange] = []
     for key in before | now:
         may_differ = new.data.allow_changed and _describes_documents(key)
         if before.get(key) != now.get(key) and not may_differ:
-            what = f"{key} differs from the run's own"
-            problems.append(Problem(what, repr(now.get(key)), repr(before.get(key)), change))
-    past_plan = plan_from_phases(past["phases"])
-    new_plan = Plan(new.phases)
-    if new_plan.last_step < done:
-        problems.append(Problem("the plan ends in the past", f"{new_plan.last_step} steps", f"{done} or more", change))
-        return problems
-    step = first_differing_step(past_plan, new_plan, 0)
-    if step is not None and step <= done:
-        saw = _describe_step(new_plan, step)
-        want = _describe_step(past_plan, step)
-        problems.append(Problem(f"the plan changes step {step}, which is done", saw, want, f"phases. {change}"))
-    return problems
+            changes.append(ForbiddenChange(key, before.get(key, ABSENT), now.get(key, ABSENT), None))
+    return changes + _find_plan_changes(plan_from_phases(past["phases"]), Plan(new.phases), done)
+
+
+def _find_plan_changes(past: Plan, new: Plan, done: int) -> list[ForbiddenChange]:
+    """The keys of phases by which a step up to `done` differs; all with the first such step."""
+    step = first_differing_step(past, new, 0)
+    if step is None or step > done:
+        return []
+    names = [phase.name for phase in past.phases if phase.first <= done]
+    new_names = [phase.name for phase in new.phases]
+    if names != new_names[: len(names)]:
+        return [ForbiddenChange("phases", [phase.name for phase in past.phases], new_names, step)]
+    changes: list[ForbiddenChange] = []
+    differing: list[ForbiddenChange] = []
+    for index, name in enumerate(names):
+        old_values = past.phases[index].spec.model_dump()
+        new_values = new.phases[index].spec.model_dump()
+        for key in [key for key in old_values if old_values[key] != new_values[key]]:
+            change = ForbiddenChange(f"phases.{name}.{key}", old_values[key], new_values[key], step)
+            differing.append(change)
+            asked = _replace_value(past, index, key, new_values[key])
+            taken_back = _replace_value(new, index, key, old_values[key])
+            if _train_differently(past, asked, step, done) or _train_differently(new, taken_back, step, done):
+                changes.append(change)
+    return changes or differing
+
+
+def _replace_value(plan: Plan, index: int, key: str, value: Any) -> Plan:
+    """A plan with another value of one key; nothing checks that it fits the others."""
+    phases = [phase.spec for phase in plan.phases]
+    phases[index] = phases[index].model_copy(update={key: value})
+    return Plan(tuple(phases))
+
+
+def _train_differently(plan: Plan, other: Plan, step: int, done: int) -> bool:
+    """Whether two plans differ at the ends of their phases, as far as they are done, or at `step`.
+
+    Between, schedules are lines and cosines, which do not part and meet again.
+    """
+    ends = {end for phase in (*plan.phases, *other.phases) for end in (phase.first, phase.last)}
+    try:
+        return any(
+            step_settings(plan, at) != step_settings(other, at) for at in {step, *(min(end, done) for end in ends)}
+        )
+    except AssertionError:  # a learning rate that its schedule lacks: the value belongs to another one that differs
+        return True
 
 
 def find_identity_mismatches(own: RunIdentity, sealed: RunIdentity, step: int) -> list[str]:

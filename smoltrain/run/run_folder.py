@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import re
 import secrets
 import subprocess
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from smoltrain import files
 from smoltrain.checkpoint.identity import (
     ConfigDifference,
+    ForbiddenChange,
     RunIdentity,
     check_checkpoint_identity,
     find_config_differences,
@@ -24,7 +26,7 @@ from smoltrain.config.config_file import CONFIG_FILE, config_digest_line, find_c
 from smoltrain.config.load import read_run_config, redacted_config
 from smoltrain.config.schema import Config
 from smoltrain.config.yaml_text import dump_yaml
-from smoltrain.errors import Problem, UserError
+from smoltrain.errors import Problem, UserError, format_value
 
 if TYPE_CHECKING:
     from smoltrain.checkpoint.manifest import Manifest
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 SAMPLES_FILE = "samples.jsonl"
 SPIKES_FILE = "spikes.jsonl"
 MAX_STARTS = 200  # that provenance keeps: the first one and the newest ones
+WEIGHTLESS_KEYS = {"model.dropout", "model.attention_dropout", "model.initializer_range"}  # weights fit either way
 PACKAGES = ("torch", "deepspeed", "tokenizers", "wandb", "numpy")
 
 
@@ -117,10 +120,43 @@ def _check_against_past(config: Config, done: int, past: PastRun | None, manifes
         return
     if manifest and past.differences is not None:
         check_checkpoint_identity(manifest.identity, manifest.step, past.identity, past.path)
-    change = f"{past.path.parent} belongs to another run: take back the change, or choose another run.name"
-    problems = find_forbidden_changes(past.identity, config, done, change)
-    if problems:
-        raise UserError(*problems)
+    changes = find_forbidden_changes(past.identity, config, done)
+    if changes:
+        raise UserError(_describe_forbidden_changes(changes, config, done, past.path.parent))
+
+
+def _describe_forbidden_changes(changes: list[ForbiddenChange], config: Config, done: int, folder: Path) -> Problem:
+    """One sentence: which keys differ from those of the run in `folder`, and the two ways out."""
+    seen: list[str] = []
+    for key, before, now, step in changes:
+        since = "" if step is None else f" (from step {step} on)"
+        seen.append(f"{key}: {_format_setting(before)} in the run, {_format_setting(now)} asked{since}")
+    keys = {change.key for change in changes} - WEIGHTLESS_KEYS
+    trains_another_bpe = config.tokenizer.name == "bpe" and any(key.startswith("data.") for key in keys)
+    weights_fit = not (trains_another_bpe or any(key.startswith(("model.", "tokenizer.")) for key in keys))
+    if folder != config.run_folder:
+        way_out = "init.load=weights, which takes its weights alone" if weights_fit else "init.from"
+    else:
+        way_out = f"run.name; {folder} stays as it is"
+        if weights_fit and done:
+            way_out = f"run.name (init.from={folder} begins with the weights of this one)"
+    want = f"the run's values: {done} steps were trained with them" if done else "the run's values"
+    change = f"them back, or choose another {way_out}"
+    return Problem("the config differs from the run's own", "; ".join(seen), want, change)
+
+
+def _format_setting(value: Any) -> str:
+    """A value as a recipe has it: null, cosine, 4e-4."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(_format_setting, value))}]"
+    if isinstance(value, str) and re.fullmatch(r"[\w./*-]+", value):
+        return value
+    if isinstance(value, float) and 0 < abs(value) < 0.01:
+        mantissa, exponent = f"{value:.15e}".split("e")
+        return f"{float(mantissa):.12g}e{int(exponent)}"
+    return format_value(value)
 
 
 def _build_provenance(config: Config, world_size: int, done: int, past: PastRun | None) -> dict[str, Any]:

@@ -482,7 +482,7 @@ def test_a_finished_run_of_another_model_is_not_called_complete(uninterrupted: P
     folder = uninterrupted.parent.parent
     words = tiny.words(folder, *LONG, "model.intermediate_size=96")
     assert launches.run("smoltrain", words, folder / "finished") == BAD_INPUT
-    assert "model.intermediate_size differs" in (folder / "finished").read_text()
+    assert "model.intermediate_size: 64 in the run, 96 asked" in (folder / "finished").read_text()
 
 
 def test_a_run_that_belongs_to_another_model_is_left_as_it_is(uninterrupted: Path) -> None:
@@ -491,6 +491,6 @@ def test_a_run_that_belongs_to_another_model_is_left_as_it_is(uninterrupted: Pat
     words = tiny.words(folder, *LONG, "phases.continuation.steps=9", "model.intermediate_size=96", "run.seed=5")
     assert launches.run("smoltrain", words, folder / "other") == BAD_INPUT
     said = (folder / "other").read_text()
-    assert "model.intermediate_size differs from the run's own: saw 96, want 64" in said
-    assert "run.seed differs from the run's own: saw 5, want 1234" in said
+    assert "model.intermediate_size: 64 in the run, 96 asked" in said
+    assert "run.seed: 1234 in the run, 5 asked" in said
     assert (uninterrupted / "config.yaml").read_bytes() == before
