@@ -196,6 +196,49 @@ def test_train_supervises(
 
 
 @pytest.mark.parametrize(
+    ("typed", "overrides", "ranks"),
+    [
+        ("quickstart --lr 1e-3 --ranks 2", ["lr=1e-3"], 2),
+        ("quickstart --phases.main.lr=1e-3 run.seed=1 --run.name second", None, None),
+        ("--seed 7 --ranks=2 quickstart x=1", ["seed=7", "x=1"], 2),
+        ("quickstart --keep-best --weight-decay 0.1", ["keep_best=true", "weight_decay=0.1"], None),
+    ],
+)
+def test_options_that_are_keys_are_overrides(
+    run: Run, supervised: SimpleNamespace, typed: str, overrides: list[str] | None, ranks: int | None
+):
+    assert run("train", *typed.split()) == (0, "", "")
+    expected = overrides or ["phases.main.lr=1e-3", "run.seed=1", "run.name=second"]
+    assert supervised.seen == [("quickstart", expected, ranks)]
+
+
+def test_every_verb_that_takes_overrides_takes_them_as_options(run: Run):
+    line = "lr is short for several keys: saw 'lr', want phases.main.lr=x (and phases.continuation.lr=x)"
+    for verb in ("show", "estimate", "train", "prepare data"):
+        code, out, err = run(*verb.split(), EXAMPLE, "--lr", "x")
+        assert (code, out, err) == (2, "", f"error: {line}; change lr on the command line\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [(("train", "q", "--rank", "2"), "--ranks"), (("show", "q", "--plans"), "--plan"), (("train", "q", "-x"), "-x")],
+)
+def test_an_option_that_is_nearly_one_of_the_verb_is_no_override(run: Run, words: tuple[str, ...], near: str):
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert near in err
+    assert "unknown key" not in err
+
+
+def test_an_option_of_the_verb_itself_comes_first(run: Run):
+    """`--device` is a key too (engine.device)."""
+    code, _, err = run("estimate", EXAMPLE, "--device", "abacus")
+    assert code == 2
+    assert "abacus" in err
+    assert "engine.device" not in err
+
+
+@pytest.mark.parametrize(
     ("ends", "code", "err"),
     [
         (75, 75, ""),

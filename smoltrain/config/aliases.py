@@ -33,10 +33,10 @@ ALIAS_TABLE = (
     ("init_std", "model.initializer_range={value}"),
     # --- where to begin
     (
-        "model_name_or_path model_name pretrained pretrained_model initial_checkpoint_dir load_from load_checkpoint "
-        "init_from",
-        "init.from={value} for the weights of a run or of a Hugging Face folder; a resume is the same command again",
+        "model_name_or_path model_name pretrained pretrained_model initial_checkpoint_dir load_from load_checkpoint",
+        "init.from={value}, a run or a Hugging Face folder, for its weights; the shape stands in the section model",
     ),
+    ("init_from", "init.from for the weights of a run or a Hugging Face folder; to resume, the same command again"),
     (
         "resume resume_from resume_from_checkpoint auto_resume resume_training",
         f"{NO_KEY}: the same command goes on from the run's newest checkpoint; init.from begins with another's weights",

@@ -203,7 +203,7 @@ def _join_keys(keys: list[str], value: object) -> str:
     shown = [f"{key}{_show_value(value)}" for key in keys]
     if len(shown) > 1 and all(key.startswith("phases.") for key in keys):
         return f"{shown[0]} (and {', '.join(shown[1:])})"
-    return " or ".join(shown)
+    return " or ".join(shown) if len(shown) < 3 else f"one of {', '.join(shown)}"
 
 
 def _fill_answer(answer: str, key: str, tree: Mapping[str, Any] | None, value: object) -> str:

@@ -1,12 +1,13 @@
 """The sections and fields of a recipe: frozen, and their paths are such that a file system takes them."""
 
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from smoltrain.config.load import load_config
-from smoltrain.config.schema import MAX_NAME_BYTES, MAX_PATH_BYTES, find_path_fault
+from smoltrain.config.schema import MAX_NAME_BYTES, MAX_PATH_BYTES, find_path_fault, parse_whole_number
 from smoltrain.errors import UserError
 
 EXAMPLE = str(Path(__file__).parents[1] / "example.yaml")
@@ -52,3 +53,66 @@ def test_a_url_may_have_a_long_name(key: str):
     assert load_config(EXAMPLE, ["data.package=null", "data.path=y", f"{key}=http://host/{'x' * 300}"])
     with pytest.raises(UserError, match=f"{key} is not valid"):
         load_config(EXAMPLE, [f'{key}="a\\0b"'])
+
+
+# --- whole numbers as people write them
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        *[("1e4", 10_000), ("1E+4", 10_000), ("2.5e3", 2500), ("5_000", 5000), ("1_0e2", 1000), ("+7", 7), ("7", 7)],
+        *[("7.0", 7), ("-3", -3), ("1.5", None), ("1.5e0", None), ("1e-3", None), ("10k", None), ("", None)],
+        *[("5__0", None), ("_5", None), ("0x10", None), ("1e999999999", None), ("e4", None), ("٣", 3)],
+    ],
+)
+def test_a_text_that_spells_a_whole_number(text: str, number: int | None):
+    assert parse_whole_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("phases.main.steps=1e4", "phases.0.steps", 10_000),
+        ("phases.main.steps=5_000", "phases.0.steps", 5000),
+        ("batch.micro_batch=1.2e1", "batch.micro_batch", 12),
+        ("engine.gradient_checkpointing=2e0", "engine.gradient_checkpointing", 2),
+        ("run.seed=1e18", "run.seed", 10**18),
+        ("data.max_bad_records=1e3", "data.max_bad_records", 1000),
+        ("model.rope_theta=1e5", "model.rope_theta", 1e5),
+        ("phases.main.lr=1_0e-4", "phases.0.lr", 1e-3),
+        ("run.name=1e4", "run.name", "1e4"),
+    ],
+)
+def test_a_number_as_people_write_it(override: str, path: str, value: object):
+    found = load_config(EXAMPLE, [override]).model_dump()
+    for part in path.split("."):
+        found = found[int(part) if part.isdecimal() else part]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("phases.main.steps=1.5", "saw '1.5', want a whole number; change"),
+        ("phases.main.steps=1.5e0", "saw '1.5e0', want a whole number; change"),
+        ("phases.main.steps=10k", "saw '10k', want a whole number, as in 5_000 or 1e4; change"),
+        ("phases.main.steps=1e10", "saw '1e10', want at most 2,147,483,647; change"),
+        ("phases.main.steps=1e999999999", "saw '1e999999999', want a whole number; change"),
+        ("batch.micro_batch=2k", "saw '2k', want 'auto' or a whole number, as in 5_000 or 1e4; change"),
+    ],
+)
+def test_what_is_no_whole_number(override: str, line: str):
+    with pytest.raises(UserError, match=rf"^\S+ is not valid: {re.escape(line)} {override.partition('=')[0]}"):
+        load_config(EXAMPLE, [override])
+
+
+def test_a_file_may_write_numbers_so_too(tmp_path: Path):
+    text = (
+        Path(EXAMPLE).read_text(encoding="utf-8").replace("steps: 500", "steps: 1e3").replace("rows: 64", "rows: 1_0")
+    )
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(text, encoding="utf-8")
+    loaded = load_config(str(recipe))
+    assert (loaded.phases[0].steps, loaded.evaluate.rows) == (1000, 10)
