@@ -1,16 +1,21 @@
 """The `smoltrain` command: parses arguments, calls one function for each verb, and turns mistakes into exit codes."""
 
+import glob
 import io
 import itertools
 import os
+import shutil
 import sys
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from smoltrain import __version__
 from smoltrain.console import guard_console
-from smoltrain.errors import BAD_INPUT, FAULT, INTERRUPTED, Problem, TrainingStopped, UserError, format_error
+from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, Problem, TrainingStopped, UserError, format_error
+from smoltrain.usage import describe_unknown_verb, describe_wrong_call
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,47 +25,122 @@ if TYPE_CHECKING:
     from smoltrain.config.schema import Config
     from smoltrain.schedule import Plan
 
+# Panels of `smoltrain --help`, from the top.
+START = "Start a run"
+LOOK = "Look before, meanwhile and after"
+OUT = "Take the model out"
+PREPARE = "Prepare ahead"
+PANELS = [START, LOOK, OUT, PREPARE]
+
+
+class VerbGroup(TyperGroup):
+    """A group of verbs: without one it prints its help, and a wrong one is answered with the nearest."""
+
+    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 -- typer's own signature
+        """The verbs, panel by panel."""
+        panels = {name: getattr(self.commands[name], "rich_help_panel", None) for name in self.commands}
+        return sorted(self.commands, key=lambda name: PANELS.index(panels[name]) if panels[name] in PANELS else 0)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Help instead of a complaint where there is no word at all."""
+        if not args and not ctx.resilient_parsing:
+            print(ctx.get_help())
+            raise typer.Exit()
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Errors: UserError for a word that is no verb; completion, which knows half a word yet, goes on."""
+        if not ctx.resilient_parsing and args[0] not in self.commands:
+            raise UserError(describe_unknown_verb(args[0], list(self.commands), ctx.command_path))
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="smoltrain",
-    help="Pretrains small language models on one to many GPUs.",
-    no_args_is_help=True,
-    add_completion=False,
+    cls=VerbGroup,
+    epilog="smoltrain VERB -h shows an example of each. smoltrain explain tells what every key of a recipe means.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
-prepare = typer.Typer(help="Make ahead what a run would make at its first start.", no_args_is_help=True)
-app.add_typer(prepare, name="prepare")
+prepare = typer.Typer(cls=VerbGroup, help="Make ahead what a run would make at its first start.")
+app.add_typer(prepare, name="prepare", rich_help_panel=PREPARE)
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.")]
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    from smoltrain.config.load import list_recipes
+
+    return [name for name in list_recipes() if name.startswith(incomplete)]
+
+
+def _complete_key(incomplete: str) -> list[str]:
+    from smoltrain.explain import list_explained_words
+
+    return [word for word in list_explained_words() if word.startswith(incomplete)]
+
+
+def _complete_run(incomplete: str) -> list[str]:
+    return [path.parent.name for path in Path("runs").glob(f"{glob.escape(incomplete)}*/config.yaml")]
+
+
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.", autocompletion=_complete_run),
+]
 ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
         help="A run folder, the name of one under runs/, the folder of a checkpoint, or a Hugging Face folder.",
+        autocompletion=_complete_run,
     ),
 ]
 CheckpointOption = Annotated[
     int | None, typer.Option(help="Step of the checkpoint; by default the one that RUN names, or the run's newest.")
 ]
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a path to a .yaml file.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A shipped recipe's name (smoltrain recipes lists them), or a path to a .yaml file.",
+        autocompletion=_complete_recipe,
+    ),
+]
+DefaultRecipeArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A shipped recipe's name (smoltrain recipes lists them), or a path to a .yaml file; without it, "
+        "quickstart.",
+        autocompletion=_complete_recipe,
+    ),
 ]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to use instead of the recipe's.")
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Values to use instead of the recipe's; smoltrain explain tells what each key means."
+    ),
 ]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit."""
-    run_app(app, arguments)
+    run_app(app, arguments, "smoltrain")
 
 
-def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
-    """Run a command and exit: a mistake of the user's ends with readable lines and a code, never a traceback."""
+def run_app(app: typer.Typer, arguments: list[str] | None = None, name: str | None = None) -> None:
+    """Run a command and exit: a mistake of the user's ends with readable lines and a code, never a traceback.
+
+    `name` is how the command calls itself; by default as it was called.
+    """
     if arguments is None:  # this is a process of its own
         guard_console()
     try:
-        app(arguments)
+        code = app(arguments, prog_name=name, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else DONE)
+    except typer.TyperException as error:
+        print(format_error(UserError(describe_wrong_call(error))), file=sys.stderr)
+        sys.exit(BAD_INPUT)
     except UserError as error:
         print(format_error(error), file=sys.stderr)
         sys.exit(BAD_INPUT)
@@ -87,7 +167,7 @@ def read_common_options(
     """Pretrains small language models on one to many GPUs."""
 
 
-@app.command("recipes", epilog="Example: smoltrain recipes")
+@app.command("recipes", rich_help_panel=LOOK, epilog="Example: smoltrain recipes")
 def recipes_command() -> None:
     """List the shipped recipes."""
     from rich.console import Console
@@ -101,25 +181,58 @@ def recipes_command() -> None:
     Console(markup=False, highlight=False).print(table)
 
 
-@app.command("show", epilog="Example: smoltrain show quickstart phases.main.lr=1e-3 --plan")
+@app.command("show", rich_help_panel=LOOK, epilog="Example: smoltrain show quickstart phases.main.lr=1e-3 --plan")
 def show_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
+    *,
+    comments: Annotated[bool, typer.Option("--comments", help="With what each key means, as YAML comments.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="The phases and their learning rates instead.")] = False,
+    png: Annotated[
+        bool,
+        typer.Option(
+            "--png", help="Also draw the plan: into the .png file named behind it, else into ./NAME-plan.png."
+        ),
+    ] = False,
 ) -> None:
     """Print a recipe in full: every default, every override, the exact number of parameters; or what is wrong."""
+    from smoltrain.config.commented_yaml import config_to_commented_yaml
     from smoltrain.config.load import config_to_yaml, load_config
     from smoltrain.train.preflight import check_recipe
 
-    resolved = load_config(recipe, overrides or [])
+    words = overrides or []
+    picture = next((word for word in words if png and _is_picture(word)), None)
+    resolved = load_config(recipe, [word for word in words if word != picture])
     check_recipe(resolved)
-    if plan:
+    if plan or png:
         _print_plan(resolved)
     else:
-        print(config_to_yaml(resolved) + _format_config_facts(resolved))
+        text = config_to_commented_yaml(resolved) if comments else config_to_yaml(resolved)
+        print(text + _format_config_facts(resolved))
+    if png:
+        _draw_plan(resolved, Path(picture or f"{resolved.run.name}-plan.png"))
 
 
-@app.command("estimate", epilog="Example: smoltrain estimate smollm2-135m batch.micro_batch=8 --world 8 --device h100")
+@app.command("explain", rich_help_panel=LOOK, epilog="Example: smoltrain explain phases.main.lr")
+def explain_command(
+    key: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="KEY|SECTION", help="As on the command line, or its last part.", autocompletion=_complete_key
+        ),
+    ] = None,
+) -> None:
+    """Tell what the keys of a recipe mean: type, unit, default, the recipes' values; without a KEY, the sections."""
+    from smoltrain.explain import explain
+
+    print(explain(key, min(shutil.get_terminal_size().columns, 100)))
+
+
+@app.command(
+    "estimate",
+    rich_help_panel=LOOK,
+    epilog="Example: smoltrain estimate smollm2-135m batch.micro_batch=8 --world 8 --device h100",
+)
 def estimate_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
@@ -138,20 +251,28 @@ def estimate_command(
     print_estimate(recipe, overrides or [], world, device, measured=measure)
 
 
-@app.command("train", epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2")
+@app.command(
+    "train",
+    rich_help_panel=START,
+    epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2",
+)
 def train_command(
-    recipe: RecipeArgument,
+    recipe: DefaultRecipeArgument = None,
     overrides: OverridesArgument = None,
     ranks: Annotated[int | None, typer.Option(help="Processes; by default one per GPU, or two on a CPU.")] = None,
 ) -> None:
     """Train a recipe, or go on where its run folder stands."""
+    from smoltrain.config.load import split_recipe_words
     from smoltrain.launch.supervisor import supervise_run
 
-    raise typer.Exit(supervise_run(recipe, overrides or [], ranks))
+    words = [word for word in (recipe, *(overrides or [])) if word is not None]
+    raise typer.Exit(supervise_run(*split_recipe_words(words), ranks))
 
 
 @app.command(
-    "generate", epilog="Example: smoltrain generate quickstart --prompt '**ROMEO**' --temperature 0.8 --top-k 50"
+    "generate",
+    rich_help_panel=OUT,
+    epilog="Example: smoltrain generate quickstart --prompt '**ROMEO**' --temperature 0.8 --top-k 50",
 )
 def generate_command(
     run: ModelArgument,
@@ -184,7 +305,7 @@ def generate_command(
         print(note, file=sys.stderr)
 
 
-@app.command("plot", epilog="Example: smoltrain plot quickstart")
+@app.command("plot", rich_help_panel=LOOK, epilog="Example: smoltrain plot quickstart")
 def plot_command(run: RunArgument) -> None:
     """Draw a run's curves: loss, learning rate, gradient norm, throughput, unique rows."""
     from smoltrain.config.load import read_run_config
@@ -197,7 +318,9 @@ def plot_command(run: RunArgument) -> None:
         print(path)
 
 
-@app.command("verify", epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward")
+@app.command(
+    "verify", rich_help_panel=LOOK, epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward"
+)
 def verify_command(
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="A run (folder, or name under runs/), or the folder of a checkpoint.")
@@ -252,7 +375,7 @@ def prepare_data_command(recipe: RecipeArgument, overrides: OverridesArgument = 
     print(run_tokens_folder(settings, prepared.index))
 
 
-@app.command("export", epilog="Example: smoltrain export quickstart")
+@app.command("export", rich_help_panel=OUT, epilog="Example: smoltrain export quickstart")
 def export_command(
     run: ModelArgument,
     out: Annotated[str | None, typer.Argument(metavar="OUT", help="Folder; by default RUN/export/step-N.")] = None,
@@ -264,7 +387,7 @@ def export_command(
     export_model(run, out, checkpoint)
 
 
-@app.command("push", epilog="Example: HF_TOKEN=... smoltrain push quickstart OWNER/NAME")
+@app.command("push", rich_help_panel=OUT, epilog="Example: HF_TOKEN=... smoltrain push quickstart OWNER/NAME")
 def push_command(
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="A run folder, the name of one under runs/, or an export's folder.")
@@ -278,7 +401,7 @@ def push_command(
     print(push_to_hub(run, repo, private=not public))
 
 
-@app.command("demo", epilog="Example: smoltrain demo quickstart --port 7860")
+@app.command("demo", rich_help_panel=OUT, epilog="Example: smoltrain demo quickstart --port 7860")
 def demo_command(
     run: ModelArgument,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
@@ -316,16 +439,28 @@ def _format_config_facts(config: "Config") -> str:
     return f"# {parameters:,} parameters\n# {rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}"
 
 
+def _is_picture(word: str) -> bool:
+    """Whether a word is the PATH of `--png [PATH]`: typer has no options whose value may be left out."""
+    return word.lower().endswith(".png") and "=" not in word
+
+
 def _print_plan(config: "Config") -> None:
     from rich.console import Console
 
+    from smoltrain.schedule import Plan
+
+    Console(markup=False, highlight=False).print(_build_plan_table(Plan(config.phases)))
+
+
+def _draw_plan(config: "Config", path: Path) -> None:
     from smoltrain.run.plots import draw_plan
     from smoltrain.schedule import Plan
 
-    plan = Plan(config.phases)
-    path = config.run_folder / "plots" / "plan.png"
-    draw_plan(plan, path)
-    Console(markup=False, highlight=False).print(_build_plan_table(plan))
+    try:
+        draw_plan(Plan(config.phases), path)
+    except OSError as error:
+        saw = f"{path} ({error.strerror})"
+        raise UserError(Problem("the picture cannot be written", saw, "a path that can be", "--png")) from None
     print(path)
 
 
