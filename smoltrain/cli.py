@@ -25,21 +25,25 @@ if TYPE_CHECKING:
     from smoltrain.config.schema import Config
     from smoltrain.schedule import Plan
 
-# Panels of `smoltrain --help`, from the top.
-START = "Start a run"
-LOOK = "Look before, meanwhile and after"
-OUT = "Take the model out"
-PREPARE = "Prepare ahead"
-PANELS = [START, LOOK, OUT, PREPARE]
+# The panels of `smoltrain --help` and their verbs, in order.
+PANELS = {
+    "Start a run": ("new", "train"),
+    "Look before, meanwhile and after": ("recipes", "show", "explain", "estimate", "plot", "verify"),
+    "Take the model out": ("generate", "export", "push", "demo"),
+    "Prepare ahead": ("prepare",),
+}
 
 
 class VerbGroup(TyperGroup):
     """A group of verbs: without one it prints its help, and a wrong one is answered with the nearest."""
 
-    def list_commands(self, ctx: Any) -> list[str]:  # noqa: ARG002 -- typer's own signature
-        """The verbs, panel by panel."""
-        panels = {name: getattr(self.commands[name], "rich_help_panel", None) for name in self.commands}
-        return sorted(self.commands, key=lambda name: PANELS.index(panels[name]) if panels[name] in PANELS else 0)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        panels = {verb: panel for panel, verbs in PANELS.items() for verb in verbs}
+        order = [*panels, *self.commands]
+        self.commands = {name: self.commands[name] for name in sorted(self.commands, key=order.index)}
+        for name, command in self.commands.items():
+            command.rich_help_panel = panels.get(name)  # pyright: ignore[reportAttributeAccessIssue]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Help instead of a complaint where there is no word at all."""
@@ -64,7 +68,7 @@ app = typer.Typer(
 )
 
 prepare = typer.Typer(cls=VerbGroup, help="Make ahead what a run would make at its first start.")
-app.add_typer(prepare, name="prepare", rich_help_panel=PREPARE)
+app.add_typer(prepare, name="prepare")
 
 
 def _complete_recipe(incomplete: str) -> list[str]:
@@ -167,7 +171,7 @@ def read_common_options(
     """Pretrains small language models on one to many GPUs."""
 
 
-@app.command("recipes", rich_help_panel=LOOK, epilog="Example: smoltrain recipes")
+@app.command("recipes", epilog="Example: smoltrain recipes")
 def recipes_command() -> None:
     """List the shipped recipes."""
     from rich.console import Console
@@ -181,7 +185,7 @@ def recipes_command() -> None:
     Console(markup=False, highlight=False).print(table)
 
 
-@app.command("show", rich_help_panel=LOOK, epilog="Example: smoltrain show quickstart phases.main.lr=1e-3 --plan")
+@app.command("show", epilog="Example: smoltrain show quickstart phases.main.lr=1e-3 --plan")
 def show_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
@@ -213,26 +217,7 @@ def show_command(
         _draw_plan(resolved, Path(picture or f"{resolved.run.name}-plan.png"))
 
 
-@app.command("explain", rich_help_panel=LOOK, epilog="Example: smoltrain explain phases.main.lr")
-def explain_command(
-    key: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="KEY|SECTION", help="As on the command line, or its last part.", autocompletion=_complete_key
-        ),
-    ] = None,
-) -> None:
-    """Tell what the keys of a recipe mean: type, unit, default, the recipes' values; without a KEY, the sections."""
-    from smoltrain.explain import explain
-
-    print(explain(key, min(shutil.get_terminal_size().columns, 100)))
-
-
-@app.command(
-    "estimate",
-    rich_help_panel=LOOK,
-    epilog="Example: smoltrain estimate smollm2-135m batch.micro_batch=8 --world 8 --device h100",
-)
+@app.command("estimate", epilog="Example: smoltrain estimate smollm2-135m batch.micro_batch=8 --world 8 --device h100")
 def estimate_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
@@ -251,11 +236,7 @@ def estimate_command(
     print_estimate(recipe, overrides or [], world, device, measured=measure)
 
 
-@app.command(
-    "train",
-    rich_help_panel=START,
-    epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2",
-)
+@app.command("train", epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2")
 def train_command(
     recipe: DefaultRecipeArgument = None,
     overrides: OverridesArgument = None,
@@ -270,9 +251,7 @@ def train_command(
 
 
 @app.command(
-    "generate",
-    rich_help_panel=OUT,
-    epilog="Example: smoltrain generate quickstart --prompt '**ROMEO**' --temperature 0.8 --top-k 50",
+    "generate", epilog="Example: smoltrain generate quickstart --prompt '**ROMEO**' --temperature 0.8 --top-k 50"
 )
 def generate_command(
     run: ModelArgument,
@@ -305,7 +284,22 @@ def generate_command(
         print(note, file=sys.stderr)
 
 
-@app.command("plot", rich_help_panel=LOOK, epilog="Example: smoltrain plot quickstart")
+@app.command("explain", epilog="Example: smoltrain explain phases.main.lr")
+def explain_command(
+    key: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="KEY|SECTION", help="As on the command line, or its last part.", autocompletion=_complete_key
+        ),
+    ] = None,
+) -> None:
+    """Tell what the keys of a recipe mean: type, unit, default, the recipes' values; without a KEY, the sections."""
+    from smoltrain.explain import explain
+
+    print(explain(key, min(shutil.get_terminal_size().columns, 100)))
+
+
+@app.command("plot", epilog="Example: smoltrain plot quickstart")
 def plot_command(run: RunArgument) -> None:
     """Draw a run's curves: loss, learning rate, gradient norm, throughput, unique rows."""
     from smoltrain.config.load import read_run_config
@@ -318,9 +312,7 @@ def plot_command(run: RunArgument) -> None:
         print(path)
 
 
-@app.command(
-    "verify", rich_help_panel=LOOK, epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward"
-)
+@app.command("verify", epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward")
 def verify_command(
     path: Annotated[
         str, typer.Argument(metavar="PATH", help="A run (folder, or name under runs/), or the folder of a checkpoint.")
@@ -375,7 +367,7 @@ def prepare_data_command(recipe: RecipeArgument, overrides: OverridesArgument = 
     print(run_tokens_folder(settings, prepared.index))
 
 
-@app.command("export", rich_help_panel=OUT, epilog="Example: smoltrain export quickstart")
+@app.command("export", epilog="Example: smoltrain export quickstart")
 def export_command(
     run: ModelArgument,
     out: Annotated[str | None, typer.Argument(metavar="OUT", help="Folder; by default RUN/export/step-N.")] = None,
@@ -387,7 +379,7 @@ def export_command(
     export_model(run, out, checkpoint)
 
 
-@app.command("push", rich_help_panel=OUT, epilog="Example: HF_TOKEN=... smoltrain push quickstart OWNER/NAME")
+@app.command("push", epilog="Example: HF_TOKEN=... smoltrain push quickstart OWNER/NAME")
 def push_command(
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="A run folder, the name of one under runs/, or an export's folder.")
@@ -401,7 +393,7 @@ def push_command(
     print(push_to_hub(run, repo, private=not public))
 
 
-@app.command("demo", rich_help_panel=OUT, epilog="Example: smoltrain demo quickstart --port 7860")
+@app.command("demo", epilog="Example: smoltrain demo quickstart --port 7860")
 def demo_command(
     run: ModelArgument,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",

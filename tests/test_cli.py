@@ -100,6 +100,7 @@ def test_without_a_verb_there_is_help_in_panels(run: Run, monkeypatch: pytest.Mo
     assert shown == ["Options", *cli.PANELS]
     verbs = [line.split()[1] for line in out.splitlines() if re.match(r"│ [a-z]", line)]
     assert verbs == [*VERBS, "prepare"]
+    assert set(verbs) <= {verb for panel in cli.PANELS.values() for verb in panel}
     assert run("prepare")[:2] == (0, run("prepare", "--help")[1])
 
 
