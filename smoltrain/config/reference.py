@@ -88,13 +88,14 @@ def find_key_references(word: str) -> list[KeyReference]:
 
 def suggest_key_reference(word: str) -> str:
     """What to want instead of a word that names no key and no section."""
+    sections = difflib.get_close_matches(word, read_sections(), n=1, cutoff=0.8)
+    if sections:
+        return f"{sections[0]} (the nearest)"
     leaf = word.rpartition(".")[2]
-    known = {key.leaf for key in read_keys()} | set(read_sections())
-    close = [leaf] if leaf in known else difflib.get_close_matches(leaf, sorted(known), n=1, cutoff=0.6)
-    if not close:
+    near = difflib.get_close_matches(leaf, sorted({key.leaf for key in read_keys()}), n=1, cutoff=0.6)
+    if not near:
         return f"a section ({', '.join(read_sections())}) or one of its keys"
-    keys = [key.key for key in find_key_references(close[0])] or close
-    return f"{' or '.join(keys)} (the nearest)"
+    return f"{' or '.join(key.key for key in find_key_references(near[0]))} (the nearest)"
 
 
 def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:

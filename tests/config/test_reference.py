@@ -120,6 +120,7 @@ def test_keys_are_found_by_what_people_type(word: str, keys: list[str]):
         ("stps", "phases.NAME.steps (the nearest)"),
         ("optimizer.lr", "phases.NAME.lr (the nearest)"),
         ("checkpoints", "checkpoint (the nearest)"),
+        ("modle", "model (the nearest)"),
         ("model.vocab_sise", "model.vocab_size or tokenizer.vocab_size (the nearest)"),
     ],
 )
