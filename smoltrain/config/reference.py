@@ -88,9 +88,10 @@ def find_key_references(word: str) -> list[KeyReference]:
 
 def suggest_key_reference(word: str) -> str:
     """What to want instead of a word that names no key and no section."""
-    sections = difflib.get_close_matches(word, read_sections(), n=1, cutoff=0.8)
-    if sections:
-        return f"{sections[0]} (the nearest)"
+    section, dot, _ = word.partition(".")
+    near = [] if dot else difflib.get_close_matches(section, read_sections(), n=1, cutoff=0.8)
+    if near:
+        return f"{near[0]} (the nearest)"
     leaf = word.rpartition(".")[2]
     near = difflib.get_close_matches(leaf, sorted({key.leaf for key in read_keys()}), n=1, cutoff=0.6)
     if not near:
