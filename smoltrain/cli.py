@@ -43,7 +43,7 @@ class VerbGroup(TyperGroup):
         order = [*panels, *self.commands]
         self.commands = {name: self.commands[name] for name in sorted(self.commands, key=order.index)}
         for name, command in self.commands.items():
-            command.rich_help_panel = panels.get(name)  # pyright: ignore[reportAttributeAccessIssue]
+            command.rich_help_panel = panels.get(name)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Help instead of a complaint where there is no word at all."""

@@ -131,7 +131,7 @@ def _find_values(tree: Any, parts: list[str]) -> Iterator[tuple[str, Any]]:
     section, *rest = parts
     if not isinstance(tree, dict) or section not in tree:
         return
-    value = tree[section]
+    value: Any = tree[section]
     if section == "tokenizer" and isinstance(value, str):  # NAME for short
         value = {"name": value}
     if not rest:

@@ -12,7 +12,7 @@ from smoltrain.errors import Problem, problem_from_pydantic, suggest_choice
 
 def describe_wrong_call(error: Any) -> Problem:
     """What typer refused (a TyperException), in smoltrain's own form."""
-    context = getattr(error, "ctx", None)  # BadOptionUsage has none
+    context: Any = getattr(error, "ctx", None)  # BadOptionUsage has none
     command = context.command_path if context else "smoltrain"
     change = f"the command line; {command} --help has an example"
     match type(error).__name__:
