@@ -1,17 +1,21 @@
 """The `smoltrain` command: parses arguments, calls one function for each verb, and turns mistakes into exit codes."""
 
+import glob
 import io
 import itertools
 import os
+import shutil
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from smoltrain import __version__
 from smoltrain.console import guard_console
-from smoltrain.errors import BAD_INPUT, FAULT, INTERRUPTED, Problem, TrainingStopped, UserError, format_error
+from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, Problem, TrainingStopped, UserError, format_error
+from smoltrain.usage import describe_unknown_verb, describe_wrong_call
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,33 +25,105 @@ if TYPE_CHECKING:
     from smoltrain.config.schema import Config
     from smoltrain.schedule import Plan
 
+# The panels of `smoltrain --help` and their verbs, in order.
+PANELS = {
+    "Start a run": ("new", "train"),
+    "Look before, meanwhile and after": ("recipes", "show", "explain", "estimate", "plot", "verify"),
+    "Take the model out": ("generate", "export", "push", "demo"),
+    "Prepare ahead": ("prepare",),
+}
+
+
+class VerbGroup(TyperGroup):
+    """A group of verbs: without one it prints its help, and a wrong one is answered with the nearest."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        panels = {verb: panel for panel, verbs in PANELS.items() for verb in verbs}
+        order = [*panels, *self.commands]
+        self.commands = {name: self.commands[name] for name in sorted(self.commands, key=order.index)}
+        for name, command in self.commands.items():
+            command.rich_help_panel = panels.get(name)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Help instead of a complaint where there is no word at all."""
+        if not args and not ctx.resilient_parsing:
+            print(ctx.get_help())
+            raise typer.Exit()
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Errors: UserError for a word that is no verb; completion, which knows half a word yet, goes on."""
+        if not ctx.resilient_parsing and args[0] not in self.commands:
+            raise UserError(describe_unknown_verb(args[0], list(self.commands), ctx.command_path))
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="smoltrain",
-    help="Pretrains small language models on one to many GPUs.",
-    no_args_is_help=True,
-    add_completion=False,
+    cls=VerbGroup,
+    epilog="smoltrain VERB -h shows an example of each. smoltrain explain tells what every key of a recipe means.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
-prepare = typer.Typer(help="Make ahead what a run would make at its first start.", no_args_is_help=True)
+prepare = typer.Typer(cls=VerbGroup, help="Make ahead what a run would make at its first start.")
 app.add_typer(prepare, name="prepare")
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.")]
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    from smoltrain.config.load import list_recipes
+
+    return [name for name in list_recipes() if name.startswith(incomplete)]
+
+
+def _complete_key(incomplete: str) -> list[str]:
+    from smoltrain.explain import list_explained_words
+
+    return [word for word in list_explained_words() if word.startswith(incomplete)]
+
+
+def _complete_run(incomplete: str) -> list[str]:
+    return [path.parent.name for path in Path("runs").glob(f"{glob.escape(incomplete)}*/config.yaml")]
+
+
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.", autocompletion=_complete_run),
+]
 ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
         help="A run folder, the name of one under runs/, the folder of a checkpoint, or a Hugging Face folder.",
+        autocompletion=_complete_run,
     ),
 ]
 CheckpointOption = Annotated[
     int | None, typer.Option(help="Step of the checkpoint; by default the one that RUN names, or the run's newest.")
 ]
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a path to a .yaml file.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A shipped recipe's name (smoltrain recipes lists them), or a path to a .yaml file.",
+        autocompletion=_complete_recipe,
+    ),
+]
+DefaultRecipeArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A shipped recipe's name (smoltrain recipes lists them), or a path to a .yaml file; without it, "
+        "quickstart.",
+        autocompletion=_complete_recipe,
+    ),
 ]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to use instead of the recipe's.")
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Values to use instead of the recipe's; smoltrain explain tells what each key means."
+    ),
 ]
 
 
@@ -65,15 +141,22 @@ class OverridesCommand(TyperCommand):
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit."""
-    run_app(app, arguments)
+    run_app(app, arguments, "smoltrain")
 
 
-def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
-    """Run a command and exit: a mistake of the user's ends with readable lines and a code, never a traceback."""
+def run_app(app: typer.Typer, arguments: list[str] | None = None, name: str | None = None) -> None:
+    """Run a command and exit: a mistake of the user's ends with readable lines and a code, never a traceback.
+
+    `name` is how the command calls itself; by default as it was called.
+    """
     if arguments is None:  # this is a process of its own
         guard_console()
     try:
-        app(arguments)
+        code = app(arguments, prog_name=name, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else DONE)
+    except typer.TyperException as error:
+        print(format_error(UserError(describe_wrong_call(error))), file=sys.stderr)
+        sys.exit(BAD_INPUT)
     except UserError as error:
         print(format_error(error), file=sys.stderr)
         sys.exit(BAD_INPUT)
@@ -118,18 +201,32 @@ def recipes_command() -> None:
 def show_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
+    *,
+    comments: Annotated[bool, typer.Option("--comments", help="With what each key means, as YAML comments.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="The phases and their learning rates instead.")] = False,
+    png: Annotated[
+        bool,
+        typer.Option(
+            "--png", help="Also draw the plan: into the .png file named behind it, else into ./NAME-plan.png."
+        ),
+    ] = False,
 ) -> None:
     """Print a recipe in full: every default, every override, the exact number of parameters; or what is wrong."""
+    from smoltrain.config.commented_yaml import config_to_commented_yaml
     from smoltrain.config.load import config_to_yaml, load_config
     from smoltrain.train.preflight import check_recipe
 
-    resolved = load_config(recipe, overrides or [])
+    words = overrides or []
+    picture = next((word for word in words if png and _is_picture(word)), None)
+    resolved = load_config(recipe, [word for word in words if word != picture])
     check_recipe(resolved)
-    if plan:
+    if plan or png:
         _print_plan(resolved)
     else:
-        print(config_to_yaml(resolved) + _format_config_facts(resolved))
+        text = config_to_commented_yaml(resolved) if comments else config_to_yaml(resolved)
+        print(text + _format_config_facts(resolved))
+    if png:
+        _draw_plan(resolved, Path(picture or f"{resolved.run.name}-plan.png"))
 
 
 @app.command(
@@ -161,14 +258,16 @@ def estimate_command(
     epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2",
 )
 def train_command(
-    recipe: RecipeArgument,
+    recipe: DefaultRecipeArgument = None,
     overrides: OverridesArgument = None,
     ranks: Annotated[int | None, typer.Option(help="Processes; by default one per GPU, or two on a CPU.")] = None,
 ) -> None:
     """Train a recipe, or go on where its run folder stands."""
+    from smoltrain.config.load import split_recipe_words
     from smoltrain.launch.supervisor import supervise_run
 
-    raise typer.Exit(supervise_run(recipe, overrides or [], ranks))
+    words = [word for word in (recipe, *(overrides or [])) if word is not None]
+    raise typer.Exit(supervise_run(*split_recipe_words(words), ranks))
 
 
 @app.command(
@@ -203,6 +302,21 @@ def generate_command(
     _print_pieces([prompt], pieces, ["\n"])
     for note in notes:
         print(note, file=sys.stderr)
+
+
+@app.command("explain", epilog="Example: smoltrain explain phases.main.lr")
+def explain_command(
+    key: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="KEY|SECTION", help="As on the command line, or its last part.", autocompletion=_complete_key
+        ),
+    ] = None,
+) -> None:
+    """Tell what the keys of a recipe mean: type, unit, default, the recipes' values; without a KEY, the sections."""
+    from smoltrain.explain import explain
+
+    print(explain(key, min(shutil.get_terminal_size().columns, 100)))
 
 
 @app.command("plot", epilog="Example: smoltrain plot quickstart")
@@ -337,16 +451,28 @@ def _format_config_facts(config: "Config") -> str:
     return f"# {parameters:,} parameters\n# {rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}"
 
 
+def _is_picture(word: str) -> bool:
+    """Whether a word is the PATH of `--png [PATH]`: typer has no options whose value may be left out."""
+    return word.lower().endswith(".png") and "=" not in word
+
+
 def _print_plan(config: "Config") -> None:
     from rich.console import Console
 
+    from smoltrain.schedule import Plan
+
+    Console(markup=False, highlight=False).print(_build_plan_table(Plan(config.phases)))
+
+
+def _draw_plan(config: "Config", path: Path) -> None:
     from smoltrain.run.plots import draw_plan
     from smoltrain.schedule import Plan
 
-    plan = Plan(config.phases)
-    path = config.run_folder / "plots" / "plan.png"
-    draw_plan(plan, path)
-    Console(markup=False, highlight=False).print(_build_plan_table(plan))
+    try:
+        draw_plan(Plan(config.phases), path)
+    except OSError as error:
+        saw = f"{path} ({error.strerror})"
+        raise UserError(Problem("the picture cannot be written", saw, "a path that can be", "--png")) from None
     print(path)
 
 

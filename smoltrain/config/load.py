@@ -5,6 +5,7 @@ Nothing here touches torch, the network or the data; `load_config` reads files a
 
 import difflib
 import os
+import re
 from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from smoltrain.redact import redact_tree
 
 RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"  # inside the package, so that a wheel has them too
 DS_CONFIGS_FOLDER = Path(__file__).parents[1] / "ds_configs"
+DEFAULT_RECIPE = "quickstart"  # of commands that name none
 SOURCE_KEYS = ("package", "path", "hub")
 MAX_UNKNOWN_KEYS = 20  # of an unknown section, each of which is answered
 
@@ -29,6 +31,16 @@ MAX_UNKNOWN_KEYS = 20  # of an unknown section, each of which is answered
 def list_recipes() -> dict[str, Path]:
     """The shipped recipes: name -> file."""
     return {path.stem: path for path in sorted(RECIPES_FOLDER.glob("*.yaml"))}
+
+
+def split_recipe_words(words: list[str]) -> tuple[str, list[str]]:
+    """The recipe and the overrides of a command line's words; the first word may be an override already.
+
+    A word is an override if it has `key=` before any slash, or a dash in front; a path may hold an equals sign.
+    """
+    if not words or re.match(r"-|[\w.-]+=", words[0]):
+        return DEFAULT_RECIPE, words
+    return words[0], words[1:]
 
 
 def read_recipe_headline(recipe: Path) -> str:

@@ -16,7 +16,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from smoltrain.config.keys import read_key_options
-from smoltrain.config.load import load_config
+from smoltrain.config.load import load_config, split_recipe_words
 from smoltrain.config.schema import Config
 from smoltrain.console import guard_console
 from smoltrain.errors import (
@@ -79,10 +79,7 @@ def read_words(words: list[str]) -> "tuple[Config, Start | None]":
 
         start = unpack_start(sys.stdin.buffer)
         return start.config, start
-    words = read_key_options(words)
-    if not words or "=" in words[0]:
-        words = ["quickstart", *words]
-    return load_config(words[0], words[1:]), None
+    return load_config(*split_recipe_words(read_key_options(words))), None
 
 
 def keep_freed_memory() -> None:

@@ -14,6 +14,7 @@ from smoltrain.config.load import (
     override_generation,
     read_recipe_headline,
     read_run_config,
+    split_recipe_words,
 )
 from smoltrain.config.schema import Config
 from smoltrain.errors import Problem, UserError
@@ -326,3 +327,20 @@ def test_a_wrong_value_does_not_hide_a_broken_rule():
         "the heads do not divide the width",
         "the sequence is longer than the positions",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "recipe", "overrides"),
+    [
+        ([], "quickstart", []),
+        (["smollm2-135m"], "smollm2-135m", []),
+        (["my.yaml", "run.name=x"], "my.yaml", ["run.name=x"]),
+        (["run.name=x", "run.seed=1"], "quickstart", ["run.name=x", "run.seed=1"]),
+        (["lr=1e-3"], "quickstart", ["lr=1e-3"]),
+        (["--run.name=x"], "quickstart", ["--run.name=x"]),
+        (["sweep/lr=1e-3/config.yaml"], "sweep/lr=1e-3/config.yaml", []),
+        (["./lr=1e-3.yaml", "run.name=x"], "./lr=1e-3.yaml", ["run.name=x"]),
+    ],
+)
+def test_the_first_word_is_the_recipe_unless_it_is_an_override(words: list[str], recipe: str, overrides: list[str]):
+    assert split_recipe_words(words) == (recipe, overrides)
