@@ -109,12 +109,13 @@ def show_command(
 ) -> None:
     """Print a recipe in full: every default, every override, the exact number of parameters; or what is wrong."""
     from smoltrain.config.load import config_to_yaml, load_config
+    from smoltrain.estimate.horizon import resolve_config
     from smoltrain.train.preflight import check_recipe
 
     resolved = load_config(recipe, overrides or [])
     check_recipe(resolved)
     if plan:
-        _print_plan(resolved)
+        _print_plan(resolve_config(resolved, resolved.batch.rows(1)))
     else:
         print(config_to_yaml(resolved) + _format_config_facts(resolved))
 
@@ -313,7 +314,18 @@ def _format_config_facts(config: "Config") -> str:
     ranks = "over all ranks" if batch.accumulation is None else "on each rank"
     rows = batch.rows(1)
     parameters = count_parameters(build_model(config.model, device="meta"))
-    return f"# {parameters:,} parameters\n# {rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}"
+    plan = f"# {_describe_horizon(config)}\n"
+    return (
+        f"# {parameters:,} parameters\n{plan}# {rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}"
+    )
+
+
+def _describe_horizon(config: "Config") -> str:
+    """The plan of one rank (of any number, with batch.rows_per_step) in steps, tokens and epochs."""
+    from smoltrain.estimate.horizon import describe_plan, read_index
+
+    ranks = "on one rank " if config.batch.rows_per_step is None else ""
+    return f"plan {ranks}{describe_plan(config, config.batch.rows(1), read_index(config.run_folder))}"
 
 
 def _print_plan(config: "Config") -> None:
@@ -325,7 +337,9 @@ def _print_plan(config: "Config") -> None:
     plan = Plan(config.phases)
     path = config.run_folder / "plots" / "plan.png"
     draw_plan(plan, path)
-    Console(markup=False, highlight=False).print(_build_plan_table(plan))
+    console = Console(markup=False, highlight=False)
+    console.print(_describe_horizon(config))
+    console.print(_build_plan_table(plan))
     print(path)
 
 
