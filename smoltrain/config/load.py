@@ -182,8 +182,10 @@ def _drop_recipe_alternatives(values: dict[str, Any], overrides: list[str] | tup
 
 def _keys_with_value(overrides: list[str] | tuple[str, ...]) -> set[str]:
     """The keys that overrides give a value, null apart."""
-    pairs = [override.partition("=") for override in overrides]
-    return {key for key, _, text in pairs if parse_override_value(text) is not None}
+    texts: dict[str, str] = {}
+    for override in overrides:
+        key, _, texts[key] = override.partition("=")  # the last one counts
+    return {key for key, text in texts.items() if parse_override_value(text) is not None}
 
 
 def _locate_key(key: str, path: Path, overrides: list[str] | tuple[str, ...]) -> str:

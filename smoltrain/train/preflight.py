@@ -78,8 +78,8 @@ def describe_epochs(tokens: int, epoch_tokens: int, key: str) -> PreflightLine:
         return PreflightLine("epochs", text)
     text = (
         f"the plan's {format_count(tokens)} tokens are {epochs:,.1f} epochs of {epoch_tokens:,} training tokens; "
-        f"beyond {EPOCHS_TO_WARN} a token that is read again is worth less than a new one (Muennighoff et al. 2023): take "
-        f"more data, or lower {key}"
+        f"beyond {EPOCHS_TO_WARN} a token that is read again is worth less than a new one (Muennighoff et al. 2023): "
+        f"take more data, or lower {key}"
     )
     return PreflightLine("epochs", text, warns=True)
 
