@@ -42,6 +42,7 @@ from smoltrain.config.schema import Config
 from smoltrain.distributed.cpu_cores import cores_per_process
 from smoltrain.distributed.world import choose_device, environment_without_launcher, free_port
 from smoltrain.errors import Problem, TrainingStopped, UserError
+from smoltrain.estimate.horizon import resolve_config
 from smoltrain.estimate.measure import RUN_NAME, measurement_overrides
 from smoltrain.estimate.speed import flops_per_token
 from smoltrain.estimate.training_setup import model_shape
@@ -129,6 +130,7 @@ def benchmark_training(
     overrides = overrides or []
     peers = parse_peer_names(against)
     config = load_config(recipe, overrides)
+    config = resolve_config(config, config.batch.rows(ranks))
     if peers and micro_batch is None and config.batch.micro_batch == "auto":
         raise UserError(Problem("the peers cannot choose for themselves", "auto", "a number", "--micro-batch"))
     if steps < MIN_STEPS:
@@ -231,7 +233,7 @@ def _prepare_task(config: Config, asked: Config, scratch: Path, ranks: int, step
     """
     # What a run chooses may depend on how long its plan is, so the plan goes on behind the steps that are measured.
     phase = config.phases[0]
-    rest = {"name": f"{phase.name}-rest", "steps": sum(phase.steps for phase in asked.phases)}
+    rest = {"name": f"{phase.name}-rest", "steps": sum(phase.num_steps for phase in asked.phases)}
     config = config.model_copy(update={"phases": (phase, phase.model_copy(update=rest))})
     device = choose_device(config.engine.device)
     precision, _ = choose_precision(config.engine.precision, device)

@@ -214,6 +214,7 @@ def show_command(
     """Print a recipe in full: every default, every override, the exact number of parameters; or what is wrong."""
     from smoltrain.config.commented_yaml import config_to_commented_yaml
     from smoltrain.config.load import config_to_yaml, load_config
+    from smoltrain.estimate.horizon import resolve_config
     from smoltrain.train.preflight import check_recipe
 
     words = overrides or []
@@ -221,6 +222,7 @@ def show_command(
     resolved = load_config(recipe, [word for word in words if word != picture])
     check_recipe(resolved)
     if plan or png:
+        resolved = resolve_config(resolved, resolved.batch.rows(1))
         _print_plan(resolved)
     else:
         text = config_to_commented_yaml(resolved) if comments else config_to_yaml(resolved)
@@ -448,7 +450,18 @@ def _format_config_facts(config: "Config") -> str:
     ranks = "over all ranks" if batch.accumulation is None else "on each rank"
     rows = batch.rows(1)
     parameters = count_parameters(build_model(config.model, device="meta"))
-    return f"# {parameters:,} parameters\n# {rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}"
+    plan = f"# {_describe_horizon(config)}\n"
+    return (
+        f"# {parameters:,} parameters\n{plan}# {rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}"
+    )
+
+
+def _describe_horizon(config: "Config") -> str:
+    """The plan of one rank (of any number, with batch.rows_per_step) in steps, tokens and epochs."""
+    from smoltrain.estimate.horizon import describe_plan, read_index
+
+    ranks = "on one rank " if config.batch.rows_per_step is None else ""
+    return f"plan {ranks}{describe_plan(config, config.batch.rows(1), read_index(config.run_folder))}"
 
 
 def _is_picture(word: str) -> bool:
@@ -461,7 +474,9 @@ def _print_plan(config: "Config") -> None:
 
     from smoltrain.schedule import Plan
 
-    Console(markup=False, highlight=False).print(_build_plan_table(Plan(config.phases)))
+    console = Console(markup=False, highlight=False)
+    console.print(_describe_horizon(config))
+    console.print(_build_plan_table(Plan(config.phases)))
 
 
 def _draw_plan(config: "Config", path: Path) -> None:

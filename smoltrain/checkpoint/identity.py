@@ -17,6 +17,7 @@ from smoltrain.schedule import Plan, first_differing_step, plan_from_phases, ste
 FIXED = "refused"  # the weights of the past depend on it: with another value it would be another run
 FIXED_IN_PAST_STEPS = "refused for steps that are done"  # accepted, and printed, for those to come
 ANNOUNCED = "accepted and printed"  # numbers may come out otherwise, or be measured otherwise, from here on
+FIXED_ROWS = "refused unless the rows per step stay"  # two ways to say how many there are
 FREE = "free"  # nothing that was learned depends on it; config.yaml records it all the same
 
 # Every key of the schema, once. `*` stands for the name of a source or phase.
@@ -38,12 +39,17 @@ KEY_RULE_TABLE = (
     ("data.sources.*", FIXED, "name weight package hub hub_config hub_split pattern text_field documents"),
     ("data.sources.*", FIXED, "document_separator validation_split"),
     ("packing", FIXED, "document_mask"),
-    ("batch", FIXED, "sequence_length accumulation rows_per_step"),
+    ("batch", FIXED, "sequence_length"),
+    ("batch", FIXED_ROWS, "accumulation rows_per_step"),
     ("batch", ANNOUNCED, "micro_batch"),
     ("engine", ANNOUNCED, "device ds_config precision gradient_checkpointing attention reduce_gradients loss compile"),
     ("engine", FREE, "hang_s"),
     ("optimizer", FIXED, "name beta1 beta2 eps gradient_clipping z_loss"),
-    ("phases.*", FIXED_IN_PAST_STEPS, "name steps lr weight_decay schedule warmup_steps decay_steps final_lr"),
+    (
+        "phases.*",
+        FIXED_IN_PAST_STEPS,
+        "name steps tokens epochs lr weight_decay schedule warmup_steps decay_steps final_lr",
+    ),
     ("phases.*", FIXED_IN_PAST_STEPS, "optimizer_state mix"),
     ("evaluate", ANNOUNCED, "every rows"),
     ("generation", FREE, "max_tokens temperature top_k top_p"),
@@ -82,7 +88,7 @@ class RunIdentity(TypedDict):
 
     run_id: str
     rows_per_step: int
-    values: dict[str, Any]  # of the FIXED keys, by dotted key
+    values: dict[str, Any]  # of the keys that are FIXED or FIXED_ROWS, by dotted key
     phases: list[dict[str, Any]]
 
 
@@ -98,7 +104,7 @@ def identity_of_run(config: Config, provenance: dict[str, Any]) -> RunIdentity:
 
 
 def key_rule(key: str) -> str:
-    """The rule of a dotted key: FIXED, FIXED_IN_PAST_STEPS, ANNOUNCED or FREE."""
+    """The rule of a dotted key: FIXED, FIXED_ROWS, FIXED_IN_PAST_STEPS, ANNOUNCED or FREE."""
     parts = key.split(".")
     if parts[0] == "phases":
         return FIXED_IN_PAST_STEPS
@@ -126,16 +132,19 @@ def format_differences(differences: list[ConfigDifference]) -> list[str]:
     return [f"{key}: {before!r} -> {now!r}" for key, before, now in differences]
 
 
-def find_forbidden_changes(past: RunIdentity, new: Config, done: int) -> list[ForbiddenChange]:
+def find_forbidden_changes(past: RunIdentity, new: Config, done: int, world_size: int = 1) -> list[ForbiddenChange]:
     """What keeps a config from going on with a run of which `done` steps are done: every key that must be taken back.
 
-    Of the plan those keys alone by which a step that is done would have been trained otherwise.
+    Of the plan those keys alone by which a step that is done would have been trained otherwise. `world_size` ranks are
+    to go on: whatever says the rows per step may say it in another way, if they stay as many.
     """
     before = NEWER_KEYS | past["values"]
     now = _fixed_values(new)
+    keeps_rows = new.batch.rows(world_size) == past["rows_per_step"]
     changes: list[ForbiddenChange] = []
     for key in before | now:
         may_differ = new.data.allow_changed and _describes_documents(key)
+        may_differ |= keeps_rows and key_rule(key) == FIXED_ROWS
         if before.get(key) != now.get(key) and not may_differ:
             changes.append(ForbiddenChange(key, before.get(key, ABSENT), now.get(key, ABSENT), None))
     return changes + _find_plan_changes(plan_from_phases(past["phases"]), Plan(new.phases), done)
@@ -189,7 +198,8 @@ def _train_differently(plan: Plan, other: Plan, step: int, done: int) -> bool:
 def find_identity_mismatches(own: RunIdentity, sealed: RunIdentity, step: int) -> list[str]:
     """Where a run's config.yaml (`own`) is not what its checkpoint of this step (`sealed`) says.
 
-    Which documents there are is left out: data.allow_changed may have changed it since.
+    Which documents there are is left out: data.allow_changed may have changed it since. So is how the recipe says the
+    rows per step, which are compared themselves.
     """
     values = NEWER_KEYS | own["values"]
     sealed_values = NEWER_KEYS | sealed["values"]
@@ -197,7 +207,7 @@ def find_identity_mismatches(own: RunIdentity, sealed: RunIdentity, step: int) -
         f"{key} is {values.get(key)!r}, not {sealed_values.get(key)!r}"
         for key in sealed_values | values
         if values.get(key) != sealed_values.get(key)
-        and not (_describes_documents(key) or key.startswith(SOURCE_ORDER_KEY))
+        and not (_describes_documents(key) or key.startswith(SOURCE_ORDER_KEY) or key_rule(key) == FIXED_ROWS)
     ]
     if own["rows_per_step"] != sealed["rows_per_step"]:
         mismatches.append(f"rows_per_step is {own['rows_per_step']}, not {sealed['rows_per_step']}")
@@ -238,11 +248,12 @@ def _describe_step(plan: Plan, step: int) -> str:
 
 
 def _fixed_values(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in _flatten_config(config).items() if key_rule(key) == FIXED}
+    return {key: value for key, value in _flatten_config(config).items() if key_rule(key) in (FIXED, FIXED_ROWS)}
 
 
 def _dump_phases(config: Config) -> list[dict[str, Any]]:
-    return config.model_dump(mode="json")["phases"]
+    """As plain values. A run's phases are in steps, so that the other two ways to say it are null, and left out."""
+    return config.model_dump(mode="json", exclude={"phases": {"__all__": {"tokens", "epochs"}}})["phases"]
 
 
 def _flatten_config(config: Config) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from smoltrain.config.keys import NEAR, NEAR_SIBLING, expand_override, find_full_keys, list_sections, suggest_key
 from smoltrain.config.rules import find_contradictions
-from smoltrain.config.schema import Config, GenerationSection, SourceSection
+from smoltrain.config.schema import HORIZON_KEYS, Config, GenerationSection, SourceSection
 from smoltrain.config.wandb_env import read_wandb_environment
 from smoltrain.config.yaml_text import apply_override, dump_yaml, parse_override_value, read_yaml
 from smoltrain.errors import Problem, UserError, problem_from_pydantic, suggest_choice
@@ -26,6 +26,7 @@ DS_CONFIGS_FOLDER = Path(__file__).parents[1] / "ds_configs"
 DEFAULT_RECIPE = "quickstart"  # of commands that name none
 SOURCE_KEYS = ("package", "path", "hub")
 MAX_UNKNOWN_KEYS = 20  # of an unknown section, each of which is answered
+BATCH_KEYS = ("accumulation", "rows_per_step")  # of which a batch has one
 
 
 def list_recipes() -> dict[str, Path]:
@@ -70,6 +71,7 @@ def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Con
         if problem:
             problems.append(problem)
     _drop_recipe_source(values, overrides)
+    _drop_recipe_alternatives(values, overrides)
     run = values.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = run.get("name") or path.stem
@@ -97,6 +99,10 @@ def read_run_config(path: Path) -> Config:
         raise UserError(*_collect_problems(error, values, path).values()) from None
     if not config.phases:
         raise UserError(Problem("there is no phase", "[]", "at least one", f"phases in {path.name}"))
+    for phase in config.phases:
+        if phase.steps is None:
+            what, change = f"phases.{phase.name}.steps is missing", f"phases.{phase.name}.steps in {path.name}"
+            raise UserError(Problem(what, "nothing", "a value", change))
     return config
 
 
@@ -114,6 +120,15 @@ def redacted_config(config: Config) -> dict[str, Any]:
 def stop_after_phase(config: Config, phase: str) -> Config:
     """The same, to be trained up to the end of this phase."""
     return config.model_copy(update={"run": config.run.model_copy(update={"stop_after": phase})})
+
+
+def cut_micro_batch(config: Config, rows_per_step: int, world_size: int) -> Config:
+    """The same; where batch.rows_per_step leaves a rank fewer rows of a step than batch.micro_batch, it takes these."""
+    batch = config.batch
+    rows, rest = divmod(rows_per_step, world_size)
+    if batch.rows_per_step is None or batch.micro_batch == "auto" or rest or not 0 < rows < batch.micro_batch:
+        return config
+    return config.model_copy(update={"batch": batch.model_copy(update={"micro_batch": rows})})
 
 
 def override_generation(settings: GenerationSection, **options: float | None) -> GenerationSection:
@@ -152,16 +167,35 @@ def _find_recipe(recipe: str) -> Path:
 
 def _drop_recipe_source(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
     """A data source on the command line takes the place of the recipe's, with the keys that belonged to that one."""
-    given: set[str] = set()
-    for override in overrides:
-        key, _, text = override.partition("=")
-        if parse_override_value(text) is not None:
-            given.add(key)
+    given = _keys_with_value(overrides)
     data = values.get("data")
     if isinstance(data, dict) and given & {f"data.{key}" for key in SOURCE_KEYS}:
         for key in {*SourceSection.model_fields, "sources"} - {"text_field"}:
             if not any(f"{name}.".startswith(f"data.{key}.") for name in given):
                 data.pop(key, None)
+
+
+def _drop_recipe_alternatives(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
+    """The length of a phase on the command line takes the place of the recipe's, whichever key says it; rows too."""
+    given = _keys_with_value(overrides)
+    phases = values.get("phases")
+    sections = [("batch", values.get("batch"), BATCH_KEYS)]
+    for phase in phases if isinstance(phases, list) else []:
+        if isinstance(phase, dict):
+            sections.append((f"phases.{phase.get('name')}", phase, HORIZON_KEYS))
+    for name, section, keys in sections:
+        said = {key for key in keys if f"{name}.{key}" in given}
+        if said and isinstance(section, dict):
+            for key in {*keys} - said:
+                section.pop(key, None)
+
+
+def _keys_with_value(overrides: list[str] | tuple[str, ...]) -> set[str]:
+    """The keys that overrides give a value, null apart."""
+    texts: dict[str, str] = {}
+    for override in overrides:
+        key, _, texts[key] = override.partition("=")  # the last one counts
+    return {key for key, text in texts.items() if parse_override_value(text) is not None}
 
 
 def _locate_key(key: str, path: Path, overrides: list[str] | tuple[str, ...]) -> str:

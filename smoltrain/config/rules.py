@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from smoltrain.config.schema import Config, ModelSection, PhaseSection, SourceSection, TransformersSection
+from smoltrain.config.schema import HORIZON_KEYS, Config, ModelSection, PhaseSection, SourceSection, TransformersSection
 from smoltrain.errors import Problem, suggest_choice
 
 # Ids of the tokenizers that have no file to look into before they are fetched.
@@ -138,7 +138,11 @@ def _check_phase(p: PhaseSection) -> Iterator[Problem]:
     if (p.decay_steps > 0) != (p.schedule == "wsd"):
         saw, want = f"{p.decay_steps} with {p.schedule}", "above 0 with wsd, 0 with any other"
         yield Problem(f"{key}.decay_steps does not fit its schedule", saw, want, f"{key}.decay_steps")
-    if p.warmup_steps + p.decay_steps > p.steps:
+    if len(p.horizon) != 1:
+        saw = ", ".join(f"{name}={value:g}" for name, value in p.horizon.items()) or "none of them"
+        keys = " or ".join(f"{key}.{name}" for name in HORIZON_KEYS)
+        yield Problem(f"{key} is not given its length exactly once", saw, "one of steps, tokens and epochs", keys)
+    if p.steps is not None and p.warmup_steps + p.decay_steps > p.steps:  # of tokens and epochs: schedule.py
         saw, want = f"{p.warmup_steps} + {p.decay_steps}", f"at most {key}.steps = {p.steps}"
         yield Problem(f"{key} is shorter than its warm-up and decay", saw, want, f"{key}.steps")
     if p.final_lr and p.schedule in ("constant", "continue"):

@@ -6,6 +6,7 @@ Nothing here reads a file: load.py does, and rules.py checks what no single fiel
 import json
 import os
 import re
+from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -27,6 +28,12 @@ MAX_INT = 2**31 - 1
 MAX_LAYERS = 1_000
 MAX_ROWS = 2**20  # of a micro-batch, and micro-batches of a step
 MAX_SEED = 2**63 - 1  # torch takes up to 2^64 - 1, and the ranks add to it
+MAX_TOKEN_DIGITS = 15
+MAX_TOKENS = 10**MAX_TOKEN_DIGITS  # of a phase
+MAX_EPOCHS = 1_000_000
+LARGE_FIELDS = ("seed", "tokens")  # whose numbers may be larger than MAX_INT
+HORIZON_KEYS = ("steps", "tokens", "epochs")  # of which a phase has one
+TOKEN_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 MAX_NAME_BYTES = 200  # file systems take 255
 MAX_PATH_BYTES = 4000  # file systems take 4,096
 
@@ -68,7 +75,7 @@ class Section(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _check_int(cls, value: object, info: ValidationInfo) -> object:
-        if type(value) is int and abs(value) > MAX_INT and info.field_name != "seed":
+        if type(value) is int and abs(value) > MAX_INT and info.field_name not in LARGE_FIELDS:
             raise ValueError(f"at most {MAX_INT:,}")
         return value
 
@@ -496,13 +503,53 @@ class OptimizerSection(Section):
     )
 
 
+def parse_token_count(value: object) -> object:
+    """A count of tokens as people write it (3.2e9, 400M, 1.5B, 5_000_000) as an int; no text or number stays as it is.
+
+    Errors: ValueError for what is no count.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | float):
+        return value
+    want = "a number of tokens, as in 5_000_000, 3.2e9, 400M or 1.5B"
+    text = str(value).strip().replace("_", "")
+    unit = text[-1:].upper() if text[-1:].isalpha() else ""
+    try:
+        number = Decimal(text.removesuffix(text[-1:]) if unit else text)
+    except InvalidOperation:
+        raise ValueError(want) from None
+    if unit not in TOKEN_UNITS or not number.is_finite():
+        raise ValueError(want)
+    if number.adjusted() > MAX_TOKEN_DIGITS:  # before it is multiplied: 1e999999999 has a billion digits
+        raise ValueError(f"at most {MAX_TOKENS:,}")
+    number *= TOKEN_UNITS[unit]
+    if number != number.to_integral_value():
+        raise ValueError("a whole number of tokens")
+    return int(number)
+
+
 class PhaseSection(Section):
-    """A named range of steps with its own learning rate. `schedule: continue` prolongs the end of the phase before."""
+    """A named stretch of the plan with its own learning rate. `schedule: continue` prolongs the end of the one before.
+
+    A recipe says how long it is in steps, tokens or epochs; a run that has begun knows it in steps
+    (schedule.py: resolve_horizons).
+    """
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$"), CheckedPath] = Field(
         description="letters, digits, - and _"
     )
-    steps: int = Field(gt=0, description="optimizer steps")
+    steps: Steps | None = Field(default=None, gt=0, description="optimizer steps; instead of them tokens, or epochs")
+    tokens: Tokens | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_TOKENS,
+        description="tokens to train on, as in 3.2e9, 400M or 1.5B; rounded up to whole steps",
+    )
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_EPOCHS,
+        description="passes over the training tokens; for one source that is tokenised before the first step",
+    )
     lr: float | None = Field(default=None, gt=0, description="peak learning rate; null only with schedule continue")
     weight_decay: float = Field(
         default=0.1,
@@ -525,6 +572,21 @@ class PhaseSection(Section):
     mix: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         default=None, description="weights of data.sources in this phase, by name; null takes their own weights"
     )
+
+    _parse_tokens = field_validator("tokens", mode="before")(parse_token_count)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps. Errors: ValueError where the recipe says tokens or epochs, which nobody has resolved yet."""
+        if self.steps is None:
+            raise ValueError(f"phase {self.name} has no steps: resolve_horizons comes first")
+        return self.steps
+
+    @property
+    def horizon(self) -> dict[str, int | float]:
+        """How long it is to be, by the key that says it: one of steps, tokens and epochs."""
+        given = {key: getattr(self, key) for key in HORIZON_KEYS}
+        return {key: value for key, value in given.items() if value is not None}
 
 
 class EvaluateSection(Section):

@@ -11,6 +11,7 @@ from smoltrain.errors import Problem, UserError
 from smoltrain.estimate.constants import EFFICIENCY, GIB
 from smoltrain.estimate.devices import find_device
 from smoltrain.estimate.fitting import fit_config_to_memory
+from smoltrain.estimate.horizon import resolve_config
 from smoltrain.estimate.measure import measure_run
 from smoltrain.estimate.memory import estimate_memory
 from smoltrain.estimate.report import (
@@ -34,6 +35,7 @@ def print_estimate(recipe: str, overrides: list[str], world: int, device: str, *
     """
     console = Console(markup=False, highlight=False)
     config = load_config(recipe, overrides)
+    config = resolve_config(config, config.batch.rows(world))
     spec = find_device(device, world)
     config = fit_config_to_memory(config, spec.memory, world, device=spec.kind)
     estimate = Estimate(build_training_setup(config, world=world, device=spec.kind), spec)
@@ -57,7 +59,9 @@ def _correct_by_real_steps(estimate: Estimate, recipe: str, overrides: list[str]
     expected = estimate
     if ranks < world:  # this machine has fewer: what is measured is estimated for as many
         device = find_device(device.name, ranks)
-        config = fit_config_to_memory(load_config(recipe, overrides), device.memory, ranks, device=device.kind)
+        config = load_config(recipe, overrides)
+        config = resolve_config(config, config.batch.rows(ranks))
+        config = fit_config_to_memory(config, device.memory, ranks, device=device.kind)
         expected = Estimate(build_training_setup(config, world=ranks, device=device.kind), device)
     setup = replace(expected.setup, saves_midway=False)
     expected = replace(expected, setup=setup)

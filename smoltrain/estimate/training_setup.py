@@ -6,6 +6,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 
+from smoltrain.config.load import cut_micro_batch
 from smoltrain.config.schema import Config, ModelSection, TransformersSection
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config, with_zero_stage, zero_stage
 from smoltrain.engine.optimizer import OPTIMIZERS, OptimizerKind
@@ -127,8 +128,9 @@ def build_training_setup(
     micro-batches of one row, without recomputation.
     Errors: UserError where the rows per step do not divide among the ranks, or a kernel cannot run.
     """
-    micro_batch = config.batch.micro_batch_rows
     rows = resolved.get("rows_per_step") or config.batch.rows(world)
+    config = cut_micro_batch(config, rows, world)
+    micro_batch = config.batch.micro_batch_rows
     if rows % (micro_batch * world):
         saw = f"{rows} rows on {world} ranks x {micro_batch}"
         want = "a micro-batch that divides a rank's share"

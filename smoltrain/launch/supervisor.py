@@ -65,10 +65,10 @@ def _run_phases(recipe: str, overrides: list[str], num_ranks: int | None, signal
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for all phases
     device = choose_device(config.engine.device)
     num_ranks = choose_num_ranks(num_ranks, device.type)
-    plan = Plan(config.phases)
-    last_step = plan.last_step_until(config.run.stop_after)
     lock = lock_run_folder(config)  # until this process and the last rank have ended
     start = begin_run(config, num_ranks, device, say=_print_now, one_phase=True)
+    plan = start.plan  # in steps, which the recipe may not be: only begin_run resolves it
+    last_step = plan.last_step_until(config.run.stop_after)
     if not start.has_work:
         print(f"{config.run.name}: the plan is complete at step {start.point.step}; nothing to do")
         return DONE

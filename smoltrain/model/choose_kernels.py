@@ -1,5 +1,7 @@
 """Choose the attention kernel, the loss kernel and torch.compile for a device, with a reason for each."""
 
+import math
+
 import torch
 
 from smoltrain.config.schema import Config
@@ -9,7 +11,7 @@ from smoltrain.kernels.loss import LossKernel, choose_loss_kernel
 from smoltrain.kernels.precision import DTYPES
 from smoltrain.model.build import decoder_head_width, model_attention_dropout
 from smoltrain.model.interface import ComputeOptions
-from smoltrain.schedule import Plan
+from smoltrain.schedule import count_planned_steps
 
 ASSUMED = "taken to be installed"
 
@@ -38,7 +40,9 @@ def choose_kernels(
         loss = LossKernel("plain", "a model of transformers makes its logits itself")
     else:
         # 6 FLOP per parameter and token (Kaplan et al. 2020), over the whole plan: a resume computes as the run began.
-        tokens = Plan(config.phases).last_step * rows_per_step * config.batch.sequence_length
+        # Before the epochs of a plan are counted its length is not known, and taken to be worth it.
+        steps = count_planned_steps(config.phases)
+        tokens = math.inf if steps is None else steps * rows_per_step * config.batch.sequence_length
         flop = 6.0 * num_parameters * tokens
         if assume_installed and engine.compile != "off":
             compiling = CompileChoice(engine.compile == "on" or flop >= MIN_FLOP[device.type], ASSUMED)

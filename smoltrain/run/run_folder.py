@@ -5,6 +5,7 @@ import math
 import re
 import secrets
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +24,7 @@ from smoltrain.checkpoint.identity import (
     is_announced,
 )
 from smoltrain.config.config_file import CONFIG_FILE, config_digest_line, find_config_damage, read_provenance
-from smoltrain.config.load import read_run_config, redacted_config
+from smoltrain.config.load import cut_micro_batch, read_run_config, redacted_config
 from smoltrain.config.schema import Config
 from smoltrain.config.yaml_text import dump_yaml
 from smoltrain.errors import Problem, UserError, format_value
@@ -67,11 +68,24 @@ class RunRecord:
     changes: tuple[str, ...]  # as in RunFolder
 
 
+def find_rows_per_step(
+    config: Config, world_size: int, ancestor: Path | None = None, manifest: "Manifest | None" = None
+) -> int:
+    """Rows of a step over all ranks: as the run, or its ancestor, began; those of the config for one that begins now.
+
+    Errors: UserError for a config.yaml that cannot be read.
+    """
+    past = _read_past(config, ancestor, manifest)
+    return past.identity["rows_per_step"] if past else config.batch.rows(world_size)
+
+
 def make_run_record(
-    config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None
-) -> RunRecord:
+    config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None,
+    asked: Mapping[str, str] | None = None,
+) -> RunRecord:  # fmt: skip
     """Check whether a run may go on after `done` steps; what this start will write then. Nothing is written.
 
+    The config's phases are in steps; `asked` says of those that the recipe has in tokens or epochs how it says it.
     `manifest` is that of the checkpoint to go on from, which tells of its run. A new run that goes on from an
     `ancestor`, another run's folder, is held to that one's identity and past plan. Where config.yaml was lost, the
     checkpoint alone is what a run is held to.
@@ -79,8 +93,8 @@ def make_run_record(
     or when config.yaml does not agree with the checkpoint.
     """
     past = _read_past(config, ancestor, manifest)
-    _check_against_past(config, done, past, manifest)
-    provenance = _build_provenance(config, world_size, done, past)
+    _check_against_past(config, world_size, done, past, manifest)
+    provenance = _build_provenance(config, world_size, done, past, asked or {})
     return RunRecord(provenance, _describe_changes(config.run_folder / CONFIG_FILE, past))
 
 
@@ -114,13 +128,15 @@ def _read_past(config: Config, ancestor: Path | None, manifest: "Manifest | None
     return None
 
 
-def _check_against_past(config: Config, done: int, past: PastRun | None, manifest: "Manifest | None") -> None:
+def _check_against_past(
+    config: Config, world_size: int, done: int, past: PastRun | None, manifest: "Manifest | None"
+) -> None:
     """Errors: UserError, as `make_run_record`."""
     if past is None:
         return
     if manifest and past.differences is not None:
         check_checkpoint_identity(manifest.identity, manifest.step, past.identity, past.path)
-    changes = find_forbidden_changes(past.identity, config, done)
+    changes = find_forbidden_changes(past.identity, config, done, world_size)
     if changes:
         raise UserError(_describe_forbidden_changes(changes, config, done, past.path.parent))
 
@@ -159,7 +175,9 @@ def _format_setting(value: Any) -> str:
     return format_value(value)
 
 
-def _build_provenance(config: Config, world_size: int, done: int, past: PastRun | None) -> dict[str, Any]:
+def _build_provenance(
+    config: Config, world_size: int, done: int, past: PastRun | None, asked: Mapping[str, str]
+) -> dict[str, Any]:
     """What config.yaml will say of the run's starts, this one included."""
     start: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -168,6 +186,8 @@ def _build_provenance(config: Config, world_size: int, done: int, past: PastRun 
         "git_commit": find_git_commit(Path(__file__).parent),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
+    if asked:
+        start["asked"] = dict(asked)
     if past and past.differences is not None:
         start["changes"] = format_differences(past.differences)
     elif past:
@@ -196,18 +216,24 @@ def accumulation_steps(config: Config, rows_per_step: int, world_size: int) -> i
 
     Errors: UserError naming the worlds that fit.
     """
+    accumulation = _divide_rows(config, rows_per_step, world_size)
+    if accumulation is not None:
+        return accumulation
     micro_batch = config.batch.micro_batch_rows
-    if rows_per_step % (micro_batch * world_size) == 0:
-        return rows_per_step // (micro_batch * world_size)
-    want = f"a micro-batch that divides {rows_per_step}"
-    if rows_per_step % micro_batch == 0:
-        num_micro_batches = rows_per_step // micro_batch
-        small = [n for n in range(1, math.isqrt(num_micro_batches) + 1) if num_micro_batches % n == 0]
-        divisors = sorted({*small, *(num_micro_batches // n for n in small)})
-        want = f"one of {', '.join(map(str, divisors))} ranks"
+    small = [n for n in range(1, math.isqrt(rows_per_step) + 1) if rows_per_step % n == 0]
+    divisors = sorted({*small, *(rows_per_step // n for n in small)})
+    fitting = [str(n) for n in divisors if _divide_rows(config, rows_per_step, n)]
+    want = f"one of {', '.join(fitting)} ranks" if fitting else f"a micro-batch that divides {rows_per_step}"
     what = f"{rows_per_step} rows per step do not divide evenly"
     saw = f"{world_size} ranks x micro_batch {micro_batch}"
     raise UserError(Problem(what, saw, want, "batch.micro_batch, or the number of ranks"))
+
+
+def _divide_rows(config: Config, rows_per_step: int, world_size: int) -> int | None:
+    """Micro-batches per step and rank; None where the rows do not divide evenly."""
+    micro_batch = cut_micro_batch(config, rows_per_step, world_size).batch.micro_batch_rows
+    accumulation, rest = divmod(rows_per_step, micro_batch * world_size)
+    return None if rest else accumulation
 
 
 def find_git_commit(folder: Path) -> str:

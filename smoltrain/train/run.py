@@ -15,7 +15,6 @@ from smoltrain.distributed.world import World, open_world
 from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepspeed_text
 from smoltrain.errors import DONE, STOPPED, RankTrainingStopped
 from smoltrain.run.run_lock import lock_run_folder
-from smoltrain.schedule import Plan
 from smoltrain.train.describe import describe_completion
 from smoltrain.train.loop import gather_stop_reason, run_loop
 from smoltrain.train.session import open_session
@@ -31,16 +30,17 @@ def run_training(config: Config, start: Start | None = None) -> int:
     files.
     """
     stop = StopFlag()
+    requested = config if start is None else start.requested
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for rewinds too
     world = open_world(config.engine.device)
     if start is None:
         world.run_on_first_rank(lambda: lock_run_folder(config), patient=True)  # until this process ends
     while True:
         if start is None:
-            start = world.run_on_first_rank(lambda: begin_run(config, world.size, world.device), patient=True)
+            start = world.run_on_first_rank(lambda: begin_run(requested, world.size, world.device), patient=True)
         if not start.has_work:
             if world.is_first:
-                print(f"{config.run.name}: {describe_completion(Plan(config.phases), start.point.step)}")
+                print(f"{config.run.name}: {describe_completion(start.plan, start.point.step)}")
             return DONE
         try:
             return _train_session(start, world, stop)

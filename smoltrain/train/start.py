@@ -13,8 +13,17 @@ import torch
 from smoltrain.checkpoint.retention import delete_leftovers
 from smoltrain.config.load import stop_after_phase
 from smoltrain.config.schema import Config
+from smoltrain.data.tokens.index import data_index_file
 from smoltrain.data.tokens.prepare import prepare_run_data
-from smoltrain.run.run_folder import RunRecord, make_run_record
+from smoltrain.errors import UserError
+from smoltrain.estimate.horizon import (
+    asks_for_epochs,
+    check_epochs_are_countable,
+    format_horizon,
+    read_index,
+    resolve_config,
+)
+from smoltrain.run.run_folder import RunRecord, find_rows_per_step, make_run_record
 from smoltrain.schedule import Plan
 from smoltrain.train.preflight import check_start
 from smoltrain.train.start_point import StartPoint, copy_ancestor_data, find_start_point, is_validation_missing
@@ -24,16 +33,22 @@ from smoltrain.train.start_point import StartPoint, copy_ancestor_data, find_sta
 class Start:
     """What is known before a session opens. It can be pickled, and is the same on every rank."""
 
-    config: Config
+    requested: Config  # as the command describes it; where a rewind begins anew
+    config: Config  # the same with every phase in steps: what config.yaml will say, and everything later sees
     point: StartPoint
     record: RunRecord  # what config.yaml will say of the run and its starts
     validation_missing: bool  # the one of `point.step` is to be made up for
     notes: tuple[str, ...]  # what was seen on the way, for the person who watches
 
     @property
+    def plan(self) -> Plan:
+        """All phases of the run."""
+        return Plan(self.config.phases)
+
+    @property
     def last_step(self) -> int:
         """Where this start ends: at the plan's last step, or at the end of the phase run.stop_after."""
-        return Plan(self.config.phases).last_step_until(self.config.run.stop_after)
+        return self.plan.last_step_until(self.config.run.stop_after)
 
     @property
     def rows_per_step(self) -> int:
@@ -52,6 +67,7 @@ def begin_run(
 ) -> Start:  # fmt: skip
     """Find where to begin, check that the run may, and prepare its data. One process, holding the lock of the run.
 
+    Here, and nowhere else, phases in tokens or epochs become steps: nobody makes a Plan of the config of a command.
     With `one_phase` the start ends where the first phase does that is not done. `data_ready`: this command has checked
     recipe and data already, at the start of an earlier phase; what that phase has saved is verified, as nobody has read
     it yet. `say` gets the notes as they come.
@@ -65,17 +81,41 @@ def begin_run(
 
     for leftover in delete_leftovers(config.run_folder / "checkpoints"):
         note(leftover)
-    point = find_start_point(config, note)
+    requested = config
+    point = find_start_point(requested, note)
+    rows_per_step = find_rows_per_step(requested, num_ranks, point.ancestor, point.manifest)
+    home = requested.run_folder if read_index(requested.run_folder) else point.ancestor  # whose data a run takes over
+    if asks_for_epochs(requested) and home is None:
+        config = _prepare_and_resolve(requested, rows_per_step, num_ranks, device)
+        data_ready = True
+    else:
+        config = resolve_config(requested, rows_per_step, home)
     plan = Plan(config.phases)
     last_step = plan.last_step_until(config.run.stop_after)
     if one_phase:
-        config = stop_after_phase(config, plan.phase(min(point.step + 1, last_step)).name)
-    record = make_run_record(config, num_ranks, point.step, point.ancestor, point.manifest)
+        phase = plan.phase(min(point.step + 1, last_step)).name
+        requested, config = stop_after_phase(requested, phase), stop_after_phase(config, phase)
+    asked = {f"phases.{p.name}": format_horizon(p.horizon) for p in requested.phases if p.steps is None}
+    record = make_run_record(config, num_ranks, point.step, point.ancestor, point.manifest, asked)
     if not data_ready:
-        rows_per_step = record.provenance["rows_per_step"]
         if point.step < last_step:
             check_start(config, device, num_ranks, rows_per_step)
         copy_ancestor_data(config, point)
         prepare_run_data(config, rows_per_step, num_ranks)
     missing = is_validation_missing(config, point, last_step)
-    return Start(config, point, record, missing, tuple(notes))
+    return Start(requested, config, point, record, missing, tuple(notes))
+
+
+def _prepare_and_resolve(requested: Config, rows_per_step: int, num_ranks: int, device: torch.device) -> Config:
+    """Prepare the data of a run whose epochs nobody has counted; the config with every phase in steps.
+
+    Errors: UserError, after which no data bind the next start.
+    """
+    check_epochs_are_countable(requested)
+    check_start(requested, device, num_ranks, rows_per_step)
+    prepare_run_data(requested, rows_per_step, num_ranks)
+    try:
+        return resolve_config(requested, rows_per_step)
+    except UserError:
+        data_index_file(requested.run_folder).unlink()
+        raise

@@ -87,6 +87,57 @@ def test_sources_are_compared_by_name_wherever_they_lie(tmp_path: Path, was: str
     assert (not found) if key is None else (key in found)
 
 
+# ---- the rows of a step, in either way to say them
+
+OUTRIGHT = ("batch.accumulation=null", "batch.rows_per_step=8")  # of runs that began with 2 x 2 on two ranks
+
+
+@pytest.mark.parametrize(
+    ("began", "goes_on", "world", "keys"),
+    [
+        ((), OUTRIGHT, 1, []),
+        ((), OUTRIGHT, 4, []),
+        ((), ("batch.accumulation=null", "batch.rows_per_step=4"), 2, ["batch.accumulation", "batch.rows_per_step"]),
+        ((), (), 1, []),  # the same words on another world
+        ((), ("batch.accumulation=4",), 1, []),  # 2 x 4 x 1
+        ((), ("batch.accumulation=4",), 2, ["batch.accumulation"]),
+        ((), ("batch.accumulation=1", "batch.micro_batch=4"), 2, []),
+        (OUTRIGHT, (), 2, []),
+        (OUTRIGHT, (), 1, ["batch.accumulation", "batch.rows_per_step"]),
+        (OUTRIGHT, ("batch.accumulation=null", "batch.rows_per_step=16"), 2, ["batch.rows_per_step"]),
+    ],
+)
+def test_a_run_is_held_to_its_rows_however_the_recipe_says_them(
+    tmp_path: Path, began: tuple[str, ...], goes_on: tuple[str, ...], world: int, keys: list[str]
+) -> None:
+    own = make_run_identity(tiny.load(tmp_path, *began), 8, "id")
+    changes = find_forbidden_changes(own, tiny.load(tmp_path, *goes_on), 3, world)
+    assert [change.key for change in changes] == keys
+
+
+def test_a_run_of_an_older_recipe_goes_on_under_one_that_says_its_rows_outright(tmp_path: Path) -> None:
+    """What an older version wrote: `accumulation` in config.yaml and in the manifests, and no word of tokens."""
+    run = folders.run(tmp_path, states=True)
+    config_file = run / CONFIG_FILE
+    text = config_file.read_text(encoding="utf-8").partition("# sha256")[0]
+    config_file.write_text(text.replace("  tokens: null\n  epochs: null\n", ""), encoding="utf-8")
+    for step in (8, 12):
+        manifest = read_manifest(step_folder(run / "checkpoints", step))
+        assert isinstance(manifest, Manifest)
+        assert manifest.identity["values"]["batch.accumulation"] == 2
+        assert "tokens" not in manifest.identity["phases"][0]
+    new = tiny.load(tmp_path, "batch.accumulation=null", "batch.rows_per_step=4")
+    for _ in range(2):  # the second time config.yaml says it outright, and the checkpoint as it did
+        point = find_start_point(new, print)
+        assert tiny.enter_run_folder(new, 2, point.step, manifest=point.manifest).rows_per_step == 4
+        assert read_run_config(config_file).batch.rows_per_step == 4
+    other = tiny.load(tmp_path, "batch.accumulation=null", "batch.rows_per_step=8")
+    with pytest.raises(UserError, match=r"batch\.rows_per_step differs from the run's own: saw 8"):
+        tiny.enter_run_folder(other, 2, point.step, manifest=point.manifest)
+    config_file.unlink()  # then the checkpoint alone tells
+    assert tiny.enter_run_folder(new, 1, point.step, manifest=point.manifest).rows_per_step == 4
+
+
 def test_an_identity_survives_json_and_names_no_path(tmp_path: Path) -> None:
     secret = ("data.path=https://user:word@host/x?token=abc", "data.validation_path=https://host/v?token=abc")
     settings = tiny.load(tmp_path, *secret, "phases.continuation.mix=null")

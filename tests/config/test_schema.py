@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from smoltrain.config.load import load_config
-from smoltrain.config.schema import MAX_NAME_BYTES, MAX_PATH_BYTES, find_path_fault, parse_whole_number
+from smoltrain.config.schema import MAX_NAME_BYTES, MAX_PATH_BYTES, MAX_TOKENS, find_path_fault, parse_whole_number
 from smoltrain.errors import UserError
 
 EXAMPLE = str(Path(__file__).parents[1] / "example.yaml")
@@ -116,3 +116,50 @@ def test_a_file_may_write_numbers_so_too(tmp_path: Path):
     recipe.write_text(text, encoding="utf-8")
     loaded = load_config(str(recipe))
     assert (loaded.phases[0].steps, loaded.evaluate.rows) == (1000, 10)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("3.2e9", 3_200_000_000), ("400M", 400_000_000), ("1.5B", 1_500_000_000), ("5_000_000", 5_000_000),
+        ("400m", 400_000_000), ("0.25 T", 250_000_000_000), ("12K", 12_000), ("7", 7), ("1e15", MAX_TOKENS),
+    ],
+)  # fmt: skip
+def test_tokens_are_counted_as_people_write_them(text: str, tokens: int):
+    phase = load_config(EXAMPLE, [f"phases.main.tokens={text}"]).phases[0]
+    assert phase.horizon == {"tokens": tokens}
+    assert type(phase.tokens) is int
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("many", "a number of tokens, as in 5_000_000, 3.2e9, 400M or 1.5B"),
+        ("400G", "a number of tokens"),
+        ("M", "a number of tokens"),
+        ("nan", "a number of tokens"),
+        ("''", "a number of tokens"),
+        ("0.3", "a whole number of tokens"),
+        ("1.0001K", "a whole number of tokens"),
+        ("1e999999999", "at most 1,000,000,000,000,000"),
+        ("-1e999999999", "at most"),
+        ("2000T", "less than or equal to"),
+        ("0", "greater than 0"),
+        ("-4M", "greater than 0"),
+    ],
+)
+def test_what_is_no_count_of_tokens(text: str, want: str):
+    with pytest.raises(UserError) as caught:
+        load_config(EXAMPLE, [f"phases.main.tokens={text}"])
+    (problem,) = caught.value.problems
+    assert (problem.what, problem.change) == (
+        "phases.main.tokens is not valid",
+        "phases.main.tokens on the command line",
+    )
+    assert problem.want.startswith(want)
+
+
+@pytest.mark.parametrize("key", ["steps=0", "steps=1.5", "epochs=0", "epochs=-1", "epochs=inf", "epochs=1e7"])
+def test_a_length_is_a_number_above_zero(key: str):
+    with pytest.raises(UserError, match=rf"phases.main.{key.partition('=')[0]} is not valid"):
+        load_config(EXAMPLE, [f"phases.main.{key}"])

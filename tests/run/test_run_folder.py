@@ -14,7 +14,7 @@ from smoltrain.checkpoint.identity import find_config_differences
 from smoltrain.config.load import load_config, read_run_config
 from smoltrain.config.schema import Config, PhaseSection
 from smoltrain.errors import Problem, UserError
-from smoltrain.run.run_folder import accumulation_steps, find_git_commit, make_run_record
+from smoltrain.run.run_folder import accumulation_steps, find_git_commit, find_rows_per_step, make_run_record
 from tests import tiny
 from tests.tiny import enter_run_folder
 
@@ -92,6 +92,39 @@ def test_rows_per_step_may_be_said_outright(tmp_path: Path) -> None:
     settings = tiny.load(tmp_path, "batch.accumulation=null", "batch.rows_per_step=24")
     assert enter_run_folder(settings, 3, 0).rows_per_step == 24
     assert accumulation_steps(settings, 24, 3) == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "micro_batch", "world", "accumulation"),
+    [(32, 32, 1, 1), (32, 32, 8, 1), (32, 8, 1, 4), (32, 8, 4, 1), (32, 8, 16, 1), (12, 4, 6, 1)],
+)
+def test_rows_outright_are_split_on_any_world_that_divides_them(
+    tmp_path: Path, rows: int, micro_batch: int, world: int, accumulation: int
+) -> None:
+    words = (f"batch.rows_per_step={rows}", "batch.accumulation=null", f"batch.micro_batch={micro_batch}")
+    assert accumulation_steps(tiny.load(tmp_path, *words), rows, world) == accumulation
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "world", "want"),
+    [(2, 8, "one of 1, 2 ranks"), (2, 3, "one of 1, 2 ranks"), (1, 4, "one of 1, 2 ranks")],
+)
+def test_worlds_that_divide_the_rows_are_named(tmp_path: Path, micro_batch: int, world: int, want: str) -> None:
+    words = ("batch.rows_per_step=2", "batch.accumulation=null", f"batch.micro_batch={micro_batch}")
+    with pytest.raises(UserError, match=f"2 rows per step do not divide evenly: .*, want {want}; change"):
+        accumulation_steps(tiny.load(tmp_path, *words), 2, world)
+
+
+def test_what_was_asked_for_is_recorded_beside_the_steps(settings: Config) -> None:
+    record = make_run_record(settings, 1, DONE, asked={"phases.main": "400M tokens"})
+    starts = record.provenance["starts"]
+    assert (starts[1]["asked"], "asked" in starts[0]) == ({"phases.main": "400M tokens"}, False)
+
+
+def test_rows_per_step_are_those_that_the_run_began_with(settings: Config, tmp_path: Path) -> None:
+    assert find_rows_per_step(settings, 5) == 4
+    assert find_rows_per_step(tiny.load(tmp_path, "run.name=fresh"), 5) == 20
+    assert find_rows_per_step(edited(settings, run={"name": "child"}), 5, settings.run_folder) == 4
 
 
 def test_entering_again_keeps_the_identity_and_adds_to_the_history(settings: Config) -> None:
