@@ -4,6 +4,7 @@ import io
 import itertools
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -145,9 +146,10 @@ def train_command(
     ranks: Annotated[int | None, typer.Option(help="Processes; by default one per GPU, or two on a CPU.")] = None,
 ) -> None:
     """Train a recipe, or go on where its run folder stands."""
+    began_at = time.time()  # before a second of imports
     from smoltrain.launch.supervisor import supervise_run
 
-    raise typer.Exit(supervise_run(recipe, overrides or [], ranks))
+    raise typer.Exit(supervise_run(recipe, overrides or [], ranks, began_at))
 
 
 @app.command(
@@ -195,6 +197,18 @@ def plot_command(run: RunArgument) -> None:
     folder = find_run_folder(run)
     for path in draw_run(Plan(read_run_config(folder / "config.yaml").phases), folder):
         print(path)
+
+
+@app.command("summary", epilog="Example: smoltrain summary quickstart")
+def summary_command(run: RunArgument) -> None:
+    """Say what a run has come to: losses, tokens, where its time went, what to do next."""
+    from smoltrain.config.load import read_run_config
+    from smoltrain.inference.load import find_run_folder
+    from smoltrain.run.summary import describe_run
+    from smoltrain.schedule import Plan
+
+    folder = find_run_folder(run)
+    print(describe_run(Plan(read_run_config(folder / "config.yaml").phases), folder))
 
 
 @app.command("verify", epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward")

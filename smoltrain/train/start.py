@@ -5,6 +5,7 @@ One process works it out, which holds the lock of the run (run_lock.py), and eve
 hashed or checked a second time: the files of the checkpoint, the tokens and the local sources may be many gigabytes.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from smoltrain.checkpoint.retention import delete_leftovers
 from smoltrain.config.load import stop_after_phase
 from smoltrain.config.schema import Config
 from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.estimate.devices import measure_cpu_peak
+from smoltrain.kernels.precision import choose_precision
 from smoltrain.run.run_folder import RunRecord, make_run_record
 from smoltrain.schedule import Plan
 from smoltrain.train.preflight import check_start
@@ -29,6 +32,8 @@ class Start:
     record: RunRecord  # what config.yaml will say of the run and its starts
     validation_missing: bool  # the one of `point.step` is to be made up for
     notes: tuple[str, ...]  # what was seen on the way, for the person who watches
+    began_at: float  # when the command began, or went on to this phase: seconds since 1970
+    cpu_peak_flops: float | None = None  # as estimate.devices.measure_cpu_peak says; None on a GPU
 
     @property
     def last_step(self) -> int:
@@ -48,15 +53,18 @@ class Start:
 
 def begin_run(
     config: Config, num_ranks: int, device: torch.device, *, say: Callable[[str], None] = lambda _: None,
-    one_phase: bool = False, data_ready: bool = False,
+    one_phase: bool = False, data_ready: bool = False, began_at: float | None = None,
+    cpu_peak_flops: float | None = None,
 ) -> Start:  # fmt: skip
     """Find where to begin, check that the run may, and prepare its data. One process, holding the lock of the run.
 
     With `one_phase` the start ends where the first phase does that is not done. `data_ready`: this command has checked
     recipe and data already, at the start of an earlier phase; what that phase has saved is verified, as nobody has read
-    it yet. `say` gets the notes as they come.
+    it yet. `say` gets the notes as they come. `began_at` is when the command began, now by default; `cpu_peak_flops` is
+    what it has measured before.
     Errors: UserError for whatever can be known to be wrong before a rank opens anything.
     """
+    began_at = began_at or time.time()
     notes: list[str] = []
 
     def note(text: str) -> None:
@@ -78,4 +86,6 @@ def begin_run(
         copy_ancestor_data(config, point)
         prepare_run_data(config, rows_per_step, num_ranks)
     missing = is_validation_missing(config, point, last_step)
-    return Start(config, point, record, missing, tuple(notes))
+    if cpu_peak_flops is None and device.type == "cpu" and point.step < last_step:
+        cpu_peak_flops = measure_cpu_peak(choose_precision(config.engine.precision, device)[0])
+    return Start(config, point, record, missing, tuple(notes), began_at, cpu_peak_flops)
