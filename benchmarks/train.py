@@ -44,8 +44,7 @@ from smoltrain.distributed.world import choose_device, environment_without_launc
 from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.estimate.horizon import resolve_config
 from smoltrain.estimate.measure import RUN_NAME, measurement_overrides
-from smoltrain.estimate.speed import flops_per_token
-from smoltrain.estimate.training_setup import model_shape
+from smoltrain.estimate.speed import recipe_flops_per_token
 from smoltrain.kernels.precision import choose_precision
 from smoltrain.run.run_folder import make_run_record
 
@@ -82,8 +81,7 @@ class Task:
     @property
     def flops_per_token(self) -> float:
         """Of forward and backward, as MFU counts them."""
-        shape = model_shape(self.config.model)
-        return flops_per_token(shape.parameters, shape.layers, shape.width, self.config.batch.sequence_length)
+        return recipe_flops_per_token(self.config)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -265,11 +266,12 @@ def train_command(
     ranks: Annotated[int | None, typer.Option(help="Processes; by default one per GPU, or two on a CPU.")] = None,
 ) -> None:
     """Train a recipe, or go on where its run folder stands."""
+    began_at = time.time()  # before a second of imports
     from smoltrain.config.load import split_recipe_words
     from smoltrain.launch.supervisor import supervise_run
 
     words = [word for word in (recipe, *(overrides or [])) if word is not None]
-    raise typer.Exit(supervise_run(*split_recipe_words(words), ranks))
+    raise typer.Exit(supervise_run(*split_recipe_words(words), ranks, began_at))
 
 
 @app.command(
@@ -332,6 +334,18 @@ def plot_command(run: RunArgument) -> None:
     folder = find_run_folder(run)
     for path in draw_run(Plan(read_run_config(folder / "config.yaml").phases), folder):
         print(path)
+
+
+@app.command("summary", epilog="Example: smoltrain summary quickstart")
+def summary_command(run: RunArgument) -> None:
+    """Say what a run has come to: losses, tokens, where its time went, what to do next."""
+    from smoltrain.config.load import read_run_config
+    from smoltrain.inference.load import find_run_folder
+    from smoltrain.run.summary import describe_run
+    from smoltrain.schedule import Plan
+
+    folder = find_run_folder(run)
+    print(describe_run(Plan(read_run_config(folder / "config.yaml").phases), folder))
 
 
 @app.command("verify", epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward")

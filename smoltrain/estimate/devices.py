@@ -2,15 +2,60 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import psutil
 import torch
 
 from smoltrain.distributed.cpu_cores import num_cores
 from smoltrain.errors import Problem, UserError, suggest_choice
-from smoltrain.estimate.constants import GPUS, DeviceSpec
+from smoltrain.estimate.constants import GPU_OF_CUDA_NAME, GPUS, DeviceSpec
+from smoltrain.kernels.precision import DTYPES
 
 CPU = torch.device("cpu")
+PEAK_SIZE = 1024  # of the square matrices by which a start measures the peak: as fast as 2048 and 4096 on our CPUs
+PEAK_BUDGET_S = 0.1  # that a start may spend on it, one call beyond it at most
+
+
+@dataclass(frozen=True)
+class GpuPeak:
+    """The matmul peak of a GPU; of one that is in no table, why there is none."""
+
+    flops: float | None  # operations per second
+    source: str  # in a few words, for the console
+
+
+def find_gpu_peak(device: torch.device, precision: str) -> GpuPeak:
+    """By the data sheet of this GPU, in this precision."""
+    if device.type != "cuda":
+        return GpuPeak(None, f"no data sheet of {device.type} is known here")
+    name = torch.cuda.get_device_name(device)
+    if name not in GPU_OF_CUDA_NAME:
+        return GpuPeak(None, f"no data sheet of {name} is known here")
+    return GpuPeak(GPUS[GPU_OF_CUDA_NAME[name]].peak_flops(precision), f"the data sheet of {name}")
+
+
+def measure_cpu_peak(precision: str) -> float:
+    """The matmul peak in this precision of all cores that this process may use: operations per second.
+
+    Takes a tenth of a second, and changes neither random numbers nor torch's threads.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return measure_matmul_flops(DTYPES[precision], size=PEAK_SIZE, measure_s=_fastest_within_budget)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fastest_within_budget(call: Callable[[], object]) -> float:
+    """Seconds of the fastest call of those that PEAK_BUDGET_S has room for, after a first one that warms up."""
+    deadline_s = time.perf_counter() + PEAK_BUDGET_S
+    _time_call(call)
+    fastest_s = _time_call(call)
+    while time.perf_counter() < deadline_s:
+        fastest_s = min(fastest_s, _time_call(call))
+    return fastest_s
 
 
 def find_device(name: str, world_size: int) -> DeviceSpec:

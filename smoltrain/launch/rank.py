@@ -42,6 +42,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 def run_rank(words: list[str]) -> int:
     """Train what the command line says; returns the exit code."""
+    began_at = time.time()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # cpu_cores.py tells why; read when torch is imported
     words = [word for word in words if not word.startswith(LOCAL_RANK_OPTIONS)]
     try:
@@ -52,7 +53,7 @@ def run_rank(words: list[str]) -> int:
         keep_freed_memory()
         from smoltrain.train.run import run_training  # seconds of imports, which a mistake in the words does not cost
 
-        return run_training(config, start)
+        return run_training(config, start, began_at)
     except (UserError, TrainingStopped) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankTrainingStopped | RankUserError):
             print(format_error(error), file=sys.stderr, flush=True)

@@ -7,20 +7,17 @@ No launcher stands between: signals reach all ranks at once, and every exit code
 
 import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 import psutil
 import torch
 
 from smoltrain.config.load import load_config, stop_after_phase
-from smoltrain.config.schema import Config
 from smoltrain.distributed.awake_clock import AwakeClock
 from smoltrain.distributed.rendezvous import RankPlace, open_rendezvous_socket
 from smoltrain.distributed.stop import STOP_SIGNALS, heeded_stop_signals
@@ -30,9 +27,9 @@ from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Probl
 from smoltrain.launch.config_pipe import pack_start
 from smoltrain.launch.rank import START_ON_STDIN
 from smoltrain.run.run_lock import lock_run_folder
-from smoltrain.schedule import Phase, Plan
+from smoltrain.run.summary import describe_run
+from smoltrain.schedule import Phase
 from smoltrain.train.start import Start, begin_run
-from smoltrain.train.start_point import read_validation_loss
 
 RANK_COMMAND = [sys.executable, "-u", "-P", "-m", "smoltrain.launch.rank"]  # -P: no module of the current folder
 CPU_RANKS = 2  # on a machine without a GPU: enough to make every collective real
@@ -42,14 +39,15 @@ NOTICE_S = 15.0  # for ranks to notice that another one has died; rank.py lets r
 GRACE_S = 35.0  # from SIGTERM to SIGKILL, to save or to finish an upload
 
 
-def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None) -> int:
+def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None, began_at: float | None = None) -> int:
     """Run every phase that is left; returns the exit code (errors.py).
 
+    The command began at `began_at` (seconds since 1970), now by default.
     Errors: UserError before any process starts, for whatever can be known by then.
     """
     signals = SignalForwarder()
     try:
-        return _run_phases(recipe, overrides, ranks, signals)
+        return _run_phases(recipe, overrides, ranks, signals, began_at)
     except StopRequested:
         if signals.ranks_were_started:
             print("stopped; the same command goes on from there")
@@ -60,13 +58,15 @@ def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None) -
         signals.close()
 
 
-def _run_phases(recipe: str, overrides: list[str], num_ranks: int | None, signals: "SignalForwarder") -> int:
+def _run_phases(
+    recipe: str, overrides: list[str], num_ranks: int | None, signals: "SignalForwarder", began_at: float | None
+) -> int:
     config = load_config(recipe, overrides)
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for all phases
     device = choose_device(config.engine.device)
     num_ranks = choose_num_ranks(num_ranks, device.type)
     lock = lock_run_folder(config)  # until this process and the last rank have ended
-    start = begin_run(config, num_ranks, device, say=_print_now, one_phase=True)
+    start = begin_run(config, num_ranks, device, say=_print_now, one_phase=True, began_at=began_at)
     plan = start.plan  # in steps, which the recipe may not be: only begin_run resolves it
     last_step = plan.last_step_until(config.run.stop_after)
     if not start.has_work:
@@ -78,7 +78,8 @@ def _run_phases(recipe: str, overrides: list[str], num_ranks: int | None, signal
             continue
         if phase != first_phase:
             part = stop_after_phase(config, phase.name)
-            start = begin_run(part, num_ranks, device, say=_print_now, data_ready=True)
+            peak = start.cpu_peak_flops
+            start = begin_run(part, num_ranks, device, say=_print_now, data_ready=True, cpu_peak_flops=peak)
         _print_now(f"phase {phase.name}: {_describe_work(start, phase)}, {num_ranks} new processes")
         words = [recipe, *overrides, f"run.stop_after={phase.name}"]
         code = _launch_ranks(RankProcesses(words, num_ranks, device.type, start, lock), signals)
@@ -87,7 +88,7 @@ def _run_phases(recipe: str, overrides: list[str], num_ranks: int | None, signal
             return STOPPED
         if code != DONE:
             return code
-    print(_describe_finished_run(config, plan, last_step))
+    print(describe_run(plan, config.run_folder))
     return DONE
 
 
@@ -329,17 +330,3 @@ def _find_session_processes(sessions: set[int]) -> list[psutil.Process]:
             if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
-
-
-def _describe_finished_run(settings: Config, plan: Plan, done: int) -> str:
-    """What was reached and what to do with it: commands that a shell can be given as they are."""
-    run, bin_folder = settings.run_folder, Path(os.path.relpath(Path(sys.executable).parent))
-    command, folder = shlex.quote(str(bin_folder / "smoltrain")), shlex.quote(str(run))
-    loss = read_validation_loss(run, done)  # of no older step: the last one's may never have been measured
-    reached = "" if loss is None else f", validation loss {loss:.4f} nats per token"
-    lines = [f"done: {done} of {plan.last_step} steps{reached}; weights, curves and metrics are in {run}", "next:"]
-    lines.append(f"  {command} generate {folder} --prompt 'To be'")
-    if list(run.glob("wandb/offline-run-*")):
-        lines.append(f"  {shlex.quote(str(bin_folder / 'wandb'))} sync {folder}/wandb/offline-run-*")
-    lines.append(f"  {command} show {shlex.quote(str(run / 'config.yaml'))} --plan")
-    return "\n".join(lines)

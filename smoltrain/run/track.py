@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -45,13 +45,20 @@ METRICS = {
     "speed/tokens_per_s": "targets of the step over speed/step_s, all ranks together",
     "speed/step_s": "seconds of the step, the slowest rank; no evaluation, sampling, saving, looking at gradients",
     "speed/steps_per_s": "optimizer steps per second: 1 over speed/step_s",
+    "speed/mfu": "share of the peak that the start says: targets/s x (6 N + 12 L D T) over it, all ranks together",
     "speed/data_wait_share": "share of the step spent waiting for rows, the worst rank",
     "memory/peak_gib": "peak so far, the largest rank: CUDA memory allocated, or resident set on a CPU",
     "speed/checkpoint_pause_s": "seconds that training stood still for a checkpoint, the slowest rank",
+    "speed/evaluation_s": "seconds of an evaluation, the slowest rank",
+    "speed/sampling_s": "seconds in which the model wrote samples, the slowest rank",
+    "speed/start_s": "seconds from the command's start, or the end of the phase before, to the first step; per start",
+    "speed/closing_s": "seconds from the last step's end until checkpoint and plots were written, rank 0; per start",
     "validation/loss_nats_per_token": "mean over the validation rows' tokens, all ranks",
+    "validation/best_loss_nats_per_token": "lowest finite validation loss of the run so far, all ranks",
     "validation/perplexity": "exp of the validation loss",
     "validation/bits_per_byte": "validation loss in bits over the bytes (UTF-8) of its texts, spelled by an id or not",
 }
+VALIDATION_LOSS = "validation/loss_nats_per_token"
 SOURCE_TOKENS_PREFIX = "data/tokens_by_source/"  # + source: as data/tokens, of that source alone
 GRADIENT_NORM_PREFIX = "gradients/norm_before_clipping/"  # + layer: L2 norm of its gradient, averaged over all ranks
 SAMPLE_KEYS = ("step", "prompt", "text")
@@ -67,6 +74,7 @@ class Tracker:
         self._log = open_rank_log(folder.path / "logs" / f"rank{rank}.log")
         self._wandb: WandbRun | None = None
         self._warned_kinds: set[str] = set()
+        self._best_loss = math.inf  # of all validations so far
         if not self._is_writer:
             return
         self._console = Console(highlight=False, soft_wrap=True)
@@ -74,7 +82,9 @@ class Tracker:
         if self._console.is_terminal:
             self._progress = _start_progress_bar(self._console, first_step, last_step)
         undone = folder.path / UNDONE_METRICS_FILE
-        self._metrics, _ = _reopen_jsonl(folder.path / METRICS_FILE, first_step, self.say, undone=undone)
+        self._metrics, past = _reopen_jsonl(folder.path / METRICS_FILE, first_step, self.say, undone=undone)
+        losses = [line.value.get(VALIDATION_LOSS, math.inf) for line in past]
+        self._best_loss = min(filter(math.isfinite, losses), default=math.inf)
         self._samples, lines = _reopen_jsonl(folder.path / SAMPLES_FILE, first_step, self.say, keys=SAMPLE_KEYS)
         self._sample_table = [[line.value[key] for key in SAMPLE_KEYS] for line in lines]
         self._wandb = WandbRun(config, folder, first_step, self.say)
@@ -116,13 +126,21 @@ class Tracker:
         if self._wandb:
             self._wandb.log(step, metrics)
 
-    def log_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
-        """The loss on the held-out rows, nats per token, and what follows from it."""
+    def log_validation(self, step: int, loss: float, bits_per_byte: float, durations: Mapping[str, float]) -> None:
+        """The loss on the held-out rows, nats per token, and what follows from it; with the times that it took."""
         perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows a float at 710
-        values = {"loss_nats_per_token": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
-        self.log_metrics(step, {f"validation/{name}": value for name, value in values.items()})
+        values: dict[str, float | str] = {
+            VALIDATION_LOSS: loss, "validation/perplexity": perplexity, "validation/bits_per_byte": bits_per_byte,
+        }  # fmt: skip
+        is_best = math.isfinite(loss) and loss < self._best_loss
+        if is_best:
+            self._best_loss = loss
+        if math.isfinite(self._best_loss):
+            values["validation/best_loss_nats_per_token"] = self._best_loss
+        self.log_metrics(step, values | durations)
         numbers = f"loss {loss:.4f}, perplexity {perplexity:,.1f}, {bits_per_byte:.3f} bits per byte"
-        self.say(f"validation at step {step}: {numbers}")
+        best = ", best so far" if is_best and self._is_writer else ""  # rank 0 alone knows the earlier ones
+        self.say(f"validation at step {step}: {numbers}{best}")
 
     def warn_once(self, kind: str, text: str | None) -> None:
         """Say a warning, if there is one and it is the first of its kind."""

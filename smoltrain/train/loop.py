@@ -1,5 +1,7 @@
 """The training loop: one step after the other, and what is due after each."""
 
+import time
+
 from smoltrain.distributed.stop import StopFlag
 from smoltrain.distributed.world import World
 from smoltrain.errors import DONE, STOPPED
@@ -44,11 +46,13 @@ def run_loop(session: Session) -> int:
 
 def _leave(session: Session, step: int, *, waited_for_data: bool = False) -> int:
     """Publish what is being written and say how it ended: all that was asked for, or a stop after `step`."""
+    began_s = time.perf_counter()
     session.watchdog.mark("save")
     session.saver.finish()
     is_last = step == session.start.last_step
     if is_last and session.world.is_first:
         draw_run(session.plan, session.folder.path)
+    session.record_closing(step, time.perf_counter() - began_s)
     reason = gather_stop_reason(session.world, session.stop)
     if reason:
         reached = f"after step {step}" if step else "before the first step"

@@ -5,6 +5,7 @@ One process works it out, which holds the lock of the run (run_lock.py), and eve
 hashed or checked a second time: the files of the checkpoint, the tokens and the local sources may be many gigabytes.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from smoltrain.config.schema import Config
 from smoltrain.data.tokens.index import data_index_file
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import UserError
+from smoltrain.estimate.devices import measure_cpu_peak
 from smoltrain.estimate.horizon import (
     asks_for_epochs,
     check_epochs_are_countable,
@@ -23,6 +25,7 @@ from smoltrain.estimate.horizon import (
     read_index,
     resolve_config,
 )
+from smoltrain.kernels.precision import choose_precision
 from smoltrain.run.run_folder import RunRecord, find_rows_per_step, make_run_record
 from smoltrain.schedule import Plan
 from smoltrain.train.preflight import check_start
@@ -39,6 +42,8 @@ class Start:
     record: RunRecord  # what config.yaml will say of the run and its starts
     validation_missing: bool  # the one of `point.step` is to be made up for
     notes: tuple[str, ...]  # what was seen on the way, for the person who watches
+    began_at: float  # when the command began, or went on to this phase: seconds since 1970
+    cpu_peak_flops: float | None = None  # as estimate.devices.measure_cpu_peak says; None on a GPU
 
     @property
     def plan(self) -> Plan:
@@ -63,16 +68,19 @@ class Start:
 
 def begin_run(
     config: Config, num_ranks: int, device: torch.device, *, say: Callable[[str], None] = lambda _: None,
-    one_phase: bool = False, data_ready: bool = False,
+    one_phase: bool = False, data_ready: bool = False, began_at: float | None = None,
+    cpu_peak_flops: float | None = None,
 ) -> Start:  # fmt: skip
     """Find where to begin, check that the run may, and prepare its data. One process, holding the lock of the run.
 
     Here, and nowhere else, phases in tokens or epochs become steps: nobody makes a Plan of the config of a command.
     With `one_phase` the start ends where the first phase does that is not done. `data_ready`: this command has checked
     recipe and data already, at the start of an earlier phase; what that phase has saved is verified, as nobody has read
-    it yet. `say` gets the notes as they come.
+    it yet. `say` gets the notes as they come. `began_at` is when the command began, now by default; `cpu_peak_flops` is
+    what it has measured before.
     Errors: UserError for whatever can be known to be wrong before a rank opens anything.
     """
+    began_at = began_at or time.time()
     notes: list[str] = []
 
     def note(text: str) -> None:
@@ -103,7 +111,9 @@ def begin_run(
         copy_ancestor_data(config, point)
         prepare_run_data(config, rows_per_step, num_ranks)
     missing = is_validation_missing(config, point, last_step)
-    return Start(requested, config, point, record, missing, tuple(notes))
+    if cpu_peak_flops is None and device.type == "cpu" and point.step < last_step:
+        cpu_peak_flops = measure_cpu_peak(choose_precision(config.engine.precision, device)[0])
+    return Start(requested, config, point, record, missing, tuple(notes), began_at, cpu_peak_flops)
 
 
 def _prepare_and_resolve(requested: Config, rows_per_step: int, num_ranks: int, device: torch.device) -> Config:

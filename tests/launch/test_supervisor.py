@@ -2,7 +2,6 @@
 
 import io
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, UserE
 from smoltrain.launch import supervisor
 from smoltrain.launch.config_pipe import pack_start, unpack_start
 from smoltrain.run.run_lock import lock_run_folder
-from smoltrain.schedule import Plan
 from smoltrain.train.start import Start
 from tests import launches, tiny
 
@@ -423,37 +421,6 @@ def test_a_run_is_locked_until_its_supervisor_and_its_ranks_have_left(tmp_path: 
         os.close(lock)
     finally:
         launches.kill_all(words)
-
-
-def test_the_summary_shows_no_older_loss_as_the_last_one(tmp_path: Path) -> None:
-    settings = tiny.load(tmp_path)
-    settings.run_folder.mkdir(parents=True)
-    name = "validation/loss_nats_per_token"
-    (settings.run_folder / "metrics.jsonl").write_text(f'{{"step": 8, "{name}": 5.25}}\n{{"step": 12}}\n')
-    plan = Plan(settings.phases)
-    assert supervisor._describe_finished_run(settings, plan, 12).startswith("done: 12 of 12 steps; weights")
-    assert supervisor._describe_finished_run(settings, plan, 8).startswith(
-        "done: 8 of 12 steps, validation loss 5.2500 nats"
-    )
-
-
-def test_the_commands_of_the_summary_can_be_given_to_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = tiny.load(tmp_path / "two words; $HOME")
-    (settings.run_folder / "wandb" / "offline-run-1").mkdir(parents=True)
-    monkeypatch.setattr("sys.executable", str(tmp_path / "my bin" / "python"))
-    monkeypatch.chdir(tmp_path)
-    commands = [
-        shlex.split(line)
-        for line in supervisor._describe_finished_run(settings, Plan(settings.phases), 12).splitlines()[2:]
-    ]
-    folder = str(settings.run_folder)
-    assert commands == [
-        ["my bin/smoltrain", "generate", folder, "--prompt", "To be"],
-        ["my bin/wandb", "sync", f"{folder}/wandb/offline-run-*"],
-        ["my bin/smoltrain", "show", f"{folder}/config.yaml", "--plan"],
-    ]
-    ends = supervisor._describe_finished_run(settings, Plan(settings.phases), 12).splitlines()[3]
-    assert ends.endswith("/wandb/offline-run-*"), "which the shell completes, so it stands outside the quotes"
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,10 @@ class Story:
     def save(self, step: int) -> None:
         self.note(f"save {step}")
 
+    def record_closing(self, step: int, closing_s: float) -> None:
+        assert closing_s >= 0
+        self.note(f"closing of {step}")
+
 
 def run(story: Any, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None, waited: bool = False) -> int:
     """The loop, in which a step does nothing but stop where it is told to."""
@@ -83,7 +87,7 @@ def test_each_thing_is_done_when_it_is_due_and_at_the_end_of_a_phase(
         step, [*step, "save 3"], [*step, "validate"], [*step, "sample", "save 6"],
     ]  # fmt: skip
     assert after(story, 8) == [*step, "validate", "sample", "save 8"], "the end of a phase"
-    assert after(story, 12) == [*step, "validate", "sample", "save 12", "published"]
+    assert after(story, 12) == [*step, "validate", "sample", "save 12", "published", "closing of 12"]
     assert "the plan is complete (12 steps)" in story.said[-1]
 
 
@@ -93,7 +97,9 @@ def test_a_stop_saves_the_step_before_and_leaves_at_once(
 ) -> None:
     story = Story(tmp_path, reason="SIGTERM")
     assert run(story, monkeypatch, stop_at=6, waited=waited) == STOPPED
-    assert after(story, 6) == ["rows 3", "save 5", "published"], "rows that it has consumed are in the ledger first"
+    assert after(story, 6) == ["rows 3", "save 5", "published", "closing of 5"], (
+        "rows that it has consumed are in the ledger first"
+    )
     assert story.said == [f"stopped after step 5 (SIGTERM){more}; the same command goes on from there"]
 
 
@@ -120,4 +126,4 @@ def test_a_missing_validation_is_made_up_for_before_the_first_step(
     story.start.validation_missing = True
     story.validates = False
     assert run(story, monkeypatch) == STOPPED
-    assert story.words == ["listen", "validate", "published"]
+    assert story.words == ["listen", "validate", "published", "closing of 8"]
