@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -20,7 +20,8 @@ import psutil
 import torch
 
 from smoltrain.config.load import load_config, stop_after_phase
-from smoltrain.config.schema import Config
+from smoltrain.config.schema import Config, PhaseSection
+from smoltrain.console import TERMINAL_VARIABLE
 from smoltrain.distributed.awake_clock import AwakeClock
 from smoltrain.distributed.rendezvous import RankPlace, open_rendezvous_socket
 from smoltrain.distributed.stop import STOP_SIGNALS, heeded_stop_signals
@@ -29,8 +30,11 @@ from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepsp
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
 from smoltrain.launch.config_pipe import pack_start
 from smoltrain.launch.rank import START_ON_STDIN
+from smoltrain.launch.terminal_loan import TerminalLoan
 from smoltrain.run.run_lock import lock_run_folder
+from smoltrain.run.screen import Screen
 from smoltrain.schedule import Phase, Plan
+from smoltrain.terminal import clear_live_line, interrupt_live_line, open_console, show_activity
 from smoltrain.train.start import Start, begin_run
 from smoltrain.train.start_point import read_validation_loss
 
@@ -48,19 +52,22 @@ def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None) -
     Errors: UserError before any process starts, for whatever can be known by then.
     """
     signals = SignalForwarder()
+    screen = Screen()
     try:
-        return _run_phases(recipe, overrides, ranks, signals)
+        return _run_phases(recipe, overrides, ranks, signals, screen)
     except StopRequested:
         if signals.ranks_were_started:
-            print("stopped; the same command goes on from there")
+            screen.say("stopped; the same command goes on from there")
         else:
-            print("stopped before the first step; nothing was lost")
+            screen.say("stopped before the first step; nothing was lost")
         return STOPPED
     finally:
         signals.close()
 
 
-def _run_phases(recipe: str, overrides: list[str], num_ranks: int | None, signals: "SignalForwarder") -> int:
+def _run_phases(
+    recipe: str, overrides: list[str], num_ranks: int | None, signals: "SignalForwarder", screen: Screen
+) -> int:
     config = load_config(recipe, overrides)
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for all phases
     device = choose_device(config.engine.device)
@@ -68,9 +75,11 @@ def _run_phases(recipe: str, overrides: list[str], num_ranks: int | None, signal
     plan = Plan(config.phases)
     last_step = plan.last_step_until(config.run.stop_after)
     lock = lock_run_folder(config)  # until this process and the last rank have ended
-    start = begin_run(config, num_ranks, device, say=_print_now, one_phase=True)
+    with show_activity("looking at checkpoints and data"):
+        start = begin_run(config, num_ranks, device, say=screen.say, one_phase=True)
+    start = replace(start, is_supervised=True)
     if not start.has_work:
-        print(f"{config.run.name}: the plan is complete at step {start.point.step}; nothing to do")
+        screen.say(f"{config.run.name}: the plan is complete at step {start.point.step}; nothing to do")
         return DONE
     first_phase = plan.phase(start.last_step)
     for phase in plan.phases:
@@ -78,16 +87,21 @@ def _run_phases(recipe: str, overrides: list[str], num_ranks: int | None, signal
             continue
         if phase != first_phase:
             part = stop_after_phase(config, phase.name)
-            start = begin_run(part, num_ranks, device, say=_print_now, data_ready=True)
-        _print_now(f"phase {phase.name}: {_describe_work(start, phase)}, {num_ranks} new processes")
+            with show_activity("looking at what was saved"):
+                start = begin_run(part, num_ranks, device, say=screen.say, data_ready=True)
+            start = replace(start, is_supervised=True, follows_phase=True, command_end=last_step)
+        work = f"{_describe_work(start, phase)}, {num_ranks} new processes"
+        screen.say_phase(f"phase {phase.name}: {work}{describe_phase_change(plan, phase)}")
         words = [recipe, *overrides, f"run.stop_after={phase.name}"]
         code = _launch_ranks(RankProcesses(words, num_ranks, device.type, start, lock), signals)
         if code == DONE and signals.stop_signal:  # too late for the ranks, which had left their last step behind
-            print(f"stopped after step {phase.last} ({signals.stop_signal}); the same command goes on from there")
+            screen.say(f"stopped after step {phase.last} ({signals.stop_signal}); the same command goes on from there")
             return STOPPED
         if code != DONE:
             return code
-    print(_describe_finished_run(config, plan, last_step))
+    reached, *commands = _describe_finished_run(config, plan, last_step).splitlines()
+    screen.say(reached)
+    screen.say_commands(commands)
     return DONE
 
 
@@ -97,20 +111,39 @@ def _describe_work(start: Start, phase: Phase) -> str:
     return f"steps {max(done + 1, phase.first)} to {phase.last}" if done < phase.last else "its last validation"
 
 
-def _print_now(text: str) -> None:
-    print(text, flush=True)
+def describe_phase_change(plan: Plan, phase: Phase) -> str:
+    """What is trained otherwise than in the phase before, to be added to a line; empty for the first one."""
+    number = plan.phases.index(phase)
+    if number == 0:
+        return ""
+    before = plan.phases[number - 1].spec
+    told = ("schedule", "lr", "weight_decay", "mix")
+    changes = [
+        f"{name} {_format_setting(before, name)} -> {_format_setting(phase.spec, name)}"
+        for name in told
+        if getattr(before, name) != getattr(phase.spec, name)
+    ]
+    if phase.spec.optimizer_state == "reset":
+        changes.append("the optimizer's moments begin at zero")
+    return "".join(f"; {change}" for change in changes)
+
+
+def _format_setting(spec: PhaseSection, name: str) -> str:
+    value = getattr(spec, name)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _launch_ranks(ranks: "RankProcesses", signals: "SignalForwarder") -> int:
     """One set of ranks from start to end: their exit code, and a word to the user where they could not give one."""
     first = ranks.run(signals)
+    screen = Screen()
     if signals.num_interrupts > 1:
-        print("left at once; the same command goes on from the last checkpoint")
+        screen.say("left at once; the same command goes on from the last checkpoint")
         return INTERRUPTED
     if first is None:
         return DONE
     if first.launch_code == STOPPED != first.code:
-        print("stopped, and nothing was lost; the same command goes on from there")
+        screen.say("stopped, and nothing was lost; the same command goes on from there")
     if first.launch_code == FAULT:
         print(f"error: {first}; the same command goes on from the last checkpoint", file=sys.stderr)
     return first.launch_code
@@ -160,6 +193,7 @@ class SignalForwarder:
         """The ranks are in sessions of their own, where a terminal's signals do not come."""
         processes = self.ranks.session_processes() if self.ranks else []
         _signal_processes(processes, signal.SIGSTOP)
+        clear_live_line(open_console())  # the shell's prompt comes here
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)  # here this process stands still, until `fg` or `bg`
         signal.signal(number, self._on_ctrl_z)
@@ -215,6 +249,7 @@ class RankProcesses:
             self._env["DS_ACCELERATOR"] = device
         self._count = count
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._terminal = TerminalLoan(f"starting {count} rank{'s' * (count > 1)}")
 
     def run(self, signals: SignalForwarder) -> RankExit | None:
         """The first rank that ended without being done, None if all were done. Nothing of them is alive afterwards."""
@@ -225,6 +260,8 @@ class RankProcesses:
         finally:
             self._end_leftovers()
             signals.pending = signals.ranks = None
+            self._terminal.close()
+            clear_live_line(open_console())
 
     def session_processes(self) -> list[psutil.Process]:
         """The living processes of the ranks' sessions: they and whatever they have started."""
@@ -237,10 +274,11 @@ class RankProcesses:
         try:
             for rank in map(str, range(self._count)):
                 env = self._env | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(listener.getsockname()[1])}
-                inherited: tuple[int, ...] = ()
+                env[TERMINAL_VARIABLE] = str(self._terminal.inherited)
+                inherited: tuple[int, ...] = (self._terminal.inherited,)
                 if rank == "0":
                     env["SMOLTRAIN_LISTENER"] = str(listener.fileno())
-                    inherited = (listener.fileno(), *self._inherited)
+                    inherited += (listener.fileno(), *self._inherited)
                 process = subprocess.Popen(
                     self._command, env=env, stdin=subprocess.PIPE, start_new_session=True, pass_fds=inherited
                 )
@@ -261,8 +299,12 @@ class RankProcesses:
         due: list[tuple[float, int]] = []  # when to send which signal
         while running:
             time.sleep(POLL_S)
+            self._terminal.poll()
             while pending:
-                self._send_signal(pending.pop(0))
+                number = pending.pop(0)
+                self._send_signal(number)
+                text = describe_signal(number, has_started=self._terminal.is_taken)
+                interrupt_live_line(text, open_console())
             exits = self._collect_exits(running)
             failed = [rank_exit for rank_exit in exits if rank_exit.code != DONE]
             if first is None and failed:
@@ -303,6 +345,16 @@ class RankProcesses:
                         process.terminate()
             time.sleep(POLL_S)
             left = self.session_processes()
+
+
+def describe_signal(number: int, *, has_started: bool) -> str:
+    """What a signal that has just been passed on to the ranks will do; `has_started`: they say what they do."""
+    if number == signal.SIGKILL:
+        return "leaving at once"
+    what = "stopping after this step, then saving" if has_started else "stopping; no step has begun"
+    if number == signal.SIGINT:
+        return f"{what}; Ctrl-C again leaves at once"
+    return f"{signal.Signals(number).name}: {what}"
 
 
 def _schedule_signals(first: RankExit, now: float) -> list[tuple[float, int]]:

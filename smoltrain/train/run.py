@@ -5,6 +5,7 @@ records) -> loop (a step, and what is due after it) -> done
 """
 
 import gc
+from dataclasses import replace
 
 import torch
 
@@ -35,9 +36,12 @@ def run_training(config: Config, start: Start | None = None) -> int:
     world = open_world(config.engine.device)
     if start is None:
         world.run_on_first_rank(lambda: lock_run_folder(config), patient=True)  # until this process ends
+    before_rewind: Start | None = None
     while True:
         if start is None:
             start = world.run_on_first_rank(lambda: begin_run(config, world.size, world.device), patient=True)
+        if before_rewind:
+            start = replace(start, command_end=before_rewind.command_end, follows_phase=True)
         if not start.has_work:
             if world.is_first:
                 print(f"{config.run.name}: {describe_completion(Plan(config.phases), start.point.step)}")
@@ -50,6 +54,7 @@ def run_training(config: Config, start: Start | None = None) -> int:
         except Rewind as rewind:  # what a kill and the same command would do, without new processes
             if world.is_first:
                 print(rewind, flush=True)
+        before_rewind = start
         start = None  # another checkpoint may be the newest now, and there are rows to pass over
         gc.collect()  # the engine, whose parts hold each other
         if world.device.type == "cuda":

@@ -162,12 +162,16 @@ def open_session(start: Start, world: World, stop: StopFlag) -> Iterator[Session
         # ---- nothing refuses any more: what the run writes down
         watchdog.mark("records")
         folder = world.run_on_first_rank(lambda: write_run_folder(start.config, world.size, start.record))
-        notes = list(start.notes)
+        notes: list[str] = []
         if start.point.manifest is None:
             source = start.point.weights_from
             tokenizer = loader.prepared.tokenizer
             world.run_on_first_rank(lambda: copy_generation_config(source, config, tokenizer, notes.append))
-        tracker = tracking.enter_context(Tracker(config, folder, world.rank, done, start.last_step))
+        tracker = tracking.enter_context(
+            Tracker(config, folder, world.rank, done, start.command_end, follows_phase=start.follows_phase)
+        )
+        for note in start.notes:
+            (tracker.write_log if start.is_supervised else tracker.say)(note)  # the supervisor has said it
         for note in notes:
             tracker.say(note)
         say_start(start, settings, folder, loader, engine, world, tracker)

@@ -29,6 +29,9 @@ class Start:
     record: RunRecord  # what config.yaml will say of the run and its starts
     validation_missing: bool  # the one of `point.step` is to be made up for
     notes: tuple[str, ...]  # what was seen on the way, for the person who watches
+    command_end: int  # the last step of the command, which may go on after this start with another phase
+    is_supervised: bool = False  # by who has said the notes already
+    follows_phase: bool = False  # this command has said before what was chosen: in an earlier phase, or before a rewind
 
     @property
     def last_step(self) -> int:
@@ -78,4 +81,4 @@ def begin_run(
         copy_ancestor_data(config, point)
         prepare_run_data(config, rows_per_step, num_ranks)
     missing = is_validation_missing(config, point, last_step)
-    return Start(config, point, record, missing, tuple(notes))
+    return Start(config, point, record, missing, tuple(notes), last_step)
