@@ -22,6 +22,7 @@ from rich.text import Text
 
 REDRAWS_PER_S = 8
 EDGE = 3  # cells that a moving line leaves free, for the ^C that a terminal echoes must not wrap either
+WARNING_STYLE = "yellow"
 ERASE_LINE = "\r\x1b[2K"
 SHOW_CURSOR = "\x1b[?25h"
 
@@ -79,6 +80,15 @@ def wrap_words(text: str, width: int, indent: int = 0) -> list[str]:
         if rest:
             lines += [" " * indent + line.plain.rstrip() for line in rest.wrap(console, max(1, width - indent))]
     return lines
+
+
+def print_text(text: str, console: Console | None = None, *, style: str = "", indent: int = 0) -> None:
+    """Print sentences: wrapped between words on a terminal, whole lines through a pipe. Warnings have a colour."""
+    console = console or open_console()
+    lines = wrap_words(text, console.width, indent) if is_terminal(console) else [text]
+    if not style and text.startswith("WARNING"):
+        style = WARNING_STYLE
+    console.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
 
 # ---- one line that moves

@@ -18,7 +18,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from smoltrain.terminal import Column, LiveLine, fit_columns, is_terminal, make_spinner, open_console, wrap_words
+from smoltrain.terminal import (
+    Column,
+    LiveLine,
+    fit_columns,
+    is_terminal,
+    make_spinner,
+    open_console,
+    print_text,
+    wrap_words,
+)
 
 LABEL_CELLS = 22  # of what was chosen; the choice stands beside it
 MIN_CHOICE_CELLS = 34  # a terminal with less room for it has the choice wrapped below
@@ -26,7 +35,6 @@ SAMPLE_LINES = 4
 ACTIVITY_CELLS = 10  # so that the bar keeps its length while something else is done
 BAR_CELLS = (6, 24)  # at least and at most; with less room there is none
 
-WARNING_STYLE = "yellow"
 PHASE_STYLE = "bold cyan"
 BEST_STYLE = "green"
 
@@ -44,22 +52,20 @@ class Screen:
         """Cells of a line; None through a pipe, where lines may have any length."""
         return self._console.width if is_terminal(self._console) else None
 
-    def say(self, text: str, style: str | None = None) -> None:
+    def say(self, text: str) -> None:
         """A sentence. Warnings, which begin with that word, have a colour."""
-        if style is None and text.startswith("WARNING"):
-            style = WARNING_STYLE
-        self._print(text, style)
+        print_text(text, self._console)
 
     def say_choice(self, what: str, value: str) -> None:
         """What was chosen beside its name; on a terminal the rest of a long one stands below its beginning."""
         indent = LABEL_CELLS + 1
         if self.width and self.width < indent + MIN_CHOICE_CELLS:
             indent = 4
-        self._print(format_choice(what, value), indent=indent)
+        print_text(format_choice(what, value), self._console, indent=indent)
 
     def say_phase(self, text: str) -> None:
         """That a phase begins."""
-        self._print(text, PHASE_STYLE)
+        print_text(text, self._console, style=PHASE_STYLE)
 
     def say_commands(self, lines: list[str]) -> None:
         """Commands to be copied: whole, however long they are."""
@@ -68,16 +74,17 @@ class Screen:
 
     def say_step(self, step: int, last_step: int, phase: str, metrics: Mapping[str, Any], left_s: float | None) -> None:
         """The numbers of a step."""
-        self._print(format_step_line(step, last_step, phase, metrics, left_s, self.width))
+        print_text(format_step_line(step, last_step, phase, metrics, left_s, self.width), self._console)
 
     def say_validation(self, step: int, loss: float, perplexity: float, bits_per_byte: float, best: float) -> None:
         """The loss on the held-out rows; `best` is the lowest one of the run so far, with this one."""
-        style = BEST_STYLE if loss <= best else None
-        self._print(format_validation_line(step, loss, perplexity, bits_per_byte, best, self.width), style)
+        line = format_validation_line(step, loss, perplexity, bits_per_byte, best, self.width)
+        print_text(line, self._console, style=BEST_STYLE if loss <= best else "")
 
     def say_sample(self, step: int, text: str, file: str) -> None:
         """The beginning of what the model wrote; `file` has it all."""
-        self._print("\n".join([f"sample at step {step}:", *cut_sample(text, self.width, file)]))
+        lines = [f"sample at step {step}:", *cut_sample(text, self.width, file)]
+        self._console.print(Text("\n".join(lines)), soft_wrap=True)
 
     # ---- the bar
 
@@ -109,10 +116,6 @@ class Screen:
     def close(self) -> None:
         """Erase the bar."""
         self._line.stop()
-
-    def _print(self, text: str, style: str | None = None, *, indent: int = 0) -> None:
-        lines = wrap_words(text, self.width, indent) if self.width else [text]
-        self._console.print(Text("\n".join(lines), style=style or ""), soft_wrap=True)
 
 
 @dataclass
