@@ -145,7 +145,10 @@ def train_command(
     ranks: Annotated[int | None, typer.Option(help="Processes; by default one per GPU, or two on a CPU.")] = None,
 ) -> None:
     """Train a recipe, or go on where its run folder stands."""
-    from smoltrain.launch.supervisor import supervise_run
+    from smoltrain.terminal import show_activity
+
+    with show_activity("starting"):  # seconds, for torch is imported
+        from smoltrain.launch.supervisor import supervise_run
 
     raise typer.Exit(supervise_run(recipe, overrides or [], ranks))
 

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -77,7 +77,6 @@ def _run_phases(
     lock = lock_run_folder(config)  # until this process and the last rank have ended
     with show_activity("looking at checkpoints and data"):
         start = begin_run(config, num_ranks, device, say=screen.say, one_phase=True)
-    start = replace(start, is_supervised=True)
     if not start.has_work:
         screen.say(f"{config.run.name}: the plan is complete at step {start.point.step}; nothing to do")
         return DONE
@@ -88,8 +87,7 @@ def _run_phases(
         if phase != first_phase:
             part = stop_after_phase(config, phase.name)
             with show_activity("looking at what was saved"):
-                start = begin_run(part, num_ranks, device, say=screen.say, data_ready=True)
-            start = replace(start, is_supervised=True, follows_phase=True, command_end=last_step)
+                start = begin_run(part, num_ranks, device, say=screen.say, data_ready=True, before=start)
         work = f"{_describe_work(start, phase)}, {num_ranks} new processes"
         screen.say_phase(f"phase {phase.name}: {work}{describe_phase_change(plan, phase)}")
         words = [recipe, *overrides, f"run.stop_after={phase.name}"]
@@ -99,9 +97,7 @@ def _run_phases(
             return STOPPED
         if code != DONE:
             return code
-    reached, *commands = _describe_finished_run(config, plan, last_step).splitlines()
-    screen.say(reached)
-    screen.say_commands(commands)
+    screen.say_summary(_describe_finished_run(config, plan, last_step))
     return DONE
 
 
@@ -249,7 +245,7 @@ class RankProcesses:
             self._env["DS_ACCELERATOR"] = device
         self._count = count
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._terminal = TerminalLoan(f"starting {count} rank{'s' * (count > 1)}")
+        self._terminal: TerminalLoan | None = None
 
     def run(self, signals: SignalForwarder) -> RankExit | None:
         """The first rank that ended without being done, None if all were done. Nothing of them is alive afterwards."""
@@ -260,8 +256,6 @@ class RankProcesses:
         finally:
             self._end_leftovers()
             signals.pending = signals.ranks = None
-            self._terminal.close()
-            clear_live_line(open_console())
 
     def session_processes(self) -> list[psutil.Process]:
         """The living processes of the ranks' sessions: they and whatever they have started."""
@@ -270,12 +264,13 @@ class RankProcesses:
     def _start_processes(self) -> None:
         """A Ctrl-C is held back until all are there; each lets it in when Python could not answer with a traceback."""
         listener = open_rendezvous_socket(RankPlace(size=self._count))  # here, so that nobody takes the port meanwhile
+        terminal = self._terminal = TerminalLoan(f"starting {self._count} rank{'s' * (self._count > 1)}")
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which children inherit
         try:
             for rank in map(str, range(self._count)):
                 env = self._env | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(listener.getsockname()[1])}
-                env[TERMINAL_VARIABLE] = str(self._terminal.inherited)
-                inherited: tuple[int, ...] = (self._terminal.inherited,)
+                env[TERMINAL_VARIABLE] = str(terminal.inherited)
+                inherited: tuple[int, ...] = (terminal.inherited,)
                 if rank == "0":
                     env["SMOLTRAIN_LISTENER"] = str(listener.fileno())
                     inherited += (listener.fileno(), *self._inherited)
@@ -299,12 +294,10 @@ class RankProcesses:
         due: list[tuple[float, int]] = []  # when to send which signal
         while running:
             time.sleep(POLL_S)
-            self._terminal.poll()
+            if self._terminal:
+                self._terminal.poll()
             while pending:
-                number = pending.pop(0)
-                self._send_signal(number)
-                text = describe_signal(number, has_started=self._terminal.is_taken)
-                interrupt_live_line(text, open_console())
+                self._pass_signal_on(pending.pop(0))
             exits = self._collect_exits(running)
             failed = [rank_exit for rank_exit in exits if rank_exit.code != DONE]
             if first is None and failed:
@@ -326,6 +319,12 @@ class RankProcesses:
                 del running[rank]
         return exits
 
+    def _pass_signal_on(self, number: int) -> None:
+        """Send it, and say at once that it came: the ranks may be in the middle of a long step."""
+        self._send_signal(number)
+        text = describe_signal(number, has_started=self._terminal is not None and self._terminal.is_taken)
+        interrupt_live_line(text, open_console())
+
     def _send_signal(self, number: int) -> None:
         for process in self._processes:
             process.send_signal(number)
@@ -345,6 +344,9 @@ class RankProcesses:
                         process.terminate()
             time.sleep(POLL_S)
             left = self.session_processes()
+        if self._terminal:
+            self._terminal.close()
+        clear_live_line(open_console())
 
 
 def describe_signal(number: int, *, has_started: bool) -> str:

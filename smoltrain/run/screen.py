@@ -67,10 +67,13 @@ class Screen:
         """That a phase begins."""
         print_text(text, self._console, style=PHASE_STYLE)
 
-    def say_commands(self, lines: list[str]) -> None:
-        """Commands to be copied: whole, however long they are."""
-        for line in lines:
-            self._console.print(Text(line), soft_wrap=True)
+    def say_summary(self, text: str) -> None:
+        """Several lines; those that are indented are commands to be copied, or rows of a table, and stay whole."""
+        for line in text.splitlines():
+            if line.startswith(" "):
+                self._console.print(Text(line), soft_wrap=True)
+            else:
+                self.say(line)
 
     def say_step(self, step: int, last_step: int, phase: str, metrics: Mapping[str, Any], left_s: float | None) -> None:
         """The numbers of a step."""

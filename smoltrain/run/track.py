@@ -64,12 +64,12 @@ class Tracker:
 
     def __init__(
         self, config: Config, folder: RunFolder, rank: int, first_step: int, last_step: int, *,
-        follows_phase: bool = False,
+        choices_were_said: bool = False,
     ) -> None:  # fmt: skip
         """Go on after `first_step`: later lines of an interrupted run are cut off the files.
 
-        `last_step` is where the whole command ends. `follows_phase`: an earlier phase of this command has shown what
-        was chosen, so only what is chosen otherwise now is shown.
+        `last_step` is where the whole command ends. `choices_were_said`: an earlier start of this command has
+        shown what was chosen, so only what is chosen otherwise now is shown.
         """
         self._is_writer = rank == 0
         self._print_every = config.track.print_every
@@ -81,7 +81,7 @@ class Tracker:
             return
         self._choices_file = folder.path / "logs" / "choices.json"
         self._choices: dict[str, str] = {}
-        self._shown_choices = read_choices(self._choices_file) if follows_phase else {}
+        self._shown_choices = read_choices(self._choices_file) if choices_were_said else {}
         self._screen = Screen()
         self._time_left = TimeLeft(config, last_step, restarts="SMOLTRAIN_SUPERVISOR" in os.environ)
         self._best_loss = math.inf  # of all validations so far

@@ -4,8 +4,8 @@ config -> world -> start (where to begin, the run's identity, data) -> session (
 records) -> loop (a step, and what is due after it) -> done
 """
 
+import functools
 import gc
-from dataclasses import replace
 
 import torch
 
@@ -36,12 +36,11 @@ def run_training(config: Config, start: Start | None = None) -> int:
     world = open_world(config.engine.device)
     if start is None:
         world.run_on_first_rank(lambda: lock_run_folder(config), patient=True)  # until this process ends
-    before_rewind: Start | None = None
+    before: Start | None = None
     while True:
         if start is None:
-            start = world.run_on_first_rank(lambda: begin_run(config, world.size, world.device), patient=True)
-        if before_rewind:
-            start = replace(start, command_end=before_rewind.command_end, follows_phase=True)
+            begin = functools.partial(begin_run, config, world.size, world.device, before=before)
+            start = world.run_on_first_rank(begin, patient=True)
         if not start.has_work:
             if world.is_first:
                 print(f"{config.run.name}: {describe_completion(Plan(config.phases), start.point.step)}")
@@ -54,7 +53,7 @@ def run_training(config: Config, start: Start | None = None) -> int:
         except Rewind as rewind:  # what a kill and the same command would do, without new processes
             if world.is_first:
                 print(rewind, flush=True)
-        before_rewind = start
+        before = start
         start = None  # another checkpoint may be the newest now, and there are rows to pass over
         gc.collect()  # the engine, whose parts hold each other
         if world.device.type == "cuda":

@@ -168,10 +168,10 @@ def open_session(start: Start, world: World, stop: StopFlag) -> Iterator[Session
             tokenizer = loader.prepared.tokenizer
             world.run_on_first_rank(lambda: copy_generation_config(source, config, tokenizer, notes.append))
         tracker = tracking.enter_context(
-            Tracker(config, folder, world.rank, done, start.command_end, follows_phase=start.follows_phase)
+            Tracker(config, folder, world.rank, done, start.command_end, choices_were_said=start.choices_were_said)
         )
         for note in start.notes:
-            (tracker.write_log if start.is_supervised else tracker.say)(note)  # the supervisor has said it
+            (tracker.write_log if start.notes_were_said else tracker.say)(note)
         for note in notes:
             tracker.say(note)
         say_start(start, settings, folder, loader, engine, world, tracker)

@@ -30,8 +30,8 @@ class Start:
     validation_missing: bool  # the one of `point.step` is to be made up for
     notes: tuple[str, ...]  # what was seen on the way, for the person who watches
     command_end: int  # the last step of the command, which may go on after this start with another phase
-    is_supervised: bool = False  # by who has said the notes already
-    follows_phase: bool = False  # this command has said before what was chosen: in an earlier phase, or before a rewind
+    notes_were_said: bool = False
+    choices_were_said: bool = False  # by an earlier start of the same command
 
     @property
     def last_step(self) -> int:
@@ -50,21 +50,23 @@ class Start:
 
 
 def begin_run(
-    config: Config, num_ranks: int, device: torch.device, *, say: Callable[[str], None] = lambda _: None,
-    one_phase: bool = False, data_ready: bool = False,
+    config: Config, num_ranks: int, device: torch.device, *, say: Callable[[str], None] | None = None,
+    one_phase: bool = False, data_ready: bool = False, before: Start | None = None,
 ) -> Start:  # fmt: skip
     """Find where to begin, check that the run may, and prepare its data. One process, holding the lock of the run.
 
     With `one_phase` the start ends where the first phase does that is not done. `data_ready`: this command has checked
     recipe and data already, at the start of an earlier phase; what that phase has saved is verified, as nobody has read
-    it yet. `say` gets the notes as they come.
+    it yet. `before` is an earlier start of the same command: of the phase before, or before a rewind. `say` gets the
+    notes as they come.
     Errors: UserError for whatever can be known to be wrong before a rank opens anything.
     """
     notes: list[str] = []
 
     def note(text: str) -> None:
         notes.append(text)
-        say(text)
+        if say:
+            say(text)
 
     for leftover in delete_leftovers(config.run_folder / "checkpoints"):
         note(leftover)
@@ -81,4 +83,7 @@ def begin_run(
         copy_ancestor_data(config, point)
         prepare_run_data(config, rows_per_step, num_ranks)
     missing = is_validation_missing(config, point, last_step)
-    return Start(config, point, record, missing, tuple(notes), last_step)
+    return Start(
+        config, point, record, missing, tuple(notes), command_end=before.command_end if before else last_step,
+        notes_were_said=say is not None, choices_were_said=before is not None,
+    )  # fmt: skip
