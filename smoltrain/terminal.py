@@ -82,9 +82,15 @@ def wrap_words(text: str, width: int, indent: int = 0) -> list[str]:
     return lines
 
 
+def replace_control_characters(line: str) -> str:
+    """A line without control characters, which a model may sample, or a file's name have, and a terminal would obey."""
+    return "".join(c if c.isprintable() or c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in line)
+
+
 def print_text(text: str, console: Console | None = None, *, style: str = "", indent: int = 0) -> None:
     """Print sentences: wrapped between words on a terminal, whole lines through a pipe. Warnings have a colour."""
     console = console or open_console()
+    text = "\n".join(map(replace_control_characters, text.split("\n")))
     lines = wrap_words(text, console.width, indent) if is_terminal(console) else [text]
     if not style and text.startswith("WARNING"):
         style = WARNING_STYLE

@@ -89,7 +89,9 @@ def _run_phases(
             with show_activity("looking at what was saved"):
                 start = begin_run(part, num_ranks, device, say=screen.say, data_ready=True, before=start)
         work = f"{_describe_work(start, phase)}, {num_ranks} new processes"
-        screen.say_phase(f"phase {phase.name}: {work}{describe_phase_change(plan, phase)}")
+        screen.say_phase(f"phase {phase.name}: {work}")
+        if changes := describe_phase_changes(plan, phase):
+            screen.say_choice("new in this phase", changes)
         words = [recipe, *overrides, f"run.stop_after={phase.name}"]
         code = _launch_ranks(RankProcesses(words, num_ranks, device.type, start, lock), signals)
         if code == DONE and signals.stop_signal:  # too late for the ranks, which had left their last step behind
@@ -107,8 +109,8 @@ def _describe_work(start: Start, phase: Phase) -> str:
     return f"steps {max(done + 1, phase.first)} to {phase.last}" if done < phase.last else "its last validation"
 
 
-def describe_phase_change(plan: Plan, phase: Phase) -> str:
-    """What is trained otherwise than in the phase before, to be added to a line; empty for the first one."""
+def describe_phase_changes(plan: Plan, phase: Phase) -> str:
+    """What is trained otherwise than in the phase before; empty for the first one."""
     number = plan.phases.index(phase)
     if number == 0:
         return ""
@@ -121,7 +123,7 @@ def describe_phase_change(plan: Plan, phase: Phase) -> str:
     ]
     if phase.spec.optimizer_state == "reset":
         changes.append("the optimizer's moments begin at zero")
-    return "".join(f"; {change}" for change in changes)
+    return ", ".join(changes)
 
 
 def _format_setting(spec: PhaseSection, name: str) -> str:

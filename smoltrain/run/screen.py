@@ -26,6 +26,7 @@ from smoltrain.terminal import (
     make_spinner,
     open_console,
     print_text,
+    replace_control_characters,
     wrap_words,
 )
 
@@ -214,18 +215,13 @@ def cut_sample(text: str, width: int | None, file: str) -> list[str]:
     """The first lines of a text, indented and without control characters, and how many more there are in `file`."""
     lines: list[str] = []
     for line in text.splitlines():
-        clean = _replace_control_characters(line).rstrip()
+        clean = replace_control_characters(line).rstrip()
         lines += wrap_words(clean, max(1, width - 4)) if width else [clean]
     shown = [f"    {line}".rstrip() for line in lines[:SAMPLE_LINES]]
     num_left = len(lines) - SAMPLE_LINES
     if num_left > 0:
         shown.append(f"    ... {num_left} more line{'s' * (num_left > 1)} in {file}")
     return shown
-
-
-def _replace_control_characters(line: str) -> str:
-    """A line without control characters, which a model may sample and a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def _format_duration(seconds: float | None) -> str:

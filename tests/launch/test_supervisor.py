@@ -461,6 +461,15 @@ def test_a_run_is_locked_until_its_supervisor_and_its_ranks_have_left(tmp_path: 
         launches.kill_all(words)
 
 
+def test_a_later_phase_says_what_is_new_in_it(tmp_path: Path) -> None:
+    changed = ("phases.continuation.optimizer_state=reset", "phases.continuation.weight_decay=0.1")
+    plan = Plan(tiny.load(tmp_path, *changed).phases)
+    assert supervisor.describe_phase_changes(plan, plan.phases[0]) == ""
+    assert supervisor.describe_phase_changes(plan, plan.phases[1]) == (
+        "schedule cosine -> linear, lr 0.003 -> 0.0003, the optimizer's moments begin at zero"
+    )
+
+
 def test_the_summary_shows_no_older_loss_as_the_last_one(tmp_path: Path) -> None:
     settings = tiny.load(tmp_path)
     settings.run_folder.mkdir(parents=True)

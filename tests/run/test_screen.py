@@ -200,11 +200,11 @@ def test_texts_command_neither_the_terminal_nor_rich() -> None:
     console = terminal(80)
     screen = Screen(console)
     screen.say_sample(7, "[bold]a\x1b[2J\x1b]0;title\x07 :smile:", "samples.jsonl")
-    screen.say("[red]a[/] path [/x]")
+    screen.say("[red]a[/] path\x1b]0;title\x07 [/x]")
     assert raw(console).split("\n")[:3] == [
         "sample at step 7:",
         "    [bold]a\ufffd[2J\ufffd]0;title\ufffd :smile:",
-        "[red]a[/] path [/x]",
+        "[red]a[/] path\ufffd]0;title\ufffd [/x]",
     ]
 
 
