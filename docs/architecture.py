@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("model", "engine"),
     ("data", "schedule"),
     ("kernels", "config", "distributed"),
-    ("files", "console", "usage"),
+    ("files", "console", "terminal", "usage"),
     ("errors",),
     ("redact", "timeout"),
 )

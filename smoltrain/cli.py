@@ -268,7 +268,10 @@ def train_command(
     """Train a recipe, or go on where its run folder stands."""
     began_at = time.time()  # before a second of imports
     from smoltrain.config.load import split_recipe_words
-    from smoltrain.launch.supervisor import supervise_run
+    from smoltrain.terminal import show_activity
+
+    with show_activity("starting"):  # seconds, for torch is imported
+        from smoltrain.launch.supervisor import supervise_run
 
     words = [word for word in (recipe, *(overrides or [])) if word is not None]
     raise typer.Exit(supervise_run(*split_recipe_words(words), ranks, began_at))

@@ -24,6 +24,7 @@ from smoltrain.estimate.report import (
     write_advice,
 )
 from smoltrain.estimate.training_setup import build_training_setup
+from smoltrain.terminal import open_console, print_text
 
 
 def print_estimate(recipe: str, overrides: list[str], world: int, device: str, *, measured: bool = False) -> None:
@@ -33,7 +34,7 @@ def print_estimate(recipe: str, overrides: list[str], world: int, device: str, *
     the estimate and what they showed are printed, and the constants are corrected by the difference.
     Errors: UserError for the recipe, the device, a batch that does not divide; TrainingStopped from the real steps.
     """
-    console = Console(markup=False, highlight=False)
+    console = open_console()
     config = load_config(recipe, overrides)
     config = resolve_config(config, config.batch.rows(world))
     spec = find_device(device, world)
@@ -42,11 +43,11 @@ def print_estimate(recipe: str, overrides: list[str], world: int, device: str, *
     if measured:
         estimate = _correct_by_real_steps(estimate, recipe, overrides, console)
     alternatives = estimate_alternatives(estimate, config)
-    console.print(setup_summary(estimate, config), soft_wrap=True)
+    print_text(setup_summary(estimate, config), console)
     console.print(build_parts_table(estimate))
     console.print(build_alternatives_table(alternatives, estimate.setup))
     for line in (plan_summary(estimate, config), *write_advice(estimate, alternatives)):
-        console.print(line, soft_wrap=True)
+        print_text(line, console)
 
 
 def _correct_by_real_steps(estimate: Estimate, recipe: str, overrides: list[str], console: Console) -> Estimate:
@@ -71,10 +72,10 @@ def _correct_by_real_steps(estimate: Estimate, recipe: str, overrides: list[str]
         f"engine.compile={'on' if setup.compiled_update else 'off'}",  # `auto` would find a plan of few steps too short
     ]  # fmt: skip
     run = measure_run(recipe, [*overrides, *as_estimated], ranks)
-    console.print(
+    print_text(
         f"measured here, {ranks} x {device.name}: step {run.step_s:.3f} s, estimated {expected.speed.step_s:.3f} s; "
         f"memory {run.peak_bytes / GIB:.2f} GiB, estimated {expected.memory.total / GIB:.2f} GiB",
-        soft_wrap=True,
+        console,
     )
     rates = EFFICIENCY[device.kind]
     base_bytes = max(0.0, run.peak_bytes - estimate_memory(setup, base_bytes=0.0).total)

@@ -18,6 +18,8 @@ import psutil
 import torch
 
 from smoltrain.config.load import load_config, stop_after_phase
+from smoltrain.config.schema import PhaseSection
+from smoltrain.console import TERMINAL_VARIABLE
 from smoltrain.distributed.awake_clock import AwakeClock
 from smoltrain.distributed.rendezvous import RankPlace, open_rendezvous_socket
 from smoltrain.distributed.stop import STOP_SIGNALS, heeded_stop_signals
@@ -26,9 +28,12 @@ from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepsp
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
 from smoltrain.launch.config_pipe import pack_start
 from smoltrain.launch.rank import START_ON_STDIN
+from smoltrain.launch.terminal_loan import TerminalLoan
 from smoltrain.run.run_lock import lock_run_folder
+from smoltrain.run.screen import Screen
 from smoltrain.run.summary import describe_run
-from smoltrain.schedule import Phase
+from smoltrain.schedule import Phase, Plan
+from smoltrain.terminal import clear_live_line, interrupt_live_line, open_console, show_activity
 from smoltrain.train.start import Start, begin_run
 
 RANK_COMMAND = [sys.executable, "-u", "-P", "-m", "smoltrain.launch.rank"]  # -P: no module of the current folder
@@ -46,31 +51,38 @@ def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None, b
     Errors: UserError before any process starts, for whatever can be known by then.
     """
     signals = SignalForwarder()
+    screen = Screen()
     try:
-        return _run_phases(recipe, overrides, ranks, signals, began_at)
+        return _run_phases(recipe, overrides, ranks, signals, screen, began_at)
     except StopRequested:
         if signals.ranks_were_started:
-            print("stopped; the same command goes on from there")
+            screen.say("stopped; the same command goes on from there")
         else:
-            print("stopped before the first step; nothing was lost")
+            screen.say("stopped before the first step; nothing was lost")
         return STOPPED
     finally:
         signals.close()
 
 
 def _run_phases(
-    recipe: str, overrides: list[str], num_ranks: int | None, signals: "SignalForwarder", began_at: float | None
+    recipe: str,
+    overrides: list[str],
+    num_ranks: int | None,
+    signals: "SignalForwarder",
+    screen: Screen,
+    began_at: float | None,
 ) -> int:
     config = load_config(recipe, overrides)
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for all phases
     device = choose_device(config.engine.device)
     num_ranks = choose_num_ranks(num_ranks, device.type)
     lock = lock_run_folder(config)  # until this process and the last rank have ended
-    start = begin_run(config, num_ranks, device, say=_print_now, one_phase=True, began_at=began_at)
+    with show_activity("looking at checkpoints and data"):
+        start = begin_run(config, num_ranks, device, say=screen.say, one_phase=True, began_at=began_at)
     plan = start.plan  # in steps, which the recipe may not be: only begin_run resolves it
     last_step = plan.last_step_until(config.run.stop_after)
     if not start.has_work:
-        print(f"{config.run.name}: the plan is complete at step {start.point.step}; nothing to do")
+        screen.say(f"{config.run.name}: the plan is complete at step {start.point.step}; nothing to do")
         return DONE
     first_phase = plan.phase(start.last_step)
     for phase in plan.phases:
@@ -78,17 +90,20 @@ def _run_phases(
             continue
         if phase != first_phase:
             part = stop_after_phase(config, phase.name)
-            peak = start.cpu_peak_flops
-            start = begin_run(part, num_ranks, device, say=_print_now, data_ready=True, cpu_peak_flops=peak)
-        _print_now(f"phase {phase.name}: {_describe_work(start, phase)}, {num_ranks} new processes")
+            with show_activity("looking at what was saved"):
+                start = begin_run(part, num_ranks, device, say=screen.say, data_ready=True, before=start)
+        work = f"{_describe_work(start, phase)}, {num_ranks} new processes"
+        screen.say_phase(f"phase {phase.name}: {work}")
+        if changes := describe_phase_changes(plan, phase):
+            screen.say_choice("new in this phase", changes)
         words = [recipe, *overrides, f"run.stop_after={phase.name}"]
         code = _launch_ranks(RankProcesses(words, num_ranks, device.type, start, lock), signals)
         if code == DONE and signals.stop_signal:  # too late for the ranks, which had left their last step behind
-            print(f"stopped after step {phase.last} ({signals.stop_signal}); the same command goes on from there")
+            screen.say(f"stopped after step {phase.last} ({signals.stop_signal}); the same command goes on from there")
             return STOPPED
         if code != DONE:
             return code
-    print(describe_run(plan, config.run_folder))
+    screen.say_summary(describe_run(plan, config.run_folder))
     return DONE
 
 
@@ -98,20 +113,39 @@ def _describe_work(start: Start, phase: Phase) -> str:
     return f"steps {max(done + 1, phase.first)} to {phase.last}" if done < phase.last else "its last validation"
 
 
-def _print_now(text: str) -> None:
-    print(text, flush=True)
+def describe_phase_changes(plan: Plan, phase: Phase) -> str:
+    """What is trained otherwise than in the phase before; empty for the first one."""
+    number = plan.phases.index(phase)
+    if number == 0:
+        return ""
+    before = plan.phases[number - 1].spec
+    told = ("schedule", "lr", "weight_decay", "mix")
+    changes = [
+        f"{name} {_format_setting(before, name)} -> {_format_setting(phase.spec, name)}"
+        for name in told
+        if getattr(before, name) != getattr(phase.spec, name)
+    ]
+    if phase.spec.optimizer_state == "reset":
+        changes.append("the optimizer's moments begin at zero")
+    return ", ".join(changes)
+
+
+def _format_setting(spec: PhaseSection, name: str) -> str:
+    value = getattr(spec, name)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _launch_ranks(ranks: "RankProcesses", signals: "SignalForwarder") -> int:
     """One set of ranks from start to end: their exit code, and a word to the user where they could not give one."""
     first = ranks.run(signals)
+    screen = Screen()
     if signals.num_interrupts > 1:
-        print("left at once; the same command goes on from the last checkpoint")
+        screen.say("left at once; the same command goes on from the last checkpoint")
         return INTERRUPTED
     if first is None:
         return DONE
     if first.launch_code == STOPPED != first.code:
-        print("stopped, and nothing was lost; the same command goes on from there")
+        screen.say("stopped, and nothing was lost; the same command goes on from there")
     if first.launch_code == FAULT:
         print(f"error: {first}; the same command goes on from the last checkpoint", file=sys.stderr)
     return first.launch_code
@@ -161,6 +195,7 @@ class SignalForwarder:
         """The ranks are in sessions of their own, where a terminal's signals do not come."""
         processes = self.ranks.session_processes() if self.ranks else []
         _signal_processes(processes, signal.SIGSTOP)
+        clear_live_line(open_console())  # the shell's prompt comes here
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)  # here this process stands still, until `fg` or `bg`
         signal.signal(number, self._on_ctrl_z)
@@ -216,6 +251,7 @@ class RankProcesses:
             self._env["DS_ACCELERATOR"] = device
         self._count = count
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._terminal: TerminalLoan | None = None
 
     def run(self, signals: SignalForwarder) -> RankExit | None:
         """The first rank that ended without being done, None if all were done. Nothing of them is alive afterwards."""
@@ -234,14 +270,16 @@ class RankProcesses:
     def _start_processes(self) -> None:
         """A Ctrl-C is held back until all are there; each lets it in when Python could not answer with a traceback."""
         listener = open_rendezvous_socket(RankPlace(size=self._count))  # here, so that nobody takes the port meanwhile
+        terminal = self._terminal = TerminalLoan(f"starting {self._count} rank{'s' * (self._count > 1)}")
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which children inherit
         try:
             for rank in map(str, range(self._count)):
                 env = self._env | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(listener.getsockname()[1])}
-                inherited: tuple[int, ...] = ()
+                env[TERMINAL_VARIABLE] = str(terminal.inherited)
+                inherited: tuple[int, ...] = (terminal.inherited,)
                 if rank == "0":
                     env["SMOLTRAIN_LISTENER"] = str(listener.fileno())
-                    inherited = (listener.fileno(), *self._inherited)
+                    inherited += (listener.fileno(), *self._inherited)
                 process = subprocess.Popen(
                     self._command, env=env, stdin=subprocess.PIPE, start_new_session=True, pass_fds=inherited
                 )
@@ -262,8 +300,10 @@ class RankProcesses:
         due: list[tuple[float, int]] = []  # when to send which signal
         while running:
             time.sleep(POLL_S)
+            if self._terminal:
+                self._terminal.poll()
             while pending:
-                self._send_signal(pending.pop(0))
+                self._pass_signal_on(pending.pop(0))
             exits = self._collect_exits(running)
             failed = [rank_exit for rank_exit in exits if rank_exit.code != DONE]
             if first is None and failed:
@@ -285,6 +325,12 @@ class RankProcesses:
                 del running[rank]
         return exits
 
+    def _pass_signal_on(self, number: int) -> None:
+        """Send it, and say at once that it came: the ranks may be in the middle of a long step."""
+        self._send_signal(number)
+        text = describe_signal(number, has_started=self._terminal is not None and self._terminal.is_taken)
+        interrupt_live_line(text, open_console())
+
     def _send_signal(self, number: int) -> None:
         for process in self._processes:
             process.send_signal(number)
@@ -304,6 +350,19 @@ class RankProcesses:
                         process.terminate()
             time.sleep(POLL_S)
             left = self.session_processes()
+        if self._terminal:
+            self._terminal.close()
+        clear_live_line(open_console())
+
+
+def describe_signal(number: int, *, has_started: bool) -> str:
+    """What a signal that has just been passed on to the ranks will do; `has_started`: they say what they do."""
+    if number == signal.SIGKILL:
+        return "leaving at once"
+    what = "stopping after this step, then saving" if has_started else "stopping; no step has begun"
+    if number == signal.SIGINT:
+        return f"{what}; Ctrl-C again leaves at once"
+    return f"{signal.Signals(number).name}: {what}"
 
 
 def _schedule_signals(first: RankExit, now: float) -> list[tuple[float, int]]:

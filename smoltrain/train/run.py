@@ -39,12 +39,10 @@ def run_training(config: Config, start: Start | None = None, began_at: float | N
     if start is None:
         world.run_on_first_rank(lambda: lock_run_folder(config), patient=True)  # until this process ends
     is_supervised = start is not None
-    cpu_peak_flops: float | None = None
+    before: Start | None = None
     while True:
         if start is None:
-            begin = functools.partial(
-                begin_run, requested, world.size, world.device, began_at=began_at, cpu_peak_flops=cpu_peak_flops
-            )
+            begin = functools.partial(begin_run, requested, world.size, world.device, began_at=began_at, before=before)
             start = world.run_on_first_rank(begin, patient=True)
         if not start.has_work:
             if world.is_first:
@@ -61,7 +59,7 @@ def run_training(config: Config, start: Start | None = None, began_at: float | N
         except Rewind as rewind:  # what a kill and the same command would do, without new processes
             if world.is_first:
                 print(rewind, flush=True)
-        cpu_peak_flops = start.cpu_peak_flops
+        before = start
         start = began_at = None  # another checkpoint may be the newest now, and there are rows to pass over
         gc.collect()  # the engine, whose parts hold each other
         if world.device.type == "cuda":

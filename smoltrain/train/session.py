@@ -187,12 +187,16 @@ def open_session(start: Start, world: World, stop: StopFlag) -> Iterator[Session
         # ---- nothing refuses any more: what the run writes down
         watchdog.mark("records")
         folder = world.run_on_first_rank(lambda: write_run_folder(start.config, world.size, start.record))
-        notes = list(start.notes)
+        notes: list[str] = []
         if start.point.manifest is None:
             source = start.point.weights_from
             tokenizer = loader.prepared.tokenizer
             world.run_on_first_rank(lambda: copy_generation_config(source, config, tokenizer, notes.append))
-        tracker = tracking.enter_context(Tracker(config, folder, world.rank, done, start.last_step))
+        tracker = tracking.enter_context(
+            Tracker(config, folder, world.rank, done, start.command_end, choices_were_said=start.choices_were_said)
+        )
+        for note in start.notes:
+            (tracker.write_log if start.notes_were_said else tracker.say)(note)
         for note in notes:
             tracker.say(note)
         say_start(start, settings, folder, loader, engine, world, tracker)

@@ -43,7 +43,10 @@ class Start:
     validation_missing: bool  # the one of `point.step` is to be made up for
     notes: tuple[str, ...]  # what was seen on the way, for the person who watches
     began_at: float  # when the command began, or went on to this phase: seconds since 1970
-    cpu_peak_flops: float | None = None  # as estimate.devices.measure_cpu_peak says; None on a GPU
+    cpu_peak_flops: float | None  # as estimate.devices.measure_cpu_peak says; None on a GPU
+    command_end: int  # the last step of the command, which may go on after this start with another phase
+    notes_were_said: bool = False
+    choices_were_said: bool = False  # by an earlier start of the same command
 
     @property
     def plan(self) -> Plan:
@@ -67,17 +70,16 @@ class Start:
 
 
 def begin_run(
-    config: Config, num_ranks: int, device: torch.device, *, say: Callable[[str], None] = lambda _: None,
-    one_phase: bool = False, data_ready: bool = False, began_at: float | None = None,
-    cpu_peak_flops: float | None = None,
+    config: Config, num_ranks: int, device: torch.device, *, say: Callable[[str], None] | None = None,
+    one_phase: bool = False, data_ready: bool = False, before: Start | None = None, began_at: float | None = None,
 ) -> Start:  # fmt: skip
     """Find where to begin, check that the run may, and prepare its data. One process, holding the lock of the run.
 
     Here, and nowhere else, phases in tokens or epochs become steps: nobody makes a Plan of the config of a command.
     With `one_phase` the start ends where the first phase does that is not done. `data_ready`: this command has checked
     recipe and data already, at the start of an earlier phase; what that phase has saved is verified, as nobody has read
-    it yet. `say` gets the notes as they come. `began_at` is when the command began, now by default; `cpu_peak_flops` is
-    what it has measured before.
+    it yet. `before` is an earlier start of the same command: of the phase before, or before a rewind. `say` gets the
+    notes as they come. `began_at` is when the command began, now by default.
     Errors: UserError for whatever can be known to be wrong before a rank opens anything.
     """
     began_at = began_at or time.time()
@@ -85,7 +87,8 @@ def begin_run(
 
     def note(text: str) -> None:
         notes.append(text)
-        say(text)
+        if say:
+            say(text)
 
     for leftover in delete_leftovers(config.run_folder / "checkpoints"):
         note(leftover)
@@ -111,9 +114,14 @@ def begin_run(
         copy_ancestor_data(config, point)
         prepare_run_data(config, rows_per_step, num_ranks)
     missing = is_validation_missing(config, point, last_step)
+    cpu_peak_flops = before.cpu_peak_flops if before else None
     if cpu_peak_flops is None and device.type == "cpu" and point.step < last_step:
         cpu_peak_flops = measure_cpu_peak(choose_precision(config.engine.precision, device)[0])
-    return Start(requested, config, point, record, missing, tuple(notes), began_at, cpu_peak_flops)
+    return Start(
+        requested, config, point, record, missing, tuple(notes), began_at, cpu_peak_flops,
+        command_end=before.command_end if before else last_step,
+        notes_were_said=say is not None, choices_were_said=before is not None,
+    )  # fmt: skip
 
 
 def _prepare_and_resolve(requested: Config, rows_per_step: int, num_ranks: int, device: torch.device) -> Config:

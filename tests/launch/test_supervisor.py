@@ -276,7 +276,43 @@ def test_a_signal_reaches_all_ranks_as_it_is(
     asks = "time.sleep(0.2); os.kill(os.getppid(), signal.SIGUSR1)"
     words = [f"{said}; {WAITS}", f"{said}; {asks}; {WAITS}"]
     assert supervisor._launch_ranks(supervisor.RankProcesses(words, 2, "cpu"), signals) == STOPPED
-    assert capfd.readouterr().out == "", "they have said so themselves"
+    assert capfd.readouterr().out == "SIGUSR1: stopping; no step has begun\n"
+
+
+SPEAKS = "from smoltrain.console import guard_console; guard_console(); print('rank', os.environ['RANK'], flush=True)"
+BUSY = "; ".join(f"signal.signal(signal.{name}, signal.SIG_IGN)" for name in ("SIGTERM", "SIGHUP", "SIGINT"))
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGTERM, "SIGTERM: stopping after this step, then saving"),
+        (signal.SIGHUP, "SIGHUP: stopping after this step, then saving"),
+        (signal.SIGINT, "stopping after this step, then saving; Ctrl-C again leaves at once"),
+    ],
+)
+def test_a_signal_is_acknowledged_at_once_though_the_ranks_are_busy(
+    signals: supervisor.SignalForwarder, capfd: pytest.CaptureFixture[str], number: int, said: str
+) -> None:
+    asks = f"time.sleep(0.2); os.kill(os.getppid(), {int(number)}); time.sleep(0.2); print('step ends', flush=True)"
+    words = [f"{BUSY}; {SPEAKS}; time.sleep(0.6); end(75)", f"{BUSY}; {SPEAKS}; {asks}; end(75)"]
+    assert supervisor._launch_ranks(supervisor.RankProcesses(words, 2, "cpu"), signals) == STOPPED
+    told = capfd.readouterr().out.splitlines()
+    assert sorted(told[:2]) == ["rank 0", "rank 1"]
+    assert told[2:] == [said, "step ends"]
+
+
+def test_the_second_ctrl_c_says_that_it_leaves(
+    signals: supervisor.SignalForwarder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asks = "os.kill(os.getppid(), signal.SIGINT); time.sleep(0.2)"
+    words = [f"{BUSY}; {WAITS}", f"{BUSY}; {asks}; {asks}; {WAITS}"]
+    assert supervisor._launch_ranks(supervisor.RankProcesses(words, 2, "cpu"), signals) == INTERRUPTED
+    assert capfd.readouterr().out.splitlines() == [
+        "stopping; no step has begun; Ctrl-C again leaves at once",
+        "leaving at once",
+        "left at once; the same command goes on from the last checkpoint",
+    ]
 
 
 def test_ctrl_z_stops_the_ranks_and_what_they_started(
@@ -421,6 +457,15 @@ def test_a_run_is_locked_until_its_supervisor_and_its_ranks_have_left(tmp_path: 
         os.close(lock)
     finally:
         launches.kill_all(words)
+
+
+def test_a_later_phase_says_what_is_new_in_it(tmp_path: Path) -> None:
+    changed = ("phases.continuation.optimizer_state=reset", "phases.continuation.weight_decay=0.1")
+    plan = Plan(tiny.load(tmp_path, *changed).phases)
+    assert supervisor.describe_phase_changes(plan, plan.phases[0]) == ""
+    assert supervisor.describe_phase_changes(plan, plan.phases[1]) == (
+        "schedule cosine -> linear, lr 0.003 -> 0.0003, the optimizer's moments begin at zero"
+    )
 
 
 @pytest.mark.parametrize(

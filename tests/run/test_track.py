@@ -17,7 +17,8 @@ import yaml
 from smoltrain import files
 from smoltrain.config.schema import Config
 from smoltrain.engine.layer_gradients import LayerGradient
-from smoltrain.run.track import GRADIENT_NORM_PREFIX, METRICS, Tracker, format_console_line
+from smoltrain.run.screen import format_step_line
+from smoltrain.run.track import GRADIENT_NORM_PREFIX, METRICS, Tracker
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.run.wandb_run import GRADIENT_HISTOGRAM_PREFIX, resolve_wandb_mode
 from smoltrain.schedule import Plan
@@ -168,7 +169,9 @@ def test_the_console_shows_the_numbers_of_the_file(story: Story) -> None:
         for line in output.stdout.splitlines():
             if match := re.match(r"step +(\d+)/(\d+) (\w+)  loss ", line):
                 step, last = int(match[1]), int(match[2])
-                assert line == format_console_line(step, last, match[3], story.steps[step])
+                told, _, left = line.rpartition("  left ")
+                assert told == format_step_line(step, last, match[3], story.steps[step], None).rpartition("  left ")[0]
+                assert re.fullmatch(r"\d+:\d\d", left), "a median of several steps, which no line of the file has"
 
 
 def test_the_log_of_the_rank_has_all_that_was_said_in_both_processes(story: Story) -> None:
@@ -430,17 +433,6 @@ def test_what_a_model_samples_cannot_command_the_terminal(tmp_path: Path, capsys
     assert {c for c in printed if not c.isprintable()} <= {"\n", "\t"}
     assert printed.startswith("sample at step 6:\n    p: [bold]a\ufffd[2J\ufffd]0;title\ufffdb\n    c")
     assert json_lines(tmp_path / "runs" / "quickstart" / "samples.jsonl")[0]["text"] == text, "the file has it all"
-
-
-def test_the_line_of_a_step() -> None:
-    assert format_console_line(7, 1000, "main", NUMBERS) == (
-        "step    7/1000 main  loss 2.3457  lr 5.00e-04  grad 1.500  12,346 tok/s  mem 3.14 GiB  wait 1.2%  left 16:33"
-    )
-    long = format_console_line(1, 10000, "main", NUMBERS | {"train/grad_norm_before_clipping": math.inf})
-    assert long.endswith("left 2:46:39")
-    assert "  grad inf  " in long
-    assert format_console_line(5, 5, "main", NUMBERS).endswith("left 0:00")
-    assert format_console_line(1, 5, "main", NUMBERS | {"speed/step_s": math.inf}).endswith("left ?")
 
 
 def test_the_console_keeps_its_cadence_and_never_leaves_out_the_last_step(

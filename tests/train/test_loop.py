@@ -1,5 +1,6 @@
 """What is due after a step, and how a run leaves its loop."""
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,7 @@ class Story:
         self.world = SimpleNamespace(gather=lambda value: [None, value], is_first=False)
         self.watchdog = SimpleNamespace(begin_step=lambda step: self.note(f"step {step}"), mark=lambda _: None)
         self.saver = SimpleNamespace(poll=lambda: None, finish=lambda: self.note("published"))
-        self.tracker = SimpleNamespace(say=self.said.append)
+        self.tracker = SimpleNamespace(say=self.said.append, show_activity=lambda _: contextlib.nullcontext())
         self.folder = SimpleNamespace(path=tmp_path)
 
     def note(self, word: str) -> None:

@@ -25,7 +25,7 @@ def story(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     start = SimpleNamespace(has_work=True, point=SimpleNamespace(step=0))
 
-    def begin_run(*_: Any) -> Any:
+    def begin_run(*_: Any, **__: Any) -> Any:
         words.append("begin")
         return start
 
