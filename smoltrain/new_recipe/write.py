@@ -5,6 +5,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.console import Console
+
 from smoltrain.config.load import list_recipes, load_config
 from smoltrain.config.schema import Config
 from smoltrain.data.documents.file_systems import url_protocol
@@ -27,6 +29,7 @@ MOST_HOURS = 24 * 365
 MAX_WORLD = 4096
 TRAINED_SHARE = 0.95  # of --hours; the rest is for starting, evaluating, sampling and saving
 FEW_TOKENS_PER_PARAMETER = 1.0
+MOST_ROUNDS = 8  # until tokens and speed agree
 
 
 def write_new_recipe(
@@ -35,14 +38,18 @@ def write_new_recipe(
     """Write NAME.yaml here and print the plan. Errors: UserError for any of the options, and for the text."""
     wish = _check_options(name, params, tokens=tokens, hours=hours, device=device, world=world, data=data)
     path = Path(f"{wish.name}.yaml")
-    spec = find_device(wish.device, wish.world)
-    text = study_text(wish)
+    console = Console(stderr=True)
+    with console.status(f"what {wish.device} can do ..."):  # on terminals alone
+        spec = find_device(wish.device, wish.world)
+    with console.status("the text is read, and a tokenizer tried on it ..."):
+        text = study_text(wish)
     plan = _plan_for_wish(wish, text, spec)
     recipe = render_recipe(plan)
     config = _load_text(recipe, wish)
     check_recipe(config)
+    estimate = _estimate(config, wish, spec)
     _write_new_file(path, recipe)
-    for line in describe_plan(plan, _estimate(config, wish, spec)):
+    for line in describe_plan(plan, estimate):
         print(line)
 
 
@@ -94,9 +101,11 @@ def _list_notes(plan: RecipePlan, estimate: Estimate) -> Iterator[str]:
 
 
 def _describe_duration(hours: float) -> str:
-    if hours < 1:
-        return f"{60 * hours:.2g} minutes"
-    return f"{hours:,.1f} hours" if hours < 48 else f"{hours / 24:,.1f} days"
+    """In the largest unit of which it is more than one."""
+    for unit, in_hours in (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60)):
+        if hours > in_hours:
+            return f"{format_ratio(round_to_digits(hours / in_hours, 2))} {unit}"
+    return f"{format_ratio(round_to_digits(3600 * hours, 2))} seconds"
 
 
 # ---- options
@@ -153,11 +162,15 @@ def _plan_for_wish(wish: RecipeWish, text: StudiedText, spec: DeviceSpec) -> Rec
     shortest = optimal_num_tokens(text.shape.num_parameters, text.train_tokens)
     if wish.hours is None:
         return plan_recipe(wish, text, wish.tokens or shortest)
+    # The batch depends on the tokens, and the speed a little on the batch.
     tokens = float(shortest)
-    for _ in range(6):  # the batch depends on the tokens, and the speed a little on the batch
+    for _ in range(MOST_ROUNDS):
         plan = plan_recipe(wish, text, tokens)
         step_s = _estimate(_load_text(render_recipe(plan), wish), wish, spec).speed.step_s
+        before = tokens
         tokens = TRAINED_SHARE * 3600 * wish.hours / step_s * plan.batch.step_tokens
+        if abs(tokens / before - 1) < 0.01:
+            break
     return plan_recipe(wish, text, round_to_digits(tokens, 2))
 
 
