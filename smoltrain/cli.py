@@ -255,6 +255,29 @@ def estimate_command(
     print_estimate(recipe, overrides or [], world, device, measured=measure)
 
 
+@app.command("new", epilog="Example: smoltrain new tiny --params 2M --data texts/")
+def new_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="NAME.yaml is written here, and never overwritten.")],
+    *,
+    params: Annotated[str, typer.Option(help="Parameters of the model: 2M, 135M, 1B.")],
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens of the plan: 400M; by default 20 a parameter, at most 4 epochs.")
+    ] = None,
+    hours: Annotated[float | None, typer.Option(help="Length of the plan on these devices, instead of tokens.")] = None,
+    device: Annotated[
+        str, typer.Option(help="h200, h100, a100-80, a100-40, l4, 4090, or cpu: this machine, measured.")
+    ] = "cpu",
+    world: Annotated[int | None, typer.Option(help="Ranks, each with one device; by default 1, on a CPU 2.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="A file, folder, glob or URL; by default Shakespeare's plays.")
+    ] = None,
+) -> None:
+    """Write a recipe for a size and a text by published rules, each value with its source, and say what it takes."""
+    from smoltrain.new_recipe.write import write_new_recipe
+
+    write_new_recipe(name, params, tokens=tokens, hours=hours, device=device, world=world, data=data)
+
+
 @app.command(
     "train",
     cls=OverridesCommand,

@@ -19,6 +19,7 @@ from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, UserE
 from smoltrain.launch import supervisor
 from smoltrain.launch.config_pipe import pack_start, unpack_start
 from smoltrain.run.run_lock import lock_run_folder
+from smoltrain.schedule import Plan
 from smoltrain.train.start import Start
 from tests import launches, tiny
 
