@@ -4,19 +4,21 @@ Nothing here touches torch, the network or the data; `load_config` reads files a
 """
 
 import os
-from collections.abc import Container
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from smoltrain.config.override_text import format_overrides
 from smoltrain.config.rules import find_contradictions
 from smoltrain.config.schema import (
     Config,
     GenerationSection,
     MixedSource,
     ModelSection,
+    OwnModelSection,
     PhaseSection,
     Section,
     SourceSection,
@@ -43,12 +45,17 @@ def read_recipe_headline(recipe: Path) -> str:
     return first.removeprefix("#").strip().removeprefix(f"{recipe.stem}:").strip()
 
 
-def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The config of a recipe (a shipped name, or a path to YAML) under `section.key=value` overrides.
+def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), **sections: Any) -> Config:
+    """The config of a recipe (a shipped name, or a path to YAML) under overrides.
 
+    Overrides are `section.key=value` texts, as on the command line, or values by dotted key; keywords are sections with
+    the values to change: `load_config("quickstart", {"phases.main.steps": 100}, run={"name": "first"})`. A key that the
+    command line takes without its section is taken here too.
     Errors: UserError with every field that is wrong, or else every rule that is broken (rules.py), each naming the key
     to change. Where overrides are wrong, the rules are tried without them.
     """
+    recipe = str(recipe)
+    overrides = format_overrides(overrides, sections)
     path = _find_recipe(recipe)
     values = read_yaml(path)
     provenance = values.pop("provenance", None)  # a run's own config.yaml is a recipe too
@@ -223,7 +230,8 @@ def _valid_sibling_keys(parts: list[Any], values: dict[str, Any]) -> list[str]:
     elif parts[:2] == ["data", "sources"]:
         section = MixedSource
     elif parts[0] == "model":
-        section = TransformersSection if values["model"].get("kind") == "transformers" else ModelSection
+        kinds = {"transformers": TransformersSection, "own": OwnModelSection}
+        section = kinds.get(values["model"].get("kind"), ModelSection)
     else:
         section = Config.model_fields[parts[0]].annotation
     if not (isinstance(section, type) and issubclass(section, Section)):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -47,9 +48,14 @@ def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None) -
 
     Errors: UserError before any process starts, for whatever can be known by then.
     """
+    return supervise_config(lambda: load_config(recipe, overrides), [recipe, *overrides], ranks)
+
+
+def supervise_config(read_config: Callable[[], Config], words: list[str], ranks: int | None = None) -> int:
+    """The same for a config that a program has made; `words` name it in the list of processes."""
     signals = SignalForwarder()
     try:
-        return _run_phases(recipe, overrides, ranks, signals)
+        return _run_phases(read_config(), words, ranks, signals)
     except StopRequested:
         if signals.ranks_were_started:
             print("stopped; the same command goes on from there")
@@ -60,8 +66,7 @@ def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None) -
         signals.close()
 
 
-def _run_phases(recipe: str, overrides: list[str], num_ranks: int | None, signals: "SignalForwarder") -> int:
-    config = load_config(recipe, overrides)
+def _run_phases(config: Config, words: list[str], num_ranks: int | None, signals: "SignalForwarder") -> int:
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for all phases
     device = choose_device(config.engine.device)
     num_ranks = choose_num_ranks(num_ranks, device.type)
@@ -80,8 +85,8 @@ def _run_phases(recipe: str, overrides: list[str], num_ranks: int | None, signal
             part = stop_after_phase(config, phase.name)
             start = begin_run(part, num_ranks, device, say=_print_now, data_ready=True)
         _print_now(f"phase {phase.name}: {_describe_work(start, phase)}, {num_ranks} new processes")
-        words = [recipe, *overrides, f"run.stop_after={phase.name}"]
-        code = _launch_ranks(RankProcesses(words, num_ranks, device.type, start, lock), signals)
+        shown = [*words, f"run.stop_after={phase.name}"]
+        code = _launch_ranks(RankProcesses(shown, num_ranks, device.type, start, lock), signals)
         if code == DONE and signals.stop_signal:  # too late for the ranks, which had left their last step behind
             print(f"stopped after step {phase.last} ({signals.stop_signal}); the same command goes on from there")
             return STOPPED

@@ -53,7 +53,9 @@ METRICS = {
     "validation/bits_per_byte": "validation loss in bits over the bytes (UTF-8) of its texts, spelled by an id or not",
 }
 SOURCE_TOKENS_PREFIX = "data/tokens_by_source/"  # + source: as data/tokens, of that source alone
+CUSTOM_PREFIX = "custom/"  # + name: what a program's callback returned after the step, see train/callbacks.py
 GRADIENT_NORM_PREFIX = "gradients/norm_before_clipping/"  # + layer: L2 norm of its gradient, averaged over all ranks
+NAME_PREFIXES = (SOURCE_TOKENS_PREFIX, CUSTOM_PREFIX, GRADIENT_NORM_PREFIX)
 SAMPLE_KEYS = ("step", "prompt", "text")
 
 
@@ -106,7 +108,7 @@ class Tracker:
     def log_metrics(self, step: int, metrics: dict[str, float | str]) -> None:
         """Values by name, to metrics.jsonl and W&B. Errors: KeyError for a name that METRICS does not define."""
         for name in metrics:
-            if name not in METRICS and not name.startswith((GRADIENT_NORM_PREFIX, SOURCE_TOKENS_PREFIX)):
+            if name not in METRICS and not name.startswith(NAME_PREFIXES):
                 raise KeyError(f"{name} is not in track.METRICS")
         if not self._is_writer:
             return
@@ -170,7 +172,8 @@ class Tracker:
                     file.close()
         if self._wandb:
             self._wandb.finish(exit_code)
-        logging.shutdown()
+        for handler in self._log.handlers:  # of this run alone: other handlers may be those of a whole program
+            handler.flush()
 
 
 def format_console_line(step: int, last_step: int, phase: str, metrics: dict[str, Any]) -> str:

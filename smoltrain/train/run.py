@@ -5,6 +5,7 @@ records) -> loop (a step, and what is due after it) -> done
 """
 
 import gc
+from collections.abc import Sequence
 
 import torch
 
@@ -16,6 +17,7 @@ from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepsp
 from smoltrain.errors import DONE, STOPPED, RankTrainingStopped
 from smoltrain.run.run_lock import lock_run_folder
 from smoltrain.schedule import Plan
+from smoltrain.train.callbacks import StepCallback
 from smoltrain.train.describe import describe_completion
 from smoltrain.train.loop import gather_stop_reason, run_loop
 from smoltrain.train.session import open_session
@@ -23,14 +25,17 @@ from smoltrain.train.spikes import Rewind
 from smoltrain.train.start import Start, begin_run
 
 
-def run_training(config: Config, start: Start | None = None) -> int:
+def run_training(
+    config: Config, start: Start | None = None, *, stop: StopFlag | None = None, callbacks: Sequence[StepCallback] = ()
+) -> int:
     """Train until the plan, run.stop_after or a signal ends it; returns the exit code (errors.py). Collective.
 
     `start` is what a supervisor has worked out, which holds the lock of the run; without one rank 0 does both.
+    `stop` and `callbacks` are those of a program that this run trains inside.
     Errors: UserError and TrainingStopped, on every rank alike; RankTrainingStopped where one rank cannot write its own
-    files.
+    files; CallbackFailed, when what was trained is saved.
     """
-    stop = StopFlag()
+    stop = stop or StopFlag()
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for rewinds too
     world = open_world(config.engine.device)
     if start is None:
@@ -43,7 +48,7 @@ def run_training(config: Config, start: Start | None = None) -> int:
                 print(f"{config.run.name}: {describe_completion(Plan(config.phases), start.point.step)}")
             return DONE
         try:
-            return _train_session(start, world, stop)
+            return _train_session(start, world, stop, callbacks)
         except OSError as error:  # of this rank's own files: metrics, samples, ledger, log
             last_checkpoint = describe_last_checkpoint(config.run_folder / "checkpoints")
             raise RankTrainingStopped(f"rank {world.rank}: {error}; {last_checkpoint}") from None
@@ -56,9 +61,9 @@ def run_training(config: Config, start: Start | None = None) -> int:
             torch.cuda.empty_cache()
 
 
-def _train_session(start: Start, world: World, stop: StopFlag) -> int:
+def _train_session(start: Start, world: World, stop: StopFlag, callbacks: Sequence[StepCallback]) -> int:
     """From opening to closing everything; the exit code. A stop that came while W&B was uploading, say, counts too."""
-    with open_session(start, world, stop) as session:
+    with open_session(start, world, stop, callbacks) as session:
         code = run_loop(session)
     if code != DONE:
         return code
