@@ -2,12 +2,15 @@
 
 import json
 import numbers
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from smoltrain.config.yaml_text import parse_override_value
 from smoltrain.errors import Problem, UserError, format_value
+
+RAW_IN_JSON_ALONE = re.compile("[\x7f-\x9f\u2028\u2029\ufeff]")
 
 
 def format_overrides(overrides: Sequence[str] | Mapping[str, Any], sections: Mapping[str, Any]) -> list[str]:
@@ -36,9 +39,10 @@ def _format_tree(tree: Mapping[str, Any], prefix: str) -> Iterator[str]:
 def _format_value_text(value: Any, key: str) -> str:
     """The text that `parse_override_value` reads as this value."""
     plain = _plain_value(value, key)
-    if isinstance(plain, str):
-        return plain if parse_override_value(plain) == plain else json.dumps(plain, ensure_ascii=False)
-    return json.dumps(plain, ensure_ascii=False)
+    if isinstance(plain, str) and parse_override_value(plain) == plain:
+        return plain
+    text = json.dumps(plain, ensure_ascii=False)  # JSON is YAML, but for characters that YAML takes raw in no text
+    return RAW_IN_JSON_ALONE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _plain_value(value: Any, key: str) -> Any:

@@ -13,6 +13,7 @@ from smoltrain.distributed.stop import StopFlag
 from smoltrain.distributed.world import choose_device, close_world, is_world_open
 from smoltrain.engine.deepspeed_private import choose_accelerator, close_deepspeed
 from smoltrain.errors import STOPPED, Problem, UserError
+from smoltrain.launch.notebook_bar import NotebookBar, is_notebook
 from smoltrain.launch.process_state import keep_process_state
 from smoltrain.run.run_lock import lock_run_folder
 from smoltrain.train.callbacks import CallbackFailed, StepCallback
@@ -36,6 +37,8 @@ def train_in_process(config: Config, callbacks: Sequence[StepCallback] = ()) -> 
                 device = choose_device(config.engine.device)
                 choose_accelerator(device.type)
                 start = begin_run(config, 1, device)
+                if is_notebook() and start.has_work:
+                    callbacks = [NotebookBar(start.point.step, start.last_step), *callbacks]
                 code = run_training(config, start, stop=stop, callbacks=callbacks)
             except CallbackFailed as failure:
                 raise (failure.__cause__ or failure) from None

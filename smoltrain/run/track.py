@@ -259,5 +259,7 @@ def open_rank_log(path: Path) -> logging.Logger:
         for old in logger.handlers:
             if isinstance(old, logging.FileHandler) or getattr(old, "stream", None) in (sys.stdout, sys.stderr):
                 logger.removeHandler(old)
+            if isinstance(old, logging.FileHandler) and old.baseFilename == handler.baseFilename:
+                old.close()
         logger.addHandler(handler)
     return log
