@@ -29,6 +29,7 @@ KEY_RULE_TABLE = (
     ("model", FIXED, "intermediate_size max_position_embeddings norm rms_norm_eps positions rope_theta mlp"),
     ("model", FIXED, "attention_bias mlp_bias tie_word_embeddings dropout attention_dropout initializer_range"),
     ("model", FIXED, "model_type config"),
+    ("model", ANNOUNCED, "class_name"),  # of a program's own, whose weights have names and shapes of their own
     ("tokenizer", FIXED, "name vocab_size separator pad"),
     # The files themselves are compared by their fingerprint, wherever they lie now.
     ("data", ANNOUNCED, "path validation_path cache mode streams allow_changed"),

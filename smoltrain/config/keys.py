@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from smoltrain.config.aliases import ALIASES, NO_KEY, SWITCHES, VALUE_WORDS
 from smoltrain.config.schema import (
+    MODEL_SECTIONS,
     Config,
     MixedSource,
     ModelSection,
@@ -43,9 +44,9 @@ def list_sections(tree: Mapping[str, Any] | None = None) -> dict[str, list[str]]
         sections["model"] = list(dict.fromkeys(_field_names(ModelSection) + _field_names(TransformersSection)))
     else:
         model = tree.get("model")
-        is_transformers = model_kind(model) == "transformers"
-        sections["model"] = _field_names(TransformersSection if is_transformers else ModelSection)
-        own = model.get("config") if isinstance(model, dict) and is_transformers else None
+        kind = model_kind(model)
+        sections["model"] = _field_names(MODEL_SECTIONS[kind])
+        own = model.get("config") if isinstance(model, dict) and kind == "transformers" else None
         if isinstance(own, dict):
             sections["model.config"] = [str(key) for key in own]
     for name in _item_names(tree, "phases"):

@@ -6,7 +6,7 @@ Nothing here touches torch, the network or the data; `load_config` reads files a
 import difflib
 import os
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from smoltrain.config.keys import NEAR, NEAR_SIBLING, expand_override, find_full_keys, list_sections, suggest_key
+from smoltrain.config.override_text import format_overrides
 from smoltrain.config.rules import find_contradictions
 from smoltrain.config.schema import HORIZON_KEYS, Config, GenerationSection, SourceSection
 from smoltrain.config.wandb_env import read_wandb_environment
@@ -50,13 +51,17 @@ def read_recipe_headline(recipe: Path) -> str:
     return first.removeprefix("#").strip().removeprefix(f"{recipe.stem}:").strip()
 
 
-def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The config of a recipe (a shipped name, or a path to YAML) under `section.key=value` overrides.
+def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), **sections: Any) -> Config:
+    """The config of a recipe (a shipped name, or a path to YAML) under overrides.
 
-    An override may shorten its key as far as no other key of the recipe is meant (keys.py); a file spells keys in full.
+    Overrides are `section.key=value` texts, as on the command line, or values by dotted key; keywords are sections with
+    the values to change: `load_config("quickstart", {"phases.main.steps": 100}, run={"name": "first"})`. An override
+    may shorten its key as far as no other key of the recipe is meant (keys.py); a file spells keys in full.
     Errors: UserError with every field that is wrong, or else every rule that is broken (rules.py), each naming the key
     to change. Where overrides are wrong, the rules are tried without them.
     """
+    recipe = str(recipe)
+    overrides = format_overrides(overrides, sections)
     path = _find_recipe(recipe)
     values = read_yaml(path)
     provenance = values.pop("provenance", None)  # a run's own config.yaml is a recipe too

@@ -239,6 +239,15 @@ class TransformersSection(Section):
         return config
 
 
+class OwnModelSection(Section):
+    """A torch module of the program that trains: `smoltrain.train(config, model=...)`, and no command, can build it."""
+
+    kind: Literal["own"] = Field(description="a module of the program that trains")
+    class_name: str = Field(description="of the module, or of the function that makes it; for those who read this")
+    vocab_size: int = Field(gt=0, le=MAX_INT, description="tokens that it knows, the last axis of its logits")
+    max_position_embeddings: int = Field(gt=0, le=MAX_INT, description="longest sequence, tokens")
+
+
 def _parse_json_text(value: object) -> object:
     """A value of a recipe, where all plain values are text, as the JSON value that the text spells, else as text."""
     if isinstance(value, dict):
@@ -695,14 +704,19 @@ class TrackSection(Section):
     )
 
 
+MODEL_SECTIONS = {"decoder": ModelSection, "transformers": TransformersSection, "own": OwnModelSection}  # by kind
+
+
 def model_kind(section: object) -> str:
-    """Which of the two classes a model section is read as; without a kind it is the decoder."""
+    """Which of the classes a model section is read as; without a kind it is the decoder."""
     kind = section.get("kind") if isinstance(section, dict) else getattr(section, "kind", None)
-    return "transformers" if kind == "transformers" else "decoder"
+    return kind if kind in MODEL_SECTIONS else "decoder"
 
 
 AnyModelSection = Annotated[
-    Annotated[ModelSection, Tag("decoder")] | Annotated[TransformersSection, Tag("transformers")],
+    Annotated[ModelSection, Tag("decoder")]
+    | Annotated[TransformersSection, Tag("transformers")]
+    | Annotated[OwnModelSection, Tag("own")],
     Discriminator(model_kind),
 ]
 

@@ -53,7 +53,7 @@ def run_rank(words: list[str]) -> int:
         keep_freed_memory()
         from smoltrain.train.run import run_training  # seconds of imports, which a mistake in the words does not cost
 
-        return run_training(config, start, began_at)
+        return run_training(config, start, began_at=began_at)
     except (UserError, TrainingStopped) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankTrainingStopped | RankUserError):
             print(format_error(error), file=sys.stderr, flush=True)

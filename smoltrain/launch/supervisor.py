@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
 
@@ -18,7 +19,7 @@ import psutil
 import torch
 
 from smoltrain.config.load import load_config, stop_after_phase
-from smoltrain.config.schema import PhaseSection
+from smoltrain.config.schema import Config, PhaseSection
 from smoltrain.console import TERMINAL_VARIABLE
 from smoltrain.distributed.awake_clock import AwakeClock
 from smoltrain.distributed.rendezvous import RankPlace, open_rendezvous_socket
@@ -50,10 +51,17 @@ def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None, b
     The command began at `began_at` (seconds since 1970), now by default.
     Errors: UserError before any process starts, for whatever can be known by then.
     """
+    return supervise_config(lambda: load_config(recipe, overrides), [recipe, *overrides], ranks, began_at)
+
+
+def supervise_config(
+    read_config: Callable[[], Config], words: list[str], ranks: int | None = None, began_at: float | None = None
+) -> int:
+    """The same for a config that a program has made; `words` name it in the list of processes."""
     signals = SignalForwarder()
     screen = Screen()
     try:
-        return _run_phases(recipe, overrides, ranks, signals, screen, began_at)
+        return _run_phases(read_config(), words, ranks, signals, screen, began_at)
     except StopRequested:
         if signals.ranks_were_started:
             screen.say("stopped; the same command goes on from there")
@@ -65,14 +73,9 @@ def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None, b
 
 
 def _run_phases(
-    recipe: str,
-    overrides: list[str],
-    num_ranks: int | None,
-    signals: "SignalForwarder",
-    screen: Screen,
+    config: Config, words: list[str], num_ranks: int | None, signals: "SignalForwarder", screen: Screen,
     began_at: float | None,
-) -> int:
-    config = load_config(recipe, overrides)
+) -> int:  # fmt: skip
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for all phases
     device = choose_device(config.engine.device)
     num_ranks = choose_num_ranks(num_ranks, device.type)
@@ -96,8 +99,8 @@ def _run_phases(
         screen.say_phase(f"phase {phase.name}: {work}")
         if changes := describe_phase_changes(plan, phase):
             screen.say_choice("new in this phase", changes)
-        words = [recipe, *overrides, f"run.stop_after={phase.name}"]
-        code = _launch_ranks(RankProcesses(words, num_ranks, device.type, start, lock), signals)
+        shown = [*words, f"run.stop_after={phase.name}"]
+        code = _launch_ranks(RankProcesses(shown, num_ranks, device.type, start, lock), signals)
         if code == DONE and signals.stop_signal:  # too late for the ranks, which had left their last step behind
             screen.say(f"stopped after step {phase.last} ({signals.stop_signal}); the same command goes on from there")
             return STOPPED

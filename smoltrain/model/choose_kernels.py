@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from smoltrain.config.schema import Config
+from smoltrain.config.schema import Config, OwnModelSection
 from smoltrain.kernels.attention import AttentionKernel, choose_attention_kernel
 from smoltrain.kernels.compile import MIN_FLOP, CompileChoice, choose_compile
 from smoltrain.kernels.loss import LossKernel, choose_loss_kernel
@@ -25,6 +25,10 @@ def choose_kernels(
     With `assume_installed` the device is a CUDA device that may be elsewhere: flash-attn, Liger's loss and a compiler
     are taken to be installed there, and this machine is not asked. Errors: UserError for what cannot run on the device.
     """
+    if isinstance(config.model, OwnModelSection):
+        own = "off, the model is a program's own, and computes as it is written"
+        names = ("attention kernel", "loss kernel", "torch.compile")
+        return ComputeOptions(z_loss=config.optimizer.z_loss), dict.fromkeys(names, own)
     engine = config.engine
     dtype = DTYPES[precision]
     head_width = decoder_head_width(config.model)

@@ -61,7 +61,9 @@ METRICS = {
 }
 VALIDATION_LOSS = "validation/loss_nats_per_token"
 SOURCE_TOKENS_PREFIX = "data/tokens_by_source/"  # + source: as data/tokens, of that source alone
+CUSTOM_PREFIX = "custom/"  # + name: what a program's callback returned after the step, see train/callbacks.py
 GRADIENT_NORM_PREFIX = "gradients/norm_before_clipping/"  # + layer: L2 norm of its gradient, averaged over all ranks
+NAME_PREFIXES = (SOURCE_TOKENS_PREFIX, CUSTOM_PREFIX, GRADIENT_NORM_PREFIX)
 SAMPLE_KEYS = ("step", "prompt", "text")
 
 
@@ -145,7 +147,7 @@ class Tracker:
     def log_metrics(self, step: int, metrics: dict[str, float | str]) -> None:
         """Values by name, to metrics.jsonl and W&B. Errors: KeyError for a name that METRICS does not define."""
         for name in metrics:
-            if name not in METRICS and not name.startswith((GRADIENT_NORM_PREFIX, SOURCE_TOKENS_PREFIX)):
+            if name not in METRICS and not name.startswith(NAME_PREFIXES):
                 raise KeyError(f"{name} is not in track.METRICS")
         if not self._is_writer:
             return
@@ -222,7 +224,8 @@ class Tracker:
                 self._wandb.finish(exit_code)
         if self._is_writer:
             self._screen.close()
-        logging.shutdown()
+        for handler in self._log.handlers:  # of this run alone: other handlers may be those of a whole program
+            handler.flush()
 
 
 def _reopen_jsonl(
@@ -280,5 +283,7 @@ def open_rank_log(path: Path) -> logging.Logger:
         for old in logger.handlers:
             if isinstance(old, logging.FileHandler) or getattr(old, "stream", None) in (sys.stdout, sys.stderr):
                 logger.removeHandler(old)
+            if isinstance(old, logging.FileHandler) and old.baseFilename == handler.baseFilename:
+                old.close()
         logger.addHandler(handler)
     return log

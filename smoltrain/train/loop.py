@@ -38,6 +38,7 @@ def run_loop(session: Session) -> int:
                 return _leave(session, step - 1, waited_for_data=result.waited_for_data)
             session.saver.poll()
             session.record(step, result)
+            session.run_callbacks(step, result)
             if plan.is_due(step, config.evaluate.every):
                 with show_activity("evaluating"):
                     session.validate(step)

@@ -6,6 +6,7 @@ records) -> loop (a step, and what is due after it) -> done
 
 import functools
 import gc
+from collections.abc import Sequence
 
 import torch
 
@@ -17,6 +18,7 @@ from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepsp
 from smoltrain.errors import DONE, STOPPED, RankTrainingStopped
 from smoltrain.run.run_lock import lock_run_folder
 from smoltrain.run.summary import describe_run
+from smoltrain.train.callbacks import StepCallback
 from smoltrain.train.describe import describe_completion
 from smoltrain.train.loop import gather_stop_reason, run_loop
 from smoltrain.train.session import open_session
@@ -24,15 +26,19 @@ from smoltrain.train.spikes import Rewind
 from smoltrain.train.start import Start, begin_run
 
 
-def run_training(config: Config, start: Start | None = None, began_at: float | None = None) -> int:
+def run_training(
+    config: Config, start: Start | None = None, *, began_at: float | None = None, stop: StopFlag | None = None,
+    callbacks: Sequence[StepCallback] = (),
+) -> int:  # fmt: skip
     """Train until the plan, run.stop_after or a signal ends it; returns the exit code (errors.py). Collective.
 
     `start` is what a supervisor has worked out, which holds the lock of the run; without one rank 0 does both, for a
-    command that began at `began_at` (seconds since 1970).
+    command that began at `began_at` (seconds since 1970). `stop` and `callbacks` are those of a program that this run
+    trains inside.
     Errors: UserError and TrainingStopped, on every rank alike; RankTrainingStopped where one rank cannot write its own
-    files.
+    files; CallbackFailed, when what was trained is saved.
     """
-    stop = StopFlag()
+    stop = stop or StopFlag()
     requested = config if start is None else start.requested
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for rewinds too
     world = open_world(config.engine.device)
@@ -49,7 +55,7 @@ def run_training(config: Config, start: Start | None = None, began_at: float | N
                 print(f"{config.run.name}: {describe_completion(start.plan, start.point.step)}")
             return DONE
         try:
-            code = _train_session(start, world, stop)
+            code = _train_session(start, world, stop, callbacks)
             if code == DONE and world.is_first and not is_supervised:
                 print(describe_run(start.plan, config.run_folder), flush=True)
             return code
@@ -66,9 +72,9 @@ def run_training(config: Config, start: Start | None = None, began_at: float | N
             torch.cuda.empty_cache()
 
 
-def _train_session(start: Start, world: World, stop: StopFlag) -> int:
+def _train_session(start: Start, world: World, stop: StopFlag, callbacks: Sequence[StepCallback]) -> int:
     """From opening to closing everything; the exit code. A stop that came while W&B was uploading, say, counts too."""
-    with open_session(start, world, stop) as session:
+    with open_session(start, world, stop, callbacks) as session:
         code = run_loop(session)
     if code != DONE:
         return code

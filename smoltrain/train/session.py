@@ -4,7 +4,7 @@ import contextlib
 import functools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -29,6 +29,7 @@ from smoltrain.run.run_folder import RunFolder, accumulation_steps, write_run_fo
 from smoltrain.run.run_warnings import memorisation_warning, slow_data_warning
 from smoltrain.run.track import Tracker, open_rank_log
 from smoltrain.schedule import Plan
+from smoltrain.train.callbacks import CallbackFailed, StepCallback, run_callbacks
 from smoltrain.train.describe import say_start
 from smoltrain.train.evaluate import evaluate_loss
 from smoltrain.train.initial_weights import copy_generation_config, load_initial_weights
@@ -67,6 +68,7 @@ class Session:
     validation_loss: float | None = None  # nats per token, if the last step was evaluated
     recent: deque[StepResult] = field(default_factory=deque)
     start_was_logged: bool = False  # how long this start took, which its first line tells
+    callbacks: Sequence[StepCallback] = ()
 
     def record(self, step: int, result: StepResult) -> None:
         """Write down what a step did: metrics, warnings, what the loader met."""
@@ -84,6 +86,20 @@ class Session:
             self.tracker.say(note)
         if result.layer_gradients:
             self.tracker.log_gradients(step, result.layer_gradients)
+
+    def run_callbacks(self, step: int, result: StepResult) -> None:
+        """Call the program that this run trains inside, and write down the metrics that it gives.
+
+        Errors: CallbackFailed, once the state after this step is saved.
+        """
+        try:
+            custom = run_callbacks(self.callbacks, step, result.metrics)
+        except CallbackFailed:
+            self.save(step)
+            self.saver.finish()
+            raise
+        if custom:
+            self.tracker.log_metrics(step, custom)
 
     def record_rows(self, result: StepResult) -> None:
         """Write the rows of a step into the ledger, also those that a step which was stopped has consumed."""
@@ -149,7 +165,9 @@ class Session:
 
 
 @contextlib.contextmanager
-def open_session(start: Start, world: World, stop: StopFlag) -> Iterator[Session]:
+def open_session(
+    start: Start, world: World, stop: StopFlag, callbacks: Sequence[StepCallback] = ()
+) -> Iterator[Session]:
     """Open all that `start` needs, in the order in which it may be refused; everything is closed at the end.
 
     Nothing is written into the run's folder (but logs) before nothing refuses any more. Collective.
@@ -222,7 +240,7 @@ def open_session(start: Start, world: World, stop: StopFlag) -> Iterator[Session
             settings.precision, mfu,
             num_skipped=start.point.manifest.skipped_updates if start.point.manifest else 0,
             saved_step=done,
-            recent=deque(maxlen=max(RECENT_STEPS, config.track.print_every)),
+            recent=deque(maxlen=max(RECENT_STEPS, config.track.print_every)), callbacks=callbacks,
         )  # fmt: skip
 
 

@@ -40,6 +40,9 @@ class Story:
     def record(self, step: int, result: StepResult) -> None:
         self.note("record")
 
+    def run_callbacks(self, step: int, result: StepResult) -> None:
+        self.note("callbacks")
+
     def record_rows(self, result: StepResult) -> None:
         self.note(f"rows {len(result.digests)}")
 
@@ -83,7 +86,7 @@ def test_each_thing_is_done_when_it_is_due_and_at_the_end_of_a_phase(
     story = Story(tmp_path)  # evaluate every 4 steps, sample every 6, save every 3
     assert run(story, monkeypatch) == DONE
     assert story.words[:2] == ["listen", "step 1"], "a signal ends the process until the loop begins"
-    step = ["rows 8", "record"]
+    step = ["rows 8", "record", "callbacks"]
     assert [after(story, n) for n in (1, 3, 4, 6)] == [
         step, [*step, "save 3"], [*step, "validate"], [*step, "sample", "save 6"],
     ]  # fmt: skip
