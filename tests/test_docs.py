@@ -1,17 +1,11 @@
-"""The pages of docs/ and CONTRIBUTING.md: short lines, links that lead somewhere, names and commands that exist."""
+"""The pages of docs/ and CONTRIBUTING.md: short lines, links that lead somewhere, names that exist."""
 
 import ast
-import importlib
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-import typer
-from typer.core import TyperGroup
 
-from smoltrain.cli import app
-from smoltrain.config.load import list_recipes, load_config
 from smoltrain.run.track import METRICS
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +85,20 @@ def test_a_place_that_is_gone_is_found():
     assert missing_places(page) == ["schedule.py: Plan.rate", "no/such.py: name"]
 
 
+def test_what_the_arrows_name_is_in_the_files():
+    """Each step of the line is defined where the line says, and what stands before it calls it or starts it."""
+    arrows = re.findall(r"^  -> (smoltrain/\S+\.py): (\w+)", text_of("docs/architecture.md"), re.MULTILINE)
+    assert len(arrows) >= 5
+    before = (ROOT / "train.sh").read_text(encoding="utf-8")
+    for path, name in arrows:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        assert f"def {name}(" in source, f"{path} has no {name}"
+        module = path.removesuffix(".py").replace("/", ".")
+        assert any(way in before for way in (f"{name}(", module, "smoltrain train")), f"{name} is not called"
+        before = source
+    assert "\nMETRICS = {" in (ROOT / "smoltrain" / "run" / "track.py").read_text(encoding="utf-8")
+
+
 def test_the_map_follows_a_row_a_gradient_and_a_checkpoint():
     ways = text_of("docs/architecture.md").split("\n## ")[1:]
     assert [way.splitlines()[0].split()[-1] for way in ways] == ["loss", "gradient", "checkpoint"]
@@ -129,52 +137,6 @@ def test_tests_that_are_named_exist(page: Path):
         elif name and f"def {name}(" not in (ROOT / "tests" / file).read_text(encoding="utf-8"):
             missing.append(f"{file}::{name}")
     assert missing == []
-
-
-def commands(page: Path) -> list[list[str]]:
-    """The words of every command fenced as sh, which may have several lines."""
-    texts = [body.replace("\\\n", " ") for _, kind, body in FENCE.findall(page.read_text("utf-8")) if kind == "sh"]
-    lines = [shlex.split(line, comments=True) for text in texts for line in text.splitlines()]
-    return [[word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)] for words in lines if words]
-
-
-COMMANDS = [
-    pytest.param(words, id=f"{name_of(page)}: {' '.join(words)}")
-    for page in PAGES
-    if name_of(page) not in ("README.md", "docs/extending.md")  # tests/test_readme.py and test_extending.py run those
-    for words in commands(page)
-]
-
-
-@pytest.mark.parametrize("words", COMMANDS)
-def test_a_command_is_a_valid_call(words: list[str]):
-    program = words[0].removeprefix(".venv/bin/")
-    if program == "smoltrain":
-        command = typer.main.get_command(app)
-        rest = words[1:]
-        while isinstance(command, TyperGroup):
-            command = command.commands[rest.pop(0)]
-        check_recipe_words(command.make_context("smoltrain", rest).params)
-    elif program == "./train.sh":
-        load_config(words[1], [word for word in words[2:] if "=" in word])
-    elif program == "python" and words[1] == "-m" and words[2].startswith("benchmarks."):
-        module = importlib.import_module(words[2])
-        (benchmark,) = [value for name, value in vars(module).items() if name.startswith("benchmark_")]
-        command = typer.Typer()
-        command.command()(benchmark)
-        check_recipe_words(typer.main.get_command(command).make_context(words[2], words[3:]).params)
-    elif program in ("python", "bash", "./tests/run.sh") or program.startswith("./"):
-        scripts = [word for word in words if re.fullmatch(r"(\./)?[\w./-]+\.(py|sh)", word)]
-        assert scripts
-        assert [script for script in scripts if not (ROOT / script).is_file()] == []
-    else:
-        assert program in ("docker", "git"), f"nothing checks {words}"
-
-
-def check_recipe_words(given: dict[str, object]) -> None:
-    recipe, overrides = given.get("recipe"), given.get("overrides")
-    if recipe in list_recipes():
-        load_config(str(recipe), [str(word) for word in overrides] if isinstance(overrides, list | tuple) else [])
 
 
 def test_the_glossary_has_the_words_of_the_field_and_at_most_forty():

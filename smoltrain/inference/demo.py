@@ -27,7 +27,7 @@ try:
     import gradio as gr
     from gradio.themes import Default as Theme
 except ImportError as error:
-    want = '`pip install "smoltrain[demo]"`'
+    want = '`pip install -e ".[demo]"` in a checkout, or `pip install "WHEEL[demo]"` with the path of a wheel'
     raise UserError(Problem("the demo's packages are not installed", str(error), want, "the environment")) from None
 
 HOST, PORT = "127.0.0.1", 7860

@@ -238,7 +238,7 @@ def _import_flash_attention(device: torch.device, dropout: float) -> tuple[Any, 
             module = importlib.import_module(name)
             if hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_varlen_func"):
                 return module, reason
-    return None, "flash-attn is not installed, or not for this torch"
+    return None, "flash-attn (extra flash) is not installed, or not for this torch"
 
 
 def _import_torch_varlen(dropout: float, head_width: int) -> tuple[Callable[..., Any] | None, str]:

@@ -232,7 +232,7 @@ def _import_liger() -> tuple[Callable[..., Any] | None, str]:
     try:
         function = importlib.import_module(LIGER_MODULE).liger_fused_linear_cross_entropy
     except (ImportError, AttributeError):
-        return None, "liger-kernel is not installed, or not for this torch"
+        return None, "liger-kernel (extra gpu) is not installed, or not for this torch"
     if not set(inspect.signature(function).parameters) >= LIGER_ARGUMENTS:
         return None, "liger-kernel is installed, but older than 0.8.5"
     return function, "liger-kernel is installed"

@@ -266,7 +266,7 @@ def test_without_a_run_there_is_no_demo(tmp_path: Path):
 def test_without_gradio_the_mistake_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delitem(sys.modules, "smoltrain.inference.demo")
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(UserError, match=r"want `pip install \"smoltrain\[demo\]\"`"):
+    with pytest.raises(UserError, match=r"want `pip install -e \"\.\[demo\]\"` in a checkout"):
         importlib.import_module("smoltrain.inference.demo")
 
 

@@ -148,7 +148,7 @@ A100, H100, T4 = (8, 0), (9, 0), (7, 5)
         (H100, ("flash_attn", "flash_attn_interface"), 0.0, "flash_attn_interface", "FlashAttention 3 is installed"),
         (H100, ("flash_attn", "flash_attn_interface"), 0.1, "flash_attn", "FlashAttention 2 is installed"),
         (H100, ("flash_attn_interface",), 0.1, None, "not installed"),
-        (H100, (), 0.0, None, "not installed"),
+        (H100, (), 0.0, None, "flash-attn (extra flash) is not installed, or not for this torch"),
         (T4, ("flash_attn",), 0.0, None, "the device has 7.x"),
     ],
 )

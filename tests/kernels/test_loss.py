@@ -279,6 +279,13 @@ def test_liger_is_asked_for_the_same_loss(z_loss: float, monkeypatch: pytest.Mon
     assert summed_cross_entropy(*case(0, []), chosen) == 0
 
 
+def test_without_liger_the_reason_names_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, LIGER_MODULE, None)  # None: ImportError
+    chosen = choose_loss_kernel("auto", CUDA, torch.bfloat16, compiles=True)
+    want = "liger-kernel (extra gpu) is not installed, or not for this torch"
+    assert (chosen.name, chosen.reason) == ("fused", want)
+
+
 def test_an_older_liger_is_not_used(monkeypatch: pytest.MonkeyPatch):
     package = ModuleType(LIGER_MODULE)
     package.__dict__["liger_fused_linear_cross_entropy"] = lambda input, weight, target, reduction: None
