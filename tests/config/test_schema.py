@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -85,7 +86,7 @@ def test_a_text_that_spells_a_whole_number(text: str, number: int | None):
     ],
 )
 def test_a_number_as_people_write_it(override: str, path: str, value: object):
-    found = load_config(EXAMPLE, [override]).model_dump()
+    found: Any = load_config(EXAMPLE, [override]).model_dump()
     for part in path.split("."):
         found = found[int(part) if part.isdecimal() else part]
     assert found == value

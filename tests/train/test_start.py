@@ -58,7 +58,7 @@ def test_a_start_of_a_run_that_is_done_has_no_work(tmp_path: Path) -> None:
     more = begin_run(tiny.load(tmp_path), 1, CPU, data_ready=True)
     assert (more.point.step, more.last_step, more.has_work) == (8, 12, True)
     assert [start["from_step"] for start in more.record.provenance["starts"]] == [0, 8]
-    with pytest.raises(UserError, match=r"model\.intermediate_size differs"):
+    with pytest.raises(UserError, match=r"model\.intermediate_size: 64 in the run, 32 asked"):
         begin_run(tiny.load(tmp_path, "model.intermediate_size=32"), 1, CPU)
 
 
