@@ -82,7 +82,7 @@ def make_run_record(
 ) -> RunRecord:  # fmt: skip
     """Check whether a run may go on after `done` steps; what this start will write then. Nothing is written.
 
-    The config's phases are in steps; `asked` are the keys, with their values, that say in tokens or epochs how long they are.
+    The config's phases are in steps; `asked` are the keys, with values, that say it in tokens or epochs.
     `manifest` is that of the checkpoint to go on from, which tells of its run. A new run that goes on from an
     `ancestor`, another run's folder, is held to that one's identity and past plan. Where config.yaml was lost, the
     checkpoint alone is what a run is held to.
