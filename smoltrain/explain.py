@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from smoltrain.checkpoint.identity import ANNOUNCED, FIXED, FIXED_IN_PAST_STEPS, FREE, key_rule
+from smoltrain.checkpoint.identity import ANNOUNCED, FIXED, FIXED_IN_PAST_STEPS, FIXED_ROWS, FREE, key_rule
 from smoltrain.config.load import list_recipes
 from smoltrain.config.reference import (
     ITEM_SECTIONS,
@@ -30,6 +30,7 @@ from smoltrain.errors import Problem, UserError
 # A rule of a key -> in a word, and in a sentence.
 RESUME_WORDS = {
     FIXED: ("fixed", "refused: with another value it would be another run"),
+    FIXED_ROWS: ("rows", "may change as long as a step has as many rows over all ranks as before"),
     FIXED_IN_PAST_STEPS: ("future", "may change for the steps to come, not for those that are done"),
     ANNOUNCED: ("printed", "may change; the start prints it, since numbers may come out otherwise from there on"),
     FREE: ("free", "may change freely: nothing that was learned depends on it"),

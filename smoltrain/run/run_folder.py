@@ -81,11 +81,11 @@ def find_rows_per_step(
 
 def make_run_record(
     config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None,
-    asked: Mapping[str, str] | None = None,
+    asked: Mapping[str, float] | None = None,
 ) -> RunRecord:  # fmt: skip
     """Check whether a run may go on after `done` steps; what this start will write then. Nothing is written.
 
-    The config's phases are in steps; `asked` says of those that the recipe has in tokens or epochs how it says it.
+    The config's phases are in steps; `asked` are the keys, with values, that say it in tokens or epochs.
     `manifest` is that of the checkpoint to go on from, which tells of its run. A new run that goes on from an
     `ancestor`, another run's folder, is held to that one's identity and past plan. Where config.yaml was lost, the
     checkpoint alone is what a run is held to.
@@ -176,7 +176,7 @@ def _format_setting(value: Any) -> str:
 
 
 def _build_provenance(
-    config: Config, world_size: int, done: int, past: PastRun | None, asked: Mapping[str, str]
+    config: Config, world_size: int, done: int, past: PastRun | None, asked: Mapping[str, float]
 ) -> dict[str, Any]:
     """What config.yaml will say of the run's starts, this one included."""
     start: dict[str, Any] = {

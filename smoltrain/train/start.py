@@ -18,13 +18,7 @@ from smoltrain.data.tokens.index import data_index_file
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import UserError
 from smoltrain.estimate.devices import measure_cpu_peak
-from smoltrain.estimate.horizon import (
-    asks_for_epochs,
-    check_epochs_are_countable,
-    format_horizon,
-    read_index,
-    resolve_config,
-)
+from smoltrain.estimate.horizon import asks_for_epochs, check_epochs_are_countable, read_index, resolve_config
 from smoltrain.kernels.precision import choose_precision
 from smoltrain.run.run_folder import RunRecord, find_rows_per_step, make_run_record
 from smoltrain.schedule import Plan
@@ -106,7 +100,7 @@ def begin_run(
     if one_phase:
         phase = plan.phase(min(point.step + 1, last_step)).name
         requested, config = stop_after_phase(requested, phase), stop_after_phase(config, phase)
-    asked = {f"phases.{p.name}": format_horizon(p.horizon) for p in requested.phases if p.steps is None}
+    asked = {f"phases.{p.name}.{key}": n for p in requested.phases for key, n in p.horizon.items() if key != "steps"}
     record = make_run_record(config, num_ranks, point.step, point.ancestor, point.manifest, asked)
     if not data_ready:
         if point.step < last_step:

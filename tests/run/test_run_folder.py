@@ -116,9 +116,9 @@ def test_worlds_that_divide_the_rows_are_named(tmp_path: Path, micro_batch: int,
 
 
 def test_what_was_asked_for_is_recorded_beside_the_steps(settings: Config) -> None:
-    record = make_run_record(settings, 1, DONE, asked={"phases.main": "400M tokens"})
+    record = make_run_record(settings, 1, DONE, asked={"phases.main.tokens": 400_000_000})
     starts = record.provenance["starts"]
-    assert (starts[1]["asked"], "asked" in starts[0]) == ({"phases.main": "400M tokens"}, False)
+    assert (starts[1]["asked"], "asked" in starts[0]) == ({"phases.main.tokens": 400_000_000}, False)
 
 
 def test_rows_per_step_are_those_that_the_run_began_with(settings: Config, tmp_path: Path) -> None:

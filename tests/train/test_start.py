@@ -82,8 +82,8 @@ def test_a_start_knows_its_plan_in_steps_whatever_the_recipe_says(tmp_path: Path
     assert start.requested == stop_after_phase(asked, "main")
     assert (start.last_step, start.plan.last_step) == (8, 12)
     assert start.record.provenance["starts"][0]["asked"] == {
-        "phases.main": "512 tokens",
-        "phases.continuation": "250 tokens",
+        "phases.main.tokens": 512,
+        "phases.continuation.tokens": 250,
     }
     assert "asked" not in begin_run(plain, 1, CPU).record.provenance["starts"][0]
     assert steps_of(begin_run(asked, 2, CPU).config) == [4, 2], "twice the rows, where it begins on two ranks"
@@ -140,7 +140,7 @@ def test_epochs_are_counted_where_the_data_are_prepared(tmp_path: Path) -> None:
     prepared = load_prepared_data(config)
     rows = (len(prepared.train[0]) - 1) // 16
     assert steps_of(start.config) == [math.ceil(rows / 10 / 4), 4]
-    assert start.record.provenance["starts"][0]["asked"]["phases.main"] == "0.1 epochs"
+    assert start.record.provenance["starts"][0]["asked"]["phases.main.epochs"] == 0.1
     assert pickle.loads(pickle.dumps(start)) == start
     for ranks in (1, 2):
         again = begin_run(config, ranks, CPU, data_ready=True)
