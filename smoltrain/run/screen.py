@@ -206,8 +206,11 @@ def format_validation_line(
         Column(f"validation at step {step}: loss {loss:.4f}"),
         Column(f"perplexity {perplexity:,.1f}", 2),
         Column(f"{bits_per_byte:.3f} bits per byte", 1),
-        Column("the best so far" if loss <= best else f"best {best:.4f}"),
     ]
+    if loss <= best:
+        columns.append(Column("the best so far"))
+    elif math.isfinite(best):  # else no loss was a number
+        columns.append(Column(f"best {best:.4f}"))
     return fit_columns(columns, width, separator=", ")
 
 

@@ -90,6 +90,7 @@ def test_a_validation_leaves_out_perplexity_first() -> None:
     assert format_validation_line(40, 5.2182, 184.6, 2.801, 5.2182) == whole
     assert format_validation_line(40, 5.2182, 184.6, 2.801, 5.2182, 80) == whole.replace(" perplexity 184.6,", "")
     assert format_validation_line(40, 5.2182, 184.6, 2.801, 5.1, 60).endswith("loss 5.2182, best 5.1000")
+    assert format_validation_line(40, math.nan, math.nan, math.nan, math.inf).endswith("nan bits per byte")
 
 
 @pytest.mark.parametrize("width", [200, 120, 80, 57, 40])
