@@ -113,6 +113,13 @@ class Tracker:
         if self._shown_choices.get(what) != value:
             self._screen.say_choice(what, value)
 
+    def say_summary(self, text: str) -> None:
+        """Several lines, of which those that are indented (commands, tables) stay whole on any terminal."""
+        text = redact_text(text)
+        self.write_log(text)
+        if self._is_writer:
+            self._screen.say_summary(text)
+
     def write_log(self, text: str) -> None:
         """A line for this rank's log alone."""
         self._log.info(redact_text(text))

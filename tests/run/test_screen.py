@@ -119,6 +119,16 @@ def test_a_choice_wraps_between_words_below_its_beginning(width: int) -> None:
     assert " ".join([first, *rest]).split() == ["attention", "kernel", *REASON.split()]
 
 
+def test_commands_and_tables_of_a_summary_stay_whole() -> None:
+    console = terminal(40)
+    Screen(console).say_summary(
+        "done: 210 of 210 steps; the weights are in runs/quickstart\n  bin/smoltrain " + "x " * 30
+    )
+    assert lines_on(console)[:3] == [
+        "done: 210 of 210 steps; the weights are", "in runs/quickstart", "  bin/smoltrain " + "x " * 30
+    ]  # fmt: skip
+
+
 def test_a_pipe_gets_whole_lines_without_colour(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     file = io.StringIO()
