@@ -163,9 +163,9 @@ class Tracker:
         self.log_metrics(step, {f"validation/{name}": value for name, value in values.items()})
         if not self._is_writer:
             return
-        self._best_loss = min(self._best_loss, loss) if math.isfinite(loss) else self._best_loss
         self.write_log(format_validation_line(step, loss, perplexity, bits_per_byte, self._best_loss))
         self._screen.say_validation(step, loss, perplexity, bits_per_byte, self._best_loss)
+        self._best_loss = min(self._best_loss, loss)  # which stays if the loss is not a number
 
     def warn_once(self, kind: str, text: str | None) -> None:
         """Say a warning, if there is one and it is the first of its kind."""
