@@ -59,7 +59,7 @@ def _report_until(
 def _progress_bar() -> Progress:
     """One that is gone when the work is done."""
     words = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
-    columns = (BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(), words)
+    columns = (BarColumn(12), TaskProgressColumn(), TimeRemainingColumn(), words)
     console = open_console()
     console.width -= EDGE
     return Progress(SpinnerColumn(), *columns, expand=True, console=console, transient=True)

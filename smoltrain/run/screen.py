@@ -81,9 +81,9 @@ class Screen:
         print_text(format_step_line(step, last_step, phase, metrics, left_s, self.width), self._console)
 
     def say_validation(self, step: int, loss: float, perplexity: float, bits_per_byte: float, best: float) -> None:
-        """The loss on the held-out rows; `best` is the lowest one of the run so far, with this one."""
+        """The loss on the held-out rows; `best` is the lowest one of the run before, infinite if there was none."""
         line = format_validation_line(step, loss, perplexity, bits_per_byte, best, self.width)
-        print_text(line, self._console, style=BEST_STYLE if loss <= best else "")
+        print_text(line, self._console, style=BEST_STYLE if loss < best else "")
 
     def say_sample(self, step: int, text: str, file: str) -> None:
         """The beginning of what the model wrote; `file` has it all."""
@@ -206,8 +206,11 @@ def format_validation_line(
         Column(f"validation at step {step}: loss {loss:.4f}"),
         Column(f"perplexity {perplexity:,.1f}", 2),
         Column(f"{bits_per_byte:.3f} bits per byte", 1),
-        Column("the best so far" if loss <= best else f"best {best:.4f}"),
     ]
+    if loss < best:
+        columns.append(Column("the best so far"))
+    elif math.isfinite(best):  # else no loss before was a number
+        columns.append(Column(f"best {best:.4f}"))
     return fit_columns(columns, width, separator=", ")
 
 

@@ -122,6 +122,13 @@ class Tracker:
         if self._shown_choices.get(what) != value:
             self._screen.say_choice(what, value)
 
+    def say_summary(self, text: str) -> None:
+        """Several lines, of which those that are indented (commands, tables) stay whole on any terminal."""
+        text = redact_text(text)
+        self.write_log(text)
+        if self._is_writer:
+            self._screen.say_summary(text)
+
     def write_log(self, text: str) -> None:
         """A line for this rank's log alone."""
         self._log.info(redact_text(text))
@@ -173,6 +180,7 @@ class Tracker:
             return
         self.write_log(format_validation_line(step, loss, perplexity, bits_per_byte, self._best_loss))
         self._screen.say_validation(step, loss, perplexity, bits_per_byte, self._best_loss)
+        self._best_loss = min(self._best_loss, loss)  # which stays if the loss is not a number
 
     def warn_once(self, kind: str, text: str | None) -> None:
         """Say a warning, if there is one and it is the first of its kind."""

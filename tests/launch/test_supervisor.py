@@ -50,6 +50,10 @@ def test_each_phase_runs_in_fresh_processes_that_restore_from_disk(uninterrupted
     assert "phase main: steps 1 to 60, 2 new processes" in said
     assert "phase continuation: steps 61 to 64, 2 new processes" in said
     assert "restored step 60 on 2 ranks" in said
+    for what in ("device", "precision", "attention kernel", "W&B", "plan"):
+        assert [line[:22].strip() for line in said.splitlines()].count(what) == 1, "two phases, one command"
+    assert "\x1b" not in said
+    assert "\r" not in said
     last = [m for m in launches.metrics(uninterrupted) if "validation/loss_nats_per_token" in m][-1]
     assert f"done: 64 of 64 steps, validation loss {last['validation/loss_nats_per_token']:.4f} nats per token" in said
     assert f"generate {uninterrupted} --prompt" in said

@@ -87,9 +87,10 @@ def test_a_step_leaves_out_what_matters_least_until_it_fits() -> None:
 
 def test_a_validation_leaves_out_perplexity_first() -> None:
     whole = "validation at step 40: loss 5.2182, perplexity 184.6, 2.801 bits per byte, the best so far"
-    assert format_validation_line(40, 5.2182, 184.6, 2.801, 5.2182) == whole
-    assert format_validation_line(40, 5.2182, 184.6, 2.801, 5.2182, 80) == whole.replace(" perplexity 184.6,", "")
+    assert format_validation_line(40, 5.2182, 184.6, 2.801, math.inf) == whole
+    assert format_validation_line(40, 5.2182, 184.6, 2.801, 5.3, 80) == whole.replace(" perplexity 184.6,", "")
     assert format_validation_line(40, 5.2182, 184.6, 2.801, 5.1, 60).endswith("loss 5.2182, best 5.1000")
+    assert format_validation_line(40, math.nan, math.nan, math.nan, math.inf).endswith("nan bits per byte")
 
 
 @pytest.mark.parametrize("width", [200, 120, 80, 57, 40])
@@ -99,7 +100,7 @@ def test_no_line_is_longer_than_the_terminal_is_wide(width: int) -> None:
     screen.say_choice("attention kernel", REASON)
     screen.say("WARNING: " + REASON)
     screen.say_step(7, 10, "continuation", MORE, 99.0)
-    screen.say_validation(7, 5.2, 184.6, 2.8, 5.2)
+    screen.say_validation(7, 5.2, 184.6, 2.8, math.inf)
     screen.say_sample(7, "東京" * 40 + "\n\tword " * 9, "samples.jsonl")
     screen.say_phase("phase main: " + REASON)
     widths = [cell_len(line) for line in lines_on(console)]
@@ -118,6 +119,16 @@ def test_a_choice_wraps_between_words_below_its_beginning(width: int) -> None:
     assert " ".join([first, *rest]).split() == ["attention", "kernel", *REASON.split()]
 
 
+def test_commands_and_tables_of_a_summary_stay_whole() -> None:
+    console = terminal(40)
+    Screen(console).say_summary(
+        "done: 210 of 210 steps; the weights are in runs/quickstart\n  bin/smoltrain " + "x " * 30
+    )
+    assert lines_on(console)[:3] == [
+        "done: 210 of 210 steps; the weights are", "in runs/quickstart", "  bin/smoltrain " + "x " * 30
+    ]  # fmt: skip
+
+
 def test_a_pipe_gets_whole_lines_without_colour(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "30")
     file = io.StringIO()
@@ -125,7 +136,7 @@ def test_a_pipe_gets_whole_lines_without_colour(monkeypatch: pytest.MonkeyPatch)
     screen.start_bar(0, 9)
     screen.show_step(1, "main", NUMBERS, 8.0)
     screen.say_choice("attention kernel", REASON)
-    screen.say_validation(7, 5.2, 184.6, 2.8, 5.2)
+    screen.say_validation(7, 5.2, 184.6, 2.8, math.inf)
     screen.say("WARNING: [bold]" + REASON)
     screen.close()
     assert file.getvalue().splitlines() == [
@@ -171,8 +182,8 @@ def test_warnings_phases_and_the_best_loss_have_a_colour() -> None:
     screen = Screen(console)
     screen.say("WARNING: slow")
     screen.say_phase("phase main")
-    screen.say_validation(7, 5.2, 184.6, 2.8, 5.2)
-    screen.say_validation(8, 5.3, 184.6, 2.8, 5.2)
+    screen.say_validation(7, 5.2, 184.6, 2.8, math.inf)
+    screen.say_validation(8, 5.2, 184.6, 2.8, 5.2)
     screen.say("all else")
     warning, phase, best, worse, rest, _ = raw(console).split("\n")
     assert warning.startswith("\x1b[33m")
@@ -188,7 +199,7 @@ def test_colour_can_be_switched_off(monkeypatch: pytest.MonkeyPatch, name: str, 
     console = terminal(80)
     screen = Screen(console)
     screen.say("WARNING: slow")
-    screen.say_validation(7, 5.2, 184.6, 2.8, 5.2)
+    screen.say_validation(7, 5.2, 184.6, 2.8, math.inf)
     assert "\x1b[3" not in raw(console)
     screen.start_bar(0, 9)
     screen.close()

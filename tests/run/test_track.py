@@ -435,6 +435,39 @@ def test_what_a_model_samples_cannot_command_the_terminal(tmp_path: Path, capsys
     assert json_lines(tmp_path / "runs" / "quickstart" / "samples.jsonl")[0]["text"] == text, "the file has it all"
 
 
+def test_a_later_start_of_the_same_command_shows_only_what_is_chosen_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny.load(tmp_path)
+    settings.run_folder.mkdir(parents=True)
+    said: list[list[str]] = []
+    for number, kernel in enumerate(("blocked", "blocked", "SDPA")):
+        folder = tiny.run_folder(settings.run_folder)
+        with Tracker(settings, folder, 0, 0, 12, choices_were_said=number > 0) as tracker:
+            tracker.say_choice("attention kernel", kernel)
+            tracker.say_choice("loss kernel", "fused")
+            tracker.say("restored")
+        said.append(capsys.readouterr().out.splitlines()[number == 0 :])  # without W&B's
+    assert said == [
+        ["attention kernel       blocked", "loss kernel            fused", "restored"],
+        ["restored"],
+        ["attention kernel       SDPA", "restored"],
+    ]
+    log = (settings.run_folder / "logs" / "rank0.log").read_text(encoding="utf-8")
+    assert log.count("loss kernel            fused") == 3, "the log has all of each start"
+
+
+def test_the_best_validation_is_that_of_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for first_step, losses in ((0, (5.0, 4.0, math.nan, 4.5)), (4, (4.2, 3.9))):
+        tracker = opened(tmp_path, first_step=first_step)
+        for number, loss in enumerate(losses, first_step + 1):
+            tracker.log_validation(number, loss, 2.0)
+        tracker.close(0)
+    told = [line.rpartition(", ")[2] for line in capsys.readouterr().out.splitlines() if "validation" in line]
+    best = "the best so far"
+    assert told == [best, best, "best 4.0000", "best 4.0000", "best 4.0000", best]
+
+
 def test_the_console_keeps_its_cadence_and_never_leaves_out_the_last_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
