@@ -17,7 +17,7 @@ from smoltrain.errors import Problem, TrainingStopped, UserError
 EXAMPLE = str(Path(__file__).parent / "example.yaml")
 COMMAND = str(Path(sys.executable).parent / "smoltrain")
 Run = Callable[..., tuple[int, str, str]]
-VERBS = ["recipes", "show", "train", "generate", "verify", "demo"]
+VERBS = ["recipes", "show", "train", "generate", "summary", "verify", "demo"]
 
 
 @pytest.fixture(autouse=True)
@@ -130,6 +130,20 @@ def test_show_counts_parameters_and_tokens(run: Run):
     assert out.endswith("# 16 rows = 2,048 tokens per step on each rank\n")
     _, out, _ = run("show", EXAMPLE, "batch.accumulation=null", "batch.rows_per_step=64")
     assert out.endswith("# 64 rows = 8,192 tokens per step over all ranks\n")
+
+
+def test_the_summary_of_a_run_is_read_from_its_folder(run: Run, tmp_path: Path):
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(run("show", EXAMPLE, "run.name=mine")[1])
+    line = '{"step": 9, "time_s": 50.0, "speed/step_s": 2.0, "speed/tokens_per_s": 1024.0, "speed/start_s": 8.0}'
+    (folder / "metrics.jsonl").write_text(line + "\n")
+    code, out, err = run("summary", "mine")
+    assert (code, err) == (0, "")
+    assert out.startswith("done: 9 of 550 steps\n")
+    assert "\n  time               10.0 s in 1 start\n" in out
+    assert out.endswith("the other 541 steps: the same command, without run.stop_after\n")
+    assert run("summary", "yours")[0] == 2
 
 
 def test_show_plan_is_a_table_and_a_picture(run: Run):

@@ -51,10 +51,7 @@ def run_training(config: Config, start: Start | None = None, began_at: float | N
                 print(f"{config.run.name}: {describe_completion(Plan(config.phases), start.point.step)}")
             return DONE
         try:
-            code = _train_session(start, world, stop)
-            if code == DONE and world.is_first and not is_supervised:
-                print(describe_run(Plan(config.phases), config.run_folder), flush=True)
-            return code
+            return _train_session(start, world, stop, prints_summary=not is_supervised)
         except OSError as error:  # of this rank's own files: metrics, samples, ledger, log
             last_checkpoint = describe_last_checkpoint(config.run_folder / "checkpoints")
             raise RankTrainingStopped(f"rank {world.rank}: {error}; {last_checkpoint}") from None
@@ -68,10 +65,12 @@ def run_training(config: Config, start: Start | None = None, began_at: float | N
             torch.cuda.empty_cache()
 
 
-def _train_session(start: Start, world: World, stop: StopFlag) -> int:
+def _train_session(start: Start, world: World, stop: StopFlag, *, prints_summary: bool) -> int:
     """From opening to closing everything; the exit code. A stop that came while W&B was uploading, say, counts too."""
     with open_session(start, world, stop) as session:
         code = run_loop(session)
+        if code == DONE and prints_summary and world.is_first:
+            session.tracker.say(describe_run(session.plan, session.folder.path))
     if code != DONE:
         return code
     reason = gather_stop_reason(world, stop)
