@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 # The panels of `smoltrain --help` and their verbs, in order.
 PANELS = {
     "Start a run": ("new", "train"),
-    "Look before, meanwhile and after": ("recipes", "show", "explain", "estimate", "plot", "verify"),
+    "Look before, meanwhile and after": ("recipes", "show", "explain", "estimate", "summary", "plot", "verify"),
     "Take the model out": ("generate", "export", "push", "demo"),
     "Prepare ahead": ("prepare",),
 }
@@ -365,13 +365,10 @@ def plot_command(run: RunArgument) -> None:
 @app.command("summary", epilog="Example: smoltrain summary quickstart")
 def summary_command(run: RunArgument) -> None:
     """Say what a run has come to: losses, tokens, where its time went, what to do next."""
-    from smoltrain.config.load import read_run_config
     from smoltrain.inference.load import find_run_folder
-    from smoltrain.run.summary import describe_run
-    from smoltrain.schedule import Plan
+    from smoltrain.run.summary import describe_run_folder
 
-    folder = find_run_folder(run)
-    print(describe_run(Plan(read_run_config(folder / "config.yaml").phases), folder))
+    print(describe_run_folder(find_run_folder(run)))
 
 
 @app.command("verify", epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward")

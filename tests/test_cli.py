@@ -19,7 +19,10 @@ from smoltrain.errors import Problem, TrainingStopped, UserError
 EXAMPLE = str(Path(__file__).parent / "example.yaml")
 COMMAND = str(Path(sys.executable).parent / "smoltrain")
 Run = Callable[..., tuple[int, str, str]]
-VERBS = ["train", "recipes", "show", "explain", "estimate", "plot", "verify", "generate", "export", "push", "demo"]
+VERBS = [
+    *["train", "recipes", "show", "explain", "estimate", "plot", "verify", "generate", "export", "push", "demo"],
+    *["new", "summary"],
+]
 PREPARE_VERBS = ["prepare tokenizer", "prepare data"]
 
 
@@ -251,6 +254,20 @@ def test_show_with_comments_is_the_same_recipe(run: Run, tmp_path: Path):
     assert "  # seeds the initial weights, dropout and the order of the data" in out
     (tmp_path / "shown.yaml").write_text(out)
     assert load_config("shown.yaml") == load_config(EXAMPLE, ["run.seed=5"])
+
+
+def test_the_summary_of_a_run_is_read_from_its_folder(run: Run, tmp_path: Path):
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(run("show", EXAMPLE, "run.name=mine")[1])
+    line = '{"step": 9, "time_s": 50.0, "speed/step_s": 2.0, "speed/tokens_per_s": 1024.0, "speed/start_s": 8.0}'
+    (folder / "metrics.jsonl").write_text(line + "\n")
+    code, out, err = run("summary", "mine")
+    assert (code, err) == (0, "")
+    assert out.startswith("done: 9 of 550 steps\n")
+    assert "\n  time               10.0 s in 1 start\n" in out
+    assert out.endswith("the other 541 steps: the same command, without run.stop_after\n")
+    assert run("summary", "yours")[0] == 2
 
 
 def test_show_plan_is_a_table_and_writes_nothing(run: Run):

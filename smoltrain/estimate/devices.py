@@ -1,7 +1,9 @@
 """The device of a rank: a GPU by its name, or this machine's CPU, whose speed is measured."""
 
+import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import psutil
@@ -14,7 +16,7 @@ from smoltrain.kernels.precision import DTYPES
 
 CPU = torch.device("cpu")
 PEAK_SIZE = 1024  # of the square matrices by which a start measures the peak: as fast as 2048 and 4096 on our CPUs
-PEAK_BUDGET_S = 0.1  # that a start may spend on it, one call beyond it at most
+PEAK_BUDGET_S = 0.1  # that a start may spend on it, two calls at least
 
 
 @dataclass(frozen=True)
@@ -38,23 +40,32 @@ def find_gpu_peak(device: torch.device, precision: str) -> GpuPeak:
 def measure_cpu_peak(precision: str) -> float:
     """The matmul peak in this precision of all cores that this process may use: operations per second.
 
-    Takes a tenth of a second, and changes neither random numbers nor torch's threads.
+    A thread computes on each core, all at the same time, and counts its own CPU time: what other processes take of the
+    cores meanwhile is in no number. Takes a tenth of a second, and changes neither random numbers nor torch's threads.
     """
+    cores = num_cores()
     threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        a = torch.randn(PEAK_SIZE, PEAK_SIZE).to(DTYPES[precision])
+        b = torch.randn(PEAK_SIZE, PEAK_SIZE).to(DTYPES[precision])
     try:
-        with torch.random.fork_rng(devices=[]):
-            return measure_matmul_flops(DTYPES[precision], size=PEAK_SIZE, measure_s=_fastest_within_budget)
+        with ThreadPoolExecutor(cores) as pool:
+            measuring = [pool.submit(_fastest_on_one_core, lambda: a @ b) for _ in range(cores)]
+            return sum(2 * PEAK_SIZE**3 / future.result() for future in measuring)
     finally:
         torch.set_num_threads(threads)
 
 
-def _fastest_within_budget(call: Callable[[], object]) -> float:
-    """Seconds of the fastest call of those that PEAK_BUDGET_S has room for, after a first one that warms up."""
+def _fastest_on_one_core(call: Callable[[], object]) -> float:
+    """CPU seconds of the fastest call of those that PEAK_BUDGET_S has room for, after a first one that warms up."""
+    torch.set_num_threads(1)
     deadline_s = time.perf_counter() + PEAK_BUDGET_S
-    _time_call(call)
-    fastest_s = _time_call(call)
-    while time.perf_counter() < deadline_s:
-        fastest_s = min(fastest_s, _time_call(call))
+    call()
+    fastest_s = math.inf
+    while math.isinf(fastest_s) or time.perf_counter() < deadline_s:
+        began_s = time.thread_time()
+        call()
+        fastest_s = min(fastest_s, time.thread_time() - began_s)
     return fastest_s
 
 

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smoltrain.config.config_file import CONFIG_FILE
+from smoltrain.config.load import read_run_config
+from smoltrain.errors import Problem, UserError
 from smoltrain.files import METRICS_FILE, read_jsonl
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.schedule import Plan
@@ -142,8 +145,16 @@ def _add_up_times(lines: list[dict[str, Any]], undone: list[dict[str, Any]]) -> 
 # ---- in print
 
 
+def describe_run_folder(folder: Path) -> str:
+    """The summary of a run by its folder alone. Errors: UserError if it has trained no step, or has no valid config."""
+    if not (folder / METRICS_FILE).exists():
+        saw = f"no step in {folder / METRICS_FILE}"
+        raise UserError(Problem("there is nothing to sum up yet", saw, "a run that trained", "RUN"))
+    return describe_run(Plan(read_run_config(folder / CONFIG_FILE).phases), folder)
+
+
 def describe_run(plan: Plan, folder: Path) -> str:
-    """The summary and the commands that come next, for the end of a run and for `smoltrain summary`.
+    """The summary and the commands that come next.
 
     Every line fits 80 columns, as far as the folder's name lets it. Errors: those of `summarise_run`.
     """
@@ -226,7 +237,7 @@ def _list_next_commands(summary: RunSummary) -> list[str]:
         lines.append(f"  {shlex.quote(str(bin_folder / 'wandb'))} sync {folder}/wandb/offline-run-*")
     left = summary.last_step - summary.step
     if left > 0:
-        lines.append(f"  the same command, without run.stop_after, trains the other {left:,} steps")
+        lines.append(f"  to go on with the other {left:,} steps: the same command, without run.stop_after")
     else:
         lines.append("  to train longer: one more phase in the recipe, and the same command again")
     return lines

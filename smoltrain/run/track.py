@@ -171,6 +171,7 @@ class Tracker:
         values: dict[str, float | str] = {
             VALIDATION_LOSS: loss, "validation/perplexity": perplexity, "validation/bits_per_byte": bits_per_byte,
         }  # fmt: skip
+        best_before = self._best_loss
         if math.isfinite(loss):
             self._best_loss = min(self._best_loss, loss)
         if math.isfinite(self._best_loss):
@@ -178,9 +179,8 @@ class Tracker:
         self.log_metrics(step, values | durations)
         if not self._is_writer:  # rank 0 alone knows the earlier ones
             return
-        self.write_log(format_validation_line(step, loss, perplexity, bits_per_byte, self._best_loss))
-        self._screen.say_validation(step, loss, perplexity, bits_per_byte, self._best_loss)
-        self._best_loss = min(self._best_loss, loss)  # which stays if the loss is not a number
+        self.write_log(format_validation_line(step, loss, perplexity, bits_per_byte, best_before))
+        self._screen.say_validation(step, loss, perplexity, bits_per_byte, best_before)
 
     def warn_once(self, kind: str, text: str | None) -> None:
         """Say a warning, if there is one and it is the first of its kind."""

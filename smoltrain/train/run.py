@@ -55,10 +55,7 @@ def run_training(
                 print(f"{config.run.name}: {describe_completion(start.plan, start.point.step)}")
             return DONE
         try:
-            code = _train_session(start, world, stop, callbacks)
-            if code == DONE and world.is_first and not is_supervised:
-                print(describe_run(start.plan, config.run_folder), flush=True)
-            return code
+            return _train_session(start, world, stop, callbacks, prints_summary=not is_supervised)
         except OSError as error:  # of this rank's own files: metrics, samples, ledger, log
             last_checkpoint = describe_last_checkpoint(config.run_folder / "checkpoints")
             raise RankTrainingStopped(f"rank {world.rank}: {error}; {last_checkpoint}") from None
@@ -72,10 +69,14 @@ def run_training(
             torch.cuda.empty_cache()
 
 
-def _train_session(start: Start, world: World, stop: StopFlag, callbacks: Sequence[StepCallback]) -> int:
+def _train_session(
+    start: Start, world: World, stop: StopFlag, callbacks: Sequence[StepCallback], *, prints_summary: bool
+) -> int:
     """From opening to closing everything; the exit code. A stop that came while W&B was uploading, say, counts too."""
     with open_session(start, world, stop, callbacks) as session:
         code = run_loop(session)
+        if code == DONE and prints_summary and world.is_first:
+            session.tracker.say_summary(describe_run(session.plan, session.folder.path))
     if code != DONE:
         return code
     reason = gather_stop_reason(world, stop)

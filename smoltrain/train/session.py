@@ -113,7 +113,7 @@ class Session:
         losses = evaluate_loss(self, batches, self._bytes_per_id)
         if losses is None:
             return False
-        took_s = time.perf_counter() - began_s  # the slowest rank's: each has waited for it in the sum of the losses
+        [took_s] = self.world.max_floats(time.perf_counter() - began_s)
         self.validation_loss, bits_per_byte = losses
         durations = {"speed/evaluation_s": took_s, **self._measure_start(took_s)}
         self.tracker.log_validation(step, self.validation_loss, bits_per_byte, durations)

@@ -55,6 +55,8 @@ def test_a_finished_plan_says_so_and_exits_0(finished: dict[str, Path]) -> None:
     folder = finished["python"].parent.parent
     assert launches.run("python", tiny.words(folder, *SAME_ROWS), folder / "again") == DONE
     assert "the plan is complete (12 steps)" in (folder / "again").read_text()
+    assert "\ndone: 12 of 12 steps\n" in (folder / "log").read_text()
+    assert "done: " not in (folder / "again").read_text()
 
 
 def test_a_finished_plan_is_complete_on_any_number_of_ranks(finished: dict[str, Path]) -> None:

@@ -55,7 +55,12 @@ def test_each_phase_runs_in_fresh_processes_that_restore_from_disk(uninterrupted
     assert "\x1b" not in said
     assert "\r" not in said
     last = [m for m in launches.metrics(uninterrupted) if "validation/loss_nats_per_token" in m][-1]
-    assert f"done: 64 of 64 steps, validation loss {last['validation/loss_nats_per_token']:.4f} nats per token" in said
+    assert "\ndone: 64 of 64 steps\n" in said
+    assert f"  validation loss    {last['validation/loss_nats_per_token']:.4f} nats per token at step 64" in said
+    assert " in 2 starts\n" in said, "one of each phase"
+    assert said.count("measured on this machine: speed/mfu") == 2
+    peaks = {line for line in said.splitlines() if "speed/mfu" in line}
+    assert len(peaks) == 1, "measured once, for both phases"
     assert f"generate {uninterrupted} --prompt" in said
     assert {60, END} <= set(list_checkpoint_steps(uninterrupted / "checkpoints"))
     assert sorted(launches.losses(uninterrupted)) == list(range(1, END + 1))

@@ -202,5 +202,5 @@ def test_the_commands_can_be_given_to_a_shell(tmp_path: Path, plan: Plan, monkey
 
 def test_a_run_that_stopped_after_a_phase_says_how_it_goes_on(tmp_path: Path, plan: Plan) -> None:
     text = describe_run(plan, write(tmp_path / "run", [step_line(8, 1.0)]))
-    assert text.endswith("\n  the same command, without run.stop_after, trains the other 4 steps")
+    assert text.endswith("\n  to go on with the other 4 steps: the same command, without run.stop_after")
     assert "sync" not in text

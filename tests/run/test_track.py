@@ -17,6 +17,7 @@ import yaml
 from smoltrain import files
 from smoltrain.config.schema import Config
 from smoltrain.engine.layer_gradients import LayerGradient
+from smoltrain.estimate.speed import recipe_flops_per_token
 from smoltrain.run.screen import format_step_line
 from smoltrain.run.track import GRADIENT_NORM_PREFIX, METRICS, Tracker
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
@@ -136,6 +137,26 @@ def test_tokens_and_rates_add_up(story: Story) -> None:
         assert line["train/skipped_updates"] == 0
 
 
+def test_mfu_is_tokens_per_second_times_one_factor_in_each_start(story: Story) -> None:
+    flops_per_token = recipe_flops_per_token(story.settings)
+    for output, steps in zip(story.outputs, (range(1, 9), range(9, 13)), strict=True):
+        (teraflops,) = re.findall(
+            r"^peak +([\d.,]+) TFLOP/s bf16, measured on this machine", output.stdout, re.MULTILINE
+        )
+        for step in steps:
+            line = story.steps[step]
+            peak_flops = line["speed/tokens_per_s"] * flops_per_token / line["speed/mfu"]
+            assert peak_flops / 1e12 == pytest.approx(float(teraflops), abs=0.006), "the one that the start says"
+
+
+def test_each_start_tells_how_long_it_took_to_begin_and_to_leave(story: Story) -> None:
+    for name, steps in (("speed/start_s", [1, 9]), ("speed/closing_s", [8, 12])):
+        assert [line["step"] for line in story.lines if name in line] == steps
+    for name, steps in (("speed/evaluation_s", [4, 8, 12]), ("speed/sampling_s", [6, 8, 12])):
+        assert [line["step"] for line in story.lines if name in line] == steps
+        assert all(line[name] > 0 for line in story.lines if name in line)
+
+
 def test_cadences_hold_and_the_end_of_a_phase_is_always_due(story: Story) -> None:
     def where(key: str) -> list[int]:
         return [line["step"] for line in story.lines if key in line]
@@ -159,8 +180,9 @@ def test_a_pipe_gets_plain_lines(story: Story) -> None:
     first, second = (output.stdout.splitlines() for output in story.outputs)
     assert [line.split()[1] for line in first if line.startswith("step ")] == ["2/8", "4/8", "6/8", "8/8"]
     assert [line.split()[1] for line in second if line.startswith("step ")] == ["10/12", "12/12"]
-    assert first[-1].startswith("quickstart: phase main is complete (step 8 of 12)")
-    assert second[-1].startswith("quickstart: the plan is complete (12 steps)")
+    assert any(line.startswith("quickstart: phase main is complete (step 8 of 12)") for line in first)
+    assert any(line.startswith("quickstart: the plan is complete (12 steps)") for line in second)
+    assert "done: 12 of 12 steps" in second
     assert any(line.startswith("restored step 8 on 1 ranks, ledger ") for line in second)
 
 
@@ -413,6 +435,26 @@ def test_a_step_that_is_done_again_is_kept_aside_and_reaches_wandb_once(tmp_path
     for path in run.glob("wandb/offline-run-*/run-*.wandb"):
         told += wandb_files.read_finished(path).steps
     assert sorted(told) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_the_best_validation_is_that_of_the_whole_run_also_after_a_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def validate(first_step: int, losses: dict[int, float]) -> list[bool]:
+        tracker = opened(tmp_path, first_step=first_step)
+        for step, loss in losses.items():
+            tracker.log_validation(step, loss, 1.0, {"speed/evaluation_s": 2.0})
+        tracker.close(0)
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validation")]
+        return ["best so far" in line for line in said]
+
+    assert validate(0, {1: math.nan, 2: 4.0, 3: 3.5, 4: 3.75, 5: 3.5}) == [False, True, True, False, False]
+    assert validate(4, {5: 3.6, 6: 3.25, 7: 3.0}) == [False, True, True]
+    assert validate(6, {7: 3.125}) == [True], "the loss of step 7 was undone"
+    lines = json_lines(tmp_path / "runs" / "quickstart" / "metrics.jsonl")
+    best = [line.get("validation/best_loss_nats_per_token") for line in lines]
+    assert best == [None, 4.0, 3.5, 3.5, 3.5, 3.25, 3.125]
+    assert {line["speed/evaluation_s"] for line in lines} == {2.0}
 
 
 def test_every_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
