@@ -85,6 +85,11 @@ def choose_learning_rate(num_block_parameters: int, num_tokens: float) -> float:
     return round_to_digits(min(rate, HIGHEST_RATE), 2)
 
 
+def choose_final_rate(peak: float) -> float:
+    """Where the cosine ends: FINAL_RATE, and of a low peak a tenth of it."""
+    return min(FINAL_RATE, round_to_digits(peak / 10, 2))
+
+
 def plan_batch(num_parameters: int, num_tokens: float, text_tokens: float, world: int) -> BatchPlan:
     """B by the Step Law, cut into rows that `world` ranks share evenly, and where it can be 2, 4 or 8 of them too.
 

@@ -205,7 +205,7 @@ def _phase_entries(plan: RecipePlan) -> list[Entry]:
         Entry("lr", plan.lr, rate),
         Entry("weight_decay", rules.WEIGHT_DECAY, "Pythia"),
         Entry("schedule", "cosine", "over the whole plan (Hoffmann et al. 2022), down to where Step Law's runs end"),
-        Entry("final_lr", rules.FINAL_RATE, ""),
+        Entry("final_lr", rules.choose_final_rate(plan.lr), ""),
         Entry(
             "warmup_steps", plan.warmup_steps,
             f"1 % of the steps (Pythia), at least the 2 / (1 - beta2) = {rules.LEAST_WARMUP} of Ma & Yarats (2021), at "

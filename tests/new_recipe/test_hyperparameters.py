@@ -12,6 +12,7 @@ from smoltrain.new_recipe import hyperparameters as rules
 from smoltrain.new_recipe.hyperparameters import (
     BatchPlan,
     choose_cadences,
+    choose_final_rate,
     choose_learning_rate,
     choose_warmup,
     optimal_num_tokens,
@@ -40,6 +41,10 @@ def test_a_plan_is_compute_optimal_unless_the_text_is_short():
 def test_the_rate_falls_with_the_size(one: int, other: int, tokens: int):
     smaller, larger = sorted((one, other))
     assert rules.HIGHEST_RATE >= choose_learning_rate(smaller, tokens) >= choose_learning_rate(larger, tokens) > 0
+
+
+def test_the_rate_ends_where_step_laws_runs_end_or_at_a_tenth_of_a_low_peak():
+    assert [choose_final_rate(peak) for peak in (3e-3, 1e-4, 2e-5)] == [1e-5, 1e-5, 2e-6]
 
 
 @hypothesis.given(SIZES, TOKENS, st.floats(6, 13).map(lambda power: 10**power), st.integers(1, 64))
