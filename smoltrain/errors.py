@@ -8,7 +8,7 @@ from typing import Any
 
 from smoltrain.redact import redact_text
 
-# Exit codes of every entry point (README, "Resume").
+# Exit codes of every entry point (docs/troubleshooting.md lists them).
 DONE = 0
 FAULT = 1
 BAD_INPUT = 2

