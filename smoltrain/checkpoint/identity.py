@@ -185,15 +185,14 @@ def _replace_value(plan: Plan, index: int, key: str, value: Any) -> Plan:
 def _train_differently(plan: Plan, other: Plan, step: int, done: int) -> bool:
     """Whether two plans differ at the ends of their phases, as far as they are done, or at `step`.
 
-    Between, schedules are lines and cosines, which do not part and meet again.
+    Between, schedules are lines and cosines, which do not part and meet again. A plan with a learning rate that does
+    not fit its schedule is no plan: what was replaced belongs to another key that differs.
     """
-    ends = {end for phase in (*plan.phases, *other.phases) for end in (phase.first, phase.last)}
-    try:
-        return any(
-            step_settings(plan, at) != step_settings(other, at) for at in {step, *(min(end, done) for end in ends)}
-        )
-    except AssertionError:  # a learning rate that its schedule lacks: the value belongs to another one that differs
+    phases = [*plan.phases, *other.phases]
+    if any((phase.spec.lr is None) != (phase.spec.schedule == "continue") for phase in phases):
         return True
+    steps = {step, *(min(end, done) for phase in phases for end in (phase.first, phase.last))}
+    return any(step_settings(plan, at) != step_settings(other, at) for at in steps)
 
 
 def find_identity_mismatches(own: RunIdentity, sealed: RunIdentity, step: int) -> list[str]:

@@ -27,7 +27,7 @@ TREE = read_yaml(Path(EXAMPLE))
 ONE_PHASE = TREE | {"phases": TREE["phases"][:1]}
 LLAMA = read_yaml(RECIPES_FOLDER / "smollm2-135m-hf.yaml")
 MIXED = TREE | {"data": {"sources": [{"name": "a", "path": "a"}, {"name": "b-2", "path": "b"}]}}
-OWN = {"--ranks": True, "--plan": False, "-h": False, "--help": False}  # options of some verb
+OWN = {"--ranks": True, "--device": True, "--plan": False, "-h": False, "--help": False}  # options of some verb
 
 
 def refusal(*overrides: str, recipe: str = EXAMPLE) -> list[str]:
@@ -269,6 +269,7 @@ def test_what_the_page_wants_are_keys():
         ("q a=1 --a 2 a=3", "q a=1 a=2 a=3"),
         ("q --ranks 2 --plan --help", "q --ranks 2 --plan --help"),
         ("q --ranks=2 --rank 3 --plans", "q --ranks=2 --rank 3 --plans"),
+        ("q --device cpu --devices 2", "q --device cpu devices=2"),
         ("q -x 3 -- --lr 1", "q -x 3 -- --lr 1"),
         ("", ""),
     ],
