@@ -27,8 +27,9 @@ LARGEST_WARMUP_SHARE = 0.1  # of a short plan
 
 LONGEST_ROW = 2048  # T of SmolLM-135M and Pythia; smaller models take shorter rows
 ROW_LENGTHS = ((5_000_000, 256), (50_000_000, 512), (100_000_000, 1024))  # parameters below which T is at most that
-SHORTEST_ROW = 32
-LEAST_ROWS = 8  # of a step: rows get shorter before they get fewer
+SHORT_ROW = 128  # of a short plan: it has fewer rows a step rather than shorter ones
+SHORTEST_ROW = 32  # of a short text
+LEAST_ROWS = 8  # of a step: down to SHORT_ROW rows get shorter before they get fewer
 LEAST_STEPS_PER_EPOCH = 4
 
 NUM_EVALUATIONS, NUM_SAMPLES, NUM_CHECKPOINTS, NUM_LINES = 20, 10, 10, 200
@@ -98,7 +99,8 @@ def plan_batch(num_parameters: int, num_tokens: float, text_tokens: float, world
     """
     step_tokens = min(step_law_batch(num_tokens), text_tokens / LEAST_STEPS_PER_EPOCH)
     length = next((length for size, length in ROW_LENGTHS if num_parameters < size), LONGEST_ROW)
-    longest = max(SHORTEST_ROW, step_tokens / max(LEAST_ROWS, world))
+    shortest = min(SHORT_ROW, text_tokens / LEAST_STEPS_PER_EPOCH / math.lcm(world, 2))
+    longest = max(SHORTEST_ROW, shortest, step_tokens / max(LEAST_ROWS, world))
     length = min(length, round_down_to_power_of_two(longest))
     multiples = [math.lcm(world, ranks) for ranks in (8, 4, 2)]
     multiple = next((multiple for multiple in multiples if multiple * length <= step_tokens), multiples[-1])

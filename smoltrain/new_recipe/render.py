@@ -159,8 +159,9 @@ def _batch_entries(plan: RecipePlan) -> list[Entry]:
     return [
         Entry(
             "sequence_length", batch.sequence_length,
-            f"tokens; {rules.LONGEST_ROW:,} as in SmolLM-135M and Pythia, less for smaller models and for steps so "
-            f"small that they would have fewer than {rules.LEAST_ROWS} rows",
+            f"tokens; {rules.LONGEST_ROW:,} as in SmolLM-135M and Pythia, less for smaller models, and down to "
+            f"{rules.SHORT_ROW} for steps that would have fewer than {rules.LEAST_ROWS} rows (the shortest texts: "
+            f"{rules.SHORTEST_ROW})",
         ),
         Entry("micro_batch", "auto", "as many rows at once as keep the device busy and are estimated to fit it"),
         Entry(

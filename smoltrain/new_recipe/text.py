@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import BinaryIO
 
 from smoltrain.config.schema import DataSection, MixedSource
-from smoltrain.data.documents.check_files import check_source_files, find_files_with_separator
+from smoltrain.data.documents.check_files import SEPARATOR_SEARCH_FILES, check_source_files, find_files_with_separator
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.documents.listing import SourceListing, list_one_source
 from smoltrain.data.documents.readers import has_fields, read_records
@@ -61,13 +61,13 @@ def sample_text(data: DataSection) -> TextSample:
     (part,) = data.parts
     try:
         listing = list_one_source(part, data)
+        parts_documents = _has_separators(part, listing)
+        if parts_documents:
+            data = data.model_copy(update={"documents": "separator"})
+            (part,) = data.parts
         notes = check_source_files({part.name: listing}, data)
     except UserError as error:
         raise UserError(*(_blame_option(problem) for problem in error.problems)) from None
-    parts_documents = bool(find_files_with_separator(part, listing.all_shards))
-    if parts_documents:
-        data = data.model_copy(update={"documents": "separator"})
-        (part,) = data.parts
     file_bytes = sum(shard.size or 0 for shard in listing.shards)
     takes_all = file_bytes <= SAMPLE_BYTES
     documents, ratios, is_whole = _read_sample(part, data, listing, math.inf if takes_all else SHARD_BYTES)
@@ -89,7 +89,7 @@ def fit_vocabulary(sample: TextSample, largest: int, separator: str) -> FittedVo
     By Zipf's law the id of rank V stands T / (V ln V) times in T tokens; that is to be SEEN_PER_ID times.
     """
     limits = {"the model": largest, "SmolLM2's": MOST_IDS}
-    limits["the text"] = largest_by_zipf(sample.total_bytes / 3)  # about three bytes a token, until it is measured
+    limits["the text"] = largest_by_zipf(sample.total_bytes)  # at most a token for each byte, until they are counted
     size = max(FEWEST_IDS, _round_ids(min(limits.values())))
     texts = [document.text for document in sample.documents]
     tokenizer = Tokenizer.train_bpe(iter(texts), size, separator)
@@ -178,6 +178,12 @@ def _read_sample(
         num_bytes += of_shard
         read_bytes += position
     return documents, num_bytes / max(1, read_bytes), is_whole
+
+
+def _has_separators(part: MixedSource, listing: SourceListing) -> bool:
+    """Whether the text that parts documents stands in every file of text that is looked into."""
+    num_texts = sum(shard.is_local and not has_fields(shard.name) for shard in listing.all_shards)
+    return 0 < min(num_texts, SEPARATOR_SEARCH_FILES) == len(find_files_with_separator(part, listing.all_shards))
 
 
 def _blame_option(problem: Problem) -> Problem:

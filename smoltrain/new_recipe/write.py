@@ -17,7 +17,7 @@ from smoltrain.estimate.fitting import fit_config_to_memory
 from smoltrain.estimate.report import Estimate
 from smoltrain.estimate.training_setup import build_training_setup
 from smoltrain.new_recipe.hyperparameters import MAX_EPOCHS, optimal_num_tokens
-from smoltrain.new_recipe.plan import RecipePlan, RecipeWish, StudiedText, plan_recipe, study_text
+from smoltrain.new_recipe.plan import SEPARATOR, RecipePlan, RecipeWish, StudiedText, plan_recipe, study_text
 from smoltrain.new_recipe.quantities import abbreviate_count, format_ratio, parse_option_count, round_to_digits
 from smoltrain.new_recipe.render import render_recipe
 from smoltrain.new_recipe.shape import MAX_PARAMETERS, MIN_PARAMETERS
@@ -96,6 +96,8 @@ def _list_notes(plan: RecipePlan, estimate: Estimate) -> Iterator[str]:
         yield "less than a token a parameter: a smaller model, or more text, would do better"
     if not estimate.fits:
         yield f"it is not estimated to fit {wish.world} x {wish.device}"
+    if text.sample.parts_documents:
+        yield f"{SEPARATOR!r} stands in the files, so it parts documents (data.documents: separator)"
     if text.needs_cached_mode:
         yield "all tokens are made before the first step (data.mode: cached)"
 

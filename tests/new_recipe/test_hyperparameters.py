@@ -66,6 +66,11 @@ def test_rows_get_longer_with_the_model():
     assert lengths == [256, 512, 1024, 2048]
 
 
+def test_a_short_plan_has_few_rows_and_a_short_text_short_ones():
+    assert plan_batch(20_000_000, 50_000, 1e6, 2) == BatchPlan(128, 2, 195)
+    assert plan_batch(20_000_000, 50_000, 500, 2).sequence_length == 32
+
+
 def test_a_text_that_is_too_short_for_the_ranks_is_refused():
     with pytest.raises(UserError, match="the text is too short to train on: saw about 1,000 tokens, want at least"):
         plan_batch(2_000_000, 4000, 1000, 64)

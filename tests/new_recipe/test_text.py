@@ -60,7 +60,18 @@ def test_where_the_separator_stands_it_parts_documents(tmp_path: Path):
     path.write_text(f"once upon a time\n{SEPARATOR}\nand then\n{SEPARATOR}\nthe end\n")
     found = sample(path)
     assert found.parts_documents
+    assert found.notes == (), "what is done already is no advice"
     assert [document.text for document in found.documents] == ["once upon a time", "and then", "the end"]
+
+
+def test_a_separator_in_one_of_many_texts_is_prose(tmp_path: Path):
+    folder = write_texts(tmp_path / "texts", 3)
+    (folder / "about.txt").write_text(f"a separator is spelled {SEPARATOR}, as here\n")
+    found = sample(folder)
+    assert not found.parts_documents
+    assert found.notes == (
+        f"{SEPARATOR!r} stands in about.txt: data.documents=separator would cut the documents there",
+    )
 
 
 @pytest.mark.parametrize(

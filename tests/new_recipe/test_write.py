@@ -91,6 +91,15 @@ def test_an_explicit_length_is_kept_and_what_it_means_is_said(run: Run, texts: s
     assert "  tokens       999K = 0.495 a parameter, 18 epochs" in out
 
 
+def test_stories_in_one_file_are_parted(run: Run, texts: str):
+    stories = [path.read_text() for path in sorted(Path(texts).iterdir())]
+    Path("stories.txt").write_text("<|endoftext|>\n".join(stories))
+    code, out, _ = run("tiny", "--params", "2M", "--data", "stories.txt")
+    assert code == 0
+    assert load_checked("tiny").data.documents == "separator"
+    assert "note: '<|endoftext|>' stands in the files, so it parts documents (data.documents: separator)" in out
+
+
 def test_hours_become_tokens_by_the_estimated_speed(run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(write, "study_text", study_large_text)
     told = {}
