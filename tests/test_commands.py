@@ -96,7 +96,7 @@ def find_commands() -> list[Command]:
     found: dict[str, Command] = {}
     for page in PAGES:
         for _, kind, body in FENCE.findall((ROOT / page).read_text(encoding="utf-8")):
-            if kind not in ("sh", "bash", "shell", "console"):
+            if kind not in ("sh", "bash", "shell"):
                 continue
             for line in body.replace("\\\n", " ").splitlines():
                 if text := " ".join(_strip_comment(line).split()):
@@ -252,8 +252,11 @@ TIME = re.compile(r"N (seconds|minutes|hours|days)")
 # What this machine chooses: of these lines only the beginning is the same elsewhere.
 OF_THE_MACHINE = ("W&B", "device", "attention kernel", "loss kernel", "torch.compile", "micro-batch", "data ")
 TRANSCRIPT = re.compile(r"^```\n(\$ .*?)^```$", re.MULTILINE | re.DOTALL)
-TRANSCRIPTS = [
-    (page, transcript) for page in PAGES for transcript in TRANSCRIPT.findall((ROOT / page).read_text(encoding="utf-8"))
+TRANSCRIPTS = [  # those of docs/results/ are records of one day
+    (page, transcript)
+    for page in PAGES
+    if not page.startswith("docs/results/")
+    for transcript in TRANSCRIPT.findall((ROOT / page).read_text(encoding="utf-8"))
 ]
 
 

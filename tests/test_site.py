@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import inspect
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from urllib.parse import unquote, urlparse
 import pytest
 import yaml
 
+import smoltrain
 from docs import mkdocs_hooks
 from tests.browser import asked_for, chromium
 
@@ -99,6 +101,13 @@ def test_the_tab_of_results_has_every_result(site: Path):
     page = (site / "performance.html").read_text(encoding="utf-8")
     for path in (ROOT / "docs" / "results").glob("*.md"):
         assert f'href="results/{path.stem}.html"' in page
+
+
+def test_the_page_of_the_api_has_every_public_name():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^ +heading: smoltrain\.(\w+)$", page, re.MULTILINE)) == set(smoltrain.__all__)
+    (shown,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    assert shown.strip() in inspect.cleandoc(str(smoltrain.__doc__)).replace("\n    ", "\n"), "as the docstring has it"
 
 
 def test_the_site_is_written_where_git_does_not_look():
