@@ -304,7 +304,7 @@ def test_quickstart_is_what_it_is_said_to_be():
     assert f"accumulation {recipe.batch.accumulation}, gradient checkpointing" in said
     assert recipe.engine.gradient_checkpointing == "full"
     assert f"a main phase and a {after.name} of {after.steps} steps" in said
-    assert f"{step_folder(Path('checkpoints'), main.steps).name}/" in said
+    assert f"{step_folder(Path('checkpoints'), main.num_steps).name}/" in said
 
 
 def test_the_phases_shown_are_phases(tmp_path: Path):
