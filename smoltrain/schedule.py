@@ -106,7 +106,7 @@ def _resolve_horizon(phase: PhaseSection, tokens_per_step: int, epoch_tokens: in
         tokens = Fraction(phase.tokens)
     elif phase.epochs is not None:
         assert epoch_tokens is not None, "whoever asks for epochs has counted them"
-        tokens = Fraction(str(phase.epochs)) * epoch_tokens  # exact: as a float, 1.1 epochs of 1000 are above 1100
+        tokens = Fraction(str(phase.epochs)) * epoch_tokens  # exact: as a float, 0.07 epochs of 100 are above 7
     else:
         return phase
     steps = math.ceil(tokens / tokens_per_step)

@@ -184,7 +184,7 @@ def _drop_recipe_alternatives(values: dict[str, Any], overrides: list[str] | tup
     """The length of a phase on the command line takes the place of the recipe's, whichever key says it; rows too."""
     given = _keys_with_value(overrides)
     phases = values.get("phases")
-    sections = [("batch", values.get("batch"), BATCH_KEYS)]
+    sections: list[tuple[str, Any, tuple[str, ...]]] = [("batch", values.get("batch"), BATCH_KEYS)]
     for phase in phases if isinstance(phases, list) else []:
         if isinstance(phase, dict):
             sections.append((f"phases.{phase.get('name')}", phase, HORIZON_KEYS))

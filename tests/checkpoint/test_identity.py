@@ -127,8 +127,8 @@ def test_a_run_of_an_older_recipe_goes_on_under_one_that_says_its_rows_outright(
         assert manifest.identity["values"]["batch.accumulation"] == 2
         assert "tokens" not in manifest.identity["phases"][0]
     new = tiny.load(tmp_path, "batch.accumulation=null", "batch.rows_per_step=4")
+    point = find_start_point(new, print)
     for _ in range(2):  # the second time config.yaml says it outright, and the checkpoint as it did
-        point = find_start_point(new, print)
         assert tiny.enter_run_folder(new, 2, point.step, manifest=point.manifest).rows_per_step == 4
         assert read_run_config(config_file).batch.rows_per_step == 4
     other = tiny.load(tmp_path, "batch.accumulation=null", "batch.rows_per_step=8")

@@ -149,6 +149,16 @@ def test_epochs_are_counted_where_the_data_are_prepared(tmp_path: Path) -> None:
     assert steps_of(begin_run(config, 2, CPU).config) == steps_of(start.config), "now one has"
 
 
+def test_epochs_of_a_run_that_goes_on_from_another_are_those_of_its_data(tmp_path: Path) -> None:
+    run = trained(tmp_path, *EPOCHS)
+    before = steps_of(begin_run(tiny.load(tmp_path, *EPOCHS), 1, CPU).config)
+    words = (*EPOCHS, "run.name=child", f"init.from={run}", "init.load=all", "data.allow_changed=true")
+    (tmp_path / "corpus" / "99-more.txt").write_text(" ".join(map(str, range(20_000))), encoding="utf-8")
+    child = begin_run(tiny.load(tmp_path, *words), 2, CPU)
+    assert steps_of(child.config) == before, "its tokens are copied, not made"
+    assert (child.point.step, child.config.run_folder.name) == (12, "child")
+
+
 def test_data_that_grew_are_refused_or_leave_the_plan_as_it_was(tmp_path: Path) -> None:
     trained(tmp_path, *EPOCHS)
     before = steps_of(begin_run(tiny.load(tmp_path, *EPOCHS), 1, CPU).config)
