@@ -85,7 +85,7 @@ def suggest_key(key: str, tree: Mapping[str, Any] | None = None, value: object =
     """
     *parents, last = key.lower().replace("-", "_").split(".")
     section = ".".join(key.split(".")[:-1])
-    siblings = list_sections(tree).get(section, []) if section else []
+    siblings = list_sections(tree).get(section, [])
     sibling = difflib.get_close_matches(last, siblings, n=1, cutoff=NEAR_SIBLING)
     if ".".join([*parents, last]) in ALIASES:
         return _fill_answer(ALIASES[".".join([*parents, last])], key, tree, value)

@@ -30,7 +30,7 @@ from smoltrain.checkpoint.manifest import (
 )
 from smoltrain.config.config_file import CONFIG_FILE, find_config_damage, read_provenance
 from smoltrain.config.load import read_run_config
-from smoltrain.config.schema import Config, MixedSource, ModelSection, PhaseSection, Section, TransformersSection
+from smoltrain.config.schema import MODEL_SECTIONS, Config, MixedSource, PhaseSection, Section
 from smoltrain.errors import UserError
 from smoltrain.inference.load import load_trained_model
 from smoltrain.run import run_folder
@@ -48,7 +48,8 @@ def schema_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[s
         inner = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
         found = [kind for kind in inner if issubclass(kind, Section)]
         if key == "model":
-            yield from (*schema_keys(ModelSection, "model."), *schema_keys(TransformersSection, "model."))
+            for kind in MODEL_SECTIONS.values():
+                yield from schema_keys(kind, "model.")
         elif found:
             yield from schema_keys(found[0], f"{key}.*." if found[0] in (MixedSource, PhaseSection) else f"{key}.")
         else:
@@ -132,7 +133,7 @@ def test_a_run_of_an_older_recipe_goes_on_under_one_that_says_its_rows_outright(
         assert tiny.enter_run_folder(new, 2, point.step, manifest=point.manifest).rows_per_step == 4
         assert read_run_config(config_file).batch.rows_per_step == 4
     other = tiny.load(tmp_path, "batch.accumulation=null", "batch.rows_per_step=8")
-    with pytest.raises(UserError, match=r"batch\.rows_per_step differs from the run's own: saw 8"):
+    with pytest.raises(UserError, match=r"batch\.rows_per_step: 4 in the run, 8 asked"):
         tiny.enter_run_folder(other, 2, point.step, manifest=point.manifest)
     config_file.unlink()  # then the checkpoint alone tells
     assert tiny.enter_run_folder(new, 1, point.step, manifest=point.manifest).rows_per_step == 4

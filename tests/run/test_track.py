@@ -499,17 +499,6 @@ def test_a_later_start_of_the_same_command_shows_only_what_is_chosen_otherwise(
     assert log.count("loss kernel            fused") == 3, "the log has all of each start"
 
 
-def test_the_best_validation_is_that_of_the_whole_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for first_step, losses in ((0, (5.0, 4.0, math.nan, 4.5)), (4, (4.2, 3.9))):
-        tracker = opened(tmp_path, first_step=first_step)
-        for number, loss in enumerate(losses, first_step + 1):
-            tracker.log_validation(number, loss, 2.0)
-        tracker.close(0)
-    told = [line.rpartition(", ")[2] for line in capsys.readouterr().out.splitlines() if "validation" in line]
-    best = "the best so far"
-    assert told == [best, best, "best 4.0000", "best 4.0000", "best 4.0000", best]
-
-
 def test_the_console_keeps_its_cadence_and_never_leaves_out_the_last_step(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,7 +25,7 @@ def story(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     world = SimpleNamespace(
         is_first=True, rank=0, size=1, device=torch.device("cpu"), run_on_first_rank=lambda work, **_: work()
     )
-    start = SimpleNamespace(has_work=True, point=SimpleNamespace(step=0), cpu_peak_flops=8e9)
+    start = SimpleNamespace(has_work=True, point=SimpleNamespace(step=0), plan=Plan(config.phases), requested=config)
     begun: list[dict[str, Any]] = []
 
     def begin_run(*_: Any, **known: Any) -> Any:
@@ -38,7 +38,7 @@ def story(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         words.append("open")
         plan = Plan(config.phases)
         yield SimpleNamespace(
-            plan=plan, folder=SimpleNamespace(path=config.run_folder), tracker=SimpleNamespace(say=print)
+            plan=plan, folder=SimpleNamespace(path=config.run_folder), tracker=SimpleNamespace(say_summary=print)
         )
         words.append("close")
 
