@@ -117,7 +117,7 @@ def test_without_a_verb_there_is_help_in_panels(run: Run, monkeypatch: pytest.Mo
             "smoltrain show needs a RECIPE: saw none, want a shipped recipe's name (smoltrain recipes lists them)",
         ),
         (["explian", "lr"], "smoltrain has no such verb: saw 'explian', want 'explain'"),
-        (["explain", "stps"], "no such key or section: saw 'stps', want phases.NAME.steps (the nearest)"),
+        (["explain", "stps"], "no such key or section: saw 'stps', want phases.NAME.steps"),
         (
             ["generate", "x", "--temprature", "1"],
             "smoltrain generate has no such option: saw '--temprature', want '--temp",

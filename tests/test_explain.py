@@ -95,5 +95,5 @@ def test_a_word_that_several_sections_have_is_told_for_each():
 
 @pytest.mark.parametrize(("word", "near"), [("phases.main.stps", "phases.NAME.steps"), ("tokeniser", "tokenizer")])
 def test_a_misspelt_word_is_one_line(word: str, near: str):
-    with pytest.raises(UserError, match=rf"^no such key or section: saw '{word}', want {near} \(the nearest\)"):
+    with pytest.raises(UserError, match=rf"^no such key or section: saw '{word}', want {near}; change"):
         explain(word)

@@ -89,14 +89,18 @@ def find_key_references(word: str) -> list[KeyReference]:
 def suggest_key_reference(word: str) -> str:
     """What to want instead of a word that names no key and no section."""
     section, dot, _ = word.partition(".")
-    near = [] if dot else difflib.get_close_matches(section, read_sections(), n=1, cutoff=0.8)
-    if near:
-        return f"{near[0]} (the nearest)"
     leaf = word.rpartition(".")[2]
+    near = [] if dot else difflib.get_close_matches(word, read_sections(), n=1, cutoff=0.8)
+    if near:
+        return near[0]
+    siblings = {key.leaf: key.key for key in read_keys() if dot and key.key.startswith(f"{section}.")}
+    near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.8)
+    if near:
+        return siblings[near[0]]
     near = difflib.get_close_matches(leaf, sorted({key.leaf for key in read_keys()}), n=1, cutoff=0.6)
-    if not near:
-        return f"a section ({', '.join(read_sections())}) or one of its keys"
-    return f"{' or '.join(key.key for key in find_key_references(near[0]))} (the nearest)"
+    if near:
+        return " or ".join(key.key for key in find_key_references(near[0]))
+    return f"a section ({', '.join(read_sections())}) or one of its keys"
 
 
 def describe_type(annotation: Any, metadata: Iterable[Any] = ()) -> str:
