@@ -30,7 +30,7 @@ from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepsp
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
 from smoltrain.launch.config_pipe import pack_start
 from smoltrain.launch.rank import START_ON_STDIN
-from smoltrain.run.run_lock import lock_run_folder
+from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
 from smoltrain.schedule import Phase, Plan
 from smoltrain.train.start import Start, begin_run
 from smoltrain.train.start_point import read_validation_loss
@@ -54,25 +54,28 @@ def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None) -
 def supervise_config(read_config: Callable[[], Config], words: list[str], ranks: int | None = None) -> int:
     """The same for a config that a program has made; `words` name it in the list of processes."""
     signals = SignalForwarder()
-    try:
-        return _run_phases(read_config(), words, ranks, signals)
-    except StopRequested:
-        if signals.ranks_were_started:
-            print("stopped; the same command goes on from there")
-        else:
-            print("stopped before the first step; nothing was lost")
-        return STOPPED
-    finally:
-        signals.close()
+    with contextlib.ExitStack() as held:
+        held.callback(signals.close)
+        try:
+            return _run_phases(read_config(), words, ranks, signals, held)
+        except StopRequested:
+            if signals.ranks_were_started:
+                print("stopped; the same command goes on from there")
+            else:
+                print("stopped before the first step; nothing was lost")
+            return STOPPED
 
 
-def _run_phases(config: Config, words: list[str], num_ranks: int | None, signals: "SignalForwarder") -> int:
+def _run_phases(
+    config: Config, words: list[str], num_ranks: int | None, signals: "SignalForwarder", held: contextlib.ExitStack
+) -> int:
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for all phases
     device = choose_device(config.engine.device)
     num_ranks = choose_num_ranks(num_ranks, device.type)
     plan = Plan(config.phases)
     last_step = plan.last_step_until(config.run.stop_after)
-    lock = lock_run_folder(config)  # until this process and the last rank have ended
+    lock = lock_run_folder(config)  # until this command and the last rank have ended
+    held.callback(unlock_run_folder, lock)
     start = begin_run(config, num_ranks, device, say=_print_now, one_phase=True)
     if not start.has_work:
         print(f"{config.run.name}: the plan is complete at step {start.point.step}; nothing to do")
