@@ -12,6 +12,7 @@ Importing it costs nothing: each name is imported when it is first used.
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
@@ -54,9 +55,25 @@ def __getattr__(name: str) -> Any:
     """Import what is asked for; the next time it is here. Errors: AttributeError."""
     if name not in _HOMES:
         raise AttributeError(f"module 'smoltrain' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"smoltrain.{_HOMES[name]}"), name)
+    value = getattr(_import_room(_HOMES[name]), name)
     globals()[name] = value
     return value
+
+
+def _import_room(module: str) -> ModuleType:
+    """Import a module of the package; if torch comes with it, OpenMP's threads sleep while they wait for each other.
+
+    By default GNU's OpenMP spins, and where another process has one of the cores, a step takes five to ten times as
+    long (distributed/cpu_cores.py). OpenMP reads the variable when torch is loaded; the environment stays as it is.
+    """
+    name = "OMP_WAIT_POLICY"
+    if name in os.environ or "torch" in sys.modules:
+        return importlib.import_module(f"smoltrain.{module}")
+    os.environ[name] = "passive"
+    try:
+        return importlib.import_module(f"smoltrain.{module}")
+    finally:
+        os.environ.pop(name, None)
 
 
 def __dir__() -> list[str]:
@@ -75,7 +92,7 @@ class _TrainRoom(ModuleType):
         documents: Iterable[str] | None = None,
         model: "nn.Module | Callable[[], nn.Module] | None" = None,
     ) -> "Run":
-        function = importlib.import_module("smoltrain.library.training").train
+        function = _import_room("library.training").train
         return function(config, ranks=ranks, callbacks=callbacks, documents=documents, model=model)
 
 

@@ -15,7 +15,7 @@ from smoltrain.engine.deepspeed_private import choose_accelerator, close_deepspe
 from smoltrain.errors import STOPPED, Problem, UserError
 from smoltrain.launch.notebook_bar import NotebookBar, is_notebook
 from smoltrain.launch.process_state import keep_process_state
-from smoltrain.run.run_lock import lock_run_folder
+from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
 from smoltrain.train.callbacks import CallbackFailed, StepCallback
 from smoltrain.train.run import run_training
 from smoltrain.train.start import begin_run
@@ -46,8 +46,7 @@ def train_in_process(config: Config, callbacks: Sequence[StepCallback] = ()) -> 
                 gc.collect()  # the engine, whose parts hold each other
                 close_deepspeed()
                 close_world()
-                if lock is not None:
-                    os.close(lock)
+                unlock_run_folder(lock)
     finally:
         stop.close()
     return stop.reason if code == STOPPED else None

@@ -5,7 +5,6 @@ So resume, ledger and verify hold for them, and the command line can go on with 
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from smoltrain.config.rules import find_contradictions
 from smoltrain.config.schema import Config, DataSection, SourceSection
 from smoltrain.errors import Problem, UserError, format_value
 from smoltrain.files import file_sha256
-from smoltrain.run.run_lock import lock_run_folder
+from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
 
 DOCUMENTS_FILE = "documents.jsonl"  # in a run's folder
 
@@ -36,8 +35,7 @@ def write_documents(config: Config, documents: Iterable[str]) -> Config:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_once(path, documents)
     finally:
-        if lock is not None:
-            os.close(lock)
+        unlock_run_folder(lock)
     return config
 
 
