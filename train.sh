@@ -5,5 +5,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source launch/setup.sh
 setup
-case "${1:-=}" in *=* | -*) set -- quickstart "$@" ;; esac
 exec .venv/bin/smoltrain train "$@"

@@ -42,9 +42,9 @@ from smoltrain.config.schema import Config
 from smoltrain.distributed.cpu_cores import cores_per_process
 from smoltrain.distributed.world import choose_device, environment_without_launcher, free_port
 from smoltrain.errors import Problem, TrainingStopped, UserError
+from smoltrain.estimate.horizon import resolve_config
 from smoltrain.estimate.measure import RUN_NAME, measurement_overrides
-from smoltrain.estimate.speed import flops_per_token
-from smoltrain.estimate.training_setup import model_shape
+from smoltrain.estimate.speed import recipe_flops_per_token
 from smoltrain.kernels.precision import choose_precision
 from smoltrain.run.run_folder import make_run_record
 
@@ -81,8 +81,7 @@ class Task:
     @property
     def flops_per_token(self) -> float:
         """Of forward and backward, as MFU counts them."""
-        shape = model_shape(self.config.model)
-        return flops_per_token(shape.parameters, shape.layers, shape.width, self.config.batch.sequence_length)
+        return recipe_flops_per_token(self.config)
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,7 @@ def benchmark_training(
     overrides = overrides or []
     peers = parse_peer_names(against)
     config = load_config(recipe, overrides)
+    config = resolve_config(config, config.batch.rows(ranks))
     if peers and micro_batch is None and config.batch.micro_batch == "auto":
         raise UserError(Problem("the peers cannot choose for themselves", "auto", "a number", "--micro-batch"))
     if steps < MIN_STEPS:
@@ -231,7 +231,7 @@ def _prepare_task(config: Config, asked: Config, scratch: Path, ranks: int, step
     """
     # What a run chooses may depend on how long its plan is, so the plan goes on behind the steps that are measured.
     phase = config.phases[0]
-    rest = {"name": f"{phase.name}-rest", "steps": sum(phase.steps for phase in asked.phases)}
+    rest = {"name": f"{phase.name}-rest", "steps": sum(phase.num_steps for phase in asked.phases)}
     config = config.model_copy(update={"phases": (phase, phase.model_copy(update=rest))})
     device = choose_device(config.engine.device)
     precision, _ = choose_precision(config.engine.precision, device)

@@ -1,3 +1,100 @@
-"""smoltrain pretrains small language models (80M-1B parameters) on one to many GPUs."""
+"""smoltrain pretrains small language models (80M-1B parameters) on one to many GPUs; and as a library, in ten lines:
+
+    import smoltrain
+
+    config = smoltrain.load_config("quickstart", {"phases.main.steps": 100}, run={"name": "first"})
+    run = smoltrain.train(config)
+    print(run.metrics()["train/loss_nats_per_token"])
+    model = run.load()
+    print(model.generate("To be", max_tokens=40), model.loss("To be, or not to be"))
+
+Importing it costs nothing: each name is imported when it is first used.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from smoltrain.config.load import list_recipes as list_recipes
+    from smoltrain.config.load import load_config as load_config
+    from smoltrain.config.schema import Config as Config
+    from smoltrain.errors import TrainingStopped as TrainingStopped
+    from smoltrain.errors import UserError as UserError
+    from smoltrain.library.model import Model as Model
+    from smoltrain.library.model import load as load
+    from smoltrain.library.run import Run as Run
+    from smoltrain.library.run import Sample as Sample
+    from smoltrain.library.training import train as train
+
+__all__ = [
+    "Config", "Model", "Run", "Sample", "TrainingStopped", "UserError", "list_recipes", "load", "load_config", "train",
+]  # fmt: skip
+
+_HOMES = {
+    "Config": "config.schema",
+    "Model": "library.model",
+    "Run": "library.run",
+    "Sample": "library.run",
+    "TrainingStopped": "errors",
+    "UserError": "errors",
+    "list_recipes": "config.load",
+    "load": "library.model",
+    "load_config": "config.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for; the next time it is here. Errors: AttributeError."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'smoltrain' has no attribute {name!r}")
+    value = getattr(_import_room(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def _import_room(module: str) -> ModuleType:
+    """Import a module of the package; if torch comes with it, OpenMP's threads sleep while they wait for each other.
+
+    By default GNU's OpenMP spins, and where another process has one of the cores, a step takes five to ten times as
+    long (distributed/cpu_cores.py). OpenMP reads the variable when torch is loaded; the environment stays as it is.
+    """
+    name = "OMP_WAIT_POLICY"
+    if name in os.environ or "torch" in sys.modules:
+        return importlib.import_module(f"smoltrain.{module}")
+    os.environ[name] = "passive"
+    try:
+        return importlib.import_module(f"smoltrain.{module}")
+    finally:
+        os.environ.pop(name, None)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _TrainRoom(ModuleType):
+    """The package smoltrain.train, which is also what is called: Python names a package after its folder."""
+
+    def __call__(
+        self,
+        config: "Config",
+        *,
+        ranks: int | None = None,
+        callbacks: "Sequence[Callable[[int, dict[str, Any]], Any]]" = (),
+        documents: Iterable[str] | None = None,
+        model: "nn.Module | Callable[[], nn.Module] | None" = None,
+    ) -> "Run":
+        function = _import_room("library.training").train
+        return function(config, ranks=ranks, callbacks=callbacks, documents=documents, model=model)
+
+
+importlib.import_module("smoltrain.train")
+sys.modules["smoltrain.train"].__class__ = _TrainRoom

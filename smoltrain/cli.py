@@ -1,16 +1,22 @@
 """The `smoltrain` command: parses arguments, calls one function for each verb, and turns mistakes into exit codes."""
 
+import glob
 import io
 import itertools
 import os
+import shutil
 import sys
-from typing import TYPE_CHECKING, Annotated
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from smoltrain import __version__
 from smoltrain.console import guard_console
-from smoltrain.errors import BAD_INPUT, FAULT, INTERRUPTED, Problem, TrainingStopped, UserError, format_error
+from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, Problem, TrainingStopped, UserError, format_error
+from smoltrain.usage import describe_unknown_verb, describe_wrong_call
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,47 +26,138 @@ if TYPE_CHECKING:
     from smoltrain.config.schema import Config
     from smoltrain.schedule import Plan
 
+# The panels of `smoltrain --help` and their verbs, in order.
+PANELS = {
+    "Start a run": ("new", "train"),
+    "Look before, meanwhile and after": ("recipes", "show", "explain", "estimate", "summary", "plot", "verify"),
+    "Take the model out": ("generate", "export", "push", "demo"),
+    "Prepare ahead": ("prepare",),
+}
+
+
+class VerbGroup(TyperGroup):
+    """A group of verbs: without one it prints its help, and a wrong one is answered with the nearest."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        panels = {verb: panel for panel, verbs in PANELS.items() for verb in verbs}
+        order = [*panels, *self.commands]
+        self.commands = {name: self.commands[name] for name in sorted(self.commands, key=order.index)}
+        for name, command in self.commands.items():
+            command.rich_help_panel = panels.get(name)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Help instead of a complaint where there is no word at all."""
+        if not args and not ctx.resilient_parsing:
+            print(ctx.get_help())
+            raise typer.Exit()
+        return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Errors: UserError for a word that is no verb; completion, which knows half a word yet, goes on."""
+        if not ctx.resilient_parsing and args[0] not in self.commands:
+            raise UserError(describe_unknown_verb(args[0], list(self.commands), ctx.command_path))
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="smoltrain",
-    help="Pretrains small language models on one to many GPUs.",
-    no_args_is_help=True,
-    add_completion=False,
+    cls=VerbGroup,
+    epilog="smoltrain VERB -h shows an example of each. smoltrain explain tells what every key of a recipe means.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
-prepare = typer.Typer(help="Make ahead what a run would make at its first start.", no_args_is_help=True)
+prepare = typer.Typer(cls=VerbGroup, help="Make ahead what a run would make at its first start.")
 app.add_typer(prepare, name="prepare")
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.")]
+
+def _complete_recipe(incomplete: str) -> list[str]:
+    from smoltrain.config.load import list_recipes
+
+    return [name for name in list_recipes() if name.startswith(incomplete)]
+
+
+def _complete_key(incomplete: str) -> list[str]:
+    from smoltrain.explain import list_explained_words
+
+    return [word for word in list_explained_words() if word.startswith(incomplete)]
+
+
+def _complete_run(incomplete: str) -> list[str]:
+    return [path.parent.name for path in Path("runs").glob(f"{glob.escape(incomplete)}*/config.yaml")]
+
+
+RunArgument = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.", autocompletion=_complete_run),
+]
 ModelArgument = Annotated[
     str,
     typer.Argument(
         metavar="RUN",
         help="A run folder, the name of one under runs/, the folder of a checkpoint, or a Hugging Face folder.",
+        autocompletion=_complete_run,
     ),
 ]
 CheckpointOption = Annotated[
     int | None, typer.Option(help="Step of the checkpoint; by default the one that RUN names, or the run's newest.")
 ]
 RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A shipped recipe's name, or a path to a .yaml file.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A shipped recipe's name (smoltrain recipes lists them), or a path to a .yaml file.",
+        autocompletion=_complete_recipe,
+    ),
+]
+DefaultRecipeArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A shipped recipe's name (smoltrain recipes lists them), or a path to a .yaml file; without it, "
+        "quickstart.",
+        autocompletion=_complete_recipe,
+    ),
 ]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to use instead of the recipe's.")
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Values to use instead of the recipe's; smoltrain explain tells what each key means."
+    ),
 ]
+
+
+class OverridesCommand(TyperCommand):
+    """A verb that takes KEY=VALUE, also as `--key=value` and `--key value` where it has no such option itself."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Turn the options that are keys of a recipe into overrides before typer reads the others."""
+        from smoltrain.config.keys import read_key_options
+
+        own = {name: not getattr(option, "is_flag", False) for option in self.get_params(ctx) for name in option.opts}
+        options = {name: takes_value for name, takes_value in own.items() if name.startswith("-")}
+        return super().parse_args(ctx, args if ctx.resilient_parsing else read_key_options(args, options))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command and exit."""
-    run_app(app, arguments)
+    run_app(app, arguments, "smoltrain")
 
 
-def run_app(app: typer.Typer, arguments: list[str] | None = None) -> None:
-    """Run a command and exit: a mistake of the user's ends with readable lines and a code, never a traceback."""
+def run_app(app: typer.Typer, arguments: list[str] | None = None, name: str | None = None) -> None:
+    """Run a command and exit: a mistake of the user's ends with readable lines and a code, never a traceback.
+
+    `name` is how the command calls itself; by default as it was called.
+    """
     if arguments is None:  # this is a process of its own
         guard_console()
     try:
-        app(arguments)
+        code = app(arguments, prog_name=name, standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else DONE)
+    except typer.TyperException as error:
+        print(format_error(UserError(describe_wrong_call(error))), file=sys.stderr)
+        sys.exit(BAD_INPUT)
     except UserError as error:
         print(format_error(error), file=sys.stderr)
         sys.exit(BAD_INPUT)
@@ -101,25 +198,45 @@ def recipes_command() -> None:
     Console(markup=False, highlight=False).print(table)
 
 
-@app.command("show", epilog="Example: smoltrain show quickstart phases.main.lr=1e-3 --plan")
+@app.command("show", cls=OverridesCommand, epilog="Example: smoltrain show quickstart phases.main.lr=1e-3 --plan")
 def show_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
+    *,
+    comments: Annotated[bool, typer.Option("--comments", help="With what each key means, as YAML comments.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="The phases and their learning rates instead.")] = False,
+    png: Annotated[
+        bool,
+        typer.Option(
+            "--png", help="Also draw the plan: into the .png file named behind it, else into ./NAME-plan.png."
+        ),
+    ] = False,
 ) -> None:
     """Print a recipe in full: every default, every override, the exact number of parameters; or what is wrong."""
+    from smoltrain.config.commented_yaml import config_to_commented_yaml
     from smoltrain.config.load import config_to_yaml, load_config
+    from smoltrain.estimate.horizon import resolve_config
     from smoltrain.train.preflight import check_recipe
 
-    resolved = load_config(recipe, overrides or [])
+    words = overrides or []
+    picture = next((word for word in words if png and _is_picture(word)), None)
+    resolved = load_config(recipe, [word for word in words if word != picture])
     check_recipe(resolved)
-    if plan:
+    if plan or png:
+        resolved = resolve_config(resolved, resolved.batch.rows(1))
         _print_plan(resolved)
     else:
-        print(config_to_yaml(resolved) + _format_config_facts(resolved))
+        text = config_to_commented_yaml(resolved) if comments else config_to_yaml(resolved)
+        print(text + _format_config_facts(resolved))
+    if png:
+        _draw_plan(resolved, Path(picture or f"{resolved.run.name}-plan.png"))
 
 
-@app.command("estimate", epilog="Example: smoltrain estimate smollm2-135m batch.micro_batch=8 --world 8 --device h100")
+@app.command(
+    "estimate",
+    cls=OverridesCommand,
+    epilog="Example: smoltrain estimate smollm2-135m batch.micro_batch=8 --world 8 --device h100",
+)
 def estimate_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
@@ -138,16 +255,49 @@ def estimate_command(
     print_estimate(recipe, overrides or [], world, device, measured=measure)
 
 
-@app.command("train", epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2")
+@app.command("new", epilog="Example: smoltrain new tiny --params 2M --data texts/")
+def new_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="NAME.yaml is written here, and never overwritten.")],
+    *,
+    params: Annotated[str, typer.Option(help="Parameters of the model: 2M, 135M, 1B.")],
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens of the plan: 400M; by default 20 a parameter, at most 4 epochs.")
+    ] = None,
+    hours: Annotated[float | None, typer.Option(help="Length of the plan on these devices, instead of tokens.")] = None,
+    device: Annotated[
+        str, typer.Option(help="h200, h100, a100-80, a100-40, l4, 4090, or cpu: this machine, measured.")
+    ] = "cpu",
+    world: Annotated[int | None, typer.Option(help="Ranks, each with one device; by default 1, on a CPU 2.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="A file, folder, glob or URL; by default Shakespeare's plays.")
+    ] = None,
+) -> None:
+    """Write a recipe for a size and a text by published rules, each value with its source, and say what it takes."""
+    from smoltrain.new_recipe.write import write_new_recipe
+
+    write_new_recipe(name, params, tokens=tokens, hours=hours, device=device, world=world, data=data)
+
+
+@app.command(
+    "train",
+    cls=OverridesCommand,
+    epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2",
+)
 def train_command(
-    recipe: RecipeArgument,
+    recipe: DefaultRecipeArgument = None,
     overrides: OverridesArgument = None,
     ranks: Annotated[int | None, typer.Option(help="Processes; by default one per GPU, or two on a CPU.")] = None,
 ) -> None:
     """Train a recipe, or go on where its run folder stands."""
-    from smoltrain.launch.supervisor import supervise_run
+    began_at = time.time()  # before a second of imports
+    from smoltrain.config.load import split_recipe_words
+    from smoltrain.terminal import show_activity
 
-    raise typer.Exit(supervise_run(recipe, overrides or [], ranks))
+    with show_activity("starting"):  # seconds, for torch is imported
+        from smoltrain.launch.supervisor import supervise_run
+
+    words = [word for word in (recipe, *(overrides or [])) if word is not None]
+    raise typer.Exit(supervise_run(*split_recipe_words(words), ranks, began_at))
 
 
 @app.command(
@@ -184,6 +334,21 @@ def generate_command(
         print(note, file=sys.stderr)
 
 
+@app.command("explain", epilog="Example: smoltrain explain phases.main.lr")
+def explain_command(
+    key: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="KEY|SECTION", help="As on the command line, or its last part.", autocompletion=_complete_key
+        ),
+    ] = None,
+) -> None:
+    """Tell what the keys of a recipe mean: type, unit, default, the recipes' values; without a KEY, the sections."""
+    from smoltrain.explain import explain
+
+    print(explain(key, min(shutil.get_terminal_size().columns, 100)))
+
+
 @app.command("plot", epilog="Example: smoltrain plot quickstart")
 def plot_command(run: RunArgument) -> None:
     """Draw a run's curves: loss, learning rate, gradient norm, throughput, unique rows."""
@@ -195,6 +360,15 @@ def plot_command(run: RunArgument) -> None:
     folder = find_run_folder(run)
     for path in draw_run(Plan(read_run_config(folder / "config.yaml").phases), folder):
         print(path)
+
+
+@app.command("summary", epilog="Example: smoltrain summary quickstart")
+def summary_command(run: RunArgument) -> None:
+    """Say what a run has come to: losses, tokens, where its time went, what to do next."""
+    from smoltrain.inference.load import find_run_folder
+    from smoltrain.run.summary import describe_run_folder
+
+    print(describe_run_folder(find_run_folder(run)))
 
 
 @app.command("verify", epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward")
@@ -239,7 +413,7 @@ def prepare_tokenizer_command(
     print(prepare_packaged_tokenizer(name))
 
 
-@prepare.command("data", epilog="Example: smoltrain prepare data quickstart data.cache=tokens")
+@prepare.command("data", cls=OverridesCommand, epilog="Example: smoltrain prepare data quickstart data.cache=tokens")
 def prepare_data_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Tokenise a run's data ahead, once; goes on where it was stopped. Unless data.mode says stream, all of them."""
     from smoltrain.config.load import load_config
@@ -313,19 +487,44 @@ def _format_config_facts(config: "Config") -> str:
     ranks = "over all ranks" if batch.accumulation is None else "on each rank"
     rows = batch.rows(1)
     parameters = count_parameters(build_model(config.model, device="meta"))
-    return f"# {parameters:,} parameters\n# {rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}"
+    plan = f"# {_describe_horizon(config)}\n"
+    return (
+        f"# {parameters:,} parameters\n{plan}# {rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}"
+    )
+
+
+def _describe_horizon(config: "Config") -> str:
+    """The plan of one rank (of any number, with batch.rows_per_step) in steps, tokens and epochs."""
+    from smoltrain.estimate.horizon import describe_plan, read_index
+
+    ranks = "on one rank " if config.batch.rows_per_step is None else ""
+    return f"plan {ranks}{describe_plan(config, config.batch.rows(1), read_index(config.run_folder))}"
+
+
+def _is_picture(word: str) -> bool:
+    """Whether a word is the PATH of `--png [PATH]`: typer has no options whose value may be left out."""
+    return word.lower().endswith(".png") and "=" not in word
 
 
 def _print_plan(config: "Config") -> None:
     from rich.console import Console
 
+    from smoltrain.schedule import Plan
+
+    console = Console(markup=False, highlight=False)
+    console.print(_describe_horizon(config))
+    console.print(_build_plan_table(Plan(config.phases)))
+
+
+def _draw_plan(config: "Config", path: Path) -> None:
     from smoltrain.run.plots import draw_plan
     from smoltrain.schedule import Plan
 
-    plan = Plan(config.phases)
-    path = config.run_folder / "plots" / "plan.png"
-    draw_plan(plan, path)
-    Console(markup=False, highlight=False).print(_build_plan_table(plan))
+    try:
+        draw_plan(Plan(config.phases), path)
+    except OSError as error:
+        saw = f"{path} ({error.strerror})"
+        raise UserError(Problem("the picture cannot be written", saw, "a path that can be", "--png")) from None
     print(path)
 
 

@@ -4,16 +4,21 @@
 be written to any more is dropped: it leads to /dev/null from then on, also for native code and for child processes.
 """
 
+import contextlib
 import io
 import os
 import select
+import socket
 import sys
 from collections.abc import Iterator
 from typing import TextIO
 
 NAMES = ("stdin", "stdout", "stderr")  # by file descriptor
 LOST_VARIABLE = "SMOLTRAIN_CONSOLE_LOST"  # tells child processes what they cannot find out
+TERMINAL_VARIABLE = "SMOLTRAIN_TERMINAL"  # the file descriptor by which this process takes the terminal over
+TAKE_OVER_S = 2.0  # for a parent to erase its line; one that stands still holds nobody up
 _warnings: list[str] = []
+_terminal_lenders: list[socket.socket] = []  # whom to ask for the terminal, until somebody has
 
 
 def guard_console() -> None:
@@ -24,6 +29,7 @@ def guard_console() -> None:
     if sys.getfilesystemencoding() == "ascii":
         os.environ["PYTHONUTF8"] = "1"
         os.execv(sys.executable, sys.orig_argv)
+    _borrow_terminal()
     lost_by_parent = os.environ.get(LOST_VARIABLE)
     if lost_by_parent:
         _warnings.append(lost_by_parent)
@@ -58,6 +64,7 @@ class _GuardedFile(io.FileIO):
 
     def write(self, data: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The number of bytes that are written, or were dropped."""
+        take_terminal()
         while True:
             try:
                 written: int | None = super().write(data)
@@ -67,6 +74,27 @@ class _GuardedFile(io.FileIO):
             if written is not None:
                 return written
             select.select([], [self], [], 1.0)  # a pipe that somebody has set not to block, and that is full
+
+
+def take_terminal() -> None:
+    """Before the first character: the parent that shows a moving line (launch/terminal_loan.py) erases it.
+
+    Whoever is asked closes its end, which all of its children see; what native code writes asks nobody.
+    """
+    while _terminal_lenders:
+        with contextlib.suppress(OSError), _terminal_lenders.pop() as lender:
+            lender.settimeout(TAKE_OVER_S)
+            lender.send(b"?")
+            lender.recv(1)
+
+
+def _borrow_terminal() -> None:
+    """Remember whom to ask for the terminal; children of this process need not."""
+    number = os.environ.pop(TERMINAL_VARIABLE, "")
+    if number:
+        with contextlib.suppress(OSError):
+            _terminal_lenders.append(socket.socket(fileno=int(number)))
+            os.set_inheritable(int(number), False)
 
 
 def _is_open(number: int) -> bool:

@@ -1,6 +1,7 @@
 """The one form in which smoltrain reports a mistake that its user can mend."""
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,7 +106,8 @@ def problem_from_pydantic(key: str, error: Any, change: str) -> Problem:
         case "missing":
             return Problem(f"{key} is missing", "nothing", "a value", change)
         case "int_type" | "int_parsing" | "int_parsing_size" | "int_from_float":
-            want = "a whole number"
+            is_abbreviated = re.fullmatch(r"[\d._]+ *[A-Za-z]+", str(error["input"]))
+            want = "a whole number, as in 5_000 or 1e4" if is_abbreviated else "a whole number"
         case "float_type" | "float_parsing":
             want = "a number"
         case "bool_type" | "bool_parsing":

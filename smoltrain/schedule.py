@@ -5,11 +5,13 @@ Step n is the n-th optimizer step, n = 1, 2, ...; everything logged or saved "at
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
-from smoltrain.config.schema import PhaseSection
+from smoltrain.config.schema import MAX_INT, PhaseSection
+from smoltrain.errors import Problem, UserError
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,9 @@ class Plan:
     """All phases of a run, in order."""
 
     def __init__(self, phases: tuple[PhaseSection, ...]) -> None:
-        ends = itertools.accumulate(phase.steps for phase in phases)
-        self.phases = tuple(Phase(p, end - p.steps + 1, end) for p, end in zip(phases, ends, strict=True))
+        """Errors: ValueError for a phase in tokens or epochs: `resolve_horizons` comes first."""
+        ends = itertools.accumulate(phase.num_steps for phase in phases)
+        self.phases = tuple(Phase(p, end - p.num_steps + 1, end) for p, end in zip(phases, ends, strict=True))
         self.last_step = self.phases[-1].last
 
     def phase(self, step: int) -> Phase:
@@ -79,6 +82,58 @@ class Plan:
         return every > 0 and (step % every == 0 or self.ends_phase(step))
 
 
+# --- how long each phase is
+
+
+def resolve_horizons(
+    phases: tuple[PhaseSection, ...], tokens_per_step: int, epoch_tokens: int | None
+) -> tuple[PhaseSection, ...]:
+    """The same phases in steps: the fewest that train at least the tokens, or epochs, that each asks for.
+
+    `tokens_per_step` are the targets of a step over all ranks, `epoch_tokens` those of all rows there are; None where
+    that is not known, and no phase may be in epochs then. Phases in steps stay as they are.
+    Errors: UserError for more steps than any run has, and for a phase that is shorter than its warm-up and decay.
+    """
+    resolved = tuple(_resolve_horizon(phase, tokens_per_step, epoch_tokens) for phase in phases)
+    problems = [problem for pair in zip(phases, resolved, strict=True) for problem in _check_horizon(*pair)]
+    if problems:
+        raise UserError(*problems)
+    return resolved
+
+
+def _resolve_horizon(phase: PhaseSection, tokens_per_step: int, epoch_tokens: int | None) -> PhaseSection:
+    if phase.tokens is not None:
+        tokens = Fraction(phase.tokens)
+    elif phase.epochs is not None:
+        assert epoch_tokens is not None, "whoever asks for epochs has counted them"
+        tokens = Fraction(str(phase.epochs)) * epoch_tokens  # exact: as a float, 0.07 epochs of 100 are above 7
+    else:
+        return phase
+    steps = math.ceil(tokens / tokens_per_step)
+    return phase.model_copy(update={"steps": steps, "tokens": None, "epochs": None})
+
+
+def _check_horizon(asked: PhaseSection, resolved: PhaseSection) -> Iterator[Problem]:
+    """What is wrong with the steps that were found for a phase."""
+    key, [(name, value)] = f"phases.{asked.name}", asked.horizon.items()
+    steps, least = resolved.num_steps, asked.warmup_steps + asked.decay_steps
+    change = f"{key}.{name}"
+    if name == "steps":
+        return
+    if steps > MAX_INT:
+        yield Problem(f"{key} would be too long", f"{name}={value:,}, {steps:,} steps", f"at most {MAX_INT:,}", change)
+    if least > steps:
+        saw = f"{asked.warmup_steps} + {asked.decay_steps}"
+        want = f"at most the {steps:,} steps that {name}={value:,} are"
+        yield Problem(f"{key} is shorter than its warm-up and decay", saw, want, change)
+
+
+def count_planned_steps(phases: tuple[PhaseSection, ...]) -> int | None:
+    """Steps of all phases; None if one of them is still in tokens or epochs."""
+    steps = [phase.steps for phase in phases]
+    return None if None in steps else sum(number for number in steps if number is not None)
+
+
 class StepSettings(NamedTuple):
     """All by which a step is trained."""
 
@@ -110,6 +165,8 @@ def plan_from_phases(phases: Iterable[Any]) -> Plan:
 
 def first_differing_step(past: Plan, new: Plan, after: int) -> int | None:
     """The first step after `after` that one of two plans trains otherwise, or not at all; None if they are alike."""
+    if past.phases == new.phases:  # without a look at each of millions of steps
+        return None
     for step in range(after + 1, max(past.last_step, new.last_step) + 1):
         if step_settings(past, step) != step_settings(new, step):
             return step
@@ -147,7 +204,7 @@ def fall_by_cosine(phase: PhaseSection, peak: float, done: int) -> float:
 
 def fall_at_the_end(phase: PhaseSection, peak: float, done: int) -> float:
     """Warm-up, stable, decay: the peak, then a straight line over decay_steps; Hu et al. 2024 (MiniCPM)."""
-    left = phase.steps - done
+    left = phase.num_steps - done
     if left > phase.decay_steps:
         return peak
     return phase.final_lr + (peak - phase.final_lr) * left / phase.decay_steps
@@ -155,7 +212,7 @@ def fall_at_the_end(phase: PhaseSection, peak: float, done: int) -> float:
 
 def _progress(phase: PhaseSection, done: int) -> float:
     """0 at the first step after warm-up, 1 after the last step: no step is trained at final_lr itself."""
-    return (done - phase.warmup_steps) / max(1, phase.steps - phase.warmup_steps)
+    return (done - phase.warmup_steps) / max(1, phase.num_steps - phase.warmup_steps)
 
 
 # By the names of `schedule` in config/schema.py; "continue" is none of them: it holds the phase before (Plan.lr).

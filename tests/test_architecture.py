@@ -221,8 +221,9 @@ def test_only_push_can_write_to_the_hub():
     assert users == set(UPLOADS)
 
 
-def test_only_the_rank_imports_the_loop():
-    assert {module for module, used in ARROWS.items() if "smoltrain.train.run" in used} == {"smoltrain.launch.rank"}
+def test_only_the_two_ways_to_start_import_the_loop():
+    starts = {"smoltrain.launch.rank", "smoltrain.launch.in_process"}  # a process of its own, and a program's
+    assert {module for module, used in ARROWS.items() if "smoltrain.train.run" in used} == starts
 
 
 def test_importing_the_command_is_cheap():

@@ -1,5 +1,6 @@
 """The command: what each verb prints and calls, and how mistakes end."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any
 from unittest.mock import ANY
 
 import pytest
+import typer
 
 from smoltrain import __version__, cli
 from smoltrain.config.load import list_recipes, load_config, read_recipe_headline
@@ -17,7 +19,11 @@ from smoltrain.errors import Problem, TrainingStopped, UserError
 EXAMPLE = str(Path(__file__).parent / "example.yaml")
 COMMAND = str(Path(sys.executable).parent / "smoltrain")
 Run = Callable[..., tuple[int, str, str]]
-VERBS = ["recipes", "show", "train", "generate", "verify", "demo"]
+VERBS = [
+    *["new", "train", "recipes", "show", "explain", "estimate", "summary", "plot", "verify"],
+    *["generate", "export", "push", "demo"],
+]
+PREPARE_VERBS = ["prepare tokenizer", "prepare data"]
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +48,36 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 # --- help and mistakes
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_each_verb_has_an_example(run: Run, verb: str):
-    code, out, _ = run(verb, "--help")
+@pytest.mark.parametrize("verb", [*VERBS, *PREPARE_VERBS])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_each_verb_has_an_example_in_80_columns(run: Run, verb: str, option: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(*verb.split(), option)
     assert code == 0
-    assert f"Example: smoltrain {verb}" in out
+    assert f"Example: smoltrain {verb}" in out or verb == "push"  # which has a variable in front
+    assert [line for line in out.splitlines() if len(line.rstrip()) > 80] == []
+    command = find_command(verb)
+    texts = [command.help, command.epilog, *(parameter.help for parameter in command.params)]
+    cut = {word for text in texts for word in text.split()} - set(out.replace("│", " ").split())
+    assert cut == set(), "words that a line ends within"
+
+
+def find_command(verb: str) -> Any:
+    command: Any = typer.main.get_command(cli.app)
+    for word in verb.split():
+        command = command.commands[word]
+    return command
+
+
+def test_the_verbs_above_are_all():
+    commands: Any = typer.main.get_command(cli.app)
+    names = [*commands.commands, *(f"prepare {name}" for name in find_command("prepare").commands)]
+    assert sorted(names) == sorted([*VERBS, *PREPARE_VERBS, "prepare"])
+
+
+@pytest.mark.parametrize("verb", ["train", "show", "estimate", "prepare data"])
+def test_help_tells_where_the_keys_are_explained(run: Run, verb: str):
+    assert "smoltrain explain" in " ".join(run(*verb.split(), "-h")[1].replace("│", " ").split())
 
 
 @pytest.mark.parametrize("verb", ["generate", "export", "demo", "verify"])
@@ -63,20 +94,50 @@ def test_the_command_and_the_module_tell_the_version():
         assert done.stdout == f"smoltrain {__version__}\n"
 
 
-def test_without_a_verb_there_is_help(run: Run):
-    _, out, err = run()
-    assert all(verb in out + err for verb in VERBS)
+def test_without_a_verb_there_is_help_in_panels(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run()
+    assert (code, err) == (0, "")
+    assert out == run("-h")[1]
+    shown = [line.strip("╭─╮ ") for line in out.splitlines() if line.startswith("╭─")]
+    assert shown == ["Options", *cli.PANELS]
+    verbs = [line.split()[1] for line in out.splitlines() if re.match(r"│ [a-z]", line)]
+    assert verbs == [*VERBS, "prepare"]
+    assert set(verbs) <= {verb for panel in cli.PANELS.values() for verb in panel}
+    assert run("prepare")[:2] == (0, run("prepare", "--help")[1])
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["trian"], ["show"], ["train", "quickstart", "--ranks", "two"], ["generate", "x", "--top-k", "many"]]
-    + [["demo", "x", "--port", port] for port in ("0", "65536", "-1", "http")],
+    ("arguments", "line"),
+    [
+        (["trian"], "smoltrain has no such verb: saw 'trian', want 'train' (the nearest valid one)"),
+        (["prepare", "tokeniser"], "smoltrain prepare has no such verb: saw 'tokeniser', want 'tokenizer'"),
+        (
+            ["show"],
+            "smoltrain show needs a RECIPE: saw none, want a shipped recipe's name (smoltrain recipes lists them)",
+        ),
+        (["explian", "lr"], "smoltrain has no such verb: saw 'explian', want 'explain'"),
+        (["explain", "stps"], "no such key or section: saw 'stps', want phases.NAME.steps"),
+        (
+            ["generate", "x", "--temprature", "1"],
+            "smoltrain generate has no such option: saw '--temprature', want '--temp",
+        ),
+        (["train", "quickstart", "--ranks", "two"], "--ranks is not valid: saw 'two', want a whole number"),
+        (["generate", "x", "--top-k", "many"], "--top-k is not valid: saw 'many', want a whole number"),
+        (["recipes", "all"], "smoltrain recipes cannot be called like this: saw too many words: (all)"),
+        (["verify", "x", "--forward=yes"], "--forward takes no value"),
+        (["demo", "x", "--port"], "--port needs a value"),
+        *(
+            (["demo", "x", "--port", port], f"--port is not valid: saw '{port}'")
+            for port in ("0", "65536", "-1", "http")
+        ),
+        (["--verison"], "smoltrain has no such option: saw '--verison', want '--version' (the nearest valid one)"),
+    ],
 )
-def test_a_wrong_call_ends_with_2(run: Run, arguments: list[str]):
+def test_a_wrong_call_is_one_line_and_ends_with_2(run: Run, arguments: list[str], line: str):
     code, out, err = run(*arguments)
-    assert (code, out) == (2, "")
-    assert "Error" in err
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {line}")
 
 
 def test_each_mistake_in_a_recipe_is_one_line(run: Run):
@@ -97,11 +158,66 @@ def test_the_real_command_ends_without_a_traceback():
     assert ended.stderr.count("\n") == 1
 
 
-def test_help_does_not_wait_for_torch():
-    heavy = "{'torch', 'matplotlib', 'deepspeed', 'pydantic', 'transformers', 'wandb'}"
-    code = f"import sys, smoltrain.cli; print(*{heavy} & set(sys.modules))"
+def test_looking_does_not_wait_for_torch():
+    """The import alone reads no pydantic either, which takes a quarter of a second; no process starts for each verb."""
+    code = """
+import sys, smoltrain.cli
+heavy = {"torch", "matplotlib", "deepspeed", "pydantic", "transformers", "wandb"}
+print(*heavy & set(sys.modules))
+for words in (["--help"], ["recipes"], ["explain"], ["explain", "lr"]):
+    try:
+        smoltrain.cli.main(words)
+    except SystemExit as left:
+        print("code", left.code)
+print(*(heavy - {"pydantic"}) & set(sys.modules))
+"""
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stdout) == (0, "\n")
+    lines = ended.stdout.splitlines()
+    assert (ended.returncode, ended.stderr, lines[0], lines[-1]) == (0, "", "", "")
+    assert lines.count("code 0") == 4
+
+
+# --- completion
+
+
+def complete(words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What bash is offered for the last of these words."""
+    monkeypatch.setenv("_SMOLTRAIN_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    with pytest.raises(SystemExit) as left:
+        typer.main.get_command(cli.app).main([], prog_name="smoltrain")
+    assert left.value.code == 0
+    return capsys.readouterr().out.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("smoltrain tr", ["train"]),
+        ("smoltrain trian", []),
+        ("smoltrain train qui", ["quickstart"]),
+        ("smoltrain show smollm2-1", ["smollm2-124m", "smollm2-135m", "smollm2-135m-hf"]),
+        ("smoltrain explain evaluate", ["evaluate", "evaluate.every", "evaluate.rows"]),
+        ("smoltrain generate fi", ["first"]),
+        ("smoltrain plot ", ["first", "second"]),
+        ("smoltrain generate first --top-", ["--top-k", "--top-p"]),
+    ],
+)
+def test_a_shell_completes_verbs_recipes_keys_and_runs(
+    words: str, offered: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for name in ("first", "second", "no-run"):
+        Path("runs", name).mkdir(parents=True)
+    for name in ("first", "second"):
+        Path("runs", name, "config.yaml").touch()
+    assert sorted(complete(words, monkeypatch, capsys)) == offered
+
+
+def test_a_script_for_the_shell_is_printed(run: Run):
+    code, out, err = run("--show-completion", "bash")
+    assert (code, err) == (0, "")
+    assert "complete -o" in out
 
 
 # --- recipes and show
@@ -132,9 +248,31 @@ def test_show_counts_parameters_and_tokens(run: Run):
     assert out.endswith("# 64 rows = 8,192 tokens per step over all ranks\n")
 
 
-def test_show_plan_is_a_table_and_a_picture(run: Run):
+def test_show_with_comments_is_the_same_recipe(run: Run, tmp_path: Path):
+    code, out, err = run("show", EXAMPLE, "--comments", "run.seed=5")
+    assert (code, err) == (0, "")
+    assert "  # seeds the initial weights, dropout and the order of the data" in out
+    (tmp_path / "shown.yaml").write_text(out)
+    assert load_config("shown.yaml") == load_config(EXAMPLE, ["run.seed=5"])
+
+
+def test_the_summary_of_a_run_is_read_from_its_folder(run: Run, tmp_path: Path):
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(run("show", EXAMPLE, "run.name=mine")[1])
+    line = '{"step": 9, "time_s": 50.0, "speed/step_s": 2.0, "speed/tokens_per_s": 1024.0, "speed/start_s": 8.0}'
+    (folder / "metrics.jsonl").write_text(line + "\n")
+    code, out, err = run("summary", "mine")
+    assert (code, err) == (0, "")
+    assert out.startswith("done: 9 of 550 steps\n")
+    assert "\n  time               10.0 s in 1 start\n" in out
+    assert out.endswith("the other 541 steps: the same command, without run.stop_after\n")
+    assert run("summary", "yours")[0] == 2
+
+
+def test_show_plan_is_a_table_and_writes_nothing(run: Run):
     code, out, _ = run("show", EXAMPLE, "--plan", "run.name=mine", "phases.continuation.optimizer_state=reset")
-    *_, main, continuation, path = out.splitlines()
+    *_, main, continuation = out.splitlines()
     assert code == 0
     assert main.split() == ["main", "1..500", "cosine", "25", "0.00012", "0.003", "0.0005", "0.1", "keep"]
     assert continuation.split() == [
@@ -147,8 +285,40 @@ def test_show_plan_is_a_table_and_a_picture(run: Run):
         "0.02",
         "reset",
     ]
-    assert path == "runs/mine/plots/plan.png"
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [(["--plan", "--png", "run.name=mine"], "mine-plan.png"), (["--png", "pictures/lr.png"], "pictures/lr.png")],
+)
+def test_the_plan_is_drawn_where_it_is_asked_for(run: Run, words: list[str], path: str):
+    code, out, err = run("show", EXAMPLE, *words)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-2].split()[0] == "continuation"
+    assert out.splitlines()[-1] == path
     assert Path(path).read_bytes().startswith(b"\x89PNG")
+    assert [str(file) for file in Path().rglob("*") if file.is_file()] == [path]
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(run: Run):
+    Path("taken").touch()
+    code, _, err = run("show", EXAMPLE, "--png", "taken/plan.png")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: the picture cannot be written: saw taken/plan.png (")
+
+
+# --- explain
+
+
+def test_explain_fits_the_terminal(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    code, out, err = run("explain", "phases.main.lr")
+    assert (code, err) == (0, "")
+    assert out.startswith("phases.NAME.lr\n  meaning  peak learning rate")
+    assert max(map(len, out.splitlines())) <= 50
+    monkeypatch.setenv("COLUMNS", "400")
+    assert 80 < max(map(len, run("explain", "tokenizer.name")[1].splitlines())) <= 100
 
 
 # --- train
@@ -186,13 +356,58 @@ def supervised(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         (["quickstart"], ("quickstart", [], None)),
         (["quickstart", "run.seed=1", "--ranks", "2", "run.name=x"], ("quickstart", ["run.seed=1", "run.name=x"], 2)),
         (["--ranks=1", "my.yaml", "data.path=-"], ("my.yaml", ["data.path=-"], 1)),
+        ([], ("quickstart", [], None)),
+        (["run.name=x", "--ranks", "2", "run.seed=1"], ("quickstart", ["run.name=x", "run.seed=1"], 2)),
     ],
 )
 def test_train_supervises(
     run: Run, supervised: SimpleNamespace, arguments: list[str], call: tuple[str, list[str], int | None]
 ):
     assert run("train", *arguments) == (0, "", "")
-    assert supervised.seen == [call]
+    assert [seen[:3] for seen in supervised.seen] == [call]
+
+
+@pytest.mark.parametrize(
+    ("typed", "overrides", "ranks"),
+    [
+        ("quickstart --lr 1e-3 --ranks 2", ["lr=1e-3"], 2),
+        ("quickstart --phases.main.lr=1e-3 run.seed=1 --run.name second", None, None),
+        ("--seed 7 --ranks=2 quickstart x=1", ["seed=7", "x=1"], 2),
+        ("quickstart --keep-best --weight-decay 0.1", ["keep_best=true", "weight_decay=0.1"], None),
+    ],
+)
+def test_options_that_are_keys_are_overrides(
+    run: Run, supervised: SimpleNamespace, typed: str, overrides: list[str] | None, ranks: int | None
+):
+    assert run("train", *typed.split()) == (0, "", "")
+    expected = overrides or ["phases.main.lr=1e-3", "run.seed=1", "run.name=second"]
+    assert [seen[:3] for seen in supervised.seen] == [("quickstart", expected, ranks)]
+
+
+def test_every_verb_that_takes_overrides_takes_them_as_options(run: Run):
+    line = "lr is short for several keys: saw 'lr', want phases.main.lr=x (and phases.continuation.lr=x)"
+    for verb in ("show", "estimate", "train", "prepare data"):
+        code, out, err = run(*verb.split(), EXAMPLE, "--lr", "x")
+        assert (code, out, err) == (2, "", f"error: {line}; change lr on the command line\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [(("train", "q", "--rank", "2"), "--ranks"), (("show", "q", "--plans"), "--plan"), (("train", "q", "-x"), "-x")],
+)
+def test_an_option_that_is_nearly_one_of_the_verb_is_no_override(run: Run, words: tuple[str, ...], near: str):
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert near in err
+    assert "unknown key" not in err
+
+
+def test_an_option_of_the_verb_itself_comes_first(run: Run):
+    """`--device` is a key too (engine.device)."""
+    code, _, err = run("estimate", EXAMPLE, "--device", "abacus")
+    assert code == 2
+    assert "abacus" in err
+    assert "engine.device" not in err
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,15 @@
 """A console that cannot be written to costs nothing but itself."""
 
 import os
+import select
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from smoltrain.console import TERMINAL_VARIABLE
 
 CODE = """
 import os, sys
@@ -78,3 +82,19 @@ def test_words_that_python_took_for_ascii_are_read_again(tmp_path: Path) -> None
         [sys.executable, "-c", code, "König"], env=os.environ | ascii_only, capture_output=True, check=True, timeout=60
     )
     assert ended.stdout == b"'K\\xf6nig'\n"
+
+
+def test_the_first_character_waits_for_who_lends_the_terminal() -> None:
+    own, childs = socket.socketpair()
+    code = "from smoltrain.console import guard_console; guard_console(); print('one'); print('two')"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {TERMINAL_VARIABLE: str(childs.fileno())},
+        pass_fds=(childs.fileno(),), stdout=subprocess.PIPE,
+    ) as child:  # fmt: skip
+        childs.close()
+        own.settimeout(20)
+        assert own.recv(1) == b"?"
+        assert child.stdout is not None
+        assert not select.select([child.stdout], [], [], 0.1)[0]
+        own.close()
+        assert child.stdout.read() == b"one\ntwo\n"

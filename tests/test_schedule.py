@@ -1,6 +1,7 @@
 """The plan: bounds, shapes, and parity with the schedulers of torch and transformers."""
 
 import math
+from fractions import Fraction
 from itertools import pairwise
 from random import Random
 from typing import Any, get_args
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
-from smoltrain.config.schema import PhaseSection
-from smoltrain.schedule import SCHEDULES, Plan, scheduled_lr
+from smoltrain.config.schema import MAX_INT, MAX_TOKENS, PhaseSection
+from smoltrain.errors import UserError
+from smoltrain.schedule import SCHEDULES, Plan, count_planned_steps, resolve_horizons, scheduled_lr
 
 
 def rates(plan: Plan) -> list[float]:
@@ -31,6 +33,12 @@ def walked(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, steps: int)
 
 def sgd(lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+def test_a_plan_is_made_of_steps_alone():
+    for horizon in ({"tokens": 400}, {"epochs": 1.0}, {}):
+        with pytest.raises(ValueError, match="phase p has no steps: resolve_horizons comes first"):
+            Plan((PhaseSection.model_validate({"name": "p", "lr": 1e-3} | horizon),))
 
 
 def test_every_schedule_of_the_schema_has_its_function():
@@ -128,7 +136,7 @@ def plans(draw: st.DrawFn) -> Plan:
 @given(phases())
 def test_the_rate_stays_between_its_ends_and_never_jumps(phase: PhaseSection):
     assert phase.lr is not None
-    lrs = [scheduled_lr(phase, done) for done in range(phase.steps)]
+    lrs = [scheduled_lr(phase, done) for done in range(phase.num_steps)]
     rise, fall = lrs[: phase.warmup_steps], lrs[phase.warmup_steps :]
     close = phase.lr * 1e-9
     assert rise == sorted(rise)
@@ -213,3 +221,93 @@ def test_a_continuation_has_the_rate_that_was_asked_for():
     assert {plan.lr(step) for step in range(5001, 5051)} == {1e-4}
     assert (plan.weight_decay(5000), plan.weight_decay(5001)) == (0.01, 0.02)
     assert not plan.resets_optimizer(5001)
+
+
+# --- phases in tokens and epochs
+
+
+def phase_of(**fields: Any) -> PhaseSection:
+    return PhaseSection(**{"name": "p", "lr": 1e-3} | fields)
+
+
+@pytest.mark.parametrize(
+    ("horizon", "steps"),
+    [
+        ({"steps": 7}, 7),
+        ({"tokens": 1}, 1),
+        ({"tokens": 2048}, 1),
+        ({"tokens": 2049}, 2),
+        ({"tokens": "400M"}, 195_313),  # 400,000,000 / 2048 = 195,312.5
+        ({"tokens": "3.2e9"}, 1_562_500),
+        ({"epochs": 1}, 25),  # 51,200 / 2048
+        ({"epochs": 0.5}, 13),
+        ({"epochs": 3}, 75),
+        ({"epochs": 1.1}, 28),  # 56,320 / 2048 = 27.5
+    ],
+)
+def test_a_phase_in_tokens_or_epochs_is_so_many_steps(horizon: dict[str, Any], steps: int):
+    """Counted by hand, for steps of 16 rows of 128 targets over 400 rows."""
+    (found,) = resolve_horizons((phase_of(**horizon),), 16 * 128, 400 * 128)
+    assert found == phase_of(steps=steps)
+
+
+def test_an_epoch_is_exact():
+    """0.07 times 100 is a little more than 7 as floats, which would be another step."""
+    assert 0.07 * 100 > 7
+    (found,) = resolve_horizons((phase_of(epochs=0.07),), 7, 100)
+    assert found.steps == 1
+
+
+HORIZONS = st.one_of(
+    st.builds(dict, steps=st.integers(1, 10**6)),
+    st.builds(dict, tokens=st.integers(1, 10**12)),
+    st.builds(dict, epochs=st.floats(1e-3, 1e3)),
+)
+
+
+@given(st.lists(HORIZONS, min_size=1, max_size=4), st.integers(1, 10**7), st.integers(1, 10**9))
+def test_the_fewest_steps_that_train_at_least_what_was_asked(asked: list[dict[str, Any]], per_step: int, epoch: int):
+    phases = tuple(phase_of(name=f"p{i}", **horizon) for i, horizon in enumerate(asked))
+    if any(Fraction(str(h["epochs"])) * epoch > MAX_INT * per_step for h in asked if "epochs" in h) or any(
+        h["tokens"] > MAX_INT * per_step for h in asked if "tokens" in h
+    ):
+        return
+    found = resolve_horizons(phases, per_step, epoch)
+    assert resolve_horizons(found, 1, None) == found, "what is resolved stays as it is, whoever looks at it"
+    assert count_planned_steps(found) == Plan(found).last_step
+    for phase, horizon in zip(found, asked, strict=True):
+        tokens = phase.num_steps * per_step
+        want = horizon.get("tokens", Fraction(str(horizon.get("epochs", 0))) * epoch)
+        assert tokens >= want
+        assert "steps" in horizon or tokens - per_step < want
+        assert phase.horizon == {"steps": phase.steps}
+
+
+@given(st.integers(1, MAX_TOKENS), st.integers(1, 10**6))
+def test_more_tokens_are_never_fewer_steps(tokens: int, per_step: int):
+    if tokens + per_step > MAX_INT * per_step:
+        return
+    one, more = resolve_horizons(
+        (phase_of(tokens=tokens), phase_of(tokens=min(MAX_TOKENS, tokens + per_step))), per_step, None
+    )
+    assert more.num_steps - one.num_steps in (0, 1)
+
+
+def test_what_the_steps_are_too_few_or_too_many_for_is_refused_with_their_number():
+    phases = (
+        phase_of(name="a", tokens=4096, warmup_steps=3),
+        phase_of(name="b", epochs=2, schedule="wsd", warmup_steps=1, decay_steps=4),
+        phase_of(name="c", tokens=MAX_TOKENS),
+        phase_of(name="d", steps=1, warmup_steps=9),  # rules.py says so
+    )
+    with pytest.raises(UserError) as caught:
+        resolve_horizons(phases, 2048, 4096)
+    assert [str(problem) for problem in caught.value.problems] == [
+        "phases.a is shorter than its warm-up and decay: saw 3 + 0, want at most the 2 steps that tokens=4,096 are; "
+        "change phases.a.tokens",
+        "phases.b is shorter than its warm-up and decay: saw 1 + 4, want at most the 4 steps that epochs=2.0 are; "
+        "change phases.b.epochs",
+        "phases.c would be too long: saw tokens=1,000,000,000,000,000, 488,281,250,000 steps, want at most "
+        "2,147,483,647; change phases.c.tokens",
+    ]
+    assert count_planned_steps(phases) is None

@@ -17,6 +17,7 @@ from smoltrain.schedule import Plan, first_differing_step, plan_from_phases, ste
 FIXED = "refused"  # the weights of the past depend on it: with another value it would be another run
 FIXED_IN_PAST_STEPS = "refused for steps that are done"  # accepted, and printed, for those to come
 ANNOUNCED = "accepted and printed"  # numbers may come out otherwise, or be measured otherwise, from here on
+FIXED_ROWS = "refused unless the rows per step stay"  # two ways to say how many there are
 FREE = "free"  # nothing that was learned depends on it; config.yaml records it all the same
 
 # Every key of the schema, once. `*` stands for the name of a source or phase.
@@ -28,6 +29,7 @@ KEY_RULE_TABLE = (
     ("model", FIXED, "intermediate_size max_position_embeddings norm rms_norm_eps positions rope_theta mlp"),
     ("model", FIXED, "attention_bias mlp_bias tie_word_embeddings dropout attention_dropout initializer_range"),
     ("model", FIXED, "model_type config"),
+    ("model", ANNOUNCED, "class_name"),  # of a program's own, whose weights have names and shapes of their own
     ("tokenizer", FIXED, "name vocab_size separator pad"),
     # The files themselves are compared by their fingerprint, wherever they lie now.
     ("data", ANNOUNCED, "path validation_path cache mode streams allow_changed"),
@@ -38,12 +40,17 @@ KEY_RULE_TABLE = (
     ("data.sources.*", FIXED, "name weight package hub hub_config hub_split pattern text_field documents"),
     ("data.sources.*", FIXED, "document_separator validation_split"),
     ("packing", FIXED, "document_mask"),
-    ("batch", FIXED, "sequence_length accumulation rows_per_step"),
+    ("batch", FIXED, "sequence_length"),
+    ("batch", FIXED_ROWS, "accumulation rows_per_step"),
     ("batch", ANNOUNCED, "micro_batch"),
     ("engine", ANNOUNCED, "device ds_config precision gradient_checkpointing attention reduce_gradients loss compile"),
     ("engine", FREE, "hang_s"),
     ("optimizer", FIXED, "name beta1 beta2 eps gradient_clipping z_loss"),
-    ("phases.*", FIXED_IN_PAST_STEPS, "name steps lr weight_decay schedule warmup_steps decay_steps final_lr"),
+    (
+        "phases.*",
+        FIXED_IN_PAST_STEPS,
+        "name steps tokens epochs lr weight_decay schedule warmup_steps decay_steps final_lr",
+    ),
     ("phases.*", FIXED_IN_PAST_STEPS, "optimizer_state mix"),
     ("evaluate", ANNOUNCED, "every rows"),
     ("generation", FREE, "max_tokens temperature top_k top_p"),
@@ -56,6 +63,7 @@ KEY_RULE_TABLE = (
 KEY_RULES = {f"{section}.{key}": rule for section, rule, keys in KEY_RULE_TABLE for key in keys.split()}
 # Keys that are newer than some runs, with the value that every run had before; older manifests lack them.
 NEWER_KEYS = {"optimizer.name": "adamw"}
+ABSENT = "nothing"  # in place of the value of a key that only one of two configs has
 SOURCE_ORDER_KEY = "data.sources"  # the names of the sources, in order
 
 
@@ -67,12 +75,21 @@ class ConfigDifference(NamedTuple):
     now: Any
 
 
+class ForbiddenChange(NamedTuple):
+    """A dotted key with another value than steps that are done were trained with."""
+
+    key: str
+    before: Any  # ABSENT where only the later config has it
+    now: Any
+    step: int | None  # the first step that would have been another one; None: all of them
+
+
 class RunIdentity(TypedDict):
     """What a checkpoint's manifest says of its run."""
 
     run_id: str
     rows_per_step: int
-    values: dict[str, Any]  # of the FIXED keys, by dotted key
+    values: dict[str, Any]  # of the keys that are FIXED or FIXED_ROWS, by dotted key
     phases: list[dict[str, Any]]
 
 
@@ -88,7 +105,7 @@ def identity_of_run(config: Config, provenance: dict[str, Any]) -> RunIdentity:
 
 
 def key_rule(key: str) -> str:
-    """The rule of a dotted key: FIXED, FIXED_IN_PAST_STEPS, ANNOUNCED or FREE."""
+    """The rule of a dotted key: FIXED, FIXED_ROWS, FIXED_IN_PAST_STEPS, ANNOUNCED or FREE."""
     parts = key.split(".")
     if parts[0] == "phases":
         return FIXED_IN_PAST_STEPS
@@ -116,33 +133,73 @@ def format_differences(differences: list[ConfigDifference]) -> list[str]:
     return [f"{key}: {before!r} -> {now!r}" for key, before, now in differences]
 
 
-def find_forbidden_changes(past: RunIdentity, new: Config, done: int, change: str) -> list[Problem]:
-    """What keeps a config from going on with a run of which `done` steps are done; `change` says where to mend it."""
+def find_forbidden_changes(past: RunIdentity, new: Config, done: int, world_size: int = 1) -> list[ForbiddenChange]:
+    """What keeps a config from going on with a run of which `done` steps are done: every key that must be taken back.
+
+    Of the plan those keys alone by which a step that is done would have been trained otherwise. `world_size` ranks are
+    to go on: whatever says the rows per step may say it in another way, if they stay as many.
+    """
     before = NEWER_KEYS | past["values"]
     now = _fixed_values(new)
-    problems: list[Problem] = []
+    keeps_rows = new.batch.rows(world_size) == past["rows_per_step"]
+    changes: list[ForbiddenChange] = []
     for key in before | now:
         may_differ = new.data.allow_changed and _describes_documents(key)
+        may_differ |= keeps_rows and key_rule(key) == FIXED_ROWS
         if before.get(key) != now.get(key) and not may_differ:
-            what = f"{key} differs from the run's own"
-            problems.append(Problem(what, repr(now.get(key)), repr(before.get(key)), change))
-    past_plan = plan_from_phases(past["phases"])
-    new_plan = Plan(new.phases)
-    if new_plan.last_step < done:
-        problems.append(Problem("the plan ends in the past", f"{new_plan.last_step} steps", f"{done} or more", change))
-        return problems
-    step = first_differing_step(past_plan, new_plan, 0)
-    if step is not None and step <= done:
-        saw = _describe_step(new_plan, step)
-        want = _describe_step(past_plan, step)
-        problems.append(Problem(f"the plan changes step {step}, which is done", saw, want, f"phases. {change}"))
-    return problems
+            changes.append(ForbiddenChange(key, before.get(key, ABSENT), now.get(key, ABSENT), None))
+    return changes + _find_plan_changes(plan_from_phases(past["phases"]), Plan(new.phases), done)
+
+
+def _find_plan_changes(past: Plan, new: Plan, done: int) -> list[ForbiddenChange]:
+    """The keys of phases by which a step up to `done` differs; all with the first such step."""
+    step = first_differing_step(past, new, 0)
+    if step is None or step > done:
+        return []
+    names = [phase.name for phase in past.phases if phase.first <= done]
+    new_names = [phase.name for phase in new.phases]
+    if names != new_names[: len(names)]:
+        return [ForbiddenChange("phases", [phase.name for phase in past.phases], new_names, step)]
+    changes: list[ForbiddenChange] = []
+    differing: list[ForbiddenChange] = []
+    for index, name in enumerate(names):
+        old_values = past.phases[index].spec.model_dump()
+        new_values = new.phases[index].spec.model_dump()
+        for key in [key for key in old_values if old_values[key] != new_values[key]]:
+            change = ForbiddenChange(f"phases.{name}.{key}", old_values[key], new_values[key], step)
+            differing.append(change)
+            asked = _replace_value(past, index, key, new_values[key])
+            taken_back = _replace_value(new, index, key, old_values[key])
+            if _train_differently(past, asked, step, done) or _train_differently(new, taken_back, step, done):
+                changes.append(change)
+    return changes or differing
+
+
+def _replace_value(plan: Plan, index: int, key: str, value: Any) -> Plan:
+    """A plan with another value of one key; nothing checks that it fits the others."""
+    phases = [phase.spec for phase in plan.phases]
+    phases[index] = phases[index].model_copy(update={key: value})
+    return Plan(tuple(phases))
+
+
+def _train_differently(plan: Plan, other: Plan, step: int, done: int) -> bool:
+    """Whether two plans differ at the ends of their phases, as far as they are done, or at `step`.
+
+    Between, schedules are lines and cosines, which do not part and meet again. A plan with a learning rate that does
+    not fit its schedule is no plan: what was replaced belongs to another key that differs.
+    """
+    phases = [*plan.phases, *other.phases]
+    if any((phase.spec.lr is None) != (phase.spec.schedule == "continue") for phase in phases):
+        return True
+    steps = {step, *(min(end, done) for phase in phases for end in (phase.first, phase.last))}
+    return any(step_settings(plan, at) != step_settings(other, at) for at in steps)
 
 
 def find_identity_mismatches(own: RunIdentity, sealed: RunIdentity, step: int) -> list[str]:
     """Where a run's config.yaml (`own`) is not what its checkpoint of this step (`sealed`) says.
 
-    Which documents there are is left out: data.allow_changed may have changed it since.
+    Which documents there are is left out: data.allow_changed may have changed it since. So is how the recipe says the
+    rows per step, which are compared themselves.
     """
     values = NEWER_KEYS | own["values"]
     sealed_values = NEWER_KEYS | sealed["values"]
@@ -150,7 +207,7 @@ def find_identity_mismatches(own: RunIdentity, sealed: RunIdentity, step: int) -
         f"{key} is {values.get(key)!r}, not {sealed_values.get(key)!r}"
         for key in sealed_values | values
         if values.get(key) != sealed_values.get(key)
-        and not (_describes_documents(key) or key.startswith(SOURCE_ORDER_KEY))
+        and not (_describes_documents(key) or key.startswith(SOURCE_ORDER_KEY) or key_rule(key) == FIXED_ROWS)
     ]
     if own["rows_per_step"] != sealed["rows_per_step"]:
         mismatches.append(f"rows_per_step is {own['rows_per_step']}, not {sealed['rows_per_step']}")
@@ -191,11 +248,12 @@ def _describe_step(plan: Plan, step: int) -> str:
 
 
 def _fixed_values(config: Config) -> dict[str, Any]:
-    return {key: value for key, value in _flatten_config(config).items() if key_rule(key) == FIXED}
+    return {key: value for key, value in _flatten_config(config).items() if key_rule(key) in (FIXED, FIXED_ROWS)}
 
 
 def _dump_phases(config: Config) -> list[dict[str, Any]]:
-    return config.model_dump(mode="json")["phases"]
+    """As plain values. A run's phases are in steps, so that the other two ways to say it are null, and left out."""
+    return config.model_dump(mode="json", exclude={"phases": {"__all__": {"tokens", "epochs"}}})["phases"]
 
 
 def _flatten_config(config: Config) -> dict[str, Any]:

@@ -3,25 +3,20 @@
 Nothing here touches torch, the network or the data; `load_config` reads files and W&B's variables, and changes nothing.
 """
 
+import difflib
 import os
-from collections.abc import Container
+import re
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from smoltrain.config.keys import NEAR, NEAR_SIBLING, expand_override, find_full_keys, list_sections, suggest_key
+from smoltrain.config.override_text import format_overrides
 from smoltrain.config.rules import find_contradictions
-from smoltrain.config.schema import (
-    Config,
-    GenerationSection,
-    MixedSource,
-    ModelSection,
-    PhaseSection,
-    Section,
-    SourceSection,
-    TransformersSection,
-)
+from smoltrain.config.schema import HORIZON_KEYS, Config, GenerationSection, SourceSection
 from smoltrain.config.wandb_env import read_wandb_environment
 from smoltrain.config.yaml_text import apply_override, dump_yaml, parse_override_value, read_yaml
 from smoltrain.errors import Problem, UserError, problem_from_pydantic, suggest_choice
@@ -29,12 +24,25 @@ from smoltrain.redact import redact_tree
 
 RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"  # inside the package, so that a wheel has them too
 DS_CONFIGS_FOLDER = Path(__file__).parents[1] / "ds_configs"
+DEFAULT_RECIPE = "quickstart"  # of commands that name none
 SOURCE_KEYS = ("package", "path", "hub")
+MAX_UNKNOWN_KEYS = 20  # of an unknown section, each of which is answered
+BATCH_KEYS = ("accumulation", "rows_per_step")  # of which a batch has one
 
 
 def list_recipes() -> dict[str, Path]:
     """The shipped recipes: name -> file."""
     return {path.stem: path for path in sorted(RECIPES_FOLDER.glob("*.yaml"))}
+
+
+def split_recipe_words(words: list[str]) -> tuple[str, list[str]]:
+    """The recipe and the overrides of a command line's words; the first word may be an override already.
+
+    A word is an override if it has `key=` before any slash, or a dash in front; a path may hold an equals sign.
+    """
+    if not words or re.match(r"-|[\w.-]+=", words[0]):
+        return DEFAULT_RECIPE, words
+    return words[0], words[1:]
 
 
 def read_recipe_headline(recipe: Path) -> str:
@@ -43,22 +51,32 @@ def read_recipe_headline(recipe: Path) -> str:
     return first.removeprefix("#").strip().removeprefix(f"{recipe.stem}:").strip()
 
 
-def load_config(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The config of a recipe (a shipped name, or a path to YAML) under `section.key=value` overrides.
+def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any] = (), **sections: Any) -> Config:
+    """The config of a recipe (a shipped name, or a path to YAML) under overrides.
 
+    Overrides are `section.key=value` texts, as on the command line, or values by dotted key; keywords are sections with
+    the values to change: `load_config("quickstart", {"phases.main.steps": 100}, run={"name": "first"})`. An override
+    may shorten its key as far as no other key of the recipe is meant (keys.py); a file spells keys in full.
     Errors: UserError with every field that is wrong, or else every rule that is broken (rules.py), each naming the key
     to change. Where overrides are wrong, the rules are tried without them.
     """
+    recipe = str(recipe)
+    overrides = format_overrides(overrides, sections)
     path = _find_recipe(recipe)
     values = read_yaml(path)
     provenance = values.pop("provenance", None)  # a run's own config.yaml is a recipe too
     _apply_wandb_environment(values)
     problems: list[Problem] = []
-    for override in overrides:
-        problem = apply_override(values, override)
+    given = overrides
+    overrides = []
+    for short in given:
+        override = expand_override(short, values)
+        overrides.append(override)
+        problem = _find_ambiguity(override, values) or apply_override(values, override)
         if problem:
             problems.append(problem)
     _drop_recipe_source(values, overrides)
+    _drop_recipe_alternatives(values, overrides)
     run = values.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = run.get("name") or path.stem
@@ -86,6 +104,10 @@ def read_run_config(path: Path) -> Config:
         raise UserError(*_collect_problems(error, values, path).values()) from None
     if not config.phases:
         raise UserError(Problem("there is no phase", "[]", "at least one", f"phases in {path.name}"))
+    for phase in config.phases:
+        if phase.steps is None:
+            what, change = f"phases.{phase.name}.steps is missing", f"phases.{phase.name}.steps in {path.name}"
+            raise UserError(Problem(what, "nothing", "a value", change))
     return config
 
 
@@ -103,6 +125,15 @@ def redacted_config(config: Config) -> dict[str, Any]:
 def stop_after_phase(config: Config, phase: str) -> Config:
     """The same, to be trained up to the end of this phase."""
     return config.model_copy(update={"run": config.run.model_copy(update={"stop_after": phase})})
+
+
+def cut_micro_batch(config: Config, rows_per_step: int, world_size: int) -> Config:
+    """The same; where batch.rows_per_step leaves a rank fewer rows of a step than batch.micro_batch, it takes these."""
+    batch = config.batch
+    rows, rest = divmod(rows_per_step, world_size)
+    if batch.rows_per_step is None or batch.micro_batch == "auto" or rest or not 0 < rows < batch.micro_batch:
+        return config
+    return config.model_copy(update={"batch": batch.model_copy(update={"micro_batch": rows})})
 
 
 def override_generation(settings: GenerationSection, **options: float | None) -> GenerationSection:
@@ -141,16 +172,35 @@ def _find_recipe(recipe: str) -> Path:
 
 def _drop_recipe_source(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
     """A data source on the command line takes the place of the recipe's, with the keys that belonged to that one."""
-    given: set[str] = set()
-    for override in overrides:
-        key, _, text = override.partition("=")
-        if parse_override_value(text) is not None:
-            given.add(key)
+    given = _keys_with_value(overrides)
     data = values.get("data")
     if isinstance(data, dict) and given & {f"data.{key}" for key in SOURCE_KEYS}:
         for key in {*SourceSection.model_fields, "sources"} - {"text_field"}:
             if not any(f"{name}.".startswith(f"data.{key}.") for name in given):
                 data.pop(key, None)
+
+
+def _drop_recipe_alternatives(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
+    """The length of a phase on the command line takes the place of the recipe's, whichever key says it; rows too."""
+    given = _keys_with_value(overrides)
+    phases = values.get("phases")
+    sections: list[tuple[str, Any, tuple[str, ...]]] = [("batch", values.get("batch"), BATCH_KEYS)]
+    for phase in phases if isinstance(phases, list) else []:
+        if isinstance(phase, dict):
+            sections.append((f"phases.{phase.get('name')}", phase, HORIZON_KEYS))
+    for name, section, keys in sections:
+        said = {key for key in keys if f"{name}.{key}" in given}
+        if said and isinstance(section, dict):
+            for key in {*keys} - said:
+                section.pop(key, None)
+
+
+def _keys_with_value(overrides: list[str] | tuple[str, ...]) -> set[str]:
+    """The keys that overrides give a value, null apart."""
+    texts: dict[str, str] = {}
+    for override in overrides:
+        key, _, texts[key] = override.partition("=")  # the last one counts
+    return {key for key, text in texts.items() if parse_override_value(text) is not None}
 
 
 def _locate_key(key: str, path: Path, overrides: list[str] | tuple[str, ...]) -> str:
@@ -175,10 +225,9 @@ def _collect_problems(
         key = ".".join(names)
         change = _locate_key(key, path, overrides)
         if e["type"] == "extra_forbidden":
-            want = suggest_choice(names[-1], _valid_sibling_keys(parts, values))
-            problem = Problem(f"unknown key {key}", repr(names[-1]), want, change)
-        else:
-            problem = problem_from_pydantic(key, e, change)
+            problems |= _describe_unknown_key(key, e["input"], values, path, overrides)
+            continue
+        problem = problem_from_pydantic(key, e, change)
         if key in problems:
             problem = replace(problem, want=f"{problems[key].want} or {problem.want}")
         problems[key] = problem
@@ -214,18 +263,32 @@ def _name_key_parts(parts: list[Any], values: Any) -> list[str]:
     return names
 
 
-def _valid_sibling_keys(parts: list[Any], values: dict[str, Any]) -> list[str]:
-    """The valid keys at the place of an unknown one."""
-    if len(parts) == 1:
-        section: Any = Config
-    elif parts[0] == "phases":
-        section = PhaseSection
-    elif parts[:2] == ["data", "sources"]:
-        section = MixedSource
-    elif parts[0] == "model":
-        section = TransformersSection if values["model"].get("kind") == "transformers" else ModelSection
-    else:
-        section = Config.model_fields[parts[0]].annotation
-    if not (isinstance(section, type) and issubclass(section, Section)):
-        return []
-    return [field.alias or name for name, field in section.model_fields.items()]
+def _find_ambiguity(override: str, values: dict[str, Any]) -> Problem | None:
+    """What is wrong with an override whose key is short for several keys."""
+    key, equals, text = override.partition("=")
+    if not equals or len(find_full_keys(key, values)) < 2:
+        return None
+    want = suggest_key(key, values, text) or ""
+    return Problem(f"{key} is short for several keys", repr(key), want, f"{key} on the command line")
+
+
+def _describe_unknown_key(
+    key: str, value: object, values: dict[str, Any], path: Path, overrides: list[str] | tuple[str, ...]
+) -> dict[str, Problem]:
+    """The problem of an unknown key, by key; of an unknown section that is near to none, one for each key in it."""
+    section, _, name = key.rpartition(".")
+    sections = list_sections(values)
+    siblings = sections.get(section, [])
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=NEAR_SIBLING if section else NEAR)
+    if isinstance(value, dict) and not section and 0 < len(value) <= MAX_UNKNOWN_KEYS:
+        is_misspelt = near and value.keys() <= set(sections.get(near[0], []))
+        if not is_misspelt:
+            found: dict[str, Problem] = {}
+            for inner, inner_value in value.items():
+                found |= _describe_unknown_key(f"{key}.{inner}", inner_value, values, path, overrides)
+            return found
+    want = f"{near[0]!r} (the nearest valid one)" if near else f"one of {', '.join(sorted(siblings))}"
+    if not isinstance(value, dict):
+        is_override = any(override.partition("=")[0] == key for override in overrides)
+        want = suggest_key(key, values, value if is_override else None) or want
+    return {key: Problem(f"unknown key {key}", repr(name), want, _locate_key(key, path, overrides))}

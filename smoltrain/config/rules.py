@@ -2,7 +2,15 @@
 
 from collections.abc import Iterator
 
-from smoltrain.config.schema import Config, ModelSection, PhaseSection, SourceSection, TransformersSection
+from smoltrain.config.schema import (
+    HORIZON_KEYS,
+    Config,
+    ModelSection,
+    OwnModelSection,
+    PhaseSection,
+    SourceSection,
+    TransformersSection,
+)
 from smoltrain.errors import Problem, suggest_choice
 
 # Ids of the tokenizers that have no file to look into before they are fetched.
@@ -11,7 +19,13 @@ KNOWN_VOCAB_SIZES = {"gpt2": 50257, "tiktoken:gpt2": 50257, "smollm2": 49152}
 
 def find_contradictions(c: Config) -> list[Problem]:
     """Every rule that the config breaks."""
-    model = _check_decoder(c.model) if isinstance(c.model, ModelSection) else _check_transformers_model(c.model, c)
+    match c.model:
+        case ModelSection():
+            model = _check_decoder(c.model)
+        case TransformersSection():
+            model = _check_transformers_model(c.model, c)
+        case OwnModelSection():
+            model = _check_own_model_options(c)
     return [*model, *_check_batch_and_data(c), *_check_phases(c)]
 
 
@@ -41,6 +55,21 @@ def _check_transformers_model(m: TransformersSection, c: Config) -> Iterator[Pro
     for key, value in (("loss", "fused"), ("compile", "on")):
         if getattr(c.engine, key) == value:
             yield Problem(f"a transformers model cannot have {key} {value}", value, "auto", f"engine.{key}")
+
+
+def _check_own_model_options(c: Config) -> Iterator[Problem]:
+    what = "nothing is known of a model of one's own"
+    options = {
+        "engine.gradient_checkpointing": (c.engine.gradient_checkpointing, "none"),
+        "engine.compile": (c.engine.compile, "auto or off"),
+        "engine.attention": (c.engine.attention, "auto"),
+        "engine.loss": (c.engine.loss, "auto"),
+    }
+    for key, (value, want) in options.items():
+        if str(value) not in want.split(" or "):
+            yield Problem(f"{what}: {key.partition('.')[2]}", str(value), want, key)
+    if c.batch.micro_batch == "auto":
+        yield Problem(f"{what}, so no micro-batch can be estimated", "auto", "a number of rows", "batch.micro_batch")
 
 
 def _check_batch_and_data(c: Config) -> Iterator[Problem]:
@@ -138,7 +167,11 @@ def _check_phase(p: PhaseSection) -> Iterator[Problem]:
     if (p.decay_steps > 0) != (p.schedule == "wsd"):
         saw, want = f"{p.decay_steps} with {p.schedule}", "above 0 with wsd, 0 with any other"
         yield Problem(f"{key}.decay_steps does not fit its schedule", saw, want, f"{key}.decay_steps")
-    if p.warmup_steps + p.decay_steps > p.steps:
+    if len(p.horizon) != 1:
+        saw = ", ".join(f"{name}={value:g}" for name, value in p.horizon.items()) or "none of them"
+        keys = " or ".join(f"{key}.{name}" for name in HORIZON_KEYS)
+        yield Problem(f"{key} is not given its length exactly once", saw, "one of steps, tokens and epochs", keys)
+    if p.steps is not None and p.warmup_steps + p.decay_steps > p.steps:  # of tokens and epochs: schedule.py
         saw, want = f"{p.warmup_steps} + {p.decay_steps}", f"at most {key}.steps = {p.steps}"
         yield Problem(f"{key} is shorter than its warm-up and decay", saw, want, f"{key}.steps")
     if p.final_lr and p.schedule in ("constant", "continue"):

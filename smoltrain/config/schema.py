@@ -5,8 +5,11 @@ Nothing here reads a file: load.py does, and rules.py checks what no single fiel
 
 import json
 import os
+import re
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -25,8 +28,29 @@ MAX_INT = 2**31 - 1
 MAX_LAYERS = 1_000
 MAX_ROWS = 2**20  # of a micro-batch, and micro-batches of a step
 MAX_SEED = 2**63 - 1  # torch takes up to 2^64 - 1, and the ranks add to it
+MAX_TOKEN_DIGITS = 15
+MAX_TOKENS = 10**MAX_TOKEN_DIGITS  # of a phase
+MAX_EPOCHS = 1_000_000
+LARGE_FIELDS = ("seed", "tokens")  # whose numbers may be larger than MAX_INT
+HORIZON_KEYS = ("steps", "tokens", "epochs")  # of which a phase has one
+TOKEN_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 MAX_NAME_BYTES = 200  # file systems take 255
 MAX_PATH_BYTES = 4000  # file systems take 4,096
+
+
+# More than two digits of exponent are beyond any run, and would take all memory.
+WHOLE_NUMBER = re.compile(r"[+-]?\d+(?:_\d+)*(?:\.\d+)?(?P<exponent>[eE]\+?\d{1,2})?")
+
+
+def parse_whole_number(text: str) -> int | None:
+    """The whole number that a text spells, as in 5_000 or 1e4; None if it is none."""
+    number = Fraction(text) if WHOLE_NUMBER.fullmatch(text) else None
+    return int(number) if number is not None and number.denominator == 1 else None
+
+
+def _takes_int(annotation: object) -> bool:
+    """Whether a field takes whole numbers, with or beside other values, but not any number."""
+    return annotation is int or (annotation is not float and any(map(_takes_int, get_args(annotation))))
 
 
 class Section(BaseModel):
@@ -36,10 +60,22 @@ class Section(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), serialize_by_alias=True
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _parse_exponent(cls, value: object, info: ValidationInfo) -> object:
+        """1e4 as the whole number 10000, where one is wanted; pydantic itself takes 5_000."""
+        if not isinstance(value, str) or info.field_name is None:
+            return value
+        if not _takes_int(cls.model_fields[info.field_name].annotation):
+            return value
+        found = WHOLE_NUMBER.fullmatch(value)
+        number = parse_whole_number(value) if found and found["exponent"] else None
+        return value if number is None else number
+
     @field_validator("*", mode="after")
     @classmethod
     def _check_int(cls, value: object, info: ValidationInfo) -> object:
-        if type(value) is int and abs(value) > MAX_INT and info.field_name != "seed":
+        if type(value) is int and abs(value) > MAX_INT and info.field_name not in LARGE_FIELDS:
             raise ValueError(f"at most {MAX_INT:,}")
         return value
 
@@ -75,17 +111,35 @@ HomePath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(p
 HomeText = Annotated[str, AfterValidator(os.path.expanduser), CheckedPath]
 
 
+class Unit(str):
+    """What a number of a key counts; config/reference.py says it behind the type."""
+
+
+Steps = Annotated[int, Unit("steps")]  # of the optimizer
+Rows = Annotated[int, Unit("rows")]
+Tokens = Annotated[int, Unit("tokens")]
+Seconds = Annotated[float, Unit("seconds")]
+
+
 class RunSection(Section):
     """Where the run lives and how far it goes."""
 
     name: Annotated[str, Field(pattern=r"^(\w[\w.-]*)?$"), CheckedPath] = Field(
-        default="", description="folder under run.folder; empty takes the recipe's name"
+        default="",
+        description="the run's own folder, inside run.folder: letters, digits, _ . and -; empty takes the recipe's "
+        "name",
     )
-    recipe: str = Field(default="", description="name of the recipe, for the model card; empty takes that of its file")
-    folder: HomePath = Field(default=Path("runs"), description="parent folder of all runs")
-    seed: int = Field(default=1234, ge=0, le=MAX_SEED, description="seeds initial weights, dropout and data order")
+    recipe: str = Field(
+        default="", description="name of the recipe, for the model card of an export; empty takes that of its file"
+    )
+    folder: HomePath = Field(
+        default=Path("runs"), description="folder that holds all runs, each in a folder of its own"
+    )
+    seed: int = Field(
+        default=1234, ge=0, le=MAX_SEED, description="seeds the initial weights, dropout and the order of the data"
+    )
     stop_after: str | None = Field(
-        default=None, description="name of the phase after which this process ends; null runs all"
+        default=None, description="name of the last phase that this start trains; null trains all that are left"
     )
 
 
@@ -95,47 +149,79 @@ class InitSection(Section):
     source: HomeText | None = Field(
         default=None,
         alias="from",
-        description="a run (folder, or name under run.folder), the folder of a checkpoint, or a Hugging Face folder",
+        description="weights to begin from: a run (folder, or name under run.folder), the folder of a checkpoint, or a "
+        "Hugging Face folder; null begins with random ones",
     )
     load: Literal["weights", "all"] = Field(
-        default="weights", description="all also takes step, moments, random states and data position; runs only"
+        default="weights",
+        description="weights alone, or all: also the step, the optimizer's moments, the random states and the place "
+        "in the data; all needs a run or a checkpoint",
     )
 
 
 class ModelSection(Section):
     """The decoder's shape; names are those of transformers' LlamaConfig wherever it has one."""
 
-    kind: Literal["decoder"] = Field(default="decoder", description="smoltrain's own decoder")
-    vocab_size: int = Field(gt=0, le=MAX_INT, description="rows of the embedding table")
-    hidden_size: int = Field(gt=0, le=2**20, description="width of the residual stream")
-    num_hidden_layers: int = Field(gt=0, le=MAX_LAYERS, description="blocks")
-    num_attention_heads: int = Field(gt=0, le=2**20, description="query heads per block")
-    num_key_value_heads: int = Field(
-        gt=0, le=2**20, description="key and value heads per block (fewer than queries: GQA)"
+    kind: Literal["decoder"] = Field(
+        default="decoder",
+        description="decoder is smoltrain's own; transformers is any causal language model of that library",
     )
-    intermediate_size: int = Field(gt=0, le=2**24, description="width inside the MLP")
-    max_position_embeddings: int = Field(gt=0, le=MAX_INT, description="longest sequence, tokens")
-    norm: Literal["rmsnorm", "layernorm"] = Field(default="rmsnorm", description="layernorm has weight and bias")
-    rms_norm_eps: float = Field(default=1e-5, gt=0, description="added to the variance, in either norm")
-    positions: Literal["rope", "learned"] = Field(default="rope", description="rotary, or a table of learned positions")
-    rope_theta: float = Field(default=10000.0, gt=0, description="base of the rotary frequencies")
-    mlp: Literal["swiglu", "gelu"] = Field(default="swiglu", description="gelu is the tanh form of GPT-2")
-    attention_bias: bool = Field(default=False, description="biases on the q, k, v and o projections")
-    mlp_bias: bool = Field(default=False, description="biases in the MLP")
-    tie_word_embeddings: bool = Field(default=True, description="the output head is the embedding table")
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="probability, on embeddings and both residual branches")
-    attention_dropout: float = Field(default=0.0, ge=0, lt=1, description="probability, on attention weights")
+    vocab_size: int = Field(
+        gt=0, le=MAX_INT, description="rows of the embedding table: at least as many as the tokenizer has ids"
+    )
+    hidden_size: int = Field(gt=0, le=2**20, description="width of the residual stream, which the heads divide")
+    num_hidden_layers: int = Field(gt=0, le=MAX_LAYERS, description="blocks, each of attention and an MLP")
+    num_attention_heads: int = Field(gt=0, le=2**20, description="query heads in each block")
+    num_key_value_heads: int = Field(
+        gt=0,
+        le=2**20,
+        description="key and value heads in each block; fewer than query heads is grouped-query attention (GQA)",
+    )
+    intermediate_size: int = Field(gt=0, le=2**24, description="width inside the MLP of each block")
+    max_position_embeddings: Tokens = Field(
+        gt=0, le=MAX_INT, description="longest sequence that the model can read; at least batch.sequence_length"
+    )
+    norm: Literal["rmsnorm", "layernorm"] = Field(
+        default="rmsnorm", description="normalisation: rmsnorm has a weight, layernorm a weight and a bias"
+    )
+    rms_norm_eps: float = Field(default=1e-5, gt=0, description="added to the variance before its root, in either norm")
+    positions: Literal["rope", "learned"] = Field(
+        default="rope", description="how places are told apart: rotated queries and keys, or a table of learned vectors"
+    )
+    rope_theta: float = Field(
+        default=10000.0, gt=0, description="base of the rotary frequencies; only with positions: rope"
+    )
+    mlp: Literal["swiglu", "gelu"] = Field(
+        default="swiglu", description="swiglu is the gated MLP of Llama; gelu is that of GPT-2, in its tanh form"
+    )
+    attention_bias: bool = Field(
+        default=False, description="whether the query, key, value and output projections have biases"
+    )
+    mlp_bias: bool = Field(default=False, description="whether the MLP's projections have biases")
+    tie_word_embeddings: bool = Field(default=True, description="whether the output head is the embedding table itself")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="probability to drop a value, on embeddings and both residual branches"
+    )
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1, description="probability to drop an attention weight")
     initializer_range: float = Field(default=0.02, gt=0, description="standard deviation of initial weights")
 
 
 class TransformersSection(Section):
-    """Any causal language model of `transformers`, with fresh weights: AutoConfig.for_model(model_type, **config)."""
+    """Any causal language model of `transformers`, with fresh weights: `AutoConfig.for_model(model_type, **config)`."""
 
-    kind: Literal["transformers"]
-    model_type: str = Field(description="as in AutoConfig: llama, gpt2, gpt_neox, ...")
-    vocab_size: int = Field(gt=0, le=MAX_INT, description="rows of the embedding table")
-    max_position_embeddings: int = Field(gt=0, le=MAX_INT, description="longest sequence, tokens")
-    config: dict[str, Any] = Field(default={}, description="the other keys of that model's config class")
+    kind: Literal["transformers"] = Field(
+        description="decoder is smoltrain's own; transformers is any causal language model of that library"
+    )
+    model_type: str = Field(description="the model's class, as AutoConfig names it: llama, gpt2, gpt_neox, ...")
+    vocab_size: int = Field(
+        gt=0, le=MAX_INT, description="rows of the embedding table: at least as many as the tokenizer has ids"
+    )
+    max_position_embeddings: Tokens = Field(
+        gt=0, le=MAX_INT, description="longest sequence that the model can read; at least batch.sequence_length"
+    )
+    config: dict[str, Any] = Field(
+        default={}, description="the other keys of that model's config class, as hidden_size"
+    )
 
     @field_validator("config", mode="before")
     @classmethod
@@ -151,6 +237,15 @@ class TransformersSection(Section):
                 raise ValueError(f"at most {most:,} for {key}")
         json.dumps(config, allow_nan=False)  # ValueError for what is not finite
         return config
+
+
+class OwnModelSection(Section):
+    """A torch module of the program that trains: `smoltrain.train(config, model=...)`, and no command, can build it."""
+
+    kind: Literal["own"] = Field(description="a module of the program that trains")
+    class_name: str = Field(description="of the module, or of the function that makes it; for those who read this")
+    vocab_size: int = Field(gt=0, le=MAX_INT, description="tokens that it knows, the last axis of its logits")
+    max_position_embeddings: int = Field(gt=0, le=MAX_INT, description="longest sequence, tokens")
 
 
 def _parse_json_text(value: object) -> object:
@@ -171,12 +266,14 @@ class TokenizerSection(Section):
     """Where token ids come from. `tokenizer=NAME` on the command line is short for `tokenizer.name=NAME`."""
 
     name: PathText = Field(
-        description="'bpe' trains a byte-level BPE on the data once; a folder with tokenizer.json; OWNER/NAME on the "
-        "Hugging Face Hub; 'tiktoken:gpt2'; or 'smollm2' or 'gpt2', made without the Hub out of a package"
+        description="bpe: a byte-level BPE, trained on the data once; a folder with tokenizer.json; OWNER/NAME on the "
+        "Hugging Face Hub; tiktoken:gpt2; or smollm2 or gpt2, made without the Hub out of a package"
     )
-    vocab_size: int | None = Field(default=None, gt=256, description="ids of the trained BPE; only with name 'bpe'")
+    vocab_size: int | None = Field(
+        default=None, gt=256, description="how many ids the trained BPE shall have; only with name: bpe"
+    )
     separator: str = Field(
-        default="<|endoftext|>", description="special token between documents and at the end of a text"
+        default="<|endoftext|>", description="special token behind each document, where a generated text ends"
     )
     pad: str | None = Field(
         default=None, description="special token to add behind the tokenizer's last id, for padding; packing needs none"
@@ -202,22 +299,26 @@ class SourceSection(Section):
     )
     hub: PathText | None = Field(default=None, description="OWNER/NAME of a dataset on the Hugging Face Hub")
     hub_config: str | None = Field(
-        default=None, description="the dataset's configuration (subset); null is its default"
+        default=None, description="the Hub dataset's configuration (subset); null is its default"
     )
-    hub_split: str = Field(default="train", description="the dataset's split")
-    pattern: PathText = Field(default="**/*", description="which files of the package or folder, as a glob")
+    hub_split: str = Field(default="train", description="the Hub dataset's split to train on")
+    pattern: PathText = Field(default="**/*", description="which files of the package or folder are read, as a glob")
     text_field: str = Field(default="text", description="field or column of the text in .jsonl, .ndjson and .parquet")
     documents: Literal["file", "blank_lines", "separator"] = Field(
-        default="file", description="how a .txt or .md file is cut: one document, or at blank lines, or at a separator"
+        default="file",
+        description="how a .txt or .md file is cut into documents: not at all, at blank lines, or at "
+        "data.document_separator",
     )
     document_separator: str = Field(
-        default="<|endoftext|>", min_length=1, description="text between documents, with documents: separator"
+        default="<|endoftext|>",
+        min_length=1,
+        description="text between two documents of a file; only with documents: separator",
     )
     validation_path: PathOrUrl | None = Field(
-        default=None, description="files of held-out documents, as path; instead of a share of the training documents"
+        default=None, description="files of held-out documents, named as path is; instead of data.validation_share"
     )
     validation_split: str | None = Field(
-        default=None, description="the Hub dataset's split of held-out documents; instead of a share"
+        default=None, description="the Hub dataset's split of held-out documents; instead of data.validation_share"
     )
 
 
@@ -225,48 +326,68 @@ class MixedSource(SourceSection):
     """One of several sources, which share the rows of a step by weight."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w-]*$"), CheckedPath] = Field(
-        description="letters, digits, - and _; names it in phases.*.mix and logs"
+        description="its name in phases.*.mix and in the logs: letters, digits, - and _"
     )
-    weight: float = Field(gt=0, description="share of the rows, relative to the other weights")
+    weight: float = Field(gt=0, description="share of each step's rows, relative to the weights of the other sources")
 
 
 class DataSection(SourceSection):
     """The documents of a run: one source described right here, or several under `sources`."""
 
-    sources: tuple[MixedSource, ...] = Field(default=(), description="several sources with weights, instead of one")
+    sources: tuple[MixedSource, ...] = Field(
+        default=(), description="several sources, each with a name and a weight, instead of one source right here"
+    )
     mode: Literal["auto", "stream", "cached"] = Field(
         default="auto",
-        description="cached tokenises everything once before the first step; stream reads while training; auto caches "
-        "local files of at most 256 MiB in all",
+        description="cached tokenises everything once, before the first step; stream reads while it trains; auto is "
+        "cached where data.cache is set or the files are local and have at most 256 MiB in all, else stream",
     )
     cache: Annotated[Path, CheckedPath] | None = Field(
-        default=None, description="folder of the tokens in cached mode, which runs may share; null is the run's own"
+        default=None,
+        description="folder of the tokens in cached mode, which several runs may share; null is the run's own",
     )
     streams: int | None = Field(
-        default=None, gt=0, description="virtual streams V: they divide the rows of a step, the ranks divide them"
+        default=None,
+        gt=0,
+        description="in stream mode, how many parts the documents are dealt into; it divides the rows of a step, and "
+        "the number of ranks divides it; null: the largest up to 64 that fits",
     )
-    shuffle_rows: int = Field(default=256, gt=0, description="rows of a stream that are shuffled with each other")
-    validation_share: float = Field(default=0.05, gt=0, lt=0.5, description="share of the documents held out, by hash")
+    shuffle_rows: Rows = Field(
+        default=256, gt=0, description="in stream mode, how many rows of a stream are shuffled with each other"
+    )
+    validation_share: float = Field(
+        default=0.05,
+        gt=0,
+        lt=0.5,
+        description="share of the documents that is held out for validation, chosen by their hash",
+    )
     max_document_mib: float = Field(
-        default=50, gt=0, le=MAX_INT, description="a longer record is a bad one; whole files may be"
+        default=50,
+        gt=0,
+        le=MAX_INT,
+        description="longest record, in MiB; a longer one counts as bad; a file that is one document may be longer",
     )
     max_bad_share: float = Field(
         default=0.01,
         ge=0,
         le=1,
-        description="share of the records of a stream (cached: of a source) that may be bad and are skipped; 100 may "
-        "always",
+        description="share of the records of a stream (in cached mode: of a source) that may be bad, and are then "
+        "skipped; 100 always may",
     )
     max_bad_records: int | None = Field(
-        default=None, ge=0, description="how many may be bad, instead of a share; null: max_bad_share says it"
+        default=None,
+        ge=0,
+        description="how many records may be bad, instead of a share; null: data.max_bad_share counts",
     )
-    patience_s: float = Field(
+    patience_s: Seconds = Field(
         default=3600,
         ge=0,
         le=MAX_INT,
-        description="seconds to try a server again that fails or is silent, before the run stops",
+        description="how long a server that fails or is silent is tried again, before the run stops",
     )
-    allow_changed: bool = Field(default=False, description="go on although the data are not those of the first start")
+    allow_changed: bool = Field(
+        default=False, description="whether a run goes on although its data are not those of its first start"
+    )
 
     @property
     def parts(self) -> tuple[MixedSource, ...]:
@@ -281,23 +402,31 @@ class PackingSection(Section):
     """How documents share a row. They follow each other, a separator behind each, and are chopped into rows."""
 
     document_mask: bool = Field(
-        default=False, description="attention and positions stay within a document; its first token is no target"
+        default=False,
+        description="whether attention and positions stay within a document; its first token is then no target",
     )
 
 
 class BatchSection(Section):
     """Rows of one optimizer step: micro_batch x accumulation x world, or rows_per_step outright."""
 
-    sequence_length: int = Field(gt=1, description="targets per row, tokens")
-    micro_batch: Literal["auto"] | Annotated[int, Field(gt=0, le=MAX_ROWS)] = Field(
-        description="rows of one forward and backward on one rank; auto, with rows_per_step: as many as keep the "
-        "device busy and are estimated to fit it"
+    sequence_length: Tokens = Field(gt=1, description="length of a row: how many tokens are predicted in it")
+    micro_batch: Literal["auto"] | Annotated[Rows, Field(gt=0, le=MAX_ROWS)] = Field(
+        description="how many rows go through the model at once on one rank; auto, only with batch.rows_per_step: as "
+        "many as keep the device busy and are estimated to fit it"
     )
     accumulation: int | None = Field(
-        default=None, gt=0, le=MAX_ROWS, description="micro-batches per step and rank at the first start"
+        default=None,
+        gt=0,
+        le=MAX_ROWS,
+        description="gradient accumulation: micro-batches of a step on each rank, at the first start; a step so has "
+        "more rows with more ranks",
     )
-    rows_per_step: int | None = Field(
-        default=None, gt=0, le=2**30, description="rows per step over all ranks; instead of accumulation"
+    rows_per_step: Rows | None = Field(
+        default=None,
+        gt=0,
+        le=2**30,
+        description="rows of a step over all ranks, however many there are; instead of batch.accumulation",
     )
 
     @property
@@ -314,107 +443,210 @@ class EngineSection(Section):
     """How a step is computed; nothing here changes what is learned, beyond rounding."""
 
     device: Literal["auto", "cuda", "cpu", "mps"] = Field(
-        default="auto", description="auto: CUDA if there is a device, else the CPU; mps is best effort, on one rank"
+        default="auto", description="auto is CUDA if there is a device, else the CPU; mps is best effort, on one rank"
     )
-    ds_config: HomeText = Field(default="zero2", description="a name in ds_configs/ or a path to DeepSpeed JSON")
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(default="auto", description="of weights and activations")
+    ds_config: HomeText = Field(
+        default="zero2",
+        description="DeepSpeed's config: zero0, zero1, zero2, zero2_fp16, zero2_offload, zero3, or a path to a .json "
+        "file",
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        default="auto", description="number format of weights and activations; master weights stay fp32"
+    )
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] | int = Field(
         default="none",
-        description="recompute no block, all but matrix products and fused attention, every block, or every n-th block "
-        "in the backward pass; auto: the least of it that `smoltrain estimate` sees fit",
+        description="what is recomputed in the backward pass instead of kept: nothing, all but matrix products and "
+        "fused attention (selective), every block (full) or every n-th; auto: the least that is estimated to fit",
     )
     attention: Literal["auto", "flash", "blocked", "sdpa", "math"] = Field(
-        default="auto", description="kernel; auto takes the fastest; blocked is smoltrain's own for the CPU"
+        default="auto",
+        description="attention kernel; auto takes the fastest there is; blocked is smoltrain's own for the CPU",
     )
     reduce_gradients: Literal["auto", "step", "micro_batch"] = Field(
         default="auto",
-        description="when gradients are reduced under ZeRO-1 and 2: once per step, with fp32 sums of all of them on "
-        "each rank, or after each micro-batch, by DeepSpeed; auto: step on a CPU",
+        description="when gradients are summed over the ranks under ZeRO-1 and 2: once per step, with fp32 sums of "
+        "all of them on each rank, or after each micro-batch, by DeepSpeed; auto: step on a CPU",
     )
     loss: Literal["auto", "fused", "plain"] = Field(
-        default="auto", description="whether the logits exist as a whole (plain), or a chunk of rows at a time"
+        default="auto",
+        description="whether the logits of a micro-batch exist as a whole (plain), or a chunk of rows at a time "
+        "(fused)",
     )
     compile: Literal["auto", "on", "off"] = Field(
-        default="auto", description="torch.compile; auto: where a compiler is installed and the run is long enough"
+        default="auto",
+        description="torch.compile; auto: on where a compiler is installed and the run is long enough to gain from it",
     )
-    hang_s: float = Field(
+    hang_s: Seconds = Field(
         default=900.0,
         ge=0,
         le=MAX_INT,
-        description="seconds without a sign of life after which all ranks leave; 0 never",
+        description="how long a rank may give no sign of life before all ranks leave; 0 waits for ever",
     )
 
 
 class OptimizerSection(Section):
     """The update. Matrices decay; vectors (norms, biases) do not."""
 
-    name: Literal["adamw"] = Field(default="adamw", description="adamw: Loshchilov & Hutter 2019")
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the first moment, per step")
-    beta2: float = Field(default=0.95, ge=0, lt=1, description="decay of the second moment, per step")
-    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    name: Literal["adamw"] = Field(
+        default="adamw", description="the optimizer; adamw is that of Loshchilov & Hutter 2019"
+    )
+    beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="decay of the first moment (mean of the gradients), per step"
+    )
+    beta2: float = Field(
+        default=0.95, ge=0, lt=1, description="decay of the second moment (mean of their squares), per step"
+    )
+    eps: float = Field(
+        default=1e-8, gt=0, description="added to the root of the second moment, by which the update is divided"
+    )
     gradient_clipping: float = Field(
-        default=1.0, ge=0, description="largest global L2 norm of the gradient; 0 never clips"
+        default=1.0,
+        ge=0,
+        description="largest L2 norm of the whole gradient; a longer one is scaled down to it; 0 never clips",
     )
     z_loss: float = Field(
-        default=0.0, ge=0, description="weight of log(Z)^2 per token in what is minimised, not in what is logged"
+        default=0.0,
+        ge=0,
+        description="weight of log(Z)^2 per token, Z the softmax's denominator, in what is minimised; the logged loss "
+        "is without",
     )
+
+
+def parse_token_count(value: object) -> object:
+    """A count of tokens as people write it (3.2e9, 400M, 1.5B, 5_000_000) as an int; no text or number stays as it is.
+
+    Errors: ValueError for what is no count.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | float):
+        return value
+    want = "a number of tokens, as in 5_000_000, 3.2e9, 400M or 1.5B"
+    text = str(value).strip().replace("_", "")
+    unit = text[-1:].upper() if text[-1:].isalpha() else ""
+    try:
+        number = Decimal(text.removesuffix(text[-1:]) if unit else text)
+    except InvalidOperation:
+        raise ValueError(want) from None
+    if unit not in TOKEN_UNITS or not number.is_finite():
+        raise ValueError(want)
+    if number.adjusted() > MAX_TOKEN_DIGITS:  # before it is multiplied: 1e999999999 has a billion digits
+        raise ValueError(f"at most {MAX_TOKENS:,}")
+    number *= TOKEN_UNITS[unit]
+    if number != number.to_integral_value():
+        raise ValueError("a whole number of tokens")
+    return int(number)
 
 
 class PhaseSection(Section):
-    """A named range of steps with its own learning rate. `schedule: continue` prolongs the end of the phase before."""
+    """A named stretch of the plan with its own learning rate. `schedule: continue` prolongs the end of the one before.
+
+    A recipe says how long it is in steps, tokens or epochs; a run that has begun knows it in steps
+    (schedule.py: resolve_horizons).
+    """
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9_-]+$"), CheckedPath] = Field(
         description="letters, digits, - and _"
     )
-    steps: int = Field(gt=0, description="optimizer steps")
-    lr: float | None = Field(default=None, gt=0, description="peak learning rate; null only with schedule continue")
-    weight_decay: float = Field(default=0.1, ge=0, description="decoupled decay, times lr per step")
-    schedule: Literal["constant", "linear", "cosine", "wsd", "continue"] = Field(
-        default="constant", description="shape of the learning rate after warm-up"
+    steps: Steps | None = Field(default=None, gt=0, description="optimizer steps; instead of them tokens, or epochs")
+    tokens: Tokens | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_TOKENS,
+        description="tokens to train on, as in 3.2e9, 400M or 1.5B; rounded up to whole steps",
     )
-    warmup_steps: int = Field(default=0, ge=0, description="steps of linear rise to lr, within this phase")
-    decay_steps: int = Field(default=0, ge=0, description="steps of wsd's final linear fall; only with wsd")
-    final_lr: float = Field(default=0.0, ge=0, description="learning rate that linear, cosine and wsd fall to")
+    epochs: float | None = Field(
+        default=None,
+        gt=0,
+        le=MAX_EPOCHS,
+        description="passes over the training tokens; for one source that is tokenised before the first step",
+    )
+    lr: float | None = Field(default=None, gt=0, description="peak learning rate; null only with schedule continue")
+    weight_decay: float = Field(
+        default=0.1,
+        ge=0,
+        description="decoupled weight decay: a step takes lr times this share off each weight that decays",
+    )
+    schedule: Literal["constant", "linear", "cosine", "wsd", "continue"] = Field(
+        default="constant",
+        description="the learning rate after warm-up: constant; a line or a cosine down to final_lr; wsd: constant, "
+        "then a line down; continue: the end of the phase before",
+    )
+    warmup_steps: Steps = Field(default=0, ge=0, description="how long lr rises from 0 in a line, within this phase")
+    decay_steps: Steps = Field(default=0, ge=0, description="how long wsd falls at its end; only with schedule: wsd")
+    final_lr: float = Field(
+        default=0.0, ge=0, description="learning rate at the end of the phase, to which linear, cosine and wsd fall"
+    )
     optimizer_state: Literal["keep", "reset"] = Field(
-        default="keep", description="the optimizer's state when the phase begins"
+        default="keep", description="whether the optimizer's moments live on when the phase begins, or are set to 0"
     )
     mix: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
-        default=None, description="weights of data.sources in this phase, by name; null keeps their own weights"
+        default=None, description="weights of data.sources in this phase, by name; null takes their own weights"
     )
+
+    _parse_tokens = field_validator("tokens", mode="before")(parse_token_count)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps. Errors: ValueError where the recipe says tokens or epochs, which nobody has resolved yet."""
+        if self.steps is None:
+            raise ValueError(f"phase {self.name} has no steps: resolve_horizons comes first")
+        return self.steps
+
+    @property
+    def horizon(self) -> dict[str, int | float]:
+        """How long it is to be, by the key that says it: one of steps, tokens and epochs."""
+        given = {key: getattr(self, key) for key in HORIZON_KEYS}
+        return {key: value for key, value in given.items() if value is not None}
 
 
 class EvaluateSection(Section):
     """Loss on the held-out documents."""
 
-    every: int = Field(default=0, ge=0, description="steps; 0 never evaluates")
-    rows: int = Field(default=64, gt=0, description="rows of validation data, the same ones each time")
+    every: Steps = Field(default=0, ge=0, description="how often the validation loss is measured; 0 never")
+    rows: Rows = Field(default=64, gt=0, description="how many rows of validation data, the same ones each time")
 
 
 class GenerationSection(Section):
     """How text is sampled from the model, during training and by `smoltrain generate`."""
 
-    max_tokens: int = Field(default=100, gt=0, description="new tokens at most")
-    temperature: float = Field(default=1.0, ge=0, description="divides the logits; 0 takes the likeliest token")
-    top_k: int = Field(default=0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
-    top_p: float = Field(default=1.0, gt=0, le=1, description="keep the likeliest tokens that hold this probability")
+    max_tokens: Tokens = Field(default=100, gt=0, description="how many new tokens at most")
+    temperature: float = Field(
+        default=1.0,
+        ge=0,
+        description="divides the logits: below 1 is surer, above 1 wilder; 0 takes the likeliest token",
+    )
+    top_k: int = Field(default=0, ge=0, description="draw from the k likeliest tokens; 0 draws from all")
+    top_p: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="draw from the fewest likeliest tokens that together have this probability; 1 draws from all",
+    )
 
 
 class SampleSection(Section):
     """Text samples during training."""
 
-    every: int = Field(default=0, ge=0, description="steps; 0 never samples")
-    prompts: tuple[str, ...] = Field(default=("",), description="one sample each; empty starts from the separator")
+    every: Steps = Field(default=0, ge=0, description="how often texts are sampled; 0 never")
+    prompts: tuple[str, ...] = Field(
+        default=("",), description="texts to go on from, one sample each; an empty one begins a new document"
+    )
 
 
 class CheckpointSection(Section):
     """When a checkpoint is written and which are kept. The last step of a phase is always saved and always kept."""
 
-    every: int = Field(default=500, ge=0, description="steps; 0 saves at the ends of phases only")
-    keep_last: int = Field(default=2, gt=0, description="newest checkpoints kept beside the ends of phases")
-    keep_every: int = Field(default=0, ge=0, description="steps; checkpoints at its multiples are kept too; 0 none")
-    keep_best: bool = Field(default=False, description="the one of the lowest validation loss is kept too")
+    every: Steps = Field(
+        default=500, ge=0, description="how often a checkpoint is written; 0 at the ends of phases only"
+    )
+    keep_last: int = Field(
+        default=2, gt=0, description="how many of the newest checkpoints are kept, beside the ends of phases"
+    )
+    keep_every: Steps = Field(default=0, ge=0, description="checkpoints at multiples of it are kept too; 0 none")
+    keep_best: bool = Field(
+        default=False, description="whether the checkpoint of the lowest validation loss is kept too"
+    )
     background: bool = Field(
-        default=True, description="training goes on while the files are written; false waits for them"
+        default=True, description="whether training goes on while the files are written; false waits for them"
     )
 
 
@@ -423,57 +655,69 @@ class SpikesSection(Section):
 
     on_spike: Literal["stop", "skip", "rewind"] = Field(
         default="stop",
-        description="stop ends the run; skip spends the step's rows without an update; rewind goes back to the newest "
-        "checkpoint and passes the guilty rows over",
+        description="stop ends the run; skip passes the step's rows over without an update; rewind goes back to the "
+        "newest checkpoint and passes the guilty rows over",
     )
     deviations: float = Field(
-        default=0.0, ge=0, description="a loss so many robust deviations above the median is a spike; 0: if not finite"
+        default=0.0,
+        ge=0,
+        description="a loss so many robust deviations above the median of the steps before is a spike; 0: only one "
+        "that is not finite",
     )
-    history: int = Field(default=128, ge=16, description="steps before it that a loss is compared with")
-    window: int = Field(default=1, gt=0, description="steps whose rows a rewind passes over, the spike's the last one")
+    history: Steps = Field(default=128, ge=16, description="how many steps before it a loss is compared with")
+    window: Steps = Field(
+        default=1, gt=0, description="how many steps' rows a rewind passes over, those of the spike the last ones"
+    )
     max_times: int = Field(default=3, gt=0, description="skips in a row, or rewinds in all, before the run stops")
 
 
 class TrackSection(Section):
     """What is written down. metrics.jsonl gets every step, whatever stands here."""
 
-    print_every: int = Field(default=10, gt=0, description="steps between lines on the console")
-    gradients_every: int = Field(
-        default=0, ge=0, description="steps between per-layer gradient norms and histograms; 0 never"
+    print_every: Steps = Field(default=10, gt=0, description="how often a line is printed on the console")
+    gradients_every: Steps = Field(
+        default=0, ge=0, description="how often the gradient norms and histograms of each layer are recorded; 0 never"
     )
     wandb: Literal["auto", "online", "offline", "off"] = Field(
-        default="auto", description="auto: online if a key is set and the server answers, else offline"
+        default="auto",
+        description="Weights & Biases: auto is online if a key is set and the server answers, else offline",
     )
-    wandb_project: str = Field(default="smoltrain", description="W&B project")
+    wandb_project: str = Field(default="smoltrain", description="project in W&B")
     wandb_entity: str | None = Field(default=None, description="user or team of the W&B project; null is your default")
     wandb_id: str | None = Field(
         default=None, description="id of the run in W&B; null is one of the run folder's own, the same at every start"
     )
-    wandb_name: str | None = Field(default=None, description="name that W&B shows; null is run.name")
-    wandb_group: str | None = Field(default=None, description="W&B group of runs that belong together")
-    wandb_tags: tuple[str, ...] = Field(default=(), description="W&B tags")
+    wandb_name: str | None = Field(default=None, description="name that W&B shows for the run; null is run.name")
+    wandb_group: str | None = Field(default=None, description="group in W&B, of runs that belong together")
+    wandb_tags: tuple[str, ...] = Field(default=(), description="tags of the run in W&B")
     wandb_notes: str | None = Field(default=None, description="a longer text about the run in W&B")
     wandb_model: Literal["none", "end", "phase", "checkpoint"] = Field(
         default="none",
-        description="model artifact in W&B: never, at the end of the plan, of each phase, or with each checkpoint",
+        description="when the model is uploaded to W&B as an artifact: never, at the end of the plan, at that of each "
+        "phase, or with each checkpoint",
     )
-    wandb_timeout_s: float = Field(
+    wandb_timeout_s: Seconds = Field(
         default=15.0,
         gt=0,
         le=MAX_INT,
-        description="seconds that training waits for an answer of W&B before it goes on without",
+        description="how long training waits for an answer of W&B before it goes on without it",
     )
 
 
-def _model_kind(section: object) -> str:
-    """Which of the two classes a model section is read as; without a kind it is the decoder."""
+MODEL_SECTIONS = {"decoder": ModelSection, "transformers": TransformersSection, "own": OwnModelSection}  # by kind
+
+
+def model_kind(section: object) -> str:
+    """Which of the classes a model section is read as; without a kind it is the decoder."""
     kind = section.get("kind") if isinstance(section, dict) else getattr(section, "kind", None)
-    return "transformers" if kind == "transformers" else "decoder"
+    return kind if kind in MODEL_SECTIONS else "decoder"
 
 
 AnyModelSection = Annotated[
-    Annotated[ModelSection, Tag("decoder")] | Annotated[TransformersSection, Tag("transformers")],
-    Discriminator(_model_kind),
+    Annotated[ModelSection, Tag("decoder")]
+    | Annotated[TransformersSection, Tag("transformers")]
+    | Annotated[OwnModelSection, Tag("own")],
+    Discriminator(model_kind),
 ]
 
 

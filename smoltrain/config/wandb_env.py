@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from smoltrain.config.schema import parse_whole_number
+
 TEXT_VARIABLES = {
     "WANDB_PROJECT": "wandb_project",
     "WANDB_ENTITY": "wandb_entity",
@@ -63,4 +65,5 @@ def _read_watch_setting(word: str, track: Mapping[str, Any]) -> WandbSetting:
 
 def _parse_int(value: object, otherwise: int) -> int:
     """A whole number of a recipe, where numbers are text until they are checked."""
-    return int(str(value)) if str(value).isdecimal() else otherwise
+    number = parse_whole_number(str(value))
+    return otherwise if number is None else number

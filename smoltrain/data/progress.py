@@ -5,12 +5,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.redact import redact_text
+from smoltrain.terminal import EDGE, can_draw, hide_live_line, open_console, print_text
 
 REPORT_INTERVAL_S = 10.0  # between lines
 POLL_INTERVAL_S = 0.5
@@ -21,8 +21,8 @@ ProgressState = Callable[[], tuple[str, float]]  # what is done, in words, and w
 @contextlib.contextmanager
 def report_progress(state: ProgressState | None, health: ReaderHealth) -> Iterator[None]:
     """While the block runs, a thread prints how far it is (without `state` it does not) and the notes of `health`."""
-    has_bar = state is not None and Console().is_terminal
-    with _progress_bar() if has_bar else contextlib.nullcontext() as bar:
+    has_bar = state is not None and can_draw(open_console())
+    with hide_live_line(), _progress_bar() if has_bar else contextlib.nullcontext() as bar:
         ended = threading.Event()
         thread = threading.Thread(target=_report_until, args=(ended, state, health, bar), daemon=True)
         thread.start()
@@ -36,15 +36,15 @@ def report_progress(state: ProgressState | None, health: ReaderHealth) -> Iterat
 def _report_until(
     ended: threading.Event, state: ProgressState | None, health: ReaderHealth, bar: Progress | None
 ) -> None:
-    task = bar.add_task("", total=1.0) if bar else None
+    task = bar.add_task(state()[0], total=1.0) if bar and state else None
     reported_at = time.monotonic()
     while not ended.wait(POLL_INTERVAL_S):
         for note in health.take_notes():
             line = redact_text(f"data: {note}")
             if bar:
-                bar.console.print(line, markup=False)  # above the bar
+                print_text(line, bar.console)  # above the bar
             else:
-                print(line, flush=True)
+                print_text(line)
         if state is None:
             continue
         if bar and task is not None:
@@ -59,5 +59,7 @@ def _report_until(
 def _progress_bar() -> Progress:
     """One that is gone when the work is done."""
     words = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
-    columns = (BarColumn(20), TaskProgressColumn(), TimeRemainingColumn(), words)
-    return Progress(*columns, expand=True, console=Console(highlight=False), transient=True)
+    columns = (BarColumn(12), TaskProgressColumn(), TimeRemainingColumn(), words)
+    console = open_console()
+    console.width -= EDGE
+    return Progress(SpinnerColumn(), *columns, expand=True, console=console, transient=True)

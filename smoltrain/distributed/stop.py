@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -42,27 +43,45 @@ class StopFlag:
 
     Until `listen` there is nothing to lose: a signal just ends the process, and so does a launcher's death, without
     which the ranks might wait for each other for ever.
+
+    A run inside somebody's program, a notebook's say, does not own its process: signals are the program's business
+    until `listen` and after `close`, a second SIGINT is a KeyboardInterrupt, and what is no SIGINT is raised again by
+    `close`: SIGTERM ends the program once the run has saved. Only in Python's main thread can such a flag listen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, owns_process: bool = True) -> None:
         self.reason: str | None = None
+        self._owns_process = owns_process
+        self._program_handlers: dict[int, Any] = {}  # of a process that is not owned, while this flag listens
         self._first_interrupt_s: float | None = None  # of the monotonic clock
         self._next_look_s = 0.0  # for launchers, likewise
         self._listening = threading.Event()
         self._request_file = os.environ.get("SMOLTRAIN_ASKED")  # until it is written
         # A bare `nohup python` has no launcher and may outlive its shell.
-        self._launchers = _find_launcher_links() if "LOCAL_RANK" in os.environ else []
+        self._launchers = _find_launcher_links() if owns_process and "LOCAL_RANK" in os.environ else []
         self._signals = heeded_stop_signals()
-        for number in self._signals:
-            signal.signal(number, signal.SIG_DFL)
+        if owns_process:
+            for number in self._signals:
+                signal.signal(number, signal.SIG_DFL)
         if self._launchers:
             threading.Thread(target=self._exit_with_launcher, name="launcher", daemon=True).start()
 
     def listen(self) -> None:
         """From here on a request raises the flag instead of ending the process."""
         self._listening.set()
+        if not self._owns_process and threading.current_thread() is not threading.main_thread():
+            return
         for number in self._signals:
-            signal.signal(number, self._on_signal)
+            before = signal.signal(number, self._on_signal)
+            self._program_handlers.setdefault(number, before)  # a rewind listens again
+
+    def close(self) -> None:
+        """Give the signals back to the program that this run is a part of."""
+        for number, handler in self._program_handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's own
+        self._program_handlers.clear()
+        if self.reason in signal.Signals.__members__ and self.reason != signal.SIGINT.name:
+            signal.raise_signal(signal.Signals[self.reason])
 
     def is_raised(self) -> bool:
         """Whether this rank has a reason to stop. Looks at its launchers, at most once a second."""
@@ -83,6 +102,8 @@ class StopFlag:
         if self._first_interrupt_s is None:
             self._first_interrupt_s = now
         elif now - self._first_interrupt_s > SIGINT_ECHO_S:
+            if not self._owns_process:
+                raise KeyboardInterrupt
             os._exit(INTERRUPTED)  # the second Ctrl-C: leave at once; a checkpoint in the making stays a .tmp
 
     def _exit_with_launcher(self) -> None:

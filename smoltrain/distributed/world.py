@@ -186,6 +186,17 @@ def open_world(device: Literal["auto", "cuda", "cpu", "mps"] = "auto") -> World:
     return replace(world, local_size=len(cores_beside), cpu_share=cpu_share)
 
 
+def close_world() -> None:
+    """Leave the process group, if there is one, so that the same process can open another world."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def is_world_open() -> bool:
+    """Whether this process has joined a process group, ours or somebody else's."""
+    return torch_dist.is_initialized()
+
+
 def _open_store(here: RankPlace) -> tuple[Any, int]:
     """(the store in which all ranks have met, its port). Errors: UserError if the port is taken or nobody comes."""
     if here.has_launcher_store:

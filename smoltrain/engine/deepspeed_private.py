@@ -76,6 +76,9 @@ PRIVATE_NAMES = {
     f"{_FRAGMENT}:tensor_fragment": "lp_fragment lp_fragment_address",
     f"{_FRAGMENT}:fragment_address": "start numel",
     "deepspeed.runtime.zero.partition_parameters:Init._convert_to_deepspeed_param": "ds_numel",
+    # A process that trains again, on another device perhaps.
+    "deepspeed.accelerator.real_accelerator": "ds_accelerator",
+    "deepspeed.accelerator.real_accelerator:get_accelerator": "ds_accelerator DS_ACCELERATOR",
     # A rank whose launcher is gone stops: the launcher is known by its command line.
     "deepspeed.launcher.runner:main": DEEPSPEED_LAUNCHER,
 }
@@ -131,6 +134,24 @@ def find_owner(owner: str) -> Any:
     for part in path.split(".") if path else ():
         found = getattr(found, part)
     return found
+
+
+def choose_accelerator(device: str) -> None:
+    """Let DeepSpeed compute on this type of device from here on: it chooses once, by a variable, for a whole process.
+
+    A rank sets the variable before it imports DeepSpeed; a program may train on the CPU first, then on a GPU.
+    """
+    real_accelerator = importlib.import_module("deepspeed.accelerator.real_accelerator")
+    if real_accelerator.get_accelerator().device_name() != device:
+        os.environ["DS_ACCELERATOR"] = device
+        real_accelerator.ds_accelerator = None
+        real_accelerator.get_accelerator()
+
+
+def close_deepspeed() -> None:
+    """Destroy the process groups that DeepSpeed holds, if it does, so that the same process can train again."""
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
 
 
 def _has_name(owner: str, name: str) -> bool:

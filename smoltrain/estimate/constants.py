@@ -38,6 +38,18 @@ GPUS = {
     )
 }
 
+# What CUDA calls them. A name stands for one peak: other cards of a family (PCIe, NVL, laptops, MIG slices) differ.
+GPU_OF_CUDA_NAME = {
+    "NVIDIA H200": "h200",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA A100-SXM4-80GB": "a100-80",
+    "NVIDIA A100 80GB PCIe": "a100-80",
+    "NVIDIA A100-SXM4-40GB": "a100-40",
+    "NVIDIA A100-PCIE-40GB": "a100-40",
+    "NVIDIA L4": "l4",
+    "NVIDIA GeForce RTX 4090": "4090",
+}
+
 
 @dataclass(frozen=True)
 class EfficiencyRates:

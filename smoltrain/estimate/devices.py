@@ -1,16 +1,72 @@
 """The device of a rank: a GPU by its name, or this machine's CPU, whose speed is measured."""
 
+import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import psutil
 import torch
 
 from smoltrain.distributed.cpu_cores import num_cores
 from smoltrain.errors import Problem, UserError, suggest_choice
-from smoltrain.estimate.constants import GPUS, DeviceSpec
+from smoltrain.estimate.constants import GPU_OF_CUDA_NAME, GPUS, DeviceSpec
+from smoltrain.kernels.precision import DTYPES
 
 CPU = torch.device("cpu")
+PEAK_SIZE = 1024  # of the square matrices by which a start measures the peak: as fast as 2048 and 4096 on our CPUs
+PEAK_BUDGET_S = 0.1  # that a start may spend on it, two calls at least
+
+
+@dataclass(frozen=True)
+class GpuPeak:
+    """The matmul peak of a GPU; of one that is in no table, why there is none."""
+
+    flops: float | None  # operations per second
+    source: str  # in a few words, for the console
+
+
+def find_gpu_peak(device: torch.device, precision: str) -> GpuPeak:
+    """By the data sheet of this GPU, in this precision."""
+    if device.type != "cuda":
+        return GpuPeak(None, f"no data sheet of {device.type} is known here")
+    name = torch.cuda.get_device_name(device)
+    if name not in GPU_OF_CUDA_NAME:
+        return GpuPeak(None, f"no data sheet of {name} is known here")
+    return GpuPeak(GPUS[GPU_OF_CUDA_NAME[name]].peak_flops(precision), f"the data sheet of {name}")
+
+
+def measure_cpu_peak(precision: str) -> float:
+    """The matmul peak in this precision of all cores that this process may use: operations per second.
+
+    A thread computes on each core, all at the same time, and counts its own CPU time: what other processes take of the
+    cores meanwhile is in no number. Takes a tenth of a second, and changes neither random numbers nor torch's threads.
+    """
+    cores = num_cores()
+    threads = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]):
+        a = torch.randn(PEAK_SIZE, PEAK_SIZE).to(DTYPES[precision])
+        b = torch.randn(PEAK_SIZE, PEAK_SIZE).to(DTYPES[precision])
+    try:
+        with ThreadPoolExecutor(cores) as pool:
+            measuring = [pool.submit(_fastest_on_one_core, lambda: a @ b) for _ in range(cores)]
+            return sum(2 * PEAK_SIZE**3 / future.result() for future in measuring)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fastest_on_one_core(call: Callable[[], object]) -> float:
+    """CPU seconds of the fastest call of those that PEAK_BUDGET_S has room for, after a first one that warms up."""
+    torch.set_num_threads(1)
+    deadline_s = time.perf_counter() + PEAK_BUDGET_S
+    call()
+    fastest_s = math.inf
+    while math.isinf(fastest_s) or time.perf_counter() < deadline_s:
+        began_s = time.thread_time()
+        call()
+        fastest_s = min(fastest_s, time.thread_time() - began_s)
+    return fastest_s
 
 
 def find_device(name: str, world_size: int) -> DeviceSpec:

@@ -11,6 +11,7 @@ from smoltrain.errors import Problem, UserError
 from smoltrain.estimate.constants import EFFICIENCY, GIB
 from smoltrain.estimate.devices import find_device
 from smoltrain.estimate.fitting import fit_config_to_memory
+from smoltrain.estimate.horizon import resolve_config
 from smoltrain.estimate.measure import measure_run
 from smoltrain.estimate.memory import estimate_memory
 from smoltrain.estimate.report import (
@@ -23,6 +24,7 @@ from smoltrain.estimate.report import (
     write_advice,
 )
 from smoltrain.estimate.training_setup import build_training_setup
+from smoltrain.terminal import open_console, print_text
 
 
 def print_estimate(recipe: str, overrides: list[str], world: int, device: str, *, measured: bool = False) -> None:
@@ -32,19 +34,20 @@ def print_estimate(recipe: str, overrides: list[str], world: int, device: str, *
     the estimate and what they showed are printed, and the constants are corrected by the difference.
     Errors: UserError for the recipe, the device, a batch that does not divide; TrainingStopped from the real steps.
     """
-    console = Console(markup=False, highlight=False)
+    console = open_console()
     config = load_config(recipe, overrides)
+    config = resolve_config(config, config.batch.rows(world))
     spec = find_device(device, world)
     config = fit_config_to_memory(config, spec.memory, world, device=spec.kind)
     estimate = Estimate(build_training_setup(config, world=world, device=spec.kind), spec)
     if measured:
         estimate = _correct_by_real_steps(estimate, recipe, overrides, console)
     alternatives = estimate_alternatives(estimate, config)
-    console.print(setup_summary(estimate, config), soft_wrap=True)
+    print_text(setup_summary(estimate, config), console)
     console.print(build_parts_table(estimate))
     console.print(build_alternatives_table(alternatives, estimate.setup))
     for line in (plan_summary(estimate, config), *write_advice(estimate, alternatives)):
-        console.print(line, soft_wrap=True)
+        print_text(line, console)
 
 
 def _correct_by_real_steps(estimate: Estimate, recipe: str, overrides: list[str], console: Console) -> Estimate:
@@ -57,7 +60,9 @@ def _correct_by_real_steps(estimate: Estimate, recipe: str, overrides: list[str]
     expected = estimate
     if ranks < world:  # this machine has fewer: what is measured is estimated for as many
         device = find_device(device.name, ranks)
-        config = fit_config_to_memory(load_config(recipe, overrides), device.memory, ranks, device=device.kind)
+        config = load_config(recipe, overrides)
+        config = resolve_config(config, config.batch.rows(ranks))
+        config = fit_config_to_memory(config, device.memory, ranks, device=device.kind)
         expected = Estimate(build_training_setup(config, world=ranks, device=device.kind), device)
     setup = replace(expected.setup, saves_midway=False)
     expected = replace(expected, setup=setup)
@@ -67,10 +72,10 @@ def _correct_by_real_steps(estimate: Estimate, recipe: str, overrides: list[str]
         f"engine.compile={'on' if setup.compiled_update else 'off'}",  # `auto` would find a plan of few steps too short
     ]  # fmt: skip
     run = measure_run(recipe, [*overrides, *as_estimated], ranks)
-    console.print(
+    print_text(
         f"measured here, {ranks} x {device.name}: step {run.step_s:.3f} s, estimated {expected.speed.step_s:.3f} s; "
         f"memory {run.peak_bytes / GIB:.2f} GiB, estimated {expected.memory.total / GIB:.2f} GiB",
-        soft_wrap=True,
+        console,
     )
     rates = EFFICIENCY[device.kind]
     base_bytes = max(0.0, run.peak_bytes - estimate_memory(setup, base_bytes=0.0).total)

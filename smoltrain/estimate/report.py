@@ -12,6 +12,7 @@ from smoltrain.config.schema import Config
 from smoltrain.engine.optimizer import checkpoint_bytes
 from smoltrain.estimate.constants import GIB, SPARE_SHARE, DeviceSpec, EfficiencyRates
 from smoltrain.estimate.fitting import list_recompute_modes
+from smoltrain.estimate.horizon import count_epoch_tokens, format_count, read_index
 from smoltrain.estimate.memory import PART_LABELS, MemoryEstimate, estimate_memory
 from smoltrain.estimate.speed import SpeedEstimate, estimate_speed
 from smoltrain.estimate.training_setup import Recompute, TrainingSetup
@@ -66,10 +67,12 @@ def estimate_alternatives(estimate: Estimate, config: Config) -> Alternatives:
 def setup_summary(estimate: Estimate, config: Config) -> str:
     """What is estimated, in a line."""
     setup = estimate.setup
+    rows = setup.step_tokens // setup.length
     return (
         f"{config.run.name}: {setup.shape.parameters:,} parameters on {setup.world} x {estimate.device.name}, "
-        f"ZeRO-{setup.stage}, {setup.precision}, {setup.micro_batch} rows x {setup.accumulation} a rank and step, "
-        f"T {setup.length}, attention {setup.attention}, loss {setup.loss}"
+        f"ZeRO-{setup.stage}, {setup.precision}, {rows:,} rows a step, "
+        f"{setup.micro_batch} x {setup.accumulation} of them a rank, T {setup.length}, "
+        f"attention {setup.attention}, loss {setup.loss}"
     )
 
 
@@ -77,12 +80,15 @@ def plan_summary(estimate: Estimate, config: Config) -> str:
     """Hours and disk of the whole plan."""
     plan = Plan(config.phases)
     hours = plan.last_step * estimate.speed.step_s / 3600
-    tokens = plan.last_step * estimate.setup.step_tokens
     setup = estimate.setup
+    tokens = plan.last_step * setup.step_tokens
+    index = read_index(config.run_folder)
+    epoch_tokens = None if index is None else count_epoch_tokens(index, setup.length)
+    epochs = "" if epoch_tokens is None else f", {tokens / epoch_tokens:.3g} epochs"
     count = max_num_checkpoints(plan, config)
     size = checkpoint_bytes(setup.optimizer, setup.shape.parameters, setup.weight_bytes)
     return (
-        f"{plan.last_step:,} steps, {tokens / 1e9:,.2f} billion tokens: {hours:,.1f} hours without evaluation and "
+        f"{plan.last_step:,} steps, {format_count(tokens)} tokens{epochs}: {hours:,.1f} hours without evaluation and "
         f"sampling; on disk at most {count} checkpoints of {size / GIB:.2f} GiB, {count * size / GIB:.1f} GiB"
     )
 

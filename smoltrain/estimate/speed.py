@@ -10,9 +10,10 @@ Legend: as memory.py, L blocks. `recomputed` is the share of the blocks that run
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from smoltrain.config.schema import Config
 from smoltrain.estimate.constants import EFFICIENCY, DeviceSpec, EfficiencyRates
 from smoltrain.estimate.memory import block_activation_bytes, keeps_probabilities, num_recomputed_blocks
-from smoltrain.estimate.training_setup import TrainingSetup
+from smoltrain.estimate.training_setup import TrainingSetup, model_shape
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,12 @@ def model_flops_utilization(setup: TrainingSetup, tokens_per_s: float, peak: flo
     """Share of the peak (of one rank, operations per second) that the model's own operations take."""
     s = setup.shape
     return tokens_per_s * flops_per_token(s.parameters, s.layers, s.width, setup.length) / (peak * setup.world)
+
+
+def recipe_flops_per_token(config: Config) -> float:
+    """Of forward and backward of a recipe's model, per target."""
+    shape = model_shape(config.model)
+    return flops_per_token(shape.parameters, shape.layers, shape.width, config.batch.sequence_length)
 
 
 def flops_per_token(parameters: int, layers: int, width: int, sequence_length: int) -> float:

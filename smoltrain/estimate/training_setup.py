@@ -6,7 +6,8 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 
-from smoltrain.config.schema import Config, ModelSection, TransformersSection
+from smoltrain.config.load import cut_micro_batch
+from smoltrain.config.schema import AnyModelSection, Config, ModelSection, OwnModelSection
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config, with_zero_stage, zero_stage
 from smoltrain.engine.optimizer import OPTIMIZERS, OptimizerKind
 from smoltrain.engine.reduction import choose_reduction, gradient_sum_dtype
@@ -127,8 +128,9 @@ def build_training_setup(
     micro-batches of one row, without recomputation.
     Errors: UserError where the rows per step do not divide among the ranks, or a kernel cannot run.
     """
-    micro_batch = config.batch.micro_batch_rows
     rows = resolved.get("rows_per_step") or config.batch.rows(world)
+    config = cut_micro_batch(config, rows, world)
+    micro_batch = config.batch.micro_batch_rows
     if rows % (micro_batch * world):
         saw = f"{rows} rows on {world} ranks x {micro_batch}"
         want = "a micro-batch that divides a rank's share"
@@ -157,8 +159,14 @@ def build_training_setup(
     )  # fmt: skip
 
 
-def model_shape(section: ModelSection | TransformersSection) -> ModelShape:
-    """The shape of a model, its parameters counted on the device 'meta'. Errors: UserError as build_model."""
+def model_shape(section: AnyModelSection) -> ModelShape:
+    """The shape of a model, its parameters counted on the device 'meta'.
+
+    Errors: UserError as build_model, and for a model of a program's own, of whose inside nothing is known.
+    """
+    if isinstance(section, OwnModelSection):
+        want = "smoltrain's decoder, or a model of transformers"
+        raise UserError(Problem("a model of a program's own cannot be estimated", section.class_name, want, "model"))
     model = build_model(section, device="meta")
     parameters = count_parameters(model)
     if isinstance(section, ModelSection):

@@ -65,7 +65,7 @@ def _training_facts(config: Config, metrics: Path, step: int, last_step: int | N
     rows: dict[str, str] = {}
     if config.run.recipe:
         rows["recipe"] = config.run.recipe
-    phases = "; ".join(f"{phase.name}: {phase.steps:,} steps, {phase.schedule}" for phase in config.phases)
+    phases = "; ".join(f"{phase.name}: {phase.num_steps:,} steps, {phase.schedule}" for phase in config.phases)
     rows["steps"] = f"{step:,} of {last_step:,} ({phases})"
     rows["data"] = _describe_data(config.data)
     if "data/tokens" in last:

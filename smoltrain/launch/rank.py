@@ -15,7 +15,8 @@ import traceback
 import warnings
 from typing import TYPE_CHECKING
 
-from smoltrain.config.load import load_config
+from smoltrain.config.keys import read_key_options
+from smoltrain.config.load import load_config, split_recipe_words
 from smoltrain.config.schema import Config
 from smoltrain.console import guard_console
 from smoltrain.errors import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from smoltrain.train.start import Start
 
 START_ON_STDIN = "--start-on-stdin"  # the first word of a supervisor's rank; the others only say in `ps` what runs
+LOCAL_RANK_OPTIONS = ("--local_rank=", "--local-rank=")  # DeepSpeed's launcher and torch.distributed.launch add them
 LAST_WORD_S = 5.0
 CONNECTION_LOST = re.compile("Connection (closed|reset) by peer|Broken pipe")  # gloo's words
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -40,8 +42,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 def run_rank(words: list[str]) -> int:
     """Train what the command line says; returns the exit code."""
+    began_at = time.time()
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # cpu_cores.py tells why; read when torch is imported
-    words = [word for word in words if not word.startswith("--local_rank")]  # DeepSpeed's launcher adds it
+    words = [word for word in words if not word.startswith(LOCAL_RANK_OPTIONS)]
     try:
         config, start = read_words(words)
         sys.argv[1:] = map(redact_text, sys.argv[1:])  # which W&B writes down
@@ -50,7 +53,7 @@ def run_rank(words: list[str]) -> int:
         keep_freed_memory()
         from smoltrain.train.run import run_training  # seconds of imports, which a mistake in the words does not cost
 
-        return run_training(config, start)
+        return run_training(config, start, began_at=began_at)
     except (UserError, TrainingStopped) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, RankTrainingStopped | RankUserError):
             print(format_error(error), file=sys.stderr, flush=True)
@@ -77,9 +80,7 @@ def read_words(words: list[str]) -> "tuple[Config, Start | None]":
 
         start = unpack_start(sys.stdin.buffer)
         return start.config, start
-    if not words or "=" in words[0]:
-        words = ["quickstart", *words]
-    return load_config(words[0], words[1:]), None
+    return load_config(*split_recipe_words(read_key_options(words))), None
 
 
 def keep_freed_memory() -> None:

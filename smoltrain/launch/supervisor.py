@@ -7,20 +7,20 @@ No launcher stands between: signals reach all ranks at once, and every exit code
 
 import contextlib
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 import psutil
 import torch
 
 from smoltrain.config.load import load_config, stop_after_phase
-from smoltrain.config.schema import Config
+from smoltrain.config.schema import Config, PhaseSection
+from smoltrain.console import TERMINAL_VARIABLE
 from smoltrain.distributed.awake_clock import AwakeClock
 from smoltrain.distributed.rendezvous import RankPlace, open_rendezvous_socket
 from smoltrain.distributed.stop import STOP_SIGNALS, heeded_stop_signals
@@ -29,10 +29,17 @@ from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepsp
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
 from smoltrain.launch.config_pipe import pack_start
 from smoltrain.launch.rank import START_ON_STDIN
+<<<<<<< HEAD
+from smoltrain.launch.terminal_loan import TerminalLoan
 from smoltrain.run.run_lock import lock_run_folder
+from smoltrain.run.screen import Screen
+from smoltrain.run.summary import describe_run
+=======
+from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
+>>>>>>> library
 from smoltrain.schedule import Phase, Plan
+from smoltrain.terminal import clear_live_line, interrupt_live_line, open_console, show_activity
 from smoltrain.train.start import Start, begin_run
-from smoltrain.train.start_point import read_validation_loss
 
 RANK_COMMAND = [sys.executable, "-u", "-P", "-m", "smoltrain.launch.rank"]  # -P: no module of the current folder
 CPU_RANKS = 2  # on a machine without a GPU: enough to make every collective real
@@ -42,35 +49,73 @@ NOTICE_S = 15.0  # for ranks to notice that another one has died; rank.py lets r
 GRACE_S = 35.0  # from SIGTERM to SIGKILL, to save or to finish an upload
 
 
-def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None) -> int:
+def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None, began_at: float | None = None) -> int:
     """Run every phase that is left; returns the exit code (errors.py).
 
+    The command began at `began_at` (seconds since 1970), now by default.
     Errors: UserError before any process starts, for whatever can be known by then.
     """
+    return supervise_config(lambda: load_config(recipe, overrides), [recipe, *overrides], ranks, began_at)
+
+
+def supervise_config(
+    read_config: Callable[[], Config], words: list[str], ranks: int | None = None, began_at: float | None = None
+) -> int:
+    """The same for a config that a program has made; `words` name it in the list of processes."""
     signals = SignalForwarder()
+<<<<<<< HEAD
+    screen = Screen()
     try:
-        return _run_phases(recipe, overrides, ranks, signals)
+        return _run_phases(read_config(), words, ranks, signals, screen, began_at)
     except StopRequested:
         if signals.ranks_were_started:
-            print("stopped; the same command goes on from there")
+            screen.say("stopped; the same command goes on from there")
         else:
-            print("stopped before the first step; nothing was lost")
+            screen.say("stopped before the first step; nothing was lost")
         return STOPPED
     finally:
         signals.close()
 
 
-def _run_phases(recipe: str, overrides: list[str], num_ranks: int | None, signals: "SignalForwarder") -> int:
-    config = load_config(recipe, overrides)
+def _run_phases(
+    config: Config, words: list[str], num_ranks: int | None, signals: "SignalForwarder", screen: Screen,
+    began_at: float | None,
+) -> int:  # fmt: skip
+    remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for all phases
+    device = choose_device(config.engine.device)
+    num_ranks = choose_num_ranks(num_ranks, device.type)
+    lock = lock_run_folder(config)  # until this process and the last rank have ended
+    with show_activity("looking at checkpoints and data"):
+        start = begin_run(config, num_ranks, device, say=screen.say, one_phase=True, began_at=began_at)
+    plan = start.plan  # in steps, which the recipe may not be: only begin_run resolves it
+    last_step = plan.last_step_until(config.run.stop_after)
+=======
+    with contextlib.ExitStack() as held:
+        held.callback(signals.close)
+        try:
+            return _run_phases(read_config(), words, ranks, signals, held)
+        except StopRequested:
+            if signals.ranks_were_started:
+                print("stopped; the same command goes on from there")
+            else:
+                print("stopped before the first step; nothing was lost")
+            return STOPPED
+
+
+def _run_phases(
+    config: Config, words: list[str], num_ranks: int | None, signals: "SignalForwarder", held: contextlib.ExitStack
+) -> int:
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for all phases
     device = choose_device(config.engine.device)
     num_ranks = choose_num_ranks(num_ranks, device.type)
     plan = Plan(config.phases)
     last_step = plan.last_step_until(config.run.stop_after)
-    lock = lock_run_folder(config)  # until this process and the last rank have ended
+    lock = lock_run_folder(config)  # until this command and the last rank have ended
+    held.callback(unlock_run_folder, lock)
     start = begin_run(config, num_ranks, device, say=_print_now, one_phase=True)
+>>>>>>> library
     if not start.has_work:
-        print(f"{config.run.name}: the plan is complete at step {start.point.step}; nothing to do")
+        screen.say(f"{config.run.name}: the plan is complete at step {start.point.step}; nothing to do")
         return DONE
     first_phase = plan.phase(start.last_step)
     for phase in plan.phases:
@@ -78,16 +123,20 @@ def _run_phases(recipe: str, overrides: list[str], num_ranks: int | None, signal
             continue
         if phase != first_phase:
             part = stop_after_phase(config, phase.name)
-            start = begin_run(part, num_ranks, device, say=_print_now, data_ready=True)
-        _print_now(f"phase {phase.name}: {_describe_work(start, phase)}, {num_ranks} new processes")
-        words = [recipe, *overrides, f"run.stop_after={phase.name}"]
-        code = _launch_ranks(RankProcesses(words, num_ranks, device.type, start, lock), signals)
+            with show_activity("looking at what was saved"):
+                start = begin_run(part, num_ranks, device, say=screen.say, data_ready=True, before=start)
+        work = f"{_describe_work(start, phase)}, {num_ranks} new processes"
+        screen.say_phase(f"phase {phase.name}: {work}")
+        if changes := describe_phase_changes(plan, phase):
+            screen.say_choice("new in this phase", changes)
+        shown = [*words, f"run.stop_after={phase.name}"]
+        code = _launch_ranks(RankProcesses(shown, num_ranks, device.type, start, lock), signals)
         if code == DONE and signals.stop_signal:  # too late for the ranks, which had left their last step behind
-            print(f"stopped after step {phase.last} ({signals.stop_signal}); the same command goes on from there")
+            screen.say(f"stopped after step {phase.last} ({signals.stop_signal}); the same command goes on from there")
             return STOPPED
         if code != DONE:
             return code
-    print(_describe_finished_run(config, plan, last_step))
+    screen.say_summary(describe_run(plan, config.run_folder))
     return DONE
 
 
@@ -97,20 +146,39 @@ def _describe_work(start: Start, phase: Phase) -> str:
     return f"steps {max(done + 1, phase.first)} to {phase.last}" if done < phase.last else "its last validation"
 
 
-def _print_now(text: str) -> None:
-    print(text, flush=True)
+def describe_phase_changes(plan: Plan, phase: Phase) -> str:
+    """What is trained otherwise than in the phase before; empty for the first one."""
+    number = plan.phases.index(phase)
+    if number == 0:
+        return ""
+    before = plan.phases[number - 1].spec
+    told = ("schedule", "lr", "weight_decay", "mix")
+    changes = [
+        f"{name} {_format_setting(before, name)} -> {_format_setting(phase.spec, name)}"
+        for name in told
+        if getattr(before, name) != getattr(phase.spec, name)
+    ]
+    if phase.spec.optimizer_state == "reset":
+        changes.append("the optimizer's moments begin at zero")
+    return ", ".join(changes)
+
+
+def _format_setting(spec: PhaseSection, name: str) -> str:
+    value = getattr(spec, name)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _launch_ranks(ranks: "RankProcesses", signals: "SignalForwarder") -> int:
     """One set of ranks from start to end: their exit code, and a word to the user where they could not give one."""
     first = ranks.run(signals)
+    screen = Screen()
     if signals.num_interrupts > 1:
-        print("left at once; the same command goes on from the last checkpoint")
+        screen.say("left at once; the same command goes on from the last checkpoint")
         return INTERRUPTED
     if first is None:
         return DONE
     if first.launch_code == STOPPED != first.code:
-        print("stopped, and nothing was lost; the same command goes on from there")
+        screen.say("stopped, and nothing was lost; the same command goes on from there")
     if first.launch_code == FAULT:
         print(f"error: {first}; the same command goes on from the last checkpoint", file=sys.stderr)
     return first.launch_code
@@ -160,6 +228,7 @@ class SignalForwarder:
         """The ranks are in sessions of their own, where a terminal's signals do not come."""
         processes = self.ranks.session_processes() if self.ranks else []
         _signal_processes(processes, signal.SIGSTOP)
+        clear_live_line(open_console())  # the shell's prompt comes here
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)  # here this process stands still, until `fg` or `bg`
         signal.signal(number, self._on_ctrl_z)
@@ -215,6 +284,7 @@ class RankProcesses:
             self._env["DS_ACCELERATOR"] = device
         self._count = count
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._terminal: TerminalLoan | None = None
 
     def run(self, signals: SignalForwarder) -> RankExit | None:
         """The first rank that ended without being done, None if all were done. Nothing of them is alive afterwards."""
@@ -233,14 +303,16 @@ class RankProcesses:
     def _start_processes(self) -> None:
         """A Ctrl-C is held back until all are there; each lets it in when Python could not answer with a traceback."""
         listener = open_rendezvous_socket(RankPlace(size=self._count))  # here, so that nobody takes the port meanwhile
+        terminal = self._terminal = TerminalLoan(f"starting {self._count} rank{'s' * (self._count > 1)}")
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which children inherit
         try:
             for rank in map(str, range(self._count)):
                 env = self._env | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(listener.getsockname()[1])}
-                inherited: tuple[int, ...] = ()
+                env[TERMINAL_VARIABLE] = str(terminal.inherited)
+                inherited: tuple[int, ...] = (terminal.inherited,)
                 if rank == "0":
                     env["SMOLTRAIN_LISTENER"] = str(listener.fileno())
-                    inherited = (listener.fileno(), *self._inherited)
+                    inherited += (listener.fileno(), *self._inherited)
                 process = subprocess.Popen(
                     self._command, env=env, stdin=subprocess.PIPE, start_new_session=True, pass_fds=inherited
                 )
@@ -261,8 +333,10 @@ class RankProcesses:
         due: list[tuple[float, int]] = []  # when to send which signal
         while running:
             time.sleep(POLL_S)
+            if self._terminal:
+                self._terminal.poll()
             while pending:
-                self._send_signal(pending.pop(0))
+                self._pass_signal_on(pending.pop(0))
             exits = self._collect_exits(running)
             failed = [rank_exit for rank_exit in exits if rank_exit.code != DONE]
             if first is None and failed:
@@ -284,6 +358,12 @@ class RankProcesses:
                 del running[rank]
         return exits
 
+    def _pass_signal_on(self, number: int) -> None:
+        """Send it, and say at once that it came: the ranks may be in the middle of a long step."""
+        self._send_signal(number)
+        text = describe_signal(number, has_started=self._terminal is not None and self._terminal.is_taken)
+        interrupt_live_line(text, open_console())
+
     def _send_signal(self, number: int) -> None:
         for process in self._processes:
             process.send_signal(number)
@@ -303,6 +383,19 @@ class RankProcesses:
                         process.terminate()
             time.sleep(POLL_S)
             left = self.session_processes()
+        if self._terminal:
+            self._terminal.close()
+        clear_live_line(open_console())
+
+
+def describe_signal(number: int, *, has_started: bool) -> str:
+    """What a signal that has just been passed on to the ranks will do; `has_started`: they say what they do."""
+    if number == signal.SIGKILL:
+        return "leaving at once"
+    what = "stopping after this step, then saving" if has_started else "stopping; no step has begun"
+    if number == signal.SIGINT:
+        return f"{what}; Ctrl-C again leaves at once"
+    return f"{signal.Signals(number).name}: {what}"
 
 
 def _schedule_signals(first: RankExit, now: float) -> list[tuple[float, int]]:
@@ -329,17 +422,3 @@ def _find_session_processes(sessions: set[int]) -> list[psutil.Process]:
             if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
-
-
-def _describe_finished_run(settings: Config, plan: Plan, done: int) -> str:
-    """What was reached and what to do with it: commands that a shell can be given as they are."""
-    run, bin_folder = settings.run_folder, Path(os.path.relpath(Path(sys.executable).parent))
-    command, folder = shlex.quote(str(bin_folder / "smoltrain")), shlex.quote(str(run))
-    loss = read_validation_loss(run, done)  # of no older step: the last one's may never have been measured
-    reached = "" if loss is None else f", validation loss {loss:.4f} nats per token"
-    lines = [f"done: {done} of {plan.last_step} steps{reached}; weights, curves and metrics are in {run}", "next:"]
-    lines.append(f"  {command} generate {folder} --prompt 'To be'")
-    if list(run.glob("wandb/offline-run-*")):
-        lines.append(f"  {shlex.quote(str(bin_folder / 'wandb'))} sync {folder}/wandb/offline-run-*")
-    lines.append(f"  {command} show {shlex.quote(str(run / 'config.yaml'))} --plan")
-    return "\n".join(lines)

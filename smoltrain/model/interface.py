@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from smoltrain.config.schema import ModelSection, TransformersSection
+from smoltrain.config.schema import AnyModelSection
 from smoltrain.kernels.attention import AttentionKernel
 from smoltrain.kernels.loss import PLAIN_LOSS, LossKernel
 
@@ -37,7 +37,7 @@ class LanguageModel(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def section(self) -> ModelSection | TransformersSection:
+    def section(self) -> AnyModelSection:
         """The part of the config that this model was built from."""
 
     @abstractmethod

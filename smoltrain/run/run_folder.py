@@ -2,8 +2,10 @@
 
 import datetime
 import math
+import re
 import secrets
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from smoltrain import files
 from smoltrain.checkpoint.identity import (
     ConfigDifference,
+    ForbiddenChange,
     RunIdentity,
     check_checkpoint_identity,
     find_config_differences,
@@ -21,10 +24,10 @@ from smoltrain.checkpoint.identity import (
     is_announced,
 )
 from smoltrain.config.config_file import CONFIG_FILE, config_digest_line, find_config_damage, read_provenance
-from smoltrain.config.load import read_run_config, redacted_config
+from smoltrain.config.load import cut_micro_batch, read_run_config, redacted_config
 from smoltrain.config.schema import Config
 from smoltrain.config.yaml_text import dump_yaml
-from smoltrain.errors import Problem, UserError
+from smoltrain.errors import Problem, UserError, format_value
 
 if TYPE_CHECKING:
     from smoltrain.checkpoint.manifest import Manifest
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 SAMPLES_FILE = "samples.jsonl"
 SPIKES_FILE = "spikes.jsonl"
 MAX_STARTS = 200  # that provenance keeps: the first one and the newest ones
+WEIGHTLESS_KEYS = {"model.dropout", "model.attention_dropout", "model.initializer_range"}  # weights fit either way
 PACKAGES = ("torch", "deepspeed", "tokenizers", "wandb", "numpy")
 
 
@@ -64,11 +68,24 @@ class RunRecord:
     changes: tuple[str, ...]  # as in RunFolder
 
 
+def find_rows_per_step(
+    config: Config, world_size: int, ancestor: Path | None = None, manifest: "Manifest | None" = None
+) -> int:
+    """Rows of a step over all ranks: as the run, or its ancestor, began; those of the config for one that begins now.
+
+    Errors: UserError for a config.yaml that cannot be read.
+    """
+    past = _read_past(config, ancestor, manifest)
+    return past.identity["rows_per_step"] if past else config.batch.rows(world_size)
+
+
 def make_run_record(
-    config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None
-) -> RunRecord:
+    config: Config, world_size: int, done: int, ancestor: Path | None = None, manifest: "Manifest | None" = None,
+    asked: Mapping[str, float] | None = None,
+) -> RunRecord:  # fmt: skip
     """Check whether a run may go on after `done` steps; what this start will write then. Nothing is written.
 
+    The config's phases are in steps; `asked` are the keys, with values, that say it in tokens or epochs.
     `manifest` is that of the checkpoint to go on from, which tells of its run. A new run that goes on from an
     `ancestor`, another run's folder, is held to that one's identity and past plan. Where config.yaml was lost, the
     checkpoint alone is what a run is held to.
@@ -76,8 +93,8 @@ def make_run_record(
     or when config.yaml does not agree with the checkpoint.
     """
     past = _read_past(config, ancestor, manifest)
-    _check_against_past(config, done, past, manifest)
-    provenance = _build_provenance(config, world_size, done, past)
+    _check_against_past(config, world_size, done, past, manifest)
+    provenance = _build_provenance(config, world_size, done, past, asked or {})
     return RunRecord(provenance, _describe_changes(config.run_folder / CONFIG_FILE, past))
 
 
@@ -111,19 +128,56 @@ def _read_past(config: Config, ancestor: Path | None, manifest: "Manifest | None
     return None
 
 
-def _check_against_past(config: Config, done: int, past: PastRun | None, manifest: "Manifest | None") -> None:
+def _check_against_past(
+    config: Config, world_size: int, done: int, past: PastRun | None, manifest: "Manifest | None"
+) -> None:
     """Errors: UserError, as `make_run_record`."""
     if past is None:
         return
     if manifest and past.differences is not None:
         check_checkpoint_identity(manifest.identity, manifest.step, past.identity, past.path)
-    change = f"{past.path.parent} belongs to another run: take back the change, or choose another run.name"
-    problems = find_forbidden_changes(past.identity, config, done, change)
-    if problems:
-        raise UserError(*problems)
+    changes = find_forbidden_changes(past.identity, config, done, world_size)
+    if changes:
+        raise UserError(_describe_forbidden_changes(changes, config, done, past.path.parent))
 
 
-def _build_provenance(config: Config, world_size: int, done: int, past: PastRun | None) -> dict[str, Any]:
+def _describe_forbidden_changes(changes: list[ForbiddenChange], config: Config, done: int, folder: Path) -> Problem:
+    """One sentence: which keys differ from those of the run in `folder`, and the two ways out."""
+    seen: list[str] = []
+    for key, before, now, step in changes:
+        since = "" if step is None else f" (from step {step} on)"
+        seen.append(f"{key}: {_format_setting(before)} in the run, {_format_setting(now)} asked{since}")
+    keys = {change.key for change in changes} - WEIGHTLESS_KEYS
+    trains_another_bpe = config.tokenizer.name == "bpe" and any(key.startswith("data.") for key in keys)
+    weights_fit = not (trains_another_bpe or any(key.startswith(("model.", "tokenizer.")) for key in keys))
+    if folder != config.run_folder:
+        way_out = "init.load=weights, which takes its weights alone" if weights_fit else "another init.from"
+    else:
+        way_out = f"another run.name; {folder} stays as it is"
+        if weights_fit and done:
+            way_out = f"another run.name (init.from={folder} begins with the weights of this one)"
+    want = f"the run's values: {done} steps were trained with them" if done else "the run's values"
+    change = f"them back, or choose {way_out}"
+    return Problem("the config differs from the run's own", "; ".join(seen), want, change)
+
+
+def _format_setting(value: Any) -> str:
+    """A value as a recipe has it: null, cosine, 4e-4."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(_format_setting, value))}]"
+    if isinstance(value, str) and re.fullmatch(r"[\w./*-]+", value):
+        return value
+    if isinstance(value, float) and 0 < abs(value) < 0.01:
+        mantissa, exponent = f"{value:.15e}".split("e")
+        return f"{float(mantissa):.12g}e{int(exponent)}"
+    return format_value(value)
+
+
+def _build_provenance(
+    config: Config, world_size: int, done: int, past: PastRun | None, asked: Mapping[str, float]
+) -> dict[str, Any]:
     """What config.yaml will say of the run's starts, this one included."""
     start: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -132,6 +186,8 @@ def _build_provenance(config: Config, world_size: int, done: int, past: PastRun 
         "git_commit": find_git_commit(Path(__file__).parent),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }
+    if asked:
+        start["asked"] = dict(asked)
     if past and past.differences is not None:
         start["changes"] = format_differences(past.differences)
     elif past:
@@ -160,18 +216,24 @@ def accumulation_steps(config: Config, rows_per_step: int, world_size: int) -> i
 
     Errors: UserError naming the worlds that fit.
     """
+    accumulation = _divide_rows(config, rows_per_step, world_size)
+    if accumulation is not None:
+        return accumulation
     micro_batch = config.batch.micro_batch_rows
-    if rows_per_step % (micro_batch * world_size) == 0:
-        return rows_per_step // (micro_batch * world_size)
-    want = f"a micro-batch that divides {rows_per_step}"
-    if rows_per_step % micro_batch == 0:
-        num_micro_batches = rows_per_step // micro_batch
-        small = [n for n in range(1, math.isqrt(num_micro_batches) + 1) if num_micro_batches % n == 0]
-        divisors = sorted({*small, *(num_micro_batches // n for n in small)})
-        want = f"one of {', '.join(map(str, divisors))} ranks"
+    small = [n for n in range(1, math.isqrt(rows_per_step) + 1) if rows_per_step % n == 0]
+    divisors = sorted({*small, *(rows_per_step // n for n in small)})
+    fitting = [str(n) for n in divisors if _divide_rows(config, rows_per_step, n)]
+    want = f"one of {', '.join(fitting)} ranks" if fitting else f"a micro-batch that divides {rows_per_step}"
     what = f"{rows_per_step} rows per step do not divide evenly"
     saw = f"{world_size} ranks x micro_batch {micro_batch}"
     raise UserError(Problem(what, saw, want, "batch.micro_batch, or the number of ranks"))
+
+
+def _divide_rows(config: Config, rows_per_step: int, world_size: int) -> int | None:
+    """Micro-batches per step and rank; None where the rows do not divide evenly."""
+    micro_batch = cut_micro_batch(config, rows_per_step, world_size).batch.micro_batch_rows
+    accumulation, rest = divmod(rows_per_step, micro_batch * world_size)
+    return None if rest else accumulation
 
 
 def find_git_commit(folder: Path) -> str:

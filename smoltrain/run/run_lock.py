@@ -55,6 +55,12 @@ def lock_run_folder(config: Config, patience_s: float = PATIENCE_S) -> int | Non
     return descriptor
 
 
+def unlock_run_folder(lock: int | None) -> None:
+    """Give the right back, for a process that goes on: unless a rank that inherited the file still holds it."""
+    if lock is not None:
+        os.close(lock)
+
+
 def _try_lock(descriptor: int) -> bool:
     """Lock the file if nobody else has."""
     try:

@@ -1,19 +1,18 @@
-"""What a run logs: console, metrics.jsonl, samples.jsonl, and W&B through wandb_run.py.
+"""What a run logs: metrics.jsonl, samples.jsonl, the console through screen.py and W&B through wandb_run.py.
 
 Rank 0 writes; the trackers of the other ranks take the same calls and keep silent, so the loop has no `if rank == 0`.
 """
 
 import contextlib
+import json
 import logging
 import math
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TextIO
 
 from smoltrain import files
 from smoltrain.config.schema import Config
@@ -23,6 +22,8 @@ from smoltrain.errors import DONE, FAULT
 from smoltrain.files import METRICS_FILE
 from smoltrain.redact import redact_text
 from smoltrain.run.run_folder import SAMPLES_FILE, RunFolder
+from smoltrain.run.screen import Screen, cut_sample, format_choice, format_step_line, format_validation_line
+from smoltrain.run.time_left import TimeLeft
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.run.wandb_run import WandbRun
 
@@ -45,84 +46,141 @@ METRICS = {
     "speed/tokens_per_s": "targets of the step over speed/step_s, all ranks together",
     "speed/step_s": "seconds of the step, the slowest rank; no evaluation, sampling, saving, looking at gradients",
     "speed/steps_per_s": "optimizer steps per second: 1 over speed/step_s",
+    "speed/mfu": "share of the peak that the start says: targets/s x (6 N + 12 L D T) over it, all ranks together",
     "speed/data_wait_share": "share of the step spent waiting for rows, the worst rank",
     "memory/peak_gib": "peak so far, the largest rank: CUDA memory allocated, or resident set on a CPU",
     "speed/checkpoint_pause_s": "seconds that training stood still for a checkpoint, the slowest rank",
+    "speed/evaluation_s": "seconds of an evaluation, the slowest rank",
+    "speed/sampling_s": "seconds in which the model wrote samples, the slowest rank",
+    "speed/start_s": "seconds from the command's start, or the end of the phase before, to the first step; per start",
+    "speed/closing_s": "seconds from the last step's end until checkpoint and plots were written, rank 0; per start",
     "validation/loss_nats_per_token": "mean over the validation rows' tokens, all ranks",
+    "validation/best_loss_nats_per_token": "lowest finite validation loss of the run so far, all ranks",
     "validation/perplexity": "exp of the validation loss",
     "validation/bits_per_byte": "validation loss in bits over the bytes (UTF-8) of its texts, spelled by an id or not",
 }
+VALIDATION_LOSS = "validation/loss_nats_per_token"
 SOURCE_TOKENS_PREFIX = "data/tokens_by_source/"  # + source: as data/tokens, of that source alone
+CUSTOM_PREFIX = "custom/"  # + name: what a program's callback returned after the step, see train/callbacks.py
 GRADIENT_NORM_PREFIX = "gradients/norm_before_clipping/"  # + layer: L2 norm of its gradient, averaged over all ranks
+NAME_PREFIXES = (SOURCE_TOKENS_PREFIX, CUSTOM_PREFIX, GRADIENT_NORM_PREFIX)
 SAMPLE_KEYS = ("step", "prompt", "text")
 
 
 class Tracker:
     """Console, files and W&B behind one small interface."""
 
-    def __init__(self, config: Config, folder: RunFolder, rank: int, first_step: int, last_step: int) -> None:
-        """Go on after `first_step`: later lines of an interrupted run are cut off the files."""
+    def __init__(
+        self, config: Config, folder: RunFolder, rank: int, first_step: int, last_step: int, *,
+        choices_were_said: bool = False,
+    ) -> None:  # fmt: skip
+        """Go on after `first_step`: later lines of an interrupted run are cut off the files.
+
+        `last_step` is where the whole command ends. `choices_were_said`: an earlier start of this command has
+        shown what was chosen, so only what is chosen otherwise now is shown.
+        """
         self._is_writer = rank == 0
         self._print_every = config.track.print_every
+        self._last_step = last_step
         self._log = open_rank_log(folder.path / "logs" / f"rank{rank}.log")
         self._wandb: WandbRun | None = None
         self._warned_kinds: set[str] = set()
+        self._best_loss = math.inf  # of all validations so far
         if not self._is_writer:
             return
-        self._console = Console(highlight=False, soft_wrap=True)
-        self._progress: Progress | None = None
-        if self._console.is_terminal:
-            self._progress = _start_progress_bar(self._console, first_step, last_step)
+        self._choices_file = folder.path / "logs" / "choices.json"
+        self._choices: dict[str, str] = {}
+        self._shown_choices = read_choices(self._choices_file) if choices_were_said else {}
+        self._screen = Screen()
+        self._time_left = TimeLeft(config, last_step, restarts="SMOLTRAIN_SUPERVISOR" in os.environ)
         undone = folder.path / UNDONE_METRICS_FILE
-        self._metrics, _ = _reopen_jsonl(folder.path / METRICS_FILE, first_step, self.say, undone=undone)
+        self._metrics, past = _reopen_jsonl(folder.path / METRICS_FILE, first_step, self.say, undone=undone)
+        for line in past:
+            self._time_left.add_past(line.value)
+        losses = [line.value.get(VALIDATION_LOSS, math.inf) for line in past]
+        self._best_loss = min(filter(math.isfinite, losses), default=math.inf)
         self._samples, lines = _reopen_jsonl(folder.path / SAMPLES_FILE, first_step, self.say, keys=SAMPLE_KEYS)
         self._sample_table = [[line.value[key] for key in SAMPLE_KEYS] for line in lines]
         self._wandb = WandbRun(config, folder, first_step, self.say)
         self.say_choice("W&B", self._wandb.description)
+        self._screen.start_bar(first_step, last_step)
 
     def say(self, text: str) -> None:
         """Print a line on rank 0's console, without the secrets of URLs; every rank's goes to its own log."""
         text = redact_text(text)
-        self._log.info(text)
+        self.write_log(text)
         if self._is_writer:
-            self._console.print(text, markup=False)
+            self._screen.say(text)
+
+    def say_choice(self, what: str, value: str) -> None:
+        """One line on what was chosen, with its reason; not shown again if an earlier phase has shown the same."""
+        value = redact_text(value)
+        self.write_log(format_choice(what, value))
+        if not self._is_writer:
+            return
+        self._choices[what] = value
+        if self._shown_choices.get(what) != value:
+            self._screen.say_choice(what, value)
+
+    def say_summary(self, text: str) -> None:
+        """Several lines, of which those that are indented (commands, tables) stay whole on any terminal."""
+        text = redact_text(text)
+        self.write_log(text)
+        if self._is_writer:
+            self._screen.say_summary(text)
+
+    def write_log(self, text: str) -> None:
+        """A line for this rank's log alone."""
+        self._log.info(redact_text(text))
         for line in take_console_warnings():
             self._log.warning(line)
 
-    def say_choice(self, what: str, value: str) -> None:
-        """One line on what was chosen, with its reason."""
-        self.say(f"{what:<22} {value}")
+    def show_activity(self, activity: str) -> contextlib.AbstractContextManager[None]:
+        """While the block runs, a terminal's bar says that this is done; it moves all the time."""
+        return self._screen.show_activity(activity) if self._is_writer else contextlib.nullcontext()
 
     def log_step(self, step: int, last_step: int, phase: str, metrics: dict[str, float | str]) -> None:
-        """Everything measured at a training step: files and W&B always, the console at its cadence."""
+        """Everything measured at a training step: files and W&B always, the console at its cadence and at last_step."""
         self.log_metrics(step, metrics)
         if not self._is_writer:
             return
-        if self._progress:
-            self._progress.update(self._progress.task_ids[0], completed=step, description=phase)
+        left_s = self._time_left.estimate_s(step)
+        self._screen.show_step(step, phase, metrics, left_s)
         if step % self._print_every == 0 or step == last_step:
-            self.say(format_console_line(step, last_step, phase, metrics))
+            line = format_step_line(step, self._last_step, phase, metrics, left_s)
+            self.write_log(line)
+            self._screen.say_step(step, self._last_step, phase, metrics, left_s)
 
     def log_metrics(self, step: int, metrics: dict[str, float | str]) -> None:
         """Values by name, to metrics.jsonl and W&B. Errors: KeyError for a name that METRICS does not define."""
         for name in metrics:
-            if name not in METRICS and not name.startswith((GRADIENT_NORM_PREFIX, SOURCE_TOKENS_PREFIX)):
+            if name not in METRICS and not name.startswith(NAME_PREFIXES):
                 raise KeyError(f"{name} is not in track.METRICS")
         if not self._is_writer:
             return
         line = {"step": step, "time_s": round(time.time(), 3), **metrics}
         self._metrics.write(files.format_json_line(line))
         self._metrics.flush()  # a kill of this process loses no step that was logged
+        self._time_left.add(metrics)
         if self._wandb:
             self._wandb.log(step, metrics)
 
-    def log_validation(self, step: int, loss: float, bits_per_byte: float) -> None:
-        """The loss on the held-out rows, nats per token, and what follows from it."""
+    def log_validation(self, step: int, loss: float, bits_per_byte: float, durations: Mapping[str, float]) -> None:
+        """The loss on the held-out rows, nats per token, and what follows from it; with the times that it took."""
         perplexity = math.exp(loss) if loss < 700 else math.inf  # exp overflows a float at 710
-        values = {"loss_nats_per_token": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
-        self.log_metrics(step, {f"validation/{name}": value for name, value in values.items()})
-        numbers = f"loss {loss:.4f}, perplexity {perplexity:,.1f}, {bits_per_byte:.3f} bits per byte"
-        self.say(f"validation at step {step}: {numbers}")
+        values: dict[str, float | str] = {
+            VALIDATION_LOSS: loss, "validation/perplexity": perplexity, "validation/bits_per_byte": bits_per_byte,
+        }  # fmt: skip
+        best_before = self._best_loss
+        if math.isfinite(loss):
+            self._best_loss = min(self._best_loss, loss)
+        if math.isfinite(self._best_loss):
+            values["validation/best_loss_nats_per_token"] = self._best_loss
+        self.log_metrics(step, values | durations)
+        if not self._is_writer:  # rank 0 alone knows the earlier ones
+            return
+        self.write_log(format_validation_line(step, loss, perplexity, bits_per_byte, best_before))
+        self._screen.say_validation(step, loss, perplexity, bits_per_byte, best_before)
 
     def warn_once(self, kind: str, text: str | None) -> None:
         """Say a warning, if there is one and it is the first of its kind."""
@@ -144,8 +202,9 @@ class Tracker:
             self._samples.write(files.format_json_line({"step": step, "prompt": prompt, "text": text}))
             self._samples.flush()
             self._sample_table.append([step, prompt, text])
-            shown = [f"    {_replace_control_characters(line)}".rstrip() for line in (prompt + text).splitlines()]
-            self.say("\n".join([f"sample at step {step}:", *shown]))
+            shown = redact_text(prompt + text)
+            self.write_log("\n".join([f"sample at step {step}:", *cut_sample(shown, None, SAMPLES_FILE)]))
+            self._screen.say_sample(step, shown, SAMPLES_FILE)
         if self._wandb:
             self._wandb.log_samples(step, self._sample_table)
 
@@ -163,50 +222,18 @@ class Tracker:
     def close(self, exit_code: int) -> None:
         """Flush and close everything; W&B learns the exit code."""
         if self._is_writer:
-            if self._progress:
-                self._progress.stop()
             for file in (self._metrics, self._samples):
                 with contextlib.suppress(OSError):  # whoever wrote the last line heard of it
                     file.close()
+            with contextlib.suppress(OSError):  # without this one the next phase shows all of its choices
+                files.write_json_file(self._choices_file, self._choices)
         if self._wandb:
-            self._wandb.finish(exit_code)
-        logging.shutdown()
-
-
-def format_console_line(step: int, last_step: int, phase: str, metrics: dict[str, Any]) -> str:
-    """The numbers of one step for a person."""
-    width = len(str(last_step))
-    return (
-        f"step {step:>{width}}/{last_step} {phase}"
-        f"  loss {metrics['train/loss_nats_per_token']:.4f}"
-        f"  lr {metrics['train/lr']:.2e}"
-        f"  grad {metrics['train/grad_norm_before_clipping']:.3f}"
-        f"  {metrics['speed/tokens_per_s']:,.0f} tok/s"
-        f"  mem {metrics['memory/peak_gib']:.2f} GiB"
-        f"  wait {metrics['speed/data_wait_share']:.1%}"
-        f"  left {_format_duration((last_step - step) * metrics['speed/step_s'])}"
-    )
-
-
-def _replace_control_characters(line: str) -> str:
-    """A line without control characters, which a model may sample and a terminal would obey."""
-    return "".join(c if c.isprintable() or c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in line)
-
-
-def _format_duration(seconds: float) -> str:
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def _start_progress_bar(console: Console, first_step: int, last_step: int) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console, transient=True)
-    progress.add_task("", total=last_step, completed=first_step)
-    progress.start()
-    return progress
+            with self.show_activity("closing W&B"):
+                self._wandb.finish(exit_code)
+        if self._is_writer:
+            self._screen.close()
+        for handler in self._log.handlers:  # of this run alone: other handlers may be those of a whole program
+            handler.flush()
 
 
 def _reopen_jsonl(
@@ -243,6 +270,14 @@ def _append_lines(path: Path, lines: list[files.JsonLine]) -> None:
             file.writelines(line.raw for line in lines)
 
 
+def read_choices(path: Path) -> dict[str, str]:
+    """What an earlier phase has shown of what it chose, by name; {} if nobody can say."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return {}
+
+
 def open_rank_log(path: Path) -> logging.Logger:
     """Open logs/rankN.log: what this rank says, and what DeepSpeed logs on it, which leaves the console."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,5 +291,7 @@ def open_rank_log(path: Path) -> logging.Logger:
         for old in logger.handlers:
             if isinstance(old, logging.FileHandler) or getattr(old, "stream", None) in (sys.stdout, sys.stderr):
                 logger.removeHandler(old)
+            if isinstance(old, logging.FileHandler) and old.baseFilename == handler.baseFilename:
+                old.close()
         logger.addHandler(handler)
     return log

@@ -25,7 +25,7 @@ from smoltrain.checkpoint.manifest import (
     verify_checkpoint,
 )
 from smoltrain.config.config_file import CONFIG_FILE, find_config_damage, read_provenance
-from smoltrain.config.load import read_run_config
+from smoltrain.config.load import cut_micro_batch, read_run_config
 from smoltrain.config.schema import Config
 from smoltrain.data.documents.bad_records import BAD_RECORDS_FILE
 from smoltrain.data.rows.loader import Batch, Loader
@@ -191,7 +191,9 @@ def open_run_reference(folder: Path, *, needs_data: bool) -> RunReference:
     loader = None
     no_loader_reason = None
     try:
-        loader = open_loader(config, 0, 1, rows_per_step=rows, accumulation=accumulation_steps(config, rows, 1))
+        loader = open_loader(
+            cut_micro_batch(config, rows, 1), 0, 1, rows_per_step=rows, accumulation=accumulation_steps(config, rows, 1)
+        )
     except UserError as error:
         if needs_data:
             raise

@@ -7,9 +7,11 @@ import torch
 from smoltrain.data.rows.loader import Loader
 from smoltrain.distributed.world import World
 from smoltrain.engine.engine import Engine
+from smoltrain.estimate.horizon import describe_plan
 from smoltrain.run.run_folder import RunFolder
 from smoltrain.run.track import Tracker
 from smoltrain.schedule import Plan
+from smoltrain.train.preflight import PreflightLine, describe_preflight
 from smoltrain.train.resolve_auto import ResolvedSettings
 from smoltrain.train.start import Start
 
@@ -25,7 +27,6 @@ def say_start(
 ) -> None:  # fmt: skip
     """One line for each choice that was made, with its reason."""
     config = settings.config
-    plan = Plan(config.phases)
     tracker.say_choice("run", str(folder.path))
     tracker.say_choice("device", describe_device(world))
     for what, reason in settings.reasons.items():
@@ -37,13 +38,28 @@ def say_start(
     tracker.say_choice("tokenizer", loader.prepared.describe_tokenizer())
     tracker.say_choice("data", loader.prepared.describe())
     tracker.say_choice("packing", PACKING_IN_WORDS[config.packing.document_mask])
-    tracker.say_choice("plan", ", ".join(f"{phase.name} {phase.first}-{phase.last}" for phase in plan.phases))
+    tracker.say_choice("plan", describe_plan(config, start.rows_per_step, loader.prepared.index))
+    for line in _find_preflight_lines(start, settings, folder, loader) if world.is_first else ():
+        if line.warns:
+            tracker.say(f"WARNING: {line.text}")
+        else:
+            tracker.say_choice(line.what, line.text)
     if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
         tracker.say("WARNING: CUDA_LAUNCH_BLOCKING is set: every kernel waits for the one before; unset it")
     if folder.changes:
         tracker.say_choice("changed", "; ".join(folder.changes))
     if start.point.manifest:
         tracker.say(f"restored step {start.point.step} on {world.size} ranks, ledger {loader.ledger[:16]}")
+
+
+def _find_preflight_lines(
+    start: Start, settings: ResolvedSettings, folder: RunFolder, loader: Loader
+) -> list[PreflightLine]:
+    """What the plan asks of data, model and ranks: once, where the run begins or its plan has changed."""
+    begins = start.point.step == 0 or start.point.ancestor is not None
+    if not begins and not any(change.startswith("phases.") for change in folder.changes):
+        return []
+    return describe_preflight(settings.config, loader.prepared, settings.num_parameters, start.rows_per_step)
 
 
 def describe_device(world: World) -> str:

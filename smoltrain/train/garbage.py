@@ -14,13 +14,15 @@ COLLECT_EVERY = 100  # steps; it takes 22 ms in quickstart, where Python's own t
 @contextlib.contextmanager
 def collect_between_steps() -> Iterator[Callable[[int], None]]:
     """Automatic collection is off inside; call the yielded function after each step, with the step's number."""
+    was_enabled = gc.isenabled()
     gc.collect()
     gc.freeze()  # what is alive now (all that torch and DeepSpeed have set up) is not looked at again
     gc.disable()
     try:
         yield _collect_if_due
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()
         gc.unfreeze()
 
 

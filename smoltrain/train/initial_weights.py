@@ -7,7 +7,7 @@ from typing import Any
 
 from smoltrain import files
 from smoltrain.config.load import read_run_config
-from smoltrain.config.schema import Config, ModelSection, TransformersSection
+from smoltrain.config.schema import AnyModelSection, Config, OwnModelSection, TransformersSection
 from smoltrain.data.tokenizers.companions import (
     GENERATION_CONFIG,
     eos_token_ids,
@@ -83,19 +83,21 @@ def copy_generation_config(
     files.write_json_file(target, settings)
 
 
-def weight_defining_settings(section: ModelSection | TransformersSection) -> dict[str, Any]:
+def weight_defining_settings(section: AnyModelSection) -> dict[str, Any]:
     """The model settings that must match for weights to be loadable; the others may have changed since."""
     values = section.model_dump()
     if isinstance(section, TransformersSection):
         theirs = {f"config.{key}": value for key, value in values.pop("config").items()}
         return values | {key: value for key, value in theirs.items() if not TRAINING_ONLY_KEYS.search(key)}
+    if isinstance(section, OwnModelSection):
+        return {"kind": section.kind, "vocab_size": section.vocab_size}
     free = {"dropout", "attention_dropout", "initializer_range"}
     if section.positions == "rope":
         free.add("max_position_embeddings")  # no table holds them
     return {key: value for key, value in values.items() if key not in free}
 
 
-def _check_same_model(config: Config, section: ModelSection | TransformersSection) -> None:
+def _check_same_model(config: Config, section: AnyModelSection) -> None:
     """Errors: UserError for each key by which weights of `section` would mean something else."""
     ours = weight_defining_settings(config.model)
     theirs = weight_defining_settings(section)

@@ -1,5 +1,7 @@
 """The training loop: one step after the other, and what is due after each."""
 
+import time
+
 from smoltrain.distributed.stop import StopFlag
 from smoltrain.distributed.world import World
 from smoltrain.errors import DONE, STOPPED
@@ -19,9 +21,13 @@ def run_loop(session: Session) -> int:
     start = session.start
     plan = session.plan
     config = session.config
+    show_activity = session.tracker.show_activity
     session.stop.listen()
-    if start.validation_missing and not session.validate(start.point.step):
-        return _leave(session, start.point.step)
+    if start.validation_missing:
+        with show_activity("evaluating"):
+            is_whole = session.validate(start.point.step)
+        if not is_whole:
+            return _leave(session, start.point.step)
     with collect_between_steps() as collect:
         for step in range(start.point.step + 1, start.last_step + 1):
             session.watchdog.begin_step(step)
@@ -32,23 +38,30 @@ def run_loop(session: Session) -> int:
                 return _leave(session, step - 1, waited_for_data=result.waited_for_data)
             session.saver.poll()
             session.record(step, result)
+            session.run_callbacks(step, result)
             if plan.is_due(step, config.evaluate.every):
-                session.validate(step)
+                with show_activity("evaluating"):
+                    session.validate(step)
             if plan.is_due(step, config.sample.every):
-                session.sample(step)
+                with show_activity("sampling"):
+                    session.sample(step)
             collect(step)
             if plan.is_due(step, config.checkpoint.every) or plan.ends_phase(step):
-                session.save(step)
+                with show_activity("saving"):
+                    session.save(step)
     return _leave(session, start.last_step)
 
 
 def _leave(session: Session, step: int, *, waited_for_data: bool = False) -> int:
     """Publish what is being written and say how it ended: all that was asked for, or a stop after `step`."""
+    began_s = time.perf_counter()
     session.watchdog.mark("save")
-    session.saver.finish()
+    with session.tracker.show_activity("saving"):
+        session.saver.finish()
     is_last = step == session.start.last_step
     if is_last and session.world.is_first:
         draw_run(session.plan, session.folder.path)
+    session.record_closing(step, time.perf_counter() - began_s)
     reason = gather_stop_reason(session.world, session.stop)
     if reason:
         reached = f"after step {step}" if step else "before the first step"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
+from smoltrain.config.load import cut_micro_batch
 from smoltrain.config.schema import Config
 from smoltrain.distributed.world import World
 from smoltrain.estimate.fitting import fit_config_to_memory
@@ -48,6 +49,8 @@ def resolve_auto_settings(config: Config, world: World, rows_per_step: int) -> R
 
     Errors: UserError for what cannot run here.
     """
+    asked_rows = config.batch.micro_batch
+    config = cut_micro_batch(config, rows_per_step, world.size)
     chosen = choose_computing(config, world.device, rows_per_step)
     requested = {
         "micro-batch": config.batch.micro_batch,
@@ -59,10 +62,10 @@ def resolve_auto_settings(config: Config, world: World, rows_per_step: int) -> R
     recompute = config.engine.gradient_checkpointing
     assert recompute != "auto", "it has been resolved"
     values = {"micro-batch": f"{rows} row{'s' * (rows > 1)}", "gradient checkpointing": recompute}
-    reasons = dict(chosen.reasons)
-    for what, value in values.items():
-        reason = FIT_REASONS[what] if requested[what] == "auto" else "as the recipe asks"
-        reasons[what] = f"{value}, {reason}"
+    why = {what: FIT_REASONS[what] if value == "auto" else "as the recipe asks" for what, value in requested.items()}
+    if requested["micro-batch"] != asked_rows:
+        why["micro-batch"] = f"all that a rank has of a step; batch.micro_batch={asked_rows} would be more"
+    reasons = chosen.reasons | {what: f"{value}, {why[what]}" for what, value in values.items()}
     computing = replace(chosen.computing, gradient_checkpointing=recompute)
     return replace(chosen, config=config, computing=computing, reasons=reasons)
 

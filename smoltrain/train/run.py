@@ -4,7 +4,9 @@ config -> world -> start (where to begin, the run's identity, data) -> session (
 records) -> loop (a step, and what is due after it) -> done
 """
 
+import functools
 import gc
+from collections.abc import Sequence
 
 import torch
 
@@ -15,7 +17,8 @@ from smoltrain.distributed.world import World, open_world
 from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepspeed_text
 from smoltrain.errors import DONE, STOPPED, RankTrainingStopped
 from smoltrain.run.run_lock import lock_run_folder
-from smoltrain.schedule import Plan
+from smoltrain.run.summary import describe_run
+from smoltrain.train.callbacks import StepCallback
 from smoltrain.train.describe import describe_completion
 from smoltrain.train.loop import gather_stop_reason, run_loop
 from smoltrain.train.session import open_session
@@ -23,43 +26,57 @@ from smoltrain.train.spikes import Rewind
 from smoltrain.train.start import Start, begin_run
 
 
-def run_training(config: Config, start: Start | None = None) -> int:
+def run_training(
+    config: Config, start: Start | None = None, *, began_at: float | None = None, stop: StopFlag | None = None,
+    callbacks: Sequence[StepCallback] = (),
+) -> int:  # fmt: skip
     """Train until the plan, run.stop_after or a signal ends it; returns the exit code (errors.py). Collective.
 
-    `start` is what a supervisor has worked out, which holds the lock of the run; without one rank 0 does both.
+    `start` is what a supervisor has worked out, which holds the lock of the run; without one rank 0 does both, for a
+    command that began at `began_at` (seconds since 1970). `stop` and `callbacks` are those of a program that this run
+    trains inside.
     Errors: UserError and TrainingStopped, on every rank alike; RankTrainingStopped where one rank cannot write its own
-    files.
+    files; CallbackFailed, when what was trained is saved.
     """
-    stop = StopFlag()
+    stop = stop or StopFlag()
+    requested = config if start is None else start.requested
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for rewinds too
     world = open_world(config.engine.device)
     if start is None:
         world.run_on_first_rank(lambda: lock_run_folder(config), patient=True)  # until this process ends
+    is_supervised = start is not None
+    before: Start | None = None
     while True:
         if start is None:
-            start = world.run_on_first_rank(lambda: begin_run(config, world.size, world.device), patient=True)
+            begin = functools.partial(begin_run, requested, world.size, world.device, began_at=began_at, before=before)
+            start = world.run_on_first_rank(begin, patient=True)
         if not start.has_work:
             if world.is_first:
-                print(f"{config.run.name}: {describe_completion(Plan(config.phases), start.point.step)}")
+                print(f"{config.run.name}: {describe_completion(start.plan, start.point.step)}")
             return DONE
         try:
-            return _train_session(start, world, stop)
+            return _train_session(start, world, stop, callbacks, prints_summary=not is_supervised)
         except OSError as error:  # of this rank's own files: metrics, samples, ledger, log
             last_checkpoint = describe_last_checkpoint(config.run_folder / "checkpoints")
             raise RankTrainingStopped(f"rank {world.rank}: {error}; {last_checkpoint}") from None
         except Rewind as rewind:  # what a kill and the same command would do, without new processes
             if world.is_first:
                 print(rewind, flush=True)
-        start = None  # another checkpoint may be the newest now, and there are rows to pass over
+        before = start
+        start = began_at = None  # another checkpoint may be the newest now, and there are rows to pass over
         gc.collect()  # the engine, whose parts hold each other
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def _train_session(start: Start, world: World, stop: StopFlag) -> int:
+def _train_session(
+    start: Start, world: World, stop: StopFlag, callbacks: Sequence[StepCallback], *, prints_summary: bool
+) -> int:
     """From opening to closing everything; the exit code. A stop that came while W&B was uploading, say, counts too."""
-    with open_session(start, world, stop) as session:
+    with open_session(start, world, stop, callbacks) as session:
         code = run_loop(session)
+        if code == DONE and prints_summary and world.is_first:
+            session.tracker.say_summary(describe_run(session.plan, session.folder.path))
     if code != DONE:
         return code
     reason = gather_stop_reason(world, stop)

@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -28,9 +29,11 @@ from smoltrain.run.run_folder import RunFolder, accumulation_steps, write_run_fo
 from smoltrain.run.run_warnings import memorisation_warning, slow_data_warning
 from smoltrain.run.track import Tracker, open_rank_log
 from smoltrain.schedule import Plan
+from smoltrain.train.callbacks import CallbackFailed, StepCallback, run_callbacks
 from smoltrain.train.describe import say_start
 from smoltrain.train.evaluate import evaluate_loss
 from smoltrain.train.initial_weights import copy_generation_config, load_initial_weights
+from smoltrain.train.mfu import MfuMeter, open_mfu_meter
 from smoltrain.train.resolve_auto import ResolvedSettings, resolve_auto_settings
 from smoltrain.train.sample import sample_prompts
 from smoltrain.train.spikes import Rewind, SpikeGuard
@@ -59,10 +62,13 @@ class Session:
     ledger: RowLedger | None  # rank 0 writes it
     folder: RunFolder
     precision: str
+    mfu: MfuMeter | None = None  # None where nothing is logged
     num_skipped: int = 0  # updates, since the run began
     saved_step: int = 0  # of the newest checkpoint, published or in the making
     validation_loss: float | None = None  # nats per token, if the last step was evaluated
     recent: deque[StepResult] = field(default_factory=deque)
+    start_was_logged: bool = False  # how long this start took, which its first line tells
+    callbacks: Sequence[StepCallback] = ()
 
     def record(self, step: int, result: StepResult) -> None:
         """Write down what a step did: metrics, warnings, what the loader met."""
@@ -71,6 +77,7 @@ class Session:
         self.recent.append(result)
         last_step = self.start.last_step
         metrics: dict[str, float | str] = {**result.metrics, "train/skipped_updates": self.num_skipped}
+        metrics |= self._measure_start(result.metrics["speed/step_s"])
         if len(self.recent) == self.recent.maxlen:
             wait_share = mean(recent.metrics["speed/data_wait_share"] for recent in self.recent)
             self.tracker.warn_once("slow data", slow_data_warning(wait_share))
@@ -80,6 +87,20 @@ class Session:
         if result.layer_gradients:
             self.tracker.log_gradients(step, result.layer_gradients)
 
+    def run_callbacks(self, step: int, result: StepResult) -> None:
+        """Call the program that this run trains inside, and write down the metrics that it gives.
+
+        Errors: CallbackFailed, once the state after this step is saved.
+        """
+        try:
+            custom = run_callbacks(self.callbacks, step, result.metrics)
+        except CallbackFailed:
+            self.save(step)
+            self.saver.finish()
+            raise
+        if custom:
+            self.tracker.log_metrics(step, custom)
+
     def record_rows(self, result: StepResult) -> None:
         """Write the rows of a step into the ledger, also those that a step which was stopped has consumed."""
         if self.ledger:
@@ -87,12 +108,15 @@ class Session:
 
     def validate(self, step: int) -> bool:
         """Evaluate on the held-out rows. False if a rank is to stop meanwhile: the next start makes up for it."""
+        began_s = time.perf_counter()
         batches = self.loader.validation_batches(self.config.evaluate.rows)
         losses = evaluate_loss(self, batches, self._bytes_per_id)
         if losses is None:
             return False
+        [took_s] = self.world.max_floats(time.perf_counter() - began_s)
         self.validation_loss, bits_per_byte = losses
-        self.tracker.log_validation(step, self.validation_loss, bits_per_byte)
+        durations = {"speed/evaluation_s": took_s, **self._measure_start(took_s)}
+        self.tracker.log_validation(step, self.validation_loss, bits_per_byte, durations)
         if self.recent:
             train_loss = mean(recent.metrics["train/loss_nats_per_token"] for recent in self.recent)
             warning = memorisation_warning(train_loss, self.validation_loss, self.loader.repeat_factor)
@@ -106,7 +130,11 @@ class Session:
 
     def sample(self, step: int) -> None:
         """Let the model write after the recipe's prompts."""
-        self.tracker.log_samples(step, sample_prompts(self))
+        began_s = time.perf_counter()
+        texts = sample_prompts(self)
+        [took_s] = self.world.max_floats(time.perf_counter() - began_s)
+        self.tracker.log_samples(step, texts)
+        self.tracker.log_metrics(step, {"speed/sampling_s": took_s})
 
     def save(self, step: int) -> None:
         """Begin a checkpoint of the state after `step`, unless there is one; it is written beside training."""
@@ -123,9 +151,23 @@ class Session:
         self.saved_step = step
         self.tracker.log_metrics(step, {"speed/checkpoint_pause_s": pause_s})
 
+    def record_closing(self, step: int, closing_s: float) -> None:
+        """Write down how long it took to leave the loop, if anything was done in it."""
+        if self.start_was_logged:
+            self.tracker.log_metrics(step, {"speed/closing_s": closing_s})
+
+    def _measure_start(self, work_s: float) -> dict[str, float]:
+        """Seconds from the command's start to the first thing that is logged, which took `work_s`; {} afterwards."""
+        if self.start_was_logged:
+            return {}
+        self.start_was_logged = True
+        return {"speed/start_s": max(0.0, time.time() - self.start.began_at - work_s)}
+
 
 @contextlib.contextmanager
-def open_session(start: Start, world: World, stop: StopFlag) -> Iterator[Session]:
+def open_session(
+    start: Start, world: World, stop: StopFlag, callbacks: Sequence[StepCallback] = ()
+) -> Iterator[Session]:
     """Open all that `start` needs, in the order in which it may be refused; everything is closed at the end.
 
     Nothing is written into the run's folder (but logs) before nothing refuses any more. Collective.
@@ -144,6 +186,7 @@ def open_session(start: Start, world: World, stop: StopFlag) -> Iterator[Session
         watchdog = Watchdog(logs, world.rank, world.size, config.engine.hang_s)
         opened.callback(watchdog.close)
         watchdog.begin_step(done)
+        mfu = open_mfu_meter(config, start.cpu_peak_flops, settings.precision, world)  # before ranks are bound to cores
         if world.device.type == "cpu":  # a GPU's ranks leave it to their launcher, which may know what is near it
             opened.enter_context(bind_to_cpus(world.cpu_share.cpus))
         accumulation = accumulation_steps(config, start.rows_per_step, world.size)
@@ -162,15 +205,20 @@ def open_session(start: Start, world: World, stop: StopFlag) -> Iterator[Session
         # ---- nothing refuses any more: what the run writes down
         watchdog.mark("records")
         folder = world.run_on_first_rank(lambda: write_run_folder(start.config, world.size, start.record))
-        notes = list(start.notes)
+        notes: list[str] = []
         if start.point.manifest is None:
             source = start.point.weights_from
             tokenizer = loader.prepared.tokenizer
             world.run_on_first_rank(lambda: copy_generation_config(source, config, tokenizer, notes.append))
-        tracker = tracking.enter_context(Tracker(config, folder, world.rank, done, start.last_step))
+        tracker = tracking.enter_context(
+            Tracker(config, folder, world.rank, done, start.command_end, choices_were_said=start.choices_were_said)
+        )
+        for note in start.notes:
+            (tracker.write_log if start.notes_were_said else tracker.say)(note)
         for note in notes:
             tracker.say(note)
         say_start(start, settings, folder, loader, engine, world, tracker)
+        tracker.say_choice("peak", mfu.description)
         ledger = None
         if world.is_first:
             ledger = RowLedger(folder.path / LEDGER_FILE, loader.rows_consumed)
@@ -189,10 +237,10 @@ def open_session(start: Start, world: World, stop: StopFlag) -> Iterator[Session
         opened.enter_context(publish_pending_on_error(saver))
         yield Session(
             start, config, world, stop, plan, watchdog, loader, engine, guard, tracker, saver, ledger, folder,
-            settings.precision,
+            settings.precision, mfu,
             num_skipped=start.point.manifest.skipped_updates if start.point.manifest else 0,
             saved_step=done,
-            recent=deque(maxlen=max(RECENT_STEPS, config.track.print_every)),
+            recent=deque(maxlen=max(RECENT_STEPS, config.track.print_every)), callbacks=callbacks,
         )  # fmt: skip
 
 

@@ -137,6 +137,7 @@ def train_step(step: int, session: "Session") -> StepResult:
     # Each rank has waited for the slowest one in the collectives, so its own clock tells that one's time. Memory grows
     # in the update, after the exchange: this rank's peak is of now, the others' of before it.
     step_s = time.perf_counter() - began_s - inspected_s
+    tokens_per_s = taken.totals.num_targets / step_s
     metrics = {
         "train/loss_nats_per_token": mean_loss,
         "train/lr": plan.lr(step),
@@ -144,7 +145,8 @@ def train_step(step: int, session: "Session") -> StepResult:
         "train/grad_norm_before_clipping": engine.grad_norm_before_clipping,
         "train/loss_scale": engine.loss_scale,
         **data_metrics(loader),
-        "speed/tokens_per_s": taken.totals.num_targets / step_s,
+        "speed/tokens_per_s": tokens_per_s,
+        **(session.mfu.measure(tokens_per_s) if session.mfu else {}),
         "speed/step_s": step_s,
         "speed/steps_per_s": 1 / step_s,
         "speed/data_wait_share": max(rank.waited_s for rank in numbers) / step_s,

@@ -59,7 +59,7 @@ def test_help_says_what_is_measured_and_gives_an_example_that_is_valid(
     [
         (["no-such-recipe"], "error: no such recipe"),
         (["quickstart", "model.hidden_sise=8"], "error: "),
-        (["quickstart", "--rounds", "0"], "Invalid value for '--rounds'"),
+        (["quickstart", "--rounds", "0"], "error: --rounds is not valid: saw '0'"),
     ],
 )
 def test_a_mistake_of_the_user_has_code_2_and_no_traceback(

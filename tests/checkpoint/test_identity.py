@@ -30,7 +30,7 @@ from smoltrain.checkpoint.manifest import (
 )
 from smoltrain.config.config_file import CONFIG_FILE, find_config_damage, read_provenance
 from smoltrain.config.load import read_run_config
-from smoltrain.config.schema import Config, MixedSource, ModelSection, PhaseSection, Section, TransformersSection
+from smoltrain.config.schema import MODEL_SECTIONS, Config, MixedSource, PhaseSection, Section
 from smoltrain.errors import UserError
 from smoltrain.inference.load import load_trained_model
 from smoltrain.run import run_folder
@@ -48,7 +48,8 @@ def schema_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[s
         inner = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
         found = [kind for kind in inner if issubclass(kind, Section)]
         if key == "model":
-            yield from (*schema_keys(ModelSection, "model."), *schema_keys(TransformersSection, "model."))
+            for kind in MODEL_SECTIONS.values():
+                yield from schema_keys(kind, "model.")
         elif found:
             yield from schema_keys(found[0], f"{key}.*." if found[0] in (MixedSource, PhaseSection) else f"{key}.")
         else:
@@ -83,8 +84,59 @@ def test_sources_are_compared_by_name_wherever_they_lie(tmp_path: Path, was: str
         tiny.load(tmp_path, *both, f"data.sources=[{source}, {{name: b, path: b.txt, weight: 1}}]")
         for source in (was, now)
     )
-    found = [problem.what for problem in find_forbidden_changes(make_run_identity(old, 4, "id"), new, 3, "it")]
-    assert (not found) if key is None else (f"{key} differs from the run's own" in found)
+    found = [change.key for change in find_forbidden_changes(make_run_identity(old, 4, "id"), new, 3)]
+    assert (not found) if key is None else (key in found)
+
+
+# ---- the rows of a step, in either way to say them
+
+OUTRIGHT = ("batch.accumulation=null", "batch.rows_per_step=8")  # of runs that began with 2 x 2 on two ranks
+
+
+@pytest.mark.parametrize(
+    ("began", "goes_on", "world", "keys"),
+    [
+        ((), OUTRIGHT, 1, []),
+        ((), OUTRIGHT, 4, []),
+        ((), ("batch.accumulation=null", "batch.rows_per_step=4"), 2, ["batch.accumulation", "batch.rows_per_step"]),
+        ((), (), 1, []),  # the same words on another world
+        ((), ("batch.accumulation=4",), 1, []),  # 2 x 4 x 1
+        ((), ("batch.accumulation=4",), 2, ["batch.accumulation"]),
+        ((), ("batch.accumulation=1", "batch.micro_batch=4"), 2, []),
+        (OUTRIGHT, (), 2, []),
+        (OUTRIGHT, (), 1, ["batch.accumulation", "batch.rows_per_step"]),
+        (OUTRIGHT, ("batch.accumulation=null", "batch.rows_per_step=16"), 2, ["batch.rows_per_step"]),
+    ],
+)
+def test_a_run_is_held_to_its_rows_however_the_recipe_says_them(
+    tmp_path: Path, began: tuple[str, ...], goes_on: tuple[str, ...], world: int, keys: list[str]
+) -> None:
+    own = make_run_identity(tiny.load(tmp_path, *began), 8, "id")
+    changes = find_forbidden_changes(own, tiny.load(tmp_path, *goes_on), 3, world)
+    assert [change.key for change in changes] == keys
+
+
+def test_a_run_of_an_older_recipe_goes_on_under_one_that_says_its_rows_outright(tmp_path: Path) -> None:
+    """What an older version wrote: `accumulation` in config.yaml and in the manifests, and no word of tokens."""
+    run = folders.run(tmp_path, states=True)
+    config_file = run / CONFIG_FILE
+    text = config_file.read_text(encoding="utf-8").partition("# sha256")[0]
+    config_file.write_text(text.replace("  tokens: null\n  epochs: null\n", ""), encoding="utf-8")
+    for step in (8, 12):
+        manifest = read_manifest(step_folder(run / "checkpoints", step))
+        assert isinstance(manifest, Manifest)
+        assert manifest.identity["values"]["batch.accumulation"] == 2
+        assert "tokens" not in manifest.identity["phases"][0]
+    new = tiny.load(tmp_path, "batch.accumulation=null", "batch.rows_per_step=4")
+    point = find_start_point(new, print)
+    for _ in range(2):  # the second time config.yaml says it outright, and the checkpoint as it did
+        assert tiny.enter_run_folder(new, 2, point.step, manifest=point.manifest).rows_per_step == 4
+        assert read_run_config(config_file).batch.rows_per_step == 4
+    other = tiny.load(tmp_path, "batch.accumulation=null", "batch.rows_per_step=8")
+    with pytest.raises(UserError, match=r"batch\.rows_per_step: 4 in the run, 8 asked"):
+        tiny.enter_run_folder(other, 2, point.step, manifest=point.manifest)
+    config_file.unlink()  # then the checkpoint alone tells
+    assert tiny.enter_run_folder(new, 1, point.step, manifest=point.manifest).rows_per_step == 4
 
 
 def test_an_identity_survives_json_and_names_no_path(tmp_path: Path) -> None:
@@ -93,7 +145,7 @@ def test_an_identity_survives_json_and_names_no_path(tmp_path: Path) -> None:
     own = make_run_identity(settings, 4, "id")
     again = json.loads(json.dumps(own))
     assert again == own
-    assert find_forbidden_changes(again, settings, 12, "it") == []
+    assert find_forbidden_changes(again, settings, 12) == []
     assert find_identity_mismatches(again, own, 12) == []
     assert "token" not in json.dumps(own).replace("tokenizer", "")
     assert str(tmp_path) not in json.dumps(own)
@@ -210,7 +262,7 @@ def test_a_lost_config_is_written_anew_and_the_run_stays_itself(run: Path, origi
 )
 def test_a_lost_config_lets_no_other_run_in(run: Path, original: Path, words: str) -> None:
     (run / CONFIG_FILE).unlink()
-    with pytest.raises(UserError, match=r"differs from the run's own|which is done"):
+    with pytest.raises(UserError, match=r"the config differs from the run's own: saw \S+: \S+ in the run, \S+ asked"):
         begun(command(run, original, words))
     assert not (run / CONFIG_FILE).exists(), "a refused start writes nothing"
 

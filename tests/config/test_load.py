@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from smoltrain.config.load import (
     config_to_yaml,
+    cut_micro_batch,
     list_recipes,
     load_config,
     override_generation,
     read_recipe_headline,
     read_run_config,
+    split_recipe_words,
 )
 from smoltrain.config.schema import Config
 from smoltrain.errors import Problem, UserError
@@ -291,6 +293,78 @@ def test_a_config_without_a_phase_is_read_by_nobody(tmp_path: Path):
         read_run_config(tmp_path / "c.yaml")
 
 
+def test_a_runs_own_config_without_steps_is_damaged(tmp_path: Path):
+    text = config_to_yaml(load_config(EXAMPLE))
+    for there in ("", "  tokens: 5\n"):
+        (tmp_path / "c.yaml").write_text(text.replace("  steps: 50\n  tokens: null\n", there))
+        with pytest.raises(UserError, match=r"phases\.continuation\.steps is missing: saw nothing.* in c\.yaml"):
+            read_run_config(tmp_path / "c.yaml")
+
+
+# --- what is said in one of several ways
+
+
+@pytest.mark.parametrize(
+    ("overrides", "main", "continuation"),
+    [
+        (["phases.main.tokens=400M"], {"tokens": 400_000_000}, {"steps": 50}),
+        (["phases.main.epochs=0.5", "phases.continuation.tokens=9"], {"epochs": 0.5}, {"tokens": 9}),
+        (["phases.main.tokens=9", "phases.main.tokens=null", "phases.main.steps=70"], {"steps": 70}, {"steps": 50}),
+        (["phases.main.steps=null", "phases.main.tokens=9"], {"tokens": 9}, {"steps": 50}),
+        (["phases.main.tokens=null"], {"steps": 500}, {"steps": 50}),
+    ],
+)
+def test_a_length_on_the_command_line_takes_the_place_of_the_recipes(
+    overrides: list[str], main: dict[str, float], continuation: dict[str, float]
+):
+    assert [phase.horizon for phase in load_config(EXAMPLE, overrides).phases] == [main, continuation]
+
+
+def test_a_recipe_in_tokens_may_be_given_steps(tmp_path: Path):
+    recipe = written(tmp_path, EXAMPLE_TEXT.replace("steps: 500\n", "tokens: 1.5B\n"))
+    assert load_config(recipe).phases[0].horizon == {"tokens": 1_500_000_000}
+    assert load_config(recipe, ["phases.main.steps=30"]).phases[0].horizon == {"steps": 30}
+    text = config_to_yaml(load_config(recipe))
+    assert load_config(written(tmp_path, text, "again.yaml")) == load_config(recipe).model_copy(
+        update={"run": load_config(written(tmp_path, text, "again.yaml")).run}
+    )
+
+
+def test_a_length_is_given_once():
+    keys = "phases.main.steps or phases.main.tokens or phases.main.epochs on the command line"
+    both = problem("phases.main.tokens=400M", "phases.main.steps=500")
+    assert str(both) == (
+        "phases.main is not given its length exactly once: saw steps=500, tokens=4e+08, want one of steps, tokens and "
+        f"epochs; change {keys}"
+    )
+    assert problem("phases.main.steps=null").saw == "none of them"
+
+
+def test_rows_on_the_command_line_take_the_place_of_the_recipes():
+    batch = load_config(EXAMPLE, ["batch.rows_per_step=64"]).batch
+    assert (batch.rows_per_step, batch.accumulation) == (64, None)
+    batch = load_config("smollm2-135m", ["batch.accumulation=3"]).batch
+    assert (batch.rows_per_step, batch.accumulation) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    ("words", "world", "rows"),
+    [
+        (["batch.rows_per_step=32", "batch.micro_batch=32"], 1, 32),
+        (["batch.rows_per_step=32", "batch.micro_batch=32"], 8, 4),
+        (["batch.rows_per_step=32", "batch.micro_batch=8"], 2, 8),
+        (["batch.rows_per_step=32", "batch.micro_batch=32"], 3, 32),  # which do not divide them
+        (["batch.rows_per_step=2", "batch.micro_batch=4"], 4, 4),
+        (["batch.accumulation=1", "batch.micro_batch=32"], 8, 32),
+    ],
+)
+def test_a_rank_with_fewer_rows_than_a_micro_batch_takes_these(words: list[str], world: int, rows: int):
+    config = load_config(EXAMPLE, words)
+    cut = cut_micro_batch(config, 32 if "batch.rows_per_step=2" not in words else 2, world)
+    assert cut.batch.micro_batch == rows
+    assert cut.model_copy(update={"batch": config.batch}) == config
+
+
 # --- options of `smoltrain generate`
 
 
@@ -326,3 +400,20 @@ def test_a_wrong_value_does_not_hide_a_broken_rule():
         "the heads do not divide the width",
         "the sequence is longer than the positions",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "recipe", "overrides"),
+    [
+        ([], "quickstart", []),
+        (["smollm2-135m"], "smollm2-135m", []),
+        (["my.yaml", "run.name=x"], "my.yaml", ["run.name=x"]),
+        (["run.name=x", "run.seed=1"], "quickstart", ["run.name=x", "run.seed=1"]),
+        (["lr=1e-3"], "quickstart", ["lr=1e-3"]),
+        (["--run.name=x"], "quickstart", ["--run.name=x"]),
+        (["sweep/lr=1e-3/config.yaml"], "sweep/lr=1e-3/config.yaml", []),
+        (["./lr=1e-3.yaml", "run.name=x"], "./lr=1e-3.yaml", ["run.name=x"]),
+    ],
+)
+def test_the_first_word_is_the_recipe_unless_it_is_an_override(words: list[str], recipe: str, overrides: list[str]):
+    assert split_recipe_words(words) == (recipe, overrides)

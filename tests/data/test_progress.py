@@ -1,10 +1,12 @@
 """What is printed while data are prepared: how far it is, and what the readers have met."""
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from smoltrain.data import progress
 from smoltrain.data.documents.reader_health import ReaderHealth
@@ -12,6 +14,7 @@ from smoltrain.data.progress import report_progress
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens import token_parts
 from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.terminal import show_activity
 from tests.data.tokens.test_tokenise import given, twenty
 
 
@@ -42,6 +45,28 @@ def test_a_line_now_and_then_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch,
     with report_progress(state, ReaderHealth()):
         time.sleep(0.05)
     assert capsys.readouterr().out == ""
+
+
+def test_a_terminal_gets_one_line_that_moves_in_the_place_of_another(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for name, value in {"TTY_COMPATIBLE": "1", "TERM": "xterm", "COLUMNS": "60"}.items():
+        monkeypatch.setenv(name, value)
+    health = ReaderHealth()
+    with show_activity("looking at data"):
+        began = len(capsys.readouterr().out)
+        with report_progress(lambda: ("12,345,678,901 tokens of 123,456 documents", 0.5), health):
+            health.add_note("HTTP 503")
+            wait_for(lambda: not health._notes)
+            time.sleep(0.2)
+        drawn = capsys.readouterr().out
+    assert began
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn)
+    states = [state for state in re.split(r"[\r\n]", plain) if "50%" in state]
+    assert any("12,345" in state for state in states)
+    assert max(map(cell_len, states)) <= 57
+    assert "data: HTTP 503" in re.split(r"[\r\n]", plain)
+    assert "looking" not in "".join(states)
 
 
 def test_notes_are_printed_at_once_and_without_secrets(capsys: pytest.CaptureFixture[str]):

@@ -55,7 +55,7 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]):
     assert not run(SMOL, "batch.sequence_length=8192", "batch.micro_batch=32", "--device", "l4")
     out = capsys.readouterr().out
     assert "does not fit l4 (22 GiB a rank)" in out
-    assert not run(SMOL, "batch.micro_batch=16384", "--device", "l4")
+    assert not run(SMOL, "batch.micro_batch=16384", "batch.rows_per_step=16384", "--device", "l4")
     assert "nothing in the table fits: take a smaller batch.micro_batch" in capsys.readouterr().out
 
 

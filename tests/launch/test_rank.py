@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from smoltrain.errors import BAD_INPUT, DONE, FAULT, STOPPED
+from smoltrain.errors import BAD_INPUT, DONE, FAULT, STOPPED, UserError
+from smoltrain.launch.rank import read_words
 from tests import launches, tiny
 
 # python: 1 rank that splits 8 rows for itself; the others: 2 ranks x 2 x 2. A constant continuation may be prolonged.
@@ -54,12 +55,32 @@ def test_a_finished_plan_says_so_and_exits_0(finished: dict[str, Path]) -> None:
     folder = finished["python"].parent.parent
     assert launches.run("python", tiny.words(folder, *SAME_ROWS), folder / "again") == DONE
     assert "the plan is complete (12 steps)" in (folder / "again").read_text()
+    assert "\ndone: 12 of 12 steps\n" in (folder / "log").read_text()
+    assert "done: " not in (folder / "again").read_text()
 
 
 def test_a_finished_plan_is_complete_on_any_number_of_ranks(finished: dict[str, Path]) -> None:
     folder = finished["deepspeed"].parent.parent
     assert launches.run("python", tiny.words(folder, *SAME_ROWS), folder / "alone") == DONE
     assert "the plan is complete (12 steps)" in (folder / "alone").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "seed"),
+    [
+        ("quickstart --seed 7 --run.name=first", "first", 7),
+        ("--seed 7", "quickstart", 7),
+        ("--seed=7 smollm2-135m", "smollm2-135m", 7),
+        ("seed=7 --run-name-is=x", None, None),
+    ],
+)
+def test_a_ranks_words_may_be_options(words: str, name: str | None, seed: int | None) -> None:
+    if name is None:
+        with pytest.raises(UserError, match="unknown key run_name_is"):
+            read_words(words.split())
+        return
+    config, start = read_words(words.split())
+    assert (config.run.name, config.run.seed, start) == (name, seed, None)
 
 
 @pytest.mark.slow

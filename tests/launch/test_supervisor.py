@@ -2,7 +2,6 @@
 
 import io
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -51,8 +50,17 @@ def test_each_phase_runs_in_fresh_processes_that_restore_from_disk(uninterrupted
     assert "phase main: steps 1 to 60, 2 new processes" in said
     assert "phase continuation: steps 61 to 64, 2 new processes" in said
     assert "restored step 60 on 2 ranks" in said
+    for what in ("device", "precision", "attention kernel", "W&B", "plan"):
+        assert [line[:22].strip() for line in said.splitlines()].count(what) == 1, "two phases, one command"
+    assert "\x1b" not in said
+    assert "\r" not in said
     last = [m for m in launches.metrics(uninterrupted) if "validation/loss_nats_per_token" in m][-1]
-    assert f"done: 64 of 64 steps, validation loss {last['validation/loss_nats_per_token']:.4f} nats per token" in said
+    assert "\ndone: 64 of 64 steps\n" in said
+    assert f"  validation loss    {last['validation/loss_nats_per_token']:.4f} nats per token at step 64" in said
+    assert " in 2 starts\n" in said, "one of each phase"
+    assert said.count("measured on this machine: speed/mfu") == 2
+    peaks = {line for line in said.splitlines() if "speed/mfu" in line}
+    assert len(peaks) == 1, "measured once, for both phases"
     assert f"generate {uninterrupted} --prompt" in said
     assert {60, END} <= set(list_checkpoint_steps(uninterrupted / "checkpoints"))
     assert sorted(launches.losses(uninterrupted)) == list(range(1, END + 1))
@@ -278,7 +286,43 @@ def test_a_signal_reaches_all_ranks_as_it_is(
     asks = "time.sleep(0.2); os.kill(os.getppid(), signal.SIGUSR1)"
     words = [f"{said}; {WAITS}", f"{said}; {asks}; {WAITS}"]
     assert supervisor._launch_ranks(supervisor.RankProcesses(words, 2, "cpu"), signals) == STOPPED
-    assert capfd.readouterr().out == "", "they have said so themselves"
+    assert capfd.readouterr().out == "SIGUSR1: stopping; no step has begun\n"
+
+
+SPEAKS = "from smoltrain.console import guard_console; guard_console(); print('rank', os.environ['RANK'], flush=True)"
+BUSY = "; ".join(f"signal.signal(signal.{name}, signal.SIG_IGN)" for name in ("SIGTERM", "SIGHUP", "SIGINT"))
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGTERM, "SIGTERM: stopping after this step, then saving"),
+        (signal.SIGHUP, "SIGHUP: stopping after this step, then saving"),
+        (signal.SIGINT, "stopping after this step, then saving; Ctrl-C again leaves at once"),
+    ],
+)
+def test_a_signal_is_acknowledged_at_once_though_the_ranks_are_busy(
+    signals: supervisor.SignalForwarder, capfd: pytest.CaptureFixture[str], number: int, said: str
+) -> None:
+    asks = f"time.sleep(0.2); os.kill(os.getppid(), {int(number)}); time.sleep(0.2); print('step ends', flush=True)"
+    words = [f"{BUSY}; {SPEAKS}; time.sleep(0.6); end(75)", f"{BUSY}; {SPEAKS}; {asks}; end(75)"]
+    assert supervisor._launch_ranks(supervisor.RankProcesses(words, 2, "cpu"), signals) == STOPPED
+    told = capfd.readouterr().out.splitlines()
+    assert sorted(told[:2]) == ["rank 0", "rank 1"]
+    assert told[2:] == [said, "step ends"]
+
+
+def test_the_second_ctrl_c_says_that_it_leaves(
+    signals: supervisor.SignalForwarder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asks = "os.kill(os.getppid(), signal.SIGINT); time.sleep(0.2)"
+    words = [f"{BUSY}; {WAITS}", f"{BUSY}; {asks}; {asks}; {WAITS}"]
+    assert supervisor._launch_ranks(supervisor.RankProcesses(words, 2, "cpu"), signals) == INTERRUPTED
+    assert capfd.readouterr().out.splitlines() == [
+        "stopping; no step has begun; Ctrl-C again leaves at once",
+        "leaving at once",
+        "left at once; the same command goes on from the last checkpoint",
+    ]
 
 
 def test_ctrl_z_stops_the_ranks_and_what_they_started(
@@ -425,35 +469,13 @@ def test_a_run_is_locked_until_its_supervisor_and_its_ranks_have_left(tmp_path: 
         launches.kill_all(words)
 
 
-def test_the_summary_shows_no_older_loss_as_the_last_one(tmp_path: Path) -> None:
-    settings = tiny.load(tmp_path)
-    settings.run_folder.mkdir(parents=True)
-    name = "validation/loss_nats_per_token"
-    (settings.run_folder / "metrics.jsonl").write_text(f'{{"step": 8, "{name}": 5.25}}\n{{"step": 12}}\n')
-    plan = Plan(settings.phases)
-    assert supervisor._describe_finished_run(settings, plan, 12).startswith("done: 12 of 12 steps; weights")
-    assert supervisor._describe_finished_run(settings, plan, 8).startswith(
-        "done: 8 of 12 steps, validation loss 5.2500 nats"
+def test_a_later_phase_says_what_is_new_in_it(tmp_path: Path) -> None:
+    changed = ("phases.continuation.optimizer_state=reset", "phases.continuation.weight_decay=0.1")
+    plan = Plan(tiny.load(tmp_path, *changed).phases)
+    assert supervisor.describe_phase_changes(plan, plan.phases[0]) == ""
+    assert supervisor.describe_phase_changes(plan, plan.phases[1]) == (
+        "schedule cosine -> linear, lr 0.003 -> 0.0003, the optimizer's moments begin at zero"
     )
-
-
-def test_the_commands_of_the_summary_can_be_given_to_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = tiny.load(tmp_path / "two words; $HOME")
-    (settings.run_folder / "wandb" / "offline-run-1").mkdir(parents=True)
-    monkeypatch.setattr("sys.executable", str(tmp_path / "my bin" / "python"))
-    monkeypatch.chdir(tmp_path)
-    commands = [
-        shlex.split(line)
-        for line in supervisor._describe_finished_run(settings, Plan(settings.phases), 12).splitlines()[2:]
-    ]
-    folder = str(settings.run_folder)
-    assert commands == [
-        ["my bin/smoltrain", "generate", folder, "--prompt", "To be"],
-        ["my bin/wandb", "sync", f"{folder}/wandb/offline-run-*"],
-        ["my bin/smoltrain", "show", f"{folder}/config.yaml", "--plan"],
-    ]
-    ends = supervisor._describe_finished_run(settings, Plan(settings.phases), 12).splitlines()[3]
-    assert ends.endswith("/wandb/offline-run-*"), "which the shell completes, so it stands outside the quotes"
 
 
 @pytest.mark.parametrize(
@@ -482,7 +504,7 @@ def test_a_finished_run_of_another_model_is_not_called_complete(uninterrupted: P
     folder = uninterrupted.parent.parent
     words = tiny.words(folder, *LONG, "model.intermediate_size=96")
     assert launches.run("smoltrain", words, folder / "finished") == BAD_INPUT
-    assert "model.intermediate_size differs" in (folder / "finished").read_text()
+    assert "model.intermediate_size: 64 in the run, 96 asked" in (folder / "finished").read_text()
 
 
 def test_a_run_that_belongs_to_another_model_is_left_as_it_is(uninterrupted: Path) -> None:
@@ -491,6 +513,6 @@ def test_a_run_that_belongs_to_another_model_is_left_as_it_is(uninterrupted: Pat
     words = tiny.words(folder, *LONG, "phases.continuation.steps=9", "model.intermediate_size=96", "run.seed=5")
     assert launches.run("smoltrain", words, folder / "other") == BAD_INPUT
     said = (folder / "other").read_text()
-    assert "model.intermediate_size differs from the run's own: saw 96, want 64" in said
-    assert "run.seed differs from the run's own: saw 5, want 1234" in said
+    assert "model.intermediate_size: 64 in the run, 96 asked" in said
+    assert "run.seed: 1234 in the run, 5 asked" in said
     assert (uninterrupted / "config.yaml").read_bytes() == before

@@ -96,7 +96,7 @@ def test_what_cannot_run_on_a_gpu_is_refused_before_there_is_one():
 def test_a_plan_that_is_too_short_to_compile_for_is_so_elsewhere_too():
     """6 x parameters x tokens of the whole plan against 1e17 FLOP on CUDA."""
     one = load_config("quickstart")
-    tokens = sum(phase.steps for phase in one.phases) * 64 * one.batch.sequence_length
+    tokens = sum(phase.num_steps for phase in one.phases) * 64 * one.batch.sequence_length
     enough = int(1e17 / (6 * tokens)) + 1
     assert elsewhere(parameters=enough).compiles
     assert not elsewhere(parameters=enough - 2).compiles

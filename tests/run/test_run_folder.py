@@ -14,7 +14,7 @@ from smoltrain.checkpoint.identity import find_config_differences
 from smoltrain.config.load import load_config, read_run_config
 from smoltrain.config.schema import Config, PhaseSection
 from smoltrain.errors import Problem, UserError
-from smoltrain.run.run_folder import accumulation_steps, find_git_commit, make_run_record
+from smoltrain.run.run_folder import accumulation_steps, find_git_commit, find_rows_per_step, make_run_record
 from tests import tiny
 from tests.tiny import enter_run_folder
 
@@ -94,6 +94,39 @@ def test_rows_per_step_may_be_said_outright(tmp_path: Path) -> None:
     assert accumulation_steps(settings, 24, 3) == 4
 
 
+@pytest.mark.parametrize(
+    ("rows", "micro_batch", "world", "accumulation"),
+    [(32, 32, 1, 1), (32, 32, 8, 1), (32, 8, 1, 4), (32, 8, 4, 1), (32, 8, 16, 1), (12, 4, 6, 1)],
+)
+def test_rows_outright_are_split_on_any_world_that_divides_them(
+    tmp_path: Path, rows: int, micro_batch: int, world: int, accumulation: int
+) -> None:
+    words = (f"batch.rows_per_step={rows}", "batch.accumulation=null", f"batch.micro_batch={micro_batch}")
+    assert accumulation_steps(tiny.load(tmp_path, *words), rows, world) == accumulation
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "world", "want"),
+    [(2, 8, "one of 1, 2 ranks"), (2, 3, "one of 1, 2 ranks"), (1, 4, "one of 1, 2 ranks")],
+)
+def test_worlds_that_divide_the_rows_are_named(tmp_path: Path, micro_batch: int, world: int, want: str) -> None:
+    words = ("batch.rows_per_step=2", "batch.accumulation=null", f"batch.micro_batch={micro_batch}")
+    with pytest.raises(UserError, match=f"2 rows per step do not divide evenly: .*, want {want}; change"):
+        accumulation_steps(tiny.load(tmp_path, *words), 2, world)
+
+
+def test_what_was_asked_for_is_recorded_beside_the_steps(settings: Config) -> None:
+    record = make_run_record(settings, 1, DONE, asked={"phases.main.tokens": 400_000_000})
+    starts = record.provenance["starts"]
+    assert (starts[1]["asked"], "asked" in starts[0]) == ({"phases.main.tokens": 400_000_000}, False)
+
+
+def test_rows_per_step_are_those_that_the_run_began_with(settings: Config, tmp_path: Path) -> None:
+    assert find_rows_per_step(settings, 5) == 4
+    assert find_rows_per_step(tiny.load(tmp_path, "run.name=fresh"), 5) == 20
+    assert find_rows_per_step(edited(settings, run={"name": "child"}), 5, settings.run_folder) == 4
+
+
 def test_entering_again_keeps_the_identity_and_adds_to_the_history(settings: Config) -> None:
     before = provenance(settings)
     changed = edited(settings, track={"print_every": 5, "wandb": "offline"}, checkpoint={"keep_last": 3})
@@ -132,87 +165,144 @@ def test_a_first_start_that_does_not_fit_leaves_no_folder(tmp_path: Path) -> Non
 # ---- what may not change
 
 FORBIDDEN = [
-    ({"model": {"hidden_size": 64}}, "model.hidden_size", 64, 32),
-    ({"model": {"dropout": 0.1}}, "model.dropout", 0.1, 0.0),
-    ({"tokenizer": {"vocab_size": 300}}, "tokenizer.vocab_size", 300, 320),
+    ({"model": {"hidden_size": 64}}, "model.hidden_size", "64", "32"),
+    ({"model": {"dropout": 0.1}}, "model.dropout", "0.1", "0.0"),
+    ({"tokenizer": {"vocab_size": 300}}, "tokenizer.vocab_size", "300", "320"),
     ({"data": {"pattern": "*.md"}}, "data.pattern", "*.md", "**/*"),
-    ({"data": {"validation_share": 0.1}}, "data.validation_share", 0.1, 0.2),
-    ({"data": {"shuffle_rows": 9}}, "data.shuffle_rows", 9, 256),
-    ({"packing": {"document_mask": True}}, "packing.document_mask", True, False),
-    ({"run": {"seed": 7}}, "run.seed", 7, 1234),
-    ({"batch": {"sequence_length": 32}}, "batch.sequence_length", 32, 16),
-    ({"optimizer": {"beta2": 0.99}}, "optimizer.beta2", 0.99, 0.95),
-    ({"optimizer": {"gradient_clipping": 0.0}}, "optimizer.gradient_clipping", 0.0, 1.0),
-    ({"batch": {"accumulation": 4}}, "batch.accumulation", 4, 2),
-    ({"batch": {"rows_per_step": 8}}, "batch.rows_per_step", 8, None),
+    ({"data": {"validation_share": 0.1}}, "data.validation_share", "0.1", "0.2"),
+    ({"data": {"shuffle_rows": 9}}, "data.shuffle_rows", "9", "256"),
+    ({"packing": {"document_mask": True}}, "packing.document_mask", "true", "false"),
+    ({"run": {"seed": 7}}, "run.seed", "7", "1234"),
+    ({"batch": {"sequence_length": 32}}, "batch.sequence_length", "32", "16"),
+    ({"optimizer": {"beta2": 0.99}}, "optimizer.beta2", "0.99", "0.95"),
+    ({"optimizer": {"gradient_clipping": 0.0}}, "optimizer.gradient_clipping", "0.0", "1.0"),
+    ({"batch": {"accumulation": 4}}, "batch.accumulation", "4", "2"),
+    ({"batch": {"rows_per_step": 8}}, "batch.rows_per_step", "8", "null"),
 ]
 
 
 @pytest.mark.parametrize(("sections", "key", "now", "was"), FORBIDDEN, ids=[row[1] for row in FORBIDDEN])
 @pytest.mark.parametrize("done", [0, DONE])
 def test_each_fixed_value_is_refused(
-    settings: Config, sections: dict[str, Any], key: str, now: Any, was: Any, done: int
+    settings: Config, sections: dict[str, Any], key: str, now: str, was: str, done: int
 ) -> None:
     (problem,) = refused(edited(settings, **sections), done)
-    assert problem.what == f"{key} differs from the run's own"
-    assert (problem.saw, problem.want) == (repr(now), repr(was))
+    assert problem.what == "the config differs from the run's own"
+    assert problem.saw == f"{key}: {was} in the run, {now} asked"
+    assert problem.want == ("the run's values: 6 steps were trained with them" if done else "the run's values")
     assert str(settings.run_folder) in problem.change
     assert "run.name" in problem.change
 
 
-def test_all_differences_are_shown_at_once(settings: Config) -> None:
+def test_all_differences_are_one_sentence(settings: Config) -> None:
     sections: dict[str, Any] = {}
     for changes, _, _, _ in FORBIDDEN:
         for section, values in changes.items():
             sections[section] = sections.get(section, {}) | values
     phases = phases_of(settings)
     phases[0]["lr"] = 1e-3
-    problems = refused(with_phases(edited(settings, **sections), *phases))
-    assert {p.what for p in problems} == {
-        *(f"{key} differs from the run's own" for _, key, _, _ in FORBIDDEN),
-        "the plan changes step 1, which is done",
+    (problem,) = refused(with_phases(edited(settings, **sections), *phases))
+    assert set(problem.saw.split("; ")) == {
+        *(f"{key}: {was} in the run, {now} asked" for _, key, now, was in FORBIDDEN),
+        "phases.main.lr: 3e-3 in the run, 1e-3 asked (from step 1 on)",
     }
+    assert problem.saw in str(problem), "which is not cut"
 
 
 @pytest.mark.parametrize(
-    ("change", "saw", "want"),
+    ("sections", "fits"),
     [
-        ({"lr": 1e-3}, "lr 0.0005,", "lr 0.0015,"),
-        ({"weight_decay": 0.2}, "weight decay 0.2", "weight decay 0.1"),
-        ({"name": "first"}, "phase first,", "phase main,"),
-        ({"optimizer_state": "reset"}, "weight decay 0.1, optimizer reset", "weight decay 0.1"),
-        ({"schedule": "linear", "warmup_steps": 0}, "lr 0.003,", "lr 0.0015,"),
+        ({"optimizer": {"beta2": 0.99}}, True),
+        ({"model": {"dropout": 0.1}}, True),
+        ({"model": {"hidden_size": 64}}, False),
+        ({"tokenizer": {"vocab_size": 300}}, False),
+        ({"data": {"pattern": "*.md"}}, False),  # on which another BPE would be trained
     ],
 )
-def test_the_past_of_the_plan_is_refused(settings: Config, change: dict[str, Any], saw: str, want: str) -> None:
+def test_another_run_may_begin_with_the_weights_where_they_fit(
+    settings: Config, sections: dict[str, Any], fits: bool
+) -> None:
+    (problem,) = refused(edited(settings, **sections))
+    assert (f"(init.from={settings.run_folder} begins with the weights of this one)" in problem.change) == fits
+    (problem,) = refused(edited(settings, **sections), done=0)
+    assert "init.from" not in problem.change, "there are no weights yet"
+
+
+@pytest.mark.parametrize(("key", "value", "way_out"), [("lr", 1e-3, "init.load=weights"), ("name", "a", "weights")])
+def test_all_of_another_run_cannot_be_taken_under_another_past(
+    settings: Config, tmp_path: Path, key: str, value: object, way_out: str
+) -> None:
+    first, *rest = phases_of(settings)
+    child = edited(with_phases(settings, first | {key: value}, *rest), run={"name": "child"})
+    with pytest.raises(UserError, match=f"or choose another .*{way_out}") as caught:
+        enter_run_folder(child, 1, DONE, ancestor=settings.run_folder)
+    assert "run.name" not in str(caught.value), "the child has another name"
+
+
+@pytest.mark.parametrize(
+    ("change", "saw"),
+    [
+        ({"lr": 1e-3}, "phases.main.lr: 3e-3 in the run, 1e-3 asked"),
+        ({"weight_decay": 0.2}, "phases.main.weight_decay: 0.1 in the run, 0.2 asked"),
+        ({"name": "first"}, "phases: [main, continuation] in the run, [first, continuation] asked"),
+        ({"optimizer_state": "reset"}, "phases.main.optimizer_state: keep in the run, reset asked"),
+        (
+            {"schedule": "linear", "warmup_steps": 0},
+            "phases.main.schedule: cosine in the run, linear asked (from step 1 on); "
+            "phases.main.warmup_steps: 2 in the run, 0 asked",
+        ),
+    ],
+)
+def test_the_past_of_the_plan_is_refused(settings: Config, change: dict[str, Any], saw: str) -> None:
     first, *rest = phases_of(settings)
     asked = with_phases(settings, first | change, *rest)
     (problem,) = refused(asked)
-    assert problem.what == "the plan changes step 1, which is done"
-    assert saw in problem.saw
-    assert problem.want.endswith(want) or want in problem.want
-    assert problem.change.startswith("phases.")
+    assert problem.saw == f"{saw} (from step 1 on)"
     enter_run_folder(asked, 1, 0)  # nothing is past before the first step
+
+
+def test_of_the_plan_those_keys_are_named_that_touch_the_past(settings: Config) -> None:
+    first, second = phases_of(settings)
+    asked = with_phases(settings, first | {"lr": 1e-3, "final_lr": 0.0}, second | {"lr": 1e-5})
+    (problem,) = refused(asked, done=2)
+    assert problem.saw == "phases.main.lr: 3e-3 in the run, 1e-3 asked (from step 1 on)", "the rest is yet to come"
+    (problem,) = refused(asked, done=10)
+    assert [part.partition(":")[0] for part in problem.saw.split("; ")] == [
+        "phases.main.lr",
+        "phases.main.final_lr",
+        "phases.continuation.lr",
+    ]
+
+
+def test_keys_that_belong_together_are_named_together(settings: Config) -> None:
+    first, second = phases_of(settings)
+    asked = with_phases(settings, first, second | {"schedule": "continue", "lr": None})
+    (problem,) = refused(asked, done=10)
+    assert problem.saw == (
+        "phases.continuation.lr: 3e-4 in the run, null asked (from step 9 on); "
+        "phases.continuation.schedule: linear in the run, continue asked (from step 9 on)"
+    )
 
 
 def test_a_longer_cosine_would_have_been_another_past(settings: Config) -> None:
     first, *rest = phases_of(settings)
     (problem,) = refused(with_phases(settings, first | {"steps": 100}, *rest))
-    assert problem.what == "the plan changes step 4, which is done", "the warm-up and the peak are the same"
+    saw = "phases.main.steps: 8 in the run, 100 asked (from step 4 on)"
+    assert problem.saw == saw, "the warm-up and the peak are the same"
     enter_run_folder(with_phases(settings, first | {"steps": 100}, *rest), 1, 3)
 
 
 def test_a_phase_boundary_may_not_move_into_the_past(settings: Config) -> None:
     first, *rest = phases_of(settings)
     (problem,) = refused(with_phases(settings, first | {"steps": 5}, *rest))
-    assert problem.what.startswith("the plan changes step ")
+    assert problem.saw.startswith("phases.main.steps: 8 in the run, 5 asked (from step ")
 
 
 def test_the_plan_may_not_end_in_the_past(settings: Config) -> None:
     first, _ = phases_of(settings)
     (problem,) = refused(with_phases(settings, first), done=9)
-    assert problem.what == "the plan ends in the past"
-    assert (problem.saw, problem.want) == ("8 steps", "9 or more")
+    assert problem.saw == "phases: [main, continuation] in the run, [main] asked (from step 9 on)"
+    assert problem.want == "the run's values: 9 steps were trained with them"
 
 
 # ---- what may
@@ -265,14 +355,13 @@ def test_where_the_data_lie_and_how_they_are_read_may_change(settings: Config, c
 def test_other_documents_are_accepted_where_changed_data_are(settings: Config) -> None:
     enter_run_folder(edited(settings, data={"pattern": "*.md", "allow_changed": True}), 1, DONE)
     (problem,) = refused(edited(settings, data={"validation_share": 0.1, "allow_changed": True}))
-    assert problem.what == "data.validation_share differs from the run's own"
+    assert problem.saw == "data.validation_share: 0.2 in the run, 0.1 asked"
 
 
 def test_the_mix_of_a_past_phase_is_refused(settings: Config) -> None:
     first, *rest = phases_of(settings)
     (problem,) = refused(with_phases(settings, first | {"mix": {"a": 1.0}}, *rest))
-    assert problem.what == "the plan changes step 1, which is done"
-    assert problem.saw.endswith("mix {'a': 1.0}")
+    assert problem.saw == "phases.main.mix: null in the run, {'a': 1.0} asked (from step 1 on)"
 
 
 def test_a_constant_phase_may_grow(tmp_path: Path) -> None:
@@ -281,7 +370,7 @@ def test_a_constant_phase_may_grow(tmp_path: Path) -> None:
     grown = tiny.load(tmp_path, *constant, "phases.main.steps=80")
     enter_run_folder(grown, 1, 8)
     shrunk = tiny.load(tmp_path, *constant, "phases.main.steps=19")
-    with pytest.raises(UserError, match="the plan changes step 20, which is done"):
+    with pytest.raises(UserError, match=r"phases\.main\.steps: 80 in the run, 19 asked \(from step 20 on\)"):
         enter_run_folder(shrunk, 1, 20)
 
 

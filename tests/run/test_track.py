@@ -17,7 +17,9 @@ import yaml
 from smoltrain import files
 from smoltrain.config.schema import Config
 from smoltrain.engine.layer_gradients import LayerGradient
-from smoltrain.run.track import GRADIENT_NORM_PREFIX, METRICS, Tracker, format_console_line
+from smoltrain.estimate.speed import recipe_flops_per_token
+from smoltrain.run.screen import format_step_line
+from smoltrain.run.track import GRADIENT_NORM_PREFIX, METRICS, Tracker
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.run.wandb_run import GRADIENT_HISTOGRAM_PREFIX, resolve_wandb_mode
 from smoltrain.schedule import Plan
@@ -135,6 +137,26 @@ def test_tokens_and_rates_add_up(story: Story) -> None:
         assert line["train/skipped_updates"] == 0
 
 
+def test_mfu_is_tokens_per_second_times_one_factor_in_each_start(story: Story) -> None:
+    flops_per_token = recipe_flops_per_token(story.settings)
+    for output, steps in zip(story.outputs, (range(1, 9), range(9, 13)), strict=True):
+        (teraflops,) = re.findall(
+            r"^peak +([\d.,]+) TFLOP/s bf16, measured on this machine", output.stdout, re.MULTILINE
+        )
+        for step in steps:
+            line = story.steps[step]
+            peak_flops = line["speed/tokens_per_s"] * flops_per_token / line["speed/mfu"]
+            assert peak_flops / 1e12 == pytest.approx(float(teraflops), abs=0.006), "the one that the start says"
+
+
+def test_each_start_tells_how_long_it_took_to_begin_and_to_leave(story: Story) -> None:
+    for name, steps in (("speed/start_s", [1, 9]), ("speed/closing_s", [8, 12])):
+        assert [line["step"] for line in story.lines if name in line] == steps
+    for name, steps in (("speed/evaluation_s", [4, 8, 12]), ("speed/sampling_s", [6, 8, 12])):
+        assert [line["step"] for line in story.lines if name in line] == steps
+        assert all(line[name] > 0 for line in story.lines if name in line)
+
+
 def test_cadences_hold_and_the_end_of_a_phase_is_always_due(story: Story) -> None:
     def where(key: str) -> list[int]:
         return [line["step"] for line in story.lines if key in line]
@@ -158,8 +180,9 @@ def test_a_pipe_gets_plain_lines(story: Story) -> None:
     first, second = (output.stdout.splitlines() for output in story.outputs)
     assert [line.split()[1] for line in first if line.startswith("step ")] == ["2/8", "4/8", "6/8", "8/8"]
     assert [line.split()[1] for line in second if line.startswith("step ")] == ["10/12", "12/12"]
-    assert first[-1].startswith("quickstart: phase main is complete (step 8 of 12)")
-    assert second[-1].startswith("quickstart: the plan is complete (12 steps)")
+    assert any(line.startswith("quickstart: phase main is complete (step 8 of 12)") for line in first)
+    assert any(line.startswith("quickstart: the plan is complete (12 steps)") for line in second)
+    assert "done: 12 of 12 steps" in second
     assert any(line.startswith("restored step 8 on 1 ranks, ledger ") for line in second)
 
 
@@ -168,7 +191,9 @@ def test_the_console_shows_the_numbers_of_the_file(story: Story) -> None:
         for line in output.stdout.splitlines():
             if match := re.match(r"step +(\d+)/(\d+) (\w+)  loss ", line):
                 step, last = int(match[1]), int(match[2])
-                assert line == format_console_line(step, last, match[3], story.steps[step])
+                told, _, left = line.rpartition("  left ")
+                assert told == format_step_line(step, last, match[3], story.steps[step], None).rpartition("  left ")[0]
+                assert re.fullmatch(r"\d+:\d\d", left), "a median of several steps, which no line of the file has"
 
 
 def test_the_log_of_the_rank_has_all_that_was_said_in_both_processes(story: Story) -> None:
@@ -412,6 +437,26 @@ def test_a_step_that_is_done_again_is_kept_aside_and_reaches_wandb_once(tmp_path
     assert sorted(told) == [1, 2, 3, 4, 5, 6, 7]
 
 
+def test_the_best_validation_is_that_of_the_whole_run_also_after_a_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def validate(first_step: int, losses: dict[int, float]) -> list[bool]:
+        tracker = opened(tmp_path, first_step=first_step)
+        for step, loss in losses.items():
+            tracker.log_validation(step, loss, 1.0, {"speed/evaluation_s": 2.0})
+        tracker.close(0)
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validation")]
+        return ["best so far" in line for line in said]
+
+    assert validate(0, {1: math.nan, 2: 4.0, 3: 3.5, 4: 3.75, 5: 3.5}) == [False, True, True, False, False]
+    assert validate(4, {5: 3.6, 6: 3.25, 7: 3.0}) == [False, True, True]
+    assert validate(6, {7: 3.125}) == [True], "the loss of step 7 was undone"
+    lines = json_lines(tmp_path / "runs" / "quickstart" / "metrics.jsonl")
+    best = [line.get("validation/best_loss_nats_per_token") for line in lines]
+    assert best == [None, 4.0, 3.5, 3.5, 3.5, 3.25, 3.125]
+    assert {line["speed/evaluation_s"] for line in lines} == {2.0}
+
+
 def test_every_line_is_on_disk_before_the_next_step(tmp_path: Path) -> None:
     tracker = opened(tmp_path)
     tracker.log_metrics(1, {"train/lr": 0.5, "train/grad_norm_before_clipping": math.inf})
@@ -432,15 +477,26 @@ def test_what_a_model_samples_cannot_command_the_terminal(tmp_path: Path, capsys
     assert json_lines(tmp_path / "runs" / "quickstart" / "samples.jsonl")[0]["text"] == text, "the file has it all"
 
 
-def test_the_line_of_a_step() -> None:
-    assert format_console_line(7, 1000, "main", NUMBERS) == (
-        "step    7/1000 main  loss 2.3457  lr 5.00e-04  grad 1.500  12,346 tok/s  mem 3.14 GiB  wait 1.2%  left 16:33"
-    )
-    long = format_console_line(1, 10000, "main", NUMBERS | {"train/grad_norm_before_clipping": math.inf})
-    assert long.endswith("left 2:46:39")
-    assert "  grad inf  " in long
-    assert format_console_line(5, 5, "main", NUMBERS).endswith("left 0:00")
-    assert format_console_line(1, 5, "main", NUMBERS | {"speed/step_s": math.inf}).endswith("left ?")
+def test_a_later_start_of_the_same_command_shows_only_what_is_chosen_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = tiny.load(tmp_path)
+    settings.run_folder.mkdir(parents=True)
+    said: list[list[str]] = []
+    for number, kernel in enumerate(("blocked", "blocked", "SDPA")):
+        folder = tiny.run_folder(settings.run_folder)
+        with Tracker(settings, folder, 0, 0, 12, choices_were_said=number > 0) as tracker:
+            tracker.say_choice("attention kernel", kernel)
+            tracker.say_choice("loss kernel", "fused")
+            tracker.say("restored")
+        said.append(capsys.readouterr().out.splitlines()[number == 0 :])  # without W&B's
+    assert said == [
+        ["attention kernel       blocked", "loss kernel            fused", "restored"],
+        ["restored"],
+        ["attention kernel       SDPA", "restored"],
+    ]
+    log = (settings.run_folder / "logs" / "rank0.log").read_text(encoding="utf-8")
+    assert log.count("loss kernel            fused") == 3, "the log has all of each start"
 
 
 def test_the_console_keeps_its_cadence_and_never_leaves_out_the_last_step(

@@ -1,5 +1,6 @@
 """What is due after a step, and how a run leaves its loop."""
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,7 @@ class Story:
         self.world = SimpleNamespace(gather=lambda value: [None, value], is_first=False)
         self.watchdog = SimpleNamespace(begin_step=lambda step: self.note(f"step {step}"), mark=lambda _: None)
         self.saver = SimpleNamespace(poll=lambda: None, finish=lambda: self.note("published"))
-        self.tracker = SimpleNamespace(say=self.said.append)
+        self.tracker = SimpleNamespace(say=self.said.append, show_activity=lambda _: contextlib.nullcontext())
         self.folder = SimpleNamespace(path=tmp_path)
 
     def note(self, word: str) -> None:
@@ -38,6 +39,9 @@ class Story:
 
     def record(self, step: int, result: StepResult) -> None:
         self.note("record")
+
+    def run_callbacks(self, step: int, result: StepResult) -> None:
+        self.note("callbacks")
 
     def record_rows(self, result: StepResult) -> None:
         self.note(f"rows {len(result.digests)}")
@@ -51,6 +55,10 @@ class Story:
 
     def save(self, step: int) -> None:
         self.note(f"save {step}")
+
+    def record_closing(self, step: int, closing_s: float) -> None:
+        assert closing_s >= 0
+        self.note(f"closing of {step}")
 
 
 def run(story: Any, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None, waited: bool = False) -> int:
@@ -78,12 +86,12 @@ def test_each_thing_is_done_when_it_is_due_and_at_the_end_of_a_phase(
     story = Story(tmp_path)  # evaluate every 4 steps, sample every 6, save every 3
     assert run(story, monkeypatch) == DONE
     assert story.words[:2] == ["listen", "step 1"], "a signal ends the process until the loop begins"
-    step = ["rows 8", "record"]
+    step = ["rows 8", "record", "callbacks"]
     assert [after(story, n) for n in (1, 3, 4, 6)] == [
         step, [*step, "save 3"], [*step, "validate"], [*step, "sample", "save 6"],
     ]  # fmt: skip
     assert after(story, 8) == [*step, "validate", "sample", "save 8"], "the end of a phase"
-    assert after(story, 12) == [*step, "validate", "sample", "save 12", "published"]
+    assert after(story, 12) == [*step, "validate", "sample", "save 12", "published", "closing of 12"]
     assert "the plan is complete (12 steps)" in story.said[-1]
 
 
@@ -93,7 +101,9 @@ def test_a_stop_saves_the_step_before_and_leaves_at_once(
 ) -> None:
     story = Story(tmp_path, reason="SIGTERM")
     assert run(story, monkeypatch, stop_at=6, waited=waited) == STOPPED
-    assert after(story, 6) == ["rows 3", "save 5", "published"], "rows that it has consumed are in the ledger first"
+    assert after(story, 6) == ["rows 3", "save 5", "published", "closing of 5"], (
+        "rows that it has consumed are in the ledger first"
+    )
     assert story.said == [f"stopped after step 5 (SIGTERM){more}; the same command goes on from there"]
 
 
@@ -120,4 +130,4 @@ def test_a_missing_validation_is_made_up_for_before_the_first_step(
     story.start.validation_missing = True
     story.validates = False
     assert run(story, monkeypatch) == STOPPED
-    assert story.words == ["listen", "validate", "published"]
+    assert story.words == ["listen", "validate", "published", "closing of 8"]

@@ -8,15 +8,25 @@ import pytest
 from typer.testing import CliRunner
 
 from smoltrain.cli import app, main
-from smoltrain.config.load import list_recipes
+from smoltrain.config.load import list_recipes, load_config
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
+from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.distributed.world import choose_device
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config
 from smoltrain.errors import UserError
 from smoltrain.kernels import compile
 from smoltrain.launch.supervisor import supervise_run
 from smoltrain.train import start
-from smoltrain.train.preflight import check_recipe, check_start
+from smoltrain.train.preflight import (
+    PreflightLine,
+    check_recipe,
+    check_start,
+    describe_epochs,
+    describe_learning_rate,
+    describe_preflight,
+    describe_tokens_per_parameter,
+    describe_vocabulary,
+)
 from tests import folders, tiny
 
 LLAMA = ("model={kind: transformers, model_type: llama, vocab_size: 320, max_position_embeddings: 64}",)
@@ -107,3 +117,75 @@ def test_what_is_not_known_yet_is_not_compared(tmp_path: Path):
         check_start(settings, choose_device("cpu"), 1, 4)
     tree = fill_deepspeed_config(tiny.load(tmp_path), precision=None, accumulation=None, world_size=None)
     assert "auto" in (tree["bf16"]["enabled"], tree["train_batch_size"])
+
+
+# --- what the plan asks of data, model and ranks
+
+
+def test_a_plan_that_reads_a_small_text_again_and_again_is_warned_of():
+    text = (
+        "the plan's 81.9M tokens are 1,820.4 epochs of 45,000 training tokens; beyond 4 a token that is read again is "
+        "worth less than a new one (Muennighoff et al. 2023): take more data, or lower phases.main.tokens"
+    )
+    assert describe_epochs(81_920_000, 45_000, "phases.main.tokens") == PreflightLine("epochs", text, warns=True)
+    text = "0.5, as 22.5K tokens of 45,000; phases.main.tokens change it"
+    assert describe_epochs(22_500, 45_000, "phases.main.tokens") == PreflightLine("epochs", text)
+    assert [describe_epochs(tokens, 100, "").warns for tokens in (400, 401)] == [False, True]
+
+
+def test_tokens_per_parameter_are_a_fact():
+    line = describe_tokens_per_parameter(400_000_000, 20_000_000, "phases.main.tokens")
+    assert line == PreflightLine(
+        "tokens per parameter",
+        "20, as 400M tokens for 20M parameters; compute-optimal are about 20 (Hoffmann et al. 2022); "
+        "phases.main.tokens change it",
+    )
+
+
+def test_rows_of_the_vocabulary_that_nobody_reads_are_counted():
+    smaller = "a smaller vocabulary is model.vocab_size with a tokenizer of as few ids"
+    assert describe_vocabulary(320, 300, 57) == PreflightLine(
+        "vocabulary",
+        f"320 rows, 20 beyond the tokenizer's 300 ids and 37 of ids that the training tokens never have; {smaller}",
+    )
+    assert describe_vocabulary(320, 320, 7).text.startswith("320 rows, 7 of ids that the training tokens never have;")
+    assert describe_vocabulary(320, 300, None).text == f"320 rows, 20 beyond the tokenizer's 300 ids; {smaller}"
+    assert describe_vocabulary(320, 320, None).text == "320 rows, as many as ids; model.vocab_size"
+    assert describe_vocabulary(320, 320, 0).text == (
+        "320 rows, as many as ids, all of them of ids that the training tokens have; model.vocab_size"
+    )
+
+
+def test_the_rate_is_told_with_the_rows_that_it_is_for(tmp_path: Path):
+    by_rank = tiny.load(tmp_path)
+    keeps = "batch.rows_per_step=4 keeps those of one rank on any number of them"
+    assert describe_learning_rate(by_rank, 32).text == (
+        f"0.003 at most, for 32 rows a step, 8 times those of one rank; {keeps}"
+    )
+    assert describe_learning_rate(by_rank, 4).text == (
+        f"0.003 at most, for 4 rows a step; they multiply with the ranks: {keeps}"
+    )
+    text = "0.0003 at most, for 32 rows a step on any number of ranks, as batch.rows_per_step says"
+    assert describe_learning_rate(load_config("smollm2-135m"), 32) == PreflightLine("learning rate", text)
+
+
+def test_the_numbers_are_those_of_the_prepared_data(tmp_path: Path):
+    config = tiny.load(tmp_path, "model.vocab_size=330")
+    prepared = prepare_run_data(config, 4)
+    ids = set(prepared.train[0].all().tolist())
+    assert prepared.count_unused_rows(330) == 330 - len(ids) > 10
+    lines = {line.what: line.text for line in describe_preflight(config, prepared, 1000, 4)}
+    epoch = (len(prepared.train[0]) - 1) // 16 * 16
+    assert list(lines) == ["epochs", "tokens per parameter", "vocabulary", "learning rate"]
+    assert f", as 768 tokens of {epoch:,}; phases.main.tokens or phases.continuation.tokens" in lines["epochs"]
+    assert lines["tokens per parameter"].startswith("0.768, as 768 tokens for 1K parameters;")
+    num_ids = prepared.tokenizer.num_ids
+    assert f"{330 - num_ids} beyond the tokenizer's {num_ids} ids and {num_ids - len(ids)} of" in lines["vocabulary"]
+
+
+def test_a_stream_is_not_counted(tmp_path: Path):
+    config = tiny.load(tmp_path, "data.mode=stream", "data.streams=1")
+    prepared = prepare_run_data(config, 4)
+    assert prepared.count_unused_rows(320) is None
+    about = [line.what for line in describe_preflight(config, prepared, 1000, 4)]
+    assert about == ["tokens per parameter", "vocabulary", "learning rate"]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from smoltrain.config.load import load_config
 from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.train.session import _unlink_index_on_refusal, publish_pending_on_error
 from smoltrain.train.spikes import Rewind
@@ -29,6 +30,71 @@ def saved_steps(folder: Any) -> list[int]:
 
 def test_a_step_is_saved_once(tmp_path: Any, ranks: Any) -> None:
     assert ranks(1).run(saved_steps, tmp_path) == [[4, 5]]
+
+
+def durations_of_a_session() -> list[dict[str, Any]]:
+    """What is logged by an evaluation, samples and the end, where rank 1 needs a fifth of a second for each."""
+    import time
+
+    import numpy as np
+
+    from smoltrain.train import session as module
+    from tests.ranks import world
+    from tests.sessions import bare_session
+
+    def work(result: Any) -> Any:
+        if world().rank == 1:
+            time.sleep(0.2)
+        return result
+
+    logged: list[dict[str, Any]] = []
+    session = bare_session(load_config("quickstart"), None, None)
+    session.start = SimpleNamespace(began_at=time.time() - 100.0)
+    session.loader = SimpleNamespace(
+        validation_batches=lambda rows: [], prepared=SimpleNamespace(bytes_per_id=lambda: np.zeros(1))
+    )
+    session.tracker = SimpleNamespace(
+        log_validation=lambda step, loss, bits, durations: logged.append(durations),
+        log_samples=lambda step, texts: None,
+        log_metrics=lambda step, metrics: logged.append(metrics),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "evaluate_loss", lambda *_: work((3.0, 1.5)))
+        patch.setattr(module, "sample_prompts", lambda _: work([]))
+        session.record_closing(0, 1.0)  # nothing was done yet, so that there is no start to close
+        session.validate(4)
+        session.validate(8)
+        session.sample(8)
+        session.record_closing(8, 1.5)
+    return logged
+
+
+def test_durations_are_those_of_the_slowest_rank_and_a_start_is_told_once(ranks: Any) -> None:
+    everyones = ranks(2).run(durations_of_a_session)
+    for logged in everyones:
+        assert [sorted(line) for line in logged] == [
+            ["speed/evaluation_s", "speed/start_s"], ["speed/evaluation_s"], ["speed/sampling_s"], ["speed/closing_s"],
+        ]  # fmt: skip
+        assert all(line["speed/evaluation_s"] >= 0.2 for line in logged[:2])
+        assert logged[2]["speed/sampling_s"] >= 0.2
+        assert logged[3]["speed/closing_s"] == 1.5
+    for line in (1, 2):
+        assert everyones[0][line] == everyones[1][line]
+
+
+def start_by_the_clock() -> list[dict[str, float]]:
+    from smoltrain.train import session as module
+    from tests.sessions import bare_session
+
+    session = bare_session(load_config("quickstart"), None, None)
+    session.start = SimpleNamespace(began_at=1000.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.time, "time", lambda: 1110.0)
+        return [session._measure_start(4.0), session._measure_start(4.0)]
+
+
+def test_a_start_lasts_from_the_command_to_the_first_thing_that_is_done(ranks: Any) -> None:
+    assert ranks(1).run(start_by_the_clock) == [[{"speed/start_s": 106.0}, {}]]
 
 
 @pytest.mark.parametrize("error", [Rewind("back"), TrainingStopped("nan"), UserError(Problem("a", "b", "c", "d"))])

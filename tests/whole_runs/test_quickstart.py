@@ -30,6 +30,6 @@ def test_quickstart_learns_to_write_something_like_a_play(tmp_path: Path) -> Non
     assert any(re.search(name, text) for text in last), "speakers"
     phases = load_config("quickstart").phases
     assert phases[1].steps == 50
-    assert {phases[0].steps, phases[0].steps + 50} <= set(list_checkpoint_steps(run / "checkpoints"))
+    assert {phases[0].num_steps, phases[0].num_steps + 50} <= set(list_checkpoint_steps(run / "checkpoints"))
     assert (run / "plots" / "training.png").stat().st_size > 10_000
     assert list((run / "wandb").glob("offline-run-*")), "one folder per start, one run id"

@@ -174,9 +174,10 @@ def test_verify_of_a_run_with_damaged_metrics_ends_with_its_line(
     assert f"{tmp_path / 'metrics.jsonl'}, line 1 is damaged (its checksum differs)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("verb", ["plot", "summary"])
 @pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to(path)], ids=["folder", "link to itself"])
 def test_records_that_are_no_file_are_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], None], verb: str
 ) -> None:
     from smoltrain.config.load import config_to_yaml
 
@@ -185,7 +186,7 @@ def test_records_that_are_no_file_are_one_line(
     (settings.run_folder / "config.yaml").write_text(config_to_yaml(settings))
     make(settings.run_folder / "metrics.jsonl")
     with pytest.raises(SystemExit) as left:
-        main(["plot", str(settings.run_folder)])
+        main([verb, str(settings.run_folder)])
     assert left.value.code == BAD_INPUT != FAULT
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("error: ")

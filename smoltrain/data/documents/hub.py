@@ -53,6 +53,7 @@ def list_dataset_files(source: SourceSection, split: str, commit: str, key: str)
         want = f"`pip install datasets`, or {OTHER_DATA}"
         raise UserError(Problem("a package is missing to read the Hub", "no datasets", want, f"{key}.hub")) from None
     try:
+        datasets.disable_progress_bars()  # which would be drawn over ours
         # hf:// is the Hub's, even where a local folder has the same name.
         name = f"hf://datasets/{source.hub}"
         builder = datasets.load_dataset_builder(name, source.hub_config, revision=commit)

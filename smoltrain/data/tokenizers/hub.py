@@ -5,12 +5,13 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from smoltrain.data.documents.hub import HUB_ANSWER_TIMEOUT_S, ask_hub, has_hub_answered, hub_problem
 from smoltrain.data.tokenizers.companions import is_companion_file
 from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE
 from smoltrain.errors import Problem, UserError, exception_message
+from smoltrain.terminal import show_activity
 
 
 def is_hub_repo_name(name: str) -> bool:
@@ -31,11 +32,13 @@ def download_tokenizer(name: str) -> Path:
     try:
         url = hf_hub_url(name, TOKENIZER_FILE)
         ask_hub(lambda: get_hf_file_metadata(url, timeout=HUB_ANSWER_TIMEOUT_S))
-        file = Path(hf_hub_download(name, TOKENIZER_FILE))
-        repository = ask_hub(lambda: HfApi().model_info(name, timeout=HUB_ANSWER_TIMEOUT_S))
-        for sibling in repository.siblings or ():
-            if is_companion_file(sibling.rfilename):
-                hf_hub_download(name, sibling.rfilename)
+        disable_progress_bars()  # which would be drawn over ours
+        with show_activity(f"downloading the tokenizer {name}"):
+            file = Path(hf_hub_download(name, TOKENIZER_FILE))
+            repository = ask_hub(lambda: HfApi().model_info(name, timeout=HUB_ANSWER_TIMEOUT_S))
+            for sibling in repository.siblings or ():
+                if is_companion_file(sibling.rfilename):
+                    hf_hub_download(name, sibling.rfilename)
         return file
     except RemoteEntryNotFoundError:
         what, want = f"the repository {name} has no {TOKENIZER_FILE}", f"one that has it, or {way_out}"

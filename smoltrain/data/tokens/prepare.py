@@ -59,6 +59,7 @@ from smoltrain.data.tokens.prepared import PreparedData
 from smoltrain.data.tokens.token_files import MappedTokens
 from smoltrain.data.tokens.tokenise_validation import shards_from_json, shards_to_json, tokenise_held_out
 from smoltrain.errors import Problem, UserError, format_value
+from smoltrain.terminal import print_text
 
 MAX_AUTO_CACHED_MIB = 256  # of local files, up to which they are cached of themselves
 
@@ -88,7 +89,7 @@ def prepare_run_data(
         _prepare_shared(plan, config.data.cache.expanduser())
     prepared = load_prepared_data(config)
     for line in prepared.warnings(config.model.vocab_size):
-        print(f"WARNING: {line}", flush=True)
+        print_text(f"WARNING: {line}")
     return prepared
 
 

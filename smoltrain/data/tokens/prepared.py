@@ -11,6 +11,9 @@ from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.index import DataIndex, IndexSource
 from smoltrain.data.tokens.token_files import MappedTokens, sum_round_trips
 
+MAX_COUNTED_TOKENS = 2**28  # about a second
+COUNTED_AT_ONCE = 2**20
+
 
 @dataclass(frozen=True)
 class PreparedData:
@@ -64,6 +67,19 @@ class PreparedData:
         sizes = self.tokenizer.bytes_per_id() + counts.unspelled_per_token
         sizes[self.tokenizer.separator_id] = 0
         return sizes
+
+    def count_unused_rows(self, vocab_size: int) -> int | None:
+        """Rows of a table of `vocab_size` that no training token reads, and that never learn as an input.
+
+        None where the tokens are streamed, or so many that looking at all of them would take long.
+        """
+        if not self.train or sum(map(len, self.train)) > MAX_COUNTED_TOKENS:
+            return None
+        is_used = np.zeros(vocab_size, bool)
+        for tokens in self.train:
+            for ids in tokens.iterate_views(COUNTED_AT_ONCE):
+                is_used[ids] = True
+        return vocab_size - int(is_used.sum())
 
     def warnings(self, vocab_size: int) -> list[str]:
         """What is wrong with the tokenizer for these texts, and a model of `vocab_size` rows. One line each."""

@@ -6,7 +6,7 @@ disk.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,12 @@ class MappedTokens:
                 at = self._begins[number] + start
                 pieces += self._views_between(at + len(piece), at + length)
         return np.concatenate(pieces).reshape(len(offsets), length)
+
+    def iterate_views(self, length: int) -> Iterator[np.ndarray]:
+        """All ids in order, as views of at most `length` of them."""
+        for part in self._parts:
+            for start in range(0, len(part), length):
+                yield part[start : start + length]
 
     def all(self) -> np.ndarray:
         """All ids (N,), copied into memory."""

@@ -1,13 +1,15 @@
 """Make parts of the tokens in several processes, none of which outlives the one that started them."""
 
-import multiprocessing
 import os
 import signal
+import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,32 @@ from smoltrain.data.tokens.token_parts import PartCount, TokeniseJob, TokenPart
 from smoltrain.distributed.cpu_cores import num_cores
 from smoltrain.errors import TrainingStopped
 
-SPAWN = multiprocessing.get_context("spawn")  # a fork would inherit locks of threads that it does not have
 _job: TokeniseJob | None = None  # of a worker
+
+
+class _WorkerProcess(SpawnProcess):
+    """A process that does not run the file of the main program again, which may be a script that trains.
+
+    By default a spawned process imports that file, for what it may need of it; a worker needs nothing.
+    """
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            return SpawnProcess._Popen(process_obj)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            sys.modules["__main__"] = main
+
+
+class _WorkerContext(SpawnContext):
+    """A fork would inherit locks of threads that it does not have."""
+
+    Process = _WorkerProcess
+
+
+SPAWN = _WorkerContext()
 
 
 def tokenise_in_processes(job: TokeniseJob, todo: list[int], num_processes: int, tokenizer_folder: Path) -> None:

@@ -50,10 +50,9 @@ from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.data.tokens import token_parts, tokenise
 from tests.data.tokens.test_tokenise import given
 
-if __name__ == "__main__":
-    token_parts.PART_BYTES = 2**20
-    tokenise.num_cores = lambda: 2
-    prepare_run_data(given(Path(sys.argv[1]), data__mode="cached", run__name=sys.argv[2]))
+token_parts.PART_BYTES = 2**20  # without `if __name__ == "__main__"`: workers do not run the script again
+tokenise.num_cores = lambda: 2
+prepare_run_data(given(Path(sys.argv[1]), data__mode="cached", run__name=sys.argv[2]))
 """
 
 

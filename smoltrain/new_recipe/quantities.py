@@ -1,0 +1,42 @@
+"""Counts as they are typed and shown: 20M, 1.5B, 400_000."""
+
+import re
+
+from smoltrain.errors import Problem, UserError, format_value
+
+SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+COUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\d{1,2})?)([KMBT]?)", re.IGNORECASE)
+
+
+def parse_option_count(text: str, option: str, least: int, most: int) -> int:
+    """The whole number that an option spells. Errors: UserError unless it is one from `least` to `most`."""
+    match = COUNT.fullmatch(text.strip())
+    number = float(match[1].replace("_", "")) * SUFFIXES[match[2].upper()] if match else 0.0
+    if not least <= number <= most:
+        want = f"{abbreviate_count(least)} to {abbreviate_count(most)}, as in 20M, 1.5B or 400_000"
+        raise UserError(Problem(f"{option} is not valid", format_value(text), want, option))
+    return round(number)
+
+
+def abbreviate_count(number: float) -> str:
+    """In three digits: 1.97M, 400M, 2.7B."""
+    for suffix in ("T", "B", "M", "K"):
+        scaled = number / SUFFIXES[suffix]
+        if scaled >= 0.9995:
+            return f"{scaled:.3g}{suffix}" if scaled < 999.5 else f"{scaled:,.0f}{suffix}"
+    return f"{number:.0f}"
+
+
+def round_down_to_power_of_two(number: float) -> int:
+    """The largest power of two that is at most the number, which is at least 1."""
+    return 1 << (int(number).bit_length() - 1)
+
+
+def round_to_digits(number: float, digits: int) -> float:
+    """The number with so many significant digits."""
+    return float(f"{number:.{digits}g}")
+
+
+def format_ratio(number: float) -> str:
+    """In three digits, or all of those before the point: 0.0517, 3.48, 2,006."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"

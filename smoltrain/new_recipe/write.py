@@ -1,0 +1,201 @@
+"""The verb `smoltrain new`: plans a recipe, writes NAME.yaml, and says what it will take."""
+
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+
+from smoltrain.config.load import list_recipes, load_config
+from smoltrain.config.schema import Config
+from smoltrain.data.documents.file_systems import url_protocol
+from smoltrain.errors import Problem, UserError, exception_message, format_value
+from smoltrain.estimate.constants import GIB, DeviceSpec
+from smoltrain.estimate.devices import find_device
+from smoltrain.estimate.fitting import fit_config_to_memory
+from smoltrain.estimate.report import Estimate
+from smoltrain.estimate.training_setup import build_training_setup
+from smoltrain.new_recipe.hyperparameters import MAX_EPOCHS, optimal_num_tokens
+from smoltrain.new_recipe.plan import SEPARATOR, RecipePlan, RecipeWish, StudiedText, plan_recipe, study_text
+from smoltrain.new_recipe.quantities import abbreviate_count, format_ratio, parse_option_count, round_to_digits
+from smoltrain.new_recipe.render import render_recipe
+from smoltrain.new_recipe.shape import MAX_PARAMETERS, MIN_PARAMETERS
+from smoltrain.redact import redact_url
+from smoltrain.train.preflight import check_recipe
+
+MOST_TOKENS = 10**14
+MOST_HOURS = 24 * 365
+MAX_WORLD = 4096
+TRAINED_SHARE = 0.95  # of --hours; the rest is for starting, evaluating, sampling and saving
+FEW_TOKENS_PER_PARAMETER = 1.0
+MOST_ROUNDS = 8  # until tokens and speed agree
+
+
+def write_new_recipe(
+    name: str, params: str, *, tokens: str | None, hours: float | None, device: str, world: int | None, data: str | None
+) -> None:
+    """Write NAME.yaml here and print the plan. Errors: UserError for any of the options, and for the text."""
+    wish = _check_options(name, params, tokens=tokens, hours=hours, device=device, world=world, data=data)
+    path = Path(f"{wish.name}.yaml")
+    console = Console(stderr=True)
+    with console.status(f"what {wish.device} can do ..."):  # on terminals alone
+        spec = find_device(wish.device, wish.world)
+    with console.status("the text is read, and a tokenizer tried on it ..."):
+        text = study_text(wish)
+    plan = _plan_for_wish(wish, text, spec)
+    recipe = render_recipe(plan)
+    config = _load_text(recipe, wish)
+    check_recipe(config)
+    estimate = _estimate(config, wish, spec)
+    _write_new_file(path, recipe)
+    for line in describe_plan(plan, estimate):
+        print(line)
+
+
+def describe_plan(plan: RecipePlan, estimate: Estimate) -> Iterator[str]:
+    """The plan in short, what should be known before it is trained, and the next commands."""
+    wish, text, shape, batch = plan.wish, plan.text, plan.text.shape, plan.batch
+    count = abbreviate_count
+    name = f"{wish.name}.yaml"
+    about = "" if text.sample.is_whole else "about "
+    hours = batch.steps * estimate.speed.step_s / 3600
+    memory = f"{estimate.memory.total / GIB:.1f} of {estimate.device.memory / GIB:.1f} GiB a rank"
+    yield f"{name}: each value stands below what it came from"
+    yield f"  parameters   {shape.num_parameters:,} ({count(wish.num_parameters)} asked for)"
+    yield (
+        f"  shape        {shape.num_hidden_layers} blocks {shape.hidden_size} wide, {shape.num_attention_heads} heads "
+        f"({shape.num_key_value_heads} of keys), {shape.vocab_size:,} ids"
+    )
+    yield (
+        f"  text         {about}{count(text.vocabulary.text_tokens)} tokens, {count(text.held_out_tokens)} of them "
+        "held out"
+    )
+    yield f"  plan         {batch.steps:,} steps of {batch.rows_per_step:,} rows x {batch.sequence_length:,} tokens"
+    yield (
+        f"  tokens       {count(batch.tokens)} = {format_ratio(plan.tokens_per_parameter)} a parameter, "
+        f"{format_ratio(plan.epochs)} epochs"
+    )
+    yield f"  rate         {plan.lr:g}, {plan.warmup_steps:,} steps of warm-up, cosine"
+    yield f"  {f'{wish.world} x {wish.device}':<12} {_describe_duration(hours)}, {memory} (both estimated)"
+    for note in (*text.sample.notes, *_list_notes(plan, estimate)):
+        yield f"note: {note}"
+    yield f"next: smoltrain train {name}"
+    yield f"      smoltrain estimate {name} --device {wish.device} --world {wish.world}"
+
+
+def _list_notes(plan: RecipePlan, estimate: Estimate) -> Iterator[str]:
+    wish, text = plan.wish, plan.text
+    if wish.path is None:
+        yield "no --data was given, so it trains on the plays of Shakespeare"
+    if plan.epochs > MAX_EPOCHS * 1.05:
+        yield f"a text read more than {MAX_EPOCHS} times teaches less and less (Muennighoff et al. 2023)"
+    elif wish.tokens is None and wish.hours is None and plan.tokens_per_parameter < 0.95 * 20:
+        yield f"the text ends the plan after {MAX_EPOCHS} epochs; compute-optimal are 20 tokens a parameter"
+    if plan.tokens_per_parameter < FEW_TOKENS_PER_PARAMETER:
+        yield "less than a token a parameter: a smaller model, or more text, would do better"
+    if not estimate.fits:
+        yield f"it is not estimated to fit {wish.world} x {wish.device}"
+    if text.sample.parts_documents:
+        yield f"{SEPARATOR!r} stands in the files, so it parts documents (data.documents: separator)"
+    if text.needs_cached_mode:
+        yield "all tokens are made before the first step (data.mode: cached)"
+
+
+def _describe_duration(hours: float) -> str:
+    """In the largest unit of which it is more than one."""
+    for unit, in_hours in (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60)):
+        if hours > in_hours:
+            return f"{format_ratio(round_to_digits(hours / in_hours, 2))} {unit}"
+    return f"{format_ratio(round_to_digits(3600 * hours, 2))} seconds"
+
+
+# ---- options
+
+
+def _check_options(
+    name: str, params: str, *, tokens: str | None, hours: float | None, device: str, world: int | None, data: str | None
+) -> RecipeWish:
+    """Errors: UserError for what cannot be, before anything slow is done."""
+    if not re.fullmatch(r"\w[\w.-]{0,99}", name) or name.endswith((".yaml", ".yml")):
+        want = "letters, digits, -, _ and . alone, as in tiny; NAME.yaml is written"
+        raise UserError(Problem("the recipe's name is not valid", format_value(name), want, "NAME"))
+    if name in list_recipes():
+        what, want = "a shipped recipe has this name, and its run folder", "another name"
+        raise UserError(Problem(what, repr(name), want, "NAME"))
+    path = Path(f"{name}.yaml")
+    if path.exists() or path.is_symlink():
+        raise UserError(Problem("the file exists", str(path), "a name without a file", "NAME"))
+    if tokens is not None and hours is not None:
+        what, saw = "the plan's length is given twice", f"--tokens {tokens} and --hours {hours:g}"
+        raise UserError(Problem(what, saw, "one of the two", "--tokens or --hours"))
+    if hours is not None and not 0 < hours <= MOST_HOURS:
+        raise UserError(
+            Problem("--hours is not valid", f"{hours:g}", f"more than 0, at most {MOST_HOURS:,}", "--hours")
+        )
+    if world is not None and not 1 <= world <= MAX_WORLD:
+        raise UserError(Problem("--world is not valid", str(world), f"1 to {MAX_WORLD:,}", "--world"))
+    return RecipeWish(
+        name=name,
+        num_parameters=parse_option_count(params, "--params", MIN_PARAMETERS, MAX_PARAMETERS),
+        tokens=None if tokens is None else parse_option_count(tokens, "--tokens", 1, MOST_TOKENS),
+        hours=hours,
+        device=device,
+        world=world or (2 if device == "cpu" else 1),  # on a CPU `smoltrain train` starts two ranks
+        path=None if data is None else _absolute_path(data),
+    )
+
+
+def _absolute_path(path: str) -> str:
+    """So that the recipe can be trained from any folder. Errors: UserError for a URL with a secret in it."""
+    if redact_url(path) != path:
+        what, want = "the recipe would hold the secret of a URL", "the URL without it, here"
+        raise UserError(Problem(what, path, want, "--data; and data.path=URL when it is trained"))
+    if path == "":
+        raise UserError(Problem("--data is empty", "''", "a file, folder, glob or URL", "--data"))
+    return path if url_protocol(path) is not None else str(Path(path).expanduser().absolute())
+
+
+# ---- the plan
+
+
+def _plan_for_wish(wish: RecipeWish, text: StudiedText, spec: DeviceSpec) -> RecipePlan:
+    """Errors: those of plan_recipe."""
+    shortest = optimal_num_tokens(text.shape.num_parameters, text.train_tokens)
+    if wish.hours is None:
+        return plan_recipe(wish, text, wish.tokens or shortest)
+    # The batch depends on the tokens, and the speed a little on the batch.
+    tokens = float(shortest)
+    for _ in range(MOST_ROUNDS):
+        plan = plan_recipe(wish, text, tokens)
+        step_s = _estimate(_load_text(render_recipe(plan), wish), wish, spec).speed.step_s
+        before = tokens
+        tokens = TRAINED_SHARE * 3600 * wish.hours / step_s * plan.batch.step_tokens
+        if abs(tokens / before - 1) < 0.01:
+            break
+    return plan_recipe(wish, text, round_to_digits(tokens, 2))
+
+
+def _estimate(config: Config, wish: RecipeWish, spec: DeviceSpec) -> Estimate:
+    """Of the config on the devices that were wished for."""
+    fitted = fit_config_to_memory(config, spec.memory, wish.world, device=spec.kind)
+    return Estimate(build_training_setup(fitted, world=wish.world, device=spec.kind), spec)
+
+
+def _load_text(recipe: str, wish: RecipeWish) -> Config:
+    """What `smoltrain train` would load. Errors: those of load_config, which are none."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{wish.name}.yaml"
+        path.write_text(recipe, encoding="utf-8")
+        return load_config(str(path))
+
+
+def _write_new_file(path: Path, text: str) -> None:
+    """Errors: UserError if it exists by now, or cannot be written."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(
+            Problem("the recipe cannot be written", exception_message(error), "a folder to write to", str(path))
+        ) from None

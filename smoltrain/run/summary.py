@@ -1,0 +1,243 @@
+"""What a run has come to, out of its folder: losses, tokens, where the time went, and the commands that come next.
+
+Time is counted from each start's beginning to its last line in metrics.jsonl, so that nobody's night between two starts
+is in it. Steps that were done again (after a kill, or a rewind) took time too: their lines are in metrics.undone.jsonl.
+"""
+
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smoltrain.config.config_file import CONFIG_FILE
+from smoltrain.config.load import read_run_config
+from smoltrain.errors import Problem, UserError
+from smoltrain.files import METRICS_FILE, read_jsonl
+from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
+from smoltrain.schedule import Plan
+
+STEP_S, VALIDATION_LOSS = "speed/step_s", "validation/loss_nats_per_token"
+# What a line of metrics.jsonl says of its own time, by the name that the summary has for it.
+PARTS = {
+    "starting": "speed/start_s",
+    "steps": STEP_S,
+    "evaluation": "speed/evaluation_s",
+    "sampling": "speed/sampling_s",
+    "saving": "speed/checkpoint_pause_s",
+    "closing": "speed/closing_s",
+}
+REPEATED = "steps done again"
+OTHER = "other"  # looking at gradients, logs, publishing between steps
+LABEL_WIDTH = 18
+
+
+@dataclass(frozen=True)
+class RunTimes:
+    """Where the time of all starts went."""
+
+    parts: Mapping[str, float]  # seconds by name; together they are the wall clock
+    num_starts: int
+    num_steps: int  # that they trained and that still count
+    num_tokens: int  # targets of those
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds from each start's beginning to its last line, all starts together."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run so far. Losses in nats per token."""
+
+    folder: Path
+    step: int  # that is done
+    last_step: int  # of the plan
+    last_loss: tuple[int, float, float] | None  # step, loss, bits per byte of the last validation
+    best_loss: tuple[int, float] | None  # step, loss of the best one
+    num_steps: int  # in metrics.jsonl: fewer than `step` where the run went on from another one
+    num_tokens: int  # targets of these steps, all ranks
+    step_s: float  # seconds of these steps
+    mfu: float | None  # over the time of the steps that have it
+    num_epochs: float | None  # None where the data have no number of rows
+    num_skipped: int  # updates
+    times: RunTimes | None  # None of an older run, which did not write them down
+
+
+def summarise_run(plan: Plan, folder: Path) -> RunSummary:
+    """Read a run's records. Errors: UserError for records that cannot be read at all."""
+    lines = list(read_jsonl(folder / METRICS_FILE))
+    undone = list(read_jsonl(folder / UNDONE_METRICS_FILE))
+    steps = [line for line in lines if STEP_S in line]
+    step_s = sum(line[STEP_S] for line in steps)
+    validations = [(line["step"], line[VALIDATION_LOSS]) for line in lines if VALIDATION_LOSS in line]
+    finite = [(step, loss) for step, loss in validations if math.isfinite(loss)]
+    with_mfu = [line for line in steps if "speed/mfu" in line]
+    mfu_s = sum(line[STEP_S] for line in with_mfu)
+    last = steps[-1] if steps else {}
+    return RunSummary(
+        folder=folder,
+        step=last.get("step", 0),
+        last_step=plan.last_step,
+        last_loss=_find_last_validation(lines),
+        best_loss=min(finite, key=lambda pair: pair[1], default=None),
+        num_steps=len(steps),
+        num_tokens=_count_tokens(steps),
+        step_s=step_s,
+        mfu=sum(line["speed/mfu"] * line[STEP_S] for line in with_mfu) / mfu_s if mfu_s else None,
+        num_epochs=last.get("data/epochs"),
+        num_skipped=last.get("train/skipped_updates", 0),
+        times=_add_up_times(lines, undone),
+    )
+
+
+def _find_last_validation(lines: list[dict[str, Any]]) -> tuple[int, float, float] | None:
+    for line in reversed(lines):
+        if VALIDATION_LOSS in line:
+            return line["step"], line[VALIDATION_LOSS], line.get("validation/bits_per_byte", math.nan)
+    return None
+
+
+def _count_tokens(steps: Iterable[Mapping[str, Any]]) -> int:
+    """Targets of these steps, all ranks."""
+    return sum(round(line["speed/tokens_per_s"] * line[STEP_S]) for line in steps)
+
+
+def _add_up_times(lines: list[dict[str, Any]], undone: list[dict[str, Any]]) -> RunTimes | None:
+    """Where the time of all starts went that say when they began; None if none does.
+
+    What lies before the first of them is of an older version, and is left out.
+    """
+    # A crash while lines were set aside leaves some of them twice.
+    told = {
+        json.dumps(line): (line, is_undone) for is_undone, some in ((True, undone), (False, lines)) for line in some
+    }
+    timed = sorted((pair for pair in told.values() if "time_s" in pair[0]), key=lambda pair: pair[0]["time_s"])
+    parts = dict.fromkeys((*PARTS, REPEATED, OTHER), 0.0)
+    wall_s = began_at = ended_at = 0.0
+    num_starts = 0
+    kept: list[dict[str, Any]] = []
+    for line, is_undone in timed:
+        spent = {part: line[name] for part, name in PARTS.items() if name in line}
+        if "starting" in spent:
+            wall_s += ended_at - began_at
+            num_starts += 1
+            began_at = line["time_s"] - sum(spent.values())
+        elif not num_starts:
+            continue
+        ended_at = line["time_s"]
+        if STEP_S in line and not is_undone:
+            kept.append(line)
+        for part, seconds in spent.items():
+            parts[REPEATED if is_undone and part == "steps" else part] += seconds
+    if not num_starts:
+        return None
+    wall_s += ended_at - began_at
+    parts[OTHER] = max(0.0, wall_s - sum(parts.values()))
+    return RunTimes(parts, num_starts, len(kept), _count_tokens(kept))
+
+
+# ---- in print
+
+
+def describe_run_folder(folder: Path) -> str:
+    """The summary of a run by its folder alone. Errors: UserError if it has trained no step, or has no valid config."""
+    if not (folder / METRICS_FILE).exists():
+        saw = f"no step in {folder / METRICS_FILE}"
+        raise UserError(Problem("there is nothing to sum up yet", saw, "a run that trained", "RUN"))
+    return describe_run(Plan(read_run_config(folder / CONFIG_FILE).phases), folder)
+
+
+def describe_run(plan: Plan, folder: Path) -> str:
+    """The summary and the commands that come next.
+
+    Every line fits 80 columns, as far as the folder's name lets it. Errors: those of `summarise_run`.
+    """
+    summary = summarise_run(plan, folder)
+    return "\n".join([*format_summary(summary), *_list_next_commands(summary)])
+
+
+def format_summary(summary: RunSummary) -> list[str]:
+    """Lines of at most 80 columns, the folder's name aside."""
+    rows = _describe_losses(summary)
+    epochs = f", {summary.num_epochs:,.2f} epochs" if summary.num_epochs is not None else ""
+    rows.append(("tokens", f"{summary.num_tokens:,} in {summary.num_steps:,} steps{epochs}"))
+    if summary.step_s:
+        rows += _describe_speed(summary)
+    if summary.num_skipped:
+        rows.append(("skipped updates", f"{summary.num_skipped:,}"))
+    rows.append(("time", _describe_time(summary)))
+    if summary.times:
+        for part, seconds in summary.times.parts.items():
+            if seconds:
+                share = seconds / summary.times.wall_s
+                rows.append((f"  {part}", f"{_format_seconds(seconds):>9} {share:6.1%}"))
+    rows.append(("weights, metrics", str(summary.folder)))
+    if (summary.folder / "plots").is_dir():
+        rows.append(("curves", str(summary.folder / "plots")))
+    done = f"done: {summary.step:,} of {summary.last_step:,} steps"
+    return [done, *(f"  {label:<{LABEL_WIDTH}} {value}" for label, value in rows)]
+
+
+def _describe_losses(summary: RunSummary) -> list[tuple[str, str]]:
+    """(label, text) of the last validation, and of the best one if that is another."""
+    if summary.last_loss is None:
+        return [("validation loss", "never measured")]
+    step, loss, bits_per_byte = summary.last_loss
+    best_step, best_loss = summary.best_loss or (step, loss)
+    is_best = ", the best" if summary.best_loss and best_step == step else ""
+    rows = [("validation loss", f"{loss:.4f} nats per token at step {step:,}{is_best}")]
+    if best_step != step:
+        rows.append(("  the best", f"{best_loss:.4f} nats per token at step {best_step:,}"))
+    if math.isfinite(bits_per_byte):
+        rows.append(("  bits per byte", f"{bits_per_byte:.3f} at step {step:,}"))
+    return rows
+
+
+def _describe_speed(summary: RunSummary) -> list[tuple[str, str]]:
+    """(label, text) of the steps' speed beside that of the whole time, and of MFU."""
+    text = f"{summary.num_tokens / summary.step_s:,.0f} in the steps"
+    if summary.times and summary.times.wall_s:
+        text += f", {summary.times.num_tokens / summary.times.wall_s:,.0f} over all the time"
+    return [("tokens/s", text), *([("MFU", f"{summary.mfu:.1%} in the steps")] if summary.mfu is not None else [])]
+
+
+def _describe_time(summary: RunSummary) -> str:
+    times = summary.times
+    if times is None:
+        steps = _format_seconds(summary.step_s)
+        return f"{steps} in the steps; older versions wrote down no other"
+    starts = f"{times.num_starts} start{'s' * (times.num_starts > 1)}"
+    left_out = summary.num_steps - times.num_steps
+    older = f"; {left_out:,} steps of an older version are not in it" if left_out else ""
+    return f"{_format_seconds(times.wall_s)} in {starts}{older}"
+
+
+def _format_seconds(seconds: float) -> str:
+    """3.2 s, 12:07 or 3:12:07."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _list_next_commands(summary: RunSummary) -> list[str]:
+    """What to do with a run: commands that a shell can be given as they are, and how it goes on."""
+    bin_folder = Path(os.path.relpath(Path(sys.executable).parent))
+    command = shlex.quote(str(bin_folder / "smoltrain"))
+    folder = shlex.quote(str(summary.folder))
+    lines = ["next:", f"  {command} generate {folder} --prompt 'To be'", f"  {command} export {folder}"]
+    if list(summary.folder.glob("wandb/offline-run-*")):
+        lines.append(f"  {shlex.quote(str(bin_folder / 'wandb'))} sync {folder}/wandb/offline-run-*")
+    left = summary.last_step - summary.step
+    if left > 0:
+        lines.append(f"  to go on with the other {left:,} steps: the same command, without run.stop_after")
+    else:
+        lines.append("  to train longer: one more phase in the recipe, and the same command again")
+    return lines

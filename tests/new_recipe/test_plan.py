@@ -1,0 +1,39 @@
+"""A plan as a whole: of a wish and a text."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from smoltrain.errors import UserError
+from smoltrain.new_recipe.plan import plan_recipe, study_text
+from tests.new_recipe.texts import make_wish, study_large_text, write_texts
+
+
+def test_the_parts_of_a_plan_fit_each_other(tmp_path: Path):
+    wish = make_wish(2_000_000, path=str(write_texts(tmp_path / "texts")))
+    text = study_text(wish)
+    assert text.shape.vocab_size == text.vocabulary.size
+    plan = plan_recipe(wish, text, 4 * text.train_tokens)
+    assert plan.epochs == pytest.approx(4, rel=0.02)
+    assert plan.tokens_per_parameter == pytest.approx(plan.batch.tokens / text.shape.num_parameters)
+    assert plan.cadences.evaluate_rows * plan.batch.sequence_length <= text.held_out_tokens
+    assert plan == plan_recipe(wish, study_text(wish), 4 * text.train_tokens), "equal wishes, equal plans"
+
+
+def test_a_text_of_which_no_row_can_be_held_out_is_refused(tmp_path: Path):
+    path = tmp_path / "short.txt"
+    path.write_text("to be or not to be, that is the question. " * 5)
+    wish = make_wish(2_000_000, path=str(path))
+    with pytest.raises(UserError, match=r"the text is too short to \w+ on: saw about"):
+        plan_recipe(wish, study_text(wish), 1000)
+
+
+@pytest.mark.parametrize(
+    ("files", "mib", "fields", "cached"),
+    [(3, 300, False, True), (3, 200, False, False), (100, 300, False, False), (3, 300, True, False)],
+)
+def test_few_large_files_of_text_are_cached(files: int, mib: int, fields: bool, cached: bool):
+    text = study_large_text(make_wish(20_000_000))
+    sample = replace(text.sample, num_files=files, file_bytes=mib * 2**20, all_fields=fields)
+    assert replace(text, sample=sample).needs_cached_mode == cached

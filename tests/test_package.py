@@ -1,0 +1,45 @@
+"""`import smoltrain`: every name is there, documented and typed, and the import itself costs nothing."""
+
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import smoltrain
+from smoltrain.library.training import train
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("name", smoltrain.__all__)
+def test_every_name_of_all_is_there_and_documented(name: str) -> None:
+    value = getattr(smoltrain, name)
+    assert inspect.getdoc(value)
+    assert name in dir(smoltrain)
+    if inspect.isclass(value):
+        members = [getattr(value, member) for member in vars(value) if not member.startswith(("_", "model_"))]
+        assert all(inspect.getdoc(member) for member in members)
+
+
+def test_a_name_that_is_none_is_said_so() -> None:
+    with pytest.raises(AttributeError, match="'smoltrain' has no attribute 'trian'"):
+        smoltrain.trian  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_train_is_the_function_although_a_folder_has_its_name() -> None:
+    assert sys.modules["smoltrain.train"] is smoltrain.train
+    called = inspect.signature(smoltrain.train)
+    assert list(called.parameters) == list(inspect.signature(train).parameters)
+    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+    assert {name: parameter.default for name, parameter in called.parameters.items()} == defaults
+
+
+def test_the_import_is_cheap() -> None:
+    script = "import json, sys, smoltrain; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(json.loads(done.stdout))
+    assert {name for name in loaded if name.startswith("smoltrain.")} == {"smoltrain.train"}
+    assert not loaded & {"torch", "numpy", "pydantic", "rich", "yaml"}
