@@ -29,14 +29,10 @@ from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepsp
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
 from smoltrain.launch.config_pipe import pack_start
 from smoltrain.launch.rank import START_ON_STDIN
-<<<<<<< HEAD
 from smoltrain.launch.terminal_loan import TerminalLoan
-from smoltrain.run.run_lock import lock_run_folder
+from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
 from smoltrain.run.screen import Screen
 from smoltrain.run.summary import describe_run
-=======
-from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
->>>>>>> library
 from smoltrain.schedule import Phase, Plan
 from smoltrain.terminal import clear_live_line, interrupt_live_line, open_console, show_activity
 from smoltrain.train.start import Start, begin_run
@@ -63,57 +59,32 @@ def supervise_config(
 ) -> int:
     """The same for a config that a program has made; `words` name it in the list of processes."""
     signals = SignalForwarder()
-<<<<<<< HEAD
     screen = Screen()
-    try:
-        return _run_phases(read_config(), words, ranks, signals, screen, began_at)
-    except StopRequested:
-        if signals.ranks_were_started:
-            screen.say("stopped; the same command goes on from there")
-        else:
-            screen.say("stopped before the first step; nothing was lost")
-        return STOPPED
-    finally:
-        signals.close()
-
-
-def _run_phases(
-    config: Config, words: list[str], num_ranks: int | None, signals: "SignalForwarder", screen: Screen,
-    began_at: float | None,
-) -> int:  # fmt: skip
-    remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for all phases
-    device = choose_device(config.engine.device)
-    num_ranks = choose_num_ranks(num_ranks, device.type)
-    lock = lock_run_folder(config)  # until this process and the last rank have ended
-    with show_activity("looking at checkpoints and data"):
-        start = begin_run(config, num_ranks, device, say=screen.say, one_phase=True, began_at=began_at)
-    plan = start.plan  # in steps, which the recipe may not be: only begin_run resolves it
-    last_step = plan.last_step_until(config.run.stop_after)
-=======
     with contextlib.ExitStack() as held:
         held.callback(signals.close)
         try:
-            return _run_phases(read_config(), words, ranks, signals, held)
+            return _run_phases(read_config(), words, ranks, signals, screen, held, began_at)
         except StopRequested:
             if signals.ranks_were_started:
-                print("stopped; the same command goes on from there")
+                screen.say("stopped; the same command goes on from there")
             else:
-                print("stopped before the first step; nothing was lost")
+                screen.say("stopped before the first step; nothing was lost")
             return STOPPED
 
 
 def _run_phases(
-    config: Config, words: list[str], num_ranks: int | None, signals: "SignalForwarder", held: contextlib.ExitStack
-) -> int:
+    config: Config, words: list[str], num_ranks: int | None, signals: "SignalForwarder", screen: Screen,
+    held: contextlib.ExitStack, began_at: float | None,
+) -> int:  # fmt: skip
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for all phases
     device = choose_device(config.engine.device)
     num_ranks = choose_num_ranks(num_ranks, device.type)
-    plan = Plan(config.phases)
-    last_step = plan.last_step_until(config.run.stop_after)
     lock = lock_run_folder(config)  # until this command and the last rank have ended
     held.callback(unlock_run_folder, lock)
-    start = begin_run(config, num_ranks, device, say=_print_now, one_phase=True)
->>>>>>> library
+    with show_activity("looking at checkpoints and data"):
+        start = begin_run(config, num_ranks, device, say=screen.say, one_phase=True, began_at=began_at)
+    plan = start.plan  # in steps, which the recipe may not be: only begin_run resolves it
+    last_step = plan.last_step_until(config.run.stop_after)
     if not start.has_work:
         screen.say(f"{config.run.name}: the plan is complete at step {start.point.step}; nothing to do")
         return DONE

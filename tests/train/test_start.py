@@ -127,9 +127,7 @@ def test_run_stop_after_ends_a_plan_in_tokens(tmp_path: Path) -> None:
 def test_a_run_that_goes_on_from_another_counts_by_its_rows(tmp_path: Path) -> None:
     run = trained(tmp_path, *TOKENS)
     words = (*TOKENS, "phases.continuation.tokens=500", "run.name=child", f"init.from={run}", "init.load=all")
-    with pytest.raises(
-        UserError, match=r"phases\.continuation\.steps: 4 in the run, 8 asked \(from step 10 on\)"
-    ):  # a longer one falls more slowly
+    with pytest.raises(UserError, match=r"phases\.continuation\.steps: 4 in the run, 8 asked \(from step 10 on\)"):
         begin_run(tiny.load(tmp_path, *words), 2, CPU)
     words = (*words, "phases.continuation.tokens=250")
     start = begin_run(tiny.load(tmp_path, *words), 2, CPU)
