@@ -33,7 +33,8 @@ YES_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 def list_sections(tree: Mapping[str, Any] | None = None) -> dict[str, list[str]]:
     """The keys below each dotted section, '' being the top: of a recipe's plain values, phases and sources by name.
 
-    Without a recipe the phases and sources are called `*`, and the model has the keys of either kind.
+    Without a recipe the phases and sources are called `*`, as phases are where it has none, and the model has the keys
+    of either kind.
     """
     sections: dict[str, list[str]] = {"": _field_names(Config)}
     for name, field in Config.model_fields.items():
@@ -48,7 +49,7 @@ def list_sections(tree: Mapping[str, Any] | None = None) -> dict[str, list[str]]
         own = model.get("config") if isinstance(model, dict) and is_transformers else None
         if isinstance(own, dict):
             sections["model.config"] = [str(key) for key in own]
-    for name in _item_names(tree, "phases"):
+    for name in _item_names(tree, "phases") or ["*"]:
         sections[f"phases.{name}"] = _field_names(PhaseSection)
     for name in _item_names(tree, "data", "sources"):
         sections[f"data.sources.{name}"] = _field_names(MixedSource)
@@ -74,7 +75,7 @@ def expand_override(override: str, tree: Mapping[str, Any]) -> str:
     if not equals:
         return override
     keys = find_full_keys(key, tree)
-    return f"{keys[0]}={value}" if len(keys) == 1 else override
+    return f"{keys[0]}={value}" if len(keys) == 1 and "*" not in keys[0] else override
 
 
 def suggest_key(key: str, tree: Mapping[str, Any] | None = None, value: object = None) -> str | None:
@@ -93,6 +94,8 @@ def suggest_key(key: str, tree: Mapping[str, Any] | None = None, value: object =
         return _join_keys(keys, value)
     if last in ALIASES:
         return _fill_answer(ALIASES[last], key, tree, value)
+    if tree is not None and model_kind(tree.get("model")) == "transformers" and last in ModelSection.model_fields:
+        return f"model.config.{last}{_show_value(value)}"
     if sibling:
         return f"{sibling[0]!r} (the nearest valid one)"
     if last in TransformersSection.model_fields:

@@ -12,7 +12,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from smoltrain.config.keys import NEAR, NEAR_SIBLING, expand_override, find_full_keys, list_sections, suggest_key
+from smoltrain.config.keys import (
+    NEAR,
+    NEAR_SIBLING,
+    expand_override,
+    find_full_keys,
+    list_keys,
+    list_sections,
+    suggest_key,
+)
 from smoltrain.config.rules import find_contradictions
 from smoltrain.config.schema import Config, GenerationSection, SourceSection
 from smoltrain.config.wandb_env import read_wandb_environment
@@ -23,7 +31,7 @@ from smoltrain.redact import redact_tree
 RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"  # inside the package, so that a wheel has them too
 DS_CONFIGS_FOLDER = Path(__file__).parents[1] / "ds_configs"
 SOURCE_KEYS = ("package", "path", "hub")
-MAX_UNKNOWN_KEYS = 20  # of an unknown section, each of which is answered
+MAX_ANSWERED_KEYS = 50  # unknown keys for which the one that is meant is looked for, some milliseconds each
 
 
 def list_recipes() -> dict[str, Path]:
@@ -174,7 +182,10 @@ def _collect_problems(
         key = ".".join(names)
         change = _locate_key(key, path, overrides)
         if e["type"] == "extra_forbidden":
-            problems |= _describe_unknown_key(key, e["input"], values, path, overrides)
+            if len(problems) < MAX_ANSWERED_KEYS:
+                problems |= _describe_unknown_key(key, e["input"], values, path, overrides)
+            else:
+                problems[key] = Problem(f"unknown key {key}", repr(names[-1]), "a key of a recipe", change)
             continue
         problem = problem_from_pydantic(key, e, change)
         if key in problems:
@@ -227,11 +238,12 @@ def _describe_unknown_key(
     """The problem of an unknown key, by key; of an unknown section that is near to none, one for each key in it."""
     section, _, name = key.rpartition(".")
     sections = list_sections(values)
-    siblings = sections.get(section, [])
-    near = difflib.get_close_matches(name, siblings, n=1, cutoff=NEAR_SIBLING if section else NEAR)
-    if isinstance(value, dict) and not section and 0 < len(value) <= MAX_UNKNOWN_KEYS:
-        is_misspelt = near and value.keys() <= set(sections.get(near[0], []))
-        if not is_misspelt:
+    siblings = sections.get(section, sections[""])
+    is_unknown_section = not section or section not in sections
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=NEAR if is_unknown_section else NEAR_SIBLING)
+    if isinstance(value, dict) and is_unknown_section and 0 < _count_values(value) <= MAX_ANSWERED_KEYS:
+        inside = {full.split(".")[1] for full in list_keys(values) if full.partition(".")[0] in near}
+        if not value.keys() <= inside:
             found: dict[str, Problem] = {}
             for inner, inner_value in value.items():
                 found |= _describe_unknown_key(f"{key}.{inner}", inner_value, values, path, overrides)
@@ -241,3 +253,8 @@ def _describe_unknown_key(
         is_override = any(override.partition("=")[0] == key for override in overrides)
         want = suggest_key(key, values, value if is_override else None) or want
     return {key: Problem(f"unknown key {key}", repr(name), want, _locate_key(key, path, overrides))}
+
+
+def _count_values(value: object) -> int:
+    """How many plain values and lists stand in a mapping, those of its mappings included."""
+    return sum(map(_count_values, value.values())) if isinstance(value, dict) else 1
