@@ -105,6 +105,11 @@ def suggest_key(key: str, tree: Mapping[str, Any] | None = None, value: object =
     return suggest_key(near[0], tree, value) if near else None
 
 
+def is_word_of_recipes(word: str, tree: Mapping[str, Any] | None = None) -> bool:
+    """Whether a word without dots is the end of a key, or what another trainer calls one."""
+    return bool(find_full_keys(word, tree)) or word in ALIASES
+
+
 def find_meant_keys(word: str, tree: Mapping[str, Any] | None = None) -> list[str]:
     """The full keys that a word may mean, by itself or as an alias or misspelt; [] if none is near."""
     keys = find_full_keys(word, tree)
@@ -150,7 +155,7 @@ def read_key_options(words: list[str], own_options: Mapping[str, bool] = {}) -> 
 def _is_misspelt_option(option: str, own_options: Mapping[str, bool]) -> bool:
     """Whether an option is no word of a recipe, but nearly one of the command's own."""
     name = option.removeprefix("--").replace("-", "_")
-    if find_full_keys(name.rpartition(".")[2]) or name in ALIASES:
+    if is_word_of_recipes(name.rpartition(".")[2]):
         return False
     known = [own.lstrip("-").replace("-", "_") for own in own_options]
     return bool(difflib.get_close_matches(name, known, n=1, cutoff=NEAR))

@@ -17,6 +17,7 @@ from smoltrain.config.keys import (
     NEAR_SIBLING,
     expand_override,
     find_full_keys,
+    is_word_of_recipes,
     list_keys,
     list_sections,
     suggest_key,
@@ -249,7 +250,8 @@ def _describe_unknown_key(
                 found |= _describe_unknown_key(f"{key}.{inner}", inner_value, values, path, overrides)
             return found
     want = f"{near[0]!r} (the nearest valid one)" if near else f"one of {', '.join(sorted(siblings))}"
-    if not isinstance(value, dict):
+    is_misspelt_section = not section and near and not is_word_of_recipes(name, values)
+    if not (isinstance(value, dict) or is_misspelt_section):
         is_override = any(override.partition("=")[0] == key for override in overrides)
         want = suggest_key(key, values, value if is_override else None) or want
     return {key: Problem(f"unknown key {key}", repr(name), want, _locate_key(key, path, overrides))}

@@ -207,6 +207,7 @@ def test_the_keys_of_the_schema_that_a_word_means(word: str, keys: list[str]):
     [
         ("mdoel.norm=rmsnorm", "unknown key mdoel: saw 'mdoel', want 'model' (the nearest valid one)"),
         ("tokeniser=smollm2", "unknown key tokeniser: saw 'tokeniser', want 'tokenizer' (the nearest valid one)"),
+        ("batchs=8", "unknown key batchs: saw 'batchs', want 'batch' (the nearest valid one)"),
         ("optim.beta1=0.8", "unknown key optim.beta1: saw 'beta1', want optimizer.beta1=0.8"),
         ("phase.main.lr=1", "unknown key phase: saw 'phase', want 'phases' (the nearest valid one)"),
         ("optim.x.beta1=0.8", "unknown key optim.x.beta1: saw 'beta1', want optimizer.beta1=0.8"),
