@@ -35,7 +35,8 @@ YES_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 def list_sections(tree: Mapping[str, Any] | None = None) -> dict[str, list[str]]:
     """The keys below each dotted section, '' being the top: of a recipe's plain values, phases and sources by name.
 
-    Without a recipe the phases and sources are called `*`, and the model has the keys of either kind.
+    Without a recipe the phases and sources are called `*`, as phases are where it has none, and the model has the keys
+    of either kind.
     """
     sections: dict[str, list[str]] = {"": _field_names(Config)}
     for name, field in Config.model_fields.items():
@@ -50,7 +51,7 @@ def list_sections(tree: Mapping[str, Any] | None = None) -> dict[str, list[str]]
         own = model.get("config") if isinstance(model, dict) and kind == "transformers" else None
         if isinstance(own, dict):
             sections["model.config"] = [str(key) for key in own]
-    for name in _item_names(tree, "phases"):
+    for name in _item_names(tree, "phases") or ["*"]:
         sections[f"phases.{name}"] = _field_names(PhaseSection)
     for name in _item_names(tree, "data", "sources"):
         sections[f"data.sources.{name}"] = _field_names(MixedSource)
@@ -76,7 +77,7 @@ def expand_override(override: str, tree: Mapping[str, Any]) -> str:
     if not equals:
         return override
     keys = find_full_keys(key, tree)
-    return f"{keys[0]}={value}" if len(keys) == 1 else override
+    return f"{keys[0]}={value}" if len(keys) == 1 and "*" not in keys[0] else override
 
 
 def suggest_key(key: str, tree: Mapping[str, Any] | None = None, value: object = None) -> str | None:
@@ -96,6 +97,8 @@ def suggest_key(key: str, tree: Mapping[str, Any] | None = None, value: object =
         return _join_keys(keys, value)
     if last in ALIASES:
         return _fill_answer(ALIASES[last], key, tree, value)
+    if tree is not None and model_kind(tree.get("model")) == "transformers" and last in ModelSection.model_fields:
+        return f"model.config.{last}{_show_value(value)}"
     if sibling:
         return f"{sibling[0]!r} (the nearest valid one)"
     if last in TransformersSection.model_fields:
@@ -103,6 +106,11 @@ def suggest_key(key: str, tree: Mapping[str, Any] | None = None, value: object =
     words = {full.rpartition(".")[2] for full in list_keys(tree)} | ALIASES.keys()
     near = difflib.get_close_matches(last, sorted(words), n=1, cutoff=NEAR)
     return suggest_key(near[0], tree, value) if near else None
+
+
+def is_word_of_recipes(word: str, tree: Mapping[str, Any] | None = None) -> bool:
+    """Whether a word without dots is the end of a key, or what another trainer calls one."""
+    return bool(find_full_keys(word, tree)) or word in ALIASES
 
 
 def find_meant_keys(word: str, tree: Mapping[str, Any] | None = None) -> list[str]:
@@ -150,7 +158,7 @@ def read_key_options(words: list[str], own_options: Mapping[str, bool] = {}) -> 
 def _is_misspelt_option(option: str, own_options: Mapping[str, bool]) -> bool:
     """Whether an option is no word of a recipe, but nearly one of the command's own."""
     name = option.removeprefix("--").replace("-", "_")
-    if find_full_keys(name.rpartition(".")[2]) or name in ALIASES:
+    if is_word_of_recipes(name.rpartition(".")[2]):
         return False
     known = [own.lstrip("-").replace("-", "_") for own in own_options]
     return bool(difflib.get_close_matches(name, known, n=1, cutoff=NEAR))

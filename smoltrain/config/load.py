@@ -13,7 +13,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from smoltrain.config.keys import NEAR, NEAR_SIBLING, expand_override, find_full_keys, list_sections, suggest_key
+from smoltrain.config.keys import (
+    NEAR,
+    NEAR_SIBLING,
+    expand_override,
+    find_full_keys,
+    is_word_of_recipes,
+    list_keys,
+    list_sections,
+    suggest_key,
+)
 from smoltrain.config.override_text import format_overrides
 from smoltrain.config.rules import find_contradictions
 from smoltrain.config.schema import HORIZON_KEYS, Config, GenerationSection, SourceSection
@@ -26,7 +35,7 @@ RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"  # inside the package, so
 DS_CONFIGS_FOLDER = Path(__file__).parents[1] / "ds_configs"
 DEFAULT_RECIPE = "quickstart"  # of commands that name none
 SOURCE_KEYS = ("package", "path", "hub")
-MAX_UNKNOWN_KEYS = 20  # of an unknown section, each of which is answered
+MAX_ANSWERED_KEYS = 50  # unknown keys for which the one that is meant is looked for, some milliseconds each
 BATCH_KEYS = ("accumulation", "rows_per_step")  # of which a batch has one
 
 
@@ -225,7 +234,10 @@ def _collect_problems(
         key = ".".join(names)
         change = _locate_key(key, path, overrides)
         if e["type"] == "extra_forbidden":
-            problems |= _describe_unknown_key(key, e["input"], values, path, overrides)
+            if len(problems) < MAX_ANSWERED_KEYS:
+                problems |= _describe_unknown_key(key, e["input"], values, path, overrides)
+            else:
+                problems[key] = Problem(f"unknown key {key}", repr(names[-1]), "a key of a recipe", change)
             continue
         problem = problem_from_pydantic(key, e, change)
         if key in problems:
@@ -278,17 +290,24 @@ def _describe_unknown_key(
     """The problem of an unknown key, by key; of an unknown section that is near to none, one for each key in it."""
     section, _, name = key.rpartition(".")
     sections = list_sections(values)
-    siblings = sections.get(section, [])
-    near = difflib.get_close_matches(name, siblings, n=1, cutoff=NEAR_SIBLING if section else NEAR)
-    if isinstance(value, dict) and not section and 0 < len(value) <= MAX_UNKNOWN_KEYS:
-        is_misspelt = near and value.keys() <= set(sections.get(near[0], []))
-        if not is_misspelt:
+    siblings = sections.get(section, sections[""])
+    is_unknown_section = not section or section not in sections
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=NEAR if is_unknown_section else NEAR_SIBLING)
+    if isinstance(value, dict) and is_unknown_section and 0 < _count_values(value) <= MAX_ANSWERED_KEYS:
+        inside = {full.split(".")[1] for full in list_keys(values) if full.partition(".")[0] in near}
+        if not value.keys() <= inside:
             found: dict[str, Problem] = {}
             for inner, inner_value in value.items():
                 found |= _describe_unknown_key(f"{key}.{inner}", inner_value, values, path, overrides)
             return found
     want = f"{near[0]!r} (the nearest valid one)" if near else f"one of {', '.join(sorted(siblings))}"
-    if not isinstance(value, dict):
+    is_misspelt_section = not section and near and not is_word_of_recipes(name, values)
+    if not (isinstance(value, dict) or is_misspelt_section):
         is_override = any(override.partition("=")[0] == key for override in overrides)
         want = suggest_key(key, values, value if is_override else None) or want
     return {key: Problem(f"unknown key {key}", repr(name), want, _locate_key(key, path, overrides))}
+
+
+def _count_values(value: object) -> int:
+    """How many plain values and lists stand in a mapping, those of its mappings included."""
+    return sum(map(_count_values, value.values())) if isinstance(value, dict) else 1

@@ -88,6 +88,12 @@ def test_a_key_is_short_for_those_that_end_like_it(short: str, tree: dict[str, A
     assert find_full_keys(short, tree) == full
 
 
+def test_phases_that_are_not_there_are_named_by_a_star():
+    assert find_full_keys("lr", {}) == ["phases.*.lr"]
+    assert expand_override("lr=1", {}) == "lr=1"
+    assert refusal("phases=[]", "lr=1")[0].startswith("unknown key lr: saw 'lr', want phases.*.lr=1; change lr on")
+
+
 @pytest.mark.parametrize("override", ["seed", "=3", "lr=1", "nothing=1", "run.seed=2", "model.config.new=3"])
 def test_what_is_short_for_nothing_stays_as_it_was(override: str):
     assert expand_override(override, TREE) == override
@@ -172,6 +178,7 @@ def test_what_to_want_instead(key: str, value: object, want: str | None):
     ("key", "want"),
     [
         ("n_layer", "model.config.num_hidden_layers=2"),
+        ("model.rope_theta", "model.config.rope_theta=2"),
         ("n_positions", "model.max_position_embeddings=2"),
         ("padded_vocab_size", "model.vocab_size=2"),
     ],
@@ -200,8 +207,12 @@ def test_the_keys_of_the_schema_that_a_word_means(word: str, keys: list[str]):
     [
         ("mdoel.norm=rmsnorm", "unknown key mdoel: saw 'mdoel', want 'model' (the nearest valid one)"),
         ("tokeniser=smollm2", "unknown key tokeniser: saw 'tokeniser', want 'tokenizer' (the nearest valid one)"),
+        ("batchs=8", "unknown key batchs: saw 'batchs', want 'batch' (the nearest valid one)"),
         ("optim.beta1=0.8", "unknown key optim.beta1: saw 'beta1', want optimizer.beta1=0.8"),
+        ("phase.main.lr=1", "unknown key phase: saw 'phase', want 'phases' (the nearest valid one)"),
+        ("optim.x.beta1=0.8", "unknown key optim.x.beta1: saw 'beta1', want optimizer.beta1=0.8"),
         ("zzz=1", "unknown key zzz: saw 'zzz', want one of batch, checkpoint, data, "),
+        ("zzz.yyy.xxx=1", "unknown key zzz.yyy.xxx: saw 'xxx', want one of batch, checkpoint, data, "),
     ],
 )
 def test_a_misspelt_section_is_known_by_what_stands_in_it(override: str, line: str):
@@ -216,6 +227,17 @@ def test_a_key_in_two_words_of_another_trainer_is_one_problem_each():
         "unknown key training.steps",
         "unknown key training.local_batch_size",
     ]
+
+
+def test_a_file_of_nothing_but_unknown_keys_is_answered_soon(tmp_path: Path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "".join(f"lr{number}: 1\n" for number in range(5000)) + f"x: {{{', '.join(f'b{i}: 1' for i in range(99))}}}"
+    )
+    lines = [line for line in refusal(recipe=str(recipe)) if line.startswith("unknown key")]
+    assert len(lines) == 5001
+    assert lines[7].startswith("unknown key lr7: saw 'lr7', want phases.*.lr")
+    assert lines[77].startswith("unknown key lr77: saw 'lr77', want a key of a recipe; change lr77 in mine.yaml")
 
 
 @settings(deadline=None, max_examples=25)

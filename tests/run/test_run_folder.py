@@ -276,10 +276,11 @@ def test_of_the_plan_those_keys_are_named_that_touch_the_past(settings: Config) 
 
 def test_keys_that_belong_together_are_named_together(settings: Config) -> None:
     first, second = phases_of(settings)
-    asked = with_phases(settings, first, second | {"schedule": "continue", "lr": None})
+    asked = with_phases(settings, first, second | {"schedule": "continue", "lr": None, "weight_decay": 0.5})
     (problem,) = refused(asked, done=10)
     assert problem.saw == (
         "phases.continuation.lr: 3e-4 in the run, null asked (from step 9 on); "
+        "phases.continuation.weight_decay: 0.02 in the run, 0.5 asked (from step 9 on); "
         "phases.continuation.schedule: linear in the run, continue asked (from step 9 on)"
     )
 
