@@ -32,7 +32,7 @@ SHORTEST_ROW = 32  # of a short text
 LEAST_ROWS = 8  # of a step: down to SHORT_ROW rows get shorter before they get fewer
 LEAST_STEPS_PER_EPOCH = 4
 
-NUM_EVALUATIONS, NUM_SAMPLES, NUM_CHECKPOINTS, NUM_LINES = 20, 10, 10, 200
+NUM_EVALUATIONS, NUM_SAMPLES, NUM_CHECKPOINTS, NUM_LINES = 20, 10, 10, 50
 MOST_STEPS_BETWEEN_CHECKPOINTS = 1000
 EVALUATION_SHARE = 0.02  # of the time of the steps, for all evaluations; a forward pass is a third of a step
 EVALUATION_ROWS = (8, 512)  # at least and at most

@@ -36,7 +36,9 @@ def render_recipe(plan: RecipePlan) -> str:
         "generation": _generation_entries(plan),
         "sample": _sample_entries(plan),
         "checkpoint": _checkpoint_entries(plan),
-        "track": [Entry("print_every", plan.cadences.print, f"steps: about {rules.NUM_LINES} lines, 10 steps at most")],
+        "track": [
+            Entry("print_every", plan.cadences.print, f"steps: at least {rules.NUM_LINES} lines, if there are so many")
+        ],
     }
     lines = _head_lines(plan)
     for name, entries in sections.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from smoltrain.config.schema import DataSection
+from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.errors import UserError
 from smoltrain.new_recipe import text as texts
@@ -136,6 +137,15 @@ def test_the_smallest_share_that_holds_out_enough(tmp_path: Path):
         smaller = [s for s in texts.SHARES if s < share]
         assert all(texts.count_held_out_tokens(found, vocabulary, s) < wanted * found.num_bytes for s in smaller)
     assert choose_validation_share(found, vocabulary, found.num_bytes)[0] == texts.SHARES[-1]
+
+
+def test_what_is_held_out_is_what_a_run_holds_out(tmp_path: Path):
+    found = sample(write_texts(tmp_path / "texts", 100, 3))
+    vocabulary = FittedVocabulary(257, "the text", 2.0, found.num_bytes / 2)
+    held_out = [document for document in found.documents if is_held_out(document.name, 0.1)]
+    assert held_out
+    expected = sum(len(document.text) for document in held_out) / 2
+    assert texts.count_held_out_tokens(found, vocabulary, 0.1) == expected
 
 
 def test_of_a_single_text_the_end_is_held_out(tmp_path: Path):

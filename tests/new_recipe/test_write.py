@@ -12,6 +12,7 @@ from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config
 from smoltrain.model.build import build_model, count_parameters
 from smoltrain.new_recipe import write
+from smoltrain.new_recipe.plan import RecipeWish, StudiedText
 from smoltrain.train.preflight import check_recipe
 from tests import launches
 from tests.new_recipe.texts import study_large_text, write_texts
@@ -156,6 +157,18 @@ def test_mistakes_are_one_line_and_write_nothing(run: Run, texts: str, words: tu
     assert "SECRET" not in err
     assert [path.name for path in Path().glob("*.yaml")] == ["there.yaml"]
     assert Path("there.yaml").read_text() == "mine"
+
+
+def test_a_file_that_appears_meanwhile_is_not_overwritten(run: Run, monkeypatch: pytest.MonkeyPatch):
+    def study_slowly(wish: RecipeWish) -> StudiedText:
+        Path("tiny.yaml").write_text("mine")
+        return study_large_text(wish)
+
+    monkeypatch.setattr(write, "study_text", study_slowly)
+    code, _, err = run("tiny", "--params", "2M", "--data", "texts")
+    assert code == 2
+    assert "the recipe cannot be written: saw" in err
+    assert Path("tiny.yaml").read_text() == "mine"
 
 
 def test_a_device_that_there_is_not(run: Run):
