@@ -267,8 +267,10 @@ def mask(line: str) -> str:
             return start.strip()
     line = re.sub(r"(\.venv|\S*)/bin/", "BIN/", line)
     line = TIME.sub("N TIME", NUMBER.sub("N", line))
-    if found := re.match(r"step +N/N \S+ +loss N", line):
-        line = found[0]  # which columns follow depends on the terminal's width
+    if found := re.match(
+        r"step +N/N \S+ +loss N|validation at step N loss N| +validation loss +N", line.replace(":", "")
+    ):
+        line = found[0]  # what follows depends on the terminal's width, and on which loss is the best
     return " ".join(line.split())
 
 
@@ -316,7 +318,7 @@ validation at step 40: loss 5.2, the best so far
 @pytest.mark.parametrize(
     ("transcript", "missing"),
     [
-        ("step  10/160 main  loss 6.3916  3 tok/s\n...\nvalidation at step 8: loss 1.0, the best\n so far", None),
+        ("step  10/160 main  loss 6.3916  3 tok/s\n...\nvalidation at step 8: loss 1.0\n", None),
         ("data       cached, as 2 MiB of\n                       local files, in this folder\n    a text", None),
         ("validation at step 40: perplexity 5.2", "validation at step 40: perplexity 5.2"),
         ("validation at step 4: loss 1.0, the best so far\nstep 1/2 main loss 3", "step 1/2 main loss 3"),
