@@ -49,6 +49,7 @@ READ_ELSEWHERE = {"docs/extending.md": "tests/test_extending.py"}
 NOT_RUN = {
     "./train.sh smollm2-135m": "the Hub, and hours of a GPU",
     "./train.sh tiny.yaml": "minutes; the tests of `smoltrain new` train what it writes",
+    "smoltrain estimate quickstart --device cpu --measure": "half a minute; `tests/estimate/test_measure.py`",
     "smoltrain push": "an account of the Hub; `tests/export/test_push.py` has a Hub of its own",
     "smoltrain demo": "serves until it is stopped; `tests/inference/test_demo.py` clicks in its page",
     "wandb login": "an account of W&B",
@@ -248,7 +249,7 @@ def test_a_command_runs_as_it_is_printed(command: Command, shell: Shell, first_r
 # --- compared
 
 NUMBER = re.compile(r"\b[0-9a-f]{8,}\b|\d[\d.,:]*(e[+-]?\d+)?[KMBT]?\b")
-TIME = re.compile(r"N (seconds|minutes|hours|days)")
+TIME = re.compile(r"N (s|seconds|minutes|hours|days)\b")
 # What this machine chooses: of these lines only the beginning is the same elsewhere.
 OF_THE_MACHINE = ("W&B", "device", "attention kernel", "loss kernel", "torch.compile", "micro-batch", "data ")
 TRANSCRIPT = re.compile(r"^```\n(\$ .*?)^```$", re.MULTILINE | re.DOTALL)
@@ -266,7 +267,7 @@ def mask(line: str) -> str:
         if line.startswith(start):
             return start.strip()
     line = re.sub(r"(\.venv|\S*)/bin/", "BIN/", line)
-    line = TIME.sub("N TIME", NUMBER.sub("N", line))
+    line = TIME.sub("N", NUMBER.sub("N", line))
     if found := re.match(
         r"step +N/N \S+ +loss N|validation at step N loss N| +validation loss +N", line.replace(":", "")
     ):
