@@ -8,10 +8,12 @@ from typing import get_args
 import pytest
 import yaml
 
-from smoltrain.config.load import DS_CONFIGS_FOLDER, config_to_yaml, load_config
+from smoltrain.config.load import DS_CONFIGS_FOLDER, config_to_yaml, list_recipes, load_config
 from smoltrain.config.rules import find_contradictions
 from smoltrain.config.schema import Config, ModelSection, PhaseSection, Section
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, UserError, format_error
+from smoltrain.new_recipe import hyperparameters, shape, text
+from smoltrain.train import preflight
 
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -179,3 +181,45 @@ def test_the_schedules_named_are_all_there_are():
         section("new-recipe", "Phases").partition("pure functions of the step:")[2].partition("No scheduler state")[0]
     )
     assert set(re.findall(r"`(\w+)`", named)) == set(get_args(PhaseSection.model_fields["schedule"].annotation))
+
+
+# --- what it says of plans
+
+
+def test_the_rules_of_new_are_those_of_the_code():
+    rules = section("choosing", "The rules of `smoltrain new`")
+    (rate, of_n, of_d), (batch, of_tokens) = hyperparameters.STEP_LAW_RATE, hyperparameters.STEP_LAW_BATCH
+    widths = f"{shape.SMALL_HEAD} wide below {shape.LARGE_HEAD_FROM / 1e9:g}B parameters, {shape.LARGE_HEAD} from there"
+    lengths = [f"{length:,}" for _, length in hyperparameters.ROW_LENGTHS]
+    sizes = [f"{size / 1e6:g}M" for size, _ in hyperparameters.ROW_LENGTHS]
+    wanted = [
+        f"{hyperparameters.TOKENS_PER_PARAMETER} a parameter, at most {hyperparameters.MAX_EPOCHS} epochs",
+        f"{batch:g} D^{of_tokens:g} tokens",
+        f"{rate:g} N^{of_n:g} D^{of_d:g}, at most 3e-3",
+        f"{', '.join(lengths)} or {hyperparameters.LONGEST_ROW:,} tokens below {', '.join(sizes[:2])}, {sizes[2]}",
+        f"down to {hyperparameters.SHORT_ROW}, so that a step has {hyperparameters.LEAST_ROWS} rows",
+        f"{hyperparameters.LEAST_WARMUP} to {hyperparameters.MOST_WARMUP:,} steps, at most a tenth",
+        f"{hyperparameters.BETA1}, {hyperparameters.BETA2}, {hyperparameters.CLIPPING}, {hyperparameters.WEIGHT_DECAY}",
+        widths,
+        f"the token table below {shape.UNTIED_FROM / 1e9:g}B",
+        f"V ln V <= tokens / {text.SEEN_PER_ID}; at most {shape.TABLE_SHARE:.0%}".replace("%", " %"),
+        f"at most {text.MOST_IDS:,}",
+    ]
+    assert [words for words in wanted if words not in rules] == []
+    assert (hyperparameters.HIGHEST_RATE, hyperparameters.FINAL_RATE) == (3e-3, 1e-5)
+    for _, aspect in shape.PUBLISHED_ASPECTS:
+        assert f"({aspect:.3g})" in rules
+
+
+def test_the_ratios_of_a_plan_are_those_that_a_start_prints():
+    said = " ".join(section("choosing", "Tokens").split())
+    assert f"compute-optimal are about {preflight.COMPUTE_OPTIMAL_TOKENS};" in said
+    assert f"up to about {preflight.EPOCHS_TO_WARN} a token" in said
+    assert f"warns above {preflight.EPOCHS_TO_WARN} epochs" in said
+
+
+def test_the_five_recipes_say_the_rows_of_a_step_outright():
+    assert "as the five recipes do" in " ".join(text_of("clusters").split())
+    rows = {name: load_config(name).batch.rows_per_step for name in list_recipes() if name != "quickstart"}
+    assert len(rows) == 5
+    assert None not in rows.values()

@@ -81,7 +81,7 @@ def test_a_page_is_linked_and_there(name: str):
 def test_what_lies_where_is_there():
     (tree,) = [text for kind, text in FENCE.findall(README) if not kind]
     names = re.findall(r"^(\S+)  ", tree, re.MULTILINE)
-    assert {"train.sh", "smoltrain/", "tests/", "docs/"} <= set(names)
+    assert {"train.sh", "smoltrain/", "examples/", "tests/", "docs/"} <= set(names)
     assert [name for name in names if name != "runs/" and not (ROOT / name).exists()] == []
     paths = re.findall(r"(?:smoltrain|docs|tests)/[\w./]+", tree)
     assert [path for path in paths if not (ROOT / path).exists()] == []
