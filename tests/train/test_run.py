@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from smoltrain.errors import DONE, STOPPED, RankTrainingStopped
+from smoltrain.schedule import Plan
 from smoltrain.train import run
 from smoltrain.train.spikes import Rewind
 from tests import tiny
@@ -17,13 +18,14 @@ from tests import tiny
 @pytest.fixture
 def story(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A world of one whose parts write down what is asked of them; `loops` are what each run of the loop does."""
+    config = tiny.load(tmp_path)
     words: list[str] = []
     loops: list[Callable[[], int]] = []
     reason: list[str | None] = [None]
     world = SimpleNamespace(
         is_first=True, rank=0, size=1, device=torch.device("cpu"), run_on_first_rank=lambda work, **_: work()
     )
-    start = SimpleNamespace(has_work=True, point=SimpleNamespace(step=0))
+    start = SimpleNamespace(has_work=True, point=SimpleNamespace(step=0), plan=Plan(config.phases), requested=config)
 
     def begin_run(*_: Any) -> Any:
         words.append("begin")
@@ -42,7 +44,7 @@ def story(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(run, "open_session", open_session)
     monkeypatch.setattr(run, "run_loop", lambda _: loops.pop(0)())
     monkeypatch.setattr(run, "gather_stop_reason", lambda *_: reason[0])
-    return SimpleNamespace(config=tiny.load(tmp_path), words=words, loops=loops, start=start, reason=reason)
+    return SimpleNamespace(config=config, words=words, loops=loops, start=start, reason=reason)
 
 
 def test_without_a_supervisor_the_first_rank_locks_and_begins(story: Any) -> None:
