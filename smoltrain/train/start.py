@@ -8,6 +8,7 @@ hashed or checked a second time: the files of the checkpoint, the tokens and the
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -89,7 +90,7 @@ def begin_run(
     requested = config
     point = find_start_point(requested, note)
     rows_per_step = find_rows_per_step(requested, num_ranks, point.ancestor, point.manifest)
-    home = requested.run_folder if read_index(requested.run_folder) else point.ancestor  # whose data a run takes over
+    home = _find_counted_run(requested, point) if asks_for_epochs(requested) else None
     if asks_for_epochs(requested) and home is None:
         config = _prepare_and_resolve(requested, rows_per_step, num_ranks, device)
         data_ready = True
@@ -116,6 +117,14 @@ def begin_run(
         command_end=before.command_end if before else last_step,
         notes_were_said=say is not None, choices_were_said=before is not None,
     )  # fmt: skip
+
+
+def _find_counted_run(config: Config, point: StartPoint) -> Path | None:
+    """The run whose data have been prepared: this one, or the ancestor whose data it takes over; None before that.
+
+    Errors: UserError if the index of the data is damaged.
+    """
+    return config.run_folder if read_index(config.run_folder) else point.ancestor
 
 
 def _prepare_and_resolve(requested: Config, rows_per_step: int, num_ranks: int, device: torch.device) -> Config:
