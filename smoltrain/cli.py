@@ -346,7 +346,8 @@ def explain_command(
     """Tell what the keys of a recipe mean: type, unit, default, the recipes' values; without a KEY, the sections."""
     from smoltrain.explain import explain
 
-    print(explain(key, min(shutil.get_terminal_size().columns, 100)))
+    columns = shutil.get_terminal_size().columns
+    print(explain(key, min(max(columns, 40), 100)))
 
 
 @app.command("plot", epilog="Example: smoltrain plot quickstart")

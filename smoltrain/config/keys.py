@@ -26,6 +26,7 @@ from smoltrain.errors import Problem, UserError
 
 NEAR = 0.75  # of difflib's ratio: between words of all sections, where less would take any word for any other
 NEAR_SIBLING = 0.5  # between keys of one section, which few are to be confused with
+NEAR_SECTION = 0.85  # of a word without a section, which is a key more often
 MAX_SHOWN_VALUE = 60  # characters
 OVERRIDE = re.compile(r"[\w.-]+=")  # how one begins
 YES_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
@@ -85,8 +86,9 @@ def suggest_key(key: str, tree: Mapping[str, Any] | None = None, value: object =
     """
     *parents, last = key.lower().replace("-", "_").split(".")
     section = ".".join(key.split(".")[:-1])
-    siblings = list_sections(tree).get(section, [])
-    sibling = difflib.get_close_matches(last, siblings, n=1, cutoff=NEAR_SIBLING)
+    siblings = list_sections(tree).get(section, [])  # without a section: the sections
+    cutoff = NEAR_SIBLING if section else NEAR_SECTION
+    sibling = difflib.get_close_matches(last, siblings, n=1, cutoff=cutoff)
     if ".".join([*parents, last]) in ALIASES:
         return _fill_answer(ALIASES[".".join([*parents, last])], key, tree, value)
     keys = find_full_keys(last, tree)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from smoltrain.config.keys import suggest_key
 from smoltrain.config.schema import MAX_INT, Config, MixedSource, PhaseSection, Section, SourceSection, Unit
 
 NAME = "NAME"  # in a key, stands for the name of a phase or source
@@ -97,9 +98,9 @@ def suggest_key_reference(word: str) -> str:
     near = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.8)
     if near:
         return siblings[near[0]]
-    near = difflib.get_close_matches(leaf, sorted({key.leaf for key in read_keys()}), n=1, cutoff=0.6)
-    if near:
-        return " or ".join(key.key for key in find_key_references(near[0]))
+    meant = suggest_key(word)
+    if meant:
+        return meant.replace(".*.", f".{NAME}.")
     return f"a section ({', '.join(read_sections())}) or one of its keys"
 
 

@@ -49,11 +49,11 @@ def write_new_recipe(
     check_recipe(config)
     estimate = _estimate(config, wish, spec)
     _write_new_file(path, recipe)
-    for line in describe_plan(plan, estimate):
+    for line in describe_new_plan(plan, estimate):
         print(line)
 
 
-def describe_plan(plan: RecipePlan, estimate: Estimate) -> Iterator[str]:
+def describe_new_plan(plan: RecipePlan, estimate: Estimate) -> Iterator[str]:
     """The plan in short, what should be known before it is trained, and the next commands."""
     wish, text, shape, batch = plan.wish, plan.text, plan.text.shape, plan.batch
     count = abbreviate_count

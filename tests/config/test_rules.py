@@ -18,6 +18,7 @@ LLAMA = (
 )
 MIX = "data={sources: [{name: a, path: one, weight: 1}, {name: b, path: two, weight: 1}]}"
 # (overrides of the example, the message's first words, the key to change)
+PLAIN = "engine.gradient_checkpointing=none"
 OWN = "model={kind: own, class_name: Bigram, vocab_size: 2048, max_position_embeddings: 128}"
 RULES = [
     (["model.hidden_size=196"], "the heads do not divide the width", "model.hidden_size"),
@@ -43,9 +44,9 @@ RULES = [
     ),
     ([MIX, "phases.main.mix={a: 1, c: 2}"], "the mix names no source", "phases.main.mix"),
     ([MIX, "phases.main.mix={}"], "the mix is empty", "phases.main.mix"),
-    ([OWN, "engine.compile=on"], "nothing is known of a model of one's own: compile", "engine.compile"),
+    ([OWN, PLAIN, "engine.compile=on"], "nothing is known of a model of one's own: compile", "engine.compile"),
     (
-        [OWN, "batch.micro_batch=auto"],
+        [OWN, PLAIN, "batch.micro_batch=auto"],
         "nothing is known of a model of one's own, so no micro-batch",
         "batch.micro_batch",
     ),
