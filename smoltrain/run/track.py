@@ -151,7 +151,7 @@ class Tracker:
             self.write_log(line)
             self._screen.say_step(step, self._last_step, phase, metrics, left_s)
 
-    def log_metrics(self, step: int, metrics: dict[str, float | str]) -> None:
+    def log_metrics(self, step: int, metrics: Mapping[str, float | str]) -> None:
         """Values by name, to metrics.jsonl and W&B. Errors: KeyError for a name that METRICS does not define."""
         for name in metrics:
             if name not in METRICS and not name.startswith(NAME_PREFIXES):
@@ -176,7 +176,7 @@ class Tracker:
             self._best_loss = min(self._best_loss, loss)
         if math.isfinite(self._best_loss):
             values["validation/best_loss_nats_per_token"] = self._best_loss
-        self.log_metrics(step, values | durations)
+        self.log_metrics(step, {**values, **durations})
         if not self._is_writer:  # rank 0 alone knows the earlier ones
             return
         self.write_log(format_validation_line(step, loss, perplexity, bits_per_byte, best_before))

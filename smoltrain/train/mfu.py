@@ -3,7 +3,7 @@
 import socket
 from dataclasses import dataclass
 
-from smoltrain.config.schema import Config
+from smoltrain.config.schema import Config, OwnModelSection
 from smoltrain.distributed.cpu_cores import Core, usable_cores
 from smoltrain.distributed.world import World
 from smoltrain.estimate.constants import TERA
@@ -16,7 +16,7 @@ class MfuMeter:
     """What turns tokens/s into MFU; the same on every rank."""
 
     flops_per_token: float  # forward and backward of a target, nothing that is computed again
-    peak_flops: float | None  # operations per second of all ranks together; None where nobody knows
+    peak_flops: float | None  # operations per second of all ranks together; None where no MFU can be told
     description: str  # of the peak, for the console
 
     def measure(self, tokens_per_s: float) -> dict[str, float]:
@@ -31,6 +31,8 @@ def open_mfu_meter(config: Config, cpu_peak_flops: float | None, precision: str,
 
     `cpu_peak_flops` was measured on the cores that rank 0 or its supervisor may use, before any rank was busy.
     """
+    if isinstance(config.model, OwnModelSection):
+        return _unknown_mfu("nobody here knows how much a program's own model computes")
     flops_per_token = recipe_flops_per_token(config)
     if world.device.type == "cpu":
         cores = world.gather((socket.gethostname(), usable_cores()))
@@ -42,10 +44,14 @@ def open_mfu_meter(config: Config, cpu_peak_flops: float | None, precision: str,
         peak_flops = sum(known) if len(known) == world.size else None
         source = next((peak.source for peak in peaks if peak.flops is None), peaks[0].source)
     if peak_flops is None:
-        return MfuMeter(flops_per_token, None, f"unknown ({source}), so that no speed/mfu is logged")
+        return _unknown_mfu(source)
     of_ranks = f" over {world.size} ranks" if world.size > 1 else ""
     description = f"{peak_flops / TERA:,.2f} TFLOP/s {precision}{of_ranks}, {source}: speed/mfu is a share of it"
     return MfuMeter(flops_per_token, peak_flops, description)
+
+
+def _unknown_mfu(why: str) -> MfuMeter:
+    return MfuMeter(0.0, None, f"unknown ({why}), so that no speed/mfu is logged")
 
 
 def cores_over_first(cores_of_ranks: list[tuple[str, list[Core]]]) -> float:

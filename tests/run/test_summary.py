@@ -123,6 +123,13 @@ def test_the_best_and_the_last_validation_with_their_steps(tmp_path: Path, plan:
     assert "3.5000 nats per token at step 8, the best\n" in "\n".join(format_summary(best))
 
 
+def test_the_summary_shows_no_older_loss_as_the_last_one(tmp_path: Path, plan: Plan) -> None:
+    """Nor as one of the last step, where the validation of that one was forestalled."""
+    folder = write(tmp_path / "run", [step_line(8, 1.0), validation_line(8, 1.0, 5.25), step_line(12, 2.0)])
+    done, loss, *_ = format_summary(summarise_run(plan, folder))
+    assert (done, loss) == ("done: 12 of 12 steps", "  validation loss    5.2500 nats per token at step 8, the best")
+
+
 def test_what_is_printed(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = [*ONE_START, *later(ONE_START, 40_000.0, steps=3)]
@@ -185,7 +192,9 @@ def test_a_run_without_a_step_or_a_validation_has_a_summary(tmp_path: Path, plan
     )
 
 
-def test_the_commands_can_be_given_to_a_shell(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_can_be_given_to_a_shell(
+    tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write(tmp_path / "two words; $HOME", [step_line(12, 1.0)])
     (folder / "wandb" / "offline-run-1").mkdir(parents=True)
     monkeypatch.setattr("sys.executable", str(tmp_path / "my bin" / "python"))

@@ -10,6 +10,7 @@ from smoltrain.config.load import load_config
 from smoltrain.estimate.devices import GpuPeak
 from smoltrain.estimate.speed import model_flops_utilization
 from smoltrain.estimate.training_setup import build_training_setup
+from smoltrain.model.own_model import use_own_model
 from smoltrain.train import mfu
 from smoltrain.train.mfu import cores_over_first, open_mfu_meter
 
@@ -53,6 +54,13 @@ def test_one_unknown_gpu_leaves_no_mfu_and_is_said(monkeypatch: pytest.MonkeyPat
     meter = open_mfu_meter(load_config("quickstart"), None, "bf16", world_of("cuda", 2, peaks))
     assert meter.measure(1e4) == {}
     assert meter.description == "unknown (no data sheet of B is known here), so that no speed/mfu is logged"
+
+
+def test_a_programs_own_model_has_no_mfu_and_trains() -> None:
+    config = use_own_model(load_config("quickstart"), torch.nn.Identity())
+    meter = open_mfu_meter(config, 1e12, "bf16", world_of("cpu", 1))
+    assert meter.measure(1e4) == {}
+    assert meter.description.startswith("unknown (nobody here knows how much a program's own model computes), ")
 
 
 @pytest.mark.parametrize(
