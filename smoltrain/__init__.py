@@ -51,13 +51,15 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Import what is asked for; the next time it is here. Errors: AttributeError."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'smoltrain' has no attribute {name!r}")
-    value = getattr(_import_room(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # type checkers know the names, and what is none of them
+
+    def __getattr__(name: str) -> Any:
+        """Import what is asked for; the next time it is here. Errors: AttributeError."""
+        if name not in _HOMES:
+            raise AttributeError(f"module 'smoltrain' has no attribute {name!r}")
+        value = getattr(_import_room(_HOMES[name]), name)
+        globals()[name] = value
+        return value
 
 
 def _import_room(module: str) -> ModuleType:

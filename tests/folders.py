@@ -14,7 +14,7 @@ from tokenizers import AddedToken, processors
 
 from smoltrain import files
 from smoltrain.checkpoint.manifest import MANIFEST_FORMAT, FileRecord, Manifest, step_folder, write_manifest
-from smoltrain.config.schema import Config, ModelSection, TransformersSection
+from smoltrain.config.schema import AnyModelSection, Config, ModelSection
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.model.build import build_model
@@ -35,7 +35,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def lively(section: ModelSection | TransformersSection, seed: int = 0) -> LanguageModel:
+def lively(section: AnyModelSection, seed: int = 0) -> LanguageModel:
     """A model whose every weight matters: none of its biases is zero, no norm is one."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from smoltrain.config.schema import Config, ModelSection, TransformersSection
+from smoltrain.config.schema import AnyModelSection, Config
 from smoltrain.model.build import build_model
 from smoltrain.model.interface import ComputeOptions, LanguageModel
 
 
 def build_with(
-    section: ModelSection | TransformersSection, *, device: str = "cpu", document_mask: bool = False, **computing: Any
+    section: AnyModelSection, *, device: str = "cpu", document_mask: bool = False, **computing: Any
 ) -> LanguageModel:
     """`build` with the fields of Computing as keywords."""
     return build_model(section, ComputeOptions(**computing), device=device, document_mask=document_mask)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smoltrain.config.schema import ModelSection, TransformersSection
+from smoltrain.config.schema import AnyModelSection, ModelSection, TransformersSection
 from smoltrain.errors import Problem, UserError, suggest_choice
 from smoltrain.model.build import build_model
 from smoltrain.model.hf_format import MODEL_TYPES, SMOLTRAIN, make_hf_config
@@ -86,7 +86,7 @@ def peer_variables(peer: Peer) -> dict[str, str]:
     return {"TORCH_EXTENSIONS_DIR": str(extensions)}
 
 
-def describe_peer_model(peer: Peer, section: ModelSection | TransformersSection) -> dict[str, Any]:
+def describe_peer_model(peer: Peer, section: AnyModelSection) -> dict[str, Any]:
     """A model in the words of a peer's task. Errors: PeerUnavailable for a shape that it does not have."""
     if peer.environment == "litgpt":
         if isinstance(section, TransformersSection):
@@ -98,7 +98,7 @@ def describe_peer_model(peer: Peer, section: ModelSection | TransformersSection)
     return {"model": model}
 
 
-def _auto_config_keywords(section: ModelSection | TransformersSection) -> dict[str, Any]:
+def _auto_config_keywords(section: AnyModelSection) -> dict[str, Any]:
     """The keywords of AutoConfig.for_model."""
     if isinstance(section, ModelSection):
         config = make_hf_config(section)

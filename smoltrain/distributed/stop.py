@@ -80,8 +80,9 @@ class StopFlag:
         for number, handler in self._program_handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not one of Python's own
         self._program_handlers.clear()
-        if self.reason in signal.Signals.__members__ and self.reason != signal.SIGINT.name:
-            signal.raise_signal(signal.Signals[self.reason])
+        for number in self._signals:
+            if self.reason == number.name and number != signal.SIGINT:
+                signal.raise_signal(number)
 
     def is_raised(self) -> bool:
         """Whether this rank has a reason to stop. Looks at its launchers, at most once a second."""

@@ -144,7 +144,7 @@ def choose_accelerator(device: str) -> None:
     real_accelerator = importlib.import_module("deepspeed.accelerator.real_accelerator")
     if real_accelerator.get_accelerator().device_name() != device:
         os.environ["DS_ACCELERATOR"] = device
-        real_accelerator.ds_accelerator = None
+        setattr(real_accelerator, "ds_accelerator", None)  # noqa: B010
         real_accelerator.get_accelerator()
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 
-from smoltrain.config.schema import Config
+from smoltrain.config.schema import Config, OwnModelSection
 from smoltrain.errors import DONE, INTERRUPTED, STOPPED, Problem, TrainingStopped, UserError
 from smoltrain.launch.in_process import train_in_process
 from smoltrain.launch.supervisor import supervise_config
@@ -50,6 +50,7 @@ def train(
         config = write_documents(config, documents)
     if model is not None:
         config = use_own_model(config, model)
+        assert isinstance(config.model, OwnModelSection)
         print(f"model: {config.model.class_name}, in place of the recipe's; how it computes is its own affair")
     if ranks is not None:
         return Run(config.run_folder, stop_reason=_train_in_processes(config, ranks))

@@ -99,7 +99,7 @@ class Session:
             self.saver.finish()
             raise
         if custom:
-            self.tracker.log_metrics(step, custom)
+            self.tracker.log_metrics(step, {**custom})
 
     def record_rows(self, result: StepResult) -> None:
         """Write the rows of a step into the ledger, also those that a step which was stopped has consumed."""

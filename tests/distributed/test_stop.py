@@ -5,13 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from smoltrain.distributed.stop import DEEPSPEED_LAUNCHER, STOP_SIGNALS
+from smoltrain.distributed import stop
+from smoltrain.distributed.stop import DEEPSPEED_LAUNCHER, STOP_SIGNALS, StopFlag
 from tests.distributed.test_world import environment, start
 
 FLAG = """
@@ -175,3 +178,43 @@ def test_a_rank_that_was_an_orphan_before_it_looked_knows_it(tmp_path: Path) -> 
             "orphans are adopted by another process than the first here; the tests above kill a launcher that was seen"
         )
     assert found(out) == "True its launcher is gone\n"
+
+
+@pytest.fixture
+def program_flag(monkeypatch: pytest.MonkeyPatch) -> Iterator[StopFlag]:
+    """The flag of a run inside this very process, which gets its signals back."""
+    monkeypatch.setattr(stop, "SIGINT_ECHO_S", -1.0)
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    flag = StopFlag(owns_process=False)
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before, "until it listens"
+    yield flag
+    flag.reason = None
+    flag.close()
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_in_a_program_the_second_interrupt_is_pythons_own(program_flag: StopFlag) -> None:
+    program_flag.listen()
+    program_flag.listen()  # as a rewind does
+    signal.raise_signal(signal.SIGINT)
+    assert (program_flag.is_raised(), program_flag.reason) == (True, "SIGINT")
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    program_flag.close()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_in_another_thread_nothing_listens(program_flag: StopFlag) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=program_flag.listen)
+    thread.start()
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert not program_flag.is_raised()
+
+
+def test_a_program_is_not_ended_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")  # left over in its environment
+    StopFlag(owns_process=False).close()
+    assert "launcher" not in {thread.name for thread in threading.enumerate()}

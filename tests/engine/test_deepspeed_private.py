@@ -1,11 +1,12 @@
 """Every undocumented name of DeepSpeed that smoltrain depends on: one that goes is named before anything trains."""
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
 from pathlib import Path
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,3 +127,15 @@ def test_the_command_says_it_without_a_traceback(tmp_path: Path) -> None:
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert line.startswith("error: DeepSpeed 0.19.8 is not the one that smoltrain knows: saw no build_shm_op in")
     assert "Traceback" not in done.stderr
+
+
+def test_a_process_may_train_on_another_device_than_before(private: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed chooses once for a process; a stand-in for the accelerator of a GPU gives way to the CPU's."""
+    chooser = importlib.import_module("deepspeed.accelerator.real_accelerator")
+    monkeypatch.setattr(chooser, "ds_accelerator", SimpleNamespace(device_name=lambda: "cuda"))
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    private.choose_accelerator("cpu")
+    chosen = chooser.get_accelerator()
+    assert chosen.device_name() == "cpu"
+    private.choose_accelerator("cpu")
+    assert chooser.get_accelerator() is chosen, "the same device again: nothing is chosen anew"
