@@ -135,13 +135,13 @@ def _describe_forbidden_changes(changes: list[ForbiddenChange], config: Config, 
     trains_another_bpe = config.tokenizer.name == "bpe" and any(key.startswith("data.") for key in keys)
     weights_fit = not (trains_another_bpe or any(key.startswith(("model.", "tokenizer.")) for key in keys))
     if folder != config.run_folder:
-        way_out = "init.load=weights, which takes its weights alone" if weights_fit else "init.from"
+        way_out = "init.load=weights, which takes its weights alone" if weights_fit else "another init.from"
     else:
-        way_out = f"run.name; {folder} stays as it is"
+        way_out = f"another run.name; {folder} stays as it is"
         if weights_fit and done:
-            way_out = f"run.name (init.from={folder} begins with the weights of this one)"
+            way_out = f"another run.name (init.from={folder} begins with the weights of this one)"
     want = f"the run's values: {done} steps were trained with them" if done else "the run's values"
-    change = f"them back, or choose another {way_out}"
+    change = f"them back, or choose {way_out}"
     return Problem("the config differs from the run's own", "; ".join(seen), want, change)
 
 
