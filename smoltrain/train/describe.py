@@ -39,7 +39,7 @@ def say_start(
     tracker.say_choice("data", loader.prepared.describe())
     tracker.say_choice("packing", PACKING_IN_WORDS[config.packing.document_mask])
     tracker.say_choice("plan", describe_plan(config, start.rows_per_step, loader.prepared.index))
-    for line in _find_preflight_lines(start, settings, folder, loader) if world.is_first else ():
+    for line in find_preflight_lines(start, settings, folder, loader) if world.is_first else ():
         if line.warns:
             tracker.say(f"WARNING: {line.text}")
         else:
@@ -52,7 +52,7 @@ def say_start(
         tracker.say(f"restored step {start.point.step} on {world.size} ranks, ledger {loader.ledger[:16]}")
 
 
-def _find_preflight_lines(
+def find_preflight_lines(
     start: Start, settings: ResolvedSettings, folder: RunFolder, loader: Loader
 ) -> list[PreflightLine]:
     """What the plan asks of data, model and ranks: once, where the run begins or its plan has changed."""

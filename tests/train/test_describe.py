@@ -8,7 +8,9 @@ import torch
 
 from smoltrain.distributed.cpu_cores import CpuShare
 from smoltrain.schedule import Plan
+from smoltrain.train import describe
 from smoltrain.train.describe import describe_completion, describe_device
+from smoltrain.train.preflight import PreflightLine
 from tests import tiny
 
 
@@ -32,3 +34,26 @@ def test_the_device_is_named_with_what_else_there_is(
     share = CpuShare(2, frozenset(), "not bound")
     world: Any = SimpleNamespace(device=torch.device("cpu"), size=size, cpu_share=share)
     assert describe_device(world) == words
+
+
+@pytest.mark.parametrize(
+    ("step", "ancestor", "changes", "said"),
+    [
+        (0, None, (), True),
+        (8, None, (), False),  # a resume, or a later phase of the same command
+        (8, "runs/other", (), True),
+        (8, None, ("engine.precision: 'bf16' -> 'fp32'",), False),
+        (8, None, ("phases.continuation.steps: 4 -> 400",), True),
+    ],
+)
+def test_the_numbers_of_a_plan_are_told_where_it_begins_or_changes(
+    monkeypatch: pytest.MonkeyPatch, step: int, ancestor: str | None, changes: tuple[str, ...], said: bool
+) -> None:
+    lines = [PreflightLine("epochs", "0.2")]
+    monkeypatch.setattr(describe, "describe_preflight", lambda *_: lines)
+    start: Any = SimpleNamespace(point=SimpleNamespace(step=step, ancestor=ancestor), rows_per_step=4)
+    settings: Any = SimpleNamespace(config=None, num_parameters=1)
+    folder: Any = SimpleNamespace(changes=changes)
+    loader: Any = SimpleNamespace(prepared=None)
+    found = describe.find_preflight_lines(start, settings, folder, loader)
+    assert found == (lines if said else [])

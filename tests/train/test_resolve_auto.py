@@ -54,6 +54,13 @@ def test_an_auto_micro_batch_is_what_fits(tmp_path: Path, ranks: Any, gib: float
         assert reasons["micro-batch"] == f"{what}, auto: what keeps a device busy and is estimated to fit"
 
 
+def test_a_rank_that_has_fewer_rows_than_a_micro_batch_takes_these_and_says_so(tmp_path: Path) -> None:
+    settings = tiny.load(tmp_path, "batch.micro_batch=4", "batch.rows_per_step=2", "batch.accumulation=null")
+    chosen = resolve_auto_settings(settings, World(0, 1, 0, 1, torch.device("cpu")), 2)
+    assert chosen.config.batch.micro_batch == 2
+    assert chosen.reasons["micro-batch"] == "2 rows, all that a rank has of a step; batch.micro_batch=4 would be more"
+
+
 def test_a_model_of_transformers_is_not_compiled_and_makes_its_own_logits(tmp_path: Path) -> None:
     shape = (
         "{hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2, num_key_value_heads: 2, intermediate_size: 64}"

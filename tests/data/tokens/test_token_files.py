@@ -37,6 +37,14 @@ def test_rows_are_those_of_the_joined_stream(sizes: list[int], length: int, draw
     assert rows.tolist() == [ids[i : i + length].tolist() for i in offsets]
 
 
+@given(st.lists(st.integers(1, 7), min_size=1, max_size=6), st.integers(1, 12))
+def test_views_are_the_stream_in_order(sizes: list[int], length: int):
+    found, ids = whole(sizes)
+    views = list(found.iterate_views(length))
+    assert np.concatenate(views).tolist() == ids.tolist()
+    assert max(map(len, views)) <= length
+
+
 @pytest.mark.parametrize("offsets", [[-1], [0, 8], [np.iinfo(np.int64).max]])
 @pytest.mark.parametrize("sizes", [[10], [4, 6]])
 def test_no_row_beyond_the_ends(sizes: list[int], offsets: list[int]):
