@@ -192,9 +192,7 @@ def test_a_run_without_a_step_or_a_validation_has_a_summary(tmp_path: Path, plan
     )
 
 
-def test_the_commands_can_be_given_to_a_shell(
-    tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commands_can_be_given_to_a_shell(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "two words; $HOME", [step_line(12, 1.0)])
     (folder / "wandb" / "offline-run-1").mkdir(parents=True)
     monkeypatch.setattr("sys.executable", str(tmp_path / "my bin" / "python"))
