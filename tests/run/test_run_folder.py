@@ -232,7 +232,7 @@ def test_another_run_may_begin_with_the_weights_where_they_fit(
 def test_all_of_another_run_cannot_be_taken_under_another_past(settings: Config, key: str, value: object) -> None:
     first, *rest = phases_of(settings)
     child = edited(with_phases(settings, first | {key: value}, *rest), run={"name": "child"})
-    with pytest.raises(UserError, match="or choose init.load=weights, which takes its weights alone") as caught:
+    with pytest.raises(UserError, match=r"or choose init\.load=weights, which takes its weights alone") as caught:
         enter_run_folder(child, 1, DONE, ancestor=settings.run_folder)
     assert "run.name" not in str(caught.value), "the child has another name"
 
