@@ -30,7 +30,15 @@ from smoltrain.checkpoint.manifest import (
 )
 from smoltrain.config.config_file import CONFIG_FILE, find_config_damage, read_provenance
 from smoltrain.config.load import read_run_config
-from smoltrain.config.schema import Config, MixedSource, ModelSection, PhaseSection, Section, TransformersSection
+from smoltrain.config.schema import (
+    Config,
+    MixedSource,
+    ModelSection,
+    OwnModelSection,
+    PhaseSection,
+    Section,
+    TransformersSection,
+)
 from smoltrain.errors import UserError
 from smoltrain.inference.load import load_trained_model
 from smoltrain.run import run_folder
@@ -48,7 +56,8 @@ def schema_keys(section: type[Section] = Config, prefix: str = "") -> Iterator[s
         inner = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
         found = [kind for kind in inner if issubclass(kind, Section)]
         if key == "model":
-            yield from (*schema_keys(ModelSection, "model."), *schema_keys(TransformersSection, "model."))
+            for kind in (ModelSection, TransformersSection, OwnModelSection):
+                yield from schema_keys(kind, "model.")
         elif found:
             yield from schema_keys(found[0], f"{key}.*." if found[0] in (MixedSource, PhaseSection) else f"{key}.")
         else:
