@@ -17,6 +17,8 @@ LLAMA = (
     "config: {hidden_size: 192, rms_norm_eps: 1e-5, use_cache: false}}",
 )
 MIX = "data={sources: [{name: a, path: one, weight: 1}, {name: b, path: two, weight: 1}]}"
+OWN = "model={kind: own, class_name: Mine, vocab_size: 2048, max_position_embeddings: 512}"
+SPLIT = ("batch.accumulation=null", "batch.rows_per_step=32")
 # (overrides of the example, the message's first words, the key to change)
 PLAIN = "engine.gradient_checkpointing=none"
 OWN = "model={kind: own, class_name: Bigram, vocab_size: 2048, max_position_embeddings: 128}"
@@ -72,6 +74,12 @@ RULES = [
     (["phases.main.warmup_steps=501"], "phases.main is shorter", "phases.main.steps"),
     (["phases.main.schedule=constant"], "phases.main.final_lr is never reached", "phases.main.schedule"),
     (["phases.main.final_lr=1"], "phases.main ends above its peak", "phases.main.final_lr"),
+    ([OWN], "nothing is known of a model of one's own: ", "engine.gradient_checkpointing"),
+    (
+        [OWN, "engine.gradient_checkpointing=none", "batch.micro_batch=auto", *SPLIT],
+        "nothing is known of a model of one's own, so",
+        "batch.micro_batch",
+    ),
 ]
 
 
