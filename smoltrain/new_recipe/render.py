@@ -37,7 +37,11 @@ def render_recipe(plan: RecipePlan) -> str:
         "sample": _sample_entries(plan),
         "checkpoint": _checkpoint_entries(plan),
         "track": [
-            Entry("print_every", plan.cadences.print, f"steps: at least {rules.NUM_LINES} lines, if there are so many")
+            Entry(
+                "print_every",
+                plan.cadences.print,
+                f"steps: about {rules.NUM_LINES} lines of a short plan, every ten steps of a long one",
+            )
         ],
     }
     lines = _head_lines(plan)
@@ -135,8 +139,8 @@ def _data_entries(plan: RecipePlan) -> list[Entry]:
     )
     if plan.wish.path is None:
         entries = [
-            Entry("package", PLAYS["package"], f"the plays of Shakespeare, as no --data was given: {amount}"),
-            Entry("pattern", PLAYS["pattern"], ""),
+            Entry("package", PLAYS.package, f"the plays of Shakespeare, as no --data was given: {amount}"),
+            Entry("pattern", PLAYS.pattern, ""),
         ]
     else:
         entries = [
@@ -239,7 +243,7 @@ def describe_horizon(plan: RecipePlan) -> str:
 def _evaluate_entries(plan: RecipePlan) -> list[Entry]:
     share = f"{rules.EVALUATION_SHARE:.0%}"
     return [
-        Entry("every", plan.cadences.evaluate, f"steps: at least {rules.NUM_EVALUATIONS} times, if there are so many"),
+        Entry("every", plan.cadences.evaluate, f"steps: about {rules.NUM_EVALUATIONS} times, if there are so many"),
         Entry("rows", plan.cadences.evaluate_rows, f"so few that all evaluations take about {share} of the time"),
     ]
 
@@ -256,7 +260,7 @@ def _sample_entries(plan: RecipePlan) -> list[Entry]:
     prompts = ["**ROMEO**  \n", "**KING HENRY**  \n"] if plan.wish.path is None else [""]
     source = "how speeches begin in the plays" if plan.wish.path is None else "empty: the model begins a document"
     return [
-        Entry("every", plan.cadences.sample, f"steps: at least {rules.NUM_SAMPLES} times, if there are so many"),
+        Entry("every", plan.cadences.sample, f"steps: about {rules.NUM_SAMPLES} times, if there are so many"),
         Entry("prompts", prompts, source),
     ]
 
@@ -265,9 +269,7 @@ def _checkpoint_entries(plan: RecipePlan) -> list[Entry]:
     most = rules.MOST_STEPS_BETWEEN_CHECKPOINTS
     return [
         Entry(
-            "every",
-            plan.cadences.checkpoint,
-            f"steps: a tenth of the plan or less, {most:,} at most, is lost in a crash",
+            "every", plan.cadences.checkpoint, f"steps: about a tenth of the plan, {most:,} at most, is lost in a crash"
         ),
         Entry("keep_last", 2, ""),
         Entry("keep_best", True, "where the text is read often, the best is not the last"),

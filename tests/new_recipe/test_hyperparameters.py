@@ -62,7 +62,10 @@ def test_any_number_of_ranks_shares_a_step(params: int, tokens: int, text_tokens
 
 
 def test_rows_get_longer_with_the_model():
-    lengths = [plan_batch(params, 10**10, 1e12, 1).sequence_length for params in (2e6, 2e7, 7e7, 2e8)]
+    lengths = [
+        plan_batch(params, 10**10, 1e12, 1).sequence_length
+        for params in (2_000_000, 20_000_000, 70_000_000, 200_000_000)
+    ]
     assert lengths == [256, 512, 1024, 2048]
 
 
@@ -89,7 +92,8 @@ def test_cadences_are_round_and_fit_the_plan(steps: int, rows: int, held_out_row
         assert 1 <= every <= steps
         assert str(every).strip("0") in ("1", "2", "5")
     assert cadences.checkpoint <= 1000
-    assert steps // cadences.evaluate >= min(steps, rules.NUM_EVALUATIONS)
+    if steps >= rules.NUM_EVALUATIONS:
+        assert 0.6 * rules.NUM_EVALUATIONS <= steps / cadences.evaluate <= 1.6 * rules.NUM_EVALUATIONS
     assert 1 <= cadences.evaluate_rows <= max(1, held_out_rows)
     evaluated = cadences.evaluate_rows * (steps // cadences.evaluate) / 3
     assert evaluated <= max(0.06 * steps * rows, 8 * steps // cadences.evaluate), "a few per cent of the time"
