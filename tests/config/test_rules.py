@@ -20,8 +20,6 @@ MIX = "data={sources: [{name: a, path: one, weight: 1}, {name: b, path: two, wei
 OWN = "model={kind: own, class_name: Mine, vocab_size: 2048, max_position_embeddings: 512}"
 SPLIT = ("batch.accumulation=null", "batch.rows_per_step=32")
 # (overrides of the example, the message's first words, the key to change)
-PLAIN = "engine.gradient_checkpointing=none"
-OWN = "model={kind: own, class_name: Bigram, vocab_size: 2048, max_position_embeddings: 128}"
 RULES = [
     (["model.hidden_size=196"], "the heads do not divide the width", "model.hidden_size"),
     (["model.num_key_value_heads=4"], "the key-value heads do not", "model.num_key_value_heads"),
@@ -46,12 +44,6 @@ RULES = [
     ),
     ([MIX, "phases.main.mix={a: 1, c: 2}"], "the mix names no source", "phases.main.mix"),
     ([MIX, "phases.main.mix={}"], "the mix is empty", "phases.main.mix"),
-    ([OWN, PLAIN, "engine.compile=on"], "nothing is known of a model of one's own: compile", "engine.compile"),
-    (
-        [OWN, PLAIN, "batch.micro_batch=auto"],
-        "nothing is known of a model of one's own, so no micro-batch",
-        "batch.micro_batch",
-    ),
     (["init.load=all"], "there is nothing to load all of", "init.from or init.load"),
     ([*LLAMA, "model.config.vocab_size=9"], "vocab_size stands in", "model.config.vocab_size"),
     ([*LLAMA, "engine.gradient_checkpointing=2"], "a transformers model recomputes", "engine.gradient_checkpointing"),

@@ -58,7 +58,7 @@ def test_a_recipe_of_each_size(run: Run, monkeypatch: pytest.MonkeyPatch, params
     text = Path("tiny.yaml").read_text()
     assert f"# Parameters:     {parameters:,} exactly" in text
     assert f"  parameters   {parameters:,} ({params} asked for)" in out
-    tokens = config.phases[0].steps * config.batch.rows(8) * config.batch.sequence_length
+    tokens = config.phases[0].num_steps * config.batch.rows(8) * config.batch.sequence_length
     assert tokens == pytest.approx(20 * parameters, rel=0.01), "compute-optimal"
     assert f"= {tokens:,} tokens: 20 a parameter" in text
     assert re.search(
@@ -87,7 +87,9 @@ def test_an_explicit_length_is_kept_and_what_it_means_is_said(run: Run, texts: s
     assert texts
     _, out, _ = run("long", "--params", "2M", "--data", "texts", "--tokens", "1M")
     config = load_checked("long")
-    assert config.phases[0].steps * config.batch.rows(1) * config.batch.sequence_length == pytest.approx(1e6, rel=0.01)
+    assert config.phases[0].num_steps * config.batch.rows(1) * config.batch.sequence_length == pytest.approx(
+        1e6, rel=0.01
+    )
     assert "note: a text read more than 4 times teaches less and less" in out
     assert "  tokens       999K = 0.495 a parameter, 18 epochs" in out
 
@@ -107,7 +109,7 @@ def test_hours_become_tokens_by_the_estimated_speed(run: Run, monkeypatch: pytes
     for hours in ("1", "2"):
         _, told[hours], _ = run(f"h{hours}", "--params", "135M", "--data", "texts", "--hours", hours)
     steps = [load_checked(f"h{hours}").phases[0] for hours in ("1", "2")]
-    assert steps[1].steps > steps[0].steps
+    assert steps[1].num_steps > steps[0].num_steps
     assert "  1 x h100     57 minutes," in told["1"], "and some for starting, evaluating, sampling and saving"
     assert "  1 x h100     1.9 hours," in told["2"]
     assert "what 1 x h100 is estimated to do in 2 hours, as asked for with" in Path("h2.yaml").read_text()
@@ -202,7 +204,7 @@ def test_a_new_recipe_trains_as_written(
     assert done.returncode == 0, log.read_text()
     lines = launches.metrics(tmp_path / "runs" / "tiny")
     config = load_config("tiny.yaml", overrides)
-    assert lines[-1]["step"] == config.phases[0].steps
+    assert lines[-1]["step"] == config.phases[0].num_steps
     losses = [line["train/loss_nats_per_token"] for line in lines if "train/loss_nats_per_token" in line]
     assert losses[-1] < losses[0]
     assert "WARNING" not in log.read_text(), "no row of the table is without an id"
