@@ -710,7 +710,7 @@ MODEL_SECTIONS = {"decoder": ModelSection, "transformers": TransformersSection, 
 def model_kind(section: object) -> str:
     """Which of the classes a model section is read as; without a kind it is the decoder."""
     kind = section.get("kind") if isinstance(section, dict) else getattr(section, "kind", None)
-    return kind if kind in MODEL_SECTIONS else "decoder"
+    return kind if isinstance(kind, str) and kind in MODEL_SECTIONS else "decoder"
 
 
 AnyModelSection = Annotated[

@@ -31,6 +31,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
+@pytest.mark.slow
 def test_all_launchers_train_the_same_run(finished: dict[str, Path]) -> None:
     reference = launches.losses(finished["deepspeed"])
     assert sorted(reference) == list(range(1, 13))
@@ -44,6 +45,7 @@ def test_all_launchers_train_the_same_run(finished: dict[str, Path]) -> None:
     assert ledgers["python"] == ledgers["torchrun"] == ledgers["deepspeed"], "the data do not depend on the world size"
 
 
+@pytest.mark.slow
 def test_rows_are_split_by_the_machine_where_the_recipe_leaves_it_to_that(finished: dict[str, Path]) -> None:
     said = (finished["python"].parent.parent / "log").read_text()
     assert "8 rows, auto: " in said
@@ -51,6 +53,7 @@ def test_rows_are_split_by_the_machine_where_the_recipe_leaves_it_to_that(finish
     assert "micro_batch: auto\n" in (finished["python"] / "config.yaml").read_text(), "another start may split anew"
 
 
+@pytest.mark.slow
 def test_a_finished_plan_says_so_and_exits_0(finished: dict[str, Path]) -> None:
     folder = finished["python"].parent.parent
     assert launches.run("python", tiny.words(folder, *SAME_ROWS), folder / "again") == DONE
@@ -59,6 +62,7 @@ def test_a_finished_plan_says_so_and_exits_0(finished: dict[str, Path]) -> None:
     assert "done: " not in (folder / "again").read_text()
 
 
+@pytest.mark.slow
 def test_a_finished_plan_is_complete_on_any_number_of_ranks(finished: dict[str, Path]) -> None:
     folder = finished["deepspeed"].parent.parent
     assert launches.run("python", tiny.words(folder, *SAME_ROWS), folder / "alone") == DONE
