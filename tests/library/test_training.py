@@ -107,5 +107,5 @@ def test_a_model_of_ones_own_trains_goes_on_and_comes_back(tmp_path: Path) -> No
         run.load()
     with pytest.raises(smoltrain.UserError, match="this model is one of a program's own: saw Bigrams"):
         run.export()
-    with pytest.raises(smoltrain.UserError, match=r"model\.kind differs"):
+    with pytest.raises(smoltrain.UserError, match=r"model\.kind: own in the run, decoder asked"):
         smoltrain.train(config, documents=TEXTS)

@@ -86,7 +86,8 @@ def test_the_supervisor_makes_up_for_the_last_validation(tmp_path: Path) -> None
     said = (tmp_path / "made up").read_text()
     loss = next(line[LOSS] for line in launches.metrics(run_folder) if LOSS in line)
     assert "phase main: its last validation, 2 new processes" in said
-    assert f"done: 4 of 8 steps, validation loss {loss:.4f} nats per token" in said
+    assert "\ndone: 4 of 8 steps\n" in said
+    assert f"  validation loss    {loss:.4f} nats per token at step 4" in said
 
 
 # ---- a terminal
