@@ -71,10 +71,7 @@ ALIAS_TABLE = (
         "gradient_accumulation_steps gradient_accumulation grad_accum grad_accum_steps accumulate_grad_batches",
         "batch.accumulation={value} (with batch.rows_per_step=null)",
     ),
-    (
-        "global_batch_size train_batch_size effective_batch_size gbs",
-        "batch.rows_per_step={value} (with batch.accumulation=null)",
-    ),
+    ("global_batch_size train_batch_size effective_batch_size gbs", "batch.rows_per_step={value}"),
     (
         "batch_size batch.size",
         "batch.micro_batch={value} for the rows of one forward pass on one rank, or batch.rows_per_step={value} (with "
@@ -82,7 +79,7 @@ ALIAS_TABLE = (
     ),
     (
         "total_batch_size tokens_per_step tokens_per_batch",
-        "batch.rows_per_step (with batch.accumulation=null): these tokens, divided by batch.sequence_length",
+        "batch.rows_per_step: these tokens, divided by batch.sequence_length",
     ),
     ("eval_batch_size per_device_eval_batch_size", f"{NO_KEY}: validation takes batch.micro_batch rows at once"),
     # --- engine
