@@ -74,8 +74,8 @@ ALIAS_TABLE = (
     ("global_batch_size train_batch_size effective_batch_size gbs", "batch.rows_per_step={value}"),
     (
         "batch_size batch.size",
-        "batch.micro_batch={value} for the rows of one forward pass on one rank, or batch.rows_per_step={value} (with "
-        "batch.accumulation=null) for those of a step over all ranks",
+        "batch.micro_batch={value} for the rows of one forward pass on one rank, or batch.rows_per_step={value} "
+        "for those of a step over all ranks",
     ),
     (
         "total_batch_size tokens_per_step tokens_per_batch",
