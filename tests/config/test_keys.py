@@ -193,7 +193,7 @@ def test_a_model_of_transformers_has_its_shape_in_its_config(key: str, want: str
         ("lr", ["phases.*.lr"]),
         ("run.seed", ["run.seed"]),
         ("learning_rate", ["phases.*.lr"]),
-        ("batch_size", ["batch.micro_batch", "batch.rows_per_step", "batch.accumulation"]),
+        ("batch_size", ["batch.micro_batch", "batch.rows_per_step"]),
         ("hiden_size", ["model.hidden_size"]),
         ("zzz", []),
     ],
