@@ -95,7 +95,7 @@ def _list_candidates(num_parameters: int, vocab_size: int) -> Iterator[DecoderSh
     guess = (num_parameters * aspect / 10) ** (1 / 3)  # of D: blocks of about 10 D^2, all parameters in them
     for heads in range(1, math.ceil(2.5 * guess / head) + 1):
         D = heads * head
-        depths = range(max(2, math.floor(D / aspect / 3)), math.ceil(3 * D / aspect) + 1)
+        depths = range(max(2, math.ceil(D / aspect / 3)), math.floor(3 * D / aspect) + 1)
         for L in depths:
             without = DecoderShape(vocab_size, D, L, heads, _count_key_heads(heads), 0, tied)
             wanted = (num_parameters - without.num_parameters) / (3 * D * L)
