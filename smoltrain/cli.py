@@ -187,15 +187,15 @@ def read_common_options(
 @app.command("recipes", epilog="Example: smoltrain recipes")
 def recipes_command() -> None:
     """List the shipped recipes."""
-    from rich.console import Console
     from rich.table import Table
 
     from smoltrain.config.load import list_recipes, read_recipe_headline
+    from smoltrain.terminal import open_console
 
     table = Table("recipe", "what it trains")
     for name, path in list_recipes().items():
         table.add_row(name, read_recipe_headline(path))
-    Console(markup=False, highlight=False).print(table)
+    open_console().print(table)
 
 
 @app.command("show", cls=OverridesCommand, epilog="Example: smoltrain show quickstart phases.main.lr=1e-3 --plan")
@@ -508,11 +508,10 @@ def _is_picture(word: str) -> bool:
 
 
 def _print_plan(config: "Config") -> None:
-    from rich.console import Console
-
     from smoltrain.schedule import Plan
+    from smoltrain.terminal import open_console
 
-    console = Console(markup=False, highlight=False)
+    console = open_console()
     console.print(_describe_horizon(config))
     console.print(_build_plan_table(Plan(config.phases)))
 

@@ -51,6 +51,16 @@ OVERRIDES = (
     "track.wandb=off",
 )
 
+STEP_NUMBERS = {  # as a step logs them
+    "train/loss_nats_per_token": 2.34567,
+    "train/lr": 0.0005,
+    "train/grad_norm_before_clipping": 1.5,
+    "speed/tokens_per_s": 12345.6,
+    "speed/step_s": 1.0,
+    "speed/data_wait_share": 0.0123,
+    "memory/peak_gib": 3.14159,
+}
+
 
 def text(folder: Path) -> Path:
     """A folder of a dozen small documents."""

@@ -64,10 +64,10 @@ class Model:
         Raises:
             UserError: For a prompt that is too long or no text, and settings out of range.
         """
-        options = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        settings = override_generation(self._loaded.generation, **options)
-        seed = self._loaded.seed if seed is None else seed
-        return "".join(self._loaded.generate_text(prompt, settings, greedy=greedy, seed=seed))
+        pieces = self.stream(
+            prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, greedy=greedy, seed=seed
+        )
+        return "".join(pieces)
 
     def stream(
         self,

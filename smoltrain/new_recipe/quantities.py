@@ -2,16 +2,16 @@
 
 import re
 
+from smoltrain.config.schema import TOKEN_UNITS
 from smoltrain.errors import Problem, UserError, format_value
 
-SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 COUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\d{1,2})?)([KMBT]?)", re.IGNORECASE)
 
 
 def parse_option_count(text: str, option: str, least: int, most: int) -> int:
     """The whole number that an option spells. Errors: UserError unless it is one from `least` to `most`."""
     match = COUNT.fullmatch(text.strip())
-    number = float(match[1].replace("_", "")) * SUFFIXES[match[2].upper()] if match else 0.0
+    number = float(match[1].replace("_", "")) * TOKEN_UNITS[match[2].upper()] if match else 0.0
     if not least <= number <= most:
         want = f"{abbreviate_count(least)} to {abbreviate_count(most)}, as in 20M, 1.5B or 400_000"
         raise UserError(Problem(f"{option} is not valid", format_value(text), want, option))
@@ -21,7 +21,7 @@ def parse_option_count(text: str, option: str, least: int, most: int) -> int:
 def abbreviate_count(number: float) -> str:
     """In three digits: 1.97M, 400M, 2.7B."""
     for suffix in ("T", "B", "M", "K"):
-        scaled = number / SUFFIXES[suffix]
+        scaled = number / TOKEN_UNITS[suffix]
         if scaled >= 0.9995:
             return f"{scaled:.3g}{suffix}" if scaled < 999.5 else f"{scaled:,.0f}{suffix}"
     return f"{number:.0f}"

@@ -18,18 +18,19 @@ from smoltrain.config.config_file import CONFIG_FILE
 from smoltrain.config.load import read_run_config
 from smoltrain.errors import Problem, UserError
 from smoltrain.files import METRICS_FILE, read_jsonl
+from smoltrain.run.time_left import CLOSING_S, EVALUATION_S, PAUSE_S, SAMPLING_S, START_S, STEP_S
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.schedule import Plan
 
-STEP_S, VALIDATION_LOSS = "speed/step_s", "validation/loss_nats_per_token"
+VALIDATION_LOSS = "validation/loss_nats_per_token"
 # What a line of metrics.jsonl says of its own time, by the name that the summary has for it.
 PARTS = {
-    "starting": "speed/start_s",
+    "starting": START_S,
     "steps": STEP_S,
-    "evaluation": "speed/evaluation_s",
-    "sampling": "speed/sampling_s",
-    "saving": "speed/checkpoint_pause_s",
-    "closing": "speed/closing_s",
+    "evaluation": EVALUATION_S,
+    "sampling": SAMPLING_S,
+    "saving": PAUSE_S,
+    "closing": CLOSING_S,
 }
 REPEATED = "steps done again"
 OTHER = "other"  # looking at gradients, logs, publishing between steps

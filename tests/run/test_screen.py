@@ -13,16 +13,8 @@ from rich.console import Console
 
 from smoltrain.run.screen import Screen, cut_sample, format_step_line, format_validation_line
 from smoltrain.terminal import open_console
+from tests.tiny import STEP_NUMBERS as NUMBERS
 
-NUMBERS = {
-    "train/loss_nats_per_token": 2.34567,
-    "train/lr": 0.0005,
-    "train/grad_norm_before_clipping": 1.5,
-    "speed/tokens_per_s": 12345.6,
-    "speed/step_s": 1.0,
-    "speed/data_wait_share": 0.0123,
-    "memory/peak_gib": 3.14159,
-}
 MORE = NUMBERS | {"speed/mfu": 0.4256, "data/tokens": 3_276_800}
 REASON = (
     "blocked, faster than SDPA on a CPU with AVX512-bf16; SDPA would take a mask of all pairs of tokens, which is "

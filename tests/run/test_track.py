@@ -24,17 +24,8 @@ from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.run.wandb_run import GRADIENT_HISTOGRAM_PREFIX, resolve_wandb_mode
 from smoltrain.schedule import Plan
 from tests import launches, tiny, wandb_files
+from tests.tiny import STEP_NUMBERS as NUMBERS
 from tests.wandb_files import Offline
-
-NUMBERS = {
-    "train/loss_nats_per_token": 2.34567,
-    "train/lr": 0.0005,
-    "train/grad_norm_before_clipping": 1.5,
-    "speed/tokens_per_s": 12345.6,
-    "speed/step_s": 1.0,
-    "speed/data_wait_share": 0.0123,
-    "memory/peak_gib": 3.14159,
-}
 
 
 @pytest.fixture(autouse=True)
