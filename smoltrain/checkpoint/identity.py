@@ -45,7 +45,7 @@ KEY_RULE_TABLE = (
     ("batch", ANNOUNCED, "micro_batch"),
     ("engine", ANNOUNCED, "device ds_config precision gradient_checkpointing attention reduce_gradients loss compile"),
     ("engine", FREE, "hang_s"),
-    ("optimizer", FIXED, "name beta1 beta2 eps gradient_clipping z_loss"),
+    ("optimizer", FIXED, "kind momentum newton_schulz_steps embedding_lr_factor beta1 beta2 eps gradient_clipping z_loss"),
     (
         "phases.*",
         FIXED_IN_PAST_STEPS,
@@ -62,7 +62,7 @@ KEY_RULE_TABLE = (
 )
 KEY_RULES = {f"{section}.{key}": rule for section, rule, keys in KEY_RULE_TABLE for key in keys.split()}
 # Keys that are newer than some runs, with the value that every run had before; older manifests lack them.
-NEWER_KEYS = {"optimizer.name": "adamw"}
+NEWER_KEYS = {"optimizer.kind": "adamw"}
 ABSENT = "nothing"  # in place of the value of a key that only one of two configs has
 SOURCE_ORDER_KEY = "data.sources"  # the names of the sources, in order
 

@@ -102,7 +102,7 @@ ALIAS_TABLE = (
     ("use_liger_kernel", "engine.loss=fused"),
     ("ddp_timeout", "engine.hang_s={value}"),
     # --- optimizer
-    ("optim optimizer_name optimizer_type", "optimizer.name={value}"),
+    ("optim optimizer_name optimizer_type", "optimizer.kind={value}"),
     ("adam_beta1", "optimizer.beta1={value}"),
     ("adam_beta2", "optimizer.beta2={value}"),
     ("betas adam_betas", "optimizer.beta1 and optimizer.beta2"),

@@ -487,8 +487,19 @@ class EngineSection(Section):
 class OptimizerSection(Section):
     """The update. Matrices decay; vectors (norms, biases) do not."""
 
-    name: Literal["adamw"] = Field(
-        default="adamw", description="the optimizer; adamw is that of Loshchilov & Hutter 2019"
+    kind: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="adamw is that of Loshchilov & Hutter 2019; muon (Jordan et al. 2024) orthogonalises the update of "
+        "each hidden matrix, and leaves embeddings, head and vectors to adamw",
+    )
+    momentum: float = Field(
+        default=0.95, ge=0, lt=1, description="decay of muon's momentum (mean of the gradients), per step"
+    )
+    newton_schulz_steps: int = Field(
+        default=5, gt=0, le=20, description="iterations by which muon orthogonalises; fewer are cheaper and rougher"
+    )
+    embedding_lr_factor: float = Field(
+        default=1.0, gt=0, description="learning rate of embeddings and head, as a multiple of lr; only with kind: muon"
     )
     beta1: float = Field(
         default=0.9, ge=0, lt=1, description="decay of the first moment (mean of the gradients), per step"

@@ -45,7 +45,7 @@ def build_engine(
         raise UserError(Problem(what, saw=choice.reason, want=want, change="engine.reduce_gradients"))
 
     model.to(world.device)
-    kind = OPTIMIZERS[config.optimizer.name]
+    kind = OPTIMIZERS[config.optimizer.kind]
     optimizer = build_optimizer(model, config.optimizer, world.device)
     if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
         tree["zero_allow_untested_optimizer"] = True

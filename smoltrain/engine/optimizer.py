@@ -1,6 +1,6 @@
 """The optimizer: its parameter groups, its update, its state, and what the rest of smoltrain must know of it.
 
-An optimizer is described by one class here and chosen by optimizer.name. It must be elementwise: a weight's
+An optimizer is described by one class here and chosen by optimizer.kind. It must be elementwise: a weight's
 update needs nothing but that weight, its gradient and its state, so that ZeRO may cut flat tensors anywhere
 and reshard them. docs/extending.md adds one. Nothing here needs DeepSpeed: estimates and `smoltrain verify`
 do without it.
@@ -115,7 +115,7 @@ def _adamw_step(
     weights.copy_(p)
 
 
-OPTIMIZERS: dict[str, OptimizerKind] = {"adamw": AdamW()}  # by optimizer.name
+OPTIMIZERS: dict[str, OptimizerKind] = {"adamw": AdamW()}  # by optimizer.kind
 
 
 def build_optimizer(model: torch.nn.Module, section: OptimizerSection, device: torch.device) -> torch.optim.Optimizer:

@@ -155,7 +155,7 @@ def build_training_setup(
         compiled_blocks=computing.compiles and isinstance(config.model, ModelSection),
         compiled_update=computing.compiles,
         once_per_step=reduction.once_per_step,
-        saves_midway=_saves_midway(config), optimizer=OPTIMIZERS[config.optimizer.name], ds_config=ds_config,
+        saves_midway=_saves_midway(config), optimizer=OPTIMIZERS[config.optimizer.kind], ds_config=ds_config,
     )  # fmt: skip
 
 

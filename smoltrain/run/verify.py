@@ -306,7 +306,7 @@ def _check_module_states(run: RunReference, tree: dict[str, Any], stage: int) ->
         flat = {name: tuple(shape) for group in tree["param_shapes"] for name, shape in group.items()}
         return faults + [f"of the optimizer states, {fault}" for fault in _find_shape_mismatches(flat, trainable)]
     want = sum(map(math.prod, trainable.values()))
-    for state_name in OPTIMIZERS[run.config.optimizer.name].state_names:
+    for state_name in OPTIMIZERS[run.config.optimizer.kind].state_names:
         have = sum(x.numel() for key, x in _iterate_tensors(tree["optimizer"]) if key.endswith(f".{state_name}"))
         if have != want:
             faults.append(f"{state_name} has {have:,} elements, not {want:,}")

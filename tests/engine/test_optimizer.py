@@ -25,7 +25,7 @@ def model_of() -> torch.nn.Module:
 
 
 def test_the_schema_knows_each_optimizer_and_no_other() -> None:
-    assert set(OptimizerSection.model_fields["name"].annotation.__args__) == set(OPTIMIZERS)  # pyright: ignore
+    assert set(OptimizerSection.model_fields["kind"].annotation.__args__) == set(OPTIMIZERS)  # pyright: ignore
 
 
 def test_matrices_decay_and_vectors_do_not() -> None:
@@ -42,7 +42,7 @@ def test_matrices_decay_and_vectors_do_not() -> None:
 def test_what_it_says_of_its_state_is_so(name: str) -> None:
     """Names and sizes after a step; and after a reset the next step is that of a new optimizer."""
     model, kind = model_of(), OPTIMIZERS[name]
-    optimizer = build_optimizer(model, OptimizerSection(name=name), torch.device("cpu"))  # pyright: ignore
+    optimizer = build_optimizer(model, OptimizerSection(kind=name), torch.device("cpu"))  # pyright: ignore
     set_hyperparameters(optimizer.param_groups, lr=0.1, weight_decay=0.0)
     gradients = {p: torch.randn_like(p) for p in model.parameters() if p.requires_grad}
 
