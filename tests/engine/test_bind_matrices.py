@@ -9,17 +9,13 @@ import pytest
 from smoltrain.config.load import DS_CONFIGS_FOLDER
 from smoltrain.config.schema import Config
 from smoltrain.errors import UserError
+from tests.engine.test_muon import newton_schulz_in_fp32
 from tests.engines import engine_of, settings_of, train
-
-MUON = {"kind": "muon"}
-
-
-def with_muon(settings: Config) -> Config:
-    return settings.model_copy(update={"optimizer": settings.optimizer.model_copy(update=MUON)})
 
 
 def trained(settings: Config) -> list[float]:
-    return train(engine_of(settings, seed=1), 1, 6)
+    with newton_schulz_in_fp32():
+        return train(engine_of(settings, seed=1), 1, 6)
 
 
 def with_zero(folder: Path, stage: int, **options: Any) -> str:
@@ -41,11 +37,13 @@ def with_zero(folder: Path, stage: int, **options: Any) -> str:
 def test_however_deepspeed_lays_the_masters_out_the_update_is_the_same(
     tmp_path: Path, ranks: Any, stage: int, options: dict[str, Any]
 ) -> None:
-    plain = with_muon(settings_of(tmp_path, stage, "fp32", "micro_batch" if stage == 2 else "auto"))
-    odd = settings_of(tmp_path, with_zero(tmp_path, stage, **options), "fp32", "micro_batch" if stage == 2 else "auto")
+    plain, odd = (
+        settings_of(tmp_path, file, "fp32", "micro_batch" if stage == 2 else "auto", "muon")
+        for file in (stage, with_zero(tmp_path, stage, **options))
+    )
     wanted = ranks(3).run(trained, plain)
-    for losses, expected in zip(ranks(3).run(trained, with_muon(odd)), wanted, strict=True):
-        assert losses == pytest.approx(expected, abs=1e-4)
+    for losses, expected in zip(ranks(3).run(trained, odd), wanted, strict=True):
+        assert losses == pytest.approx(expected, abs=1e-6)
 
 
 def refusal(settings: Config) -> str:
@@ -72,6 +70,6 @@ def refusal(settings: Config) -> str:
     ("stage", "precision"), [(1, "bf16"), (2, "fp32"), pytest.param(3, "bf16", marks=pytest.mark.slow)]
 )
 def test_masters_that_lie_elsewhere_are_refused(tmp_path: Path, ranks: Any, stage: int, precision: str) -> None:
-    for said in ranks(2).run(refusal, with_muon(settings_of(tmp_path, stage, precision))):
+    for said in ranks(2).run(refusal, settings_of(tmp_path, stage, precision, kind="muon")):
         assert "muon does not know where its matrices lie" in said
         assert "optimizer.kind=adamw" in said
