@@ -534,7 +534,8 @@ def _build_plan_table(plan: "Plan") -> "Table":
 
     from smoltrain.run.plots import steps_to_plot
 
-    heads = ("phase", "steps", "schedule", "warm\nup", "lr at\nfirst", "\npeak", "\nlast", "weight\ndecay", "moments")
+    heads = ("phase", "steps", "schedule", "warm\nup", "lr at\nfirst", "\npeak", "\nlast")
+    heads += ("weight\ndecay", "optim.\nstate")
     table = Table(*heads, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     shown = steps_to_plot(plan)
     for phase in plan.phases:
