@@ -1,7 +1,7 @@
 """The world of data-parallel ranks: who am I, all-reduces and gathers of host numbers, work of rank 0.
 
 The only importer of torch.distributed. Plain numbers go over gloo on the host, so that counting never waits for a GPU;
-reduce-scatter and all-gather of tensors take the default group, which is NCCL on GPUs.
+reduce-scatter, all-gather and all-to-all of tensors take the default group, which is NCCL on GPUs.
 """
 
 import contextlib
@@ -89,6 +89,12 @@ class World:
     def all_gather(self, whole: torch.Tensor, part: torch.Tensor) -> None:
         """Put every rank's `part` into `whole` (flat) by rank order."""
         _all_gather(whole, part)
+
+    def all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
+    ) -> None:
+        """Send to each rank its elements of `sent` (flat), and put those of each into `received`, by rank order."""
+        torch_dist.all_to_all_single(received, sent, received_sizes, sent_sizes)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""

@@ -10,13 +10,15 @@ import torch
 from smoltrain.config.schema import Config
 from smoltrain.data.rows.loader import Batch
 from smoltrain.distributed.world import World
+from smoltrain.engine.bind_matrices import bind_matrices
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config
 from smoltrain.engine.deepspeed_private import ZERO_SUPPORTED_OPTIMIZERS, DeepSpeedZeroOptimizer, deepspeed
 from smoltrain.engine.deepspeed_steps import choose_deepspeed_steps
+from smoltrain.engine.hidden_matrices import count_elements, split_parameters
+from smoltrain.engine.muon import MuonOptimizer
 from smoltrain.engine.once_per_step import OncePerStep
 from smoltrain.engine.optimizer import (
     OPTIMIZERS,
-    OptimizerKind,
     build_optimizer,
     checkpoint_bytes,
     reset_optimizer_state,
@@ -46,6 +48,8 @@ def build_engine(
 
     model.to(world.device)
     kind = OPTIMIZERS[config.optimizer.kind]
+    num_hidden = count_elements(split_parameters(model).hidden)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())  # ZeRO-3's own will be empty
     optimizer = build_optimizer(model, config.optimizer, world.device)
     if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
         tree["zero_allow_untested_optimizer"] = True
@@ -54,6 +58,9 @@ def build_engine(
             model=model, optimizer=optimizer, config=tree, dist_init_required=False
         )
 
+    if isinstance(optimizer, MuonOptimizer):
+        bind_matrices(optimizer, deepspeed_engine, world)
+
     steps: StepMethod
     if choice.reason is None:
         assert isinstance(deepspeed_engine.optimizer, DeepSpeedZeroOptimizer)
@@ -61,18 +68,20 @@ def build_engine(
         steps = OncePerStep(deepspeed_engine, kind, world, accumulation=accumulation, clip=clip, compiles=compiles)
     else:
         steps = choose_deepspeed_steps(deepspeed_engine, choice.reason)
-    return Engine(deepspeed_engine, steps, kind, gradient_dtypes(tree), world)
+    weight_bytes = next(model.parameters()).element_size()
+    checkpoint_size = checkpoint_bytes(kind, num_hidden, num_parameters - num_hidden, weight_bytes)
+    return Engine(deepspeed_engine, steps, checkpoint_size, gradient_dtypes(tree), world)
 
 
 class Engine:
     """What the training loop needs of DeepSpeed, in the loop's words."""
 
     def __init__(
-        self, deepspeed_engine: Any, steps: StepMethod, kind: OptimizerKind, dtypes: GradientDtypes, world: World
+        self, deepspeed_engine: Any, steps: StepMethod, checkpoint_size: int, dtypes: GradientDtypes, world: World
     ) -> None:
         self._deepspeed = deepspeed_engine
         self._steps = steps
-        self._optimizer_kind = kind
+        self._checkpoint_size = checkpoint_size
         self._shards = ShardCheckpointEngine(deepspeed_engine, world)
         self._norm_before_clipping = float("nan")
         self.reduction = steps.reduction
@@ -166,9 +175,7 @@ class Engine:
 
     def checkpoint_bytes(self) -> int:
         """About what one checkpoint takes on disk."""
-        parameters = list(self.module.parameters())
-        num_parameters = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ZeRO-3's own are empty
-        return checkpoint_bytes(self._optimizer_kind, num_parameters, parameters[0].element_size())
+        return self._checkpoint_size
 
     def training_state(self, folder: Path) -> dict[str, Any]:
         """What this rank must write into `folder`, by relative file name. Collective.

@@ -20,7 +20,8 @@ import torch
 
 from smoltrain.data.rows.loader import Batch
 from smoltrain.distributed.world import World
-from smoltrain.engine.optimizer import OptimizerKind, clipping_factor
+from smoltrain.engine.optimizer import clipping_factor
+from smoltrain.engine.optimizer_kind import OptimizerKind
 from smoltrain.engine.reduction import gradient_sum_dtype
 from smoltrain.engine.shared_tensor import SharedTensor
 from smoltrain.engine.step_method import SKIPPED, StepOutcome
@@ -166,9 +167,7 @@ class OncePerStep:
     def _update_in_one_pass(self, group: int, weights: torch.Tensor, gradient: torch.Tensor, scale: float) -> None:
         master = self._zero_optimizer.single_partition_of_fp32_groups[group]
         optimizer = self._zero_optimizer.optimizer
-        self._kind.update_in_one_pass(
-            master, weights, gradient, scale, group=optimizer.param_groups[group], state=optimizer.state[master]
-        )
+        self._kind.update_in_one_pass(optimizer, optimizer.param_groups[group], master, weights, gradient, scale)
 
     def _update_in_passes(self, group: int, weights: torch.Tensor, gradient: torch.Tensor, scale: float) -> None:
         """Scale the gradient, torch's own step, and the cast: each a pass over memory."""

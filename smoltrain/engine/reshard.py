@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from smoltrain.engine.optimizer import is_elementwise_state
+from smoltrain.engine.optimizer_kind import is_elementwise_state
 from smoltrain.errors import Problem, UserError
 
 # Keys of DeepSpeed's files, as ZeRO-1 and ZeRO-2, or ZeRO-3, call them. deepspeed_private.py compares them.
@@ -74,6 +74,10 @@ class ShardLayout:
                         yield ParameterSlice(tensor, name, first - position, stop - position, offset)
                     position += size + gap
                 part_offset += part_size
+
+    def parameter_names(self, tensor: int) -> set[str]:
+        """The parameters that lie in a flat tensor."""
+        return {name for segment in self.tensors[tensor] for name, _, _ in segment}
 
     def parameter_sizes(self) -> dict[str, int]:
         """Elements of every parameter."""
@@ -160,13 +164,15 @@ def reshard_optimizer_state(
     state: dict[str, Any] = dict(template)
     state[new_masters] = [_copy_slices(masters, copies[tensor], new.shard_size(tensor)) for tensor in tensors]
 
+    old_states = {r: shard[old_optimizer]["state"] for r, shard in shards.items()}
     numbers: dict[int, dict[str, torch.Tensor]] = {}
-    # Every flat tensor has a state of the same names; before the first update there is none at all.
-    for name, value in some_shard[old_optimizer]["state"].get(0, {}).items():
-        flats = {(r, k): x[name] for r, shard in shards.items() for k, x in shard[old_optimizer]["state"].items()}
-        for tensor in tensors:
+    for tensor in tensors:
+        sources = _source_tensors(old, new, tensor)
+        # Before the first update there is no state at all.
+        for name, value in old_states[next(iter(shards))].get(sources[0], {}).items():
             number = value.clone()  # a counter, of which each tensor has its own: it is counted up in place
             if is_elementwise_state(value):
+                flats = {(r, k): states[k][name] for r, states in old_states.items() for k in sources}
                 number = _copy_slices(flats, copies[tensor], new.shard_size(tensor))
             numbers.setdefault(tensor, {})[name] = number
     state[new_optimizer] = template[new_optimizer] | {"state": numbers}
@@ -174,6 +180,15 @@ def reshard_optimizer_state(
     if type(some_shard.get(LOSS_SCALER_KEY)) is type(template.get(LOSS_SCALER_KEY)):
         state[LOSS_SCALER_KEY] = some_shard.get(LOSS_SCALER_KEY)
     return state
+
+
+def _source_tensors(old: ShardLayout, new: ShardLayout, tensor: int) -> list[int]:
+    """The flat tensors of the old layout that hold the parameters of one of the new. Their states have the same names.
+
+    An optimizer may keep another state for some of its parameter groups, and no flat tensor is of two groups.
+    """
+    names = new.parameter_names(tensor)
+    return [k for k in range(len(old.tensors)) if names & old.parameter_names(k)]
 
 
 def _copy_slices(flats: Mapping[tuple[int, int], torch.Tensor], copies: list[SliceCopy], size: int) -> torch.Tensor:

@@ -81,7 +81,7 @@ def estimate_memory(setup: TrainingSetup, base_bytes: float | None = None) -> Me
 def checkpoint_copy_bytes(setup: TrainingSetup) -> float:
     """Of host memory on rank 0 while a checkpoint is written: its part of masters and state, the weights twice."""
     N = setup.shape.parameters
-    states = (FP32_BYTES + setup.optimizer.state_bytes) * N
+    states = FP32_BYTES * N + setup.optimizer_state_bytes
     return states / (setup.world if setup.stage else 1) + 2 * setup.weight_bytes * N
 
 
@@ -111,10 +111,10 @@ def _zero_state_bytes(setup: TrainingSetup) -> tuple[Parts, Parts, float]:
     P = N / W
     b = min(N, setup.bucket)
     kind = setup.optimizer
-    optimizer = (FP32_BYTES + kind.state_bytes) * P
+    optimizer = FP32_BYTES * P + setup.optimizer_state_bytes / W
     eager_update = 0 if setup.device == "cuda" else kind.temporary_bytes * P  # torch's fused kernels have none
     if setup.stage == 0:  # fp32 alone, where the weights are the masters
-        states = {"weights": c * N, "gradients": SUM_BYTES * N, "optimizer": kind.state_bytes * N}
+        states = {"weights": c * N, "gradients": SUM_BYTES * N, "optimizer": setup.optimizer_state_bytes}
         return states, {"reduction": SUM_BYTES * b}, 0.0
     if setup.once_per_step:  # stage 1 or 2, whole sums on every rank
         states = {"weights": c * N, "gradients": setup.gradient_sum_bytes * N, "optimizer": optimizer}

@@ -86,7 +86,8 @@ def plan_summary(estimate: Estimate, config: Config) -> str:
     epoch_tokens = None if index is None else count_epoch_tokens(index, setup.length)
     epochs = "" if epoch_tokens is None else f", {tokens / epoch_tokens:.3g} epochs"
     count = max_num_checkpoints(plan, config)
-    size = checkpoint_bytes(setup.optimizer, setup.shape.parameters, setup.weight_bytes)
+    hidden = setup.shape.hidden_parameters
+    size = checkpoint_bytes(setup.optimizer, hidden, setup.shape.parameters - hidden, setup.weight_bytes)
     return (
         f"{plan.last_step:,} steps, {format_count(tokens)} tokens{epochs}: {hours:,.1f} hours without evaluation and "
         f"sampling; on disk at most {count} checkpoints of {size / GIB:.2f} GiB, {count * size / GIB:.1f} GiB"

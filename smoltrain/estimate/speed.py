@@ -114,11 +114,14 @@ def gradient_bytes(setup: TrainingSetup) -> float:
 
 def update_bytes(setup: TrainingSetup) -> float:
     """Read and written by one update: gradient, master and state, the weights; torch's unfused step passes more."""
-    updated = setup.shape.parameters / (setup.world if setup.stage else 1)
+    sharing = setup.world if setup.stage else 1
+    updated = setup.shape.parameters / sharing
     unfused = setup.device == "cpu" and not (setup.once_per_step and setup.compiled_update)
     kind = setup.optimizer
-    state_bytes = kind.traffic_bytes + (kind.eager_traffic_bytes if unfused else 0)
-    return updated * (state_bytes + setup.gradient_sum_bytes + setup.weight_bytes)
+    hidden = setup.shape.hidden_parameters
+    one_pass = kind.traffic_bytes(hidden, setup.shape.parameters - hidden) / sharing
+    more_passes = kind.eager_traffic_bytes if unfused else 0
+    return one_pass + updated * (more_passes + setup.gradient_sum_bytes + setup.weight_bytes)
 
 
 def reduction_bytes(setup: TrainingSetup) -> float:

@@ -9,7 +9,9 @@ import torch
 from smoltrain.config.load import cut_micro_batch
 from smoltrain.config.schema import AnyModelSection, Config, ModelSection, OwnModelSection
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config, with_zero_stage, zero_stage
-from smoltrain.engine.optimizer import OPTIMIZERS, OptimizerKind
+from smoltrain.engine.hidden_matrices import count_elements, split_parameters
+from smoltrain.engine.optimizer import OPTIMIZERS
+from smoltrain.engine.optimizer_kind import OptimizerKind
 from smoltrain.engine.reduction import choose_reduction, gradient_sum_dtype
 from smoltrain.errors import Problem, UserError
 from smoltrain.estimate.constants import DEFAULT_BUCKET_ELEMENTS
@@ -35,6 +37,7 @@ class ModelShape:
     heads: int
     kv_heads: int
     inner: int  # width inside the MLP
+    hidden_parameters: int  # of `parameters`, those in hidden matrices, of which an optimizer may keep another state
     gated: bool = True
     rmsnorm: bool = True
     rotary: bool = True
@@ -90,6 +93,12 @@ class TrainingSetup:
         if not self.once_per_step:
             return torch.float32.itemsize
         return gradient_sum_dtype(DTYPES[self.precision], self.accumulation, self.world).itemsize
+
+    @property
+    def optimizer_state_bytes(self) -> int:
+        """Of the optimizer's state over all ranks, without the master weights."""
+        hidden = self.shape.hidden_parameters
+        return self.optimizer.state_bytes(hidden, self.shape.parameters - hidden)
 
     @property
     def bucket(self) -> int:
@@ -169,6 +178,7 @@ def model_shape(section: AnyModelSection) -> ModelShape:
         raise UserError(Problem("a model of a program's own cannot be estimated", section.class_name, want, "model"))
     model = build_model(section, device="meta")
     parameters = count_parameters(model)
+    hidden = count_elements(split_parameters(model).hidden)
     if isinstance(section, ModelSection):
         config: Any = section
         traits: dict[str, Any] = {
@@ -191,8 +201,8 @@ def model_shape(section: AnyModelSection) -> ModelShape:
         looked_up += section.vocab_size * config.hidden_size
     heads = config.num_attention_heads
     return ModelShape(
-        parameters=parameters, matmul_parameters=parameters - looked_up, vocabulary=section.vocab_size,
-        width=config.hidden_size, layers=config.num_hidden_layers, heads=heads,
+        parameters=parameters, hidden_parameters=hidden, matmul_parameters=parameters - looked_up,
+        vocabulary=section.vocab_size, width=config.hidden_size, layers=config.num_hidden_layers, heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads, **traits,
     )  # fmt: skip
 

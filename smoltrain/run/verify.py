@@ -4,7 +4,7 @@ Of a checkpoint: its files, the shapes, finite numbers, its place in the data, a
 """
 
 import contextlib
-import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,8 @@ from smoltrain.data.rows.loader import Batch, Loader
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokens.prepare import inspect_prepared_data
 from smoltrain.distributed.world import choose_device
-from smoltrain.engine.optimizer import OPTIMIZERS, is_elementwise_state
+from smoltrain.engine.optimizer import OPTIMIZERS
+from smoltrain.engine.optimizer_kind import is_elementwise_state
 from smoltrain.engine.reshard import GAPS_KEY, build_shard_layout, find_state_keys
 from smoltrain.errors import TrainingStopped, UserError
 from smoltrain.files import METRICS_FILE
@@ -305,8 +306,12 @@ def _check_module_states(run: RunReference, tree: dict[str, Any], stage: int) ->
     if stage > 0:
         flat = {name: tuple(shape) for group in tree["param_shapes"] for name, shape in group.items()}
         return faults + [f"of the optimizer states, {fault}" for fault in _find_shape_mismatches(flat, trainable)]
-    want = sum(map(math.prod, trainable.values()))
-    for state_name in OPTIMIZERS[run.config.optimizer.kind].state_names:
+    kind = OPTIMIZERS[run.config.optimizer.kind]
+    wants: dict[str, int] = defaultdict(int)
+    for group in kind.parameter_groups(run.meta_model, run.config.optimizer):
+        for state_name in kind.names_of_state(group):
+            wants[state_name] += sum(parameter.numel() for parameter in group["params"])
+    for state_name, want in wants.items():
         have = sum(x.numel() for key, x in _iterate_tensors(tree["optimizer"]) if key.endswith(f".{state_name}"))
         if have != want:
             faults.append(f"{state_name} has {have:,} elements, not {want:,}")

@@ -39,6 +39,31 @@ def engine_losses(
     return losses, norms, wrapped.weights(keep=True)
 
 
+def plain_groups(
+    settings: Config, masters: dict[str, torch.nn.Parameter]
+) -> list[tuple[torch.optim.Optimizer, bool, float]]:
+    """Each parameter group's own torch optimizer, whether it decays, and its learning rate as a multiple of the plan's.
+
+    What is whose is told from the names of our decoder.
+    """
+    section = settings.optimizer
+    matrices = [p for p in masters.values() if p.dim() >= 2]
+    vectors = [p for p in masters.values() if p.dim() < 2]
+
+    def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, betas=(section.beta1, section.beta2), eps=section.eps)
+
+    if section.kind == "adamw":
+        return [(adamw(matrices), True, 1.0), (adamw(vectors), False, 1.0)]
+    hidden = [p for name, p in masters.items() if name.endswith("_proj.weight")]
+    tables = [p for name, p in masters.items() if name.startswith(("embed_", "lm_head"))]
+    assert len(hidden) + len(tables) == len(matrices)
+    muon = torch.optim.Muon(
+        hidden, momentum=section.momentum, ns_steps=section.newton_schulz_steps, adjust_lr_fn="match_rms_adamw"
+    )
+    return [(muon, True, 1.0), (adamw(tables), True, section.embedding_lr_factor), (adamw(vectors), False, 1.0)]
+
+
 def plain_losses(settings: Config, bf16: bool, size: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """The same by hand: bf16 weights under fp32 masters (or fp32 alone), fp32 accumulation, clipping, AdamW."""
     net = fresh_model(settings)
@@ -46,10 +71,7 @@ def plain_losses(settings: Config, bf16: bool, size: int) -> tuple[list[float], 
         net.to(torch.bfloat16)
     parameters = dict(net.named_parameters())
     masters = {name: torch.nn.Parameter(p.detach().float().clone()) for name, p in parameters.items()}
-    matrices = [p for p in masters.values() if p.dim() >= 2]
-    vectors = [p for p in masters.values() if p.dim() < 2]
-    betas = (settings.optimizer.beta1, settings.optimizer.beta2)
-    adamw = torch.optim.AdamW([{"params": matrices}, {"params": vectors}], betas=betas, eps=settings.optimizer.eps)
+    groups = plain_groups(settings, masters)
     loaders = [loader_of(settings, rank, size) for rank in range(size)]
     plan, losses, norms = Plan(settings.phases), [], []
     for step in range(1, STEPS + 1):
@@ -76,9 +98,11 @@ def plain_losses(settings: Config, bf16: bool, size: int) -> tuple[list[float], 
         )
         for name, master in masters.items():
             master.grad = sums[name] * shrink
-        for group, decay in zip(adamw.param_groups, (plan.weight_decay(step), 0.0), strict=True):
-            group["lr"], group["weight_decay"] = plan.lr(step), decay
-        adamw.step()
+        for torch_optimizer, decays, factor in groups:
+            (group,) = torch_optimizer.param_groups
+            group["lr"] = plan.lr(step) * factor
+            group["weight_decay"] = plan.weight_decay(step) if decays else 0.0
+            torch_optimizer.step()
         with torch.no_grad():
             for name, p in parameters.items():
                 p.copy_(masters[name])

@@ -11,10 +11,10 @@ from smoltrain.engine.optimizer import (
     build_optimizer,
     checkpoint_bytes,
     clipping_factor,
-    is_elementwise_state,
     reset_optimizer_state,
     set_hyperparameters,
 )
+from smoltrain.engine.optimizer_kind import is_elementwise_state
 
 
 def model_of() -> torch.nn.Module:
@@ -55,8 +55,12 @@ def test_what_it_says_of_its_state_is_so(name: str) -> None:
 
     first = step()
     for p, state in optimizer.state.items():
-        assert {name for name, value in state.items() if is_elementwise_state(value)} == set(kind.state_names)
-        assert sum(x.nbytes for x in state.values() if is_elementwise_state(x)) == kind.state_bytes * p.numel()
+        (group,) = [group for group in optimizer.param_groups if any(p is one for one in group["params"])]
+        have = {name for name, value in state.items() if is_elementwise_state(value)}
+        assert have == set(kind.names_of_state(group))
+    counts = (12, 29)  # weights of the hidden matrix, and of the rest
+    states = [x for state in optimizer.state.values() for x in state.values() if is_elementwise_state(x)]
+    assert sum(x.nbytes for x in states) == kind.state_bytes(*counts)
     gradients = {p: -3 * gradient for p, gradient in gradients.items()}
     step()
     reset_optimizer_state(optimizer)
@@ -74,5 +78,6 @@ def test_the_norm_is_cut_down_to_the_largest_and_never_up() -> None:
 
 
 def test_a_checkpoint_holds_weights_twice_and_masters_and_state_once() -> None:
-    assert checkpoint_bytes(OPTIMIZERS["adamw"], 1000, 2) == 1000 * (2 * 2 + 4 + 2 * 4)
-    assert OPTIMIZERS["adamw"].traffic_bytes == 28
+    assert checkpoint_bytes(OPTIMIZERS["adamw"], 600, 400, 2) == 1000 * (2 * 2 + 4 + 2 * 4)
+    assert OPTIMIZERS["adamw"].traffic_bytes(600, 400) == 28 * 1000
+    assert checkpoint_bytes(OPTIMIZERS["muon"], 600, 400, 2) == 1000 * (2 * 2 + 4) + 600 * 4 + 400 * 8

@@ -137,7 +137,7 @@ def test_a_checkpoint_in_the_making_is_a_copy_on_the_host():
     case = make_setup(*words, recipe=SMOL, world=2)
     assert case.saves_midway
     copy = estimate_memory(case)["checkpoint"]
-    whole = checkpoint_bytes(case.optimizer, case.shape.parameters, case.weight_bytes)
+    whole = checkpoint_bytes(case.optimizer, 0, case.shape.parameters, case.weight_bytes)
     assert copy == whole - 12 * case.shape.parameters / 2, "rank 1 has its own half"
     assert estimate_memory(dataclasses.replace(case, device="cuda"))["checkpoint"] == 0
     assert not make_setup("phases=[{name: main, steps: 9, lr: 1e-3}]", "checkpoint.every=0").saves_midway

@@ -1,0 +1,64 @@
+"""AdamW (Loshchilov & Hutter 2019): torch's own, and the same in one compiled pass over memory."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from smoltrain.config.schema import OptimizerSection
+from smoltrain.engine.optimizer_kind import OptimizerKind
+from smoltrain.kernels.compile import CompilableFunction
+
+
+class AdamW(OptimizerKind):
+    """AdamW (Loshchilov & Hutter 2019)."""
+
+    state_names = ("exp_avg", "exp_avg_sq")
+    has_one_pass_update = True
+
+    def build(
+        self, groups: list[dict[str, Any]], section: OptimizerSection, device: torch.device
+    ) -> torch.optim.Optimizer:
+        """torch's own, fused on a GPU."""
+        betas = (section.beta1, section.beta2)
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=section.eps, fused=device.type == "cuda")
+
+    def update_in_one_pass(
+        self, optimizer: torch.optim.Optimizer, group: Mapping[str, Any], master: torch.Tensor, weights: torch.Tensor,
+        gradient: torch.Tensor, scale: float,
+    ) -> None:  # fmt: skip
+        """See OptimizerKind."""
+        state = optimizer.state[master]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(master)
+            state["exp_avg_sq"] = torch.zeros_like(master)
+        state["step"] += 1
+        step = float(state["step"])
+        lr = group["lr"]
+        beta1, beta2 = group["betas"]
+        numbers = (
+            scale, 1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step),
+            math.sqrt(1 - beta2**step), group["eps"],
+        )  # fmt: skip
+        # A tensor, as each new Python number would be compiled anew.
+        scalars = torch.tensor(numbers, dtype=torch.float32, device=master.device)
+        _adamw_step.compiled(master, state["exp_avg"], state["exp_avg_sq"], weights, gradient, scalars)
+
+
+@CompilableFunction
+def _adamw_step(
+    master: torch.Tensor, first: torch.Tensor, second: torch.Tensor, weights: torch.Tensor, gradient: torch.Tensor,
+    scalars: torch.Tensor,
+) -> None:  # fmt: skip
+    """AdamW in place, operation by operation as torch's own; weights: the master's cast."""
+    scale, keep, rest1, beta2, rest2, step_size, root2, eps = scalars.unbind()
+    g = gradient.float() * scale
+    m = first + (g - first) * rest1
+    v = second * beta2 + rest2 * g * g
+    p = master * keep - step_size * m / (v.sqrt() / root2 + eps)
+    first.copy_(m)
+    second.copy_(v)
+    master.copy_(p)
+    weights.copy_(p)
