@@ -84,11 +84,8 @@ def describe_optimizer(summary: str, section: OptimizerSection, device: torch.de
     """What updates which parameters (`summary`), and how muon computes its part on this device."""
     if section.kind != "muon":
         return summary
-    dtype, reason = choose_dtype(device)
-    facts = [
-        summary,
-        f"{section.newton_schulz_steps} Newton-Schulz iterations in {str(dtype).removeprefix('torch.')}: {reason}",
-    ]
+    _, dtype_and_reason = choose_dtype(device)
+    facts = [summary, f"{section.newton_schulz_steps} Newton-Schulz iterations in {dtype_and_reason}"]
     if section.embedding_lr_factor != 1:
         facts.append(f"embeddings and head at {section.embedding_lr_factor:g} x lr")
     return "; ".join(facts)

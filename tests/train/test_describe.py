@@ -41,17 +41,17 @@ def test_the_device_is_named_with_what_else_there_is(
     ("section", "words"),
     [
         ({}, "SPLIT"),
-        ({"kind": "muon"}, "SPLIT; 5 Newton-Schulz iterations in bfloat16: as asked"),
+        ({"kind": "muon"}, "SPLIT; 5 Newton-Schulz iterations in bf16, as asked"),
         (
             {"kind": "muon", "newton_schulz_steps": 3, "embedding_lr_factor": 2.5},
-            "SPLIT; 3 Newton-Schulz iterations in bfloat16: as asked; embeddings and head at 2.5 x lr",
+            "SPLIT; 3 Newton-Schulz iterations in bf16, as asked; embeddings and head at 2.5 x lr",
         ),
     ],
 )
 def test_the_optimizer_is_told_with_how_muon_computes(
     monkeypatch: pytest.MonkeyPatch, section: dict[str, Any], words: str
 ) -> None:
-    monkeypatch.setattr(describe, "choose_dtype", lambda device: (torch.bfloat16, "as asked"))
+    monkeypatch.setattr(describe, "choose_dtype", lambda device: (torch.bfloat16, "bf16, as asked"))
     assert describe_optimizer("SPLIT", OptimizerSection(**section), torch.device("cpu")) == words
 
 
