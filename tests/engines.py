@@ -54,11 +54,11 @@ class Odd(torch.nn.Module):
         return torch.nn.functional.cross_entropy(logits, labels_BT.flatten(), reduction="sum")
 
 
-def settings_of(folder: Path, stage: int | str, precision: str, by: str = "auto") -> Config:
-    """`by`: who reduces, engine.reduce_gradients; auto is `step` wherever that can be."""
+def settings_of(folder: Path, stage: int | str, precision: str, by: str = "auto", kind: str = "adamw") -> Config:
+    """`by`: who reduces, engine.reduce_gradients; auto is `step` wherever that can be. `kind`: the optimizer."""
     name = f"zero{stage}" if isinstance(stage, int) else stage
     words = (f"engine.ds_config={name}", f"engine.precision={precision}", f"engine.reduce_gradients={by}")
-    return tiny.load(folder, *words, "batch.micro_batch=1", "track.gradients_every=0")
+    return tiny.load(folder, *words, f"optimizer.kind={kind}", "batch.micro_batch=1", "track.gradients_every=0")
 
 
 def engine_of(settings: Config, seed: int) -> Any:
@@ -85,7 +85,10 @@ def train(wrapped: Any, first: int, last: int) -> list[float]:
 
 
 def whole_state(wrapped: Any, keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq")) -> dict[str, list[Any]]:
-    """Master weight, optimizer state, compute weight of every parameter, gathered; and the step counts."""
+    """Master weight, optimizer state, compute weight of every parameter, gathered; and the step counts.
+
+    `keys`: the names of the state, but for muon's of the hidden matrices, in the odd model and in the tiny run's.
+    """
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
     optimizer = wrapped._deepspeed.optimizer
@@ -93,16 +96,19 @@ def whole_state(wrapped: Any, keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq"))
         optimizer._hp_optimizer_states_linked = False  # DeepSpeed finds the moments by name after a step only
         optimizer._lazy_init_hp_params_optimizer_state()
     found: dict[str, list[Any]] = {}
+    inner = getattr(optimizer, "optimizer", optimizer)
+    has_muon = any(group.get("hidden") for group in inner.param_groups)
     for name, p in wrapped.module.named_parameters():
         whole: list[Any]
+        is_hidden = name.endswith("_proj.weight") or name in ("up.weight", "down.weight")
+        names = ("momentum_buffer",) if has_muon and is_hidden else keys
         if wrapped.stage == 0:
-            whole = [p, *(optimizer.state[p][key] for key in keys)]
+            whole = [p, *(optimizer.state[p][key] for key in names)]
         else:
-            whole = [safe_get_full_fp32_param(p), *(safe_get_full_optimizer_state(p, key) for key in keys)]
+            whole = [safe_get_full_fp32_param(p), *(safe_get_full_optimizer_state(p, key) for key in names)]
         found[name] = [x.detach().tolist() for x in whole]
     for name, weights in wrapped.weights(keep=True).items():
         found[name].append(weights.tolist())
-    inner = getattr(optimizer, "optimizer", optimizer)
     return found | {"step": sorted({float(state["step"]) for state in inner.state.values() if "step" in state})}
 
 

@@ -1,5 +1,6 @@
 """Muon against torch.optim.Muon with AdamW in a plain loop: same rows, same losses, same weights."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,10 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-from smoltrain.config.schema import Config
+from smoltrain.config.schema import Config, OptimizerSection
 from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.engine.deepspeed_json import fill_deepspeed_config
+from smoltrain.engine.muon import MuonOptimizer
+from smoltrain.engine.optimizer import set_hyperparameters
+from smoltrain.errors import UserError
 from tests import tiny
+from tests.engine import test_deepspeed_steps as steps
+from tests.engine import test_shards as shards
 from tests.engine.test_engine import PLAN, STEPS, engine_losses, furthest, plain_losses
+from tests.engines import engine_of, fresh_model, loader_of, settings_of, train, whole_state
+from tests.ranks import world
+from tests.sessions import bare_session, train_steps
 
 MUON = ("optimizer.kind=muon", "optimizer.embedding_lr_factor=0.5")
 
@@ -70,3 +80,234 @@ def test_fp32_equals_plain_torch_at_every_zero_stage(
         assert norms == pytest.approx(expected_norms, rel=1e-5)
         assert furthest(weights, expected_weights) < 1e-5
     assert expected[-1] < expected[0] - 0.5, "the reference itself must learn, or agreement proves nothing"
+
+
+@pytest.mark.parametrize(
+    ("clipping", "stage", "reduce"),
+    [
+        (1.0, 2, "step"),
+        *(
+            pytest.param(*cell, marks=pytest.mark.slow)
+            for cell in ((0.0, 2, "step"), (0.0, 1, "auto"), (0.0, 2, "micro_batch"), (1.0, 2, "micro_batch"))
+        ),
+    ],
+)
+def test_bf16_with_fp32_accumulation_equals_plain_torch(
+    tmp_path: Path, ranks: Any, stage: int, reduce: str, clipping: float
+) -> None:
+    """As AdamW's proof. The last bit of a master is another, as torch multiplies by rate and scale at once."""
+    options = (f"engine.ds_config=zero{stage}", "engine.precision=bf16", f"optimizer.gradient_clipping={clipping}")
+    settings = tiny.load(tmp_path, *PLAN, *options, f"engine.reduce_gradients={reduce}", *MUON)
+    prepare_run_data(settings)
+    with newton_schulz_in_fp32():
+        expected, expected_norms, expected_weights = plain_losses(settings, bf16=True, size=2)
+    for losses, norms, weights in ranks(2).run(muon_losses, settings, "bf16"):
+        assert losses == pytest.approx(expected, rel=5e-4)
+        assert norms == pytest.approx(expected_norms, rel=2.5e-2)
+        assert furthest(weights, expected_weights) <= 2.5e-2
+    assert expected[-1] < expected[0] - 0.5
+
+
+def test_on_one_rank_it_is_torchs_own_iteration_in_bf16_too() -> None:
+    """The same momentum to the bit, and weights to their last bit, in each of many steps."""
+    torch.manual_seed(0)
+    shapes = ((12, 7), (7, 12), (9, 9))
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    section = OptimizerSection(kind="muon", momentum=0.9)
+    group = {"params": ours, "decays": True, "hidden": True, "momentum": 0.9, "newton_schulz_steps": 4}
+    optimizer = MuonOptimizer([group], section, fused=False)
+    wanted = torch.optim.Muon(
+        theirs, lr=0.01, weight_decay=0.1, momentum=0.9, ns_steps=4, adjust_lr_fn="match_rms_adamw"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("smoltrain.kernels.newton_schulz.choose_dtype", lambda *_: (torch.bfloat16, "as torch"))
+        for _ in range(20):
+            set_hyperparameters(optimizer.param_groups, lr=0.01, weight_decay=0.1)
+            for one, other in zip(ours, theirs, strict=True):
+                one.grad = torch.randn_like(one)
+                other.grad = one.grad.clone()
+            optimizer.step()
+            wanted.step()
+            for one, other in zip(ours, theirs, strict=True):
+                buffer = wanted.state[other]["momentum_buffer"]
+                assert torch.equal(optimizer.state[one]["momentum_buffer"], buffer)
+                torch.testing.assert_close(one, other, rtol=2e-7, atol=2e-7)
+
+
+# ---- steps that are not taken
+
+
+def overflow_between(settings: Config, overflows: bool) -> tuple[dict[str, torch.Tensor], float]:
+    """(weights, last norm) of steps 1 and 3; the gradient of step 2 is not finite, or never was."""
+    engine = steps.engine_of(settings)
+    steps.backward(engine, 1)
+    assert engine.update(lr=1e-2, weight_decay=0.1)
+    if overflows:
+        steps.backward(engine, 2, math.inf if world().rank == 1 else 1.0)
+        assert not engine.update(lr=1e-2, weight_decay=0.1)
+    steps.backward(engine, 3)
+    assert engine.update(lr=1e-2, weight_decay=0.1)
+    return steps.numbers(engine), engine.grad_norm_before_clipping
+
+
+QUICK_WAYS = [(2, "bf16", "step"), (3, "fp32", "auto")]
+each_way = pytest.mark.parametrize(
+    ("stage", "precision", "by"),
+    [pytest.param(*way[:3], marks=() if way[:3] in QUICK_WAYS else pytest.mark.slow) for way in steps.WAYS],
+)
+
+
+@each_way
+def test_a_step_that_is_skipped_or_dropped_leaves_the_momentum_alone(
+    tmp_path: Path, ranks: Any, stage: int, precision: str, by: str
+) -> None:
+    """The step after it shows: its update is the momentum's."""
+    settings = settings_of(tmp_path, stage, precision, by, "muon")
+    without = ranks(2).run(overflow_between, settings, False)
+    for (expected, norm), (weights, same_norm) in zip(
+        without, ranks(2).run(overflow_between, settings, True), strict=True
+    ):
+        assert steps.is_same(weights, expected)
+        assert same_norm == norm
+    for (expected, norm), (stayed, weights, same_norm) in zip(
+        without, ranks(2).run(steps.discard_between, settings, True, True), strict=True
+    ):
+        assert stayed
+        assert steps.is_same(weights, expected)
+        assert same_norm == norm
+
+
+def reset(settings: Config) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """The state after two steps, and after a reset."""
+    engine = engine_of(settings, seed=1)
+    train(engine, 1, 2)
+    before = whole_state(engine)
+    engine.reset_optimizer()
+    return before, whole_state(engine)
+
+
+@each_way
+def test_a_reset_begins_at_zero(tmp_path: Path, ranks: Any, stage: int, precision: str, by: str) -> None:
+    for before, after in ranks(2).run(reset, settings_of(tmp_path, stage, precision, by, "muon")):
+        assert before.pop("step") == [2.0]
+        assert after.pop("step") == [0.0]
+        for name, (master, *states, weights) in after.items():
+            assert (master, weights) == (before[name][0], before[name][-1])
+            assert len(states) == (1 if name in ("up.weight", "down.weight") else 2)
+            assert torch.tensor(before[name][1]).any()
+            assert not any(torch.tensor(state).any() for state in states)
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize(
+    ("old", "old_stage", "readers"),
+    [
+        (2, 2, [(1, 3)]),
+        pytest.param(3, 2, [(2, 3), (1, 1)], marks=pytest.mark.slow),
+        pytest.param(2, 3, [(size, stage) for size in (1, 2, 3) for stage in (1, 2, 3)], marks=pytest.mark.slow),
+        pytest.param(1, 1, [(size, stage) for size in (1, 2, 3) for stage in (1, 2, 3)], marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_any_world_and_stage_goes_on_from_another(
+    tmp_path: Path, ranks: Any, old: int, old_stage: int, readers: list[tuple[int, int]], precision: str
+) -> None:
+    """Momentum and moments bit for bit; then other sums over ranks, of which bf16 iterations make more."""
+    wrote = ranks(old).run(shards.write, settings_of(tmp_path, old_stage, precision, kind="muon"), tmp_path / "old")
+    for size, stage in readers:
+        settings = settings_of(tmp_path, stage, precision, kind="muon")
+        found = ranks(size).run(shards.read, settings, tmp_path / "old", old_stage)
+        shards.assert_same(wrote, found, precision, tolerance=2e-2)
+
+
+@each_way
+def test_the_same_world_goes_on_bitwise(tmp_path: Path, ranks: Any, stage: int, precision: str, by: str) -> None:
+    settings = settings_of(tmp_path, stage, precision, by, "muon")
+    wrote = ranks(2).run(shards.write, settings, tmp_path / "old")
+    assert ranks(2).run(shards.read, settings, tmp_path / "old", stage) == wrote
+
+
+# ---- fp16, one pass, transformers
+
+
+def state_of_first_step(settings: Config) -> dict[str, list[Any]]:
+    """The whole state after the first step that is taken, always of the same rows."""
+    engine = steps.engine_of(settings)
+    for _ in range(20):
+        steps.backward(engine, 1)
+        if engine.update(lr=0.0, weight_decay=0.0):
+            return whole_state(engine)
+    raise AssertionError("every step was skipped")
+
+
+@pytest.mark.parametrize(
+    "file", ["zero2_fp16", *(pytest.param(file, marks=pytest.mark.slow) for file in ("zero0", "zero1", "zero3"))]
+)
+def test_the_momentum_is_of_gradients_without_the_loss_scale(tmp_path: Path, ranks: Any, file: str) -> None:
+    """In fp16 DeepSpeed multiplies the loss, by 65536 at first, and skips what overflows."""
+    half = ranks(2).run(state_of_first_step, settings_of(tmp_path, file, "fp16", kind="muon"))
+    full = ranks(2).run(state_of_first_step, settings_of(tmp_path, 2, "fp32", kind="muon"))
+    for ours, theirs in zip(half, full, strict=True):
+        assert ours["step"][0] >= 1.0
+        for name in ("up.weight", "down.weight"):
+            momentum, expected = torch.tensor(ours[name][1]), torch.tensor(theirs[name][1])
+            assert float((momentum - expected).norm()) < 0.02 * float(expected.norm())
+            assert float(expected.norm()) > 1e-4
+
+
+def compiled_losses(settings: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Twelve steps with passes that torch.compile has made; runs on every rank."""
+    from smoltrain.engine.engine import build_engine
+
+    here = world()
+    with newton_schulz_in_fp32():
+        wrapped = build_engine(
+            fresh_model(settings), settings, here, precision=settings.engine.precision, accumulation=2, compiles=True
+        )
+        loader = loader_of(settings, here.rank, here.size)
+        results = train_steps(range(1, STEPS + 1), bare_session(settings, wrapped, loader))
+    return [result.metrics["train/loss_nats_per_token"] for result in results], wrapped.weights(keep=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2])
+def test_compiled_passes_equal_plain_torch(tmp_path: Path, ranks: Any, size: int) -> None:
+    settings = tiny.load(tmp_path, *PLAN, "engine.precision=fp32", "engine.reduce_gradients=step", *MUON)
+    prepare_run_data(settings)
+    with newton_schulz_in_fp32():
+        expected, _, expected_weights = plain_losses(settings, bf16=False, size=size)
+    for losses, weights in ranks(size).run(compiled_losses, settings):
+        assert losses == pytest.approx(expected, abs=1e-6)
+        assert furthest(weights, expected_weights) < 1e-5
+
+
+OTHERS = "kind: transformers, vocab_size: 320, max_position_embeddings: 64"
+GPT2 = f"model={{{OTHERS}, model_type: gpt2, config: {{n_embd: 32, n_layer: 2, n_head: 4}}}}"
+LLAMA_SHAPE = "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4"
+LLAMA = f"model={{{OTHERS}, model_type: llama, config: {{{LLAMA_SHAPE}}}}}"
+
+
+@pytest.mark.parametrize("model", [GPT2, pytest.param(LLAMA, marks=pytest.mark.slow)])
+def test_models_of_transformers_train_with_it(tmp_path: Path, ranks: Any, model: str) -> None:
+    settings = tiny.load(tmp_path, *PLAN, model, "engine.precision=fp32", *MUON)
+    prepare_run_data(settings)
+    for losses, _, _ in ranks(2).run(engine_losses, settings, "fp32", STEPS):
+        assert losses[-1] < losses[0] - 0.4
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("file", "key"), [("zero2_offload", "zero_optimization.offload_optimizer"), ("autocast", "torch_autocast")]
+)
+def test_what_was_not_proven_is_refused(tmp_path: Path, file: str, key: str) -> None:
+    (tmp_path / "autocast.json").write_text('{"zero_optimization": {"stage": 2}, "torch_autocast": {"enabled": true}}')
+    name = str(tmp_path / "autocast.json") if file == "autocast" else file
+    words = (f"engine.ds_config={name}", "engine.precision=fp32")
+    fill = {"precision": "fp32", "accumulation": 1, "world_size": 1}
+    fill_deepspeed_config(tiny.load(tmp_path, *words), **fill)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match=f"muon does not go with this part of the DeepSpeed config: saw {key}"):
+        fill_deepspeed_config(tiny.load(tmp_path, *words, *MUON), **fill)  # pyright: ignore[reportArgumentType]

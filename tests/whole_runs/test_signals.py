@@ -112,8 +112,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_six_signals_leave_the_run_of_nobody_disturbed(undisturbed: Path, tmp_path: Path) -> None:
-    draw, words = random.Random(5), tiny.words(tmp_path, *SHAPE)
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_six_signals_leave_the_run_of_nobody_disturbed(undisturbed: Path, tmp_path: Path, kind: str) -> None:
+    """Kept by adamw and by muon alike."""
+    if kind != "adamw":
+        (tmp_path / "straight").mkdir()
+        undisturbed = finished(
+            tmp_path / "straight", tiny.words(tmp_path / "straight", *SHAPE, f"optimizer.kind={kind}")
+        )
+    draw, words = random.Random(5), tiny.words(tmp_path, *SHAPE, f"optimizer.kind={kind}")
     for launcher, victim, number in (
         ("deepspeed", "runner", TERM), ("torchrun", "launcher", USR1), ("smoltrain", "rank", USR1),
         ("smoltrain", "smoltrain", INT), ("deepspeed", "launcher", TERM), ("torchrun", "rank", INT),
