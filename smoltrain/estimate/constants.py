@@ -63,6 +63,7 @@ class EfficiencyRates:
     launch_s: float  # of one block forward and backward, seconds that the host needs to start its kernels
     eager_launch_s: float  # the same of a block that is not compiled
     step_s: float  # reductions of counts, the optimizer's own work on the host, logs
+    newton_schulz: float  # of the matmul peak, in Muon's iterations
     correction: float = 1.0  # of all seconds, from --measure
 
     def corrected(self, estimated_s: float, measured_s: float) -> "EfficiencyRates":
@@ -74,12 +75,12 @@ EFFICIENCY = {
     # Published runs of small models (llm.c, llm-foundry: 41 and 45 % MFU), not our own.
     "cuda": EfficiencyRates(
         matmul=0.62, attention={"flash-attn": 0.45, "sdpa": 0.45, "math": 0.05}, bandwidth=0.8, link=0.6,
-        activation_passes=5.0, launch_s=0.8e-3, eager_launch_s=0.8e-3, step_s=5e-3,
+        activation_passes=5.0, launch_s=0.8e-3, eager_launch_s=0.8e-3, step_s=5e-3, newton_schulz=0.4,
     ),
     # Eight shapes of 2 to 30 blocks on two cores (docs/performance.md).
     "cpu": EfficiencyRates(
         matmul=0.92, attention={"blocked": 0.24, "sdpa": 0.11, "math": 0.08}, bandwidth=0.9, link=0.4,
-        activation_passes=4.5, launch_s=1e-3, eager_launch_s=6e-3, step_s=20e-3,
+        activation_passes=4.5, launch_s=1e-3, eager_launch_s=6e-3, step_s=20e-3, newton_schulz=0.9,
     ),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from smoltrain.engine.optimizer import FP32_BYTES
 from smoltrain.estimate import constants
 from smoltrain.estimate.constants import SUM_BYTES
+from smoltrain.estimate.orthogonalization import orthogonalization_temporary_bytes
 from smoltrain.estimate.training_setup import TrainingSetup
 from smoltrain.kernels.cpu_attention import MAX_KEPT_LENGTH, QUERIES_PER_BLOCK
 from smoltrain.kernels.loss import CHUNK_BYTES, LARGE_CHUNK_BYTES, LIGER_CHUNKS
@@ -21,7 +22,7 @@ from smoltrain.kernels.loss import CHUNK_BYTES, LARGE_CHUNK_BYTES, LIGER_CHUNKS
 PART_LABELS = {
     "weights": "weights",
     "gradients": "gradients",
-    "optimizer": "masters and moments",
+    "optimizer": "masters, optimizer state",
     "activations": "activations",
     "logits": "logits, head's gradients",
     "reduction": "reduction buffers",
@@ -79,7 +80,7 @@ def estimate_memory(setup: TrainingSetup, base_bytes: float | None = None) -> Me
 
 
 def checkpoint_copy_bytes(setup: TrainingSetup) -> float:
-    """Of host memory on rank 0 while a checkpoint is written: its part of masters and moments, the weights twice."""
+    """Of host memory on rank 0 while a checkpoint is written: its part of masters and state, the weights twice."""
     N = setup.shape.parameters
     states = FP32_BYTES * N + setup.optimizer_state_bytes
     return states / (setup.world if setup.stage else 1) + 2 * setup.weight_bytes * N
@@ -103,26 +104,29 @@ def _cpu_fragmentation_bytes(setup: TrainingSetup, on_top: float) -> float:
 def _zero_state_bytes(setup: TrainingSetup) -> tuple[Parts, Parts, float]:
     """What is always there; what comes on top when backward ends; temporaries of the update.
 
-    ZeRO (Rajbhandari et al. 2020, section 5) parts masters and moments among the ranks from stage 1 on, gradients from
-    2, weights from 3. What DeepSpeed 0.19.8 really holds differs, and was counted by torch's profiler, allocation by
-    allocation, at stages 0 to 3 on one rank and two.
+    ZeRO (Rajbhandari et al. 2020, section 5) parts masters and the optimizer's state among the ranks from stage 1 on,
+    gradients from 2, weights from 3. What DeepSpeed 0.19.8 really holds differs, and was counted by torch's profiler,
+    allocation by allocation, at stages 0 to 3 on one rank and two.
     """
     N, c, W = setup.shape.parameters, setup.weight_bytes, setup.world
     P = N / W
     b = min(N, setup.bucket)
-    kind = setup.optimizer
     optimizer = FP32_BYTES * P + setup.optimizer_state_bytes / W
-    eager_update = 0 if setup.device == "cuda" else kind.temporary_bytes * P  # torch's fused kernels have none
+    elementwise = N - setup.shape.hidden_parameters if setup.newton_schulz_steps else N
+    # torch's fused kernels have none
+    eager_update = 0 if setup.device == "cuda" else setup.optimizer.temporary_bytes * elementwise / W
+    orthogonalization = orthogonalization_temporary_bytes(setup)  # before the others are updated, or after it
+    eager_update = max(eager_update, orthogonalization)
     if setup.stage == 0:  # fp32 alone, where the weights are the masters
         states = {"weights": c * N, "gradients": SUM_BYTES * N, "optimizer": setup.optimizer_state_bytes}
-        return states, {"reduction": SUM_BYTES * b}, 0.0
+        return states, {"reduction": SUM_BYTES * b}, orthogonalization
     if setup.once_per_step:  # stage 1 or 2, whole sums on every rank
         states = {"weights": c * N, "gradients": setup.gradient_sum_bytes * N, "optimizer": optimizer}
         if (
             setup.device == "cpu"
         ):  # in shared memory, where a rank reads its part of the others' sums, and their weights
             states["reduction"] = (W - 1) * (SUM_BYTES + c) * P
-        return states, {}, 0 if setup.compiled_update else eager_update
+        return states, {}, orthogonalization if setup.compiled_update else eager_update
     if setup.stage == 1 and setup.precision == "bf16":  # gradients in bf16 beside their sums
         states = {"weights": c * N, "gradients": (SUM_BYTES + c) * N, "optimizer": optimizer}
         return states, {"reduction": SUM_BYTES * b}, eager_update

@@ -10,9 +10,17 @@ Legend: as memory.py, L blocks. `recomputed` is the share of the blocks that run
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from smoltrain.config.schema import Config
 from smoltrain.estimate.constants import EFFICIENCY, DeviceSpec, EfficiencyRates
 from smoltrain.estimate.memory import block_activation_bytes, keeps_probabilities, num_recomputed_blocks
+from smoltrain.estimate.orthogonalization import (
+    iteration_dtype,
+    orthogonalization_operations,
+    orthogonalization_sent_bytes,
+    orthogonalization_traffic_bytes,
+)
 from smoltrain.estimate.training_setup import TrainingSetup, model_shape
 
 
@@ -57,12 +65,22 @@ def estimate_speed(setup: TrainingSetup, device: DeviceSpec, rates: EfficiencyRa
         "launches": setup.accumulation * (computing - matmuls - attention - elementwise),
         "gradients": setup.accumulation * gradient_bytes(setup) / bandwidth,
         "update": update_bytes(setup) / bandwidth,
+        "orthogonalisation": orthogonalization_seconds(setup, device, rates),
         "reduction": reduction_bytes(setup) / (device.link * rates.link),
         "host": rates.step_s,
     }
     parts = {part: rates.correction * took for part, took in seconds.items()}
     tokens_per_s = setup.step_tokens / sum(parts.values())
     return SpeedEstimate(parts, tokens_per_s, model_flops_utilization(setup, tokens_per_s, peak))
+
+
+def orthogonalization_seconds(setup: TrainingSetup, device: DeviceSpec, rates: EfficiencyRates) -> float:
+    """Of Muon's Newton-Schulz iterations in one update, and of what they move."""
+    dtype = iteration_dtype(setup)
+    peak = device.fp32_flops if dtype == torch.float32 else device.half_flops
+    computing = orthogonalization_operations(setup) / (peak * rates.newton_schulz)
+    moving = orthogonalization_traffic_bytes(setup) / (device.bandwidth * rates.bandwidth)
+    return computing + moving + orthogonalization_sent_bytes(setup) / (device.link * rates.link)
 
 
 def model_flops_utilization(setup: TrainingSetup, tokens_per_s: float, peak: float) -> float:
@@ -113,15 +131,16 @@ def gradient_bytes(setup: TrainingSetup) -> float:
 
 
 def update_bytes(setup: TrainingSetup) -> float:
-    """Read and written by one update: gradient, master and moments, the weights; torch's unfused step passes more."""
+    """Read and written by one update: gradient, master and state, the weights; torch's unfused step passes more."""
     sharing = setup.world if setup.stage else 1
     updated = setup.shape.parameters / sharing
     unfused = setup.device == "cpu" and not (setup.once_per_step and setup.compiled_update)
     kind = setup.optimizer
     hidden = setup.shape.hidden_parameters
     one_pass = kind.traffic_bytes(hidden, setup.shape.parameters - hidden) / sharing
-    more_passes = kind.eager_traffic_bytes if unfused else 0
-    return one_pass + updated * (more_passes + setup.gradient_sum_bytes + setup.weight_bytes)
+    elementwise = setup.shape.parameters - hidden if setup.newton_schulz_steps else setup.shape.parameters
+    more_passes = kind.eager_traffic_bytes * elementwise / sharing if unfused else 0
+    return one_pass + more_passes + updated * (setup.gradient_sum_bytes + setup.weight_bytes)
 
 
 def reduction_bytes(setup: TrainingSetup) -> float:

@@ -9,7 +9,7 @@ import torch
 from smoltrain.config.load import cut_micro_batch
 from smoltrain.config.schema import AnyModelSection, Config, ModelSection, OwnModelSection
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config, with_zero_stage, zero_stage
-from smoltrain.engine.hidden_matrices import count_elements, split_parameters
+from smoltrain.engine.hidden_matrices import split_parameters
 from smoltrain.engine.optimizer import OPTIMIZERS
 from smoltrain.engine.optimizer_kind import OptimizerKind
 from smoltrain.engine.reduction import choose_reduction, gradient_sum_dtype
@@ -37,12 +37,22 @@ class ModelShape:
     heads: int
     kv_heads: int
     inner: int  # width inside the MLP
-    hidden_parameters: int  # of `parameters`, those in hidden matrices, of which an optimizer may keep another state
+    hidden_matrices: tuple[tuple[int, int], ...]  # sides of each, of which an optimizer may keep another state
     gated: bool = True
     rmsnorm: bool = True
     rotary: bool = True
     tied: bool = True
     dropout: bool = False
+
+    @property
+    def hidden_parameters(self) -> int:
+        """Of `parameters`, those in hidden matrices."""
+        return sum(rows * columns for rows, columns in self.hidden_matrices)
+
+    @property
+    def largest_matrix(self) -> int:
+        """Elements of the largest hidden matrix; 0 without any."""
+        return max((rows * columns for rows, columns in self.hidden_matrices), default=0)
 
     @property
     def kv_width(self) -> int:
@@ -70,6 +80,7 @@ class TrainingSetup:
     once_per_step: bool = True  # gradients are reduced once a step; else after each micro-batch
     saves_midway: bool = False  # checkpoints are written while training goes on
     optimizer: OptimizerKind = OPTIMIZERS["adamw"]
+    newton_schulz_steps: int = 0  # by which hidden matrices are orthogonalised; 0: they are not
     ds_config: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # DeepSpeed's, filled
 
     @property
@@ -164,7 +175,9 @@ def build_training_setup(
         compiled_blocks=computing.compiles and isinstance(config.model, ModelSection),
         compiled_update=computing.compiles,
         once_per_step=reduction.once_per_step,
-        saves_midway=_saves_midway(config), optimizer=OPTIMIZERS[config.optimizer.kind], ds_config=ds_config,
+        saves_midway=_saves_midway(config), optimizer=OPTIMIZERS[config.optimizer.kind],
+        newton_schulz_steps=config.optimizer.newton_schulz_steps if config.optimizer.kind == "muon" else 0,
+        ds_config=ds_config,
     )  # fmt: skip
 
 
@@ -178,7 +191,7 @@ def model_shape(section: AnyModelSection) -> ModelShape:
         raise UserError(Problem("a model of a program's own cannot be estimated", section.class_name, want, "model"))
     model = build_model(section, device="meta")
     parameters = count_parameters(model)
-    hidden = count_elements(split_parameters(model).hidden)
+    hidden = split_parameters(model).hidden.values()
     if isinstance(section, ModelSection):
         config: Any = section
         traits: dict[str, Any] = {
@@ -201,7 +214,8 @@ def model_shape(section: AnyModelSection) -> ModelShape:
         looked_up += section.vocab_size * config.hidden_size
     heads = config.num_attention_heads
     return ModelShape(
-        parameters=parameters, hidden_parameters=hidden, matmul_parameters=parameters - looked_up,
+        parameters=parameters, matmul_parameters=parameters - looked_up,
+        hidden_matrices=tuple((matrix.size(0), matrix.size(1)) for matrix in hidden),
         vocabulary=section.vocab_size, width=config.hidden_size, layers=config.num_hidden_layers, heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads, **traits,
     )  # fmt: skip
