@@ -35,6 +35,10 @@ from smoltrain.errors import Problem, TrainingStopped, UserError
 
 PACKAGES = ("deepspeed", "transformers")
 RESULTS = Path("time-to-loss")
+EXPLANATION = (
+    "never: not within its plan; seconds: steps x the median clean step (raw sum: those steps as they were); whole "
+    "wall: from the command, with its start and the evaluations"
+)
 
 
 def benchmark_time_to_loss(
@@ -86,7 +90,7 @@ def benchmark_time_to_loss(
         raise UserError(Problem("the peers cannot choose for themselves", "auto", "a number", "--micro-batch"))
     micro_batch = micro_batch or config.batch.micro_batch_rows
     rows_per_step = config.batch.rows(1)
-    digests = write_real_rows(config, max(plans), rows_per_step, results)
+    digests = write_real_rows(config, steps, rows_per_step, results)
     enter_results_folder(results, describe_comparison(config, micro_batch, digests))
     with tempfile.TemporaryDirectory() as scratch:
         contenders = [
@@ -130,30 +134,31 @@ def benchmark_time_to_loss(
 
 def make_table(entries: Sequence[Entry], reached: Mapping[str, Reached | None], reference: str) -> Table:
     """A line for each trainer; ratios are to the steps and the seconds of the reference, if that reached the loss."""
-    heads = ("best\nrate", "final\nloss", "\nsteps", "\nratio", "\ntokens", "\nseconds", "\nratio", "raw\nsum s")
-    table = Table(
-        Column("", no_wrap=True), *heads, "from the\ncommand s", "clean\nsteps",
-        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True,
-    )  # fmt: skip
+    heads = ("", "best\nrate", "final\nloss", "\nsteps", "\nratio", "\ntokens", "\nseconds", "\nratio", "whole\nwall s")
+    columns = [Column(head, no_wrap=True) for head in heads]
+    table = Table(*columns, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     base = reached.get(reference)
     for entry in entries:
         found = reached[entry.name]
-        words = ["not reached", "", "", "", "", "", ""]
+        words = ["never"] + 5 * [""]
         if found:
             words = [
                 f"{found.steps:.4g}", f"{found.steps / base.steps:.2f}" if base else "", f"{found.tokens:,.0f}",
-                f"{found.seconds:.1f}", f"{found.seconds / base.seconds:.2f}" if base else "", f"{found.raw_s:.1f}",
-                f"{found.wall_s:.1f}",
+                f"{found.seconds:.1f}", f"{found.seconds / base.seconds:.2f}" if base else "", f"{found.wall_s:.1f}",
             ]  # fmt: skip
-        table.add_row(entry.name, f"{entry.best_rate:g}", f"{entry.final_loss:.3f}", *words, entry.step_times.num_clean)
+        name = entry.name.replace(", ", "\n")  # narrow
+        table.add_row(name, f"{entry.best_rate:g}", f"{entry.final_loss:.3f}", *words)
     return table
 
 
-def describe_rates(entry: Entry) -> str:
-    """The loss at the end of the plan of each rate that was tried, and whether the best may lie outside of them."""
+def describe_entry(entry: Entry, reached: Reached | None) -> str:
+    """Each rate's loss at the end of the plan, whether the best may lie outside of them, and the steps' seconds."""
     losses = ", ".join(f"{run.evaluations[-1].loss:.3f} at {rate:g}" for rate, run in entry.runs.items())
-    edge = describe_edge(entry.best_rate, list(entry.runs))
-    return f"{entry.name}: {losses}" + (f"; {edge}" if edge else "")
+    parts = [f"{entry.name}: {losses}", describe_edge(entry.best_rate, list(entry.runs))]
+    parts.append(f"{entry.step_times.median_s:.3f} s a step, clean {entry.step_times.clean}")
+    if reached:
+        parts.append(f"raw sum {reached.raw_s:.1f} s")
+    return "; ".join(part for part in parts if part)
 
 
 def _print_results(
@@ -162,18 +167,16 @@ def _print_results(
 ) -> None:  # fmt: skip
     console = make_console()
     how = "where the line between evaluations meets it" if interpolate else "at the first evaluation at or below it"
-    console.print(f"until a validation loss of {loss:.4f}, {how}:", soft_wrap=True)
+    ratios = f"; ratios are to {reference}" if reference else ""
+    console.print(f"until a validation loss of {loss:.4f}, {how}{ratios}:", soft_wrap=True)
     console.print(make_table(entries, reached, reference))
-    console.print("seconds: steps x the median clean step; ratio: to " + (reference or "nobody"), soft_wrap=True)
+    console.print(EXPLANATION, soft_wrap=True)
     for entry in entries:
-        console.print(describe_rates(entry), soft_wrap=True)
+        console.print(describe_entry(entry, reached[entry.name]), soft_wrap=True)
     measured = {entry.name for entry in entries}
     for (name, rate), why in failed.items():
         what = f"{name} at {rate:g} failed" if name in measured else f"{name} was not measured at {rate:g}"
         console.print(f"{what}: {why}", soft_wrap=True)
-    disturbed = [entry.name for entry in entries if entry.step_times.counts_all]
-    if disturbed:
-        console.print(f"too few clean steps, so that all count: {', '.join(disturbed)}", soft_wrap=True)
 
 
 def _find_reference_loss(entries: Sequence[Entry], peer: str, failed: Mapping[tuple[str, float], str]) -> float:
@@ -206,6 +209,8 @@ def _check_plans(plans: Sequence[int], every: int) -> None:
     for plan in plans:
         if plan < MIN_STEPS:
             raise UserError(Problem("too few steps to measure", str(plan), f"{MIN_STEPS} or more", "--steps"))
+        if plan > plans[0]:
+            raise UserError(Problem("ours would train on more rows", str(plan), f"at most {plans[0]}", "--our-steps"))
         if plan % every:
             raise UserError(Problem(f"no evaluation at the end of {plan} steps", str(every), "a divisor", "--every"))
 

@@ -51,10 +51,10 @@ class TrainerRecord:
     step_s: list[float] = field(default_factory=list)  # without an evaluation before it; the first is start_s
     waits_s: list[float | None] = field(default_factory=list)  # of the thread that waited most; None: not known
     losses: list[float] = field(default_factory=list)
-    evaluations: list[Evaluation] = field(default_factory=list)
     peak_gib: float = 0.0  # CPU: resident memory of all ranks at their peaks; CUDA: allocated, the largest rank
     parameters: int | None = None  # as the trainer counts them, if it does
     said: list[str] = field(default_factory=list)  # the first lines, in which trainers tell what they have chosen
+    evaluations: list[Evaluation] = field(default_factory=list)
 
 
 def watch_trainer(
