@@ -120,7 +120,8 @@ def test_litgpt_has_our_rates_but_for_its_own_count_of_micro_batches(schedule: s
     python = peers.find_peer_environment("litgpt") / "bin" / "python"
     if not python.is_file():
         pytest.skip("litgpt's environment is made by a benchmark, not by tests")
-    config = load(tmp_path, f"phases.main.schedule={schedule}")
+    words = ["phases.main.final_lr=0"] if schedule == "constant" else []
+    config = load(tmp_path, f"phases.main.schedule={schedule}", *words)
     told, seen = observe(tmp_path, config, "litgpt", python)
     plan = Plan(config.phases)
     rates = [line["lr"] for line in seen if "lr" in line]
