@@ -5,17 +5,14 @@ machine's measured matmul peak that the model's own operations take: tokens/s x 
 not counted (Chowdhery et al. 2022, appendix B).
 """
 
-import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -24,26 +21,25 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Column, Table
 
 from benchmarks.command import OUT, OutOption, make_app, make_console, write_result
-from benchmarks.peers import (
-    Peer,
-    PeerUnavailable,
-    build_peer_command,
-    describe_peer_model,
-    parse_peer_names,
-    peer_variables,
-    read_peer_versions,
+from benchmarks.launchers import (
+    Launcher,
+    describe_peer_task,
+    divide_rows,
+    make_peer_launcher,
+    make_smoltrain_launcher,
+    trainer_environment,
 )
+from benchmarks.peers import Peer, PeerUnavailable, describe_peer_model, parse_peer_names, read_peer_versions
 from benchmarks.random_rows import collect_first_rows, random_rows_overrides, write_random_rows
 from benchmarks.timing import MIN_CLEAN_CALLS, CallTimes, summarise_times
 from benchmarks.watching import TrainerFailed, TrainerRecord, watch_trainer
 from smoltrain.cli import OverridesArgument, RecipeArgument, run_app
 from smoltrain.config.load import config_to_yaml, load_config
 from smoltrain.config.schema import Config
-from smoltrain.distributed.cpu_cores import cores_per_process
-from smoltrain.distributed.world import choose_device, environment_without_launcher, free_port
+from smoltrain.distributed.world import choose_device
 from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.estimate.horizon import resolve_config
-from smoltrain.estimate.measure import RUN_NAME, measurement_overrides
+from smoltrain.estimate.measure import measurement_overrides
 from smoltrain.estimate.speed import recipe_flops_per_token
 from smoltrain.kernels.precision import choose_precision
 from smoltrain.run.run_folder import make_run_record
@@ -53,8 +49,6 @@ OURS = "smoltrain"
 WARM_UP = 3  # steps that compile, allocate and fill caches
 MIN_STEPS = WARM_UP + MIN_CLEAN_CALLS  # steps
 PACKAGES = ("deepspeed", "transformers")
-# A fresh folder -> the command, the file of its lines, environment variables of its own.
-Launcher = Callable[[Path], tuple[list[str], Path, dict[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -247,55 +241,17 @@ def _make_launchers(
     task: Task, peers: dict[str, Peer], micro_batch: int, scratch: Path
 ) -> tuple[dict[str, Launcher], dict[str, str]]:
     """How each trainer is started; and for a peer that cannot be, why. Errors: UserError for the micro-batch."""
-    launchers: dict[str, Launcher] = {OURS: _make_smoltrain_launcher(scratch / "bench.yaml", task.ranks)}
+    launchers: dict[str, Launcher] = {OURS: make_smoltrain_launcher(scratch / "bench.yaml", task.ranks)}
     unavailable: dict[str, str] = {}
-    peer_task = _describe_peer_task(task, micro_batch, scratch / "rows.npy")
+    accumulation = divide_rows(task.rows_per_step, micro_batch, task.ranks)
+    peer_task = describe_peer_task(task.config, task.steps, micro_batch, accumulation, scratch / "rows.npy")
     for name, peer in peers.items():
         try:
             model = describe_peer_model(peer, task.config.model)
-            launchers[name] = _make_peer_launcher(peer, peer_task | model, task.ranks)
+            launchers[name] = make_peer_launcher(peer, peer_task | model, task.ranks)
         except PeerUnavailable as why:
             unavailable[name] = str(why)
     return launchers, unavailable
-
-
-def _describe_peer_task(task: Task, micro_batch: int, rows: Path) -> dict[str, Any]:
-    """What all peers are given (peers/peer.py). Errors: UserError where micro-batches do not divide a step."""
-    accumulation, rest = divmod(task.rows_per_step, micro_batch * task.ranks)
-    if rest:
-        what = f"the peers' micro-batch does not divide {task.rows_per_step} rows on {task.ranks} ranks"
-        want = f"a divisor of {task.rows_per_step // task.ranks}"
-        raise UserError(Problem(what, str(micro_batch), want, "--micro-batch"))
-    config, phase, optimizer = task.config, task.config.phases[0], task.config.optimizer
-    return {
-        "micro_batch": micro_batch, "accumulation": accumulation, "rows": str(rows), "steps": task.steps,
-        "precision": task.precision, "device": task.device.type, "seed": config.run.seed,
-        "recompute": config.engine.gradient_checkpointing == "full", "lr": phase.lr,
-        "weight_decay": phase.weight_decay, "beta1": optimizer.beta1, "beta2": optimizer.beta2, "eps": optimizer.eps,
-        "gradient_clipping": optimizer.gradient_clipping,
-    }  # fmt: skip
-
-
-def _make_smoltrain_launcher(recipe: Path, ranks: int) -> Launcher:
-    def start(folder: Path) -> tuple[list[str], Path, dict[str, str]]:
-        smoltrain = str(Path(sys.executable).with_name("smoltrain"))
-        words = [smoltrain, "train", str(recipe), f"run.folder={folder}", f"--ranks={ranks}"]
-        return words, folder / RUN_NAME / "metrics.jsonl", {}
-
-    return start
-
-
-def _make_peer_launcher(peer: Peer, peer_task: dict[str, Any], ranks: int) -> Launcher:
-    """Errors: PeerUnavailable, now rather than in the middle of the rounds."""
-    build_peer_command(peer, Path("task.json"), ranks, 0)
-
-    def start(folder: Path) -> tuple[list[str], Path, dict[str, str]]:
-        lines, file = folder / "lines.jsonl", folder / "task.json"
-        own = {"lines": str(lines), "folder": str(folder / "out")}
-        file.write_text(json.dumps(peer_task | own), encoding="utf-8")
-        return build_peer_command(peer, file, ranks, free_port()), lines, peer_variables(peer)
-
-    return start
 
 
 def _run_trainers_in_turn(launchers: dict[str, Launcher], task: Task, rounds: int, out: Path) -> Comparison:
@@ -325,15 +281,6 @@ def _run_trainers_in_turn(launchers: dict[str, Launcher], task: Task, rounds: in
             print(f"round {number}: {name}, {took.median_s:.3f} s a step, clean {took.clean}", flush=True)
     seen.runs = {name: runs for name, runs in seen.runs.items() if runs}
     return seen
-
-
-def trainer_environment(binaries: Path, ranks: int, *, cuda: bool) -> dict[str, str]:
-    """What every trainer is started under: its own folder of programs first, the cores shared out among the ranks."""
-    own = environment_without_launcher()
-    device = {} if cuda else {"DS_ACCELERATOR": "cpu"}
-    path = f"{binaries}{os.pathsep}{own.get('PATH', '')}"
-    quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    return own | quiet | device | {"OMP_NUM_THREADS": str(cores_per_process(ranks)), "PATH": path}
 
 
 def _measure_matmul_flops_apart(precision: str) -> float:

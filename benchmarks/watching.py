@@ -1,7 +1,7 @@
 """A trainer at work, watched from outside: each step's seconds, its ranks' waits for a core, memory, losses.
 
-Whatever trains writes a line of JSON behind each step, as smoltrain's own metrics.jsonl has it, and is not told that
-it is watched. So all trainers are timed by one clock, in the same way.
+Whatever trains writes a line of JSON behind each step and each evaluation, as smoltrain's own metrics.jsonl has it, and
+is not told that it is watched. So all trainers are timed by one clock, in the same way.
 """
 
 import contextlib
@@ -25,6 +25,7 @@ STALL_S = 900.0  # without a line, after which a trainer is ended
 KEPT_LOG = 40, 240  # lines that are kept, characters of each
 GRACE_S = 60.0  # for a trainer to end by itself, or when told to
 LOSS, PEAK = "train/loss_nats_per_token", "memory/peak_gib"
+VALIDATION_LOSS = "validation/loss_nats_per_token"
 ERROR = re.compile(r"^error: |(^|\]: ?)[\w.]*Error: ")  # smoltrain's, and Python's, which torchrun indents
 
 
@@ -32,25 +33,37 @@ class TrainerFailed(Exception):
     """A trainer ended, or was ended, before its last step; its last words in one line."""
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of a run, behind a step."""
+
+    step: int
+    loss: float  # nats per token of the validation rows
+    seconds: float  # that it took
+    at_s: float  # when it was done, since the command
+
+
 @dataclass
 class TrainerRecord:
-    """What one run of a trainer showed; lists have one entry per step."""
+    """What one run of a trainer showed; lists have one entry per step, but for that of the evaluations."""
 
     start_s: float = 0.0  # from the command to the end of the first step
-    step_s: list[float] = field(default_factory=list)  # the first is start_s
+    step_s: list[float] = field(default_factory=list)  # without an evaluation before it; the first is start_s
     waits_s: list[float | None] = field(default_factory=list)  # of the thread that waited most; None: not known
     losses: list[float] = field(default_factory=list)
     peak_gib: float = 0.0  # CPU: resident memory of all ranks at their peaks; CUDA: allocated, the largest rank
     parameters: int | None = None  # as the trainer counts them, if it does
     said: list[str] = field(default_factory=list)  # the first lines, in which trainers tell what they have chosen
+    evaluations: list[Evaluation] = field(default_factory=list)
 
 
 def watch_trainer(
-    command: Sequence[str], lines: Path, steps: int, env: Mapping[str, str], log: Path, *, cuda: bool
-) -> TrainerRecord:
-    """Run a command that appends to `lines` until it has done its steps and ended; its words go to `log`.
+    command: Sequence[str], lines: Path, steps: int, env: Mapping[str, str], log: Path, *, cuda: bool,
+    evaluations: int = 0, grace_s: float = GRACE_S,
+) -> TrainerRecord:  # fmt: skip
+    """Run a command that appends to `lines` until it has done its steps and evaluations; its words go to `log`.
 
-    A signal to end this process ends the trainer first. Errors: TrainerFailed.
+    It has `grace_s` then to end by itself. A signal to end this process ends the trainer first. Errors: TrainerFailed.
     """
     began = time.perf_counter()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -60,41 +73,49 @@ def watch_trainer(
             start_new_session=True,
         )  # fmt: skip
     try:
-        seen = _record_steps(process, lines, steps, began, cuda=cuda)
+        seen = _record_steps(process, lines, steps, evaluations, began, cuda=cuda)
         with contextlib.suppress(subprocess.TimeoutExpired):  # how it ends is not what is measured
-            process.wait(GRACE_S)
+            process.wait(grace_s)
     except TimeoutError:
         raise TrainerFailed(f"no step for {STALL_S:.0f} s; {find_error_line(log)}") from None
     finally:
         end_process_tree(process)
         signal.signal(signal.SIGTERM, before)
-    if len(seen.losses) < steps:
-        raise TrainerFailed(
-            f"{len(seen.losses)} of {steps} steps, then exit code {process.returncode}; {find_error_line(log)}"
-        )
+    if len(seen.losses) < steps or len(seen.evaluations) < evaluations:
+        done = f"{len(seen.losses)} of {steps} steps"
+        if evaluations:
+            done += f", {len(seen.evaluations)} of {evaluations} evaluations"
+        raise TrainerFailed(f"{done}, then exit code {process.returncode}; {find_error_line(log)}")
     seen.said = [line[: KEPT_LOG[1]] for line in _read_log_lines(log)[: KEPT_LOG[0]]]
     return seen
 
 
-def _record_steps(process: subprocess.Popen, lines: Path, steps: int, began: float, *, cuda: bool) -> TrainerRecord:
-    """Poll the file until the last step is in it, or the process has ended. Errors: TimeoutError."""
+def _record_steps(
+    process: subprocess.Popen, lines: Path, steps: int, evaluations: int, began: float, *, cuda: bool
+) -> TrainerRecord:
+    """Poll the file until the last step and evaluation are in it, or the process ended. Errors: TimeoutError."""
     seen = TrainerRecord()
     offset = 0
     last = began
     ranks: list[psutil.Process] = []
     waits: dict[str, float] = {}
-    while len(seen.losses) < steps:
+    while len(seen.losses) < steps or len(seen.evaluations) < evaluations:
         ended = process.poll() is not None  # before the file is read: what it wrote last is read too
         offset, new = _read_new_lines(lines, offset)
         for line in new:
-            if LOSS not in line:
+            if LOSS not in line and VALIDATION_LOSS not in line:
                 continue
             now = time.perf_counter()
             if not ranks:
                 ranks = find_rank_processes(process.pid)
             before = waits
             waits = {thread: waited for rank in ranks for thread, waited in read_thread_waits(rank.pid).items()}
-            seen.step_s.append(now - last)
+            took = now - last
+            last = now
+            if LOSS not in line:
+                seen.evaluations.append(Evaluation(line["step"], line[VALIDATION_LOSS], took, now - began))
+                continue
+            seen.step_s.append(took)
             seen.waits_s.append(longest_wait_s(before, waits))
             seen.losses.append(line[LOSS])
             seen.start_s = seen.start_s or now - began
@@ -103,7 +124,6 @@ def _record_steps(process: subprocess.Popen, lines: Path, steps: int, began: flo
             else:  # 0 where the ranks have ended by now
                 seen.peak_gib = sum(map(peak_rss_gib, ranks)) or seen.peak_gib
             seen.parameters = line.get("parameters", seen.parameters)
-            last = now
         if ended:
             break
         if time.perf_counter() > last + STALL_S:

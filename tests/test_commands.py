@@ -61,6 +61,7 @@ NOT_RUN = {
     "./tests/run.sh": "these tests themselves",
     "python -m benchmarks.loss": "minutes; `tests/benchmarks/test_loss.py`",
     "python -m benchmarks.train": "installs other trainers; `tests/benchmarks/test_train.py`",
+    "python -m benchmarks.time_to_loss": "installs other trainers; `tests/benchmarks/test_time_to_loss.py`",
     "python -m benchmarks.data": "minutes; `tests/benchmarks/test_data.py`",
     "python -m benchmarks.checkpoint": "minutes; `tests/benchmarks/test_checkpoint.py`",
     "mkdocs serve": "serves until it is stopped; `tests/test_site.py` builds the site",

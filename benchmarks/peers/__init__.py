@@ -117,8 +117,7 @@ def install_peer_environment(name: str) -> Path:
     Errors: PeerUnavailable.
     """
     packages = ENVIRONMENTS[name]
-    digest = hashlib.sha256(" ".join((*packages, sys.version)).encode()).hexdigest()[:8]
-    folder = peer_cache_folder() / f"peers-{digest}"
+    folder = find_peer_environment(name)
     if not (folder / INSTALLED_FILE).is_file():
         print(f"installs {', '.join(packages)} and what they need into {folder}; this takes minutes, once", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
@@ -131,6 +130,12 @@ def install_peer_environment(name: str) -> Path:
             json.dumps({package["name"]: package["version"] for package in listed}, indent=1)
         )
     return folder
+
+
+def find_peer_environment(name: str) -> Path:
+    """Where an environment is, or would be."""
+    digest = hashlib.sha256(" ".join((*ENVIRONMENTS[name], sys.version)).encode()).hexdigest()[:8]
+    return peer_cache_folder() / f"peers-{digest}"
 
 
 def read_peer_versions(name: str) -> dict[str, str]:

@@ -12,13 +12,27 @@ from litgpt import pretrain  # pyright: ignore[reportMissingImports]
 from litgpt.args import EvalArgs, TrainArgs  # pyright: ignore[reportMissingImports]
 from litgpt.config import Config  # pyright: ignore[reportMissingImports]
 from litgpt.data import DataModule  # pyright: ignore[reportMissingImports]
-from peer import ACCUMULATION, MICRO_BATCH, STEPS, TASK, exit_at_once, load_task_rows, write_step_line
+from peer import (
+    ACCUMULATION,
+    LRS,
+    MICRO_BATCH,
+    STEPS,
+    TASK,
+    VALIDATE_EVERY,
+    exit_at_once,
+    find_validation_batch,
+    load_task_rows,
+    load_validation_rows,
+    write_step_line,
+    write_validation_line,
+)
 from torch.utils.data import DataLoader
 
 SHAPE = TASK["shape"]
 PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}
 NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
 MLPS = {"swiglu": "LLaMAMLP", "gelu": "GptNeoxMLP"}
+OWN_SCHEDULES = ("cosine", "constant")  # from 0 on, in micro-batches: at most a step from smoltrain's
 
 
 class TaskDataModule(DataModule):
@@ -33,8 +47,9 @@ class TaskDataModule(DataModule):
         return DataLoader(load_task_rows(), batch_size=self.batch_size)  # pyright: ignore[reportArgumentType]
 
     def val_dataloader(self) -> DataLoader:
-        """One micro-batch, with which litgpt checks itself at the start."""
-        return DataLoader(load_task_rows()[: self.batch_size], batch_size=self.batch_size)  # pyright: ignore[reportArgumentType]
+        """What is validated on; else one micro-batch, with which litgpt checks itself at the start."""
+        rows_NS = load_validation_rows() if VALIDATE_EVERY else load_task_rows()[: self.batch_size]
+        return DataLoader(rows_NS, batch_size=find_validation_batch(len(rows_NS)))  # pyright: ignore[reportArgumentType]
 
 
 def make_litgpt_config(sequence_length: int) -> Config:
@@ -52,13 +67,18 @@ def make_litgpt_config(sequence_length: int) -> Config:
 
 
 def patch_litgpt_logging(models: list[torch.nn.Module]) -> None:
-    """Pass on every loss that litgpt logs, once per step, and what model it optimises; leave its last save out."""
+    """Pass on every loss that litgpt logs, once per step and per evaluation; leave its last save out.
+
+    `models` gets the model that it optimises.
+    """
     log, setup = pretrain.L.Fabric.log_dict, pretrain.L.Fabric.setup
 
     def log_dict(fabric: Any, metrics: Any, *words: Any, **named: Any) -> None:
         log(fabric, metrics, *words, **named)
         if "loss" in metrics:
             write_step_line(int(metrics["step"]), float(metrics["loss"]), models[0])
+        if "val_loss" in metrics:  # the mean over batches, which are equally large
+            write_validation_line((named["step"] + 1) // ACCUMULATION, float(metrics["val_loss"]))
 
     def kept(fabric: Any, module: Any, *words: Any, **named: Any) -> Any:
         models.append(module)
@@ -68,9 +88,16 @@ def patch_litgpt_logging(models: list[torch.nn.Module]) -> None:
     pretrain.save_checkpoint = lambda *_, **__: None
 
 
+def patch_litgpt_schedule() -> None:
+    """litgpt has a cosine, and a constant rate that is one; any other schedule stands in the place of that."""
+    if TASK["schedule"] not in OWN_SCHEDULES:
+        pretrain.get_lr = lambda _peak, done, *_: LRS[done // ACCUMULATION]
+
+
 def train_with_litgpt() -> None:
     """Train on the task's rows."""
     patch_litgpt_logging([])
+    patch_litgpt_schedule()
     rows_per_step, T = MICRO_BATCH * ACCUMULATION, load_task_rows().shape[1] - 1
     model = make_litgpt_config(T)
     pretrain.setup(
@@ -78,10 +105,13 @@ def train_with_litgpt() -> None:
         data=TaskDataModule(), devices=1, logger_name="csv", seed=TASK["seed"],
         train=TrainArgs(
             save_interval=None, log_interval=1, global_batch_size=rows_per_step, micro_batch_size=MICRO_BATCH,
-            lr_warmup_steps=0, max_norm=TASK["gradient_clipping"] or math.inf, min_lr=TASK["lr"],
+            lr_warmup_steps=TASK["warmup_steps"], max_norm=TASK["gradient_clipping"] or math.inf,
+            min_lr=TASK["lr"] if TASK["schedule"] == "constant" else TASK["final_lr"],
             max_tokens=STEPS * rows_per_step * T, max_seq_length=T, tie_embeddings=SHAPE["tie_word_embeddings"],
         ),
-        eval=EvalArgs(interval=10**9, initial_validation=False, final_validation=False),
+        eval=EvalArgs(
+            interval=VALIDATE_EVERY or 10**9, max_iters=10**9, initial_validation=False, final_validation=False
+        ),
         optimizer={
             "class_path": "torch.optim.AdamW",
             "init_args": {

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import typer
 
-from benchmarks import attention, checkpoint, command, data, loss, train
+from benchmarks import attention, checkpoint, command, data, loss, time_to_loss, train
 from smoltrain.cli import run_app
 
 ROOT = Path(__file__).parent.parent.parent
-APPS = {module.__name__: module.app for module in (attention, checkpoint, data, loss, train)}
+APPS = {module.__name__: module.app for module in (attention, checkpoint, data, loss, time_to_loss, train)}
 PRINTED = sorted(
     {
         line.partition("#")[0].strip()

@@ -19,16 +19,19 @@ print("said on the way"); print("ValueError: what went wrong", flush=True)
 for step in range(1, steps + 1):
     time.sleep(0.02)
     with open(lines, "a") as file:
-        file.write(json.dumps({"step": step, "validation/loss_nats_per_token": 9.0}) + "\\n")
         file.write(json.dumps({"step": step, "train/loss_nats_per_token": 10.0 - step}) + "\\n" + '{"cut')
-        file.flush(); time.sleep(0.01); file.write(' short": 1}\\n')
+        file.flush(); time.sleep(0.01); file.write(' short": 1}\\n'); file.flush()
+        if step % 2 == 0:
+            time.sleep(0.1)
+            file.write(json.dumps({"step": step, "validation/loss_nats_per_token": 9.0}) + "\\n")
 """
 
 
-def watch(folder: Path, steps: int, wanted: int) -> watching.TrainerRecord:
+def watch(folder: Path, steps: int, wanted: int, evaluations: int = 0) -> watching.TrainerRecord:
     lines = folder / "lines.jsonl"
     command = [sys.executable, "-c", TRAINER, str(lines), str(steps)]
-    return watching.watch_trainer(command, lines, wanted, os.environ, folder / "log", cuda=False)
+    log = folder / "log"
+    return watching.watch_trainer(command, lines, wanted, os.environ, log, cuda=False, evaluations=evaluations)
 
 
 def test_a_trainer_is_watched_step_by_step(tmp_path: Path):
@@ -38,6 +41,20 @@ def test_a_trainer_is_watched_step_by_step(tmp_path: Path):
     assert seen.start_s == seen.step_s[0] > max(seen.step_s[1:]) > 0.02
     assert 0.06 < seen.peak_gib < 0.2, "Python and 64 MiB"
     assert seen.said == ["said on the way", "ValueError: what went wrong"]
+
+
+def test_an_evaluation_is_no_part_of_a_step(tmp_path: Path):
+    seen = watch(tmp_path, 4, 4, evaluations=2)
+    assert [(found.step, found.loss) for found in seen.evaluations] == [(2, 9.0), (4, 9.0)]
+    first, second = seen.evaluations
+    assert min(first.seconds, second.seconds) > 0.08
+    assert first.at_s == pytest.approx(sum(seen.step_s[:2]) + first.seconds)
+    assert second.at_s == pytest.approx(first.at_s + sum(seen.step_s[2:4]) + second.seconds), "not in step 3"
+
+
+def test_an_evaluation_that_is_not_told_is_missed(tmp_path: Path):
+    with pytest.raises(watching.TrainerFailed, match="3 of 3 steps, 1 of 2 evaluations, then exit code 0"):
+        watch(tmp_path, 3, 3, evaluations=2)
 
 
 def test_a_trainer_that_ends_too_early_says_why(tmp_path: Path):
