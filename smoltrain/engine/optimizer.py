@@ -9,6 +9,7 @@ do without it.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, MutableMapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -98,7 +99,7 @@ class AdamW(OptimizerKind):
         _adamw_step.compiled(master, state["exp_avg"], state["exp_avg_sq"], weights, gradient, scalars)
 
 
-@CompilableFunction
+@partial(CompilableFunction, any_length=True)
 def _adamw_step(
     master: torch.Tensor, first: torch.Tensor, second: torch.Tensor, weights: torch.Tensor, gradient: torch.Tensor,
     scalars: torch.Tensor,
