@@ -25,6 +25,12 @@ METRICS_FILE = "metrics.jsonl"  # in a run folder: one line for each step, and m
 CRC32_MARK = ', "crc32": "'  # before the checksum with which each line of a run's .jsonl ends
 
 
+def user_cache_folder() -> Path:
+    """Where what is made once for all runs of a user is kept: $SMOLTRAIN_CACHE or ~/.cache/smoltrain."""
+    chosen = os.environ.get("SMOLTRAIN_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "smoltrain"
+
+
 def fsync_path(path: Path) -> None:
     """Force a file's or folder's content to the disk (man 2 fsync: a new name needs its folder synced too)."""
     handle = os.open(path, os.O_RDONLY)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class AdamW(OptimizerKind):
         _adamw_step.compiled(master, state["exp_avg"], state["exp_avg_sq"], weights, gradient, scalars)
 
 
-@CompilableFunction
+@partial(CompilableFunction, any_length=True)
 def _adamw_step(
     master: torch.Tensor, first: torch.Tensor, second: torch.Tensor, weights: torch.Tensor, gradient: torch.Tensor,
     scalars: torch.Tensor,

@@ -164,7 +164,7 @@ class Muon(AdamW):
         _apply_update.compiled(master, weights, update, numbers)
 
 
-@CompilableFunction
+@functools.partial(CompilableFunction, any_length=True)
 def _blend_momentum(buffer: Tensor, update: Tensor, numbers: Tensor) -> None:
     """`update` is the gradient before, and its blend with the momentum (Nesterov's) after."""
     scale, rest = numbers.unbind()
@@ -174,7 +174,7 @@ def _blend_momentum(buffer: Tensor, update: Tensor, numbers: Tensor) -> None:
     update.copy_(m - (m - g) * rest)
 
 
-@CompilableFunction
+@functools.partial(CompilableFunction, any_length=True)
 def _apply_update(master: Tensor, weights: Tensor, update: Tensor, numbers: Tensor) -> None:
     """Decay, move, and cast to the weights."""
     keep, lr = numbers.unbind()

