@@ -107,7 +107,7 @@ def benchmark_optimizer(
         f"others, on {device.type}, {torch.get_num_threads()} threads",
         f"Newton-Schulz: {steps} iterations in {why}; torch's own: bf16, one by one",
         f"a step: {compute_words}; {STEP} of {rows} x {length} tokens took "
-        f"{timed[STEP].median_s:.2f} s ({timed[STEP].clean} calls clean), the tokens of a step are scaled from it",
+        f"{timed[STEP].median_s:.2f} s (clean calls: {timed[STEP].clean}), the tokens of a step are scaled from it",
         f"the passes are {'compiled' if compiles else 'not compiled'}, and scaled from {MEASURED_WEIGHTS:,} weights",
     ):
         console.print(line, soft_wrap=True)
