@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -40,7 +40,7 @@ from smoltrain.model.build import build_model
 from smoltrain.train.resolve_auto import choose_computing
 
 MEASURED_TOKENS = 1024  # of a micro-batch at most, unless a row has more
-MEASURED_WEIGHTS = 2**25  # of a pass over memory at most: more than any cache holds
+MEASURED_WEIGHTS = 2**25  # of a pass over memory: more than any cache holds
 STEP, TORCHS = "forward and backward", "torch's own Newton-Schulz"
 NEWTON_SCHULZ, MOMENTUM, APPLY, ADAMW = "Newton-Schulz", "momentum", "decay, move and cast", "AdamW's pass"
 
@@ -272,7 +272,7 @@ def _adamw_step(master: Tensor, first: Tensor, second: Tensor, weights: Tensor, 
     weights.copy_(p)
 
 
-app: Any = make_app(benchmark_optimizer, "smollm2-135m batch.sequence_length=512")
+app = make_app(benchmark_optimizer, "smollm2-135m batch.sequence_length=512")
 
 if __name__ == "__main__":
     run_app(app)
