@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -40,7 +40,7 @@ from smoltrain.model.build import build_model
 from smoltrain.train.resolve_auto import choose_computing
 
 MEASURED_TOKENS = 1024  # of a micro-batch at most, unless a row has more
-MEASURED_WEIGHTS = 2**25  # of a pass over memory at most: more than any cache holds
+MEASURED_WEIGHTS = 2**25  # of a pass over memory: more than any cache holds
 STEP, TORCHS = "forward and backward", "torch's own Newton-Schulz"
 NEWTON_SCHULZ, MOMENTUM, APPLY, ADAMW = "Newton-Schulz", "momentum", "decay, move and cast", "AdamW's pass"
 
@@ -107,7 +107,7 @@ def benchmark_optimizer(
         f"others, on {device.type}, {torch.get_num_threads()} threads",
         f"Newton-Schulz: {steps} iterations in {why}; torch's own: bf16, one by one",
         f"a step: {compute_words}; {STEP} of {rows} x {length} tokens took "
-        f"{timed[STEP].median_s:.2f} s ({timed[STEP].clean} calls clean), the tokens of a step are scaled from it",
+        f"{timed[STEP].median_s:.2f} s (clean calls: {timed[STEP].clean}), the tokens of a step are scaled from it",
         f"the passes are {'compiled' if compiles else 'not compiled'}, and scaled from {MEASURED_WEIGHTS:,} weights",
     ):
         console.print(line, soft_wrap=True)
@@ -272,7 +272,7 @@ def _adamw_step(master: Tensor, first: Tensor, second: Tensor, weights: Tensor, 
     weights.copy_(p)
 
 
-app: Any = make_app(benchmark_optimizer, "smollm2-135m batch.sequence_length=512")
+app = make_app(benchmark_optimizer, "smollm2-135m batch.sequence_length=512")
 
 if __name__ == "__main__":
     run_app(app)
