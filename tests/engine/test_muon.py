@@ -118,7 +118,9 @@ def test_on_one_rank_momentum_is_torchs_to_the_bit(dtype: torch.dtype, tolerance
     group = {"params": ours, "decays": True, "hidden": True, "momentum": 0.9, "newton_schulz_steps": 4}
     optimizer = MuonOptimizer([group], section, fused=False)
     numbers = {"lr": 0.01, "weight_decay": 0.1}
-    wanted = torch.optim.Muon(theirs, **numbers, momentum=0.9, ns_steps=4, adjust_lr_fn="match_rms_adamw")
+    wanted = torch.optim.Muon(
+        theirs, lr=0.01, weight_decay=0.1, momentum=0.9, ns_steps=4, adjust_lr_fn="match_rms_adamw"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("smoltrain.kernels.newton_schulz.choose_dtype", lambda *_: (dtype, "as the test asks"))
         for _ in range(20):
@@ -313,6 +315,6 @@ def test_what_was_not_proven_is_refused(tmp_path: Path, file: str, key: str) -> 
     name = str(tmp_path / "autocast.json") if file == "autocast" else file
     words = (f"engine.ds_config={name}", "engine.precision=fp32")
     fill = {"precision": "fp32", "accumulation": 1, "world_size": 1}
-    fill_deepspeed_config(tiny.load(tmp_path, *words), **fill)  # pyright: ignore[reportArgumentType]
+    fill_deepspeed_config(tiny.load(tmp_path, *words), **fill)
     with pytest.raises(UserError, match=f"muon does not go with this part of the DeepSpeed config: saw {key}"):
-        fill_deepspeed_config(tiny.load(tmp_path, *words, *MUON), **fill)  # pyright: ignore[reportArgumentType]
+        fill_deepspeed_config(tiny.load(tmp_path, *words, *MUON), **fill)
