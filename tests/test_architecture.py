@@ -56,6 +56,14 @@ UPLOADS = ("smoltrain.export.push",)  # alone may write to the Hub
 # Modules without a test file of their name -> why, and the tests that cover them.
 TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     "smoltrain.__main__": ("two lines, run as a command", "tests/test_cli.py"),
+    "smoltrain.engine.adamw": (
+        "torch's own, and one pass that is compared with it",
+        "tests/engine/test_optimizer.py, tests/engine/test_once_per_step.py",
+    ),
+    "smoltrain.engine.optimizer_kind": (
+        "abstract; its classes are tested",
+        "tests/engine/test_optimizer.py, tests/engine/test_muon.py",
+    ),
     "smoltrain.engine.step_method": (
         "a protocol; its classes are tested",
         "tests/engine/test_deepspeed_steps.py, tests/engine/test_once_per_step.py",

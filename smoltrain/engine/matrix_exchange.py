@@ -27,29 +27,31 @@ class MatrixPlan:
 
     shapes: dict[str, tuple[int, int]]
     slices: tuple[tuple[ParameterSlice, ...], ...]  # of each rank
+    whole_on: dict[str, frozenset[int]]  # the ranks that hold a matrix whole
     owners: dict[str, int]
 
     def owned_by(self, rank: int) -> list[str]:
         """The matrices that a rank works on."""
         return [name for name, owner in self.owners.items() if owner == rank]
 
+    def lacks_elements(self, name: str) -> bool:
+        """Whether the owner of a matrix does not hold it whole."""
+        return self.owners[name] not in self.whole_on[name]
+
     def slices_to_owner(self, sender: int, owner: int) -> list[ParameterSlice]:
         """What `sender` holds of the matrices that `owner` owns and does not hold whole."""
-        return [piece for piece in self._slices_owned_by(sender, owner) if not self.holds_whole(owner, piece.name)]
+        return [piece for piece in self.slices_from_owner(owner, sender) if self.lacks_elements(piece.name)]
 
     def slices_from_owner(self, owner: int, receiver: int) -> list[ParameterSlice]:
-        """What `receiver` holds of the matrices that `owner` owns."""
-        return self._slices_owned_by(receiver, owner)
-
-    def _slices_owned_by(self, holder: int, owner: int) -> list[ParameterSlice]:
-        if holder == owner:
+        """What `receiver` holds of the matrices that `owner`, another rank, owns."""
+        if receiver == owner:
             return []
-        return [piece for piece in self.slices[holder] if self.owners[piece.name] == owner]
+        return [piece for piece in self.slices[receiver] if self.owners[piece.name] == owner]
 
-    def holds_whole(self, rank: int, name: str) -> bool:
-        """Whether a rank holds every element of a matrix, one after another."""
-        rows, columns = self.shapes[name]
-        return any(piece.name == name and piece.stop - piece.first == rows * columns for piece in self.slices[rank])
+    @property
+    def has_foreign_slices(self) -> bool:
+        """Whether any rank holds a slice of a matrix that another one owns."""
+        return any(self.owners[piece.name] != rank for rank, pieces in enumerate(self.slices) for piece in pieces)
 
 
 def plan_matrices(
@@ -57,25 +59,23 @@ def plan_matrices(
 ) -> MatrixPlan:
     """Owners of matrices of these shapes, of which each rank holds these slices.
 
-    `cost` of (rows, columns). What is left after the matrices that one rank alone holds whole goes, the costliest
-    first, to the rank that has least to do (Graham 1969), and among equals to the one that holds most of it.
+    `cost` of (rows, columns), alike on every rank. What is left after the matrices that one rank alone holds whole
+    goes, the costliest first, to the rank that has least to do (Graham 1969), and among equals to the one that holds
+    most of it.
     """
-    whole_on: dict[str, list[int]] = {name: [] for name in shapes}
+    costs = {name: cost(rows, columns) for name, (rows, columns) in shapes.items()}
     held: dict[str, dict[int, int]] = {name: {} for name in shapes}  # elements by rank
     for rank, pieces in enumerate(slices):
         for piece in pieces:
-            size = piece.stop - piece.first
-            held[piece.name][rank] = held[piece.name].get(rank, 0) + size
-            rows, columns = shapes[piece.name]
-            if size == rows * columns:
-                whole_on[piece.name].append(rank)
-    costs = {name: cost(rows, columns) for name, (rows, columns) in shapes.items()}
+            held[piece.name][rank] = piece.stop - piece.first
+    whole_on: dict[str, frozenset[int]] = {}
+    for name, (rows, columns) in shapes.items():
+        whole_on[name] = frozenset(rank for rank, size in held[name].items() if size == rows * columns)
+
+    owners = {name: next(iter(ranks)) for name, ranks in whole_on.items() if len(ranks) == 1}
     loads = [0.0] * len(slices)
-    owners: dict[str, int] = {}
-    for name, ranks in whole_on.items():
-        if len(ranks) == 1:
-            owners[name] = ranks[0]
-            loads[ranks[0]] += costs[name]
+    for name, owner in owners.items():
+        loads[owner] += costs[name]
     left = [name for name in shapes if name not in owners]
     for name in sorted(left, key=lambda name: -costs[name]):  # equals stay in their order
         held_here = held[name]
@@ -83,7 +83,7 @@ def plan_matrices(
         owners[name] = owner
         loads[owner] += costs[name]
     in_order = {name: owners[name] for name in shapes}
-    return MatrixPlan(dict(shapes), tuple(tuple(pieces) for pieces in slices), in_order)
+    return MatrixPlan(dict(shapes), tuple(tuple(pieces) for pieces in slices), whole_on, in_order)
 
 
 class MatrixExchange:
@@ -96,8 +96,8 @@ class MatrixExchange:
         self._rank = 0 if world is None else world.rank
         ranks = range(len(plan.slices))
         # Every rank must know whether any two exchange something: a collective takes all of them.
-        self._gathers = any(plan.slices_to_owner(sender, owner) for sender in ranks for owner in ranks)
-        self._returns = any(plan.slices_from_owner(owner, receiver) for receiver in ranks for owner in ranks)
+        self._gathers = any(plan.lacks_elements(name) for name in plan.shapes)
+        self._returns = plan.has_foreign_slices
         self._owned = plan.owned_by(self._rank)
         self._to_owner = [plan.slices_to_owner(self._rank, owner) for owner in ranks]
         self._from_holder = [plan.slices_to_owner(sender, self._rank) for sender in ranks]
@@ -121,7 +121,7 @@ class MatrixExchange:
         """The matrices that this rank owns: a view where `tensors` have it whole."""
         matrices: dict[str, Tensor] = {}
         for name in self._owned:
-            if not self._plan.holds_whole(self._rank, name):
+            if self._plan.lacks_elements(name):
                 matrices[name] = tensors[0].new_empty(self._plan.shapes[name])
         for piece in self._own_slices:
             here = _elements(tensors, piece)
@@ -137,7 +137,7 @@ class MatrixExchange:
     def _return(self, tensors: Sequence[Tensor], matrices: Mapping[str, Tensor]) -> None:
         """Put the matrices where their slices came from."""
         for piece in self._own_slices:
-            if not self._plan.holds_whole(self._rank, piece.name):
+            if self._plan.lacks_elements(piece.name):
                 _elements(tensors, piece).copy_(_within(matrices, piece))
         if self._returns:
             sent = [[_within(matrices, piece) for piece in pieces] for pieces in self._to_holder]
@@ -148,11 +148,11 @@ class MatrixExchange:
         assert self._world is not None
         ours = [numbers for to_rank in sent for numbers in to_rank]
         theirs = [numbers for from_rank in received for numbers in from_rank]
-        device = self._world.device
-        outgoing = torch.cat(ours) if ours else torch.empty(0, device=device)
+        nothing = torch.empty(0, dtype=torch.float32, device=self._world.device)
+        outgoing = torch.cat([nothing, *ours])
         sent_sizes = [sum(numbers.numel() for numbers in to_rank) for to_rank in sent]
         received_sizes = [sum(numbers.numel() for numbers in from_rank) for from_rank in received]
-        incoming = torch.empty(sum(received_sizes), device=device)
+        incoming = nothing.new_empty(sum(received_sizes))
         self._world.all_to_all(incoming, outgoing, received_sizes, sent_sizes)
         for numbers, came in zip(theirs, incoming.split([numbers.numel() for numbers in theirs]), strict=True):
             numbers.copy_(came)

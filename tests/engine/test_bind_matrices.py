@@ -54,7 +54,7 @@ def refusal(settings: Config) -> str:
         groups = shapes(engine)
         return [dict(reversed(group.items())) for group in groups]
 
-    engine_class = deepspeed.DeepSpeedEngine
+    engine_class: Any = deepspeed.DeepSpeedEngine
     shapes = engine_class._get_zero_param_shapes
     engine_class._get_zero_param_shapes = swap_names
     try:

@@ -108,30 +108,31 @@ def test_bf16_with_fp32_accumulation_equals_plain_torch(
     assert expected[-1] < expected[0] - 0.5
 
 
-def test_on_one_rank_it_is_torchs_own_iteration_in_bf16_too() -> None:
-    """The same momentum to the bit, and weights to their last bit, in each of many steps."""
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.01), (torch.float32, 0.01)])
+def test_on_one_rank_momentum_is_torchs_to_the_bit(dtype: torch.dtype, tolerance: float) -> None:
+    """And the weights come out as torch's, as far as the iterations agree: torch's are always in bf16."""
     torch.manual_seed(0)
     shapes = ((12, 7), (7, 12), (9, 9))
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
     section = OptimizerSection(kind="muon", momentum=0.9)
     group = {"params": ours, "decays": True, "hidden": True, "momentum": 0.9, "newton_schulz_steps": 4}
     optimizer = MuonOptimizer([group], section, fused=False)
+    numbers = {"lr": 0.01, "weight_decay": 0.1}
     wanted = torch.optim.Muon(
         theirs, lr=0.01, weight_decay=0.1, momentum=0.9, ns_steps=4, adjust_lr_fn="match_rms_adamw"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("smoltrain.kernels.newton_schulz.choose_dtype", lambda *_: (torch.bfloat16, "as torch"))
+        patch.setattr("smoltrain.kernels.newton_schulz.choose_dtype", lambda *_: (dtype, "as the test asks"))
         for _ in range(20):
-            set_hyperparameters(optimizer.param_groups, lr=0.01, weight_decay=0.1)
+            set_hyperparameters(optimizer.param_groups, **numbers)
             for one, other in zip(ours, theirs, strict=True):
                 one.grad = torch.randn_like(one)
                 other.grad = one.grad.clone()
             optimizer.step()
             wanted.step()
-            for one, other in zip(ours, theirs, strict=True):
-                buffer = wanted.state[other]["momentum_buffer"]
-                assert torch.equal(optimizer.state[one]["momentum_buffer"], buffer)
-                torch.testing.assert_close(one, other, rtol=2e-7, atol=2e-7)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(optimizer.state[one]["momentum_buffer"], wanted.state[other]["momentum_buffer"])
+        assert float((one - other).detach().norm()) < tolerance * float((1 - other).detach().norm())
 
 
 # ---- steps that are not taken
@@ -232,14 +233,22 @@ def test_the_same_world_goes_on_bitwise(tmp_path: Path, ranks: Any, stage: int, 
 # ---- fp16, one pass, transformers
 
 
-def state_of_first_step(settings: Config) -> dict[str, list[Any]]:
-    """The whole state after the first step that is taken, always of the same rows."""
+def momentum_of_first_step(settings: Config) -> list[torch.Tensor]:
+    """Each matrix's momentum after the first step that is taken, always of the same rows."""
     engine = steps.engine_of(settings)
+    applied = False
     for _ in range(20):
         steps.backward(engine, 1)
-        if engine.update(lr=0.0, weight_decay=0.0):
-            return whole_state(engine)
-    raise AssertionError("every step was skipped")
+        applied = applied or engine.update(lr=0.0, weight_decay=0.0)
+        if applied:
+            break
+    assert applied, "every step was skipped"
+    if engine.stage > 0:
+        state = whole_state(engine)
+        return [torch.tensor(state[name][1]) for name in ("up.weight", "down.weight")]
+    optimizer = engine._deepspeed.optimizer  # of fp16, whose masters are no parameters of the model
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    return [optimizer.state[p]["momentum_buffer"].clone() for p in optimizer.param_groups[0]["params"]]
 
 
 @pytest.mark.parametrize(
@@ -247,12 +256,10 @@ def state_of_first_step(settings: Config) -> dict[str, list[Any]]:
 )
 def test_the_momentum_is_of_gradients_without_the_loss_scale(tmp_path: Path, ranks: Any, file: str) -> None:
     """In fp16 DeepSpeed multiplies the loss, by 65536 at first, and skips what overflows."""
-    half = ranks(2).run(state_of_first_step, settings_of(tmp_path, file, "fp16", kind="muon"))
-    full = ranks(2).run(state_of_first_step, settings_of(tmp_path, 2, "fp32", kind="muon"))
+    half = ranks(2).run(momentum_of_first_step, settings_of(tmp_path, file, "fp16", kind="muon"))
+    full = ranks(2).run(momentum_of_first_step, settings_of(tmp_path, 2, "fp32", kind="muon"))
     for ours, theirs in zip(half, full, strict=True):
-        assert ours["step"][0] >= 1.0
-        for name in ("up.weight", "down.weight"):
-            momentum, expected = torch.tensor(ours[name][1]), torch.tensor(theirs[name][1])
+        for momentum, expected in zip(ours, theirs, strict=True):
             assert float((momentum - expected).norm()) < 0.02 * float(expected.norm())
             assert float(expected.norm()) > 1e-4
 
@@ -308,6 +315,6 @@ def test_what_was_not_proven_is_refused(tmp_path: Path, file: str, key: str) -> 
     name = str(tmp_path / "autocast.json") if file == "autocast" else file
     words = (f"engine.ds_config={name}", "engine.precision=fp32")
     fill = {"precision": "fp32", "accumulation": 1, "world_size": 1}
-    fill_deepspeed_config(tiny.load(tmp_path, *words), **fill)  # pyright: ignore[reportArgumentType]
+    fill_deepspeed_config(tiny.load(tmp_path, *words), **fill)
     with pytest.raises(UserError, match=f"muon does not go with this part of the DeepSpeed config: saw {key}"):
-        fill_deepspeed_config(tiny.load(tmp_path, *words, *MUON), **fill)  # pyright: ignore[reportArgumentType]
+        fill_deepspeed_config(tiny.load(tmp_path, *words, *MUON), **fill)

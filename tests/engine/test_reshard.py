@@ -125,3 +125,28 @@ def test_before_the_first_update_there_are_no_moments_and_a_foreign_loss_scale_i
     assert found["base_optimizer_state"]["state"] == {}
     assert found["loss_scaler"] == 4.0
     assert [len(x) for x in found["single_partition_of_fp32_groups"]] == [800, 80]
+
+
+@pytest.mark.parametrize(("old_stage", "new_stage"), [(2, 3), (3, 1)])
+def test_a_group_keeps_the_state_of_its_own_names(old_stage: int, new_stage: int) -> None:
+    """As of Muon: one tensor a weight in some groups, two and a counter in others."""
+    matrix, vector = torch.arange(1.0, 12), torch.arange(20.0, 25)
+    shapes = [{"a": torch.Size([11])}, {"b": torch.Size([5])}]
+
+    def dealt(stage: int, size: int) -> list[dict[str, Any]]:
+        found = states([deal([x], 1 if stage == 3 else 2, size) for x in (matrix, vector)], stage, lean=False)
+        for state in found:
+            moments = state[OPTIMIZER_KEYS[stage == 3]]["state"]
+            moments[0] = {"momentum_buffer": moments[0]["exp_avg"]}
+        return found
+
+    old, new = (build_shard_layout(stage, shapes, None, size) for stage, size in ((old_stage, 3), (new_stage, 2)))
+    wrote = dict(enumerate(dealt(old_stage, 3)))
+    for rank, wanted in enumerate(dealt(new_stage, 2)):
+        key = OPTIMIZER_KEYS[new_stage == 3]
+        found = reshard_optimizer_state(wanted, wrote, old, new, rank)[key]["state"]
+        assert {name: x.tolist() for name, x in found[0].items()} == {
+            name: x.tolist() for name, x in wanted[key]["state"][0].items()
+        }
+        assert found[1].keys() == {"step", "exp_avg"}
+        assert found[1]["exp_avg"].tolist() == wanted[key]["state"][1]["exp_avg"].tolist()
