@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, processors
 
 from smoltrain import files
-from smoltrain.checkpoint.identity import NEWER_KEYS
 from smoltrain.checkpoint.manifest import (
     MANIFEST_FORMAT,
     FileRecord,
@@ -24,7 +23,7 @@ from smoltrain.checkpoint.manifest import (
     write_manifest,
 )
 from smoltrain.config.config_file import CONFIG_DIGEST_PREFIX, CONFIG_FILE, config_digest_line
-from smoltrain.config.renamed_keys import RENAMED_KEYS
+from smoltrain.config.older_keys import NEWER_KEYS, RENAMED_KEYS
 from smoltrain.config.schema import AnyModelSection, Config, ModelSection
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.prepare import prepare_run_data
@@ -124,7 +123,7 @@ def make_older(run: Path) -> None:
         assert isinstance(manifest, Manifest)
         values = manifest.identity["values"]
         for old, new in RENAMED_KEYS.items():
-            values[old] = values.pop(new)
+            values[old] = values[new]
         for key in NEWER_KEYS:
             values.pop(key, None)
         write_manifest(checkpoint, manifest)

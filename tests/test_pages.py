@@ -8,10 +8,15 @@ from typing import get_args
 import pytest
 import yaml
 
+from smoltrain.config.keys import suggest_key
 from smoltrain.config.load import DS_CONFIGS_FOLDER, config_to_yaml, list_recipes, load_config
 from smoltrain.config.rules import find_contradictions
 from smoltrain.config.schema import Config, ModelSection, PhaseSection, Section
+from smoltrain.engine.optimizer import checkpoint_bytes
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, UserError, format_error
+from smoltrain.estimate.constants import GIB
+from smoltrain.estimate.memory import estimate_memory
+from smoltrain.estimate.training_setup import build_training_setup
 from smoltrain.new_recipe import hyperparameters, shape, text
 from smoltrain.train import preflight
 
@@ -20,7 +25,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 TASKS = (
     "first-run", "data", "new-recipe", "choosing", "clusters", "checkpoints", "wandb", "export", "troubleshooting",
-    "estimate", "recipes", "performance", "security", "architecture",
+    "estimate", "recipes", "performance", "security", "architecture", "optimizers",
 )  # fmt: skip
 TEN_MINUTES = 2200  # words, at 220 a minute
 
@@ -216,6 +221,26 @@ def test_the_ratios_of_a_plan_are_those_that_a_start_prints():
     assert f"compute-optimal are about {preflight.COMPUTE_OPTIMAL_TOKENS};" in said
     assert f"up to about {preflight.EPOCHS_TO_WARN} a token" in said
     assert f"warns above {preflight.EPOCHS_TO_WARN} epochs" in said
+
+
+def test_what_an_optimizer_costs_is_what_the_estimate_says():
+    rows = re.findall(
+        r"^\| (.+) \| ([\d.]+) GiB \| ([\d.]+) GiB \|$", section("optimizers", "What it costs"), re.MULTILINE
+    )
+    said = {what: numbers for what, *numbers in rows}
+    wanted: dict[str, list[str]] = {"smollm2-135m: masters and state": [], "a checkpoint of it": []}
+    for kind in ("adamw", "muon"):
+        setup = build_training_setup(load_config("smollm2-135m", [f"optimizer={kind}"]), world=1, device="cpu")
+        hidden = setup.shape.hidden_parameters
+        size = checkpoint_bytes(setup.optimizer, hidden, setup.shape.parameters - hidden, setup.weight_bytes)
+        wanted["smollm2-135m: masters and state"].append(f"{estimate_memory(setup)['optimizer'] / GIB:.2f}")
+        wanted["a checkpoint of it"].append(f"{size / GIB:.2f}")
+    assert said == wanted
+
+
+def test_the_rate_of_another_trainer_is_answered_with_the_one_to_begin_with():
+    assert "nanochat's `matrix_lr`" in " ".join(section("optimizers", "Which rate to begin with").split())
+    assert (suggest_key("matrix_lr") or "").startswith("phases.*.lr, the rate of the other parameters too")
 
 
 def test_the_five_recipes_say_the_rows_of_a_step_outright():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from smoltrain import files
+from smoltrain.config.older_keys import update_sections
 from smoltrain.config.schema import Config
 from smoltrain.run.run_folder import RunFolder
 from smoltrain.schedule import Plan, first_differing_step, plan_from_phases
@@ -90,8 +91,10 @@ def read_logged_digests(folder: Path, identity: WandbIdentity) -> dict[int, str]
 def read_wandb_identity(folder: Path) -> WandbIdentity | None:
     """What a run's folder remembers; None if there is no wandb.json that can be read."""
     try:
-        return WandbIdentity(**json.loads((folder / WANDB_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        identity = WandbIdentity(**json.loads((folder / WANDB_FILE).read_text(encoding="utf-8")))
+        update_sections(identity.plan)
+        return identity
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 

@@ -54,7 +54,26 @@ def test_steps_that_it_was_not_told_are_remembered_unless_the_process_was_killed
     assert choose_wandb_identity(config(tmp_path), at(tmp_path / "run"), 5).through == 5
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"id": "a", "colour": 1}', "null"])
+def test_a_plan_in_the_words_of_an_earlier_version_is_the_same_plan(tmp_path: Path) -> None:
+    """Else W&B would have been given every step of a killed run by another plan."""
+    told(tmp_path / "run", config(tmp_path), 5, killed=True)
+    file = tmp_path / "run" / WANDB_FILE
+    tree = json.loads(file.read_text(encoding="utf-8"))
+    optimizer = tree["plan"]["optimizer"]
+    tree["plan"]["optimizer"] = {
+        "name": optimizer["kind"],
+        **{key: optimizer[key] for key in ("beta1", "beta2", "eps", "gradient_clipping", "z_loss")},
+    }
+    file.write_text(json.dumps(tree), encoding="utf-8")
+    again = choose_wandb_identity(config(tmp_path), at(tmp_path / "run"), 3)
+    assert (again.id, again.why) == (ID, None)
+    other = choose_wandb_identity(config(tmp_path, "optimizer=muon"), at(tmp_path / "run"), 3)
+    assert other.why == f"a new id: steps 4 to 5 of {ID} are of another plan"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"id": "a", "colour": 1}', "null", '{"id": "", "folder": "", "plan": 1}']
+)
 def test_what_cannot_be_read_is_as_good_as_nothing(tmp_path: Path, text: str) -> None:
     (at(tmp_path / "run").path / WANDB_FILE).write_text(text, encoding="utf-8")
     assert choose_wandb_identity(config(tmp_path), at(tmp_path / "run"), 0).id == ID

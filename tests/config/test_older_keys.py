@@ -1,14 +1,13 @@
-"""Old names of keys: read in what a run wrote, refused in what a person types."""
+"""Keys of earlier versions: read in what a run wrote, refused in what a person types."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from smoltrain.checkpoint.identity import NEWER_KEYS
 from smoltrain.config.keys import list_keys, suggest_key
 from smoltrain.config.load import config_to_yaml, load_config, read_run_config
-from smoltrain.config.renamed_keys import RENAMED_KEYS, rename_old_fields, rename_old_keys
+from smoltrain.config.older_keys import NEWER_KEYS, RENAMED_KEYS, update_sections, update_values
 from smoltrain.errors import UserError
 from tests import tiny
 
@@ -31,37 +30,32 @@ def test_newer_keys_have_the_value_that_they_have_today(tmp_path: Path) -> None:
         assert tree[section][name] == before
 
 
-@pytest.mark.parametrize(
-    ("values", "renamed"),
-    [
-        ({"run.seed": 1, "optimizer.name": "adamw"}, {"run.seed": 1, "optimizer.kind": "adamw"}),
-        ({"optimizer.kind": "muon"}, {"optimizer.kind": "muon"}),
-        ({"optimizer.kind": "muon", "optimizer.name": "x"}, {"optimizer.kind": "muon", "optimizer.name": "x"}),
-        ({"run.name": "adamw", "tokenizer.name": "bpe"}, {"run.name": "adamw", "tokenizer.name": "bpe"}),
-        ({}, {}),
-    ],
-)
-def test_values_by_dotted_key(values: dict[str, Any], renamed: dict[str, Any]) -> None:
-    assert rename_old_keys(values) == renamed
+LATER = {name: NEWER_KEYS[f"optimizer.{name}"] for name in ("momentum", "newton_schulz_steps", "embedding_lr_factor")}
 
 
 @pytest.mark.parametrize(
-    ("tree", "renamed"),
+    ("section", "updated"),
     [
-        ({"optimizer": {"name": "adamw", "beta1": 0.8}}, {"optimizer": {"kind": "adamw", "beta1": 0.8}}),
-        ({"optimizer": {"name": "x", "kind": "muon"}}, {"optimizer": {"name": "x", "kind": "muon"}}),
-        ({"run": {"name": "adamw"}}, {"run": {"name": "adamw"}}),
-        ({"optimizer": "muon"}, {"optimizer": "muon"}),
-        ({"optimizer": None}, {"optimizer": None}),
-        ({}, {}),
+        ({"name": "adamw", "beta1": 0.8}, {"kind": "adamw", "beta1": 0.8, **LATER}),
+        ({"kind": "muon", "momentum": 0.9}, LATER | {"kind": "muon", "momentum": 0.9}),
+        ({"name": "x", "kind": "muon"}, {"name": "x", "kind": "muon", **LATER}),  # nobody wrote that
+        ({"beta1": 0.8}, {"beta1": 0.8, "kind": "adamw", **LATER}),
     ],
 )
-def test_fields_of_a_tree(tree: dict[str, Any], renamed: dict[str, Any]) -> None:
-    rename_old_fields(tree)
-    assert tree == renamed
-    assert [list(section) for section in tree.values() if isinstance(section, dict)] == [
-        list(section) for section in renamed.values() if isinstance(section, dict)
-    ]
+def test_a_section_is_as_this_version_would_have_written_it(section: dict[str, Any], updated: dict[str, Any]) -> None:
+    tree = {"run": {"name": "adamw"}, "optimizer": dict(section)}
+    update_sections(tree)
+    assert tree == {"run": {"name": "adamw"}, "optimizer": updated}
+    values = {"run.seed": 1, "tokenizer.name": "bpe"} | {f"optimizer.{key}": value for key, value in section.items()}
+    expected = {"run.seed": 1, "tokenizer.name": "bpe"} | {f"optimizer.{key}": value for key, value in updated.items()}
+    assert update_values(values) == expected
+
+
+@pytest.mark.parametrize("tree", [{"optimizer": "muon"}, {"optimizer": None}, {}])
+def test_what_is_no_section_stays(tree: dict[str, Any]) -> None:
+    before = dict(tree)
+    update_sections(tree)
+    assert tree == before
 
 
 def test_a_config_that_an_earlier_version_wrote_is_read_and_a_recipe_is_not(tmp_path: Path) -> None:
