@@ -17,6 +17,7 @@ from smoltrain.estimate.measure import RUN_NAME
 
 KINDS: tuple[str, ...] = OptimizerSection.model_fields["kind"].annotation.__args__  # pyright: ignore
 COMPARISON_FILE = "comparison.json"
+SHARED = ("model", "tokenizer", "data", "batch", "engine", "optimizer", "phases", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,14 @@ def parse_rates(words: Sequence[str]) -> dict[str, tuple[float, ...]]:
 
 
 def enter_results_folder(results: Path, comparison: dict[str, Any]) -> None:
-    """Write down what is compared here, or see that it is the same as before.
+    """Write down what is compared here, or see that it is the same as before, as far as both know it.
 
     Errors: UserError where the folder holds another comparison, whose runs would be mixed with these.
     """
     file = results / COMPARISON_FILE
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [key for key in before | comparison if before.get(key) != comparison.get(key)]
+        changed = [key for key in comparison if key in before and before[key] != comparison[key]]
         if changed:
             what = "the results folder holds runs of another comparison"
             raise UserError(Problem(what, f"another {', '.join(changed)}", "a folder of its own", "--results"))
@@ -136,9 +137,9 @@ def enter_results_folder(results: Path, comparison: dict[str, Any]) -> None:
 
 
 def describe_comparison(config: Config, micro_batch: int, rows: dict[str, str]) -> dict[str, Any]:
-    """All that the runs of a comparison share, without the places of files."""
-    same = {
-        "run": config.run.model_copy(update={"folder": Path()}),
-        "data": config.data.model_copy(update={"cache": None}),
-    }
-    return {"recipe": config_to_yaml(config.model_copy(update=same)), "micro-batch": micro_batch} | rows
+    """All that the runs of a comparison share, by key: without the places of files, and the phase at a peak of 1."""
+    whole = set_plan(config, 1.0, config.phases[0].num_steps).model_dump(mode="json")
+    whole["phases"] = whole["phases"][0]
+    told = {f"{section}.{key}": value for section in SHARED for key, value in whole[section].items()}
+    del told["optimizer.kind"], told["data.cache"]
+    return told | {"the peers' micro-batch": micro_batch} | rows

@@ -83,14 +83,21 @@ def test_a_results_folder_holds_one_comparison(tmp_path: Path):
         return contenders.describe_comparison(config, micro_batch, {"rows.npy": "abc"})
 
     contenders.enter_results_folder(tmp_path, describe())
-    contenders.enter_results_folder(tmp_path, describe())
-    moved = contenders.load_task("quickstart", [], 40, 10, tmp_path / "elsewhere")
-    contenders.enter_results_folder(tmp_path, contenders.describe_comparison(moved, 2, {"rows.npy": "abc"}))
+    for same in (
+        describe(),
+        describe("run.name=another", "optimizer.kind=muon", "phases.main.lr=4e-3", "phases.main.final_lr=4e-4"),
+        contenders.describe_comparison(
+            contenders.load_task("quickstart", [], 40, 10, tmp_path / "elsewhere"), 2, {"rows.npy": "abc"}
+        ),
+        describe() | {"optimizer.new_key": 1},  # of a later version
+    ):
+        contenders.enter_results_folder(tmp_path, same)
     kept = json.loads((tmp_path / contenders.COMPARISON_FILE).read_text())
     for other, key in (
-        (describe("optimizer.beta2=0.9"), "another recipe"),
-        (describe(micro_batch=4), "another micro-batch"),
-        (describe() | {"rows.npy": "abd"}, "another rows.npy"),
+        (describe("optimizer.beta2=0.9"), "another optimizer.beta2,"),
+        (describe("phases.main.lr=4e-3"), "another phases.final_lr,"),
+        (describe(micro_batch=4), "another the peers' micro-batch,"),
+        (describe() | {"rows.npy": "abd"}, "another rows.npy,"),
     ):
         with pytest.raises(UserError, match=key):
             contenders.enter_results_folder(tmp_path, other)
