@@ -104,16 +104,19 @@ def keep_compiled_code() -> None:
         codecache._HEADER_LOCK_DIR = str(folder / "precompiled_headers" / "locks")
 
 
-def build_headers_in_background() -> "Future[None]":
-    """Compile the C++ headers that all kernels on a CPU share, unless they are: five seconds without which none begins.
+def build_headers_in_background() -> "Future[None] | None":
+    """Compile the C++ headers that all kernels on a CPU share, five seconds of work without which none begins.
 
     Meanwhile the caller may do anything, draw random numbers too. So no function is compiled here: when torch has done
-    that, it puts the random state back over whatever another thread has drawn. The future has its errors.
+    that, it puts the random state back over whatever another thread has drawn. None where there are headers already;
+    should they be another compiler's, the first kernel builds its own. The future has the errors.
     """
     keep_compiled_code()  # and its imports, in the thread that calls
     folder = compiled_code_folder() / "precompiled_headers"
+    if any(folder.glob("*.?ch")):
+        return None
     executor = ThreadPoolExecutor(1, thread_name_prefix="headers")
-    future = executor.submit(_build_headers) if not any(folder.glob("*.?ch")) else executor.submit(lambda: None)
+    future = executor.submit(_build_headers)
     executor.shutdown(wait=False)
     return future
 
@@ -150,8 +153,9 @@ class CompilableFunction(Generic[P, R]):
     """A function, and as `compiled` the same function after torch.compile.
 
     It is compiled when it is first called, and anew for each new shape: training has few. With `any_length` one
-    compilation serves tensors of every length, and every model: for loops over flat tensors. torch keeps what it
-    compiled on disk (compiled_code_folder), so that the next process only loads it.
+    compilation serves tensors of every length, and every model: for loops over flat tensors. It is so on a CPU alone;
+    on a GPU nobody has measured what that costs. torch keeps what it compiled on disk (compiled_code_folder), so that
+    the next process only loads it.
     """
 
     def __init__(self, function: Callable[P, R], *, any_length: bool = False) -> None:
@@ -164,9 +168,9 @@ class CompilableFunction(Generic[P, R]):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
             keep_compiled_code()
-            compiled = torch.compile(
-                self._function, dynamic=self._any_length, options=compiler_options(any_length=self._any_length)
-            )
+            any_length = self._any_length and not torch.cuda.is_available()
+            options = compiler_options(any_length=any_length)
+            compiled = torch.compile(self._function, dynamic=any_length, options=options)
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
         return compiled
 

@@ -167,6 +167,7 @@ before = torch.random.get_rng_state()
 assert not built()
 build_headers_in_background().result()
 ahead = built()
+assert build_headers_in_background() is None
 assert len(ahead) == 1, ahead
 assert torch.equal(torch.random.get_rng_state(), before)
 x = torch.linspace(-1, 1, 4096)
