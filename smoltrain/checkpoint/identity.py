@@ -45,7 +45,11 @@ KEY_RULE_TABLE = (
     ("batch", ANNOUNCED, "micro_batch"),
     ("engine", ANNOUNCED, "device ds_config precision gradient_checkpointing attention reduce_gradients loss compile"),
     ("engine", FREE, "hang_s"),
-    ("optimizer", FIXED, "kind momentum newton_schulz_steps embedding_lr_factor beta1 beta2 eps gradient_clipping z_loss"),
+    (
+        "optimizer",
+        FIXED,
+        "kind momentum newton_schulz_steps embedding_lr_factor beta1 beta2 eps gradient_clipping z_loss",
+    ),
     (
         "phases.*",
         FIXED_IN_PAST_STEPS,
