@@ -134,7 +134,7 @@ RATES = ("3e-3", "1e30")
 
 @dataclass
 class RealGrid:
-    """A grid of 2 x 2 runs after a Ctrl-C in its first run, a kill -9 in its second, and a third command."""
+    """A grid of 2 x 2 runs after a Ctrl-C in its first run, a kill -9 in its third, and a third command."""
 
     home: Path
     interrupted: list[str]  # what stood on the terminal
@@ -163,11 +163,10 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> RealGrid:
     codes = [session.finish()]
     interrupted = session.lines
 
-    # ---- kill -9 in the second, which is the one that diverges with the first beta2: in any run after the first
+    # ---- kill -9 in the third: behind it are a whole run and one that diverged
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, env=launches.environment())
-    second = "beta2-0.99_lr-3e-3_"
-    launches.wait_until(lambda: any_step(home, second, 30), 300)
+    launches.wait_until(lambda: any_step(home, "beta2-0.99_lr-3e-3_", 30), 600)
     process.send_signal(signal.SIGKILL)
     process.wait()
     [first] = home.glob("beta2-0.9_lr-3e-3_*")
@@ -184,6 +183,7 @@ def any_step(home: Path, name: str, number: int) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # five starts of ranks and five commands, in the fixture
 def test_a_ctrl_c_stops_the_grid_and_says_so(grid: RealGrid):
     assert grid.codes == [STOPPED, DONE]
     assert "stopping after this step, then saving; Ctrl-C again leaves at once" in grid.interrupted
