@@ -322,8 +322,8 @@ def test_a_signal_is_acknowledged_on_the_terminal_that_was_named(
     listening = supervisor.SignalForwarder(Console(file=seen))
     try:
         asks = "time.sleep(0.2); os.kill(os.getppid(), signal.SIGTERM); time.sleep(0.2)"
-        words = [f"{BUSY}; {asks}; end(75)"]
-        assert supervisor._launch_ranks(supervisor.RankProcesses(words, 1, "cpu"), listening) == STOPPED
+        words = [f"{BUSY}; time.sleep(0.6); end(75)", f"{BUSY}; {asks}; end(75)"]
+        assert supervisor._launch_ranks(supervisor.RankProcesses(words, 2, "cpu"), listening) == STOPPED
     finally:
         listening.close()
     assert seen.getvalue() == "SIGTERM: stopping; no step has begun\n"
