@@ -178,6 +178,7 @@ def say_report(report: TuneReport) -> None:
     print()
     print_text(describe_loss_column(report), console)
     console.print(build_settings_table(report))
+    print()
     print_text(report.rows_note, console)
     for line in list_verdicts(report):
         screen.say_summary(line)
