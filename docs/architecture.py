@@ -17,6 +17,7 @@ PICTURE = ROOT / "docs" / "images" / "architecture.svg"
 # From the top: a module imports modules of its own room and of floors below its own, no others.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "library"),
+    ("tune",),
     ("launch", "new_recipe"),
     ("train",),
     ("export", "run"),

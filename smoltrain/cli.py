@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # The panels of `smoltrain --help` and their verbs, in order.
 PANELS = {
-    "Start a run": ("new", "train"),
+    "Start a run": ("new", "train", "tune"),
     "Look before, meanwhile and after": ("recipes", "show", "explain", "estimate", "summary", "plot", "verify"),
     "Take the model out": ("generate", "export", "push", "demo"),
     "Prepare ahead": ("prepare",),
@@ -298,6 +298,36 @@ def train_command(
 
     words = [word for word in (recipe, *(overrides or [])) if word is not None]
     raise typer.Exit(supervise_run(*split_recipe_words(words), ranks, began_at))
+
+
+@app.command("tune", cls=OverridesCommand, epilog="Example: smoltrain tune quickstart --lr 1e-3,2e-3,4e-3 --steps 60")
+def tune_command(
+    recipe: RecipeArgument,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=V1,V2,...",
+            help="Values to try, of any key; with one value it is used in all runs. smoltrain explain tells what each "
+            "key means.",
+        ),
+    ] = None,
+    *,
+    lr: Annotated[
+        str | None, typer.Option(metavar="V1,V2,...", help="Peak rates to try; final_lr moves with them.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of each run; by default those of the recipe's first phase.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, max=1000, help="So many runs of each setting.")] = 1,
+    ranks: Annotated[int | None, typer.Option(help="Processes; by default one per GPU, or two on a CPU.")] = None,
+) -> None:
+    """Compare values of keys by short runs on the same rows: a table, a plot, the best values as overrides."""
+    from smoltrain.terminal import show_activity
+
+    with show_activity("starting"):  # seconds, for torch is imported
+        from smoltrain.tune.tune import tune_recipe
+
+    raise typer.Exit(tune_recipe(recipe, overrides or [], lr=lr, steps=steps, num_seeds=seeds, ranks=ranks))
 
 
 @app.command(

@@ -11,6 +11,7 @@ import select
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 NAMES = ("stdin", "stdout", "stderr")  # by file descriptor
@@ -41,9 +42,9 @@ def guard_console() -> None:
     if sys.stdin is None:
         sys.stdin = os.fdopen(0, closefd=False)
     if sys.stdout is sys.__stdout__:  # nobody has put another one there
-        sys.stdout = _open_guarded_stream(1, sys.stdout)
+        sys.stdout = open_guarded_stream(1, sys.stdout)
     if sys.stderr is sys.__stderr__:
-        sys.stderr = _open_guarded_stream(2, sys.stderr)
+        sys.stderr = open_guarded_stream(2, sys.stderr)
 
 
 def take_console_warnings() -> Iterator[str]:
@@ -52,7 +53,34 @@ def take_console_warnings() -> Iterator[str]:
         yield _warnings.pop(0)
 
 
-def _open_guarded_stream(number: int, before: TextIO | None) -> io.TextIOWrapper:
+@contextlib.contextmanager
+def write_console_to(path: Path) -> Iterator[io.TextIOWrapper]:
+    """While the block runs, what this process and its children print goes to the end of a file.
+
+    The block gets a stream to where this process's file descriptor 1 led before, for a moving line.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    screen = open_guarded_stream(kept[0], sys.stdout)
+    output = open_guarded_stream(1, sys.stdout)
+    errors = open_guarded_stream(2, sys.stderr)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        for number in (1, 2):
+            os.dup2(file, number)
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            yield screen
+    finally:
+        for stream in (output, errors, screen):
+            stream.flush()
+        for number, before in zip((1, 2), kept, strict=True):
+            os.dup2(before, number)
+            os.close(before)
+        os.close(file)
+
+
+def open_guarded_stream(number: int, before: TextIO | None) -> io.TextIOWrapper:
     """A stream to this file descriptor; what its encoding has no letters for is spelled as Python spells it: \\xf6."""
     buffer = io.BufferedWriter(_GuardedFile(number, "w", closefd=False))  # pyright: ignore[reportArgumentType]
     encoding = (before and before.encoding) or "utf-8"
@@ -112,6 +140,6 @@ def _redirect_to_null(numbers: list[int], why: str) -> None:
         os.dup2(null, number)
         os.close(null)
     if numbers:
-        names = " and ".join(NAMES[number] for number in numbers)
+        names = " and ".join(NAMES[number] if number < len(NAMES) else "the terminal" for number in numbers)
         os.environ[LOST_VARIABLE] = f"the console is dropped: {names} cannot be written to ({why}); all else goes on"
         _warnings.append(os.environ[LOST_VARIABLE])

@@ -20,7 +20,7 @@ EXAMPLE = str(Path(__file__).parent / "example.yaml")
 COMMAND = str(Path(sys.executable).parent / "smoltrain")
 Run = Callable[..., tuple[int, str, str]]
 VERBS = [
-    *["new", "train", "recipes", "show", "explain", "estimate", "summary", "plot", "verify"],
+    *["new", "train", "tune", "recipes", "show", "explain", "estimate", "summary", "plot", "verify"],
     *["generate", "export", "push", "demo"],
 ]
 PREPARE_VERBS = ["prepare tokenizer", "prepare data"]
@@ -75,7 +75,7 @@ def test_the_verbs_above_are_all():
     assert sorted(names) == sorted([*VERBS, *PREPARE_VERBS, "prepare"])
 
 
-@pytest.mark.parametrize("verb", ["train", "show", "estimate", "prepare data"])
+@pytest.mark.parametrize("verb", ["train", "tune", "show", "estimate", "prepare data"])
 def test_help_tells_where_the_keys_are_explained(run: Run, verb: str):
     assert "smoltrain explain" in " ".join(run(*verb.split(), "-h")[1].replace("│", " ").split())
 
@@ -330,6 +330,42 @@ def test_explain_fits_the_terminal(run: Run, monkeypatch: pytest.MonkeyPatch):
     assert max(map(len, out.splitlines())) <= 50
     monkeypatch.setenv("COLUMNS", "400")
     assert 80 < max(map(len, run("explain", "tokenizer.name")[1].splitlines())) <= 100
+
+
+# --- tune
+
+
+def test_tune_gets_the_axes_as_they_were_typed(run: Run, monkeypatch: pytest.MonkeyPatch):
+    from smoltrain.tune import tune
+
+    calls: list[Any] = []
+    monkeypatch.setattr(tune, "tune_recipe", lambda *words, **options: calls.append((words, options)) or 75)
+    options = ["--lr", "1e-3,2e-3", "--steps", "60", "--seeds", "2", "--ranks", "1"]
+    assert run("tune", EXAMPLE, "kind=adamw,muon", "--optimizer.eps", "1e-8,1e-7", *options)[0] == 75
+    words = (EXAMPLE, ["kind=adamw,muon", "optimizer.eps=1e-8,1e-7"])
+    assert calls == [(words, {"lr": "1e-3,2e-3", "steps": 60, "num_seeds": 2, "ranks": 1})]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "smoltrain tune needs a RECIPE: saw none"),
+        ([EXAMPLE], "there is nothing to compare: saw no key with several values, want --lr V1,V2,..."),
+        ([EXAMPLE, "--lr", "1e-3,"], "a value of --lr is empty: saw 1e-3,, want values between commas"),
+        ([EXAMPLE, "--lr", "1e-3,2e-3", "--steps", "0"], "--steps is not valid: saw '0'"),
+        ([EXAMPLE, "--lr", "1e-3,2e-3", "--seeds", "0"], "--seeds is not valid: saw '0'"),
+        (["quikstart", "--lr", "1e-3,2e-3"], "no such recipe: saw 'quikstart', want 'quickstart'"),
+        (
+            [EXAMPLE, "run.name=a,b"],
+            "run.name cannot be an axis: saw 2 values, want one value (it says where runs live",
+        ),
+    ],
+)
+def test_a_grid_that_cannot_be_is_one_line(run: Run, arguments: list[str], line: str):
+    code, out, err = run("tune", *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: {line}")
+    assert not list(Path().iterdir())
 
 
 # --- train

@@ -50,6 +50,7 @@ NOT_RUN = {
     "./train.sh smollm2-135m": "the Hub, and hours of a GPU",
     "./train.sh tiny.yaml": "minutes; the tests of `smoltrain new` train what it writes",
     "smoltrain estimate quickstart --device cpu --measure": "half a minute; `tests/estimate/test_measure.py`",
+    "smoltrain tune quickstart optimizer.beta2=0.95,0.99": "eight runs; `tests/tune/test_tune.py` trains such a grid",
     "smoltrain push": "an account of the Hub; `tests/export/test_push.py` has a Hub of its own",
     "smoltrain demo": "serves until it is stopped; `tests/inference/test_demo.py` clicks in its page",
     "wandb login": "an account of W&B",

@@ -98,3 +98,40 @@ def test_the_first_character_waits_for_who_lends_the_terminal() -> None:
         assert not select.select([child.stdout], [], [], 0.1)[0]
         own.close()
         assert child.stdout.read() == b"one\ntwo\n"
+
+
+IN_A_FILE = """
+import os, sys
+from pathlib import Path
+from smoltrain.console import guard_console, write_console_to
+guard_console()
+print("before")
+with write_console_to(Path(sys.argv[1])) as screen:
+    print("a line")
+    print("a mistake", file=sys.stderr)
+    os.system("echo of a child; echo its mistake >&2")
+    os.write(1, b"of native code\\n")
+    print("on the screen", file=screen)
+print("after")
+print("mistake after", file=sys.stderr)
+"""
+
+
+def test_what_is_printed_can_go_to_a_file_for_a_while(tmp_path: Path):
+    log = tmp_path / "log"
+    log.write_text("older\n")
+    ended = subprocess.run(
+        [sys.executable, "-c", IN_A_FILE, str(log)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert ended.stdout == "before\non the screen\nafter\n"
+    assert ended.stderr == "mistake after\n"
+    expected = ["older", "a line", "a mistake", "of a child", "its mistake", "of native code"]
+    assert log.read_text().splitlines() == expected
+
+
+def test_the_console_comes_back_after_an_error(tmp_path: Path):
+    code = IN_A_FILE.replace("os.write(1,", "raise SystemExit(9) if screen else os.write(1,")
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "log")], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (ended.returncode, ended.stdout) == (9, "before\n")

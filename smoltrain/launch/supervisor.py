@@ -17,6 +17,7 @@ from types import FrameType
 
 import psutil
 import torch
+from rich.console import Console
 
 from smoltrain.config.load import load_config, stop_after_phase
 from smoltrain.config.schema import Config, PhaseSection
@@ -55,10 +56,14 @@ def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None, b
 
 
 def supervise_config(
-    read_config: Callable[[], Config], words: list[str], ranks: int | None = None, began_at: float | None = None
-) -> int:
-    """The same for a config that a program has made; `words` name it in the list of processes."""
-    signals = SignalForwarder()
+    read_config: Callable[[], Config], words: list[str], ranks: int | None = None, began_at: float | None = None,
+    terminal: Console | None = None,
+) -> int:  # fmt: skip
+    """The same for a config that a program has made; `words` name it in the list of processes.
+
+    `terminal` is where a person sees what a signal does, if stdout leads elsewhere; by default stdout.
+    """
+    signals = SignalForwarder(terminal)
     screen = Screen()
     with contextlib.ExitStack() as held:
         held.callback(signals.close)
@@ -173,7 +178,9 @@ class StopRequested(BaseException):
 class SignalForwarder:
     """The signals that ask this command to stop: the ranks get them, who save; without ranks the command just ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, terminal: Console | None = None) -> None:
+        """`terminal` is the console of the person who sends them, stdout by default."""
+        self._terminal = terminal
         self.pending: list[int] | None = None  # for the ranks, while there are any
         self.ranks_were_started = False  # whether there ever were any
         self.stop_signal = ""  # the name of the first one, which no phase may begin after
@@ -182,6 +189,11 @@ class SignalForwarder:
         self._before = {number: signal.signal(number, self._on_signal) for number in heeded_stop_signals()}
         if signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN:  # as shells without job control leave it
             self._before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._on_ctrl_z)
+
+    @property
+    def console(self) -> Console:
+        """Where to say what a signal does."""
+        return self._terminal or open_console()
 
     def close(self) -> None:
         """Listen no longer."""
@@ -199,7 +211,7 @@ class SignalForwarder:
         """The ranks are in sessions of their own, where a terminal's signals do not come."""
         processes = self.ranks.session_processes() if self.ranks else []
         _signal_processes(processes, signal.SIGSTOP)
-        clear_live_line(open_console())  # the shell's prompt comes here
+        clear_live_line(self.console)  # the shell's prompt comes here
         signal.signal(number, signal.SIG_DFL)
         signal.raise_signal(number)  # here this process stands still, until `fg` or `bg`
         signal.signal(number, self._on_ctrl_z)
@@ -262,7 +274,7 @@ class RankProcesses:
         signals.pending, signals.ranks_were_started, signals.ranks = [], True, self
         try:
             self._start_processes()
-            return self._wait_for_exits(signals.pending)
+            return self._wait_for_exits(signals.pending, signals.console)
         finally:
             self._end_leftovers()
             signals.pending = signals.ranks = None
@@ -296,7 +308,7 @@ class RankProcesses:
             listener.close()
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
-    def _wait_for_exits(self, pending: list[int]) -> RankExit | None:
+    def _wait_for_exits(self, pending: list[int], console: Console | None = None) -> RankExit | None:
         """Until all have ended; after the first that died the others are asked, and at last made, to end too."""
         running = dict(enumerate(self._processes))
         first: RankExit | None = None
@@ -307,7 +319,7 @@ class RankProcesses:
             if self._terminal:
                 self._terminal.poll()
             while pending:
-                self._pass_signal_on(pending.pop(0))
+                self._pass_signal_on(pending.pop(0), console or open_console())
             exits = self._collect_exits(running)
             failed = [rank_exit for rank_exit in exits if rank_exit.code != DONE]
             if first is None and failed:
@@ -329,11 +341,11 @@ class RankProcesses:
                 del running[rank]
         return exits
 
-    def _pass_signal_on(self, number: int) -> None:
+    def _pass_signal_on(self, number: int, console: Console) -> None:
         """Send it, and say at once that it came: the ranks may be in the middle of a long step."""
         self._send_signal(number)
         text = describe_signal(number, has_started=self._terminal is not None and self._terminal.is_taken)
-        interrupt_live_line(text, open_console())
+        interrupt_live_line(text, console)
 
     def _send_signal(self, number: int) -> None:
         for process in self._processes:

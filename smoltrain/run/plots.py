@@ -21,6 +21,7 @@ BLUE = "#2a6fb0"
 ORANGE = "#d1661f"
 GREY = "#5f6b76"
 GREEN = "#3c7d4f"
+CURVE_COLORS = (BLUE, ORANGE, GREEN, "#8a4f9e", "#b3323c", "#2f8f8f", "#8a6d1f", GREY)  # of a grid, in turn
 PHASE_COLORS = ("#e6eef7", "#fbeed6", "#e4f2e3", "#f3e6f2")  # one per phase, in turn
 
 
@@ -193,3 +194,53 @@ def _save_figure(figure: "Figure", upper: "Axes", lower: "Axes", path: Path) -> 
     figure.legend(*upper.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+@dataclass(frozen=True)
+class GridCurve:
+    """The losses of runs that differ in one value alone."""
+
+    label: str  # what else they share; empty where there is nothing
+    means: list[tuple[float, float]]  # (value, mean loss over the seeds)
+    points: list[tuple[float, float]]  # (value, loss) of every run
+    diverged: list[float]  # values at which a run diverged
+
+
+def draw_grid(curves: list[GridCurve], x_label: str, ticks: dict[float, str], title: str, path: Path) -> None:
+    """Draw validation losses against a value of the runs: a line for each curve, a dot for each run.
+
+    `ticks` are the values that were tried and how they were typed; the axis is logarithmic if all are above 0. Values
+    at which a run diverged have a cross at the upper edge.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    figure = Figure(figsize=(7, 4.4), dpi=140, layout="constrained")
+    axes = figure.subplots()
+    for number, curve in enumerate(curves):
+        color = CURVE_COLORS[number % len(CURVE_COLORS)]
+        axes.plot(*_unzip(curve.means), color=color, linewidth=1.8, label=curve.label)
+        axes.plot(*_unzip(curve.points), "o", color=color, markersize=4)
+        crosses = [0.97 - 0.04 * (number % 4)] * len(curve.diverged)
+        axes.plot(
+            curve.diverged, crosses, "x", color=color, markersize=8, transform=axes.get_xaxis_transform(), clip_on=False
+        )
+    if min(ticks) > 0:
+        axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([ticks[value] for value in sorted(ticks)])
+    axes.set(xlabel=x_label, ylabel="validation loss, nats per token", title=title)
+    if any(curve.diverged for curve in curves):
+        axes.plot([], [], "x", color=GREY, markersize=8, label="diverged")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e3e6e9")
+    handles, labels = axes.get_legend_handles_labels()
+    if any(labels):
+        axes.legend(handles, labels, frameon=False, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _unzip(pairs: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [x for x, _ in pairs], [y for _, y in pairs]

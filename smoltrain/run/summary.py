@@ -177,7 +177,7 @@ def format_summary(summary: RunSummary) -> list[str]:
         for part, seconds in summary.times.parts.items():
             if seconds:
                 share = seconds / summary.times.wall_s
-                rows.append((f"  {part}", f"{_format_seconds(seconds):>9} {share:6.1%}"))
+                rows.append((f"  {part}", f"{format_seconds(seconds):>9} {share:6.1%}"))
     rows.append(("weights, metrics", str(summary.folder)))
     if (summary.folder / "plots").is_dir():
         rows.append(("curves", str(summary.folder / "plots")))
@@ -211,15 +211,15 @@ def _describe_speed(summary: RunSummary) -> list[tuple[str, str]]:
 def _describe_time(summary: RunSummary) -> str:
     times = summary.times
     if times is None:
-        steps = _format_seconds(summary.step_s)
+        steps = format_seconds(summary.step_s)
         return f"{steps} in the steps; older versions wrote down no other"
     starts = f"{times.num_starts} start{'s' * (times.num_starts > 1)}"
     left_out = summary.num_steps - times.num_steps
     older = f"; {left_out:,} steps of an older version are not in it" if left_out else ""
-    return f"{_format_seconds(times.wall_s)} in {starts}{older}"
+    return f"{format_seconds(times.wall_s)} in {starts}{older}"
 
 
-def _format_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """3.2 s, 12:07 or 3:12:07."""
     if seconds < 100:
         return f"{seconds:.1f} s"

@@ -197,10 +197,16 @@ class SpikeGuard:
         }[section.on_spike]
         return "; ".join([headline, *rows, "the last checkpoint is intact", advice, more])
 
+    def record_end(self, step: int, loss: float, reason: str, rows: tuple[int, int]) -> None:
+        """Write down that the run ends in this step although its loss is no spike. Collective. Errors: TrainingStopped.
+
+        `rows` are the positions of the step's rows, from the first up to, but without, the last.
+        """
+        self._write_line({"step": step, "time_s": round(time.time(), 3), "loss": loss, "why": reason, "does": "stop",
+                          "rows": rows})  # fmt: skip
+
     def _append_to_journal(self, spike: Spike, **facts: Any) -> None:
         """One line of the journal, on the disk when this returns. Collective. Errors: TrainingStopped."""
-        if not (journal := self._journal):
-            return
         line = {
             "step": spike.step,
             "time_s": round(time.time(), 3),
@@ -211,6 +217,11 @@ class SpikeGuard:
             "verdict": spike.row_verdict() or "",
             "worst_first": [{"loss": loss, **asdict(row)} for row, loss in spike.rows_worst_first()],
         }
+        self._write_line(line)
+
+    def _write_line(self, line: dict[str, Any]) -> None:
+        if not (journal := self._journal):
+            return
 
         def append() -> None:
             try:

@@ -16,6 +16,7 @@ from smoltrain.checkpoint.manifest import (
 )
 from smoltrain.config.config_file import CONFIG_FILE, read_provenance
 from smoltrain.config.schema import Config
+from smoltrain.data.tokens.prepare import copy_prepared_data
 from smoltrain.errors import Problem, UserError
 from smoltrain.files import METRICS_FILE
 from smoltrain.inference.load import find_valid_manifest, is_huggingface_folder, locate_run
@@ -140,11 +141,8 @@ def copy_ancestor_data(config: Config, point: StartPoint) -> None:
     ancestor = point.ancestor
     if ancestor is None or (run / "data" / "index.json").exists():
         return
-    for name in ("tokenizer", "data"):
-        shutil.rmtree(run / name, ignore_errors=True)  # index.json comes last, so what stands here is half a copy
-    shutil.copytree(ancestor / "tokenizer", run / "tokenizer")
+    run.mkdir(parents=True, exist_ok=True)
     for name in (LEDGER_FILE, SPIKES_FILE):
         if (ancestor / name).exists():
             shutil.copy(ancestor / name, run / name)
-    shutil.copytree(ancestor / "data", run / "data", ignore=shutil.ignore_patterns("index.json"))
-    shutil.copy(ancestor / "data" / "index.json", run / "data" / "index.json")
+    copy_prepared_data(ancestor, run)  # last: by its index a later start knows that all is there

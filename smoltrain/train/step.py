@@ -15,7 +15,7 @@ import math
 import resource
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -132,7 +132,7 @@ def train_step(step: int, session: "Session") -> StepResult:
             break
         num_bad_gradients += 1
         if num_bad_gradients == MAX_SKIPS_IN_A_ROW:
-            raise _too_many_skips_error(step, plan.lr(step))
+            _end_run_of_bad_gradients(step, mean_loss, session)
 
     # Each rank has waited for the slowest one in the collectives, so its own clock tells that one's time. Memory grows
     # in the update, after the exchange: this rank's peak is of now, the others' of before it.
@@ -260,9 +260,13 @@ def _compute_row_losses(micro_batches: list[Batch], session: "Session") -> tuple
     return [row for row, _ in pairs], [loss for _, loss in pairs]
 
 
-def _too_many_skips_error(step: int, lr: float) -> TrainingStopped:
-    return TrainingStopped(
-        f"step {step}: {MAX_SKIPS_IN_A_ROW} updates in a row had a gradient that is not finite (lr {lr:g}); "
+def _end_run_of_bad_gradients(step: int, loss: float, session: "Session") -> NoReturn:
+    """Write into the journal that no update of this step was possible. Collective. Errors: TrainingStopped."""
+    reason = f"{MAX_SKIPS_IN_A_ROW} updates in a row had a gradient that is not finite"
+    end = session.loader.rows_consumed
+    session.guard.record_end(step, loss, reason, (end - session.loader.layout.rows_per_step, end))
+    raise TrainingStopped(
+        f"step {step}: {reason} (lr {session.plan.lr(step):g}); "
         "the last checkpoint is intact; try a lower lr, a longer warm-up, or precision bf16"
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
 
 from smoltrain.checkpoint.manifest import find_newest_valid_checkpoint, list_checkpoint_steps
 from smoltrain.config.load import list_recipes
@@ -310,6 +311,23 @@ def test_a_signal_is_acknowledged_at_once_though_the_ranks_are_busy(
     told = capfd.readouterr().out.splitlines()
     assert sorted(told[:2]) == ["rank 0", "rank 1"]
     assert told[2:] == [said, "step ends"]
+
+
+def test_a_signal_is_acknowledged_on_the_terminal_that_was_named(
+    signals: supervisor.SignalForwarder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where stdout leads to a file, as in a grid of runs."""
+    signals.close()
+    seen = io.StringIO()
+    listening = supervisor.SignalForwarder(Console(file=seen))
+    try:
+        asks = "time.sleep(0.2); os.kill(os.getppid(), signal.SIGTERM); time.sleep(0.2)"
+        words = [f"{BUSY}; time.sleep(0.6); end(75)", f"{BUSY}; {asks}; end(75)"]
+        assert supervisor._launch_ranks(supervisor.RankProcesses(words, 2, "cpu"), listening) == STOPPED
+    finally:
+        listening.close()
+    assert seen.getvalue() == "SIGTERM: stopping; no step has begun\n"
+    assert "SIGTERM" not in capfd.readouterr().out
 
 
 def test_the_second_ctrl_c_says_that_it_leaves(

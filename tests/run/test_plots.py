@@ -9,7 +9,7 @@ import pytest
 
 from smoltrain.config.schema import PhaseSection
 from smoltrain.errors import UserError
-from smoltrain.run.plots import draw_plan, draw_run, running_median
+from smoltrain.run.plots import GridCurve, draw_grid, draw_plan, draw_run, running_median
 from smoltrain.schedule import Plan
 
 MAIN = PhaseSection(name="main", steps=40, lr=3e-4, schedule="wsd", warmup_steps=5, decay_steps=10)
@@ -113,3 +113,25 @@ def test_a_running_median_ignores_a_spike():
     values = np.array([1.0, 1.0, 9.0, 1.0, 2.0])
     assert running_median(values, 3).tolist() == [1.0, 1.0, 1.0, 2.0, 1.5]
     assert running_median(values, 1).tolist() == values.tolist()
+
+
+def test_a_grid_becomes_a_png(tmp_path: Path):
+    rates = {1e-3: "1e-3", 2e-3: "2e-3", 4e-3: "4e-3"}
+    adamw = GridCurve("kind adamw", [(1e-3, 5.0), (2e-3, 4.5)], [(1e-3, 5.1), (1e-3, 4.9), (2e-3, 4.5)], [4e-3])
+    muon = GridCurve("kind muon", [(1e-3, 4.8)], [(1e-3, 4.8)], [])
+    draw_grid([adamw, muon], "phases.main.lr", rates, "quickstart, 60 steps", tmp_path / "new" / "loss.png")
+    assert size(tmp_path / "new" / "loss.png") == (980, 616)
+    draw_grid([adamw], "phases.main.lr", rates, "quickstart, 60 steps", tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "new" / "loss.png").read_bytes()
+
+
+@pytest.mark.parametrize("ticks", [{0.0: "adamw", 1.0: "muon"}, {0.0: "0", 0.1: "0.1"}, {2e-3: "2e-3"}])
+def test_a_grid_of_words_of_zeros_and_of_one_value_is_drawn(tmp_path: Path, ticks: dict[float, str]):
+    curve = GridCurve("", [(value, 5.0) for value in ticks], [], [])
+    draw_grid([curve], "optimizer.kind", ticks, "", tmp_path / "loss.png")
+    assert size(tmp_path / "loss.png") == (980, 616)
+
+
+def test_a_grid_whose_runs_all_diverged_is_drawn(tmp_path: Path):
+    draw_grid([GridCurve("", [], [], [1.0, 2.0])], "phases.main.lr", {1.0: "1", 2.0: "2"}, "", tmp_path / "loss.png")
+    assert size(tmp_path / "loss.png") == (980, 616)

@@ -15,7 +15,9 @@ from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.rows.loader import StepRows
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import Problem, TrainingStopped, UserError
+from smoltrain.run.run_folder import SPIKES_FILE
 from smoltrain.schedule import Plan
+from smoltrain.train.spikes import read_spikes
 from tests import tiny
 from tests.engine.test_engine import fresh_model, loader_of
 from tests.ranks import world
@@ -125,7 +127,8 @@ def endless_skips(settings: Config) -> str:
     wrapped.module.norm.weight.register_hook(lambda g: torch.full_like(g, torch.inf))
     step.MAX_SKIPS_IN_A_ROW = 3
     try:
-        train_steps(range(1, 2), bare_session(settings, wrapped, loader_of(settings, here.rank, here.size)))
+        loader = loader_of(settings, here.rank, here.size)
+        train_steps(range(1, 2), bare_session(settings, wrapped, loader, journal=settings.run_folder / SPIKES_FILE))
     except TrainingStopped as error:
         return str(error)
     finally:
@@ -138,6 +141,11 @@ def test_endless_skips_stop_the_run(tmp_path: Path, ranks: Any, reduce: str) -> 
     settings = prepared(tmp_path, f"engine.reduce_gradients={reduce}")
     for message in ranks(2).run(endless_skips, settings):
         assert "step 1: 3 updates in a row had a gradient that is not finite" in message
+    [line] = read_spikes(settings.run_folder)
+    assert (line["step"], line["does"]) == (1, "stop")
+    assert line["why"] == "3 updates in a row had a gradient that is not finite"
+    rows = settings.batch.rows(2)
+    assert line["rows"] == [2 * rows, 3 * rows], "of the third"
 
 
 def marks_of_a_step(settings: Config) -> list[str]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -159,6 +160,15 @@ def inspect_prepared_data(config: Config) -> tuple[str, list[str]]:
     return f"{len(records)} files of tokens ({size:,.1f} MiB) and the tokenizer are as they were written", faults
 
 
+def copy_prepared_data(source: Path, target: Path) -> None:
+    """Another run's tokenizer and tokens into the folder of a run that has none; an index there would say otherwise."""
+    for name in ("tokenizer", "data"):
+        shutil.rmtree(target / name, ignore_errors=True)  # index.json comes last, so what stands here is half a copy
+    shutil.copytree(source / "tokenizer", target / "tokenizer")
+    shutil.copytree(source / "data", target / "data", ignore=shutil.ignore_patterns("index.json"))
+    shutil.copy(data_index_file(source), data_index_file(target))
+
+
 # ---- what stands already
 
 
@@ -275,14 +285,14 @@ def _plan_preparation(config: Config, rows_per_step: int, world_size: int, *, ah
     listed = list_all_sources(config)
     for line in check_source_files(listed, config.data):
         print(f"data: {line}", flush=True)
-    mode, mode_reason = _choose_mode(config, listed)
+    mode, mode_reason = choose_data_mode(config, listed)
     if ahead and config.data.mode == "auto" and mode == "stream":
         mode, mode_reason = "cached", "it was prepared ahead"
     fingerprint = make_fingerprint(config, given, mode, listed)
     return _Preparation(config, rows_per_step, world_size, given, listed, mode, mode_reason, fingerprint)
 
 
-def _choose_mode(config: Config, listed: dict[str, SourceListing]) -> tuple[str, str]:
+def choose_data_mode(config: Config, listed: dict[str, SourceListing]) -> tuple[str, str]:
     """The mode of a new run, and why."""
     data = config.data
     if data.mode != "auto":

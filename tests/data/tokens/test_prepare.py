@@ -93,14 +93,17 @@ def test_small_local_files_are_cached_and_the_reason_is_said(root: Path, monkeyp
 def test_what_is_not_on_this_machine_is_streamed(root: Path):
     local, remote = (Shard("a.txt", url, 5, "etag 1") for url in ("/a.txt", "https://server/a.txt"))
     auto = config(root, "auto")
-    assert module._choose_mode(auto, {"data": SourceListing((local, remote))}) == (
+    assert module.choose_data_mode(auto, {"data": SourceListing((local, remote))}) == (
         "stream",
         "data is not on this machine",
     )
-    assert module._choose_mode(auto, {"data": SourceListing((local,), (remote,))})[0] == "stream"
-    assert module._choose_mode(auto, {"data": SourceListing((local,))})[0] == "cached"
+    assert module.choose_data_mode(auto, {"data": SourceListing((local,), (remote,))})[0] == "stream"
+    assert module.choose_data_mode(auto, {"data": SourceListing((local,))})[0] == "cached"
     shared = config(root, "auto", data__cache=root / "cache")
-    assert module._choose_mode(shared, {"data": SourceListing((remote,))}) == ("cached", "data.cache names a folder")
+    assert module.choose_data_mode(shared, {"data": SourceListing((remote,))}) == (
+        "cached",
+        "data.cache names a folder",
+    )
 
 
 @pytest.mark.parametrize(("mode", "other"), [("stream", "cached"), ("cached", "stream")])
