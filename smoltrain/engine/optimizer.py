@@ -120,7 +120,7 @@ OPTIMIZERS: dict[str, OptimizerKind] = {"adamw": AdamW()}  # by optimizer.kind
 
 def build_optimizer(model: torch.nn.Module, section: OptimizerSection, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer that the recipe asks for, over all parameters that are trained."""
-    return OPTIMIZERS[section.kind].build(weight_decay_groups(model), section, device)
+    return OPTIMIZERS[section.name].build(weight_decay_groups(model), section, device)
 
 
 def weight_decay_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
