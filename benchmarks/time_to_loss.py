@@ -5,6 +5,7 @@ rows; each at several peak rates, of which the best one counts. Finished runs ar
 goes on with those that are missing.
 """
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -107,7 +108,7 @@ def benchmark_time_to_loss(
         if not any(runs.values()):
             raise TrainingStopped(f"no trainer has finished: {failed}")
         entries = [Entry(c.name, c.steps, runs[c.name], []) for c in contenders if runs[c.name]]
-        loss = until_loss if until_loss is not None else _find_reference_loss(entries, until_best_of, failed)
+        loss = until_loss if until_loss is not None else find_reference_loss(entries, until_best_of, failed)
         if rounds:
             entries = time_best_runs(contenders, entries, loss, every, rounds, results, cuda=cuda)
     reference = until_best_of or next(iter(peers), "")
@@ -179,13 +180,14 @@ def _print_results(
         console.print(f"{what}: {why}", soft_wrap=True)
 
 
-def _find_reference_loss(entries: Sequence[Entry], peer: str, failed: Mapping[tuple[str, float], str]) -> float:
-    """The lowest loss of the peer's run at its best rate. Errors: TrainingStopped."""
+def find_reference_loss(entries: Sequence[Entry], peer: str, failed: Mapping[tuple[str, float], str]) -> float:
+    """The lowest loss of the peer's run at its best rate. Errors: TrainingStopped where it has no such number."""
     for entry in entries:
-        if entry.name == peer:
-            return min(found.loss for found in entry.best.evaluations)
-    why = next(why for (name, _), why in failed.items() if name == peer)
-    raise TrainingStopped(f"{peer}, which sets the loss to reach, has no finished run: {why}")
+        losses = [found.loss for found in entry.best.evaluations if math.isfinite(found.loss)]
+        if entry.name == peer and losses:
+            return min(losses)
+    why = [why for (name, _), why in failed.items() if name == peer]
+    raise TrainingStopped(f"{peer}, which sets the loss to reach, has none: {why[0] if why else 'no loss is finite'}")
 
 
 def _rates_of(tried: Mapping[str, tuple[float, ...]], name: str) -> tuple[float, ...]:

@@ -53,7 +53,7 @@ def test_a_curve_that_comes_back_has_reached_the_loss_the_first_time():
 
 def test_the_best_rate_has_the_lowest_finite_loss_at_the_end():
     assert choose_best_rate({1e-3: 4.4, 2e-3: 4.3, 4e-3: 4.35}) == 2e-3
-    assert choose_best_rate({1e-3: 4.4, 2e-3: NAN, 4e-3: float("inf")}) == 1e-3
+    assert choose_best_rate({1e-3: NAN, 2e-3: 4.4, 4e-3: float("-inf")}) == 2e-3
     assert choose_best_rate({4e-3: 4.3, 2e-3: 4.3}) == 2e-3
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from benchmarks.contenders import Contender
 from benchmarks.launchers import Launcher
 from benchmarks.loss_curves import Entry
 from benchmarks.peers import PeerUnavailable
-from benchmarks.watching import TrainerRecord
+from benchmarks.watching import GRACE_S, TrainerRecord, watch_trainer
 from smoltrain.errors import TrainingStopped
 
 TRAINER = """
@@ -71,12 +72,20 @@ def test_a_rate_that_fails_says_why_and_is_tried_again(tmp_path: Path):
     assert (tmp_path / "calls").read_text() == "1 9 9 "
 
 
-def test_the_best_rates_are_timed_up_to_the_loss_and_no_further(tmp_path: Path):
+def test_the_best_rates_are_timed_up_to_the_loss_and_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     contenders = [make_contender(tmp_path, "a", 1.0, 2.0), make_contender(tmp_path, "b", 3.0)]
     runs, _ = sweep.run_sweep(contenders, 4, tmp_path, cuda=False)
     entries = [Entry(name, 12, found, []) for name, found in runs.items()]
     (tmp_path / "calls.hang").touch()  # whoever waits for more than 8 steps waits for long
+    graces_s: list[float] = []
+
+    def watch(*words: Any, grace_s: float, **named: Any) -> TrainerRecord:
+        graces_s.append(grace_s)
+        return watch_trainer(*words, grace_s=grace_s, **named)
+
+    monkeypatch.setattr(sweep, "watch_trainer", watch)
     timed = sweep.time_best_runs(contenders, entries, 1.2, 4, 2, tmp_path, cuda=False)
+    assert graces_s == [0.0, GRACE_S] * 2, "whoever is stopped on the way is not waited for"
     assert (tmp_path / "calls").read_text() == "1 3 2 " + "1 3 " * 2
     assert [len(run.losses) for run in timed[0].timed] == [8, 8], "1 + 1/8 is below 1.2"
     assert [len(run.losses) for run in timed[1].timed] == [12, 12], "which never gets there"

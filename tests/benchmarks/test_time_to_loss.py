@@ -9,8 +9,9 @@ from rich.console import Console
 
 from benchmarks import peers, time_to_loss
 from benchmarks.loss_curves import Entry, measure_reached
-from benchmarks.time_to_loss import describe_entry, make_table
+from benchmarks.time_to_loss import describe_entry, find_reference_loss, make_table
 from smoltrain.cli import run_app
+from smoltrain.errors import TrainingStopped
 from tests import tiny
 from tests.benchmarks.test_loss_curves import record
 
@@ -50,6 +51,15 @@ def test_an_entry_tells_every_rate_and_an_edge():
     )
     assert describe_entry(entry, None) == told
     assert describe_entry(entry, measure_reached(entry, 4.0, 1, interpolate=False)) == f"{told}; raw sum 20.0 s"
+
+
+def test_the_loss_to_reach_is_the_best_of_the_peers_best_run():
+    runs = {1e-3: record(5.0, 3.0, 4.5), 2e-3: record(5.0, 4.1, 4.2), 4e-3: record(5.0, float("nan"))}
+    assert find_reference_loss([Entry("plain", 30, runs, [])], "plain", {}) == 4.1
+    with pytest.raises(TrainingStopped, match="plain, which sets the loss to reach, has none: no loss is finite"):
+        find_reference_loss([Entry("plain", 30, {4e-3: record(float("nan"))}, [])], "plain", {})
+    with pytest.raises(TrainingStopped, match="has none: it is not here"):
+        find_reference_loss([], "plain", {("plain", 1e-3): "it is not here"})
 
 
 @pytest.mark.parametrize(
