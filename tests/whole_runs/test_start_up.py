@@ -76,16 +76,16 @@ def test_nothing_heavy_is_imported_before_it_is_needed() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(missing_for_compile("cpu") is not None, reason="nothing is compiled without a compiler")
-def test_a_step_is_four_functions_and_a_warm_start_compiles_none_of_them(tmp_path: Path) -> None:
-    """And computes the same bits."""
+def test_a_step_is_five_graphs_and_a_warm_start_compiles_none_of_them(tmp_path: Path) -> None:
+    """And computes the same bits. The norm is there twice, as the vectors of so small a model have few elements."""
     cold, losses, said = train_one_rank(tmp_path, "cold", "engine.compile=on", "engine.precision=bf16")
     assert "made before the first step" in said
-    assert cold["stats"]["unique_graphs"] == 4, "a block, the softmax of the loss, the norm, the update"
-    assert cold["aot_autograd"]["autograd_cache_miss"] == 4
-    assert cold["inductor"]["fxgraph_cache_miss"] == 5, "the block's backward too"
+    assert cold["stats"]["unique_graphs"] == 5, "a block, the softmax of the loss, the update, the norm twice"
+    assert cold["aot_autograd"]["autograd_cache_miss"] == 5
+    assert cold["inductor"]["fxgraph_cache_miss"] == 6, "the block's backward too"
     warm, again, said = train_one_rank(tmp_path, "warm", "engine.compile=on", "engine.precision=bf16")
     assert "loaded from" in said
-    assert warm["aot_autograd"]["autograd_cache_hit"] == 4
+    assert warm["aot_autograd"]["autograd_cache_hit"] == 5
     assert "autograd_cache_miss" not in warm["aot_autograd"]
     assert "fxgraph_cache_miss" not in warm["inductor"]
     assert len(losses) == 3
