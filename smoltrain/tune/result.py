@@ -133,5 +133,5 @@ def format_like(number: float, values: Sequence[str]) -> str:
     plain = f"{number:.3g}"
     if not all("e" in value.lower() for value in values):
         return plain
-    mantissa, exponent = f"{number:.2e}".split("e")
+    mantissa, exponent = f"{number:.1e}".split("e")
     return f"{float(mantissa):g}e{int(exponent)}"

@@ -167,7 +167,8 @@ class TrialLine:
         """At most so many cells."""
         metrics = read_last_step(self._trial)
         step = metrics.get("step", 0)
-        columns = [Column(self._place), Column(str(self._trial), 1), Column(f"step {step}/{self._trial.steps}")]
+        how_far = f"step {step}/{self._trial.steps}" if metrics else "starting"
+        columns = [Column(self._place), Column(str(self._trial), 1), Column(how_far)]
         if metrics:
             columns.append(Column(f"loss {metrics['train/loss_nats_per_token']:.3f}", 2))
         left_s = self._pace.estimate_left_s(time.monotonic())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config
@@ -198,8 +199,6 @@ def test_the_pace_is_that_of_whole_runs(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("width", [20, 40, 69, 70, 77, 120])
 def test_the_moving_line_fits(trials: list[Trial], width: int):
-    from rich.console import Console
-
     write_lines(trials[0].folder / "metrics.jsonl", step(3))
     console = Console(width=width, file=sys.stderr)
     pace = Pace(3)
@@ -216,6 +215,13 @@ def test_the_moving_line_fits(trials: list[Trial], width: int):
         assert "lr 1e-3, seed 7" in text
         assert "loss 5.000" in text
         assert "left " in text
+
+
+def test_before_its_first_step_a_run_is_said_to_start(trials: list[Trial]):
+    console = Console(width=80, file=sys.stderr)
+    with console.capture() as captured:
+        console.print(TrialLine(console, trials[0], "1/3", Pace(3))(77))
+    assert "1/3  lr 1e-3, seed 7  starting" in captured.get()
 
 
 def test_tokens_are_shared_in_cached_mode_alone(tmp_path: Path):
