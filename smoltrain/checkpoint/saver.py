@@ -91,7 +91,7 @@ class CheckpointSaver:
         began = time.perf_counter()
         self.finish()
         temporary = step_folder(self._checkpoints, step).with_suffix(".tmp")
-        self._world.run_on_first_rank(lambda: _prepare_folder(self._checkpoints, temporary, engine.checkpoint_bytes()))
+        self._world.run_on_first_rank(lambda: _prepare_folder(self._checkpoints, temporary, engine.checkpoint_bytes))
         state = merge_loader_states(self._world.gather(loader.state()))
         known: dict[Any, torch.Tensor] = {}
         tensors = engine.training_state(temporary) | {rng_file_name(self._world.rank): capture_rng_state()}

@@ -27,14 +27,15 @@ def fill_deepspeed_config(
     """The dict for deepspeed.initialize. What is None, as long as nobody knows it, is neither filled in nor compared.
 
     Errors: UserError for an unknown file, a value that contradicts the recipe (both named), a section that
-    is none or that the recipe owns, and bf16 under ZeRO-0, which DeepSpeed computes with another optimizer
-    (docs/decisions.md).
+    is none or that the recipe owns, bf16 under ZeRO-0, which DeepSpeed computes with another optimizer
+    (docs/decisions.md), and what muon was not proven with.
     """
     path = _find_deepspeed_json(config.engine.ds_config)
     tree = _parse_deepspeed_json(read_deepspeed_text(config.engine.ds_config), path)
     problems = _fill_recipe_values(tree, config, precision, accumulation, world_size, path)
     problems += _check_no_owned_sections(tree, path)
     problems += _check_zero_section(tree, config, precision, path)
+    problems += _check_muon(tree, config)
     if problems:
         raise UserError(*problems)
     return tree
@@ -85,6 +86,23 @@ def _check_zero_section(tree: dict[str, Any], config: Config, precision: str | N
         keys = "zero_optimization.round_robin_gradients or track.gradients_every"
         return [Problem(what, saw="round_robin_gradients = true", want=want, change=keys)]
     return []
+
+
+def _check_muon(tree: dict[str, Any], config: Config) -> list[Problem]:
+    """What of DeepSpeed would give muon other gradients than it expects, or keep them elsewhere."""
+    if config.optimizer.kind != "muon":
+        return []
+    zero = tree.get("zero_optimization", {})
+    refused = {
+        "zero_optimization.offload_optimizer": isinstance(zero, dict) and offloads_optimizer(tree),
+        "zero_optimization.offload_param": isinstance(zero, dict) and bool(zero.get("offload_param")),
+        "zero_optimization.zenflow": isinstance(zero, dict) and bool(zero.get("zenflow")),
+        "torch_autocast": bool(tree.get("torch_autocast")),  # its scaler may step with gradients that are still scaled
+    }
+    what = "muon does not go with this part of the DeepSpeed config"
+    want = "a config without it, as zero1, zero2 and zero3 are; or optimizer.kind=adamw"
+    change = "engine.ds_config or optimizer.kind"
+    return [Problem(what, key, want, change) for key, is_there in refused.items() if is_there]
 
 
 def zero_stage(tree: Mapping[str, Any]) -> int:

@@ -43,6 +43,7 @@ TESTED_VERSIONS = ("0.19.8",)
 _ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 _ZERO = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 _ZERO3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
+_BF16 = "deepspeed.runtime.bf16_optimizer:BF16_Optimizer"
 _FRAGMENT = "deepspeed.utils.tensor_fragment"
 
 # Owner -> names. A module or a class has the name; a function uses it in its code, as the name of what it calls, sets
@@ -66,8 +67,11 @@ PRIVATE_NAMES = {
     "parallel_partitioned_bit16_groups single_partition_of_fp32_groups",
     f"{_ZERO}.step": "check_grad_overflow check_overflow _update_scale",
     f"{_ZERO}._check_overflow": "has_overflow",
-    f"{_ZERO3}.__init__": "optimizer",
+    f"{_ZERO3}.__init__": "optimizer fp32_partitioned_groups_flat sub_group_to_group_id",
     _ZERO3: "has_overflow _overflow_clean_up",
+    # Where the masters lie, for Muon.
+    f"{_BF16}.__init__": "fp32_groups_flat_partition",
+    "deepspeed.runtime.zero.partition_parameters:Init._partition_numel": "ds_tensor",
     # Steps that OncePerStep takes.
     f"{_ZERO}.create_gradient_handling_hooks": "_grad_acc_hooks",
     _ZERO: "_optimizer_step _update_model_bit16_weights _lazy_init_hp_params_optimizer_state has_overflow "

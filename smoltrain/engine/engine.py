@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,10 +24,12 @@ from smoltrain.engine.optimizer import (
     reset_optimizer_state,
     set_hyperparameters,
 )
+from smoltrain.engine.optimizer_kind import OptimizerKind
 from smoltrain.engine.reduction import GradientDtypes, choose_reduction, gradient_dtypes
 from smoltrain.engine.shards import SHARDS_FOLDER, ShardCheckpointEngine
 from smoltrain.engine.step_method import StepMethod
 from smoltrain.errors import Problem, UserError
+from smoltrain.kernels.precision import DTYPES
 
 
 def build_engine(
@@ -48,8 +50,7 @@ def build_engine(
 
     model.to(world.device)
     kind = OPTIMIZERS[config.optimizer.kind]
-    num_hidden = count_elements(split_parameters(model).hidden)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())  # ZeRO-3's own will be empty
+    facts = _find_facts(model, kind, precision)
     optimizer = build_optimizer(model, config.optimizer, world.device)
     if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
         tree["zero_allow_untested_optimizer"] = True
@@ -57,7 +58,6 @@ def build_engine(
         deepspeed_engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=tree, dist_init_required=False
         )
-
     if isinstance(optimizer, MuonOptimizer):
         bind_matrices(optimizer, deepspeed_engine, world)
 
@@ -68,23 +68,36 @@ def build_engine(
         steps = OncePerStep(deepspeed_engine, kind, world, accumulation=accumulation, clip=clip, compiles=compiles)
     else:
         steps = choose_deepspeed_steps(deepspeed_engine, choice.reason)
-    weight_bytes = next(model.parameters()).element_size()
-    checkpoint_size = checkpoint_bytes(kind, num_hidden, num_parameters - num_hidden, weight_bytes)
-    return Engine(deepspeed_engine, steps, checkpoint_size, gradient_dtypes(tree), world)
+    return Engine(deepspeed_engine, steps, facts, gradient_dtypes(tree), world)
+
+
+class EngineFacts(NamedTuple):
+    """What is found out before DeepSpeed has the model: ZeRO-3 leaves its parameters empty."""
+
+    optimizer: str  # which parameters are updated by what
+    checkpoint_bytes: int
+
+
+def _find_facts(model: torch.nn.Module, kind: OptimizerKind, precision: str) -> EngineFacts:
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_hidden = count_elements(split_parameters(model).hidden)
+    size = checkpoint_bytes(kind, num_hidden, num_parameters - num_hidden, DTYPES[precision].itemsize)
+    return EngineFacts(kind.describe(model), size)
 
 
 class Engine:
     """What the training loop needs of DeepSpeed, in the loop's words."""
 
     def __init__(
-        self, deepspeed_engine: Any, steps: StepMethod, checkpoint_size: int, dtypes: GradientDtypes, world: World
+        self, deepspeed_engine: Any, steps: StepMethod, facts: EngineFacts, dtypes: GradientDtypes, world: World
     ) -> None:
         self._deepspeed = deepspeed_engine
         self._steps = steps
-        self._checkpoint_size = checkpoint_size
         self._shards = ShardCheckpointEngine(deepspeed_engine, world)
         self._norm_before_clipping = float("nan")
         self.reduction = steps.reduction
+        self.optimizer_summary = facts.optimizer
+        self.checkpoint_bytes = facts.checkpoint_bytes  # about what one takes on disk
         self.gradient_reduction_summary = f"{dtypes}, {steps.reduction}; fp32 master weights"
         self.stage = int(deepspeed_engine.zero_optimization_stage())
         deepspeed_engine.checkpoint_engine = self._shards
@@ -172,10 +185,6 @@ class Engine:
                 if name not in names:  # a persistent buffer
                     tensors[name] = tensor
             return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
-    def checkpoint_bytes(self) -> int:
-        """About what one checkpoint takes on disk."""
-        return self._checkpoint_size
 
     def training_state(self, folder: Path) -> dict[str, Any]:
         """What this rank must write into `folder`, by relative file name. Collective.

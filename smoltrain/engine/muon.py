@@ -135,6 +135,10 @@ class Muon(AdamW):
         ]
         return [group for group in groups if group["params"]]
 
+    def describe(self, model: torch.nn.Module) -> str:
+        """See OptimizerKind."""
+        return split_parameters(model).describe()
+
     def build(
         self, groups: list[dict[str, Any]], section: OptimizerSection, device: torch.device
     ) -> torch.optim.Optimizer:

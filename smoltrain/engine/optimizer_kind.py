@@ -42,6 +42,11 @@ class OptimizerKind(ABC):
         """
         return weight_decay_groups(model)
 
+    def describe(self, model: torch.nn.Module) -> str:
+        """For the console: which parameters it updates, and how. `model` as `build_model` makes it."""
+        num_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        return f"{type(self).__name__.lower()} for {num_parameters:,} parameters"
+
     @abstractmethod
     def build(
         self, groups: list[dict[str, Any]], section: OptimizerSection, device: torch.device
