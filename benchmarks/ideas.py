@@ -1,6 +1,6 @@
 """Which idea makes a token teach more, each tried alone over several seeds: `python -m benchmarks.ideas --out FOLDER`.
 
-One process for each run, on one thread. What is in FOLDER is not run again, so that a stopped command goes on.
+Each run has one thread. What is in FOLDER is not run again, so that a stopped command goes on.
 """
 
 import dataclasses
@@ -99,11 +99,11 @@ def compare_ideas(
 
 
 def run_trials(names: list[str], seed: int, out: Path, workers: int) -> None:
-    """Train these ideas with a seed, each in a process of its own, and append what comes out."""
+    """Train these ideas with a seed, so many at a time, and append what comes out."""
     words = [f"run.folder={out / 'runs'}", f"run.name=seed-{seed}", "track.wandb=off"]
     prepare_run_data(load_trial_config(seed, words))  # once, and not by two runs at a time
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
         futures = {pool.submit(train_trial, Trial(**IDEAS[name]), seed, words): name for name in names}
         for future in as_completed(futures):
             name = futures[future]

@@ -220,6 +220,7 @@ def test_the_ratios_of_a_plan_are_those_that_a_start_prints():
 
 def test_the_five_recipes_say_the_rows_of_a_step_outright():
     assert "as the five recipes do" in " ".join(text_of("clusters").split())
-    rows = {name: load_config(name).batch.rows_per_step for name in list_recipes() if name != "quickstart"}
+    names = set(list_recipes()) - {"quickstart", "smollm2-135m-fast"}
+    rows = {name: load_config(name).batch.rows_per_step for name in names}
     assert len(rows) == 5
     assert None not in rows.values()
