@@ -482,16 +482,20 @@ def _print_pieces(*parts: "Iterable[str]") -> None:
 
 def _format_config_facts(config: "Config") -> str:
     """What follows from a config before any process starts, as YAML comments."""
+    from smoltrain.engine.optimizer import OPTIMIZERS
     from smoltrain.model.build import build_model, count_parameters
 
     batch = config.batch
     ranks = "over all ranks" if batch.accumulation is None else "on each rank"
     rows = batch.rows(1)
-    parameters = count_parameters(build_model(config.model, device="meta"))
-    plan = f"# {_describe_horizon(config)}\n"
-    return (
-        f"# {parameters:,} parameters\n{plan}# {rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}"
+    model = build_model(config.model, device="meta")
+    facts = (
+        f"{count_parameters(model):,} parameters",
+        f"optimizer: {OPTIMIZERS[config.optimizer.kind].describe(model)}",
+        _describe_horizon(config),
+        f"{rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}",
     )
+    return "\n".join(f"# {fact}" for fact in facts)
 
 
 def _describe_horizon(config: "Config") -> str:
@@ -512,6 +516,9 @@ def _print_plan(config: "Config") -> None:
     from smoltrain.terminal import open_console
 
     console = open_console()
+    factor = config.optimizer.embedding_lr_factor
+    tables = "" if factor == 1 else f", embeddings and head at {factor:g} x lr"
+    console.print(f"optimizer {config.optimizer.kind}{tables}")
     console.print(_describe_horizon(config))
     console.print(_build_plan_table(Plan(config.phases)))
 
@@ -534,7 +541,8 @@ def _build_plan_table(plan: "Plan") -> "Table":
 
     from smoltrain.run.plots import steps_to_plot
 
-    heads = ("phase", "steps", "schedule", "warm\nup", "lr at\nfirst", "\npeak", "\nlast", "weight\ndecay", "moments")
+    heads = ("phase", "steps", "schedule", "warm\nup", "lr at\nfirst", "\npeak", "\nlast")
+    heads += ("weight\ndecay", "optim.\nstate")
     table = Table(*heads, box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     shown = steps_to_plot(plan)
     for phase in plan.phases:

@@ -69,7 +69,7 @@ class Plan:
         return self.phase(step).spec.mix
 
     def resets_optimizer(self, step: int) -> bool:
-        """Whether AdamW's moments are zeroed just before step n."""
+        """Whether the optimizer's state is zeroed just before step n."""
         phase = self.phase(step)
         return step == phase.first and phase.spec.optimizer_state == "reset"
 

@@ -13,7 +13,18 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, processors
 
 from smoltrain import files
-from smoltrain.checkpoint.manifest import MANIFEST_FORMAT, FileRecord, Manifest, step_folder, write_manifest
+from smoltrain.checkpoint.identity import NEWER_KEYS
+from smoltrain.checkpoint.manifest import (
+    MANIFEST_FORMAT,
+    FileRecord,
+    Manifest,
+    list_checkpoint_steps,
+    read_manifest,
+    step_folder,
+    write_manifest,
+)
+from smoltrain.config.config_file import CONFIG_DIGEST_PREFIX, CONFIG_FILE, config_digest_line
+from smoltrain.config.renamed_keys import RENAMED_KEYS
 from smoltrain.config.schema import AnyModelSection, Config, ModelSection
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.prepare import prepare_run_data
@@ -89,6 +100,34 @@ def run_of(config: Config, steps: tuple[int, ...] = (8, 12), *, states: bool = F
     ]
     (entered.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return entered.path
+
+
+def make_older(run: Path) -> None:
+    """A run's folder as the version wrote it that had old names for keys, and not yet the newer ones; sealed anew."""
+    path = run / CONFIG_FILE
+    kept: list[str] = []
+    section = ""
+    for line in path.read_text(encoding="utf-8").partition(CONFIG_DIGEST_PREFIX)[0].splitlines():
+        name = line.strip().partition(":")[0]
+        section = section if line.startswith((" ", "-")) else name
+        old_names = {new: old for old, new in RENAMED_KEYS.items()}
+        key = f"{section}.{name}"
+        if key in old_names:
+            kept.append(line.replace(name, old_names[key].rpartition(".")[2], 1))
+        elif key not in NEWER_KEYS:
+            kept.append(line)
+    text = "\n".join(kept) + "\n"
+    path.write_text(text + config_digest_line(text), encoding="utf-8")
+    for step in list_checkpoint_steps(run / "checkpoints"):
+        checkpoint = step_folder(run / "checkpoints", step)
+        manifest = read_manifest(checkpoint)
+        assert isinstance(manifest, Manifest)
+        values = manifest.identity["values"]
+        for old, new in RENAMED_KEYS.items():
+            values[old] = values.pop(new)
+        for key in NEWER_KEYS:
+            values.pop(key, None)
+        write_manifest(checkpoint, manifest)
 
 
 def tokenizer() -> Tokenizer:

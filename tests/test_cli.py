@@ -245,8 +245,18 @@ def test_show_counts_parameters_and_tokens(run: Run):
     _, out, _ = run("show", EXAMPLE)
     assert f"# {vocab * width + layers * block + width:,} parameters\n" in out
     assert out.endswith("# 16 rows = 2,048 tokens per step on each rank\n")
+    assert f"# optimizer: adamw for {vocab * width + layers * block + width:,} parameters\n" in out
     _, out, _ = run("show", EXAMPLE, "batch.accumulation=null", "batch.rows_per_step=64")
     assert out.endswith("# 64 rows = 8,192 tokens per step over all ranks\n")
+
+
+def test_show_says_what_muon_updates(run: Run):
+    _, out, _ = run("show", EXAMPLE, "optimizer=muon")
+    assert "# optimizer: muon for 42 hidden matrices (2.4M parameters), adamw for 1 table and 13 vectors (" in out
+    _, out, _ = run("show", EXAMPLE, "--plan")
+    assert out.startswith("optimizer adamw\nplan on one rank ")
+    _, out, _ = run("show", EXAMPLE, "optimizer=muon", "embedding_lr_factor=3", "--plan")
+    assert out.startswith("optimizer muon, embeddings and head at 3 x lr\nplan on one rank ")
 
 
 def test_show_with_comments_is_the_same_recipe(run: Run, tmp_path: Path):

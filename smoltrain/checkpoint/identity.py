@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from typing_extensions import TypedDict
 
 from smoltrain.config.load import redacted_config
+from smoltrain.config.renamed_keys import rename_old_keys
 from smoltrain.config.schema import Config, SourceSection
 from smoltrain.errors import Problem, UserError
 from smoltrain.schedule import Plan, first_differing_step, plan_from_phases, step_settings
@@ -45,7 +46,8 @@ KEY_RULE_TABLE = (
     ("batch", ANNOUNCED, "micro_batch"),
     ("engine", ANNOUNCED, "device ds_config precision gradient_checkpointing attention reduce_gradients loss compile"),
     ("engine", FREE, "hang_s"),
-    ("optimizer", FIXED, "kind momentum newton_schulz_steps embedding_lr_factor beta1 beta2 eps gradient_clipping z_loss"),
+    ("optimizer", FIXED, "kind momentum newton_schulz_steps embedding_lr_factor"),
+    ("optimizer", FIXED, "beta1 beta2 eps gradient_clipping z_loss"),
     (
         "phases.*",
         FIXED_IN_PAST_STEPS,
@@ -62,7 +64,12 @@ KEY_RULE_TABLE = (
 )
 KEY_RULES = {f"{section}.{key}": rule for section, rule, keys in KEY_RULE_TABLE for key in keys.split()}
 # Keys that are newer than some runs, with the value that every run had before; older manifests lack them.
-NEWER_KEYS = {"optimizer.kind": "adamw"}
+NEWER_KEYS = {
+    "optimizer.kind": "adamw",
+    "optimizer.momentum": 0.95,  # of muon, which no such run had
+    "optimizer.newton_schulz_steps": 5,
+    "optimizer.embedding_lr_factor": 1.0,
+}
 ABSENT = "nothing"  # in place of the value of a key that only one of two configs has
 SOURCE_ORDER_KEY = "data.sources"  # the names of the sources, in order
 
@@ -139,7 +146,7 @@ def find_forbidden_changes(past: RunIdentity, new: Config, done: int, world_size
     Of the plan those keys alone by which a step that is done would have been trained otherwise. `world_size` ranks are
     to go on: whatever says the rows per step may say it in another way, if they stay as many.
     """
-    before = NEWER_KEYS | past["values"]
+    before = _read_values(past)
     now = _fixed_values(new)
     keeps_rows = new.batch.rows(world_size) == past["rows_per_step"]
     changes: list[ForbiddenChange] = []
@@ -201,8 +208,8 @@ def find_identity_mismatches(own: RunIdentity, sealed: RunIdentity, step: int) -
     Which documents there are is left out: data.allow_changed may have changed it since. So is how the recipe says the
     rows per step, which are compared themselves.
     """
-    values = NEWER_KEYS | own["values"]
-    sealed_values = NEWER_KEYS | sealed["values"]
+    values = _read_values(own)
+    sealed_values = _read_values(sealed)
     mismatches = [
         f"{key} is {values.get(key)!r}, not {sealed_values.get(key)!r}"
         for key in sealed_values | values
@@ -245,6 +252,11 @@ def _describes_documents(key: str) -> bool:
 
 def _describe_step(plan: Plan, step: int) -> str:
     return str(step_settings(plan, step) or "beyond the plan")
+
+
+def _read_values(identity: RunIdentity) -> dict[str, Any]:
+    """The values of an identity that an earlier version may have written, under the keys of today."""
+    return NEWER_KEYS | rename_old_keys(identity["values"])
 
 
 def _fixed_values(config: Config) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What other trainers call the keys of a recipe: words of nanoGPT, transformers, litgpt, torchtitan, nanochat and W&B.
+"""What other trainers call the keys of a recipe: nanoGPT, transformers, litgpt, torchtitan, nanochat, Megatron, W&B.
 
 Words that are keys here too (`seed`, `weight_decay`, `compile`) do not stand in the table: keys.py finds those first.
 """
@@ -102,7 +102,27 @@ ALIAS_TABLE = (
     ("use_liger_kernel", "engine.loss=fused"),
     ("ddp_timeout", "engine.hang_s={value}"),
     # --- optimizer
-    ("optim optimizer_name optimizer_type", "optimizer.kind={value}"),
+    # optimizer.name is what it was called here, too
+    ("optim optimizer_name optimizer_type optimizer.name optimizer.type", "optimizer.kind={value}"),
+    ("use_muon", "optimizer.kind=muon"),
+    ("muon_momentum muon_beta", "optimizer.momentum={value}"),
+    (
+        "ns_steps muon_ns_steps muon_num_ns_steps num_ns_steps newton_schulz_iterations backend_steps",
+        "optimizer.newton_schulz_steps={value}",
+    ),
+    (
+        "matrix_lr muon_lr hidden_lr",
+        "phases.*.lr, the rate of the other parameters too: muon's updates are scaled to the size of AdamW's",
+    ),
+    (
+        "embedding_lr unembedding_lr embed_lr head_lr lm_head_lr",
+        "optimizer.embedding_lr_factor: this rate, divided by phases.*.lr",
+    ),
+    ("scalar_lr adam_lr adamw_lr", "phases.*.lr; optimizer.embedding_lr_factor times it for embeddings and head"),
+    (
+        "nesterov use_nesterov muon_nesterov adjust_lr_fn muon_scale_mode",
+        f"{NO_KEY}: muon has Nesterov's momentum, and updates of the size of AdamW's (match_rms_adamw)",
+    ),
     ("adam_beta1", "optimizer.beta1={value}"),
     ("adam_beta2", "optimizer.beta2={value}"),
     ("betas adam_betas", "optimizer.beta1 and optimizer.beta2"),
@@ -185,6 +205,7 @@ ALIASES = {word: answer for words, answer in ALIAS_TABLE for word in words.split
 SWITCH_WORDS = (
     "bf16 fp16 fp32 half torch_compile use_compile compile_model streaming use_cpu no_cuda use_liger_kernel use_wandb",
     "wandb_log enable_wandb flash_attn use_flash_attn use_flash_attention use_gradient_checkpointing do_train do_eval",
+    "use_muon nesterov use_nesterov muon_nesterov",
     "eval_only auto_resume resume overwrite overwrite_output_dir load_best_model_at_end push_to_hub early_stopping",
 )
 SWITCHES = frozenset(word for words in SWITCH_WORDS for word in words.split())
@@ -204,6 +225,8 @@ VALUE_WORDS = {
     "llamamlp": "swiglu",
     "gelu_new": "gelu",
     "gelu_pytorch_tanh": "gelu",
+    "adamw": "adamw",  # in capitals, as muon
+    "muon": "muon",
     "adamw_torch": "adamw",
     "adamw_torch_fused": "adamw",
     "adamw_hf": "adamw",

@@ -1,7 +1,8 @@
 """Which key a person means: a short one, a word of another trainer (aliases.py), or a slip of the keyboard.
 
 A key is short for another one if it is what is left of that one when parts before its last are dropped, and of no
-other: `seed` for run.seed, `main.lr` for phases.main.lr, and `lr` or `phases.lr` where there is one phase.
+other: `seed` for run.seed, `main.lr` for phases.main.lr, and `lr` or `phases.lr` where there is one phase. A section
+with a plain value is short for the key that says what the section is: `optimizer` for optimizer.kind.
 """
 
 import difflib
@@ -22,6 +23,7 @@ from smoltrain.config.schema import (
     TransformersSection,
     model_kind,
 )
+from smoltrain.config.yaml_text import parse_override_value
 from smoltrain.errors import Problem, UserError
 
 NEAR = 0.75  # of difflib's ratio: between words of all sections, where less would take any word for any other
@@ -29,6 +31,9 @@ NEAR_SIBLING = 0.5  # between keys of one section, which few are to be confused 
 NEAR_SECTION = 0.85  # of a word without a section, which is a key more often
 MAX_SHOWN_VALUE = 60  # characters
 OVERRIDE = re.compile(r"[\w.-]+=")  # how one begins
+# Sections -> the key that a plain value is for. `tokenizer: NAME` can be said in a file as well (schema.py), and leaves
+# nothing of the recipe's section; what else a recipe says of its optimizer stays.
+PLAIN_SECTIONS = {"optimizer": "optimizer.kind"}
 YES_WORDS = ("true", "false", "yes", "no", "on", "off", "1", "0")
 
 
@@ -76,6 +81,8 @@ def expand_override(override: str, tree: Mapping[str, Any]) -> str:
     key, equals, value = override.partition("=")
     if not equals:
         return override
+    if key in PLAIN_SECTIONS and isinstance(parse_override_value(value), str):
+        return f"{PLAIN_SECTIONS[key]}={value}"
     keys = find_full_keys(key, tree)
     return f"{keys[0]}={value}" if len(keys) == 1 and "*" not in keys[0] else override
 

@@ -24,6 +24,7 @@ from smoltrain.config.keys import (
     suggest_key,
 )
 from smoltrain.config.override_text import format_overrides
+from smoltrain.config.renamed_keys import rename_old_fields
 from smoltrain.config.rules import find_contradictions
 from smoltrain.config.schema import HORIZON_KEYS, Config, GenerationSection, SourceSection
 from smoltrain.config.wandb_env import read_wandb_environment
@@ -74,6 +75,8 @@ def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any]
     path = _find_recipe(recipe)
     values = read_yaml(path)
     provenance = values.pop("provenance", None)  # a run's own config.yaml is a recipe too
+    if provenance:
+        rename_old_fields(values)
     _apply_wandb_environment(values)
     problems: list[Problem] = []
     given = overrides
@@ -107,6 +110,7 @@ def read_run_config(path: Path) -> Config:
     """A resolved config.yaml back from a run folder (its `provenance` is not part of the config)."""
     values = read_yaml(path)
     values.pop("provenance", None)
+    rename_old_fields(values)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:

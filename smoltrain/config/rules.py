@@ -6,6 +6,7 @@ from smoltrain.config.schema import (
     HORIZON_KEYS,
     Config,
     ModelSection,
+    OptimizerSection,
     OwnModelSection,
     PhaseSection,
     SourceSection,
@@ -15,6 +16,7 @@ from smoltrain.errors import Problem, suggest_choice
 
 # Ids of the tokenizers that have no file to look into before they are fetched.
 KNOWN_VOCAB_SIZES = {"gpt2": 50257, "tiktoken:gpt2": 50257, "smollm2": 49152}
+MUON_KEYS = ("momentum", "newton_schulz_steps", "embedding_lr_factor")  # of optimizer, which mean nothing to adamw
 
 
 def find_contradictions(c: Config) -> list[Problem]:
@@ -26,7 +28,7 @@ def find_contradictions(c: Config) -> list[Problem]:
             model = _check_transformers_model(c.model, c)
         case OwnModelSection():
             model = _check_own_model_options(c)
-    return [*model, *_check_batch_and_data(c), *_check_phases(c)]
+    return [*model, *_check_batch_and_data(c), *_check_optimizer(c.optimizer), *_check_phases(c)]
 
 
 def _check_decoder(m: ModelSection) -> Iterator[Problem]:
@@ -138,6 +140,18 @@ def _check_sources(c: Config) -> Iterator[Problem]:
             yield Problem("the mix names no source", repr(name), want, f"phases.{phase.name}.mix")
         if phase.mix == {}:
             yield Problem("the mix is empty", "{}", "a weight by name, or null", f"phases.{phase.name}.mix")
+
+
+def _check_optimizer(o: OptimizerSection) -> Iterator[Problem]:
+    if o.kind == "muon":
+        return
+    for name in MUON_KEYS:
+        value = getattr(o, name)
+        default = OptimizerSection.model_fields[name].default
+        if value != default:
+            what = f"optimizer.{name} is of muon alone"
+            want = f"{default} with {o.kind}, any with muon"
+            yield Problem(what, f"{value} with {o.kind}", want, f"optimizer.{name} or optimizer.kind")
 
 
 def _check_phases(c: Config) -> Iterator[Problem]:

@@ -154,7 +154,7 @@ class InitSection(Section):
     )
     load: Literal["weights", "all"] = Field(
         default="weights",
-        description="weights alone, or all: also the step, the optimizer's moments, the random states and the place "
+        description="weights alone, or all: also the step, the optimizer's state, the random states and the place "
         "in the data; all needs a run or a checkpoint",
     )
 
@@ -485,7 +485,10 @@ class EngineSection(Section):
 
 
 class OptimizerSection(Section):
-    """The update. Matrices decay; vectors (norms, biases) do not."""
+    """The update. Matrices decay; vectors (norms, biases) do not. `optimizer=muon` is short for `optimizer.kind=muon`.
+
+    With kind: muon, beta1, beta2 and eps are those of the parameters that adamw updates.
+    """
 
     kind: Literal["adamw", "muon"] = Field(
         default="adamw",
@@ -493,22 +496,28 @@ class OptimizerSection(Section):
         "each hidden matrix, and leaves embeddings, head and vectors to adamw",
     )
     momentum: float = Field(
-        default=0.95, ge=0, lt=1, description="decay of muon's momentum (mean of the gradients), per step"
+        default=0.95,
+        ge=0,
+        lt=1,
+        description="decay of muon's momentum (mean of the gradients), per step; only with kind: muon",
     )
     newton_schulz_steps: int = Field(
-        default=5, gt=0, le=20, description="iterations by which muon orthogonalises; fewer are cheaper and rougher"
+        default=5,
+        gt=0,
+        le=20,
+        description="iterations by which muon orthogonalises; fewer are cheaper and rougher; only with kind: muon",
     )
     embedding_lr_factor: float = Field(
         default=1.0, gt=0, description="learning rate of embeddings and head, as a multiple of lr; only with kind: muon"
     )
     beta1: float = Field(
-        default=0.9, ge=0, lt=1, description="decay of the first moment (mean of the gradients), per step"
+        default=0.9, ge=0, lt=1, description="decay of adamw's first moment (mean of the gradients), per step"
     )
     beta2: float = Field(
-        default=0.95, ge=0, lt=1, description="decay of the second moment (mean of their squares), per step"
+        default=0.95, ge=0, lt=1, description="decay of adamw's second moment (mean of their squares), per step"
     )
     eps: float = Field(
-        default=1e-8, gt=0, description="added to the root of the second moment, by which the update is divided"
+        default=1e-8, gt=0, description="added to the root of adamw's second moment, by which its update is divided"
     )
     gradient_clipping: float = Field(
         default=1.0,
@@ -587,7 +596,7 @@ class PhaseSection(Section):
         default=0.0, ge=0, description="learning rate at the end of the phase, to which linear, cosine and wsd fall"
     )
     optimizer_state: Literal["keep", "reset"] = Field(
-        default="keep", description="whether the optimizer's moments live on when the phase begins, or are set to 0"
+        default="keep", description="whether the optimizer's state lives on when the phase begins, or is set to 0"
     )
     mix: dict[str, Annotated[float, Field(gt=0)]] | None = Field(
         default=None, description="weights of data.sources in this phase, by name; null takes their own weights"

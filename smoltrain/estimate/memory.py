@@ -21,7 +21,7 @@ from smoltrain.kernels.loss import CHUNK_BYTES, LARGE_CHUNK_BYTES, LIGER_CHUNKS
 PART_LABELS = {
     "weights": "weights",
     "gradients": "gradients",
-    "optimizer": "masters and moments",
+    "optimizer": "masters, optimizer state",
     "activations": "activations",
     "logits": "logits, head's gradients",
     "reduction": "reduction buffers",
@@ -79,7 +79,7 @@ def estimate_memory(setup: TrainingSetup, base_bytes: float | None = None) -> Me
 
 
 def checkpoint_copy_bytes(setup: TrainingSetup) -> float:
-    """Of host memory on rank 0 while a checkpoint is written: its part of masters and moments, the weights twice."""
+    """Of host memory on rank 0 while a checkpoint is written: its part of masters and state, the weights twice."""
     N = setup.shape.parameters
     states = FP32_BYTES * N + setup.optimizer_state_bytes
     return states / (setup.world if setup.stage else 1) + 2 * setup.weight_bytes * N
@@ -103,9 +103,9 @@ def _cpu_fragmentation_bytes(setup: TrainingSetup, on_top: float) -> float:
 def _zero_state_bytes(setup: TrainingSetup) -> tuple[Parts, Parts, float]:
     """What is always there; what comes on top when backward ends; temporaries of the update.
 
-    ZeRO (Rajbhandari et al. 2020, section 5) parts masters and moments among the ranks from stage 1 on, gradients from
-    2, weights from 3. What DeepSpeed 0.19.8 really holds differs, and was counted by torch's profiler, allocation by
-    allocation, at stages 0 to 3 on one rank and two.
+    ZeRO (Rajbhandari et al. 2020, section 5) parts masters and the optimizer's state among the ranks from stage 1 on,
+    gradients from 2, weights from 3. What DeepSpeed 0.19.8 really holds differs, and was counted by torch's profiler,
+    allocation by allocation, at stages 0 to 3 on one rank and two.
     """
     N, c, W = setup.shape.parameters, setup.weight_bytes, setup.world
     P = N / W

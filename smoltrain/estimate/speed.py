@@ -113,7 +113,7 @@ def gradient_bytes(setup: TrainingSetup) -> float:
 
 
 def update_bytes(setup: TrainingSetup) -> float:
-    """Read and written by one update: gradient, master and moments, the weights; torch's unfused step passes more."""
+    """Read and written by one update: gradient, master and state, the weights; torch's unfused step passes more."""
     sharing = setup.world if setup.stage else 1
     updated = setup.shape.parameters / sharing
     unfused = setup.device == "cpu" and not (setup.once_per_step and setup.compiled_update)

@@ -130,7 +130,7 @@ def describe_phase_changes(plan: Plan, phase: Phase) -> str:
         if getattr(before, name) != getattr(phase.spec, name)
     ]
     if phase.spec.optimizer_state == "reset":
-        changes.append("the optimizer's moments begin at zero")
+        changes.append("the optimizer's state begins at zero")
     return ", ".join(changes)
 
 

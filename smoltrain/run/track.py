@@ -30,7 +30,7 @@ from smoltrain.run.wandb_run import WandbRun
 # Every name that may be logged: its unit, its scope, what it is averaged over. Anything else is refused.
 METRICS = {
     "train/loss_nats_per_token": "mean over the step's valid tokens: all micro-batches, all ranks",
-    "train/lr": "learning rate of the step's update",
+    "train/lr": "learning rate of the step's update; muon's embeddings and head: x optimizer.embedding_lr_factor",
     "train/weight_decay": "decoupled weight decay of the step's update, of the parameters that decay",
     "train/grad_norm_before_clipping": "L2 norm of the whole gradient, averaged over all ranks",
     "train/loss_scale": "factor inside fp16's gradients after the step, DeepSpeed's choice; 1 in other precisions",

@@ -255,7 +255,7 @@ def _check_weights(run: RunReference, folder: Path, manifest: Manifest) -> Check
 
 
 def _check_training_states(run: RunReference, folder: Path, manifest: Manifest) -> CheckResult:
-    """What only training reads: DeepSpeed's copy of the weights, fp32 masters and moments, random states."""
+    """What only training reads: DeepSpeed's copy of the weights, fp32 masters, the optimizer's state, random states."""
     training = list_training_files(manifest)
     stage = manifest.zero_stage
     faults = list_missing_states(manifest) + list_stray_files(folder, manifest)
@@ -277,7 +277,7 @@ def _check_training_states(run: RunReference, folder: Path, manifest: Manifest) 
             faults += [f"{name}: {fault}" for fault in _find_non_finite(_read_training_state(folder / name))]
     count = sum(p.numel() for p in run.meta_model.parameters())
     ranks = f"{manifest.world_size} ranks" if manifest.world_size > 1 else "one rank"
-    return CheckResult(f"masters and moments of {count:,} parameters by {ranks} are finite", faults)
+    return CheckResult(f"masters and optimizer state of {count:,} parameters by {ranks} are finite", faults)
 
 
 @contextlib.contextmanager
@@ -319,7 +319,7 @@ def _check_module_states(run: RunReference, tree: dict[str, Any], stage: int) ->
 
 
 def find_shard_faults(state: dict[str, Any], param_shapes: Any, stage: int, world_size: int, rank: int) -> list[str]:
-    """What is wrong with one rank's masters and moments. Padding may hold anything.
+    """What is wrong with one rank's masters and optimizer state. Padding may hold anything.
 
     `param_shapes` are DeepSpeed's, of the parameters in each flat tensor.
     """

@@ -4,10 +4,12 @@ import os
 
 import torch
 
+from smoltrain.config.schema import OptimizerSection
 from smoltrain.data.rows.loader import Loader
 from smoltrain.distributed.world import World
 from smoltrain.engine.engine import Engine
 from smoltrain.estimate.horizon import describe_plan
+from smoltrain.kernels.newton_schulz import choose_dtype
 from smoltrain.run.run_folder import RunFolder
 from smoltrain.run.track import Tracker
 from smoltrain.schedule import Plan
@@ -33,6 +35,7 @@ def say_start(
         tracker.say_choice(what, reason)
     tracker.say_choice("gradients", engine.gradient_reduction_summary)
     tracker.say_choice("engine", f"DeepSpeed ZeRO-{engine.stage}, from {config.engine.ds_config}")
+    tracker.say_choice("optimizer", describe_optimizer(engine.optimizer_summary, config.optimizer, world.device))
     tracker.say_choice("parameters", f"{settings.num_parameters:,}")
     tracker.say_choice("rows per step", _describe_rows_per_step(loader))
     tracker.say_choice("tokenizer", loader.prepared.describe_tokenizer())
@@ -75,6 +78,20 @@ def describe_device(world: World) -> str:
     gpu = "CUDA was not asked for" if torch.cuda.is_available() else "no CUDA device was found"
     hint = "; engine.device=mps would try this machine's GPU" if torch.backends.mps.is_available() else ""
     return f"{ranks}, {threads}, gloo; {gpu}{hint}"
+
+
+def describe_optimizer(summary: str, section: OptimizerSection, device: torch.device) -> str:
+    """What updates which parameters (`summary`), and how muon computes its part on this device."""
+    if section.kind != "muon":
+        return summary
+    dtype, reason = choose_dtype(device)
+    facts = [
+        summary,
+        f"{section.newton_schulz_steps} Newton-Schulz iterations in {str(dtype).removeprefix('torch.')}: {reason}",
+    ]
+    if section.embedding_lr_factor != 1:
+        facts.append(f"embeddings and head at {section.embedding_lr_factor:g} x lr")
+    return "; ".join(facts)
 
 
 def describe_completion(plan: Plan, done: int) -> str:

@@ -11,6 +11,7 @@ from smoltrain.config.schema import Config
 from smoltrain.data.tokens.check_fit import check_tokenizer_fits
 from smoltrain.data.tokens.prepared import PreparedData
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config
+from smoltrain.engine.optimizer import OPTIMIZERS
 from smoltrain.estimate.horizon import count_epoch_tokens, format_count
 from smoltrain.model.build import build_model
 from smoltrain.run.run_folder import accumulation_steps
@@ -35,7 +36,8 @@ def check_recipe(config: Config) -> None:
     precision = config.engine.precision
     known = None if precision == "auto" else precision
     fill_deepspeed_config(config, precision=known, accumulation=config.batch.accumulation, world_size=None)
-    build_model(config.model, device="meta", document_mask=config.packing.document_mask)
+    model = build_model(config.model, device="meta", document_mask=config.packing.document_mask)
+    OPTIMIZERS[config.optimizer.kind].parameter_groups(model, config.optimizer)
     check_tokenizer_fits(config)
 
 

@@ -8,6 +8,7 @@ import torch
 from smoltrain.config.load import cut_micro_batch
 from smoltrain.config.schema import Config
 from smoltrain.distributed.world import World
+from smoltrain.engine.optimizer import OPTIMIZERS
 from smoltrain.estimate.fitting import fit_config_to_memory
 from smoltrain.kernels.precision import choose_precision
 from smoltrain.model.build import build_model, count_parameters
@@ -32,10 +33,14 @@ class ResolvedSettings:
 
 
 def choose_computing(config: Config, device: torch.device, rows_per_step: int) -> ResolvedSettings:
-    """Precision and kernels for a device; the config stays as it is. Errors: UserError for what cannot run there."""
+    """Precision and kernels for a device; the config stays as it is.
+
+    Errors: UserError for what cannot run there, and for a model that is not for this optimizer.
+    """
     precision, why = choose_precision(config.engine.precision, device)
     # On the meta device a model weighs nothing.
     model = build_model(config.model, device="meta", document_mask=config.packing.document_mask)
+    OPTIMIZERS[config.optimizer.kind].parameter_groups(model, config.optimizer)
     num_parameters = count_parameters(model)
     computing, reasons = choose_kernels(
         config, device, precision, num_parameters=num_parameters, rows_per_step=rows_per_step

@@ -77,7 +77,7 @@ def _find_initial_point(config: Config, say: Callable[[str], None]) -> StartPoin
         return StartPoint()
     if config.init.load == "weights":
         check_source_model(source, config)
-        say(f"the weights are those of {source}; step, moments and data begin anew")
+        say(f"the weights are those of {source}; step, optimizer state and data begin anew")
         return StartPoint(weights_from=source)
     if is_huggingface_folder(Path(source)):
         raise UserError(

@@ -139,6 +139,32 @@ def test_a_run_of_an_older_recipe_goes_on_under_one_that_says_its_rows_outright(
     assert tiny.enter_run_folder(new, 1, point.step, manifest=point.manifest).rows_per_step == 4
 
 
+@pytest.mark.parametrize("lost", [False, True], ids=["config.yaml", "manifest alone"])
+def test_a_run_of_a_version_with_other_names_of_keys_goes_on(tmp_path: Path, lost: bool) -> None:
+    """config.yaml and manifests say `optimizer.name`, and nothing of muon's keys."""
+    run = folders.run(tmp_path, states=True)
+    folders.make_older(run)
+    text = (run / CONFIG_FILE).read_text(encoding="utf-8")
+    values = json.loads((step_folder(run / "checkpoints", 12) / MANIFEST_FILE).read_text())["identity"]["values"]
+    assert ("optimizer:\n  name: adamw\n  beta1" in text, values["optimizer.name"]) == (True, "adamw")
+    assert not any(key.startswith(("optimizer.kind", "optimizer.momentum")) for key in values)
+    _, faults = inspect_checkpoint(open_run_reference(run, needs_data=False), run / "checkpoints/step-00000012")
+    assert [fault for fault in faults if "agree" in fault] == []
+    assert load_trained_model(str(run)).step == 12
+    settings = tiny.load(tmp_path)
+    if lost:
+        (run / CONFIG_FILE).unlink()
+    with pytest.raises(UserError, match=r"run's own: saw optimizer\.kind: adamw in the run, muon asked, want"):
+        begun(tiny.load(tmp_path, "optimizer=muon"))
+    for _ in range(2):  # the second time config.yaml has the name of today, and the checkpoint as it was
+        entered = begun(settings)
+        assert [change for change in entered.changes if "was gone" not in change] == []
+        assert find_config_damage(run) is None
+        assert read_run_config(run / CONFIG_FILE).optimizer.kind == "adamw"
+    assert "kind: adamw" in (run / CONFIG_FILE).read_text(encoding="utf-8")
+    assert load_trained_model(str(run)).step == 12
+
+
 def test_an_identity_survives_json_and_names_no_path(tmp_path: Path) -> None:
     secret = ("data.path=https://user:word@host/x?token=abc", "data.validation_path=https://host/v?token=abc")
     settings = tiny.load(tmp_path, *secret, "phases.continuation.mix=null")

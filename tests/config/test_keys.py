@@ -118,6 +118,27 @@ def test_a_short_key_of_the_only_phase(tmp_path: Path):
     assert (phase.lr, phase.warmup_steps) == (1e-3, 10)
 
 
+@pytest.mark.parametrize("word", ["optimizer=muon", "optimizer='muon'", "kind=muon"])
+def test_the_optimizers_name_is_short_for_its_kind_alone(tmp_path: Path, word: str):
+    """What a recipe says of it beside stays; `kind` could be the model's too."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(Path(EXAMPLE).read_text(encoding="utf-8") + "optimizer: {beta2: 0.9}\n", encoding="utf-8")
+    if word == "kind=muon":
+        assert refusal(word, recipe=str(recipe))[0].startswith("kind is short for several keys")
+        return
+    optimizer = load_config(str(recipe), [word, "beta1=0.8"]).optimizer
+    assert (optimizer.kind, optimizer.beta1, optimizer.beta2) == ("muon", 0.8, 0.9)
+    assert load_config(str(recipe), {"optimizer": "muon"}).optimizer.kind == "muon"
+    assert load_config(str(recipe), optimizer={"kind": "muon"}).optimizer.kind == "muon"
+
+
+def test_a_whole_optimizer_may_still_be_given():
+    optimizer = load_config(EXAMPLE, ["optimizer={kind: muon, momentum: 0.9}"]).optimizer
+    assert (optimizer.kind, optimizer.momentum) == ("muon", 0.9)
+    assert refusal("optimizer=Muon")[0].startswith("optimizer.kind is not valid: saw 'Muon', want 'adamw' or 'muon'")
+    assert refusal("optimizer=")[0].startswith("optimizer is not valid: saw None")
+
+
 def test_a_key_that_is_short_for_several_is_refused_with_all_of_them():
     assert refusal("lr=1e-3", "every=3", "phases.steps=5") == [
         "lr is short for several keys: saw 'lr', want phases.main.lr=1e-3 (and phases.continuation.lr=1e-3); "
@@ -161,6 +182,17 @@ def test_a_file_spells_its_keys_in_full(tmp_path: Path):
         ("hiden_size", "1", "model.hidden_size=1"),
         ("dtype", "bfloat16", "engine.precision=bf16"),
         ("model_type", "gpt2", "model.model_type, with model.kind=transformers"),
+        ("optimizer.name", "AdamW", "optimizer.kind=adamw"),
+        ("optimizer.name", None, "optimizer.kind"),
+        ("optimizer_type", "Muon", "optimizer.kind=muon"),
+        ("optim", "adamw_torch", "optimizer.kind=adamw"),
+        ("muon_momentum", "0.9", "optimizer.momentum=0.9"),
+        ("ns_steps", "3", "optimizer.newton_schulz_steps=3"),
+        (
+            "embedding_lr",
+            "0.3",
+            "optimizer.embedding_lr_factor: this rate, divided by phases.main.lr (and phases.continuation.lr)",
+        ),
         ("n_layer", None, "model.num_hidden_layers"),
         ("n_layer", "", "model.num_hidden_layers"),
         ("run_name", "two words", "run.name"),

@@ -51,6 +51,7 @@ RULES = [
     (["tokenizer.vocab_size=null"], "tokenizer.vocab_size does not fit", "tokenizer.vocab_size"),
     (["model.vocab_size=2047"], "the embedding table cannot hold", "model.vocab_size"),
     (["tokenizer=gpt2", "tokenizer.vocab_size=null"], "the tokenizer has more ids than the model", "model.vocab_size"),
+    (["optimizer.momentum=0.9"], "optimizer.momentum is of muon alone", "optimizer.momentum or optimizer.kind"),
     (["phases=[]"], "there is no phase", "phases"),
     (["phases.continuation.name=main"], "two phases share a name", "phases.main.name"),
     (["run.stop_after=mian"], "run.stop_after names no phase", "run.stop_after"),
@@ -104,10 +105,18 @@ def test_every_rule_is_broken_above():
         [*LLAMA],
         ["data.path=plays.txt"],
         ["init.from=a", "init.load=all"],
+        ["optimizer=muon", "optimizer.momentum=0.9", "newton_schulz_steps=4", "embedding_lr_factor=3"],
+        ["optimizer.momentum=0.95", "optimizer.newton_schulz_steps=5", "optimizer.embedding_lr_factor=1"],
     ],
 )
 def test_the_other_side_of_a_rule_is_fine(overrides: list[str]):
     load_config(EXAMPLE, overrides)
+
+
+@pytest.mark.parametrize("name", ["momentum", "newton_schulz_steps", "embedding_lr_factor"])
+def test_each_key_of_muon_is_refused_beside_adamw(name: str):
+    with pytest.raises(UserError, match=rf"^optimizer\.{name} is of muon alone: saw .* with adamw, want [\d.]+ with"):
+        load_config(EXAMPLE, [f"optimizer.{name}={'2' if name.endswith('steps') else '0.5'}"])
 
 
 def test_broken_rules_are_reported_together():

@@ -474,7 +474,7 @@ def test_a_later_phase_says_what_is_new_in_it(tmp_path: Path) -> None:
     plan = Plan(tiny.load(tmp_path, *changed).phases)
     assert supervisor.describe_phase_changes(plan, plan.phases[0]) == ""
     assert supervisor.describe_phase_changes(plan, plan.phases[1]) == (
-        "schedule cosine -> linear, lr 0.003 -> 0.0003, the optimizer's moments begin at zero"
+        "schedule cosine -> linear, lr 0.003 -> 0.0003, the optimizer's state begins at zero"
     )
 
 

@@ -175,6 +175,8 @@ FORBIDDEN = [
     ({"run": {"seed": 7}}, "run.seed", "7", "1234"),
     ({"batch": {"sequence_length": 32}}, "batch.sequence_length", "32", "16"),
     ({"optimizer": {"beta2": 0.99}}, "optimizer.beta2", "0.99", "0.95"),
+    ({"optimizer": {"kind": "muon"}}, "optimizer.kind", "muon", "adamw"),
+    ({"optimizer": {"momentum": 0.9}}, "optimizer.momentum", "0.9", "0.95"),
     ({"optimizer": {"gradient_clipping": 0.0}}, "optimizer.gradient_clipping", "0.0", "1.0"),
     ({"batch": {"accumulation": 4}}, "batch.accumulation", "4", "2"),
     ({"batch": {"rows_per_step": 8}}, "batch.rows_per_step", "8", "null"),
@@ -213,6 +215,7 @@ def test_all_differences_are_one_sentence(settings: Config) -> None:
     ("sections", "fits"),
     [
         ({"optimizer": {"beta2": 0.99}}, True),
+        ({"optimizer": {"kind": "muon"}}, True),
         ({"model": {"dropout": 0.1}}, True),
         ({"model": {"hidden_size": 64}}, False),
         ({"tokenizer": {"vocab_size": 300}}, False),
@@ -235,6 +238,19 @@ def test_all_of_another_run_cannot_be_taken_under_another_past(settings: Config,
     with pytest.raises(UserError, match=r"or choose init\.load=weights, which takes its weights alone") as caught:
         enter_run_folder(child, 1, DONE, ancestor=settings.run_folder)
     assert "run.name" not in str(caught.value), "the child has another name"
+
+
+def test_all_of_another_run_is_not_taken_by_another_optimizer(settings: Config) -> None:
+    """Its state is of no use there, its weights are."""
+    child = edited(settings, run={"name": "child"}, optimizer={"kind": "muon"})
+    with pytest.raises(UserError) as caught:
+        enter_run_folder(child, 1, DONE, ancestor=settings.run_folder)
+    assert str(caught.value) == (
+        "the config differs from the run's own: saw optimizer.kind: adamw in the run, muon asked, want the run's "
+        "values: 6 steps were trained with them; change them back, or choose init.load=weights, which takes its "
+        "weights alone"
+    )
+    assert not child.run_folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def test_a_sound_run_has_a_line_for_its_rows_and_one_for_each_checkpoint(run: Pa
     sizes = [sum(record["bytes"] for record in manifest_of(p).files.values()) / 2**20 for p in checkpoints(run)]
     assert lines == [
         f"{at}: 4 files ({size:.1f} MiB) are as they were written, 20 tensors fit the config, "
-        f"masters and moments of 28,832 parameters by one rank are finite, {num} rows as in ledger.bin"
+        f"masters and optimizer state of 28,832 parameters by one rank are finite, {num} rows as in ledger.bin"
         for at, size, num in zip(checkpoints(run), sizes, (16, 32), strict=True)
     ]
 

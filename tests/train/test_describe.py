@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+from smoltrain.config.schema import OptimizerSection
 from smoltrain.distributed.cpu_cores import CpuShare
 from smoltrain.schedule import Plan
 from smoltrain.train import describe
-from smoltrain.train.describe import describe_completion, describe_device
+from smoltrain.train.describe import describe_completion, describe_device, describe_optimizer
 from smoltrain.train.preflight import PreflightLine
 from tests import tiny
 
@@ -34,6 +35,24 @@ def test_the_device_is_named_with_what_else_there_is(
     share = CpuShare(2, frozenset(), "not bound")
     world: Any = SimpleNamespace(device=torch.device("cpu"), size=size, cpu_share=share)
     assert describe_device(world) == words
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({}, "SPLIT"),
+        ({"kind": "muon"}, "SPLIT; 5 Newton-Schulz iterations in bfloat16: as asked"),
+        (
+            {"kind": "muon", "newton_schulz_steps": 3, "embedding_lr_factor": 2.5},
+            "SPLIT; 3 Newton-Schulz iterations in bfloat16: as asked; embeddings and head at 2.5 x lr",
+        ),
+    ],
+)
+def test_the_optimizer_is_told_with_how_muon_computes(
+    monkeypatch: pytest.MonkeyPatch, section: dict[str, Any], words: str
+) -> None:
+    monkeypatch.setattr(describe, "choose_dtype", lambda device: (torch.bfloat16, "as asked"))
+    assert describe_optimizer("SPLIT", OptimizerSection(**section), torch.device("cpu")) == words
 
 
 @pytest.mark.parametrize(

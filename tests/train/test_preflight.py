@@ -30,6 +30,7 @@ from smoltrain.train.preflight import (
 from tests import folders, tiny
 
 LLAMA = ("model={kind: transformers, model_type: llama, vocab_size: 320, max_position_embeddings: 64}",)
+EMPTY = (LLAMA[0].replace("llama", "gpt2"), "model.config={n_layer: 0}")
 WRONG: list[tuple[tuple[str, ...], str]] = [
     (("engine.ds_config=zero9",), "no such DeepSpeed config: saw 'zero9'"),
     (("engine.ds_config=gone.json",), "no such DeepSpeed config"),
@@ -43,6 +44,8 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("tokenizer=TMP/large", "tokenizer.vocab_size=null"), "saw 400, want at most model.vocab_size = 320"),
     (("model={kind: transformers, model_type: lama, vocab_size: 320, max_position_embeddings: 64}",), "'lama'"),
     ((*LLAMA, "model.config={hidden_size: wide}"), "transformers refuses this config"),
+    ((*EMPTY, "optimizer=muon"), "muon has nothing to orthogonalise"),
+    (("engine.ds_config=zero2_offload", "optimizer=muon"), "muon does not go with this part of the DeepSpeed config"),
 ]
 # What depends on the machine, which `show` is not told of.
 HERE: list[tuple[tuple[str, ...], str]] = [

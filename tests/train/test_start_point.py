@@ -1,21 +1,25 @@
 """Where a run begins: at its own checkpoint, at another run's, with somebody's weights, or fresh."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from smoltrain.checkpoint.manifest import list_checkpoint_steps, step_folder
 from smoltrain.errors import BAD_INPUT, DONE, UserError
+from smoltrain.export.export import export_model
+from smoltrain.run.verify import verify_run
 from smoltrain.train.start_point import StartPoint, copy_ancestor_data, find_start_point
-from tests import launches, tiny
+from tests import folders, launches, tiny
 
 
 @pytest.fixture(scope="module")
 def main(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose run `quickstart` has finished its main phase of 8 steps."""
+    """A folder whose run `quickstart` has finished its main phase of 8 steps; at-8/ has a copy that stays so."""
     folder = tmp_path_factory.mktemp("ancestor")
     done = tiny.train(folder, "run.stop_after=main")
     assert done.returncode == DONE, done.stderr
+    shutil.copytree(folder / "runs", folder / "at-8" / "runs")
     return folder
 
 
@@ -53,7 +57,30 @@ def test_all_of_another_run_is_held_to_that_runs_past(main: Path):
     assert "phases.main.lr: 3e-3 in the run, 1e-3 asked (from step 1 on)" in refused.stderr
     refused = tiny.train(main, "run.name=no", "init.from=quickstart", "init.load=all", "model.hidden_size=16")
     assert (refused.returncode, "model.hidden_size: 32 in the run, 16 asked" in refused.stderr) == (BAD_INPUT, True)
+    refused = tiny.train(main, "run.name=no", "init.from=quickstart", "init.load=all", "optimizer=muon")
+    assert (refused.returncode, "optimizer.kind: adamw in the run, muon asked" in refused.stderr) == (BAD_INPUT, True)
+    assert "Traceback" not in refused.stderr
     assert not (main / "runs" / "no").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("believed")
+def test_a_run_of_a_version_with_other_names_of_keys_goes_on_as_it_would_have(main: Path, tmp_path: Path):
+    """To the same losses, with nothing to say of it; it verifies before and after, and is exported."""
+    same = shutil.copytree(main / "at-8", tmp_path / "same")
+    older = shutil.copytree(main / "at-8", tmp_path / "older")
+    run = older / "runs" / "quickstart"
+    folders.make_older(run)
+    assert verify_run(run)
+    assert export_model(str(run), tmp_path / "exported").is_dir()
+    as_it_was = tiny.train(same, f"data.path={main / 'corpus'}")
+    went_on = tiny.train(older, f"data.path={main / 'corpus'}")
+    assert (as_it_was.returncode, went_on.returncode) == (DONE, DONE), went_on.stderr
+    assert "optimizer" not in went_on.stderr
+    assert "changed" not in went_on.stdout
+    assert verify_run(run)
+    assert rows_and_losses(run) == rows_and_losses(same / "runs" / "quickstart")
+    assert max(rows_and_losses(run)) == 12
 
 
 def test_nothing_to_begin_with(tmp_path: Path):
