@@ -48,6 +48,7 @@ IDEAS: dict[str, dict[str, Any]] = {
     "beta2 0.9": {"beta2": 0.9},
     "beta2 0.99": {"beta2": 0.99},
     "momentum 0.9": {"momentum": 0.9},
+    "momentum 0.8": {"momentum": 0.8},
     "momentum rises from 0.85": {"momentum_warmup_steps": 60},
     "3 Newton-Schulz steps": {"newton_schulz_steps": 3},
     "4 Newton-Schulz steps": {"newton_schulz_steps": 4},
@@ -149,8 +150,9 @@ def make_rows(losses: Losses) -> list[Row]:
             continue
         differences = [found[seed] - base[seed] for seed in seeds]
         values = list(base.values()) if name == BASE else differences
-        noise = stdev(values) if len(values) > 1 else None
-        rows.append(Row(name, len(seeds), mean(found[seed] for seed in seeds), mean(differences), noise))
+        noise = round(stdev(values), 3) if len(values) > 1 else None  # as a reader sees it, who may check the verdict
+        loss = mean(found[seed] for seed in seeds)
+        rows.append(Row(name, len(seeds), round(loss, 3), round(mean(differences), 3), noise))
     return rows
 
 

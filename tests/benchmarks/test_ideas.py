@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from benchmarks import ideas
 from benchmarks.small_loop import Trial
 
+PAGE = (Path(__file__).parents[2] / "docs" / "results" / "ideas.md").read_text(encoding="utf-8")
 BASE = {1: 4.0, 2: 4.02, 3: 4.01}
 
 
@@ -74,3 +76,17 @@ def test_only_what_is_missing_is_run_and_what_lost_clearly_is_not_tried_again(
     every = [ideas.BASE, "QK-norm", "untied head"]
     assert asked == [(1, every), (2, every[:2]), (1, []), (2, [])]
     assert "| untied head | 1 | 4.500 | +0.500 |  | loses clearly" in (tmp_path / ideas.TABLE).read_text()
+
+
+def test_the_page_has_every_idea_once_and_its_verdicts_follow_from_its_numbers():
+    lines = [line for line in PAGE.splitlines() if re.match(r"\| .* \| \d+ \| ", line)]
+    names = []
+    for line in lines:
+        name, seeds, loss, difference, noise, verdict = [cell.strip() for cell in line.strip("|").split("|")]
+        names.append(name)
+        if name != ideas.BASE:
+            row = ideas.Row(name, int(seeds), float(loss), float(difference), float(noise) if noise else None)
+            assert verdict == row.verdict, line
+    not_run = re.findall(r"^- \*\*Not run\*\*: (.*?)\.$", PAGE, re.MULTILINE | re.DOTALL)
+    names += [name for text in not_run for name in " ".join(text.split()).split("; ")]
+    assert sorted(names) == sorted(ideas.IDEAS)
