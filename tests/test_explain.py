@@ -44,15 +44,14 @@ def test_a_section_tells_all_its_keys(section: str):
 
 
 def test_a_key_is_told_whole():
-    assert explain("evaluate.every=40") == "\n".join(
+    assert explain("evaluate.every=40", 200) == "\n".join(
         [
             "evaluate.every",
             "  meaning  how often the validation loss is measured; 0 never",
             "  type     whole number of steps from 0",
             "  default  0",
             *recipe_lines("evaluate", "every"),
-            "  resume   may change; the start prints it, since numbers may come out otherwise",
-            "           from there on",
+            "  resume   may change; the start prints it, since numbers may come out otherwise from there on",
             "  section  evaluate: Loss on the held-out documents.",
         ]
     )

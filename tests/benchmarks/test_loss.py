@@ -31,7 +31,7 @@ def test_every_kernel_of_this_machine_gets_a_row_or_a_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setattr(loss.compile, "missing_for_compile", lambda device: "compiling takes too long for a test")
-    words = ["batch.sequence_length=16", "batch.micro_batch=2", "engine.device=cpu"]
+    words = ["batch.sequence_length=16", "batch.micro_batch=2", "engine.device=cpu", "engine.precision=bf16"]
     with pytest.raises(SystemExit) as left:
         run_app(loss.app, ["quickstart", *words, "--rounds", "1", "--out", str(tmp_path / "bench.json")])
     assert not left.value.code

@@ -7,10 +7,15 @@ from smoltrain.config.load import load_config
 from smoltrain.estimate.training_setup import TrainingSetup, build_training_setup
 
 SMOL = "smollm2-135m"
+QUICKSTART = (
+    "batch.micro_batch=2", "batch.accumulation=4", "engine.precision=bf16", "engine.gradient_checkpointing=full",
+    "model.tie_word_embeddings=true", "optimizer.kind=adamw", "optimizer.momentum=0.95",
+)  # fmt: skip
 
 
 def make_setup(
     *words: str, recipe: str = "quickstart", world: int = 1, device: Any = "cpu", **changes: Any
 ) -> TrainingSetup:
-    case = build_training_setup(load_config(recipe, list(words)), world=world, device=device)
+    defaults = QUICKSTART if recipe == "quickstart" else ()
+    case = build_training_setup(load_config(recipe, [*defaults, *words]), world=world, device=device)
     return dataclasses.replace(case, **changes)

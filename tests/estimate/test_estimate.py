@@ -70,6 +70,7 @@ def test_what_was_measured_takes_the_place_of_what_was_estimated(
 
     monkeypatch.setattr(estimate, "measure_run", measure)
     words = ["batch.micro_batch=auto", "batch.accumulation=null", "batch.rows_per_step=12", "checkpoint.every=0"]
+    words += ["engine.precision=bf16", "optimizer.kind=adamw", "optimizer.momentum=0.95"]
     assert not run("quickstart", *words, "engine.gradient_checkpointing=auto", "--measure")
     (recipe, overrides, ranks), out = asked[0], capsys.readouterr().out
     assert (recipe, ranks) == ("quickstart", 1)
