@@ -25,7 +25,7 @@ from smoltrain.config.keys import (
 )
 from smoltrain.config.older_keys import update_sections
 from smoltrain.config.override_text import format_overrides
-from smoltrain.config.rules import find_contradictions
+from smoltrain.config.rules import MUON_KEYS, find_contradictions
 from smoltrain.config.schema import HORIZON_KEYS, Config, GenerationSection, SourceSection
 from smoltrain.config.wandb_env import read_wandb_environment
 from smoltrain.config.yaml_text import apply_override, dump_yaml, parse_override_value, read_yaml
@@ -89,6 +89,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any]
             problems.append(problem)
     _drop_recipe_source(values, overrides)
     _drop_recipe_alternatives(values, overrides)
+    _drop_keys_of_other_optimizer(values, overrides)
     run = values.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = run.get("name") or path.stem
@@ -205,6 +206,16 @@ def _drop_recipe_alternatives(values: dict[str, Any], overrides: list[str] | tup
         said = {key for key in keys if f"{name}.{key}" in given}
         if said and isinstance(section, dict):
             for key in {*keys} - said:
+                section.pop(key, None)
+
+
+def _drop_keys_of_other_optimizer(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
+    """An optimizer on the command line takes the place of the recipe's, with the keys that mean nothing beside it."""
+    given = _keys_with_value(overrides)
+    section = values.get("optimizer")
+    if isinstance(section, dict) and "optimizer.kind" in given and section.get("kind") == "adamw":
+        for key in MUON_KEYS:
+            if f"optimizer.{key}" not in given:
                 section.pop(key, None)
 
 

@@ -451,7 +451,9 @@ class EngineSection(Section):
         "file",
     )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
-        default="auto", description="number format of weights and activations; master weights stay fp32"
+        default="auto",
+        description="number format of weights and activations; master weights stay fp32; auto: the fastest of the "
+        "device, bf16 on GPUs that have it, on a CPU only where it is known to be faster",
     )
     gradient_checkpointing: Literal["auto", "none", "selective", "full"] | int = Field(
         default="none",

@@ -18,12 +18,12 @@ Legend: m the shorter side of a matrix, n the longer; G, P, Q, W are m x m and s
 """
 
 from collections.abc import Sequence
-from functools import cache
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from smoltrain.kernels.precision import DTYPES, find_fastest_precision
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # https://kellerjordan.github.io/posts/muon, as torch.optim.Muon
 SMALLEST_NORM = 1e-7  # what a matrix of zeros is divided by, as torch.optim.Muon
@@ -36,7 +36,6 @@ MIN_BLOCK_ROWS = 96  # smaller blocks gain less than they cost
 MIN_ROWS = 384  # nor do blocks of a smaller matrix gain anything
 
 STACKED_ELEMENTS = 2**26  # on a GPU at most at once; five tensors of that size are alive
-PROCESSOR = Path("/proc/cpuinfo")
 
 
 @torch.no_grad()
@@ -68,19 +67,8 @@ def choose_dtype(device: torch.device) -> tuple[torch.dtype, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "bf16, this GPU computes it"
         return torch.float32, "fp32, this GPU has no bf16"
-    return _choose_cpu_dtype(PROCESSOR)
-
-
-@cache
-def _choose_cpu_dtype(file: Path) -> tuple[torch.dtype, str]:
-    """The dtype by what Linux says of the processor: a rule, since a timing might choose otherwise after a resume."""
-    words = set(file.read_text(encoding="utf-8").split()) if file.is_file() else set()
-    if "amx_bf16" in words:
-        return torch.bfloat16, "bf16, this processor has AMX"
-    if "avx512_bf16" in words and "AuthenticAMD" in words:
-        return torch.bfloat16, "bf16, this processor multiplies it at twice the speed of fp32"
-    # Intel's AVX512-bf16 without AMX multiplies at half the speed of fp32, without either it is emulated.
-    return torch.float32, "fp32, this processor is not known to multiply bf16 faster"
+    name, reason = find_fastest_precision()
+    return DTYPES[name], f"{name}, {reason}"
 
 
 def newton_schulz_flops(rows: int, columns: int, steps: int, dtype: torch.dtype | None = None) -> int:

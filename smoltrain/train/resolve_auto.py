@@ -32,12 +32,15 @@ class ResolvedSettings:
     reasons: dict[str, str]
 
 
-def choose_computing(config: Config, device: torch.device, rows_per_step: int) -> ResolvedSettings:
+def choose_computing(
+    config: Config, device: torch.device, rows_per_step: int, choice: tuple[str, str] | None = None
+) -> ResolvedSettings:
     """Precision and kernels for a device; the config stays as it is.
 
+    `choice`: the precision and its reason; None: what this machine computes in.
     Errors: UserError for what cannot run there, and for a model that is not for this optimizer.
     """
-    precision, why = choose_precision(config.engine.precision, device)
+    precision, why = choice or choose_precision(config.engine.precision, device)
     # On the meta device a model weighs nothing.
     model = build_model(config.model, device="meta", document_mask=config.packing.document_mask)
     OPTIMIZERS[config.optimizer.kind].parameter_groups(model, config.optimizer)
@@ -56,7 +59,9 @@ def resolve_auto_settings(config: Config, world: World, rows_per_step: int) -> R
     """
     asked_rows = config.batch.micro_batch
     config = cut_micro_batch(config, rows_per_step, world.size)
-    chosen = choose_computing(config, world.device, rows_per_step)
+    # Of the first rank, since hosts may have other processors.
+    precision = world.run_on_first_rank(lambda: choose_precision(config.engine.precision, world.device))
+    chosen = choose_computing(config, world.device, rows_per_step, precision)
     requested = {
         "micro-batch": config.batch.micro_batch,
         "gradient checkpointing": config.engine.gradient_checkpointing,

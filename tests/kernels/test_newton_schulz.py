@@ -1,6 +1,5 @@
 """Newton-Schulz against fp64: as near as torch's own Muon, whose code is the reference, in every order and dtype."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from smoltrain.kernels.newton_schulz import (
     newton_schulz_flops,
     orthogonalize,
 )
+from smoltrain.kernels.precision import DTYPES, FastestPrecision
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -251,26 +251,10 @@ def test_fewer_operations_than_the_definition_at_the_shapes_of_smollm2() -> None
     assert in_bf16 / definition == pytest.approx(0.64, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    ("processor", "chosen", "reason"),
-    [
-        ("vendor_id : GenuineIntel\nflags : avx512_bf16 amx_bf16 amx_tile\n", BF16, "AMX"),
-        ("vendor_id : AuthenticAMD\nflags : avx512f avx512_bf16\n", BF16, "twice the speed"),
-        ("vendor_id : GenuineIntel\nflags : avx512f avx512_bf16\n", FP32, "not known"),
-        ("vendor_id : AuthenticAMD\nflags : avx2\n", FP32, "not known"),
-        (None, FP32, "not known"),
-    ],
-)
-def test_bf16_where_the_processor_is_faster_in_it(
-    processor: str | None, chosen: torch.dtype, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = tmp_path / "cpuinfo"
-    if processor is not None:
-        file.write_text(processor)
-    monkeypatch.setattr(newton_schulz, "PROCESSOR", file)
-    dtype, words = choose_dtype(CPU)
-    assert dtype == chosen
-    assert reason in words
+@pytest.mark.parametrize("name", ["bf16", "fp32"])
+def test_a_cpu_computes_in_its_fastest_precision(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(newton_schulz, "find_fastest_precision", lambda: FastestPrecision(name, "a test"))
+    assert choose_dtype(CPU) == (DTYPES[name], f"{name}, a test")
 
 
 @pytest.mark.parametrize(("native", "chosen"), [(True, BF16), (False, FP32)])
