@@ -68,9 +68,14 @@ class DeepSpeedSteps:
 class PlainSteps(DeepSpeedSteps):
     """ZeRO-0: whole gradients on every rank, reduced at the step's last micro-batch."""
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Here DeepSpeed 0.19.8 divides by the loss scale of fp16, and does not multiply by it: `scale_if_loss`."""
+        super().backward(loss * self.loss_scale)
+
     def update(self, squared_norm: float | None = None) -> StepOutcome:  # noqa: ARG002
         """The norm comes from the gradients themselves: here DeepSpeed has none to give unless it clips."""
-        gradients = [p.grad for p in self._deepspeed.module.parameters() if p.grad is not None]
+        # In fp16 a norm that is multiplied by the loss scale is soon above 65504.
+        gradients = [p.grad.float() for p in self._deepspeed.module.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
         # In fp16 DeepSpeed skips by itself, and must, as it lowers the loss scale then.
         if not self._deepspeed.fp16_enabled() and not math.isfinite(norm):

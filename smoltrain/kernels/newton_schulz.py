@@ -1,9 +1,10 @@
 """Orthogonalising matrices by Newton-Schulz iterations, which is what Muon does to each update (Jordan et al. 2024).
 
 One iteration takes X to aX + b(XX')X + c(XX')^2 X: a polynomial a s + b s^3 + c s^5 of each singular value s, and the
-singular vectors stay. Its coefficients have the steepest slope at zero: after five iterations all singular values but
-the smallest lie within about [0.7, 1.2], which training cannot tell from 1. A GPU computes it as it stands there,
-many matrices at once. A CPU computes the same polynomial in an order with fewer operations:
+singular vectors stay. Its coefficients have the steepest slope at zero: after five iterations every singular value
+that began above 0.002 of the matrix's norm lies within [0.68, 1.21], which training cannot tell from 1, and a smaller
+one has grown 485 times. A GPU computes it as it stands there, many matrices at once. A CPU computes the same polynomial
+in an order with fewer operations:
 
 - Only the shorter side matters. With G = XX', an iteration multiplies X by P = aI + bG + cG^2, and G becomes PGP.
   All of these are polynomials of the first G and commute, so that the P of all iterations can be multiplied with each

@@ -167,3 +167,19 @@ def test_no_config_file_lets_a_bad_gradient_through(tmp_path: Path, ranks: Any) 
     words = (f"engine.ds_config={path}", "engine.precision=bf16", "engine.reduce_gradients=micro_batch")
     settings = tiny.load(tmp_path, *words, "batch.micro_batch=1", "track.gradients_every=0")
     assert ranks(1).run(skips_by_config, settings) == [False]
+
+
+def fp16_norm(settings: Config) -> tuple[float, float]:
+    """(loss scale, the norm of a step's gradient)."""
+    engine = engine_of(settings)
+    backward(engine, 1)
+    assert engine.update(lr=0.0, weight_decay=0.0)
+    return engine.loss_scale, engine.grad_norm_before_clipping
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_loss_scale_of_fp16_is_in_no_number_that_is_seen(tmp_path: Path, ranks: Any, stage: int) -> None:
+    [(_, expected)] = ranks(1).run(fp16_norm, settings_of(tmp_path, 2, "fp32", "auto"))
+    [(scale, norm)] = ranks(1).run(fp16_norm, settings_of(tmp_path, stage, "fp16", "auto"))
+    assert scale > 1
+    assert norm == pytest.approx(expected, rel=1e-2)
