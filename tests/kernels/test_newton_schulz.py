@@ -129,6 +129,16 @@ def test_singular_values_are_near_one(shape: tuple[int, int], dtype: torch.dtype
     assert values[: 1 + len(values) * 3 // 4].min() > 0.65, "those that began large enough"
 
 
+@pytest.mark.parametrize("begun", [0.002, 0.005, 0.01, 0.03, 0.1, 0.3, 0.6])
+def test_what_five_iterations_make_of_a_singular_value(begun: float) -> None:
+    values = torch.tensor([(1 - begun**2) ** 0.5, begun])
+    (ours,) = orthogonalize([values.diag()], 5)
+    assert 0.68 < ours.diagonal().min() <= ours.diagonal().max() < 1.21
+    tiny = torch.tensor([1.0, 1e-5])
+    (ours,) = orthogonalize([tiny.diag()], 5)
+    assert ours[1, 1] / 1e-5 == pytest.approx(485, rel=2e-3)
+
+
 def test_a_gram_matrix_squares_the_condition_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bf16 five iterations on one G diverge, which is why it is computed anew after two."""
     monkeypatch.setattr(newton_schulz, "choose_dtype", lambda device: (BF16, "a test"))
