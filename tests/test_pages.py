@@ -155,11 +155,13 @@ def test_quickstart_is_what_it_is_said_to_be():
     recipe = load_config("quickstart")
     main, after = recipe.phases
     parameters = count_parameters(build_model(recipe.model, device="meta"))
-    assert ("of two million parameters" in said, round(parameters / 1e6, 1)) == (True, 2.0)
-    assert ("two ranks, ZeRO-2, bf16" in said, CPU_RANKS) == (True, 2)
-    assert (recipe.engine.ds_config, recipe.engine.precision) == ("zero2", "bf16")
-    assert f"accumulation {recipe.batch.accumulation}, gradient checkpointing" in said
-    assert recipe.engine.gradient_checkpointing == "full"
+    assert ("of two and a half million parameters" in said, round(parameters / 1e6, 1)) == (True, 2.5)
+    assert ("two ranks, ZeRO-2, fp32" in said, CPU_RANKS) == (True, 2)
+    assert (recipe.engine.ds_config, recipe.engine.precision) == ("zero2", "fp32")
+    assert ("Muon" in said, recipe.optimizer.kind) == (True, "muon")
+    assert f"accumulation {recipe.batch.accumulation}," in said
+    assert "no gradient checkpointing" in said
+    assert recipe.engine.gradient_checkpointing == "none"
     assert f"a main phase and a {after.name} of {after.steps} steps" in said
     assert f"{step_folder(Path('checkpoints'), main.steps or 0).name}/" in section("first-run", "What it wrote")
 

@@ -9,7 +9,7 @@ from smoltrain.estimate.training_setup import TrainingSetup, build_training_setu
 SMOL = "smollm2-135m"
 QUICKSTART = (
     "batch.micro_batch=2", "batch.accumulation=4", "engine.precision=bf16", "engine.gradient_checkpointing=full",
-    "optimizer.kind=adamw",
+    "model.tie_word_embeddings=true", "optimizer.kind=adamw", "optimizer.momentum=0.95",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ def world_of(kind: str, size: int, answers: list[Any] | None = None) -> Any:
 
 
 def test_mfu_is_what_a_hand_calculates() -> None:
-    config = load_config("quickstart", ["batch.sequence_length=128"])
+    config = load_config("quickstart", ["batch.sequence_length=128", "model.tie_word_embeddings=true"])
     meter = open_mfu_meter(config, 2e12, "bf16", world_of("cpu", 2))
     parameters, layers, width = 2_000_128, config.model.num_hidden_layers, config.model.hidden_size  # type: ignore[union-attr]
     by_hand = 6 * parameters + 12 * layers * width * 128

@@ -21,7 +21,7 @@ def test_quickstart_learns_to_write_something_like_a_play(tmp_path: Path) -> Non
         line["validation/loss_nats_per_token"] for line in launches.metrics(run) if "validation/perplexity" in line
     ]
     assert validation[-1] < validation[0] - 0.4
-    assert validation[-1] < 4.8, "a table of word frequencies reaches about 6"
+    assert validation[-1] < 4.1, "AdamW's recipe ended at 4.53; a table of word frequencies reaches about 6"
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     last = [s["text"] for s in samples if s["step"] == samples[-1]["step"]]
     for text in last:
