@@ -77,7 +77,7 @@ def test_what_was_measured_takes_the_place_of_what_was_estimated(
     assert overrides[: len(words)] == words
     assert {"engine.device=cpu", "batch.micro_batch=12", "engine.gradient_checkpointing=none"} < set(overrides)
     assert "engine.compile=off" in overrides, "as of the recipe's whole plan"
-    assert "measured here, 1 x cpu: step 123.000 s, estimated 0." in out
+    assert "measured here, 1 x cpu: step 123.000 s, estimated " in out
     gib = next(line for line in out.splitlines() if line.startswith("in all")).split()[2]
     assert 77 <= float(gib) < 77.1, "and a checkpoint in the making"
     assert "123.000" in next(line for line in out.splitlines() if line.strip().startswith("2*"))
