@@ -63,6 +63,8 @@ NOT_RUN = {
     "python -m benchmarks.loss": "minutes; `tests/benchmarks/test_loss.py`",
     "python -m benchmarks.train": "installs other trainers; `tests/benchmarks/test_train.py`",
     "python -m benchmarks.time_to_loss": "installs other trainers; `tests/benchmarks/test_time_to_loss.py`",
+    "python -m benchmarks.optimizer": "minutes; `tests/benchmarks/test_optimizer.py`",
+    "python -m benchmarks.ideas": "an hour; `tests/benchmarks/test_ideas.py`",
     "python -m benchmarks.data": "minutes; `tests/benchmarks/test_data.py`",
     "python -m benchmarks.checkpoint": "minutes; `tests/benchmarks/test_checkpoint.py`",
     "mkdocs serve": "serves until it is stopped; `tests/test_site.py` builds the site",
