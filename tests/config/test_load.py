@@ -417,3 +417,12 @@ def test_a_wrong_value_does_not_hide_a_broken_rule():
 )
 def test_the_first_word_is_the_recipe_unless_it_is_an_override(words: list[str], recipe: str, overrides: list[str]):
     assert split_recipe_words(words) == (recipe, overrides)
+
+
+def test_an_optimizer_on_the_command_line_drops_what_only_the_recipes_own_understood() -> None:
+    assert load_config("quickstart").optimizer.momentum == 0.85
+    optimizer = load_config("quickstart", ["optimizer=adamw"]).optimizer
+    assert (optimizer.kind, optimizer.momentum) == ("adamw", 0.95)
+    assert load_config("quickstart", ["optimizer=muon"]).optimizer.momentum == 0.85
+    with pytest.raises(UserError, match="momentum is of muon alone"):
+        load_config("quickstart", ["optimizer=adamw", "optimizer.momentum=0.85"])
