@@ -11,6 +11,7 @@ from benchmarks.peers import PEERS, Peer, describe_peer_model
 from benchmarks.real_rows import ROWS_FILE, VALIDATION_FILE
 from smoltrain import files
 from smoltrain.config.load import config_to_yaml, load_config
+from smoltrain.config.rules import MUON_KEYS
 from smoltrain.config.schema import Config, OptimizerSection
 from smoltrain.errors import Problem, UserError, suggest_choice
 from smoltrain.estimate.measure import RUN_NAME
@@ -63,8 +64,7 @@ def make_our_contender(config: Config, kind: str, steps: int, rates: Sequence[fl
     """Ours with an optimizer of this kind; each recipe is written to the scratch folder."""
 
     def launch(rate: float) -> Launcher:
-        optimizer = config.optimizer.model_copy(update={"kind": kind})
-        planned = set_plan(config.model_copy(update={"optimizer": optimizer}), rate, steps)
+        planned = set_plan(_set_optimizer(config, kind), rate, steps)
         recipe = scratch / f"{kind}-{steps}-{rate:g}.yaml"
         recipe.write_text(config_to_yaml(planned), encoding="utf-8")
         return make_smoltrain_launcher(recipe, 1)
@@ -72,6 +72,14 @@ def make_our_contender(config: Config, kind: str, steps: int, rates: Sequence[fl
     whole = config.phases[0].num_steps
     name = f"smoltrain {kind}" if steps == whole else f"smoltrain {kind}, {steps} steps"
     return Contender(name, steps, tuple(rates), launch)
+
+
+def _set_optimizer(config: Config, kind: str) -> Config:
+    """The same with an optimizer of this kind, and without what means nothing to it."""
+    changed: dict[str, Any] = {"kind": kind}
+    if kind == "adamw":
+        changed |= {key: OptimizerSection.model_fields[key].default for key in MUON_KEYS}
+    return config.model_copy(update={"optimizer": config.optimizer.model_copy(update=changed)})
 
 
 def make_peer_contender(

@@ -161,8 +161,8 @@ def test_quickstart_is_what_it_is_said_to_be():
     main, after = recipe.phases
     parameters = count_parameters(build_model(recipe.model, device="meta"))
     assert ("of two and a half million parameters" in said, round(parameters / 1e6, 1)) == (True, 2.5)
-    assert ("two ranks, ZeRO-2, fp32" in said, CPU_RANKS) == (True, 2)
-    assert (recipe.engine.ds_config, recipe.engine.precision) == ("zero2", "fp32")
+    assert ("two ranks, ZeRO-2" in said, CPU_RANKS) == (True, 2)
+    assert (recipe.engine.ds_config, recipe.engine.precision) == ("zero2", "auto")
     assert ("Muon" in said, recipe.optimizer.kind) == (True, "muon")
     assert f"accumulation {recipe.batch.accumulation}," in said
     assert "no gradient checkpointing" in said

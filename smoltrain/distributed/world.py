@@ -128,7 +128,8 @@ class World:
                 with lost:
                     self.store.set(done, "")
         outcomes = [outcome]
-        torch_dist.broadcast_object_list(outcomes, src=0, group=self.group)
+        if self.size > 1:
+            torch_dist.broadcast_object_list(outcomes, src=0, group=self.group)
         if isinstance(outcomes[0], Exception):
             raise outcomes[0]
         return outcomes[0]

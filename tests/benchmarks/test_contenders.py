@@ -30,9 +30,9 @@ def test_a_peak_rate_moves_the_whole_schedule_and_keeps_its_shape(tmp_path: Path
     config = load(tmp_path)
     moved = Plan(contenders.set_plan(config, 6e-3, 40).phases)
     before = Plan(config.phases)
-    assert before.lr(20) == 2e-3
+    assert before.lr(20) == 8e-3
     for step in range(1, 41):
-        assert moved.lr(step) == pytest.approx(3 * before.lr(step))
+        assert moved.lr(step) == pytest.approx(0.75 * before.lr(step))
     short = contenders.set_plan(config, 6e-3, 30).phases[0]
     assert (short.num_steps, short.warmup_steps) == (30, 20)
 

@@ -27,7 +27,7 @@ from smoltrain.estimate.speed import estimate_speed
 from smoltrain.kernels import newton_schulz
 from smoltrain.kernels.newton_schulz import newton_schulz_flops
 from smoltrain.model.build import build_model
-from tests.estimate.setups import SMOL, make_setup
+from tests.estimate.setups import QUICKSTART, SMOL, make_setup
 
 SMALL = ("model.hidden_size=256", "model.num_hidden_layers=3", "model.intermediate_size=640")
 LLAMA = (
@@ -52,7 +52,7 @@ def trained_once(config: Config) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
 def test_the_state_is_as_large_as_its_tensors(model: tuple[str, ...], kind: str):
     words = (*model, f"optimizer={kind}")
-    optimizer = trained_once(load_config("quickstart", words))
+    optimizer = trained_once(load_config("quickstart", (*QUICKSTART, *words)))
     tensors = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
     case = make_setup(*words)
     assert sum(x.nbytes for x in tensors) == case.optimizer_state_bytes

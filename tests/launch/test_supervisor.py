@@ -450,14 +450,14 @@ def test_all_phases_train_what_the_recipe_said_at_the_start(launched: list[Start
     engine.write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
 
     def edit(_signals: supervisor.SignalForwarder) -> None:
-        recipe.write_text(recipe.read_text(encoding="utf-8").replace("lr: 2.0e-4", "lr: 9.9e-3") + "x: 1", "utf-8")
+        recipe.write_text(recipe.read_text(encoding="utf-8").replace("lr: 8.0e-4", "lr: 9.9e-3") + "x: 1", "utf-8")
         engine.write_text("{", encoding="utf-8")
 
     Phase.during = edit
     words = [word for word in tiny.words(tmp_path) if not word.startswith("phases.continuation.lr=")]
     assert supervisor.supervise_run(str(recipe), [*words, f"engine.ds_config={engine}"]) == DONE
     handed = [unpack_start(io.BytesIO(pack_start(start))).config for start in launched]
-    assert [(at.run.stop_after, at.phases[1].lr) for at in handed] == [("main", 2e-4), ("continuation", 2e-4)]
+    assert [(at.run.stop_after, at.phases[1].lr) for at in handed] == [("main", 8e-4), ("continuation", 8e-4)]
     assert zero_stage(fill_deepspeed_config(handed[1], precision="fp32", accumulation=2, world_size=2)) == 1
 
 
