@@ -81,7 +81,7 @@ class Row(NamedTuple):
         return "better" if self.difference < 0 else "worse"
 
 
-def compare_ideas(
+def benchmark_ideas(
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, the table, and the prepared rows.")],
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds of each idea.")] = 3,
     workers: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 2,
@@ -167,7 +167,7 @@ def format_table(losses: Losses) -> str:
     return "\n".join(lines) + "\n"
 
 
-app = make_app(compare_ideas, "--out /tmp/ideas --only QK-norm --seeds 1")
+app = make_app(benchmark_ideas, "--out /tmp/ideas --only QK-norm --seeds 1")
 
 if __name__ == "__main__":
     run_app(app)

@@ -72,7 +72,7 @@ def test_only_what_is_missing_is_run_and_what_lost_clearly_is_not_tried_again(
 
     monkeypatch.setattr(ideas, "run_trials", pretend)
     for _ in range(2):
-        ideas.compare_ideas(tmp_path, seeds=2, workers=1, only=["QK-norm", "untied head"])
+        ideas.benchmark_ideas(tmp_path, seeds=2, workers=1, only=["QK-norm", "untied head"])
     every = [ideas.BASE, "QK-norm", "untied head"]
     assert asked == [(1, every), (2, every[:2]), (1, []), (2, [])]
     assert "| untied head | 1 | 4.500 | +0.500 |  | loses clearly" in (tmp_path / ideas.TABLE).read_text()
