@@ -12,6 +12,7 @@ from torch.nn import functional as F
 config = smoltrain.load_config(
     "quickstart",
     {"phases.main.steps": 30, "phases.continuation.steps": 5, "phases.main.lr": 5e-3, "sample.every": 0},
+    optimizer={"kind": "adamw"},  # a convolution's weight has three dimensions: muon has nothing here
     run={"name": "example-own-model", "folder": sys.argv[1] if len(sys.argv) > 1 else "runs"},
     track={"wandb": "off"},
 )

@@ -300,7 +300,7 @@ def train_command(
     raise typer.Exit(supervise_run(*split_recipe_words(words), ranks, began_at))
 
 
-@app.command("tune", cls=OverridesCommand, epilog="Example: smoltrain tune quickstart --lr 1e-3,2e-3,4e-3 --steps 60")
+@app.command("tune", cls=OverridesCommand, epilog="Example: smoltrain tune quickstart --lr 4e-3,8e-3 --steps 60")
 def tune_command(
     recipe: RecipeArgument,
     overrides: Annotated[
