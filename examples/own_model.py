@@ -1,7 +1,4 @@
-"""Train a torch module of one's own: token ids in, causal logits out, and smoltrain does the rest.
-
-python examples/own_model.py [FOLDER]
-"""
+"""Train a torch module of one's own, ids in and logits out: python examples/own_model.py [FOLDER]."""
 
 import sys
 
@@ -12,8 +9,8 @@ from torch.nn import functional as F
 config = smoltrain.load_config(
     "quickstart",
     {"phases.main.steps": 30, "phases.continuation.steps": 5, "phases.main.lr": 5e-3, "sample.every": 0},
-    optimizer={"kind": "adamw"},  # a convolution's weight has three dimensions: muon has nothing here
     run={"name": "example-own-model", "folder": sys.argv[1] if len(sys.argv) > 1 else "runs"},
+    optimizer={"kind": "adamw"},  # muon is for matrices, of which there is none
     track={"wandb": "off"},
 )
 
