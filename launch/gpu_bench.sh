@@ -13,6 +13,7 @@ BIN="${BIN:-.venv/bin}"
 AGAINST="${AGAINST-hf-trainer,plain+compile}" # installed into environments of their own; empty for none
 read -ra KERNELS <<<"${KERNELS:-flash sdpa}"
 read -ra RECOMPUTE <<<"${RECOMPUTE:-none selective full}"
+read -ra STAGES <<<"${STAGES:-zero1 zero2}"
 out="${1:-runs/gpu_bench}"
 shift || true
 task=(smollm2-135m batch.sequence_length=2048 batch.micro_batch=16 batch.rows_per_step=64 batch.accumulation=null "$@")
@@ -32,7 +33,7 @@ cell beside-others ${AGAINST:+--against "$AGAINST"}
 for kernel in "${KERNELS[@]}"; do
   for compile in on off; do
     for recompute in "${RECOMPUTE[@]}"; do
-      for zero in zero1 zero2; do
+      for zero in "${STAGES[@]}"; do
         cell "$kernel-compile-$compile-$recompute-$zero" --rounds 1 "engine.attention=$kernel" \
           "engine.compile=$compile" "engine.gradient_checkpointing=$recompute" "engine.ds_config=$zero"
       done
