@@ -23,11 +23,13 @@ from smoltrain.cli import OverridesArgument, RecipeArgument, run_app
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config
 from smoltrain.distributed.world import choose_device
+from smoltrain.engine.adamw import adamw_step
+from smoltrain.engine.hidden_matrices import count_elements, split_parameters
+from smoltrain.engine.muon import apply_update, blend_momentum
 from smoltrain.errors import Problem, UserError
 from smoltrain.estimate.constants import TERA
 from smoltrain.estimate.speed import recipe_flops_per_token
 from smoltrain.kernels import compile
-from smoltrain.kernels.compile import CompilableFunction
 from smoltrain.kernels.newton_schulz import (
     COEFFICIENTS,
     SMALLEST_NORM,
@@ -82,7 +84,7 @@ def benchmark_optimizer(
     tokens_of_steps = read_tokens(tokens)
     out.parent.mkdir(parents=True, exist_ok=True)
     device = choose_device(config.engine.device)
-    weights = find_updated_weights(build_model(config.model, device="meta"), config.model.vocab_size)
+    weights = find_updated_weights(build_model(config.model, device="meta"))
     length = config.batch.sequence_length
     rows = max(1, min(MEASURED_TOKENS, *tokens_of_steps) // length)
     steps = config.optimizer.newton_schulz_steps
@@ -131,17 +133,11 @@ def read_tokens(text: str) -> list[int]:
     return [int(word) for word in words]
 
 
-def find_updated_weights(model: nn.Module, vocab_size: int) -> UpdatedWeights:
-    """Hidden matrices are those between the embedding and the head; both have a row for each word."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    matrices: Counter[Shape] = Counter()
-    num_rest = 0
-    for parameter in model.parameters():
-        if parameter.dim() == 2 and id(parameter) not in embeddings and parameter.size(0) != vocab_size:
-            matrices[parameter.size(0), parameter.size(1)] += 1
-        else:
-            num_rest += parameter.numel()
-    return UpdatedWeights(dict(matrices), num_rest)
+def find_updated_weights(model: nn.Module) -> UpdatedWeights:
+    """As the engine splits them."""
+    split = split_parameters(model)
+    matrices = Counter((matrix.size(0), matrix.size(1)) for matrix in split.hidden.values())
+    return UpdatedWeights(dict(matrices), count_elements({**split.tables, **split.others, **split.vectors}))
 
 
 def make_step(config: Config, rows: int, device: torch.device) -> tuple[Callable[[], object], str]:
@@ -181,15 +177,18 @@ def orthogonalize_as_torch(matrix: Tensor, steps: int) -> Tensor:
 def make_passes(device: torch.device) -> tuple[dict[str, Callable[[], object]], bool]:
     """The passes over memory, of MEASURED_WEIGHTS each, and whether they are compiled."""
     compiles = compile.missing_for_compile(device.type) is None
-    blend = _blend_momentum.compiled if compiles else _blend_momentum
-    apply = _apply_update.compiled if compiles else _apply_update
-    adamw = _adamw_step.compiled if compiles else _adamw_step
+    blend = blend_momentum.compiled if compiles else blend_momentum
+    apply = apply_update.compiled if compiles else apply_update
+    adamw = adamw_step.compiled if compiles else adamw_step
     master, first, second, gradient = torch.rand(4, MEASURED_WEIGHTS, device=device).unbind()
     weights = master.bfloat16()
+    of_muon = torch.tensor((1.0, 0.05), device=device)  # the gradient's scale, 1 - momentum
+    of_apply = torch.tensor((0.999, 1e-3), device=device)  # 1 - decay, lr
+    of_adamw = torch.tensor((1.0, 0.999, 0.1, 0.95, 0.05, 1e-3, 1.0, 1e-8), device=device)  # as AdamW packs them
     return {
-        MOMENTUM: lambda: blend(first, gradient),
-        APPLY: lambda: apply(master, weights, gradient),
-        ADAMW: lambda: adamw(master, first, second, weights, gradient),
+        MOMENTUM: lambda: blend(first, gradient, of_muon),
+        APPLY: lambda: apply(master, weights, gradient, of_apply),
+        ADAMW: lambda: adamw(master, first, second, weights, gradient, of_adamw),
     }, compiles
 
 
@@ -244,32 +243,6 @@ def tabulate_shares(shares: dict[int, dict[str, float]], step_s: dict[int, float
         numbers = (f"{by_name[name]:.1%}" for name in names)
         table.add_row(f"{count:,}", f"{step_s[count]:.1f}", f"{count * flops_per_token / TERA:.2f}", *numbers)
     return table
-
-
-@CompilableFunction
-def _blend_momentum(momentum: Tensor, gradient: Tensor) -> None:
-    m = momentum.lerp(gradient, 0.05)
-    u = gradient.lerp(m, 0.95)
-    momentum.copy_(m)
-    gradient.copy_(u)
-
-
-@CompilableFunction
-def _apply_update(master: Tensor, weights: Tensor, update: Tensor) -> None:
-    p = master * 0.999 - 1e-3 * update
-    master.copy_(p)
-    weights.copy_(p)
-
-
-@CompilableFunction
-def _adamw_step(master: Tensor, first: Tensor, second: Tensor, weights: Tensor, gradient: Tensor) -> None:
-    m = first.lerp(gradient, 0.1)
-    v = second * 0.95 + 0.05 * gradient * gradient
-    p = master * 0.999 - 1e-3 * m / (v.sqrt() + 1e-8)
-    first.copy_(m)
-    second.copy_(v)
-    master.copy_(p)
-    weights.copy_(p)
 
 
 app = make_app(benchmark_optimizer, "smollm2-135m batch.sequence_length=512")

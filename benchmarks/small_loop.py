@@ -1,7 +1,7 @@
 """One short training run in a plain loop, whose settings are tried one at a time: what benchmarks/ideas.py compares.
 
 The model is the product's, the rows are those that quickstart would be dealt, the masters and all arithmetic are fp32.
-The engine is not in it (no ranks, no DeepSpeed), so that an idea can be tried before there is a key for it.
+Of the engine it has Muon alone (no ranks, no DeepSpeed), so that an idea can be tried before there is a key for it.
 
 Legend: B rows, T tokens of a row, D width, E width of a head.
 """
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from smoltrain.config.load import load_config
-from smoltrain.config.schema import Config
+from smoltrain.config.schema import Config, OptimizerSection
 from smoltrain.data.rows.loader import Batch, Loader
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.engine.hidden_matrices import split_parameters
+from smoltrain.engine.muon import MuonOptimizer
 from smoltrain.kernels.loss import IGNORE_INDEX, LossKernel
-from smoltrain.kernels.newton_schulz import orthogonalize
 from smoltrain.model.build import build_model
 from smoltrain.model.decoder import Decoder
 from smoltrain.model.interface import ComputeOptions
@@ -73,28 +74,10 @@ class HeadNorm(nn.Module):
         return self.norm(x.unflatten(-1, (-1, self.head_width))).flatten(-2)
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024) as torch.optim.Muon(nesterov=True, adjust_lr_fn="match_rms_adamw").
-
-    Over the product's Newton-Schulz, which takes a third of the time of torch's own on a CPU.
-    """
-
-    def __init__(self, matrices: list[nn.Parameter], *, momentum: float, newton_schulz_steps: int) -> None:
-        defaults = {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum, "steps": newton_schulz_steps}
-        super().__init__(matrices, defaults)
-
-    @torch.no_grad()
-    def step(self) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update all matrices."""
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight not in self.state:
-                    self.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
-                buffer = self.state[weight]["momentum_buffer"]
-                buffer.lerp_(weight.grad, 1 - group["momentum"])
-                [update] = orthogonalize([weight.grad.lerp(buffer, group["momentum"])], group["steps"])
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(weight.shape)))
+def make_muon(matrices: list[nn.Parameter], *, momentum: float, newton_schulz_steps: int) -> MuonOptimizer:
+    """The engine's, on whole matrices."""
+    settings = {"momentum": momentum, "newton_schulz_steps": newton_schulz_steps}
+    return MuonOptimizer([{"params": matrices, "hidden": True, **settings}], OptimizerSection(), fused=False)
 
 
 def train_trial(trial: Trial, seed: int, words: list[str]) -> dict[str, Any]:
@@ -156,24 +139,16 @@ def make_model(trial: Trial, config: Config) -> Decoder:
 
 def make_optimizers(trial: Trial, model: nn.Module) -> list[torch.optim.Optimizer]:
     """AdamW for embeddings, head and vectors, and under muon Muon for the hidden matrices, else AdamW too."""
-    hidden: list[nn.Parameter] = []
-    tables: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2:
-            vectors.append(parameter)
-        elif name.startswith("layers."):
-            hidden.append(parameter)
-        else:
-            tables.append(parameter)
+    split = split_parameters(model)
+    hidden = list(split.hidden.values())
     groups: list[dict[str, Any]] = [
-        {"params": tables, "lr_factor": trial.embedding_lr_factor, "decays": True},
-        {"params": vectors, "lr_factor": 1.0, "decays": False},
+        {"params": list(split.tables.values()), "lr_factor": trial.embedding_lr_factor, "decays": True},
+        {"params": list(split.vectors.values()), "lr_factor": 1.0, "decays": False},
     ]
     optimizers: list[torch.optim.Optimizer] = []
     if trial.optimizer == "muon":
         steps = trial.newton_schulz_steps
-        optimizers.append(Muon(hidden, momentum=trial.momentum, newton_schulz_steps=steps))
+        optimizers.append(make_muon(hidden, momentum=trial.momentum, newton_schulz_steps=steps))
         optimizers[0].param_groups[0].update(lr_factor=1.0, decays=True)
     else:
         groups.append({"params": hidden, "lr_factor": 1.0, "decays": True})

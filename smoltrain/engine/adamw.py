@@ -45,11 +45,11 @@ class AdamW(OptimizerKind):
         )  # fmt: skip
         # A tensor, as each new Python number would be compiled anew.
         scalars = torch.tensor(numbers, dtype=torch.float32, device=master.device)
-        _adamw_step.compiled(master, state["exp_avg"], state["exp_avg_sq"], weights, gradient, scalars)
+        adamw_step.compiled(master, state["exp_avg"], state["exp_avg_sq"], weights, gradient, scalars)
 
 
 @partial(CompilableFunction, any_length=True)
-def _adamw_step(
+def adamw_step(
     master: torch.Tensor, first: torch.Tensor, second: torch.Tensor, weights: torch.Tensor, gradient: torch.Tensor,
     scalars: torch.Tensor,
 ) -> None:  # fmt: skip

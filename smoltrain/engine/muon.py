@@ -157,15 +157,15 @@ class Muon(AdamW):
         update = gradient.float()  # which is the gradient itself, if it is in fp32
         momentum = group["momentum"]
         numbers = torch.tensor((scale, 1 - momentum), dtype=torch.float32, device=master.device)
-        _blend_momentum.compiled(optimizer.momentum_buffer(master), update, numbers)
+        blend_momentum.compiled(optimizer.momentum_buffer(master), update, numbers)
         optimizer.orthogonalize_updates(group, [master], [update])
         lr = group["lr"]
         numbers = torch.tensor((1 - lr * group["weight_decay"], lr), dtype=torch.float32, device=master.device)
-        _apply_update.compiled(master, weights, update, numbers)
+        apply_update.compiled(master, weights, update, numbers)
 
 
 @functools.partial(CompilableFunction, any_length=True)
-def _blend_momentum(buffer: Tensor, update: Tensor, numbers: Tensor) -> None:
+def blend_momentum(buffer: Tensor, update: Tensor, numbers: Tensor) -> None:
     """`update` is the gradient before, and its blend with the momentum (Nesterov's) after."""
     scale, rest = numbers.unbind()
     g = update * scale
@@ -175,7 +175,7 @@ def _blend_momentum(buffer: Tensor, update: Tensor, numbers: Tensor) -> None:
 
 
 @functools.partial(CompilableFunction, any_length=True)
-def _apply_update(master: Tensor, weights: Tensor, update: Tensor, numbers: Tensor) -> None:
+def apply_update(master: Tensor, weights: Tensor, update: Tensor, numbers: Tensor) -> None:
     """Decay, move, and cast to the weights."""
     keep, lr = numbers.unbind()
     p = master * keep - lr * update

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def test_every_weight_is_counted_once(recipe: str, matrices: int, num_hidden: int) -> None:
     section = load_config(recipe, []).model
     model = build_model(section, device="meta")
-    weights = optimizer.find_updated_weights(model, section.vocab_size)
+    weights = optimizer.find_updated_weights(model)
     assert sum(weights.matrices.values()) == matrices
     assert weights.num_hidden == num_hidden
     assert weights.num_hidden + weights.num_rest == count_parameters(model)

@@ -21,7 +21,7 @@ def test_muon_is_that_of_torch_but_for_the_rounding_of_bf16():
     shapes = [(32, 32), (16, 32), (48, 32)]
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [nn.Parameter(weight.detach().clone()) for weight in ours]
-    muon = small_loop.Muon(ours, momentum=0.9, newton_schulz_steps=4)
+    muon = small_loop.make_muon(ours, momentum=0.9, newton_schulz_steps=4)
     options = {"momentum": 0.9, "ns_steps": 4, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
     reference = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, **options)
     muon.param_groups[0].update(lr=0.01, weight_decay=0.1)
