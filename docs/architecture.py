@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels", "config", "distributed"),
     ("files", "console", "terminal", "usage"),
     ("errors",),
-    ("redact", "timeout"),
+    ("openmp", "redact", "timeout"),
 )
 # The same inside smoltrain/data: from the top, what is nearer to the model.
 DATA_FLOORS: tuple[tuple[str, ...], ...] = (

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from smoltrain.openmp import choose_waiting
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -63,19 +65,17 @@ if not TYPE_CHECKING:  # type checkers know the names, and what is none of them
 
 
 def _import_room(module: str) -> ModuleType:
-    """Import a module of the package; if torch comes with it, OpenMP's threads sleep while they wait for each other.
+    """Import a module of the package; if torch comes with it, OpenMP's threads wait as smoltrain/openmp.py has it.
 
-    By default GNU's OpenMP spins, and where another process has one of the cores, a step takes five to ten times as
-    long (distributed/cpu_cores.py). OpenMP reads the variable when torch is loaded; the environment stays as it is.
+    OpenMP reads the variables when torch is loaded; the environment stays as it is.
     """
-    name = "OMP_WAIT_POLICY"
-    if name in os.environ or "torch" in sys.modules:
-        return importlib.import_module(f"smoltrain.{module}")
-    os.environ[name] = "passive"
+    chosen = {} if "torch" in sys.modules else choose_waiting()
+    os.environ.update(chosen)
     try:
         return importlib.import_module(f"smoltrain.{module}")
     finally:
-        os.environ.pop(name, None)
+        for variable in chosen:
+            os.environ.pop(variable, None)
 
 
 def __dir__() -> list[str]:

@@ -3,8 +3,7 @@
 The two hyperthreads of a core share its multipliers, so one thread computes on each core. A rank that is bound to cores
 of its own keeps what is in their caches and, on a machine with several sockets, the memory beside them.
 
-Threads that wait for each other sleep (OMP_WAIT_POLICY=passive, set in launch/rank.py). By default GNU's OpenMP spins:
-where another process has one of the cores, the others then burn their time in waiting for the thread that it keeps out.
+How its threads wait for each other: smoltrain/openmp.py.
 """
 
 import contextlib

@@ -28,6 +28,7 @@ from smoltrain.errors import (
     UserError,
     format_error,
 )
+from smoltrain.openmp import choose_waiting
 from smoltrain.redact import redact_text
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def run_rank(words: list[str]) -> int:
     """Train what the command line says; returns the exit code."""
     began_at = time.time()
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # cpu_cores.py tells why; read when torch is imported
+    os.environ.update(choose_waiting())  # read when torch is imported
     words = [word for word in words if not word.startswith(LOCAL_RANK_OPTIONS)]
     try:
         config, start = read_words(words)
