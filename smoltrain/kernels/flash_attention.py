@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from smoltrain.files import first_line
 from smoltrain.kernels.flash_attention_4 import (
     FLASH4_OPERATOR,
     flash4_attention,
@@ -240,8 +241,3 @@ def _define_attention(q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, lengths: tupl
 def _gradients(out: Tensor, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     """The output, and what the sum of its squares makes of the inputs."""
     return [out.detach(), *torch.autograd.grad(out.float().square().sum(), inputs)]
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text."""
-    return (str(error).splitlines() or [""])[0][:160]

@@ -1,5 +1,6 @@
 """Which kernel a GPU gets, and why: held for each generation on a CPU. What is installed is tried before it is used."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,14 @@ from torch.nn.attention import SDPBackend
 from smoltrain.errors import UserError
 from smoltrain.kernels import flash_attention
 from smoltrain.kernels.attention import AttentionKernel, choose_attention_kernel
-from smoltrain.kernels.flash_attention import FlashAttention, prefers_cudnn, try_flash_attention
+from smoltrain.kernels.flash_attention import (
+    CUDNN,
+    TITLES,
+    FlashAttention,
+    prefers_cudnn,
+    rank_attention_kernels,
+    try_flash_attention,
+)
 from smoltrain.model.recompute import find_kept_operators
 from tests.kernels.flash_packages import FakeInterface, pretend_gpu
 
@@ -98,6 +106,23 @@ def test_cudnn_is_asked_first_where_it_is_right_and_fast():
     assert not prefers_cudnn(H100, 91500, **fits)  # wrong for lengths that 128 does not divide
     for unfit in ({"dropout": 0.1}, {"head_width": 60}, {"head_width": 136}, {"head_width": None}):
         assert not prefers_cudnn(H100, 91501, **{**fits, **unfit})
+
+
+@pytest.mark.parametrize(
+    ("gpu", "capability"),
+    [("Ampere, Ada (8.x)", A100), ("Hopper (9.0)", H100), ("Blackwell (10.x)", B200),
+     ("consumer Blackwell (12.x)", RTX50)],
+)  # fmt: skip
+def test_the_page_has_the_order_of_each_gpu(gpu: str, capability: tuple[int, int]):
+    cells = [gpu]
+    for masked in (False, True):
+        ranked = rank_attention_kernels(capability, 91900, dropout=0.0, head_width=64, document_mask=masked)
+        ranked = ranked[: ranked.index(CUDNN) + 1] if CUDNN in ranked else [*ranked, "torch"]
+        last = {CUDNN: "cuDNN in SDPA", "torch": "torch's varlen_attn" if masked else "torch's own"}
+        versions = [TITLES[name].removeprefix("FlashAttention ") for name in ranked[:-1]]
+        cells.append(f"FlashAttention {', '.join(versions)}, {last[ranked[-1]]}")
+    page = (Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
+    assert f"| {' | '.join(cells)} |" in page
 
 
 def test_a_package_that_fails_its_trial_is_named_and_passed_over(monkeypatch: pytest.MonkeyPatch):
