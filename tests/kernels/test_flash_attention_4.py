@@ -60,6 +60,10 @@ def test_its_fake_tensors_have_the_shapes_and_strides_of_the_true_ones(interface
     q, k, v = (x.detach().transpose(1, 2).requires_grad_() for x in qkv(6, 6))
     for inputs in ((q, k, v, None, 0), (q[0], k[0], v[0], starts, 6)):
         torch.library.opcheck(torch.ops.smoltrain.flash_attention_4.default, inputs)
+        out, lse = torch.ops.smoltrain.flash_attention_4(*inputs)
+        given = [x.detach() for x in (out, *inputs[:3], out, lse)]
+        backward = torch.ops.smoltrain.flash_attention_4_backward.default
+        torch.library.opcheck(backward, (*given, *inputs[3:]), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_a_release_with_other_arguments_is_not_called(interface: FakeInterface, monkeypatch: pytest.MonkeyPatch):
