@@ -3,13 +3,15 @@
 The package's own functions are Python that compiles kernels while it runs: torch.compile cannot look through them, and
 selective gradient checkpointing sees no operator whose output it could keep. As operators both know them by name.
 They call what torch's own use of FlashAttention 4 calls (torch/nn/attention/_fa4.py, torch 2.13), all by keywords: the
-order of the arguments is another than in versions 2 and 3. Read in flash_attn/cute/interface.py of August 2026.
+order of the arguments is another than in versions 2 and 3. Release 4.0.0b36 was read, and compiled for sm_90, 100 and
+120 (tests/kernels/flash4_ahead.py).
 
 Legend: B batch, T tokens, H query heads, K key-value heads, E width per head, N tokens of all rows laid end to end.
 """
 
 import importlib
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -56,14 +58,17 @@ def _document_arguments(starts: Tensor | None, longest: int) -> dict[str, Any]:
     return {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": longest, "max_seqlen_k": longest}
 
 
-@torch.library.custom_op(FLASH4_OPERATOR, mutates_args=())
-def _flash_attention_4(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None, longest: int) -> tuple[Tensor, Tensor]:
     """(output, log-sum-exp); without `starts` of rows [B, T, H, E], with them of documents [N, H, E]."""
     interface = importlib.import_module(FLASH4_MODULE)
     documents = _document_arguments(starts, longest)
-    # Two results in the releases of 2025, four in those of 2026.
-    results = interface._flash_attn_fwd(q=q, k=k, v=v, causal=True, return_lse=True, **documents)
-    return results[0], results[1]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)  # of its compiler, about its own code
+        results = interface._flash_attn_fwd(q=q, k=k, v=v, causal=True, return_lse=True, **documents)
+    return results[0], results[1]  # in newer releases there are two more
+
+
+_flash_attention_4 = torch.library.custom_op(FLASH4_OPERATOR, _forward, mutates_args=())
 
 
 @_flash_attention_4.register_fake
@@ -73,18 +78,22 @@ def _fake_forward(q: Tensor, k: Tensor, v: Tensor, starts: Any, longest: int) ->
     return q.new_empty(q.shape), q.new_empty(rows_first.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("smoltrain::flash_attention_4_backward", mutates_args=())
-def _flash_attention_4_backward(
+def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor | None, longest: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
     interface = importlib.import_module(FLASH4_MODULE)
     documents = _document_arguments(starts, longest)
-    results = interface._flash_attn_bwd(
-        q=q, k=k, v=v, out=out, dout=dout, lse=lse, causal=True,
-        deterministic=torch.are_deterministic_algorithms_enabled(), **documents,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Argument aux_data", UserWarning)
+        results = interface._flash_attn_bwd(
+            q=q, k=k, v=v, out=out, dout=dout, lse=lse, causal=True,
+            deterministic=torch.are_deterministic_algorithms_enabled(), **documents,
+        )  # fmt: skip
     return results[0], results[1], results[2]
+
+
+_flash_attention_4_backward = torch.library.custom_op(f"{FLASH4_OPERATOR}_backward", _backward, mutates_args=())
 
 
 @_flash_attention_4_backward.register_fake

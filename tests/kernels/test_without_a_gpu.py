@@ -1,7 +1,8 @@
 """What can be proven of a GPU without one: devices and operators of a step, and Liger's kernels as machine code.
 
 The long tests need a torch that is built for CUDA, beside this one. They make an environment for it, which takes a
-few minutes and 6 GB; or they take the Python in $SMOLTRAIN_CUDA_PYTHON, if it has torch for CUDA and liger-kernel.
+few minutes and 6 GB; or they take the Python in $SMOLTRAIN_CUDA_PYTHON, if it has torch for CUDA, liger-kernel and
+flash-attn-4.
 """
 
 import os
@@ -78,8 +79,9 @@ def cuda_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         pytest.skip(f"{free:.0f} GiB are free, a torch for CUDA needs {NEEDED_GIB}; test_attention.py tests the choice")
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = folder / "bin" / "python"
-    install = [python, "-m", "pip", "install", "--quiet", "torch", "liger-kernel>=0.8.5"]
-    subprocess.run(install, check=True)
+    install = [python, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*install, "torch", "liger-kernel>=0.8.5"], check=True)
+    subprocess.run([*install, "--pre", "flash-attn-4"], check=True)
     # Found after the environment's own packages, so that torch is the one for CUDA.
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     packages = folder / "lib" / version / "site-packages"
@@ -114,3 +116,10 @@ def test_ligers_kernels_compile_for_every_gpu(cuda_python: Path):
 def test_ligers_kernels_are_right_in_the_interpreter(cuda_python: Path):
     said = run_program(cuda_python, "tests.kernels.liger_ahead", "interpret", TRITON_INTERPRET="1")
     assert said.count("off by") == 3
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("gpu", ["sm_90", "sm_100", "sm_120"])
+def test_flash_attention_4_compiles_what_our_operators_call(gpu: str, cuda_python: Path):
+    assert run_program(cuda_python, "tests.kernels.flash4_ahead", gpu).count("compiled\n") == 2
