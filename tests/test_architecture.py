@@ -34,7 +34,7 @@ OWNERS = {
     "torch.distributed": ("smoltrain.distributed.world",),
     "deepspeed": ("smoltrain.engine.deepspeed_private",),
     "wandb": ("smoltrain.run.wandb_run",),
-    "flash_attn": ("smoltrain.kernels.attention",),
+    "flash_attn": ("smoltrain.kernels.flash_attention", "smoltrain.kernels.flash_attention_4"),
     "liger_kernel": ("smoltrain.kernels.loss",),
     "matplotlib": ("smoltrain.run.plots",),
     "gradio": ("smoltrain.inference.demo",),
@@ -80,6 +80,7 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
 }
 # Test files below a room that are about more than one module -> what they are about.
 NAMED_AFTER_A_TOPIC = {
+    "tests/kernels/test_without_a_gpu.py": "what all kernels together do on a device, proven without one",
     "tests/model/test_documents.py": "document masks of the decoder, through every kernel",
     "tests/model/test_transformers_documents.py": "document masks of transformers' classes",
 }

@@ -220,6 +220,7 @@ def loss_bytes(setup: TrainingSetup) -> tuple[float, float]:
     plain: the logits cnV, in fp32, their log-softmax, and the gradients of both: 12nV at the fullest, 4nV kept.
     fused, liger: a chunk of logits, the gradient of the hidden states cnD and of the table, 4VD in fp32 where chunks
     are added up; scaled by the incoming gradient they are copied. recomputed: a chunk as plain, nothing kept but cnD.
+    A chunk on a GPU is taken to be that of 64 GiB of memory; with more memory it is larger, by a 256th of that.
     """
     c, n, V = setup.weight_bytes, setup.micro_batch_tokens, setup.shape.vocabulary
     if setup.loss == "plain":

@@ -1,6 +1,6 @@
 """Causal self-attention: which kernel computes it, why, and the one function that calls it.
 
-The kernels: FlashAttention (Dao 2023), torch's scaled_dot_product_attention (SDPA), our own for CPUs
+The kernels: FlashAttention (flash_attention.py), torch's scaled_dot_product_attention (SDPA), our own for CPUs
 (cpu_attention.py), and the definition ("math"). Documents that are packed in one row are kept apart: by their places
 in the row where the kernel takes these ("varlen"), else by a mask.
 
@@ -11,7 +11,7 @@ N tokens of all rows laid end to end (B * T).
 import importlib
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -23,22 +23,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smoltrain.errors import Problem, UserError
 from smoltrain.kernels.cpu_attention import blocked_attention, why_blocked_cannot_run
+from smoltrain.kernels.flash_attention import CUDNN, FlashAttention, find_flash_attention, rank_attention_kernels
 
 BACKENDS_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+TORCH_VARLEN_OPERATOR = "torch_attn::_varlen_attn"
 
 
 @dataclass(frozen=True)
 class AttentionKernel:
     """An attention kernel and, in a few words, why it was chosen.
 
-    `varlen` keeps packed documents apart by their places instead of a mask: (q, k, v, starts, starts, T, T), as
-    FlashAttention 2 and 3 and torch agree on, q [N, H, E] and k, v [N, K, E].
+    `varlen` keeps packed documents apart by their places instead of a mask: (q, k, v, starts, starts, T, T), q
+    [N, H, E] and k, v [N, K, E]. `package` is that of `flash`. `sdpa_first` is asked first of SDPA's own kernels.
+    `operators` compute the forward pass, beside those of SDPA: selective gradient checkpointing keeps their outputs.
     """
 
     name: Literal["flash-attn", "blocked", "sdpa", "math"]
     reason: str
     flash: Callable[..., Any] | None = field(default=None, repr=False)
     varlen: Callable[..., Any] | None = field(default=None, repr=False)
+    package: str = ""
+    sdpa_first: SDPBackend | None = None
+    operators: tuple[str, ...] = ()
 
 
 class PackedDocuments(NamedTuple):
@@ -90,19 +96,64 @@ def choose_attention_kernel(
             return AttentionKernel("sdpa", why_not_blocked + by_mask)
         return AttentionKernel("blocked", f"faster than SDPA on a CPU with AVX512-bf16{by_mask}")
 
-    flash, reason = _import_flash_attention(device, dropout) if no_flash is None else (None, no_flash)
-    if flash is not None:
-        by_places = "; it keeps documents apart" if document_mask else ""
-        varlen = partial(flash.flash_attn_varlen_func, causal=True)
-        return AttentionKernel("flash-attn", reason + by_places, flash.flash_attn_func, varlen)
-    if requested == "flash":
-        want = "the package flash-attn on a CUDA device in bf16 or fp16"
-        raise UserError(Problem("the kernel flash cannot run", reason, want, "engine.attention"))
+    if no_flash is not None:
+        if requested == "flash":
+            raise _flash_error(no_flash)
+        return AttentionKernel("sdpa", no_flash + by_mask)
+    return _choose_on_cuda(requested, device, dtype, dropout, document_mask, head_width)
 
-    if no_flash is not None or head_width is None or not document_mask:
-        return AttentionKernel("sdpa", reason + by_mask)
+
+def _choose_on_cuda(
+    requested: Literal["auto", "flash"], device: torch.device, dtype: torch.dtype, dropout: float,
+    document_mask: bool, head_width: int | None,
+) -> AttentionKernel:  # fmt: skip
+    """`choose_attention_kernel` on a device and in a dtype in which FlashAttention can run."""
+    ranked = rank_attention_kernels(
+        torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0,
+        dropout=dropout, head_width=head_width, document_mask=document_mask,
+    )  # fmt: skip
+    if not ranked:
+        reason = f"no FlashAttention takes heads {head_width} wide"
+        if requested == "flash":
+            raise _flash_error(reason)
+        return AttentionKernel("sdpa", f"{reason}; a mask keeps documents apart" if document_mask else reason)
+    cudnn_is_faster = CUDNN in ranked and requested == "auto"
+    packages = ranked[: ranked.index(CUDNN)] if cudnn_is_faster else [name for name in ranked if name != CUDNN]
+    flash, reason = find_flash_attention(packages, device, dtype, head_width=head_width, document_mask=document_mask)
+    if flash is not None:
+        return _flash_kernel(flash, reason, dropout, head_width, document_mask)
+    if requested == "flash":
+        raise _flash_error(reason)
+    if cudnn_is_faster:
+        reason = f"{reason}; SDPA asks cuDNN first, which is faster on this GPU than FlashAttention 2"
+        return AttentionKernel("sdpa", reason, sdpa_first=SDPBackend.CUDNN_ATTENTION)
+    if not document_mask or head_width is None:
+        return AttentionKernel("sdpa", f"{reason}; a mask keeps documents apart" if document_mask else reason)
     varlen, how = _import_torch_varlen(dropout, head_width)
-    return AttentionKernel("sdpa", f"{reason}; {how} keeps documents apart", varlen=varlen)
+    operators = (TORCH_VARLEN_OPERATOR,) if varlen is not None else ()
+    return AttentionKernel("sdpa", f"{reason}; {how} keeps documents apart", varlen=varlen, operators=operators)
+
+
+def _flash_kernel(
+    flash: FlashAttention, reason: str, dropout: float, head_width: int | None, document_mask: bool
+) -> AttentionKernel:
+    """The kernel that runs on `flash`."""
+    if flash.torch_implementation is None:
+        how = "it"
+        varlen = flash.documents
+        first = None
+    else:
+        assert head_width is not None, "only our own decoder takes it through SDPA"
+        varlen, how = _import_torch_varlen(dropout, head_width)
+        first = SDPBackend.FLASH_ATTENTION
+    if document_mask:
+        reason = f"{reason}; {how} keeps documents apart"
+    return AttentionKernel("flash-attn", reason, flash.rows, varlen, flash.package, first, flash.operators)
+
+
+def _flash_error(saw: str) -> UserError:
+    want = "the package flash-attn on a CUDA device in bf16 or fp16"
+    return UserError(Problem("the kernel flash cannot run", saw, want, "engine.attention"))
 
 
 def causal_attention(
@@ -158,15 +209,20 @@ def _packed_attention(
 def _sdpa_backends(kernel: AttentionKernel, device: torch.device, *, only_causal: bool) -> AbstractContextManager[Any]:
     """Within this context torch may choose from these of SDPA's kernels.
 
-    On Hopper and data-centre Blackwell torch itself puts cuDNN first, from cuDNN 9.15.1 on (huggingface/transformers
-    #48163), so nothing is put in order here. Its backward pass makes NaN of explicit masks for some T (pytorch
-    #196678), and generation with few key-value heads goes wrong on it (pytorch#193893): it is for causal rows alone.
+    cuDNN is for causal rows alone: its backward pass makes NaN of explicit masks for some T (pytorch#196678), and
+    generation with few key-value heads goes wrong on it (pytorch#193893). What the kernel names is asked first, and
+    then the others in torch's order: on Hopper and data-centre Blackwell most releases of torch put cuDNN first too,
+    but a variable of the environment or another cuDNN changes that. A compiled block asks once, while it is traced.
     """
     if kernel.name == "math":
         return sdpa_kernel(SDPBackend.MATH)
-    if only_causal or device.type != "cuda":
+    if device.type != "cuda":
         return nullcontext()
-    return sdpa_kernel(BACKENDS_WITHOUT_CUDNN)
+    if not only_causal:
+        return sdpa_kernel(BACKENDS_WITHOUT_CUDNN)
+    if kernel.sdpa_first is None:
+        return nullcontext()
+    return sdpa_kernel([kernel.sdpa_first, *BACKENDS_WITHOUT_CUDNN], set_priority=True)
 
 
 def _dropout_argument(dropout: float) -> dict[str, float]:
@@ -221,24 +277,6 @@ def _why_no_flash(device: torch.device, dtype: torch.dtype) -> str | None:
     if generation < 8:
         return f"FlashAttention needs compute capability 8.0, the device has {generation}.x"
     return None
-
-
-def _import_flash_attention(device: torch.device, dropout: float) -> tuple[Any, str]:
-    """The fastest package of flash-attn that can run here, or None; and the reason (Dao 2023; Shah et al. 2024).
-
-    Version 4 (flash-attn-4, for Hopper and Blackwell) has had pre-releases only: nothing of it is tried.
-    """
-    packages = {"flash_attn": "FlashAttention 2 is installed"}
-    is_hopper = torch.cuda.get_device_capability(device)[0] == 9
-    if is_hopper and not dropout:  # version 3 has no dropout
-        flash3 = {"flash_attn_interface": "FlashAttention 3 is installed and the device is a Hopper GPU"}
-        packages = flash3 | packages
-    for name, reason in packages.items():
-        with suppress(ImportError):  # also of a build for another torch
-            module = importlib.import_module(name)
-            if hasattr(module, "flash_attn_func") and hasattr(module, "flash_attn_varlen_func"):
-                return module, reason
-    return None, "flash-attn (extra flash) is not installed, or not for this torch"
 
 
 def _import_torch_varlen(dropout: float, head_width: int) -> tuple[Callable[..., Any] | None, str]:

@@ -8,6 +8,7 @@ Legend: N tokens (rows of the batch, laid end to end), C tokens of a chunk, D wi
 V vocabulary.
 """
 
+import functools
 import importlib
 import inspect
 import math
@@ -28,11 +29,15 @@ from smoltrain.kernels.fp32_sums import accumulate_fp32
 IGNORE_INDEX = -100  # label of a token that is no target
 MIB = 2**20
 CHUNK_BYTES = {"cpu": 48 * MIB}  # of logits: 512 tokens of a vocabulary of 49,152 in bf16
-LARGE_CHUNK_BYTES = 256 * MIB  # for all other devices, which starve on small products
+LARGE_CHUNK_BYTES = 256 * MIB  # for all other devices, which starve on small products: a 256th of a GPU of 64 GiB
+SMALLEST_CHUNK_BYTES = 128 * MIB  # of a GPU; the largest is 1 GiB
+LARGEST_CHUNK_BYTES = 1024 * MIB
+CHUNK_SHARE = 256  # of a GPU's memory: a 256th
+ROWS_MULTIPLE = 256  # rows of a chunk on a GPU: a multiple of the tiles of cuBLAS, so that none is part empty
 BLOCK_BYTES = 6 * MIB  # of fp32 softmax that stays in a CPU's caches from one operation to the next
 ROWS_PER_SLICE = 16384  # rows of the weight's gradient that are converted at a time
 LIGER_MODULE = "liger_kernel.transformers.functional"
-LIGER_ARGUMENTS = {"ignore_index", "reduction", "lse_square_scale", "return_z_loss", "accum_dtype", "chunk_mem_const"}
+LIGER_ARGUMENTS = {"ignore_index", "reduction", "accum_dtype", "chunk_mem_const"}
 LIGER_CHUNKS = 8  # times Liger's own budget for logits, which is the size of the hidden states: few rows, if D is small
 
 
@@ -54,9 +59,10 @@ PLAIN_LOSS = LossKernel("plain", "the default")
 
 
 def choose_loss_kernel(
-    requested: Literal["auto", "fused", "plain"], device: torch.device, dtype: torch.dtype, *, compiles: bool
-) -> LossKernel:
-    """The kernel for weights on this device, in this dtype; `auto` prefers Liger's to our own."""
+    requested: Literal["auto", "fused", "plain"], device: torch.device, dtype: torch.dtype, *, compiles: bool,
+    z_loss: float = 0.0,
+) -> LossKernel:  # fmt: skip
+    """The kernel for weights on this device, in this dtype; `auto` prefers Liger's to our own, but not with z_loss."""
     if requested == "plain":
         return LossKernel("plain", "engine.loss is plain")
     if dtype == torch.float16:
@@ -66,6 +72,9 @@ def choose_loss_kernel(
         return LossKernel("fused", "engine.loss is fused", compiles)
     if device.type != "cuda":
         return LossKernel("fused", f"Liger's kernel needs CUDA, the device is {device.type}", compiles)
+    if z_loss:
+        # Its value contains them, so that they would have to be taken off again: losses with 3 digits.
+        return LossKernel("fused", "Liger's kernel rounds z-losses to the dtype of the model", compiles)
     liger, reason = _import_liger()
     if liger is None:
         return LossKernel("fused", reason, compiles)
@@ -90,7 +99,8 @@ def summed_cross_entropy(
     if kernel.name == "recomputed" or not learns:
         return _recomputed_cross_entropy(hidden_ND, weight_VD, labels_N, z_loss)
     if kernel.liger is not None:
-        return _liger_cross_entropy(hidden_ND, weight_VD, labels_N, kernel.liger, z_loss)
+        assert not z_loss, "choose_loss_kernel does not take liger then"
+        return _liger_cross_entropy(hidden_ND, weight_VD, labels_N, kernel.liger)
     # In a caller that is compiled this runs as it is written; the softmax in it is compiled by itself.
     fused: Any = torch.compiler.disable(_FusedCrossEntropy.apply)
     return fused(hidden_ND, weight_VD, labels_N, kernel.compiles, z_loss)
@@ -115,8 +125,28 @@ def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _tokens_per_chunk(N: int, row_bytes: int, device: torch.device) -> int:
     """Tokens in a chunk: as few chunks as the bytes allow, all of one size but the last, as each size is compiled."""
-    most = max(1, CHUNK_BYTES.get(device.type, LARGE_CHUNK_BYTES) // row_bytes)
-    return math.ceil(N / math.ceil(N / most))
+    if device.type in CHUNK_BYTES:
+        most = max(1, CHUNK_BYTES[device.type] // row_bytes)
+        return math.ceil(N / math.ceil(N / most))
+    most = _chunk_bytes(_device_memory_bytes(device)) // row_bytes
+    most = max(ROWS_MULTIPLE, most // ROWS_MULTIPLE * ROWS_MULTIPLE)
+    rows = math.ceil(N / math.ceil(N / most))
+    return min(N, math.ceil(rows / ROWS_MULTIPLE) * ROWS_MULTIPLE)
+
+
+def _chunk_bytes(memory_bytes: int | None) -> int:
+    """Bytes of a chunk's logits on a device with so much memory; None: it is not known."""
+    if memory_bytes is None:
+        return LARGE_CHUNK_BYTES
+    return min(max(memory_bytes // CHUNK_SHARE, SMALLEST_CHUNK_BYTES), LARGEST_CHUNK_BYTES)
+
+
+@functools.cache
+def _device_memory_bytes(device: torch.device) -> int | None:
+    """Memory of a CUDA device, all of it; None on others, and where no driver can be asked."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def _recomputed_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, z_loss: float) -> Tensor:
@@ -212,9 +242,20 @@ def _accumulate_weight_gradient(dweight_VD: Tensor, dlogits_CV: Tensor, hidden_C
     if dweight_VD.dtype == hidden_CD.dtype:
         dweight_VD.addmm_(dlogits_CV.T, hidden_CD)
         return
+    if _can_add_products_in_fp32(hidden_CD.device.type):
+        torch.addmm(dweight_VD, dlogits_CV.T, hidden_CD, out_dtype=dweight_VD.dtype, out=dweight_VD)
+        return
     for start in range(0, len(dweight_VD), ROWS_PER_SLICE):
         ids = slice(start, start + ROWS_PER_SLICE)
         accumulate_fp32(dweight_VD[ids], dlogits_CV[:, ids].T @ hidden_CD)
+
+
+def _can_add_products_in_fp32(device_type: str) -> bool:
+    """Whether torch.addmm adds a product of bf16 or fp16 matrices to a sum in fp32: by cuBLAS, without rounding it.
+
+    Read in torch 2.11, the first with this overload that was seen to take an fp32 sum as its `input` (pytorch#167931).
+    """
+    return device_type == "cuda" and torch.version.hip is None and torch.__version__ >= (2, 11)
 
 
 def _scale_gradient(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -238,17 +279,14 @@ def _import_liger() -> tuple[Callable[..., Any] | None, str]:
     return function, "liger-kernel is installed"
 
 
-def _liger_cross_entropy(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, liger: Callable[..., Any], z_loss: float
-) -> Tensor:
+def _liger_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, liger: Callable[..., Any]) -> Tensor:
     """Liger's loss, which makes the gradients in the forward pass, as ours does (read in version 0.8.5).
 
     It waits for the device twice, to count the labels and to see whether its incoming gradient is 1. It scales its
     gradients in place, so the backward pass can run once only.
     """
     # Without accum_dtype the weight's gradient is added up in bf16.
-    out = liger(
-        hidden_ND, weight_VD, labels_N, ignore_index=IGNORE_INDEX, reduction="sum", lse_square_scale=z_loss,
-        return_z_loss=bool(z_loss), accum_dtype=torch.float32, chunk_mem_const=LIGER_CHUNKS,
+    return liger(
+        hidden_ND, weight_VD, labels_N, ignore_index=IGNORE_INDEX, reduction="sum",
+        accum_dtype=torch.float32, chunk_mem_const=LIGER_CHUNKS,
     )  # fmt: skip
-    return out.loss - out.z_loss.detach() if z_loss else out  # the value without z-loss

@@ -52,10 +52,11 @@ def choose_kernels(
             compiling = CompileChoice(engine.compile == "on" or flop >= MIN_FLOP[device.type], ASSUMED)
         else:
             compiling = choose_compile(engine.compile, device, flop)
-        if assume_installed and engine.loss == "auto" and dtype != torch.float16:
+        z_loss = config.optimizer.z_loss
+        if assume_installed and engine.loss == "auto" and dtype != torch.float16 and not z_loss:
             loss = LossKernel("liger", ASSUMED)
         else:
-            loss = choose_loss_kernel(engine.loss, device, dtype, compiles=compiling.on)
+            loss = choose_loss_kernel(engine.loss, device, dtype, compiles=compiling.on, z_loss=z_loss)
     reasons = {
         "attention kernel": f"{attention.name}, {attention.reason}",
         "loss kernel": f"{loss.name}, {loss.reason}",

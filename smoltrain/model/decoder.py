@@ -28,8 +28,8 @@ class Decoder(LanguageModel):
         super().__init__()
         self._section = section
         self._computing = computing
-        self._recompute = GradientCheckpointing(computing.gradient_checkpointing, computing.compiles)
         self._kernel = computing.attention or SDPA_KERNEL
+        self._recompute = GradientCheckpointing(computing.gradient_checkpointing, computing.compiles, self._kernel)
         V = section.vocab_size
         D = section.hidden_size
         self.embed_tokens = nn.Embedding(V, D)

@@ -9,25 +9,28 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from smoltrain.errors import Problem, UserError
+from smoltrain.kernels.attention import AttentionKernel
 from smoltrain.kernels.cpu_attention import BLOCKED_ATTENTION
 
-# What `selective` keeps, of torch.ops.aten: nearly all of the time of a block, in a third of its memory.
-# The names of attention are torch's private ones; SDPA's public name hides which of them ran.
+# What `selective` keeps, beside the operators of the attention kernel: nearly all of the time of a block, in a third of
+# its memory. The names of attention are torch's private ones; SDPA's public name hides which of them ran.
 KEPT_OPERATORS = (
-    "mm",
-    "addmm",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
 )
 
 
 class GradientCheckpointing:
     """`none`; `full`: every block; n: every n-th block, from the first; `selective`: the cheap parts of all."""
 
-    def __init__(self, mode: Literal["none", "selective", "full"] | int, compiles: bool) -> None:
-        """Errors: UserError where this torch cannot do `selective`."""
+    def __init__(
+        self, mode: Literal["none", "selective", "full"] | int, compiles: bool, attention: AttentionKernel
+    ) -> None:
+        """Errors: UserError where `selective` would compute matrix products or attention again."""
         self._options: dict[str, Any] = {}
         if isinstance(mode, int):
             self._every = mode
@@ -35,7 +38,7 @@ class GradientCheckpointing:
             self._every = 1
         elif mode == "selective" and not compiles:
             self._every = 1
-            self._options["context_fn"] = partial(create_selective_checkpoint_contexts, find_kept_operators())
+            self._options["context_fn"] = partial(create_selective_checkpoint_contexts, find_kept_operators(attention))
         else:  # The compiler computes cheap parts again by itself, and is blind inside of torch's own way.
             self._every = 0
 
@@ -48,14 +51,15 @@ class GradientCheckpointing:
         return checkpoint(function, *args, use_reentrant=False, **self._options)
 
 
-def find_kept_operators() -> list[Any]:
-    """The operators whose outputs `selective` keeps. Errors: UserError where this torch lacks one of them."""
+def find_kept_operators(attention: AttentionKernel) -> list[Any]:
+    """The operators whose outputs `selective` keeps. Errors: UserError where torch does not know one of them."""
     kept = [BLOCKED_ATTENTION]
-    for name in KEPT_OPERATORS:
-        operator = getattr(torch.ops.aten, name, None)
-        if operator is None:
-            saw = f"torch {torch.__version__} without the operator aten::{name}"
+    for name in (*KEPT_OPERATORS, *attention.operators):
+        namespace, operator = name.split("::")
+        found = getattr(getattr(torch.ops, namespace), operator, None)
+        if found is None:
+            saw = f"torch {torch.__version__} without the operator {name}"
             change = "engine.gradient_checkpointing"
             raise UserError(Problem("selective gradient checkpointing cannot run", saw, "full, or none", change))
-        kept.append(operator.default)
+        kept.append(found.default)
     return kept

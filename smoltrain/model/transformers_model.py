@@ -18,6 +18,7 @@ from torch import Tensor
 from smoltrain.config.schema import MAX_LAYERS, TransformersSection
 from smoltrain.errors import Problem, UserError, suggest_choice
 from smoltrain.kernels.attention import AttentionKernel, document_starts
+from smoltrain.kernels.flash_attention import FLASH2, FLASH3, FLASH4
 from smoltrain.kernels.loss import summed_cross_entropy_of_logits
 from smoltrain.model import transformers_private as private
 from smoltrain.model.interface import ComputeOptions, LanguageModel
@@ -29,6 +30,7 @@ SET_ELSEWHERE = {
     "torch_dtype": "engine.precision",
     "attn_implementation": "engine.attention",
 }
+FLASH_IMPLEMENTATIONS = {FLASH2: "flash_attention_2", FLASH3: "flash_attention_3", FLASH4: "flash_attention_4"}
 ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 
 
@@ -293,8 +295,7 @@ def _enable_flash_attention(inner: Any, kernel: AttentionKernel) -> None:
     def cannot(saw: str) -> UserError:
         return _attention_kernel_error(type(inner), kernel, saw, "sdpa or math")
 
-    package = str(getattr(kernel.flash, "__module__", ""))
-    name = "flash_attention_3" if package.startswith("flash_attn_interface") else "flash_attention_2"
+    name = FLASH_IMPLEMENTATIONS[kernel.package]
     compatible = private.compatible_flash_implementations(inner)
     if compatible is not None and name not in compatible:  # transformers would fetch one of these from the Hub
         raise cannot(f"it takes {', '.join(compatible)} only")

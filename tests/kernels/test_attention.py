@@ -12,12 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 from smoltrain.config.schema import ModelSection
 from smoltrain.errors import UserError
 from smoltrain.kernels import attention
 from smoltrain.kernels.attention import AttentionKernel, PackedDocuments, causal_attention, choose_attention_kernel
 from smoltrain.model.build import build_model
+from tests.kernels.flash_packages import pretend_gpu
 from tests.models import build_with
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -110,6 +112,49 @@ def test_a_decoder_runs_on_other_kernels_as_on_sdpa(kernel: AttentionKernel):
         torch.testing.assert_close(torch.cat(pieces, 1), sdpa(ids), rtol=0, atol=1e-5)
 
 
+CUDNN_FIRST = AttentionKernel("sdpa", "", sdpa_first=SDPBackend.CUDNN_ATTENTION)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "only_causal", "order"),
+    [
+        (CUDNN_FIRST, True, ["CUDNN", "FLASH", "EFFICIENT", "MATH"]),
+        (CUDNN_FIRST, False, ["FLASH", "EFFICIENT", "MATH"]),  # never with a mask
+        (AttentionKernel("math", ""), True, ["MATH"]),
+    ],
+)
+def test_sdpa_asks_its_kernels_in_the_order_of_ours(kernel: AttentionKernel, only_causal: bool, order: list[str]):
+    """The order is torch's own state, which a CPU keeps too."""
+    before = torch._C._get_sdp_priority_order()
+    with attention._sdpa_backends(kernel, CUDA, only_causal=only_causal):
+        asked = torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
+    assert [backend.name.removesuffix("_ATTENTION") for backend in asked] == order
+    assert torch._C._get_sdp_priority_order()[:4] == before[:4]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+def test_the_order_of_sdpa_is_part_of_a_compiled_graph():
+    asked: list[list[str]] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        def run(*args: Any) -> Any:
+            return graph(*args)
+
+        calls = [node for node in graph.graph.nodes if node.target is torch.nn.attention._sdpa_kernel]
+        asked.extend([[str(b.args[0]) for b in node.args[0]] for node in calls])
+        return run
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with attention._sdpa_backends(CUDNN_FIRST, CUDA, only_causal=True):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    inputs = qkv(6, 6)
+    out = torch.compile(attend, backend=backend, fullgraph=True)(*inputs)
+    torch.testing.assert_close(out, attend(*inputs))
+    assert asked[0] == ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"]
+
+
 def test_dropout_reaches_the_kernel():
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -125,54 +170,13 @@ def test_dropout_reaches_the_kernel():
     assert seen == {"causal": True}  # FlashAttention 3 knows no dropout_p
 
 
-def install(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], *packages: str) -> None:
-    """Pretend to have a GPU of this compute capability, and these packages and no others."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    for package in ("flash_attn", "flash_attn_interface"):
-        functions = {
-            "flash_attn_func": package,
-            "flash_attn_varlen_func": lambda package=package, **options: (package, options),
-        }
-        module = SimpleNamespace(**functions) if package in packages else None  # None: ImportError
-        monkeypatch.setitem(sys.modules, package, module)
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pretends to have a GPU of some compute capability, a cuDNN, and some packages that run on it, and no others."""
+    return functools.partial(pretend_gpu, monkeypatch)
 
 
 A100, H100, T4 = (8, 0), (9, 0), (7, 5)
-
-
-@pytest.mark.parametrize(
-    ("capability", "packages", "dropout", "flash", "reason"),
-    [
-        (A100, ("flash_attn",), 0.0, "flash_attn", "FlashAttention 2 is installed"),
-        (A100, ("flash_attn", "flash_attn_interface"), 0.0, "flash_attn", "FlashAttention 2 is installed"),
-        (H100, ("flash_attn", "flash_attn_interface"), 0.0, "flash_attn_interface", "FlashAttention 3 is installed"),
-        (H100, ("flash_attn", "flash_attn_interface"), 0.1, "flash_attn", "FlashAttention 2 is installed"),
-        (H100, ("flash_attn_interface",), 0.1, None, "not installed"),
-        (H100, (), 0.0, None, "flash-attn (extra flash) is not installed, or not for this torch"),
-        (T4, ("flash_attn",), 0.0, None, "the device has 7.x"),
-    ],
-)
-def test_auto_takes_the_fastest_that_runs(
-    *,
-    monkeypatch: pytest.MonkeyPatch,
-    capability: tuple[int, int],
-    packages: tuple[str, ...],
-    dropout: float,
-    flash: str | None,
-    reason: str,
-):
-    install(monkeypatch, capability, *packages)
-    kernel = choose_attention_kernel("auto", CUDA, BF16, dropout=dropout)
-    assert (kernel.name, kernel.flash) == ("flash-attn" if flash else "sdpa", flash)
-    assert reason in kernel.reason
-    if flash:
-        assert kernel.varlen is not None
-        assert kernel.varlen() == (flash, {"causal": True})  # documents by the same package
-    else:
-        assert kernel.varlen is None  # by torch only if they are to be masked
-    masked = choose_attention_kernel("auto", CUDA, BF16, dropout=dropout, document_mask=True)
-    assert (masked.name, masked.flash) == (kernel.name, kernel.flash)
-    assert masked.reason == f"{kernel.reason}; {'it' if flash else 'a mask'} keeps documents apart"
 
 
 @pytest.mark.parametrize(
@@ -189,15 +193,9 @@ def test_auto_takes_the_fastest_that_runs(
     ],
 )
 def test_without_flash_attn_torch_keeps_documents_apart_where_it_can(
-    *,
-    monkeypatch: pytest.MonkeyPatch,
-    capability: tuple[int, int],
-    dtype: torch.dtype,
-    dropout: float,
-    head_width: int | None,
-    how: str,
+    *, install: Any, capability: tuple[int, int], dtype: torch.dtype, dropout: float, head_width: int | None, how: str
 ):
-    install(monkeypatch, capability)
+    install(capability)
     kernel = choose_attention_kernel("auto", CUDA, dtype, dropout=dropout, document_mask=True, head_width=head_width)
     assert kernel.name == "sdpa"
     assert kernel.reason.endswith(f"; {how} keeps documents apart")
@@ -206,8 +204,8 @@ def test_without_flash_attn_torch_keeps_documents_apart_where_it_can(
 
 
 @pytest.mark.parametrize("torch_has", [None, lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None])
-def test_a_torch_without_the_right_varlen_takes_a_mask(monkeypatch: pytest.MonkeyPatch, torch_has: Any):
-    install(monkeypatch, A100)
+def test_a_torch_without_the_right_varlen_takes_a_mask(install: Any, monkeypatch: pytest.MonkeyPatch, torch_has: Any):
+    install(A100)
     module = torch_has and SimpleNamespace(varlen_attn=torch_has)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
     kernel = choose_attention_kernel("auto", CUDA, BF16, document_mask=True, head_width=64)
@@ -215,8 +213,8 @@ def test_a_torch_without_the_right_varlen_takes_a_mask(monkeypatch: pytest.Monke
     assert "a mask, as this torch has no varlen_attn with shared heads" in kernel.reason
 
 
-def test_the_call_is_one_that_torchs_varlen_takes(monkeypatch: pytest.MonkeyPatch):
-    install(monkeypatch, A100)
+def test_the_call_is_one_that_torchs_varlen_takes(install: Any, monkeypatch: pytest.MonkeyPatch):
+    install(A100)
     from torch.nn.attention import varlen
 
     real, calls = varlen.varlen_attn, []
@@ -239,8 +237,8 @@ def test_the_call_is_one_that_torchs_varlen_takes(monkeypatch: pytest.MonkeyPatc
     assert (call["window_size"], call["enable_gqa"]) == ((-1, 0), True)  # torch's words for causal
 
 
-def test_auto_is_sdpa_where_flash_cannot_run(monkeypatch: pytest.MonkeyPatch):
-    install(monkeypatch, H100, "flash_attn", "flash_attn_interface")
+def test_auto_is_sdpa_where_flash_cannot_run(install: Any):
+    install(H100, "flash_attn", "flash_attn_interface")
     assert choose_attention_kernel("auto", CPU, BF16) == AttentionKernel(
         "sdpa", "FlashAttention needs CUDA, the device is cpu"
     )
@@ -254,15 +252,15 @@ def test_auto_is_sdpa_where_flash_cannot_run(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("name", ["sdpa", "math"])
-def test_an_explicit_kernel_is_obeyed(monkeypatch: pytest.MonkeyPatch, name: Any):
-    install(monkeypatch, H100, "flash_attn")
+def test_an_explicit_kernel_is_obeyed(install: Any, name: Any):
+    install(H100, "flash_attn")
     assert choose_attention_kernel(name, CUDA, BF16) == AttentionKernel(name, f"engine.attention is {name}")
     masked = choose_attention_kernel(name, CUDA, BF16, document_mask=True, head_width=64)
     assert masked == AttentionKernel(name, f"engine.attention is {name}; a mask keeps documents apart")
 
 
-def test_an_explicit_flash_runs_or_is_refused(monkeypatch: pytest.MonkeyPatch):
-    install(monkeypatch, A100, "flash_attn")
+def test_an_explicit_flash_runs_or_is_refused(install: Any):
+    install(A100, "flash_attn")
     assert choose_attention_kernel("flash", CUDA, torch.float16).name == "flash-attn"
     with pytest.raises(UserError) as error:
         choose_attention_kernel("flash", CPU, BF16)

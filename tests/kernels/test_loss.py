@@ -3,7 +3,7 @@
 import sys
 from dataclasses import replace
 from statistics import mean
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from benchmarks.loss import make_loss_case, peak_memory_mib
 from smoltrain.kernels import loss as loss_module
@@ -253,30 +254,28 @@ def test_the_kernel_and_the_reason(
 
 def liger(
     input: Tensor, weight: Tensor, target: Tensor, bias: None = None, *, ignore_index: int = -1,
-    lse_square_scale: float = 0.0, reduction: str = "mean", return_z_loss: bool = False,
-    accum_dtype: torch.dtype | None = None, chunk_mem_const: int = 1,
+    reduction: str = "mean", accum_dtype: torch.dtype | None = None, chunk_mem_const: int = 1,
 ) -> Any:  # fmt: skip
-    """As Liger's function of this name: its value contains the z-loss, which it tells beside it."""
+    """As Liger's function of this name."""
     assert accum_dtype == torch.float32
     logits = (input @ weight.T).float()
-    loss = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
-    z_loss = lse_square_scale * logits.logsumexp(-1)[target != ignore_index].square().sum()
-    return SimpleNamespace(loss=loss + z_loss, z_loss=z_loss) if return_z_loss else loss
+    return F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 0.1])
-def test_liger_is_asked_for_the_same_loss(z_loss: float, monkeypatch: pytest.MonkeyPatch):
+def test_liger_is_asked_for_the_same_loss_and_for_none_with_z_loss(monkeypatch: pytest.MonkeyPatch):
     package = ModuleType(LIGER_MODULE)
     package.__dict__["liger_fused_linear_cross_entropy"] = liger
     monkeypatch.setitem(sys.modules, LIGER_MODULE, package)
     chosen = choose_loss_kernel("auto", CUDA, torch.bfloat16, compiles=True)
     assert (chosen.name, chosen.reason, chosen.compiles) == ("liger", "liger-kernel is installed", False)
     inputs = case(40, [3, 17])
-    ours, want = (learned(kernel, *inputs, z_loss) for kernel in (chosen, PLAIN_LOSS))
+    ours, want = (learned(kernel, *inputs) for kernel in (chosen, PLAIN_LOSS))
     assert max(errors(ours, want)) < 1e-6
     with torch.no_grad():  # nor is it asked where nothing is learned, or there are no tokens
         torch.testing.assert_close(summed_cross_entropy(*inputs, chosen), want[0])
     assert summed_cross_entropy(*case(0, []), chosen) == 0
+    with_z_loss = choose_loss_kernel("auto", CUDA, torch.bfloat16, compiles=True, z_loss=1e-4)
+    assert with_z_loss == LossKernel("fused", "Liger's kernel rounds z-losses to the dtype of the model", True)
 
 
 def test_without_liger_the_reason_names_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch):
@@ -292,6 +291,66 @@ def test_an_older_liger_is_not_used(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, LIGER_MODULE, package)
     chosen = choose_loss_kernel("auto", CUDA, torch.bfloat16, compiles=True)
     assert (chosen.name, chosen.reason) == ("fused", "liger-kernel is installed, but older than 0.8.5")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "memory_gib", "rows"),
+    [
+        (32_768, 141, 5632),  # H200: 6 chunks of 564 MiB at most, as 5461 rounded up
+        (32_768, 24, 1280),  # 128 MiB
+        (32_768, 512, 8192),  # 1 GiB at most: 4 chunks
+        (32_768, None, 2560),  # a GPU that cannot be asked
+        (1000, 80, 1000),
+        (2000, 24, 1024),
+    ],
+)
+def test_a_chunk_on_a_gpu_is_a_multiple_of_256_rows(
+    tokens: int, memory_gib: int | None, rows: int, monkeypatch: pytest.MonkeyPatch
+):
+    memory = None if memory_gib is None else memory_gib * 2**30
+    monkeypatch.setattr(loss_module, "_device_memory_bytes", lambda device: memory)
+    assert loss_module._tokens_per_chunk(tokens, 2 * 49_152, CUDA) == rows
+
+
+def test_the_weights_gradient_is_added_up_by_the_product_itself(monkeypatch: pytest.MonkeyPatch):
+    """torch's own parser and schema of addmm take the call; what cuBLAS does stands here as a CPU can."""
+    calls: list[torch.dtype] = []
+
+    def addmm(
+        total: Tensor, x: Tensor, y: Tensor, dtype: torch.dtype, *, beta: int = 1, alpha: int = 1, out: Tensor
+    ) -> Tensor:
+        assert out.data_ptr() == total.data_ptr()
+        assert (total.dtype, x.dtype, y.dtype, beta, alpha) == (dtype, torch.bfloat16, torch.bfloat16, 1, 1)
+        calls.append(dtype)
+        return out.add_(x.float() @ y.float())
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("addmm.dtype_out", addmm, "CPU")
+    monkeypatch.setattr(loss_module, "_can_add_products_in_fp32", lambda device_type: True)
+    inputs = [x.detach().bfloat16().requires_grad_() if x.is_floating_point() else x for x in case(40, [3])]
+    truth = learned(PLAIN_LOSS, *(x.detach().float().requires_grad_() if x.is_floating_point() else x for x in inputs))
+    ours = learned(FUSED, *inputs)
+    library._destroy()
+    assert calls == [torch.float32] * 3  # chunks of 14, as a number is half as wide as in fp32
+    assert max(errors(ours, truth)) < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("device", "version", "hip", "can"),
+    [
+        ("cuda", "2.11.0+cu130", None, True),
+        ("cuda", "2.13.0", None, True),
+        ("cuda", "2.9.1", None, False),
+        ("cuda", "2.13.0", "7.0", False),
+        ("cpu", "2.13.0+cpu", None, False),
+    ],
+)
+def test_where_products_are_added_in_fp32(
+    device: str, version: str, hip: str | None, can: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert loss_module._can_add_products_in_fp32(device) == can
 
 
 @pytest.mark.slow

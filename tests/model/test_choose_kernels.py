@@ -75,6 +75,7 @@ def elsewhere(
     [
         ((), "bf16", "flash-attn", "liger"),
         ((), "fp32", "sdpa", "liger"),
+        (("optimizer.z_loss=1e-4",), "bf16", "flash-attn", "fused"),
         ((), "fp16", "flash-attn", "recomputed"),
         (("engine.attention=math", "engine.loss=plain"), "bf16", "math", "plain"),
         (("engine.attention=sdpa", "engine.loss=fused"), "bf16", "sdpa", "fused"),

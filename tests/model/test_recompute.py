@@ -10,6 +10,7 @@ from smoltrain.errors import UserError
 from smoltrain.kernels import cpu_attention
 from smoltrain.kernels.attention import AttentionKernel
 from smoltrain.kernels.cpu_attention import BLOCKED_ATTENTION
+from smoltrain.model.interface import SDPA_KERNEL
 from smoltrain.model.recompute import GradientCheckpointing, find_kept_operators
 from tests.model.tiny_decoders import LLAMA, built, loss_and_gradients, section
 
@@ -45,7 +46,7 @@ def test_selective_does_not_compute_attention_again(mode: str, times: int, monke
 
 
 def test_selective_keeps_matrix_products_and_attention():
-    kept = find_kept_operators()
+    kept = find_kept_operators(SDPA_KERNEL)
     aten = torch.ops.aten
     assert {aten.mm.default, aten.addmm.default, BLOCKED_ATTENTION} < set(kept)
     assert len(kept) == 7
@@ -57,10 +58,11 @@ def test_a_torch_that_lacks_an_operator_is_named(monkeypatch: pytest.MonkeyPatch
     """Its names are private: a torch to come may have others, and then only `selective` is refused."""
     monkeypatch.setattr(torch.ops, "aten", SimpleNamespace(mm=torch.ops.aten.mm, addmm=torch.ops.aten.addmm))
     with pytest.raises(UserError) as error:
-        GradientCheckpointing("selective", compiles=False)
+        GradientCheckpointing("selective", compiles=False, attention=SDPA_KERNEL)
     (problem,) = error.value.problems
     assert problem.saw.endswith("without the operator aten::_scaled_dot_product_flash_attention")
     assert problem.change == "engine.gradient_checkpointing"
     for mode in ("none", "full", 2):
-        GradientCheckpointing(mode, compiles=False)
-    assert not GradientCheckpointing("selective", compiles=True).covers_block(0), "the compiler does it by itself"
+        GradientCheckpointing(mode, compiles=False, attention=SDPA_KERNEL)
+    by_compiler = GradientCheckpointing("selective", compiles=True, attention=SDPA_KERNEL)
+    assert not by_compiler.covers_block(0), "the compiler does it by itself"

@@ -1,7 +1,6 @@
 """A model of transformers behind our interface is that model: same loss, same gradients, no mask, no cache."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -263,7 +262,12 @@ def test_the_kernel_is_obeyed(kernel: Any, name: str):
 
 
 @pytest.mark.parametrize(
-    ("package", "name"), [("flash_attn", "flash_attention_2"), ("flash_attn_interface", "flash_attention_3")]
+    ("package", "name"),
+    [
+        ("flash_attn", "flash_attention_2"),
+        ("flash_attn_interface", "flash_attention_3"),
+        ("flash_attn.cute", "flash_attention_4"),
+    ],
 )
 def test_flash_attention_is_asked_for_by_its_version(monkeypatch: pytest.MonkeyPatch, package: str, name: str):
     asked: list[str] = []
@@ -273,8 +277,7 @@ def test_flash_attention_is_asked_for_by_its_version(monkeypatch: pytest.MonkeyP
         model.config._attn_implementation_internal = implementation
 
     monkeypatch.setattr(LlamaForCausalLM, "set_attn_implementation", take)
-    flash: Any = SimpleNamespace(__module__=f"{package}.inside")
-    model = built("llama", options={"attention": AttentionKernel("flash-attn", "", flash)})
+    model = built("llama", options={"attention": AttentionKernel("flash-attn", "", print, package=package)})
     assert asked == [name] == [model.inner.config._attn_implementation]
 
 
@@ -284,7 +287,7 @@ def test_flash_attention_is_asked_for_by_its_version(monkeypatch: pytest.MonkeyP
 )
 def test_a_kernel_that_the_class_lacks_is_refused(model_type: str, kernel: Any, want: str):
     with pytest.raises(UserError, match="cannot run on the kernel") as error:
-        built(model_type, options={"attention": AttentionKernel(kernel, "", print)})
+        built(model_type, options={"attention": AttentionKernel(kernel, "", print, package="flash_attn")})
     (problem,) = error.value.problems
     assert (problem.want, problem.change) == (want, "engine.attention")
 
