@@ -64,7 +64,7 @@ class Decoder(LanguageModel):
 
     def forward(
         self, ids_BT: Tensor, labels_BT: Tensor | None = None, cache: KVCache | None = None, *,
-        last_only: bool = False, positions_BT: Tensor | None = None,
+        last_only: bool = False, positions_BT: Tensor | None = None, num_documents: int | None = None,
     ) -> Tensor:  # fmt: skip
         """See LanguageModel."""
         assert cache is None or positions_BT is None, "a cache continues one text, not packed documents"
@@ -75,7 +75,7 @@ class Decoder(LanguageModel):
             documents = None
         else:
             positions = positions_BT
-            documents = PackedDocuments.from_positions(positions_BT, self._kernel, x_BTD.dtype)
+            documents = PackedDocuments.from_positions(positions_BT, self._kernel, x_BTD.dtype, num_documents)
         if self.embed_positions is not None:
             x_BTD = x_BTD + self.embed_positions(positions)
             rotary = None

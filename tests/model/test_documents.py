@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smoltrain.data.rows.batch import Batch
 from smoltrain.kernels.attention import AttentionKernel, PackedDocuments, causal_attention
+from smoltrain.model import decoder
 from smoltrain.model.decoder import Decoder
 from smoltrain.model.interface import LanguageModel
 from tests.kernels.test_attention import definition, fake_flash
@@ -63,8 +65,11 @@ def varlen2(
     assert (starts[0], ends[-1]) == (0, len(q))
     assert torch.equal(cu_seqlens_q, cu_seqlens_k)
     assert max_seqlen_q == max_seqlen_k >= int(cu_seqlens_q.diff().max())
-    assert int(cu_seqlens_q.diff().min()) > 0
-    heads = ([x[None, a:b].transpose(1, 2) for x in (q, k, v)] for a, b in zip(starts, ends, strict=True))
+    lengths = cu_seqlens_q.diff()
+    assert int(lengths.min()) >= 0
+    assert int(lengths.count_nonzero()) == int((lengths > 0).long().cumprod(0).sum()), "padded at the end alone"
+    places = [(a, b) for a, b in zip(starts, ends, strict=True) if a < b]
+    heads = ([x[None, a:b].transpose(1, 2) for x in (q, k, v)] for a, b in places)
     return torch.cat([definition(*document)[0].transpose(0, 1) for document in heads])
 
 
@@ -245,6 +250,31 @@ def test_gradient_checkpointing_changes_no_number_of_packed_documents(dropout: f
     assert all(torch.equal(grads[name], x) for name, x in plain_gradients.items())
 
 
+@pytest.mark.parametrize("kernel", ["varlen", "sdpa", "blocked"])
+def test_any_number_of_documents_is_one_graph(kernel: str, monkeypatch: pytest.MonkeyPatch):
+    """Rows of 64 tokens cut into 1 to 28 documents; varlen is called as flash-attn and torch are, but is traced."""
+    from torch._dynamo.testing import CompileCounter
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, _: Tensor, T: int, S: int) -> Tensor:
+        seen.add((tuple(starts.shape), T, S))
+        groups = q.size(1) // k.size(1)
+        return q + (k + v).repeat_interleave(groups, 1) + 0 * starts.sum()
+
+    seen: set[Any] = set()
+    counter = CompileCounter()
+    compiled = torch.compile(decoder._run_decoder_block._function, dynamic=False, backend=counter)
+    monkeypatch.setitem(decoder._run_decoder_block.__dict__, "compiled", compiled)
+    attention: Any = AttentionKernel("sdpa", "", varlen=varlen) if kernel == "varlen" else AttentionKernel(kernel, "")  # type: ignore[arg-type]
+    model = built(section(LLAMA, max_position_embeddings=64), attention=attention, compiles=True)
+    g = torch.Generator().manual_seed(0)
+    for mean_length in range(2, 30):
+        ids = torch.randint(mean_length, (2, 65), generator=g, dtype=torch.int32)
+        batch = Batch(ids, separator_id=0).to(torch.device("cpu"))
+        model(batch.ids_BT, batch.labels_BT, **batch.document_arguments()).backward()
+    assert counter.frame_count == 1
+    assert seen == ({((65,), 64, 64)} if kernel == "varlen" else set())
+
+
 def test_a_cache_continues_one_text():
     model = built(section(LLAMA))
     with pytest.raises(AssertionError, match="not packed documents"):
@@ -281,7 +311,6 @@ def test_a_bf16_model_masks_in_bf16():
 
 @pytest.mark.parametrize("by", ["step", "micro_batch"])
 def test_the_engine_hands_the_positions_on(by: str):
-    from smoltrain.data.rows.loader import Batch
     from smoltrain.engine.deepspeed_steps import DeepSpeedSteps
     from smoltrain.engine.engine import Engine
     from smoltrain.engine.once_per_step import OncePerStep
@@ -296,10 +325,13 @@ def test_the_engine_hands_the_positions_on(by: str):
 
     engine._deepspeed, engine._steps = Wrapped(device=torch.device("cpu"), module=Wrapped()), steps
     steps._deepspeed = engine._deepspeed
-    (ids, labels), positions = drawn(LAYOUT), positions_of(LAYOUT)
-    engine.forward(Batch(ids, labels, positions))
-    engine.forward(Batch(ids, labels))
-    for (x, y, options), want in zip(passed, (positions, None), strict=True):
-        assert torch.equal(x, ids)
-        assert torch.equal(y, labels)
-        assert options == {"positions_BT": want}
+    rows = torch.tensor([[4, 0, 5, 6], [7, 8, 0, 9]], dtype=torch.int32)
+    engine.forward(Batch(rows, separator_id=0))
+    engine.forward(Batch(rows))
+    (masked_ids, masked_labels, options), (ids, labels, none) = passed
+    assert masked_ids.equal(ids)
+    assert ids.equal(rows[:, :-1].long())
+    assert (masked_labels.tolist(), labels.tolist()) == ([[0, -100, 6], [8, 0, -100]], [[0, 5, 6], [8, 0, 9]])
+    assert options.pop("positions_BT").tolist() == [[0, 1, 0], [0, 1, 2]]
+    assert options == {"num_documents": 3}
+    assert none == {}
