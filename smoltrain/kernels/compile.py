@@ -30,7 +30,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def choose_compile(requested: Literal["auto", "on", "off"], device: torch.device, flop: float) -> CompileChoice:
+def choose_compile(
+    requested: Literal["auto", "on", "off"], device: torch.device, flop: float,
+    region: Literal["block", "model"] = "block",
+) -> CompileChoice:  # fmt: skip
     """Whether to compile for so many floating-point operations on this device: auto is compile_gain.py's rule.
 
     Errors: UserError where it is asked for and cannot be.
@@ -45,7 +48,7 @@ def choose_compile(requested: Literal["auto", "on", "off"], device: torch.device
         return CompileChoice(True, "as engine.compile asks")
     if missing is not None:
         return CompileChoice(False, missing)
-    return weigh_compiling(device.type, flop)
+    return weigh_compiling(device.type, flop, region)
 
 
 @functools.cache

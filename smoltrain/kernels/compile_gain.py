@@ -6,7 +6,7 @@ before and is only loaded, compiling pays earlier; where several GPUs share a ru
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 MINUTE_S = 60
 
@@ -17,18 +17,18 @@ class CompileGain(NamedTuple):
     machine: str
     flop_per_s: float  # of a run that is not compiled, operations as flops_per_token counts them
     saved_share: float  # of the time of such a run
-    cost_minutes: float  # of a first start
+    cost_minutes: dict[str, float]  # of a first start, by engine.compile_region
 
 
 GAINS = {
     # Two cores of an AMD EPYC (Zen 4). A block compiled: 1.12 times as fast (SmolLM2-135M, T 512, micro-batch 4), and
     # 336 GFLOP/s in that shape (docs/performance.md: 368 tokens/s). Cold, a start takes 28 s of CPU more
-    # (docs/results/start-up.md: 40.6 - 12.7).
-    "cpu": CompileGain("two CPU cores", flop_per_s=300e9, saved_share=1 - 1 / 1.12, cost_minutes=0.5),
+    # (docs/results/start-up.md: 40.6 - 12.7). All 30 blocks as one region: 60 s until the end of the first micro-batch.
+    "cpu": CompileGain("two CPU cores", 300e9, saved_share=1 - 1 / 1.12, cost_minutes={"block": 0.5, "model": 1.0}),
     # A guess, no GPU was at hand: nanoGPT's README has a step of GPT-2 124M fall from 250 to 135 ms, 46 %, and its
     # train.py says "takes a ~minute", for twelve blocks. Here attention and loss are fused before anything is compiled,
     # and one block is compiled for all. Compiled, 41 % of 989 TFLOP/s, as llm.c reaches on an H100.
-    "cuda": CompileGain("an H100", flop_per_s=0.7 * 0.41 * 989e12, saved_share=0.3, cost_minutes=0.5),
+    "cuda": CompileGain("an H100", 0.7 * 0.41 * 989e12, saved_share=0.3, cost_minutes={"block": 0.5, "model": 1.0}),
 }
 
 
@@ -39,7 +39,7 @@ class CompileChoice(NamedTuple):
     reason: str
 
 
-def weigh_compiling(device_type: str, flop: float) -> CompileChoice:
+def weigh_compiling(device_type: str, flop: float, region: Literal["block", "model"] = "block") -> CompileChoice:
     """For so many operations of a whole plan; of one whose length is not known yet (inf) they are taken to be enough.
 
     Runs that start kernels for longer than they compute, of tiny batches on a GPU, take longer than is said here.
@@ -50,6 +50,7 @@ def weigh_compiling(device_type: str, flop: float) -> CompileChoice:
     run_minutes = flop / gain.flop_per_s / MINUTE_S
     saved_minutes = run_minutes * gain.saved_share
     numbers = f"about {saved_minutes:,.1f} of {run_minutes:,.1f} minutes of {gain.machine}"
-    if saved_minutes >= gain.cost_minutes:
-        return CompileChoice(True, f"auto: saves {numbers}, costs {gain.cost_minutes:.1f}")
-    return CompileChoice(False, f"auto: would save {numbers}, and cost {gain.cost_minutes:.1f}")
+    cost_minutes = gain.cost_minutes[region]
+    if saved_minutes >= cost_minutes:
+        return CompileChoice(True, f"auto: saves {numbers}, costs {cost_minutes:.1f}")
+    return CompileChoice(False, f"auto: would save {numbers}, and cost {cost_minutes:.1f}")

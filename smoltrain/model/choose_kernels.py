@@ -52,17 +52,24 @@ def choose_kernels(
         shape = config.model
         flop = tokens * flops_per_token(num_parameters, shape.num_hidden_layers, shape.hidden_size, T)
         if assume_installed and engine.compile != "off":
-            compiling = CompileChoice(engine.compile == "on" or weigh_compiling(device.type, flop).on, ASSUMED)
+            pays = weigh_compiling(device.type, flop, engine.compile_region).on
+            compiling = CompileChoice(engine.compile == "on" or pays, ASSUMED)
         else:
-            compiling = choose_compile(engine.compile, device, flop)
+            compiling = choose_compile(engine.compile, device, flop, engine.compile_region)
         if assume_installed and engine.loss == "auto" and dtype != torch.float16:
             loss = LossKernel("liger", ASSUMED)
         else:
             loss = choose_loss_kernel(engine.loss, device, dtype, compiles=compiling.on)
+    how = "on"
+    if engine.compile_region == "model":
+        how = "on, all blocks as one region"
     reasons = {
         "attention kernel": f"{attention.name}, {attention.reason}",
         "loss kernel": f"{loss.name}, {loss.reason}",
-        "torch.compile": f"{'on' if compiling.on else 'off'}, {compiling.reason}",
+        "torch.compile": f"{how if compiling.on else 'off'}, {compiling.reason}",
     }
-    options = ComputeOptions(attention=attention, loss=loss, z_loss=config.optimizer.z_loss, compiles=compiling.on)
+    options = ComputeOptions(
+        attention=attention, loss=loss, z_loss=config.optimizer.z_loss,
+        compiles=compiling.on, compile_region=engine.compile_region,
+    )  # fmt: skip
     return options, reasons

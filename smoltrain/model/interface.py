@@ -30,6 +30,7 @@ class ComputeOptions:
     loss: LossKernel = PLAIN_LOSS
     z_loss: float = 0.0
     compiles: bool = False  # whether torch.compile makes the blocks, in training
+    compile_region: Literal["block", "model"] = "block"  # each by itself, or all of them and the last norm together
 
 
 class LanguageModel(nn.Module, ABC):

@@ -1,6 +1,7 @@
 """Minutes that compiling saves against minutes that it takes."""
 
 import math
+from typing import Literal
 
 import pytest
 
@@ -19,8 +20,9 @@ def test_it_is_for_runs_that_get_back_more_than_it_takes(device: str, flop: floa
 
 
 @pytest.mark.parametrize("device", GAINS)
-def test_it_pays_from_where_both_are_equal(device: str) -> None:
+@pytest.mark.parametrize("region", ["block", "model"])
+def test_it_pays_from_where_both_are_equal(device: str, region: Literal["block", "model"]) -> None:
     gain = GAINS[device]
-    even_s = gain.cost_minutes * 60 / gain.saved_share
-    assert not weigh_compiling(device, 0.99 * even_s * gain.flop_per_s).on
-    assert weigh_compiling(device, 1.01 * even_s * gain.flop_per_s).on
+    even_s = gain.cost_minutes[region] * 60 / gain.saved_share
+    assert not weigh_compiling(device, 0.99 * even_s * gain.flop_per_s, region).on
+    assert weigh_compiling(device, 1.01 * even_s * gain.flop_per_s, region).on
