@@ -56,7 +56,7 @@ def collect_first_rows(settings: Config, steps: int, rows_per_step: int) -> np.n
     dealt: list[torch.Tensor] = []
     for _ in range(steps):
         rows = loader.fetch_step_rows()
-        dealt += [torch.cat((batch.ids_BT, batch.labels_BT[:, -1:]), 1) for batch in rows.micro_batches]
+        dealt += [batch.ids_BS for batch in rows.micro_batches]
         loader.mark_consumed(loader.unpack_totals(rows.counts))
     loader.close()
-    return torch.cat(dealt).numpy().astype(np.int32)
+    return torch.cat(dealt).numpy()

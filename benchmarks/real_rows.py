@@ -10,7 +10,6 @@ from benchmarks.random_rows import collect_first_rows
 from smoltrain.config.schema import Config
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokens.prepare import prepare_run_data
-from smoltrain.kernels.loss import IGNORE_INDEX
 
 ROWS_FILE, VALIDATION_FILE = "rows.npy", "validation.npy"
 
@@ -37,6 +36,4 @@ def collect_validation_rows(config: Config, rows_per_step: int) -> np.ndarray:
     loader = open_loader(config, 0, 1, rows_per_step=rows_per_step, accumulation=accumulation)
     batches = loader.validation_batches(config.evaluate.rows)
     loader.close()
-    whole = torch.cat([torch.cat((batch.ids_BT, batch.labels_BT[:, -1:]), 1) for batch in batches])
-    is_real_B = whole[:, -1] != IGNORE_INDEX
-    return whole[is_real_B].numpy().astype(np.int32)
+    return torch.cat([batch.ids_BS[: batch.num_labelled] for batch in batches]).numpy()

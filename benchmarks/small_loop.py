@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config, OptimizerSection
-from smoltrain.data.rows.loader import Batch, Loader
+from smoltrain.data.rows.batch import Batch
+from smoltrain.data.rows.loader import Loader
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.engine.hidden_matrices import split_parameters
@@ -195,7 +196,7 @@ def fetch_rows(loader: Loader, num_rows: int) -> Batch:
         rows = loader.fetch_step_rows()
         batches += rows.micro_batches
         loader.mark_consumed(loader.unpack_totals(rows.counts))
-    return Batch(torch.cat([batch.ids_BT for batch in batches]), torch.cat([batch.labels_BT for batch in batches]))
+    return Batch(torch.cat([batch.ids_BS for batch in batches]))
 
 
 @torch.no_grad()

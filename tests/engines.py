@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from smoltrain.config.schema import Config
-from smoltrain.data.rows.loader import Batch, Loader
+from smoltrain.data.rows.batch import Batch
+from smoltrain.data.rows.loader import Loader
 from smoltrain.data.rows.open_loader import open_loader
 from tests import tiny
 from tests.models import from_config
@@ -47,7 +48,7 @@ class Odd(torch.nn.Module):
         self.head = torch.nn.Linear(5, V, bias=False)
         self.head.weight = self.embed.weight
 
-    def forward(self, ids_BT: torch.Tensor, labels_BT: torch.Tensor, positions_BT: None) -> torch.Tensor:
+    def forward(self, ids_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids_BT)
         x = x + self.down(torch.tanh(self.norm_up(self.up(self.norm(x)))))
         logits = self.head(x).float().flatten(0, 1)
@@ -76,7 +77,7 @@ def train(wrapped: Any, first: int, last: int) -> list[float]:
         ids = torch.randint(V, (ROWS, T + 1), generator=torch.Generator().manual_seed(step))
         total = 0.0
         for row in ids[here.rank :: here.size]:
-            loss = wrapped.forward(Batch(row[None, :-1], row[None, 1:]))
+            loss = wrapped.forward(Batch(row[None].int()))
             total += float(loss.detach())
             wrapped.backward(loss * (here.size / (ROWS * T)))
         assert wrapped.update(lr=1e-2, weight_decay=0.1)

@@ -54,9 +54,13 @@ def _check_transformers_model(m: TransformersSection, c: Config) -> Iterator[Pro
     if c.engine.gradient_checkpointing not in ("auto", "none", "full"):
         what, want = "a transformers model recomputes all blocks or none", "none or full"
         yield Problem(what, str(c.engine.gradient_checkpointing), want, "engine.gradient_checkpointing")
-    for key, value in (("loss", "fused"), ("compile", "on")):
+    for key, value, want in (
+        ("loss", "fused", "auto"),
+        ("compile", "on", "auto"),
+        ("compile_region", "model", "block"),
+    ):
         if getattr(c.engine, key) == value:
-            yield Problem(f"a transformers model cannot have {key} {value}", value, "auto", f"engine.{key}")
+            yield Problem(f"a transformers model cannot have {key} {value}", value, want, f"engine.{key}")
 
 
 def _check_own_model_options(c: Config) -> Iterator[Problem]:
@@ -64,6 +68,7 @@ def _check_own_model_options(c: Config) -> Iterator[Problem]:
     options = {
         "engine.gradient_checkpointing": (c.engine.gradient_checkpointing, "none"),
         "engine.compile": (c.engine.compile, "auto or off"),
+        "engine.compile_region": (c.engine.compile_region, "block"),
         "engine.attention": (c.engine.attention, "auto"),
         "engine.loss": (c.engine.loss, "auto"),
     }

@@ -478,6 +478,11 @@ class EngineSection(Section):
         default="auto",
         description="torch.compile; auto: on where a compiler is installed and the run is long enough to gain from it",
     )
+    compile_region: Literal["block", "model"] = Field(
+        default="block",
+        description="what torch.compile sees at once: a block, which all blocks share, or all blocks and the last norm "
+        "(model), which takes longer to compile and lets it join what lies between two blocks",
+    )
     hang_s: Seconds = Field(
         default=900.0,
         ge=0,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from smoltrain.data.rows.loader import Batch
+from smoltrain.data.rows.batch import Batch
 from smoltrain.engine.deepspeed_private import DeepSpeedZeroOptimizer, safe_get_full_grad
 from smoltrain.engine.step_method import SKIPPED, StepOutcome
 
@@ -35,7 +35,7 @@ class DeepSpeedSteps:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Through DeepSpeed's own forward, whose hooks ZeRO-3 needs."""
-        return self._deepspeed(batch.ids_BT, batch.labels_BT, positions_BT=batch.positions_BT)
+        return self._deepspeed(batch.ids_BT, batch.labels_BT, **batch.document_arguments())
 
     def backward(self, loss: torch.Tensor) -> None:
         """See StepMethod."""

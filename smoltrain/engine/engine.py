@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from smoltrain.config.schema import Config
-from smoltrain.data.rows.loader import Batch
+from smoltrain.data.rows.batch import Batch
 from smoltrain.distributed.world import World
 from smoltrain.engine.bind_matrices import bind_matrices
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config

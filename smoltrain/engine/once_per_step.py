@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from smoltrain.data.rows.loader import Batch
+from smoltrain.data.rows.batch import Batch
 from smoltrain.distributed.world import World
 from smoltrain.engine.optimizer import clipping_factor
 from smoltrain.engine.optimizer_kind import OptimizerKind
@@ -110,7 +110,7 @@ class OncePerStep:
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """See StepMethod. The model alone: what DeepSpeed's own forward prepares is for its own hooks."""
-        return self._deepspeed.module(batch.ids_BT, batch.labels_BT, positions_BT=batch.positions_BT)
+        return self._deepspeed.module(batch.ids_BT, batch.labels_BT, **batch.document_arguments())
 
     def backward(self, loss: torch.Tensor) -> None:
         """See StepMethod."""

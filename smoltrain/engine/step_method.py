@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from smoltrain.data.rows.loader import Batch
+from smoltrain.data.rows.batch import Batch
 
 
 @dataclass(frozen=True)

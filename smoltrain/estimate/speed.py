@@ -22,6 +22,7 @@ from smoltrain.estimate.orthogonalization import (
     orthogonalization_traffic_bytes,
 )
 from smoltrain.estimate.training_setup import TrainingSetup, model_shape
+from smoltrain.model.flops import flops_per_token
 
 
 @dataclass(frozen=True)
@@ -93,11 +94,6 @@ def recipe_flops_per_token(config: Config) -> float:
     """Of forward and backward of a recipe's model, per target."""
     shape = model_shape(config.model)
     return flops_per_token(shape.parameters, shape.layers, shape.width, config.batch.sequence_length)
-
-
-def flops_per_token(parameters: int, layers: int, width: int, sequence_length: int) -> float:
-    """Floating-point operations of forward and backward: 6 N + 12 L D T, attention counted as if it were not causal."""
-    return 6 * parameters + 12 * layers * width * sequence_length
 
 
 def matmul_operations(setup: TrainingSetup, recomputed: float) -> float:

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smoltrain.errors import Problem, UserError
 from smoltrain.kernels.cpu_attention import blocked_attention, why_blocked_cannot_run
+from smoltrain.kernels.document_starts import find_document_starts
 from smoltrain.kernels.flash_attention import CUDNN, FlashAttention, find_flash_attention, rank_attention_kernels
 
 BACKENDS_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -53,25 +54,21 @@ class PackedDocuments(NamedTuple):
     A tuple, because that is where ZeRO-3 finds the tensors that a block is given.
     """
 
-    starts: Tensor | None = None  # int32 [documents + 1]: the place of each first token among the N, and at the end N
+    starts: Tensor | None = None  # the place of each first token among the N, padded with N: see document_starts.py
     mask_B1TT: Tensor | None = None  # added to the scores: 0 for an earlier key of the same document, else -inf
 
     @classmethod
-    def from_positions(cls, positions_BT: Tensor, kernel: AttentionKernel, dtype: torch.dtype) -> "PackedDocuments":
-        """The documents of full rows; each begins where its tokens' positions begin anew from 0."""
+    def from_positions(
+        cls, positions_BT: Tensor, kernel: AttentionKernel, dtype: torch.dtype, num_documents: int | None = None
+    ) -> "PackedDocuments":
+        """The documents of full rows, of which there are at most so many; each begins where positions do, at 0."""
         if kernel.varlen is not None:
-            return cls(starts=document_starts(positions_BT))
+            return cls(starts=find_document_starts(positions_BT, num_documents))
         document_BT = (positions_BT == 0).cumsum(1)
         seen_BTT = (document_BT[:, :, None] == document_BT[:, None]).tril()
         # Not boolean: SDPA would turn it into this in every block anew, and keep each of them for the backward pass.
         mask_BTT = torch.zeros_like(seen_BTT, dtype=dtype).masked_fill_(~seen_BTT, float("-inf"))
         return cls(mask_B1TT=mask_BTT[:, None])
-
-
-def document_starts(positions_BT: Tensor) -> Tensor:
-    """`PackedDocuments.starts`, for all rows laid end to end; a document never goes on in the next row."""
-    places = (positions_BT.flatten() == 0).nonzero().squeeze(1)  # host-device sync: their number; 1 per micro-batch
-    return F.pad(places, (0, 1), value=positions_BT.numel()).int()
 
 
 def choose_attention_kernel(
@@ -193,7 +190,7 @@ def _packed_attention(
     if documents.starts is not None:
         assert kernel.varlen is not None
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q_BHTE, k_BKTE, v_BKTE))
-        # T for the longest document: an upper bound will do, and the true one would be another sync.
+        # T for the longest document: an upper bound will do, and the true one would be a sync and new code for each.
         out = kernel.varlen(q, k, v, documents.starts, documents.starts, T, T, **_dropout_argument(dropout))
         return _first_output(out).unflatten(0, (B, T)).transpose(1, 2)
     # With a mask and shared heads, CUDA has no fused kernel left but the one that keeps the T x T scores: copy.

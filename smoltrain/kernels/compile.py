@@ -13,15 +13,14 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 import torch
 
 from smoltrain.errors import Problem, UserError
 from smoltrain.files import user_cache_folder
+from smoltrain.kernels.compile_gain import CompileChoice, weigh_compiling
 
-# Work in which a tenth less time makes up for compiling: 5 minutes of two cores of a CPU, or of a large GPU.
-MIN_FLOP = {"cpu": 1e14, "cuda": 1e17}
 SMALLEST_KERNEL = """
 #include <torch/csrc/inductor/cpp_prefix.h>
 extern "C" void kernel(float* out) { at::vec::Vectorized<float>(1).store(out); }
@@ -31,15 +30,11 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class CompileChoice(NamedTuple):
-    """Whether code is compiled, and in a few words why."""
-
-    on: bool
-    reason: str
-
-
-def choose_compile(requested: Literal["auto", "on", "off"], device: torch.device, flop: float) -> CompileChoice:
-    """Whether to compile for so many floating-point operations on this device.
+def choose_compile(
+    requested: Literal["auto", "on", "off"], device: torch.device, flop: float,
+    region: Literal["block", "model"] = "block",
+) -> CompileChoice:  # fmt: skip
+    """Whether to compile for so many floating-point operations on this device: auto is compile_gain.py's rule.
 
     Errors: UserError where it is asked for and cannot be.
     """
@@ -53,8 +48,7 @@ def choose_compile(requested: Literal["auto", "on", "off"], device: torch.device
         return CompileChoice(True, "as engine.compile asks")
     if missing is not None:
         return CompileChoice(False, missing)
-    least = MIN_FLOP[device.type]
-    return CompileChoice(flop >= least, f"auto: {flop:.1e} FLOP to do, it pays from about {least:.0e}")
+    return weigh_compiling(device.type, flop, region)
 
 
 @functools.cache

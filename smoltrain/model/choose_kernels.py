@@ -4,12 +4,14 @@ import math
 
 import torch
 
-from smoltrain.config.schema import Config, OwnModelSection
+from smoltrain.config.schema import Config, ModelSection, OwnModelSection
 from smoltrain.kernels.attention import AttentionKernel, choose_attention_kernel
-from smoltrain.kernels.compile import MIN_FLOP, CompileChoice, choose_compile
+from smoltrain.kernels.compile import choose_compile
+from smoltrain.kernels.compile_gain import CompileChoice, weigh_compiling
 from smoltrain.kernels.loss import LossKernel, choose_loss_kernel
 from smoltrain.kernels.precision import DTYPES
 from smoltrain.model.build import decoder_head_width, model_attention_dropout
+from smoltrain.model.flops import flops_per_token
 from smoltrain.model.interface import ComputeOptions
 from smoltrain.schedule import count_planned_steps
 
@@ -39,28 +41,36 @@ def choose_kernels(
             engine.attention, device, dtype, dropout=model_attention_dropout(config.model),
             document_mask=config.packing.document_mask, head_width=head_width,
         )  # fmt: skip
-    if head_width is None:
+    if not isinstance(config.model, ModelSection):
         compiling = CompileChoice(False, "a model of transformers runs as it is written")
         loss = LossKernel("plain", "a model of transformers makes its logits itself")
     else:
-        # 6 FLOP per parameter and token (Kaplan et al. 2020), over the whole plan: a resume computes as the run began.
-        # Before the epochs of a plan are counted its length is not known, and taken to be worth it.
+        # Of the whole plan: a resume computes as the run began. Before its epochs are counted the length is not known.
         steps = count_planned_steps(config.phases)
-        tokens = math.inf if steps is None else steps * rows_per_step * config.batch.sequence_length
-        flop = 6.0 * num_parameters * tokens
+        T = config.batch.sequence_length
+        tokens = math.inf if steps is None else steps * rows_per_step * T
+        shape = config.model
+        flop = tokens * flops_per_token(num_parameters, shape.num_hidden_layers, shape.hidden_size, T)
         if assume_installed and engine.compile != "off":
-            compiling = CompileChoice(engine.compile == "on" or flop >= MIN_FLOP[device.type], ASSUMED)
+            pays = weigh_compiling(device.type, flop, engine.compile_region).on
+            compiling = CompileChoice(engine.compile == "on" or pays, ASSUMED)
         else:
-            compiling = choose_compile(engine.compile, device, flop)
+            compiling = choose_compile(engine.compile, device, flop, engine.compile_region)
         z_loss = config.optimizer.z_loss
         if assume_installed and engine.loss == "auto" and dtype != torch.float16 and not z_loss:
             loss = LossKernel("liger", ASSUMED)
         else:
             loss = choose_loss_kernel(engine.loss, device, dtype, compiles=compiling.on, z_loss=z_loss)
+    how = "on"
+    if engine.compile_region == "model":
+        how = "on, all blocks as one region"
     reasons = {
         "attention kernel": f"{attention.name}, {attention.reason}",
         "loss kernel": f"{loss.name}, {loss.reason}",
-        "torch.compile": f"{'on' if compiling.on else 'off'}, {compiling.reason}",
+        "torch.compile": f"{how if compiling.on else 'off'}, {compiling.reason}",
     }
-    options = ComputeOptions(attention=attention, loss=loss, z_loss=config.optimizer.z_loss, compiles=compiling.on)
+    options = ComputeOptions(
+        attention=attention, loss=loss, z_loss=config.optimizer.z_loss,
+        compiles=compiling.on, compile_region=engine.compile_region,
+    )  # fmt: skip
     return options, reasons

@@ -3,7 +3,7 @@
 Legend: B batch, T tokens, D width of the residual stream, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class Decoder(LanguageModel):
 
     def forward(
         self, ids_BT: Tensor, labels_BT: Tensor | None = None, cache: KVCache | None = None, *,
-        last_only: bool = False, positions_BT: Tensor | None = None,
+        last_only: bool = False, positions_BT: Tensor | None = None, num_documents: int | None = None,
     ) -> Tensor:  # fmt: skip
         """See LanguageModel."""
         assert cache is None or positions_BT is None, "a cache continues one text, not packed documents"
@@ -75,7 +75,7 @@ class Decoder(LanguageModel):
             documents = None
         else:
             positions = positions_BT
-            documents = PackedDocuments.from_positions(positions_BT, self._kernel, x_BTD.dtype)
+            documents = PackedDocuments.from_positions(positions_BT, self._kernel, x_BTD.dtype, num_documents)
         if self.embed_positions is not None:
             x_BTD = x_BTD + self.embed_positions(positions)
             rotary = None
@@ -85,22 +85,34 @@ class Decoder(LanguageModel):
             rotary = compute_rotary_angles(positions, head_width, self.section.rope_theta)
         x_BTD = self.dropout(x_BTD)
         # Compiled in training only: validation and generation have too many shapes.
-        run_block = _run_decoder_block.compiled if self._computing.compiles and self.training else _run_decoder_block
-        for i, block in enumerate(self._decoder_blocks()):
-            if self.training and self._recompute.covers_block(i):
-                x_BTD = self._recompute.run(run_block, block, x_BTD, rotary, cache, documents)
-            else:
-                x_BTD = run_block(block, x_BTD, rotary, cache, documents)
+        compiles = self._computing.compiles and self.training
+        if compiles and self._computing.compile_region == "model" and not last_only:
+            x_BTD = _run_blocks_and_norm.compiled(self, x_BTD, rotary, documents)
+        else:
+            run_block = _run_decoder_block.compiled if compiles else _run_decoder_block
+            x_BTD = self._run_blocks(run_block, x_BTD, rotary, cache, documents)
+            if last_only:
+                x_BTD = x_BTD[:, -1:]  # prompt x vocabulary logits can be larger than all activations
+            x_BTD = self.norm(x_BTD)
         if cache is not None:
             cache.length += ids_BT.size(1)
-        if last_only:
-            x_BTD = x_BTD[:, -1:]  # prompt x vocabulary logits can be larger than all activations
-        x_BTD = self.norm(x_BTD)
         head_VD = (self.lm_head or self.embed_tokens).weight  # tied: the embedding table once more
         if labels_BT is None:
             return F.linear(x_BTD, head_VD)
         options = self._computing
         return summed_cross_entropy(x_BTD.flatten(0, 1), head_VD, labels_BT.flatten(), options.loss, options.z_loss)
+
+    def _run_blocks(
+        self, run_block: Callable[..., Tensor], x_BTD: Tensor, rotary: RotaryAngles | None, cache: KVCache | None,
+        documents: PackedDocuments | None,
+    ) -> Tensor:  # fmt: skip
+        """The residual stream after all blocks, of which gradient checkpointing recomputes some."""
+        for i, block in enumerate(self._decoder_blocks()):
+            if self.training and self._recompute.covers_block(i):
+                x_BTD = self._recompute.run(run_block, block, x_BTD, rotary, cache, documents)
+            else:
+                x_BTD = run_block(block, x_BTD, rotary, cache, documents)
+        return x_BTD
 
     def _embed_tokens(self, ids_BT: Tensor) -> Tensor:
         """[B, T, D] of ids [B, T]."""
@@ -127,6 +139,14 @@ def _run_decoder_block(
 ) -> Tensor:  # fmt: skip
     """One block, [B, T, D] -> [B, T, D]. All blocks have the same code, so that it is compiled once."""
     return block(x_BTD, rotary, cache, documents)
+
+
+@CompilableFunction
+def _run_blocks_and_norm(
+    decoder: Decoder, x_BTD: Tensor, rotary: RotaryAngles | None, documents: PackedDocuments | None
+) -> Tensor:
+    """All blocks and the last norm as one piece of code, in which the compiler sees from one block into the next."""
+    return decoder.norm(decoder._run_blocks(_run_decoder_block, x_BTD, rotary, None, documents))
 
 
 class _WithoutInit(TorchFunctionMode):

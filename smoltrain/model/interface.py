@@ -30,6 +30,7 @@ class ComputeOptions:
     loss: LossKernel = PLAIN_LOSS
     z_loss: float = 0.0
     compiles: bool = False  # whether torch.compile makes the blocks, in training
+    compile_region: Literal["block", "model"] = "block"  # each by itself, or all of them and the last norm together
 
 
 class LanguageModel(nn.Module, ABC):
@@ -43,7 +44,7 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def forward(
         self, ids_BT: Tensor, labels_BT: Tensor | None = None, cache: Any = None, *,
-        last_only: bool = False, positions_BT: Tensor | None = None,
+        last_only: bool = False, positions_BT: Tensor | None = None, num_documents: int | None = None,
     ) -> Tensor:  # fmt: skip
         """The summed loss of the labels, an fp32 scalar; without labels the logits [B, T, V].
 
@@ -51,6 +52,7 @@ class LanguageModel(nn.Module, ABC):
         ids continue the tokens in it, and are added to it. `last_only` gives the logits of the last token, [B, 1, V].
         `positions_BT` (int64) keeps the documents packed in a row apart: it is a token's place within its document, and
         each row begins a document; each is computed as if it were alone. Not with a cache. None: a row is one text.
+        `num_documents` says how many there are at most, so that no device need be asked.
         """
 
     @abstractmethod

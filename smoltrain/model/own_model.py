@@ -61,7 +61,7 @@ class OwnModel(LanguageModel):
 
     def forward(
         self, ids_BT: Tensor, labels_BT: Tensor | None = None, cache: Any = None, *,
-        last_only: bool = False, positions_BT: Tensor | None = None,
+        last_only: bool = False, positions_BT: Tensor | None = None, num_documents: int | None = None,  # noqa: ARG002
     ) -> Tensor:  # fmt: skip
         """See LanguageModel."""
         options: dict[str, Any] = {} if positions_BT is None else {"positions_BT": positions_BT}

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from smoltrain.config.schema import MAX_LAYERS, TransformersSection
 from smoltrain.errors import Problem, UserError, suggest_choice
-from smoltrain.kernels.attention import AttentionKernel, document_starts
+from smoltrain.kernels.attention import AttentionKernel
+from smoltrain.kernels.document_starts import find_document_starts
 from smoltrain.kernels.flash_attention import FLASH2, FLASH3, FLASH4
 from smoltrain.kernels.loss import summed_cross_entropy_of_logits
 from smoltrain.model import transformers_private as private
@@ -60,7 +61,7 @@ class HuggingFaceModel(LanguageModel):
 
     def forward(
         self, ids_BT: Tensor, labels_BT: Tensor | None = None, cache: HuggingFaceCache | None = None, *,
-        last_only: bool = False, positions_BT: Tensor | None = None,
+        last_only: bool = False, positions_BT: Tensor | None = None, num_documents: int | None = None,
     ) -> Tensor:  # fmt: skip
         """See LanguageModel. The loss is the cross entropy alone, also where a class would add a router's.
 
@@ -71,7 +72,7 @@ class HuggingFaceModel(LanguageModel):
         T = ids_BT.size(1)
         options: dict[str, Any] = {}
         if positions_BT is not None:
-            options |= self._document_arguments(positions_BT)
+            options |= self._document_arguments(positions_BT, num_documents)
         if last_only and "logits_to_keep" in self.forward_arguments:
             options["logits_to_keep"] = 1
         if "use_cache" in self.forward_arguments:
@@ -92,12 +93,12 @@ class HuggingFaceModel(LanguageModel):
             return out.logits[:, -1:] if last_only else out.logits[:, -T:]
         return summed_cross_entropy_of_logits(out.logits.flatten(0, 1), labels_BT.flatten(), self._z_loss)
 
-    def _document_arguments(self, positions_BT: Tensor) -> dict[str, Any]:
+    def _document_arguments(self, positions_BT: Tensor, num_documents: int | None) -> dict[str, Any]:
         """The arguments by which transformers is told of packed documents."""
         options: dict[str, Any] = {"position_ids": positions_BT}
         if private.attention_implementation(self.inner).startswith("flash"):
             # From positions alone it makes out documents anew in each block, and in a batch of one row only.
-            starts = document_starts(positions_BT)
+            starts = find_document_starts(positions_BT, num_documents)
             T = positions_BT.size(1)
             options |= {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": T, "max_length_k": T}
         return options

@@ -28,7 +28,8 @@ from smoltrain.config.config_file import CONFIG_FILE, find_config_damage, read_p
 from smoltrain.config.load import cut_micro_batch, read_run_config
 from smoltrain.config.schema import Config
 from smoltrain.data.documents.bad_records import BAD_RECORDS_FILE
-from smoltrain.data.rows.loader import Batch, Loader
+from smoltrain.data.rows.batch import Batch
+from smoltrain.data.rows.loader import Loader
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokens.prepare import inspect_prepared_data
 from smoltrain.distributed.world import choose_device
@@ -392,7 +393,7 @@ def _compute_validation_loss(loaded: LoadedModel, batches: list[Batch], device: 
     num_tokens = 0
     for batch in batches:
         there = batch.to(device)
-        total += float(loaded.model(there.ids_BT, there.labels_BT, positions_BT=there.positions_BT))
+        total += float(loaded.model(there.ids_BT, there.labels_BT, **there.document_arguments()))
         num_tokens += int((batch.labels_BT != IGNORE_INDEX).sum())
     return total / num_tokens
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from smoltrain.data.rows.loader import Batch
+from smoltrain.data.rows.batch import Batch
 from smoltrain.kernels.loss import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def evaluate_loss(session: "Session", batches: list[Batch], bytes_per_id: torch.
             if num_stops:
                 return None
             loss += float(session.engine.forward(batch))
-    labels = torch.cat([batch.labels_BT[batch.labels_BT != IGNORE_INDEX] for batch in batches])
+    labels = torch.cat([batch.labels_BT.flatten() for batch in batches])
+    labels = labels[labels != IGNORE_INDEX]
     num_bytes = float(bytes_per_id[labels].sum())
     loss, num_tokens, num_bytes = session.world.sum_floats(loss, len(labels), num_bytes)
     return loss / num_tokens, loss / math.log(2) / num_bytes

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 import numpy as np
 import torch
 
-from smoltrain.data.rows.loader import Batch, StepRows, StepTotals
+from smoltrain.data.rows.batch import Batch
+from smoltrain.data.rows.loader import StepRows, StepTotals
 from smoltrain.data.rows.row_contents import RowContents
 from smoltrain.distributed.world import World
 from smoltrain.engine.engine import Engine

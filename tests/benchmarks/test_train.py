@@ -10,14 +10,13 @@ from rich.console import Console
 from benchmarks import timing, train, watching
 from benchmarks.train import TrainerResult, make_comparison_table, summarise_trainer_runs
 from smoltrain.cli import run_app
-from smoltrain.estimate.speed import flops_per_token
+from smoltrain.model.flops import flops_per_token
 from tests import tiny
 
 
-def test_operations_per_token_and_mfu_of_a_published_model():
+def test_mfu_of_a_published_model():
     """llm-foundry's MPT-125M: 142,830 tokens/s on each A100 (312 TFLOP/s) are 44.8 % at T 2048."""
     mpt = flops_per_token(parameters=125_311_488, layers=12, width=768, sequence_length=2048)
-    assert mpt == 6 * 125_311_488 + 12 * 12 * 768 * 2048
     tokens = 2048 * 512
     runs = [watching.TrainerRecord(30.0, [30.0, 20.0, 9.0, *[tokens / 142_830] * 5], [0.0] * 8, [9.0] * 7 + [4.0])]
     row = summarise_trainer_runs(runs, tokens, mpt, 312e12)

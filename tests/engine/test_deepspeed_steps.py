@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from smoltrain.config.schema import Config
-from smoltrain.data.rows.loader import Batch
+from smoltrain.data.rows.batch import Batch
 from tests import tiny
 from tests.engines import ROWS, Odd, T, V
 from tests.ranks import world
@@ -47,7 +47,7 @@ def backward(engine: Any, step: int, factor: float = 1.0) -> None:
     ids = torch.randint(V, (ROWS, T + 1), generator=torch.Generator().manual_seed(step))
     rows = ids[here.rank :: here.size]
     for i, row in enumerate(rows):
-        loss = engine.forward(Batch(row[None, :-1], row[None, 1:])) * (here.size / (ROWS * T))
+        loss = engine.forward(Batch(row[None].int())) * (here.size / (ROWS * T))
         engine.backward(loss * factor if i == len(rows) - 1 else loss)
 
 

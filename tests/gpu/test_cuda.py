@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.loss import make_loss_case, peak_memory_mib
 from smoltrain.config.schema import ModelSection, TransformersSection
-from smoltrain.data.rows.loader import Batch
+from smoltrain.data.rows.batch import Batch
 from smoltrain.errors import DONE
 from smoltrain.kernels import attention, loss
 from smoltrain.kernels.attention import (
@@ -205,19 +205,19 @@ def test_our_loss_never_waits_for_the_device(name: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_micro_batch_never_waits_for_the_device() -> None:
+@pytest.mark.parametrize("separator_id", [None, 0])
+def test_a_micro_batch_never_waits_for_the_device(separator_id: int | None) -> None:
     section = ModelSection(
         vocab_size=512, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=256, max_position_embeddings=256,
     )  # fmt: skip
-    kernel = choose_attention_kernel("auto", CUDA, BF16, head_width=64)
+    kernel = choose_attention_kernel("auto", CUDA, BF16, document_mask=separator_id is not None, head_width=64)
     model = build_with(section, attention=kernel, loss=FUSED).to(CUDA, BF16)
-    ids = torch.randint(512, (2, 257))
-    batch = Batch(ids[:, :-1], ids[:, 1:])
+    batch = Batch(torch.randint(512, (2, 257), dtype=torch.int32), separator_id)
 
     def run() -> None:
         there = batch.to(CUDA)
-        model(there.ids_BT, there.labels_BT).backward()
+        model(there.ids_BT, there.labels_BT, **there.document_arguments()).backward()
 
     run()
     torch.cuda.set_sync_debug_mode("error")

@@ -31,8 +31,8 @@ def equipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("equipped")
 @pytest.mark.parametrize(("asked", "flop", "on", "reason"), [
-    ("auto", 1e13, False, "auto: 1.0e+13 FLOP to do, it pays from about 1e+14"),
-    ("auto", 2e14, True, "auto: 2.0e+14 FLOP to do, it pays from about 1e+14"),
+    ("auto", 1e13, False, "auto: would save about 0.1 of 0.6 minutes of two CPU cores, and cost 0.5"),
+    ("auto", 2e14, True, "auto: saves about 1.2 of 11.1 minutes of two CPU cores, costs 0.5"),
     ("on", 0.0, True, "as engine.compile asks"),
     ("off", 1e20, False, "as engine.compile asks"),
 ])  # fmt: skip

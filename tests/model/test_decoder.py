@@ -6,13 +6,14 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from smoltrain.config.schema import ModelSection
 from smoltrain.kernels.attention import AttentionKernel
 from smoltrain.kernels.compile import missing_for_compile
 from smoltrain.kernels.cpu_dropout import FastDropout
-from smoltrain.model.decoder import Decoder, build_decoder
+from smoltrain.model.decoder import Decoder, _run_blocks_and_norm, _run_decoder_block, build_decoder
 from smoltrain.model.interface import ComputeOptions
 from tests.model.tiny_decoders import (
     GPT2,
@@ -242,23 +243,85 @@ def test_the_cache_changes_nothing(shape: dict[str, Any], kernel: Literal["sdpa"
 @pytest.mark.skipif(
     missing_for_compile("cpu") is not None, reason="torch.compile needs a compiler; test_compile.py: then it is off"
 )
-@pytest.mark.parametrize(("shape", "mode"), [
-    (LLAMA, "full"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        (LLAMA, "none"), (LLAMA, "selective"), (GPT2, "none"), (GPT2, "full"),
+@pytest.mark.parametrize(("shape", "mode", "region"), [
+    (LLAMA, "full", "block"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (LLAMA, "none", "block"), (LLAMA, "selective", "block"), (GPT2, "none", "block"), (GPT2, "full", "block"),
+        (LLAMA, "none", "model"), (GPT2, "full", "model"),
     )),
 ])  # fmt: skip
-def test_compiled_blocks_compute_what_they_say(shape: dict[str, Any], mode: str):
+def test_compiled_blocks_compute_what_they_say(shape: dict[str, Any], mode: str, region: str):
     runs = []
     for compiles in (False, True):
         model = built(
             section(shape, initializer_range=0.1), compiles=compiles, gradient_checkpointing=mode,
-            attention=AttentionKernel("blocked", "test"),
+            attention=AttentionKernel("blocked", "test"), compile_region=region,
         )  # fmt: skip
         runs.append(loss_and_gradients(model))
     (a, grads_a), (b, grads_b) = runs
     torch.testing.assert_close(a, b, rtol=1e-5, atol=0)
     for name, x in grads_a.items():
         torch.testing.assert_close(x, grads_b[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mode", ["full", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("none", "selective", 2))]
+)
+def test_all_blocks_as_one_region_are_one_graph_and_the_same_numbers(mode: Any, monkeypatch: pytest.MonkeyPatch):
+    """Traced and differentiated as ever, run by torch's own kernels: bit for bit, dropout too."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    whole = torch.compile(_run_blocks_and_norm._function, dynamic=False, backend=counter)
+    monkeypatch.setitem(_run_blocks_and_norm.__dict__, "compiled", whole)
+    shape = section(LLAMA, initializer_range=0.1, dropout=0.2, attention_dropout=0.2)
+    runs = []
+    for compiles in (False, True):
+        model = built(
+            shape, compiles=compiles, compile_region="model", gradient_checkpointing=mode,
+            attention=AttentionKernel("blocked", "test"),
+        )  # fmt: skip
+        runs.append(loss_and_gradients(model))
+    (loss, gradients_of_blocks), (loss_of_region, gradients_of_region) = runs
+    assert torch.equal(loss, loss_of_region)
+    assert gradients_of_blocks.keys() == gradients_of_region.keys()
+    assert all(torch.equal(x, gradients_of_region[name]) for name, x in gradients_of_blocks.items())
+    assert counter.frame_count == 1
+    model.eval()  # validation is not compiled: its shapes would be more graphs
+    model(*batch(rows=3))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(("mode", "share"), [("none", 1.0), ("full", 0.15)])
+def test_a_region_keeps_what_its_blocks_would(mode: Any, share: float, monkeypatch: pytest.MonkeyPatch):
+    """Bytes that the backward pass of 8 blocks keeps: gradient checkpointing saves as much within one region."""
+    kept = []
+    for region, function in (("block", _run_decoder_block), ("model", _run_blocks_and_norm)):
+        compiled = torch.compile(function._function, dynamic=False, backend="aot_eager_decomp_partition")
+        monkeypatch.setitem(function.__dict__, "compiled", compiled)
+        model = built(
+            section(LLAMA, num_hidden_layers=8), compiles=True, compile_region=region, gradient_checkpointing=mode,
+            attention=AttentionKernel("blocked", "test"),
+        )  # fmt: skip
+        kept.append(_kept_bytes(model))
+    of_blocks, of_region = kept
+    assert of_region <= of_blocks
+    assert of_blocks <= share * 620_000
+
+
+def _kept_bytes(model: Decoder) -> int:
+    weights = {weight.data_ptr() for weight in model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if x.data_ptr() not in weights:
+            kept[x.data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(*batch())
+    return sum(x.nbytes for x in kept.values())
 
 
 @pytest.mark.skipif(

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from smoltrain.data.rows.batch import Batch
 from smoltrain.kernels.attention import AttentionKernel, PackedDocuments, causal_attention
+from smoltrain.model import decoder
 from smoltrain.model.decoder import Decoder
 from smoltrain.model.interface import LanguageModel
 from tests.kernels.test_attention import definition, fake_flash
@@ -63,8 +65,11 @@ def varlen2(
     assert (starts[0], ends[-1]) == (0, len(q))
     assert torch.equal(cu_seqlens_q, cu_seqlens_k)
     assert max_seqlen_q == max_seqlen_k >= int(cu_seqlens_q.diff().max())
-    assert int(cu_seqlens_q.diff().min()) > 0
-    heads = ([x[None, a:b].transpose(1, 2) for x in (q, k, v)] for a, b in zip(starts, ends, strict=True))
+    lengths = cu_seqlens_q.diff()
+    assert int(lengths.min()) >= 0
+    assert int(lengths.count_nonzero()) == int((lengths > 0).long().cumprod(0).sum()), "padded at the end alone"
+    places = [(a, b) for a, b in zip(starts, ends, strict=True) if a < b]
+    heads = ([x[None, a:b].transpose(1, 2) for x in (q, k, v)] for a, b in places)
     return torch.cat([definition(*document)[0].transpose(0, 1) for document in heads])
 
 
@@ -245,6 +250,42 @@ def test_gradient_checkpointing_changes_no_number_of_packed_documents(dropout: f
     assert all(torch.equal(grads[name], x) for name, x in plain_gradients.items())
 
 
+def varlen_traced(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, _: Tensor, T: int, S: int) -> Tensor:
+    """Called as the kernels of flash-attn and torch are, of the same shapes, and seen by the compiler."""
+    groups = q.size(1) // k.size(1)
+    return q + (k + v).repeat_interleave(groups, 1) + 0 * starts.sum() + 0 * (T + S)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "region"),
+    [
+        ("varlen", "block"),
+        ("blocked", "block"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("varlen", "model"), ("sdpa", "model"))),
+    ],
+)
+def test_any_number_of_documents_is_one_graph(kernel: Any, region: str, monkeypatch: pytest.MonkeyPatch):
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    for function in (decoder._run_decoder_block, decoder._run_blocks_and_norm):
+        compiled = torch.compile(function._function, dynamic=False, backend=counter)
+        monkeypatch.setitem(function.__dict__, "compiled", compiled)
+    by_places = AttentionKernel("sdpa", "", varlen=varlen_traced)
+    attention = by_places if kernel == "varlen" else AttentionKernel(kernel, "")
+    shape = section(LLAMA, max_position_embeddings=64)
+    model = built(shape, attention=attention, compiles=True, compile_region=region)
+    g = torch.Generator().manual_seed(0)
+    numbers: set[int | None] = set()
+    for mean_length in range(3, 31):
+        ids = torch.randint(mean_length, (2, 65), generator=g, dtype=torch.int32)
+        batch = Batch(ids, separator_id=0).to(torch.device("cpu"))
+        numbers.add(batch.num_documents)
+        model(batch.ids_BT, batch.labels_BT, **batch.document_arguments()).backward()
+    assert len(numbers) > 16, "twice as many shapes as torch makes code for"
+    assert counter.frame_count == 1
+
+
 def test_a_cache_continues_one_text():
     model = built(section(LLAMA))
     with pytest.raises(AssertionError, match="not packed documents"):
@@ -281,7 +322,6 @@ def test_a_bf16_model_masks_in_bf16():
 
 @pytest.mark.parametrize("by", ["step", "micro_batch"])
 def test_the_engine_hands_the_positions_on(by: str):
-    from smoltrain.data.rows.loader import Batch
     from smoltrain.engine.deepspeed_steps import DeepSpeedSteps
     from smoltrain.engine.engine import Engine
     from smoltrain.engine.once_per_step import OncePerStep
@@ -296,10 +336,13 @@ def test_the_engine_hands_the_positions_on(by: str):
 
     engine._deepspeed, engine._steps = Wrapped(device=torch.device("cpu"), module=Wrapped()), steps
     steps._deepspeed = engine._deepspeed
-    (ids, labels), positions = drawn(LAYOUT), positions_of(LAYOUT)
-    engine.forward(Batch(ids, labels, positions))
-    engine.forward(Batch(ids, labels))
-    for (x, y, options), want in zip(passed, (positions, None), strict=True):
-        assert torch.equal(x, ids)
-        assert torch.equal(y, labels)
-        assert options == {"positions_BT": want}
+    rows = torch.tensor([[4, 0, 5, 6], [7, 8, 0, 9]], dtype=torch.int32)
+    engine.forward(Batch(rows, separator_id=0))
+    engine.forward(Batch(rows))
+    (masked_ids, masked_labels, options), (ids, labels, none) = passed
+    assert masked_ids.equal(ids)
+    assert ids.equal(rows[:, :-1].long())
+    assert (masked_labels.tolist(), labels.tolist()) == ([[0, -100, 6], [8, 0, -100]], [[0, 5, 6], [8, 0, 9]])
+    assert options.pop("positions_BT").tolist() == [[0, 1, 0], [0, 1, 2]]
+    assert options == {"num_documents": 3}
+    assert none == {}

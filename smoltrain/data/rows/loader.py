@@ -22,9 +22,10 @@ from smoltrain.data.order import (
     mix_pattern,
     streams_of_positions,
 )
+from smoltrain.data.rows.batch import Batch
 from smoltrain.data.rows.row_contents import NUM_SHOWN_TOKENS, Passage, RowContents
 from smoltrain.data.rows.row_source import FetchedRows, RowRequest, RowSource
-from smoltrain.data.tokens.packing import count_rows, inputs_and_labels, positions_in_documents
+from smoltrain.data.tokens.packing import count_rows
 from smoltrain.data.tokens.prepared import PreparedData
 from smoltrain.errors import Problem, UserError
 from smoltrain.kernels.loss import IGNORE_INDEX
@@ -32,32 +33,6 @@ from smoltrain.kernels.loss import IGNORE_INDEX
 LOADER_STATE_FORMAT = 3
 READABLE_STATE_FORMATS = (2, 3)  # 2 also has a "sketch", from which different texts were estimated
 PLAIN_STATE = ("ledger", "mix_begins", "source_targets", "unique_rows", "unique_documents", "bad_records")  # attributes
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch: ids int64 (B, T), and labels int64 (B, T), already one place on; IGNORE_INDEX is no target.
-
-    With a document mask also positions int64 (B, T): each token's place in its document, 0 where one begins.
-    """
-
-    ids_BT: torch.Tensor
-    labels_BT: torch.Tensor
-    positions_BT: torch.Tensor | None = None
-
-    def slice_rows(self, first: int, last: int) -> "Batch":
-        """Its rows from `first` up to, but without, `last`; not copied."""
-        positions_BT = None if self.positions_BT is None else self.positions_BT[first:last]
-        return Batch(self.ids_BT[first:last], self.labels_BT[first:last], positions_BT)
-
-    def to(self, device: torch.device) -> "Batch":
-        """The same on this device. The host does not wait for a GPU, which only pinned memory allows."""
-
-        def moved(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-        positions_BT = None if self.positions_BT is None else moved(self.positions_BT)
-        return Batch(moved(self.ids_BT), moved(self.labels_BT), positions_BT)
 
 
 @dataclass(frozen=True)
@@ -287,9 +262,7 @@ class Loader:
         batches = []
         for start in range(0, num_slots, layout.micro_batch):
             batch = self._make_batch(filled[start : start + layout.micro_batch])
-            labels_BT = batch.labels_BT.clone()
-            labels_BT[max(0, len(own) - start) :] = IGNORE_INDEX
-            batches.append(replace(batch, labels_BT=labels_BT))
+            batches.append(replace(batch, num_labelled=max(0, len(own) - start)))
         return batches
 
     def close(self) -> None:
@@ -335,14 +308,8 @@ class Loader:
         return replace(passage, text=self.prepared.tokenizer.decode(shown.tolist()))
 
     def _make_batch(self, ids_BS: np.ndarray) -> Batch:
-        inputs_BT, labels_BT = inputs_and_labels(ids_BS.astype(np.int64))
-        positions_BT = None
-        if self.layout.document_mask:
-            separator_id = self.prepared.tokenizer.separator_id
-            positions_BT = torch.from_numpy(positions_in_documents(inputs_BT, separator_id))
-            # Behind a separator comes the next document's first token, which nothing before it tells.
-            labels_BT = np.where(inputs_BT == separator_id, IGNORE_INDEX, labels_BT)
-        return Batch(torch.from_numpy(inputs_BT), torch.from_numpy(labels_BT), positions_BT)
+        separator_id = self.prepared.tokenizer.separator_id if self.layout.document_mask else None
+        return Batch(torch.from_numpy(ids_BS.astype(np.int32)), separator_id)
 
 
 def merge_loader_states(states: list[dict[str, Any]]) -> dict[str, Any]:

@@ -59,19 +59,6 @@ def count_rows(num_tokens: int, sequence_length: int) -> int:
     return max(0, num_tokens - 1) // sequence_length
 
 
-def inputs_and_labels(rows_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(B, T + 1) ids into inputs (B, T) and, one place on, the ids to predict from them (B, T); not copied."""
-    return rows_BS[:, :-1], rows_BS[:, 1:]
-
-
-def positions_in_documents(ids_BT: np.ndarray, separator_id: int) -> np.ndarray:
-    """The place (B, T), int64, of each token in its document; a row begins at 0, even in the middle of a document."""
-    places_T = np.arange(ids_BT.shape[1])
-    begins_BT = np.zeros(ids_BT.shape, np.int64)
-    begins_BT[:, 1:] = np.where(ids_BT[:, :-1] == separator_id, places_T[1:], 0)
-    return places_T - np.maximum.accumulate(begins_BT, axis=1)
-
-
 def _batch_pieces(documents: Iterable[tuple[T, str]], characters: int) -> Iterator[list[TextPiece[T]]]:
     """The documents' pieces in lists of about so many characters.
 

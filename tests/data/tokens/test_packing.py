@@ -5,13 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smoltrain.data.tokens import packing
-from smoltrain.data.tokens.packing import (
-    append_separator,
-    count_rows,
-    encode_documents,
-    inputs_and_labels,
-    positions_in_documents,
-)
+from smoltrain.data.tokens.packing import append_separator, count_rows, encode_documents
 from tests.data.worlds import TOKENIZER
 
 LENGTHS = st.integers(1, 12)
@@ -33,15 +27,11 @@ def cut(num_tokens: int, length: int) -> np.ndarray:
 
 @given(COUNTS, LENGTHS)
 def test_every_target_is_predicted_once_from_the_token_before_it(num_tokens: int, length: int):
-    inputs, labels = inputs_and_labels(cut(num_tokens, length))
+    rows = cut(num_tokens, length)
+    inputs, labels = rows[:, :-1], rows[:, 1:]
     assert labels.flatten().tolist() == list(range(1, labels.size + 1))
     assert (labels == inputs + 1).all()
     assert 0 <= max(0, num_tokens - 1) - labels.size < length
-
-
-def test_many_rows_are_cut_at_once():
-    inputs, labels = inputs_and_labels(np.arange(6).reshape(2, 3))
-    assert (inputs.tolist(), labels.tolist()) == ([[0, 1], [3, 4]], [[1, 2], [4, 5]])
 
 
 # --- documents ---
@@ -63,12 +53,3 @@ def test_the_tokens_do_not_depend_on_how_much_is_tokenised_at_once(texts: list[s
         assert ids == [*TOKENIZER.encode(text), TOKENIZER.separator_id]
         assert [piece.offset for piece in pieces] == np.cumsum([0, *(len(p.ids) for p in pieces)])[:-1].tolist()
     assert [piece.about for piece in found] == sorted(piece.about for piece in found)
-
-
-@given(st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=4))
-def test_positions_restart_behind_each_separator(rows: list[list[int]]):
-    found = positions_in_documents(np.array(rows), 0).tolist()
-    for row, positions in zip(rows, found, strict=True):
-        assert positions[0] == 0
-        for i in range(1, 6):
-            assert positions[i] == (0 if row[i - 1] == 0 else positions[i - 1] + 1)
