@@ -33,14 +33,15 @@ SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_BYTES = 16 << 30
 
 
-def list_parts(seconds: float, *, tiny: bool) -> list[Part]:
+def list_parts(seconds: float, out: Path, *, tiny: bool) -> list[Part]:
     """In the order of worth. A hang costs no other part its turn; the table has all that is left."""
     limits_s = {"tests": 120.0, "quickstart": 80.0, "resume": 80.0, "zero": 60.0, "profile": 70.0}
     more = ("--tiny",) if tiny else ()
     proofs = ("tests", "quickstart", "resume", "zero")
     parts = [_make_part(name, f"gpu_proofs {name}", more, limits_s[name]) for name in proofs]
-    parts.append(_make_part("profile", "gpu_profile", more, limits_s["profile"]))
-    parts.append(_make_part("table", "gpu_table", more, seconds))
+    peaks = ("--peaks", str((out / "peaks.json").resolve()))
+    parts.append(_make_part("profile", "gpu_profile", (*more, *peaks), limits_s["profile"]))
+    parts.append(_make_part("table", "gpu_table", (*more, *peaks), seconds))
     return parts
 
 
@@ -143,13 +144,14 @@ def check_gpu() -> int:
     parser.add_argument("--only", default="", help="parts, with commas between")
     parser.add_argument("--tiny", action="store_true", help="shapes that a CPU trains in seconds, to try the script")
     arguments = parser.parse_args()
-    parts = list_parts(arguments.seconds, tiny=arguments.tiny)
+    parts = list_parts(arguments.seconds, arguments.out, tiny=arguments.tiny)
     only = [name for name in arguments.only.split(",") if name]
     unknown = set(only) - {part.name for part in parts}
     if unknown:
         names = ", ".join(part.name for part in parts)
         parser.error(f"--only: no such part: {', '.join(sorted(unknown))}; there are {names}")
     arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "peaks.json").unlink(missing_ok=True)  # of another check, another machine perhaps
     head = describe_check([f"{arguments.seconds:.0f}", *(["--tiny"] if arguments.tiny else [])])
     print(head, flush=True)
     chosen = [part for part in parts if not only or part.name in only]

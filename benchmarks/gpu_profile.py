@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_task import FULL, RECIPE, TINY, GpuTask, train_task
 from benchmarks.parts import CODE_FAIL, CODE_PASS
-from benchmarks.peak import Peaks, measure_peaks_apart
+from benchmarks.peak import Peaks, measure_peaks_once
 from benchmarks.roofline import ATTENTION, ELEMENTWISE, PRODUCTS, UPDATE, list_roofline_parts, sum_by_kind
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import ModelSection
@@ -177,13 +177,15 @@ def print_profile() -> int:
     """The command; its exit code (benchmarks/parts.py)."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tiny", action="store_true")
-    task = TINY if parser.parse_args().tiny else FULL
+    parser.add_argument("--peaks", type=Path, help="file of measured peaks, made if it is not there")
+    arguments = parser.parse_args()
+    task = TINY if arguments.tiny else FULL
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         task.prepare_rows(scratch / "data")
         section = load_config(RECIPE, task.overrides(scratch / "data")).model
         assert isinstance(section, ModelSection)
-        peaks = measure_peaks_apart("bf16")
+        peaks = measure_peaks_once("bf16", arguments.peaks)
         profiler = StepProfiler(task.warm_up - 1)  # the last step that does not count: a profiler slows it down
         measured = train_task(task, (), scratch / "data", scratch / "profiled", [profiler])
         lines = describe_profile(task, section, profiler.profile, measured.step_s, peaks)

@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.gpu_cells import FAILED, MEASURED, SHIPPED, list_cells
 from benchmarks.gpu_task import FULL, RECIPE, TINY, GpuTask
 from benchmarks.parts import CODE_CUT, CODE_FAIL, CODE_PASS, end_process_family
-from benchmarks.peak import ROOT, Peaks, measure_peaks_apart
+from benchmarks.peak import ROOT, Peaks, measure_peaks_once
 from smoltrain.config.load import load_config
 from smoltrain.estimate.constants import TERA
 from smoltrain.estimate.speed import recipe_flops_per_token
@@ -116,6 +116,7 @@ def print_table() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--peaks", type=Path, help="file of measured peaks, made if it is not there")
     arguments = parser.parse_args()
     deadline_s = time.monotonic() + arguments.seconds
     task = TINY if arguments.tiny else FULL
@@ -123,7 +124,7 @@ def print_table() -> int:
         scratch = Path(folder)
         task.prepare_rows(scratch / "data")
         flops_per_token = recipe_flops_per_token(load_config(RECIPE, task.overrides(scratch / "data")))
-        peaks = measure_peaks_apart("bf16")
+        peaks = measure_peaks_once("bf16", arguments.peaks)
         print(describe_peaks(peaks))
         print(f"\n| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}", flush=True)
         names = [cell.name for cell in list_cells(tiny=arguments.tiny)]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.timing import time_interleaved
+from smoltrain import files
 from smoltrain.distributed.world import choose_device
 from smoltrain.estimate import devices
 from smoltrain.kernels.precision import DTYPES
@@ -89,6 +90,16 @@ def time_in_batches(
         wait()
         batches_s.append(clock() - began_s)
     return min(batches_s) / GPU_BATCH
+
+
+def measure_peaks_once(precision: str, kept: Path | None) -> Peaks:
+    """The peaks that a file holds; or measured now, and kept there for the next who asks."""
+    if kept is not None and kept.exists():
+        return Peaks(**json.loads(kept.read_text(encoding="utf-8")))
+    peaks = measure_peaks_apart(precision)
+    if kept is not None:
+        files.write_json_file(kept, peaks._asdict())
+    return peaks
 
 
 def measure_peaks_apart(precision: str) -> Peaks:
