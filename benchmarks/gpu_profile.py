@@ -185,7 +185,7 @@ def print_profile() -> int:
         task.prepare_rows(scratch / "data")
         section = load_config(RECIPE, task.overrides(scratch / "data")).model
         assert isinstance(section, ModelSection)
-        peaks = measure_peaks_once("bf16", arguments.peaks)
+        peaks = measure_peaks_once("bf16", arguments.peaks, task.peak_size)
         profiler = StepProfiler(task.warm_up - 1)  # the last step that does not count: a profiler slows it down
         measured = train_task(task, (), scratch / "data", scratch / "profiled", [profiler])
         lines = describe_profile(task, section, profiler.profile, measured.step_s, peaks)

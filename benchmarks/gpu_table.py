@@ -124,7 +124,7 @@ def print_table() -> int:
         scratch = Path(folder)
         task.prepare_rows(scratch / "data")
         flops_per_token = recipe_flops_per_token(load_config(RECIPE, task.overrides(scratch / "data")))
-        peaks = measure_peaks_once("bf16", arguments.peaks)
+        peaks = measure_peaks_once("bf16", arguments.peaks, task.peak_size)
         print(describe_peaks(peaks))
         print(f"\n| {' | '.join(HEADS)} |\n|{'---|' * len(HEADS)}", flush=True)
         names = [cell.name for cell in list_cells(tiny=arguments.tiny)]

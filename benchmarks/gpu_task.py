@@ -47,6 +47,7 @@ class GpuTask:
     rows_per_step: int
     warm_up: int  # steps that compile, allocate and fill caches
     steps: int  # behind these, that count
+    peak_size: int | None = None  # of the products by which the device's peak is measured; None: as large as it needs
 
     @property
     def num_steps(self) -> int:
@@ -76,7 +77,7 @@ class GpuTask:
 
 
 FULL = GpuTask((), sequence_length=2048, micro_batch=16, rows_per_step=64, warm_up=3, steps=8)
-TINY = GpuTask(TINY_SHAPE, sequence_length=32, micro_batch=2, rows_per_step=4, warm_up=2, steps=2)
+TINY = GpuTask(TINY_SHAPE, sequence_length=32, micro_batch=2, rows_per_step=4, warm_up=2, steps=2, peak_size=256)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The peaks of this machine, of which MFU and the roofline are shares: `python -m benchmarks.peak [bf16|fp16|fp32]`.
+"""The peaks of this machine, of which MFU and the roofline are shares: `python -m benchmarks.peak [PRECISION] [SIZE]`.
 
 It prints them as JSON. A process of its own, so that neither threads nor GPU memory stay behind.
 """
@@ -38,15 +38,17 @@ class Peaks(NamedTuple):
     data_sheet: str  # which one, or why none
 
 
-def measure_peaks(precision: str) -> Peaks:
-    """Both measured peaks in this precision, and what the vendor says."""
-    device = choose_device()
-    sheet = devices.find_gpu_peak(device, precision)
-    return Peaks(measure_matmul_flops(precision), measure_copied_bytes_per_s(), sheet.flops, sheet.source)
+def measure_peaks(precision: str, size: int | None = None) -> Peaks:
+    """Both measured peaks in this precision, and what the vendor says. `size`: as measure_matmul_flops."""
+    sheet = devices.find_gpu_peak(choose_device(), precision)
+    return Peaks(measure_matmul_flops(precision, size), measure_copied_bytes_per_s(), sheet.flops, sheet.source)
 
 
 def measure_matmul_flops(precision: str, size: int | None = None, rounds: int = 8) -> float:
-    """As the estimate's, on one GPU or all cores, but of the median of the clean calls, or of batches on a GPU."""
+    """As the estimate's, on one GPU or all cores, but of the median of the clean calls, or of batches on a GPU.
+
+    `size` of the square matrices: by default as large as the device needs to reach its peak.
+    """
     device = choose_device()
     size = size or (GPU_SIZE if device.type == "cuda" else CPU_SIZE)
 
@@ -92,22 +94,23 @@ def time_in_batches(
     return min(batches_s) / GPU_BATCH
 
 
-def measure_peaks_once(precision: str, kept: Path | None) -> Peaks:
+def measure_peaks_once(precision: str, kept: Path | None, size: int | None = None) -> Peaks:
     """The peaks that a file holds; or measured now, and kept there for the next who asks."""
     if kept is not None and kept.exists():
         return Peaks(**json.loads(kept.read_text(encoding="utf-8")))
-    peaks = measure_peaks_apart(precision)
+    peaks = measure_peaks_apart(precision, size)
     if kept is not None:
         files.write_json_file(kept, peaks._asdict())
     return peaks
 
 
-def measure_peaks_apart(precision: str) -> Peaks:
+def measure_peaks_apart(precision: str, size: int | None = None) -> Peaks:
     """The peaks, measured by a process of its own."""
-    words = [sys.executable, "-m", "benchmarks.peak", precision]
+    words = [sys.executable, "-m", "benchmarks.peak", precision, *([str(size)] if size else [])]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT)
     return Peaks(**json.loads(done.stdout.splitlines()[-1]))
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure_peaks(sys.argv[1] if len(sys.argv) > 1 else "bf16")._asdict()))
+    asked = sys.argv[1:] or ["bf16"]
+    print(json.dumps(measure_peaks(asked[0], int(asked[1]) if len(asked) > 1 else None)._asdict()))
