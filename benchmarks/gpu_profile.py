@@ -29,10 +29,10 @@ GAP_S = 10e-6  # shorter pauses are those between any two kernels
 COPIES = "copies and fills"
 # Of a kernel's name, the first that fits: attention's kernels are products too.
 KINDS = (
-    (ATTENTION, re.compile(r"flash|fmha|attention|sdpa|mha", re.IGNORECASE)),
-    (PRODUCTS, re.compile(r"gemm|cutlass|cublas|nvjet|xmma|aten::(addmm|mm|bmm|matmul)|_mm_", re.IGNORECASE)),
+    (ATTENTION, re.compile(r"flash|fmha|attention|sdpa", re.IGNORECASE)),
+    (PRODUCTS, re.compile(r"gemm|cutlass|cublas|nvjet|xmma|triton_tem|^aten::(addmm|mm|bmm)$", re.IGNORECASE)),
     (UPDATE, re.compile(r"adam|multi_tensor|lpnorm|reduce_scatter|all_?gather|nccl", re.IGNORECASE)),
-    (COPIES, re.compile(r"memcpy|memset|copy", re.IGNORECASE)),
+    (COPIES, re.compile(r"^mem(cpy|set)", re.IGNORECASE)),
     (ELEMENTWISE, re.compile("")),
 )
 

@@ -71,9 +71,10 @@ def read_results(child: subprocess.Popen[str], names: Sequence[str], deadline_s:
 def _queue_lines(child: subprocess.Popen[str], lines: "queue.SimpleQueue[str | None]") -> None:
     """The results of a process, and None at its end. Libraries write to its stdout too: their lines are left out."""
     assert child.stdout is not None
-    for line in child.stdout:
-        if line.startswith('{"cell"'):
-            lines.put(line)
+    with child.stdout as said:
+        for line in said:
+            if line.startswith('{"cell"'):
+                lines.put(line)
     lines.put(None)
 
 

@@ -72,8 +72,8 @@ def run_part(
 
 def _pass_on_lines(process: subprocess.Popen[str], log: Path, say: Callable[[str], None], last: list[str]) -> None:
     assert process.stdout is not None
-    with log.open("w", encoding="utf-8") as file:
-        for line in process.stdout:
+    with log.open("w", encoding="utf-8") as file, process.stdout as lines:
+        for line in lines:
             file.write(line)
             file.flush()
             say(line.rstrip("\n"))

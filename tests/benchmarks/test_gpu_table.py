@@ -1,6 +1,5 @@
 """The table of a GPU: its lines, and what a cell that fails, dies or hangs costs the others."""
 
-import json
 import subprocess
 import sys
 import time
@@ -8,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import gpu_cells, gpu_table
 from benchmarks.gpu_cells import CELLS, FAILED, MEASURED, NO_MEMORY, REFUSED, list_cells, run_cell
-from benchmarks.gpu_table import CUT, HEADS, NOT_RUN, format_line, read_results, run_table
+from benchmarks.gpu_table import CUT, HEADS, NOT_RUN, format_line, run_table
 from benchmarks.gpu_task import FULL, TINY, describe_choices, load_task_config
 from benchmarks.peak import Peaks
 from benchmarks.peers import PEERS
-from smoltrain.errors import UserError
+from smoltrain.errors import Problem, UserError
 
 PEAKS = Peaks(800e12, 4e12, 989e12, "the data sheet of NVIDIA H200")
 RESULT = {
@@ -47,7 +47,7 @@ def test_a_cell_that_fails_dies_or_hangs_costs_no_other(monkeypatch: pytest.Monk
         return popen([sys.executable, "-c", CHILD, *names], **named)
 
     monkeypatch.setattr(gpu_table.subprocess, "Popen", start)
-    monkeypatch.setattr(gpu_table, "CELL_LIMIT_S", 3.0)
+    monkeypatch.setattr(gpu_table, "CELL_LIMIT_S", 4.0)
     names = ["a", "fails", "b", "dies", "c", "hangs", "d"]
     results = list(run_table(names, tmp_path, time.monotonic() + 60, tiny=False))
     assert [result["cell"] for result in results] == names
@@ -56,13 +56,12 @@ def test_a_cell_that_fails_dies_or_hangs_costs_no_other(monkeypatch: pytest.Monk
     ]  # fmt: skip
     assert started == [names, names[2:], names[4:], names[6:]]
     assert results[3]["why"] == "its process ended with code 9"
-    assert results[5]["why"] == "it was not done after 3 s"
+    assert results[5]["why"] == "it was not done after 4 s"
 
 
 def test_cells_behind_the_deadline_are_not_run(tmp_path: Path) -> None:
     results = list(run_table(["a", "b"], tmp_path, time.monotonic() - 1, tiny=False))
     assert [result["outcome"] for result in results] == [NOT_RUN, NOT_RUN]
-    assert read_results is not None
 
 
 def test_a_line_tells_speed_both_shares_and_what_it_is_beside() -> None:
@@ -100,8 +99,8 @@ def test_every_cell_is_a_recipe_or_a_peer(tmp_path: Path) -> None:
     ("error", "outcome", "why"),
     [
         (MemoryError("host"), FAILED, "MemoryError: host"),
-        (gpu_cells.torch.OutOfMemoryError("tried to allocate"), NO_MEMORY, "the device has not enough memory"),
-        (UserError(gpu_cells.Problem("no flash", "a CPU", "", "")), REFUSED, "no flash: a CPU"),
+        (torch.OutOfMemoryError("tried to allocate"), NO_MEMORY, "the device has not enough memory"),
+        (UserError(Problem("no flash", "a CPU", "", "")), REFUSED, "no flash: a CPU"),
     ],
 )
 def test_what_goes_wrong_in_a_cell_is_its_line(
@@ -112,7 +111,6 @@ def test_what_goes_wrong_in_a_cell_is_its_line(
 
     monkeypatch.setattr(gpu_cells, "train_task", fail)
     assert run_cell(CELLS[0], TINY, tmp_path, tmp_path) == {"outcome": outcome, "why": why}
-    json.dumps(RESULT)
 
 
 def test_choices_are_told_without_their_reasons() -> None:
