@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 BINS = 64
-SLICE = 2**24  # entries that are in work at a time: 128 MiB of fp64, and several times that for what is made of them
+SLICE = 2**22  # entries that are in work at a time: 32 MiB of fp64, and ten times that for what is made of them
 CPU_SLICE = 2**16  # which stay in its caches
 LANES = 1024  # counters of each bin, so that the threads of a GPU do not all wait for the same one
 
