@@ -72,7 +72,7 @@ class HostCopies:
         if not tensor.nbytes or not has_room:  # weights that ZeRO-3 has gathered meanwhile have none
             return tensor.to("cpu", copy=True)
         # A storage of its own for each tensor: torch.save writes whole storages.
-        part = memoryview(self._kept.numpy())[self._used : self._used + tensor.nbytes]
+        part = self._kept.numpy().data[self._used : self._used + tensor.nbytes]
         self._used += _padded_size(tensor)
         return torch.frombuffer(part, dtype=tensor.dtype).view(tensor.shape).copy_(tensor, non_blocking=True)
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 
 from benchmarks.gpu_profile import COPIES, describe_profile, find_kind, find_timeline, list_kernel_runs, sum_by_kernel
 from benchmarks.gpu_task import FULL, RECIPE
