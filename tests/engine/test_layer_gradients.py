@@ -121,7 +121,10 @@ SPANS = [[1.0, 1.0000001], [0.0, 1e-44], [3e38, -3e38], [5.0, 5.0], [-0.0], [np.
 def test_numbers_are_numpys_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_gradients, "CPU_SLICE", 100)
     torch.manual_seed(0)
+    borders = [np.linspace(low, low + 1.0, BINS + 1) for low in (-0.3, -0.1, 0.7, 1 / 3)]
     pairs = [
+        *((f"border{i}.weight", torch.from_numpy(border)) for i, border in enumerate(borders)),
+        *((f"border{i}.bias", torch.from_numpy(np.nextafter(x[1:-1], -1.0))) for i, x in enumerate(borders)),
         ("layers.0.a.weight", torch.randn(70, 5)),
         ("norm.weight", torch.randint(-64, 64, (999,)) / 64),  # many on the border of two bins
         ("layers.0.b.bias", 1e-3 * torch.randn(11)),
