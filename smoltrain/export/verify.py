@@ -62,7 +62,7 @@ def verify_export(loaded: LoadedModel, folder: Path) -> ExportComparison:
 
     Errors: TrainingStopped naming the first thing that differs.
     """
-    device_reason = move_to_best_device(loaded.model).reason
+    device_reason = move_to_best_device(loaded.model, num_processes=2).reason  # this one and the fresh one
     prompts = make_verification_prompts(loaded)
     with tempfile.TemporaryDirectory() as scratch:
         answers = _reload_in_fresh_process(loaded, folder, prompts, Path(scratch))

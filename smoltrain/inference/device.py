@@ -19,12 +19,12 @@ class InferenceDevice(NamedTuple):
     reason: str | None
 
 
-def choose_inference_device(num_bytes: int, free_gpu_bytes: int | None) -> InferenceDevice:
-    """For weights of so many bytes, on a machine whose first GPU has so many free; None: it has no GPU."""
+def choose_inference_device(num_bytes: int, free_gpu_bytes: int | None, *, num_processes: int = 1) -> InferenceDevice:
+    """For weights of so many bytes in each process, on a machine whose first GPU has so many free; None: it has none."""
     cpu = torch.device("cpu")
     if free_gpu_bytes is None:
         return InferenceDevice(cpu, None)
-    needed = int(num_bytes * ROOM_FOR_WEIGHTS) + ROOM_BESIDE
+    needed = num_processes * (int(num_bytes * ROOM_FOR_WEIGHTS) + ROOM_BESIDE)
     if needed > free_gpu_bytes:
         has = f"the GPU has {free_gpu_bytes / GIB:.1f} GiB free and the model needs about {needed / GIB:.1f}"
         return InferenceDevice(cpu, f"computes on the CPU: {has}")
@@ -37,10 +37,10 @@ def find_free_gpu_bytes() -> int | None:
 
 
 def move_to_best_device(
-    model: LanguageModel, find_free_bytes: Callable[[], int | None] = find_free_gpu_bytes
+    model: LanguageModel, find_free_bytes: Callable[[], int | None] = find_free_gpu_bytes, *, num_processes: int = 1
 ) -> InferenceDevice:
-    """Move a model's weights to where it computes best; which that is."""
+    """Move a model's weights to where it computes best; which that is. As many processes are to hold such a model."""
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    chosen = choose_inference_device(num_bytes, find_free_bytes())
+    chosen = choose_inference_device(num_bytes, find_free_bytes(), num_processes=num_processes)
     model.to(chosen.device)
     return chosen

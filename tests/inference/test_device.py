@@ -18,6 +18,7 @@ def test_a_gpu_with_room_is_taken_and_one_without_is_named() -> None:
     just_enough = int(GIB * 1.25) + ROOM_BESIDE
     assert choose_inference_device(GIB, just_enough).device.type == "cuda"
     assert choose_inference_device(GIB, just_enough - 1).device.type == "cpu"
+    assert choose_inference_device(GIB, just_enough, num_processes=2).device.type == "cpu"
 
 
 def test_a_model_goes_where_it_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
