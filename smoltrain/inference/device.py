@@ -20,7 +20,7 @@ class InferenceDevice(NamedTuple):
 
 
 def choose_inference_device(num_bytes: int, free_gpu_bytes: int | None, *, num_processes: int = 1) -> InferenceDevice:
-    """For weights of so many bytes in each process, on a machine whose first GPU has so many free; None: it has none."""
+    """For weights of so many bytes in each process, where the first GPU has so many free; None: there is no GPU."""
     cpu = torch.device("cpu")
     if free_gpu_bytes is None:
         return InferenceDevice(cpu, None)
