@@ -133,6 +133,7 @@ def train_task(
     folder.mkdir(parents=True)
     clock = StepClock()
     cuda = torch.cuda.is_available()
+    gc.collect()  # what a run that failed has left, which its error has kept alive
     try:
         if cuda:
             torch.cuda.empty_cache()
@@ -145,7 +146,6 @@ def train_task(
     finally:
         shutil.rmtree(folder)
         torch.compiler.reset()  # else the next run would find what this one has compiled
-        gc.collect()
     peak_gib = torch.cuda.max_memory_allocated() / GIB if cuda else np.nanmax(metrics["memory/peak_gib"])
     counted = clock.done_at[task.warm_up - 1 :]
     return MeasuredTraining(
