@@ -51,17 +51,22 @@ def describe_benchmark(settings: dict[str, Any], packages: Sequence[str]) -> dic
     head: dict[str, Any] = {
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": {
-            "processor": _processor_name(),
-            "cores": num_cores(),
-            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        },
+        "hardware": describe_hardware(),
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in (*ALWAYS, *packages)},
         "settings": settings,
     }
     return redact_tree(head)
+
+
+def describe_hardware() -> dict[str, Any]:
+    """This machine: processor, cores, memory_gib, gpus."""
+    return {
+        "processor": _processor_name(),
+        "cores": num_cores(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
 
 
 def _processor_name() -> str:

@@ -46,7 +46,10 @@ def benchmark_time_to_loss(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     against: Annotated[
-        str, typer.Option(help="Other trainers: hf-trainer, hf-trainer+ds, litgpt, plain, plain+compile.")
+        str,
+        typer.Option(
+            help="Other trainers: hf-trainer, hf-trainer+compile, hf-trainer+ds, litgpt, plain, plain+compile."
+        ),
     ] = "hf-trainer",
     ours: Annotated[str, typer.Option(help="Our optimizers.")] = "adamw,muon",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of the whole plan.")] = 160,

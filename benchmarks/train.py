@@ -6,8 +6,6 @@ not counted (Chowdhery et al. 2022, appendix B).
 """
 
 import shutil
-import subprocess
-import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from benchmarks.launchers import (
     make_smoltrain_launcher,
     trainer_environment,
 )
+from benchmarks.peak import Peaks, measure_peaks_apart
 from benchmarks.peers import Peer, PeerUnavailable, describe_peer_model, parse_peer_names, read_peer_versions
 from benchmarks.random_rows import collect_first_rows, random_rows_overrides, write_random_rows
 from benchmarks.timing import MIN_CLEAN_CALLS, CallTimes, summarise_times
@@ -38,13 +37,13 @@ from smoltrain.config.load import config_to_yaml, load_config
 from smoltrain.config.schema import Config
 from smoltrain.distributed.world import choose_device
 from smoltrain.errors import Problem, TrainingStopped, UserError
+from smoltrain.estimate.constants import TERA
 from smoltrain.estimate.horizon import resolve_config
 from smoltrain.estimate.measure import measurement_overrides
 from smoltrain.estimate.speed import recipe_flops_per_token
 from smoltrain.kernels.precision import choose_precision
 from smoltrain.run.run_folder import make_run_record
 
-ROOT = Path(__file__).parent.parent
 OURS = "smoltrain"
 WARM_UP = 3  # steps that compile, allocate and fill caches
 MIN_STEPS = WARM_UP + MIN_CLEAN_CALLS  # steps
@@ -93,10 +92,10 @@ class TrainerResult:
 
 @dataclass
 class Comparison:
-    """What was seen: each trainer's runs, the matmul peak before each round, and why a peer has no runs."""
+    """What was seen: each trainer's runs, the machine's peaks before each round, and why a peer has no runs."""
 
     runs: dict[str, list[TrainerRecord]]
-    matmul_flops: list[float]
+    peaks: list[Peaks]
     not_measured: dict[str, str]
 
 
@@ -104,7 +103,10 @@ def benchmark_training(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     against: Annotated[
-        str, typer.Option(help="Other trainers: hf-trainer, hf-trainer+ds, litgpt, plain, plain+compile.")
+        str,
+        typer.Option(
+            help="Other trainers: hf-trainer, hf-trainer+compile, hf-trainer+ds, litgpt, plain, plain+compile."
+        ),
     ] = "",
     ranks: Annotated[int, typer.Option(min=1, help="Processes of each trainer.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of a run; the first three are warm-up.")] = 12,
@@ -135,7 +137,8 @@ def benchmark_training(
         launchers, unavailable = _make_launchers(task, peers, micro_batch, Path(scratch))
         seen = _run_trainers_in_turn(launchers, task, rounds, out)
     seen.not_measured |= unavailable
-    peak_flops = max(seen.matmul_flops) * (ranks if task.on_cuda else 1)
+    devices = ranks if task.on_cuda else 1
+    peak_flops = max(peaks.matmul_flops for peaks in seen.peaks) * devices
     results = {
         name: summarise_trainer_runs(runs, task.tokens_per_step, task.flops_per_token, peak_flops)
         for name, runs in seen.runs.items()
@@ -148,7 +151,8 @@ def benchmark_training(
         "sequence_length": task.config.batch.sequence_length, "peers_micro_batch": micro_batch,
     }  # fmt: skip
     numbers = {
-        "matmul_flops": seen.matmul_flops, "flops_per_token": task.flops_per_token,
+        "matmul_flops": [peaks.matmul_flops for peaks in seen.peaks], "flops_per_token": task.flops_per_token,
+        "data_sheet_flops": seen.peaks[0].data_sheet_flops,
         "measured": {name: asdict(result) for name, result in results.items()}, "not_measured": seen.not_measured,
         "runs": {name: [asdict(run) for run in runs] for name, runs in seen.runs.items()},
         "peers": {name: read_peer_versions(name) for name in sorted(environments)},
@@ -199,10 +203,22 @@ def _print_results(results: dict[str, TrainerResult], seen: Comparison, task: Ta
     disturbed = [name for name, result in results.items() if result.steps.counts_all]
     if disturbed:
         console.print(f"too few clean steps, so that all count: {', '.join(disturbed)}", soft_wrap=True)
+    measured_flops = max(peaks.matmul_flops for peaks in seen.peaks)
     console.print(
-        f"matmul peak in {task.precision}: {max(seen.matmul_flops) / 1e9:,.0f} GFLOP/s; "
+        f"matmul peak in {task.precision}: {measured_flops / 1e9:,.0f} GFLOP/s; "
         f"{task.flops_per_token / 1e9:.3g} GFLOP per token"
     )
+    if task.on_cuda:
+        console.print(describe_data_sheet_mfu(results, seen.peaks[0], measured_flops), soft_wrap=True)
+
+
+def describe_data_sheet_mfu(results: dict[str, TrainerResult], peaks: Peaks, measured_flops: float) -> str:
+    """Each trainer's MFU once more, of the peak of a GPU's data sheet; or why there is none."""
+    if peaks.data_sheet_flops is None:
+        return f"MFU is of the measured peak alone: {peaks.data_sheet}"
+    ratio = measured_flops / peaks.data_sheet_flops
+    shares = ", ".join(f"{name} {result.mfu * ratio:.1%}" for name, result in results.items())
+    return f"MFU of the {peaks.data_sheet_flops / TERA:,.0f} TFLOP/s of {peaks.data_sheet}: {shares}"
 
 
 def _task_overrides(config: Config, steps: int, scratch: Path, *, compared: bool) -> list[str]:
@@ -261,7 +277,7 @@ def _run_trainers_in_turn(launchers: dict[str, Launcher], task: Task, rounds: in
     """
     seen = Comparison({name: [] for name in launchers}, [], {})
     for number in range(1, rounds + 1):
-        seen.matmul_flops.append(_measure_matmul_flops_apart(task.precision))
+        seen.peaks.append(measure_peaks_apart(task.precision))
         for name, launch in launchers.items():
             if name in seen.not_measured:
                 continue
@@ -281,12 +297,6 @@ def _run_trainers_in_turn(launchers: dict[str, Launcher], task: Task, rounds: in
             print(f"round {number}: {name}, {took.median_s:.3f} s a step, clean {took.clean}", flush=True)
     seen.runs = {name: runs for name, runs in seen.runs.items() if runs}
     return seen
-
-
-def _measure_matmul_flops_apart(precision: str) -> float:
-    """The matmul peak, measured by a process of its own."""
-    words = [sys.executable, "-m", "benchmarks.peak", precision]
-    return float(subprocess.run(words, capture_output=True, text=True, check=True, cwd=ROOT).stdout)
 
 
 app = make_app(benchmark_training, "quickstart --against hf-trainer,plain --rounds 2")

@@ -348,9 +348,12 @@ def generate_command(
     """Write text with a trained model; options that are not given are the recipe's."""
     from smoltrain.config.load import override_generation
     from smoltrain.data.tokenizers.companions import GENERATION_CONFIG, unsupported_generation_settings
+    from smoltrain.inference.device import move_to_best_device
     from smoltrain.inference.load import load_trained_model
 
     loaded = load_trained_model(run, checkpoint)
+    if reason := move_to_best_device(loaded.model).reason:
+        print(reason, file=sys.stderr)
     settings = override_generation(
         loaded.generation, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
     )

@@ -46,6 +46,7 @@ class Peer:
 
 PEERS = {
     "hf-trainer": Peer("hf_trainer.py", "transformers", ranks=True),
+    "hf-trainer+compile": Peer("hf_trainer.py", "transformers", ("--compile",), ranks=True),
     "hf-trainer+ds": Peer("hf_trainer.py", "transformers", ("--deepspeed",), ranks=True),
     "litgpt": Peer("litgpt_pretrain.py", "litgpt"),
     "plain": Peer("plain.py", "transformers"),

@@ -1,5 +1,6 @@
-"""transformers' Trainer; with --deepspeed through its own DeepSpeed integration, ZeRO-2."""
+"""transformers' Trainer (5.17 or newer); --compile is its torch_compile, --deepspeed its own ZeRO-2."""
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -80,9 +81,16 @@ class LossWriter(TrainerCallback):
         write_validation_line(arguments[1].global_step, float(named["metrics"]["eval_loss"]))
 
 
+def name_of_recomputation() -> str:
+    """The keyword for gradient checkpointing, which has another name since transformers 5.2x."""
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    return "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+
+
 def train_with_hf_trainer() -> None:
     """Train on the task's rows."""
     precision = TASK["precision"]
+    recomputation = {name_of_recomputation(): TASK["recompute"]}
     evaluation: dict[str, Any] = {}
     held_out = None
     if VALIDATE_EVERY:
@@ -96,10 +104,10 @@ def train_with_hf_trainer() -> None:
         max_steps=STEPS, learning_rate=TASK["lr"], weight_decay=TASK["weight_decay"],
         adam_beta1=TASK["beta1"], adam_beta2=TASK["beta2"], adam_epsilon=TASK["eps"],
         max_grad_norm=TASK["gradient_clipping"], bf16=precision == "bf16", fp16=precision == "fp16",
-        use_cpu=TASK["device"] == "cpu", activation_checkpointing=TASK["recompute"], seed=TASK["seed"],
+        use_cpu=TASK["device"] == "cpu", seed=TASK["seed"], torch_compile="--compile" in sys.argv,
         train_sampling_strategy="sequential", remove_unused_columns=False, logging_steps=1, save_strategy="no",
         report_to="none", disable_tqdm=True, deepspeed=ZERO2 if "--deepspeed" in sys.argv else None,
-        **evaluation,
+        **recomputation, **evaluation,
     )  # fmt: skip
     PlannedTrainer(
         model=build_hf_model(), args=arguments, train_dataset=TaskDataset(load_task_rows()), eval_dataset=held_out,

@@ -34,12 +34,12 @@ def train_plain_loop() -> None:
     forward = torch.compile(model) if "--compile" in sys.argv else model
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=TASK["lr"], betas=(TASK["beta1"], TASK["beta2"]), eps=TASK["eps"],
-        weight_decay=TASK["weight_decay"],
+        weight_decay=TASK["weight_decay"], fused=device.type == "cuda",
     )  # fmt: skip
     scaler = torch.amp.GradScaler(device.type, enabled=TASK["precision"] == "fp16")
     batches = iter(load_task_rows().split(MICRO_BATCH))
     for step in range(1, STEPS + 1):
-        total = 0.0
+        total = torch.zeros((), device=device)
         for group in optimizer.param_groups:
             group["lr"] = LRS[step - 1]
         for _ in range(ACCUMULATION):
@@ -48,14 +48,14 @@ def train_plain_loop() -> None:
                 logits_BTV = forward(input_ids=rows_BS[:, :-1].contiguous()).logits
                 loss = F.cross_entropy(logits_BTV.flatten(0, 1), rows_BS[:, 1:].flatten()) / ACCUMULATION
             scaler.scale(loss).backward()
-            total += loss.item()
+            total += loss.detach()
         scaler.unscale_(optimizer)
         if TASK["gradient_clipping"]:
             torch.nn.utils.clip_grad_norm_(model.parameters(), TASK["gradient_clipping"])
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        write_step_line(step, total, model)
+        write_step_line(step, total.item(), model)  # which waits for the device, once a step
         if VALIDATE_EVERY and step % VALIDATE_EVERY == 0:
             model.eval()
             write_validation_line(step, compute_validation_loss(forward, device, dtype))

@@ -33,7 +33,8 @@ def restore_checkpoint(
     engine.load_shards(checkpoint, manifest.zero_stage)
     loader.load_state(manifest.loader)
     if manifest.world_size == world.size:
-        _set_rng_state(world.run_on_every_rank(lambda: files.read_tensors(checkpoint / rng_file_name(world.rank))))
+        state = world.run_on_every_rank(lambda: files.read_tensors(checkpoint / rng_file_name(world.rank)))
+        _set_rng_state(state, world)
     else:
         digest = hashlib.sha256(f"{seed} {manifest.step} {world.rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8]))
@@ -44,13 +45,16 @@ def rng_file_name(rank: int) -> str:
     return f"rank-{rank:05d}.pt"
 
 
-def capture_rng_state() -> dict[str, Any]:
-    """The generators that training draws from: dropout on the host and on this rank's GPU."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+def capture_rng_state(world: World) -> dict[str, Any]:
+    """The generators that training draws from: dropout on the host and on this rank's GPU.
+
+    Of a rank that computes on a CPU no GPU is asked: that alone would take half a GiB of it.
+    """
+    cuda = torch.cuda.get_rng_state(world.device) if world.device.type == "cuda" else None
     return {"host": torch.get_rng_state(), "cuda": cuda}
 
 
-def _set_rng_state(state: dict[str, Any]) -> None:
+def _set_rng_state(state: dict[str, Any], world: World) -> None:
     torch.set_rng_state(state["host"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if state["cuda"] is not None and world.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], world.device)

@@ -8,7 +8,6 @@ Ranks talk at step boundaries alone, so that no thread needs a process group of 
 leaves a folder that is called .tmp, and all older checkpoints as they were.
 """
 
-import copy
 import os
 import shutil
 import time
@@ -22,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from smoltrain import files
+from smoltrain.checkpoint.host_copies import HostCopies
 from smoltrain.checkpoint.identity import RunIdentity
 from smoltrain.checkpoint.manifest import (
     MANIFEST_FORMAT,
@@ -73,6 +73,7 @@ class CheckpointSaver:
         self._section = section
         self._say = say
         self._published = published
+        self._copies = HostCopies(world.device)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pruning: Future[list[str]] | None = None  # on rank 0
         self._reported_leftovers: set[str] = set()  # what could not be deleted is said once
@@ -93,10 +94,11 @@ class CheckpointSaver:
         temporary = step_folder(self._checkpoints, step).with_suffix(".tmp")
         self._world.run_on_first_rank(lambda: _prepare_folder(self._checkpoints, temporary, engine.checkpoint_bytes))
         state = merge_loader_states(self._world.gather(loader.state()))
-        known: dict[Any, torch.Tensor] = {}
-        tensors = engine.training_state(temporary) | {rng_file_name(self._world.rank): capture_rng_state()}
-        tensors = {name: copy_to_host(tree, known) for name, tree in tensors.items()}
-        weights = engine.weights(keep=self._world.is_first)
+        trees = engine.training_state(temporary) | {rng_file_name(self._world.rank): capture_rng_state(self._world)}
+        self._copies.begin(trees)
+        tensors = self._copies.copy_tree(trees)
+        weights = engine.weights(keep=self._world.is_first, copy=self._copies.copy_tensor)
+        self._copies.wait()  # until here `trees` must be alive: a copy is known by the address of its tensor
         records = self._thread.submit(_write_rank_files, temporary, tensors, weights)
         [pause_s] = self._world.max_floats(time.perf_counter() - began)
         manifest = Manifest(
@@ -185,25 +187,6 @@ class CheckpointSaver:
         what = f"the checkpoint of step {self._pending.manifest.step} could not be written ({wrong})"
         left = describe_last_checkpoint(self._checkpoints)
         return f"{what}; {left}; mend the cause, then the same command goes on from there"
-
-
-def copy_to_host(tree: Any, known: dict[Any, torch.Tensor]) -> Any:
-    """A copy of nested containers whose tensors are on the host, so that training may go on.
-
-    A tensor that occurs twice, as tied weights do, is copied once: `known` has the copies by device, address and shape.
-    """
-    if isinstance(tree, torch.Tensor):
-        key = (tree.device, tree.data_ptr(), tree.dtype, tree.shape, tree.stride())
-        if key not in known:
-            known[key] = tree.detach().to("cpu", copy=True)
-        return known[key]
-    if isinstance(tree, dict):
-        copied = copy.copy(tree)  # of its own kind
-        copied.update({key: copy_to_host(value, known) for key, value in tree.items()})
-        return copied
-    if type(tree) in (list, tuple):
-        return type(tree)(copy_to_host(value, known) for value in tree)
-    return copy.deepcopy(tree)  # numbers, and DeepSpeed's loss scaler, which changes
 
 
 def _write_rank_files(folder: Path, tensors: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, FileRecord]:

@@ -183,8 +183,9 @@ def open_world(device: Literal["auto", "cuda", "cpu", "mps"] = "auto") -> World:
     if cuda:
         torch.cuda.set_device(own)
     torch_dist.init_process_group(
-        "nccl" if cuda else "gloo", store=store, rank=here.rank, world_size=here.size, timeout=COLLECTIVE_TIMEOUT
-    )
+        "nccl" if cuda else "gloo", store=store, rank=here.rank, world_size=here.size, timeout=COLLECTIVE_TIMEOUT,
+        device_id=own if cuda else None,  # else NCCL guesses it at the first barrier, and warns of that
+    )  # fmt: skip
     group = torch_dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if cuda else None
     world = World(here.rank, here.size, here.local_rank, 1, own, group, store=store)
     cores_beside = _gather_cores_of_this_machine(world)

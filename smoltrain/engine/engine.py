@@ -1,7 +1,7 @@
 """A model that trains: forward, backward, one update, its state in and out. What the loop sees of DeepSpeed."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +69,11 @@ def build_engine(
     else:
         steps = choose_deepspeed_steps(deepspeed_engine, choice.reason)
     return Engine(deepspeed_engine, steps, facts, gradient_dtypes(tree), world)
+
+
+def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that no update changes."""
+    return tensor.detach().to("cpu", copy=True)
 
 
 class EngineFacts(NamedTuple):
@@ -173,8 +178,13 @@ class Engine:
         finally:
             self._deepspeed.train()
 
-    def weights(self, keep: bool) -> dict[str, torch.Tensor]:
-        """The model's state dict on the host, tied tensors once; {} where not `keep`. Collective under ZeRO-3."""
+    def weights(
+        self, keep: bool, copy: Callable[[torch.Tensor], torch.Tensor] = copy_to_host
+    ) -> dict[str, torch.Tensor]:
+        """The model's state dict as `copy` makes it, tied tensors once; {} where not `keep`. Collective under ZeRO-3.
+
+        Under ZeRO-3 the whole weights are there only while this runs.
+        """
         parameters = list(self.module.parameters()) if self.stage == 3 else []
         with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
             if not keep:
@@ -184,7 +194,7 @@ class Engine:
             for name, tensor in self.module.state_dict().items():
                 if name not in names:  # a persistent buffer
                     tensors[name] = tensor
-            return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            return {name: copy(tensor) for name, tensor in tensors.items()}
 
     def training_state(self, folder: Path) -> dict[str, Any]:
         """What this rank must write into `folder`, by relative file name. Collective.

@@ -200,8 +200,9 @@ def _publish_export(aside: Path, final: Path) -> None:
 
 def _format_export_line(final: Path, source: ExportSource, comparison: ExportComparison, dtype_name: str) -> str:
     label = "" if source.unfinished_label is None else f" ({source.unfinished_label})"
+    where = "" if comparison.device_reason is None else f"; the comparison {comparison.device_reason}"
     return (
         f"export {final}{label}: {comparison.class_name}, {comparison.num_parameters:,} parameters in {dtype_name}; "
         f"transformers alone gives the same logits on {NUM_CASES} prompts (at most {comparison.max_difference:.1e} "
-        f"apart in fp32) and the same greedy text on {NUM_GREEDY}"
+        f"apart in fp32) and the same greedy text on {NUM_GREEDY}{where}"
     )

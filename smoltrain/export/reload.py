@@ -1,10 +1,11 @@
 """Load an export with `transformers` alone and say what it answers: python -I reload.py FOLDER CASES.json ANSWERS
 
-CASES.json    {"trust_remote_code", "end_ids", "banned_ids", "cases": [{"text" or null, "ids", "new_tokens"}, ...]}
+CASES.json    {"device", "trust_remote_code", "end_ids", "banned_ids",
+               "cases": [{"text" or null, "ids", "new_tokens"}, ...]}
 ANSWERS       a folder, which receives answers.json (class, parameters, and per case the ids of the text, the new ids,
               and all of it as text) and logits.safetensors (fp32 [T, V] per case, named by its number)
 
-verify.py runs this in a fresh process and compares. All numbers are computed in fp32 on the CPU.
+verify.py runs this in a fresh process and compares. All numbers are computed in fp32.
 """
 
 import json
@@ -29,7 +30,7 @@ def answer_prompts(folder: str, cases_file: str, answers: str) -> None:
     options["torch_dtype" if transformers.__version__.startswith("4.") else "dtype"] = torch.float32
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     model, report = loaded
-    model.eval()
+    model.to(question["device"]).eval()
     # In place of the folder's own settings, which may penalise or draw.
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -42,7 +43,8 @@ def answer_prompts(folder: str, cases_file: str, answers: str) -> None:
     case_answers = []
     for i, case in enumerate(question["cases"]):
         with torch.no_grad():
-            logits[str(i)] = model(torch.tensor([case["ids"]]), use_cache=False).logits[0].contiguous()
+            prompt = torch.tensor([case["ids"]], device=model.device)
+            logits[str(i)] = model(prompt, use_cache=False).logits[0].cpu().contiguous()
         case_answers.append(answer_prompt(model, tokenizer, case, end_ids))
     save_file(logits, Path(answers) / "logits.safetensors")
     answer = {
@@ -61,7 +63,7 @@ def answer_prompt(model: Any, tokenizer: Any, case: dict[str, Any], end_ids: lis
         ids = tokenizer(case["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
     if not case["new_tokens"]:
         return {"ids": ids, "new": [], "text": ""}
-    prompt = torch.tensor([case["ids"]])
+    prompt = torch.tensor([case["ids"]], device=model.device)
     written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=case["new_tokens"])[0]
     new = written[len(case["ids"]) :].tolist()
     end = next((i for i, token in enumerate(new) if token in end_ids), len(new))

@@ -21,6 +21,7 @@ from torch import Tensor
 from smoltrain.config.schema import GenerationSection
 from smoltrain.data.tokens.prepare import load_prepared_data
 from smoltrain.errors import TrainingStopped
+from smoltrain.inference.device import move_to_best_device
 from smoltrain.inference.load import LoadedModel
 from smoltrain.model.hf_format import MODELING_FILE
 
@@ -53,13 +54,15 @@ class ExportComparison:
     class_name: str
     num_parameters: int
     max_difference: float
+    device_reason: str | None = None  # where both computed, if this machine left a choice
 
 
 def verify_export(loaded: LoadedModel, folder: Path) -> ExportComparison:
-    """Reload the export in `folder` and compare with the model it was made of.
+    """Reload the export in `folder` and compare with the model it was made of, which moves to the GPU if there is one.
 
     Errors: TrainingStopped naming the first thing that differs.
     """
+    device_reason = move_to_best_device(loaded.model, num_processes=2).reason  # this one and the fresh one
     prompts = make_verification_prompts(loaded)
     with tempfile.TemporaryDirectory() as scratch:
         answers = _reload_in_fresh_process(loaded, folder, prompts, Path(scratch))
@@ -76,7 +79,7 @@ def verify_export(loaded: LoadedModel, folder: Path) -> ExportComparison:
         )
     for prompt, answer in zip(prompts, answers["cases"], strict=True):
         _check_ids_and_text(loaded, prompt, answer)
-    return ExportComparison(answers["class"], answers["parameters"], max(differences))
+    return ExportComparison(answers["class"], answers["parameters"], max(differences), device_reason)
 
 
 def make_verification_prompts(loaded: LoadedModel) -> list[VerificationPrompt]:
@@ -127,7 +130,9 @@ def _reload_in_fresh_process(
 ) -> dict[str, Any]:
     """The answers of reload.py, in a process that has transformers and cannot import smoltrain."""
     cases_file = scratch / "cases.json"
+    device = loaded.model.device  # the same for both: other kernels add in another order
     cases = {
+        "device": str(device),
         "trust_remote_code": (folder / MODELING_FILE.name).is_file(),
         "cases": [asdict(prompt) for prompt in prompts],
         "end_ids": loaded.stop_ids,
@@ -135,9 +140,11 @@ def _reload_in_fresh_process(
     }
     cases_file.write_text(json.dumps(cases), encoding="utf-8")
     environment = os.environ | {
-        "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules"), "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch / "modules"),
         "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }  # fmt: skip
+    if device.type == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-I", str(RELOAD_SCRIPT), str(folder.resolve()), str(cases_file), str(scratch)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
@@ -149,7 +156,7 @@ def _reload_in_fresh_process(
 @torch.no_grad()
 def _max_logit_difference(loaded: LoadedModel, prompt: VerificationPrompt, theirs_TV: Tensor) -> float:
     """Largest distance between two logits of a prompt; inf where one is no number, or if there are not as many."""
-    ours_TV = loaded.model(torch.tensor([prompt.ids]))[0]
+    ours_TV = loaded.model(torch.tensor([prompt.ids], device=loaded.model.device))[0].cpu()
     if ours_TV.shape != theirs_TV.shape:
         return math.inf
     return float((ours_TV - theirs_TV).abs().nan_to_num(nan=math.inf).max())

@@ -31,10 +31,10 @@ def train_in_process(config: Config, callbacks: Sequence[StepCallback] = ()) -> 
     config = _without_watchdog(config)
     stop = StopFlag(owns_process=False)
     try:
-        with keep_process_state():
+        device = choose_device(config.engine.device)
+        with keep_process_state(device):
             lock = lock_run_folder(config)
             try:
-                device = choose_device(config.engine.device)
                 choose_accelerator(device.type)
                 start = begin_run(config, 1, device)
                 if is_notebook() and start.has_work:

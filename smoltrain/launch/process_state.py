@@ -16,9 +16,10 @@ LOGGERS = ("smoltrain", "DeepSpeed")  # that run/track.py leads into the run's o
 
 
 @contextlib.contextmanager
-def keep_process_state() -> Iterator[None]:
+def keep_process_state(device: torch.device) -> Iterator[None]:
     """Whatever happens inside, afterwards these are as they were: environment, random states, threads, loggers, ...
 
+    `device` is the run's: where that is a CPU no GPU is asked for its state, which would take memory of it.
     Signal handlers are StopFlag's, the process group is close_world's, CPU binding and garbage collection are given
     back where they are changed. What smoltrain's ranks do at their very start is not done to somebody's program at all:
     malloc keeps its settings, OpenMP its waiting, the standard streams stay unguarded.
@@ -27,7 +28,7 @@ def keep_process_state() -> Iterator[None]:
         restoring.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", category=FutureWarning)  # torch's, at DeepSpeed
         restoring.enter_context(_keep_environment())
-        restoring.enter_context(_keep_random_states())
+        restoring.enter_context(_keep_random_states(device))
         restoring.enter_context(_keep_loggers())
         restoring.callback(setattr, sys, "excepthook", sys.excepthook)  # torch puts "[rank0]: " before tracebacks
         restoring.callback(torch.set_num_threads, torch.get_num_threads())
@@ -49,11 +50,12 @@ def _keep_environment() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _keep_random_states() -> Iterator[None]:
-    """Of torch on every device, of numpy and of Python."""
+def _keep_random_states(device: torch.device) -> Iterator[None]:
+    """Of torch on every device in use, of numpy and of Python."""
+    uses_cuda = device.type == "cuda" or torch.cuda.is_initialized()
     python_state = random.getstate()
     numpy_state = np.random.get_state()
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count() if uses_cuda else 0)):
         try:
             yield
         finally:

@@ -32,12 +32,12 @@ from smoltrain.data.rows.batch import Batch
 from smoltrain.data.rows.loader import Loader
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokens.prepare import inspect_prepared_data
-from smoltrain.distributed.world import choose_device
 from smoltrain.engine.optimizer import OPTIMIZERS
 from smoltrain.engine.optimizer_kind import is_elementwise_state
 from smoltrain.engine.reshard import GAPS_KEY, build_shard_layout, find_state_keys
 from smoltrain.errors import TrainingStopped, UserError
 from smoltrain.files import METRICS_FILE
+from smoltrain.inference.device import move_to_best_device
 from smoltrain.inference.load import (
     LoadedModel,
     find_checkpoint_folder,
@@ -369,15 +369,19 @@ def _check_validation_loss(run: RunReference, folder: Path, manifest: Manifest) 
     assert run.loader is not None, "who asks for the loss has asked for the data"
     num_rows = manifest.validation_rows or run.config.evaluate.rows
     batches = run.loader.validation_batches(num_rows)
-    loss = _compute_validation_loss(load_trained_model(str(folder)), batches, choose_device("auto"))
+    loaded = load_trained_model(str(folder))
+    device, reason = move_to_best_device(loaded.model)
+    loss = _compute_validation_loss(loaded, batches, device)
     now = f"validation loss {loss:.5f} nats per token on {num_rows} rows"
+    if reason is not None:
+        now = f"{now} ({reason})"
     stored = manifest.validation_loss
     if stored is None:
         return CheckResult(f"{now} (none was stored to compare with)", [])
     share = LOSS_TOLERANCES[manifest.precision]
     tolerance = share * stored
-    reason = f"in {manifest.precision} the order of additions moves a loss by less than {share:g} of itself"
-    words = f"{now}, {stored:.5f} when it was saved (tolerance {tolerance:.1g}: {reason})"
+    rounding = f"in {manifest.precision} the order of additions moves a loss by less than {share:g} of itself"
+    words = f"{now}, {stored:.5f} when it was saved (tolerance {tolerance:.1g}: {rounding})"
     if abs(loss - stored) <= tolerance:
         return CheckResult(words, [])
     return CheckResult("", [words])

@@ -120,7 +120,7 @@ def train_step(step: int, session: "Session") -> StepResult:
         inspecting_s = time.perf_counter()
         session.watchdog.mark("gradients")
         inspects = plan.is_due(step, session.config.track.gradients_every)
-        layer_gradients = summarize_layer_gradients(engine.gradients()) if inspects else {}
+        layer_gradients = summarize_layer_gradients(engine.gradients) if inspects else {}
         inspected_s = time.perf_counter() - inspecting_s
 
         # ---- the update

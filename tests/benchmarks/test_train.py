@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks import timing, train, watching
+from benchmarks.peak import Peaks
 from benchmarks.train import TrainerResult, make_comparison_table, summarise_trainer_runs
 from smoltrain.cli import run_app
 from smoltrain.model.flops import flops_per_token
@@ -55,6 +56,17 @@ def test_the_table_tells_ratios_to_the_first_peer_and_fits_a_terminal(capsys: py
             rate, share = f"{found.tokens_per_s:.0f}", f"{found.mfu:.1%}"
             words = [name, f"{600 / found.tokens_per_s:.3f}", rate, ratio, share, "2.00", "9.0", "10.800", "7.500"]
             assert line.split() == [*filter(None, words), "1/5"]
+
+
+def test_mfu_is_told_of_the_data_sheet_too():
+    steps = timing.CallTimes(1.0, "5 of 5", 5)
+    results = {"smoltrain": TrainerResult(steps, 1.0, 0.5, 2.0, 9.0, (10.8, 7.5), 7)}
+    peaks = Peaks(700e12, 4e12, 989e12, "the data sheet of NVIDIA H200")
+    told = train.describe_data_sheet_mfu(results, peaks, 800e12)  # the best of several rounds
+    assert told == "MFU of the 989 TFLOP/s of the data sheet of NVIDIA H200: smoltrain 40.4%"
+    unknown = peaks._replace(data_sheet_flops=None, data_sheet="no data sheet of X is known here")
+    told = train.describe_data_sheet_mfu(results, unknown, 800e12)
+    assert told == "MFU is of the measured peak alone: no data sheet of X is known here"
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,8 @@
 
 import threading
 import time
-from collections import OrderedDict, namedtuple
+from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +18,6 @@ from smoltrain.checkpoint.manifest import (
     step_folder,
     verify_checkpoint,
 )
-from smoltrain.checkpoint.saver import copy_to_host
 from smoltrain.config.schema import Config
 from smoltrain.errors import TrainingStopped, UserError
 from tests.checkpoint.saving import FACTS, run_steps, save_steps, saver_of, trained
@@ -160,17 +158,3 @@ def test_a_rank_that_cannot_write_stops_all_and_says_what_is_left(two_checkpoint
     assert list_checkpoint_steps(two_checkpoints) == [3, 6, 9], (
         "a save that failed does not stand in the next one's way"
     )
-
-
-def test_a_copy_on_the_host_shares_nothing_but_what_was_shared() -> None:
-    tied = torch.ones(3)
-    scale = SimpleNamespace(now=2)
-    tree: dict[str, Any] = OrderedDict(a=[tied, {"b": tied}], scale=scale, end=(tied[:2], 7))
-    copied = copy_to_host(tree, {})
-    tied.zero_()
-    scale.now = 3
-    assert isinstance(copied, OrderedDict)
-    assert copied["a"][0] is copied["a"][1]["b"]
-    assert copied["a"][0].tolist() == [1, 1, 1]
-    assert copied["end"][0].tolist() == [1, 1]
-    assert (copied["end"][1], copied["scale"].now) == (7, 2)

@@ -1,5 +1,6 @@
 """Ranks that count, agree and stop together."""
 
+import inspect
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from smoltrain.distributed import world as world_module
 from smoltrain.distributed.world import choose_device, free_port
 from smoltrain.errors import Problem, TrainingStopped, UserError
 from tests.ranks import world
@@ -184,3 +186,22 @@ def test_devices(monkeypatch: pytest.MonkeyPatch):
         choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto", 3) == torch.device("cuda", 3)
+
+
+@pytest.mark.parametrize(("device", "backend"), [(torch.device("cuda", 0), "nccl"), (torch.device("cpu"), "gloo")])
+def test_the_process_group_is_told_its_gpu(monkeypatch: pytest.MonkeyPatch, device: torch.device, backend: str) -> None:
+    signature = inspect.signature(torch.distributed.init_process_group)
+    asked: dict[str, Any] = {}
+
+    def note(*words: Any, **named: Any) -> None:
+        asked.update(signature.bind(*words, **named).arguments)
+        raise InterruptedError
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", note)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(world_module, "choose_device", lambda *_: device)
+    monkeypatch.setattr(world_module, "os", SimpleNamespace(environ={}))  # a bare `python`
+    with pytest.raises(InterruptedError):
+        world_module.open_world()
+    assert asked["backend"] == backend
+    assert asked["device_id"] == (device if device.type == "cuda" else None)

@@ -1,18 +1,21 @@
 """Gradient norms and histograms per layer, of the whole gradient and not of one rank's part."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from smoltrain.config.schema import Config, TransformersSection
 from smoltrain.data.rows.loader import Loader
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokens.prepare import prepare_run_data
-from smoltrain.engine.layer_gradients import BINS, layer_name, summarize_layer_gradients
+from smoltrain.engine import layer_gradients
+from smoltrain.engine.layer_gradients import BINS, LayerGradient, layer_name, summarize_layer_gradients
 from smoltrain.model.build import build_model
 from tests import tiny
 from tests.models import from_config
@@ -67,7 +70,7 @@ def test_norm_and_histogram_are_those_of_the_layers_whole_gradient() -> None:
         ("model.layers.1.a.weight", torch.zeros(4, 4)),
         ("model.layers.2.a.weight", torch.randn(6, 2).bfloat16().float()),
     ]
-    layers = summarize_layer_gradients(iter(pairs))
+    layers = summarize_layer_gradients(lambda: iter(pairs))
     assert list(layers) == ["layers.00", "norm", "layers.01", "layers.02"]
     for name, layer in layers.items():
         whole = torch.cat([g.flatten() for parameter, g in pairs if layer_name(parameter) == name])
@@ -80,20 +83,84 @@ def test_norm_and_histogram_are_those_of_the_layers_whole_gradient() -> None:
         assert layer.counts[10:20].sum() == inner
 
 
+class HostReads(TorchDispatchMode):
+    """Counts what makes a host wait for its device: a number that becomes Python's, a shape that depends on numbers."""
+
+    NAMES = frozenset(
+        {"_local_scalar_dense", "nonzero", "masked_select", "bincount", "equal", "_unique2", "unique_dim"}
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        has_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if name in self.NAMES or has_mask:
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def summarize_on_host(pairs: Sequence[tuple[str, torch.Tensor]]) -> dict[str, LayerGradient]:
+    """numpy's norm and histogram of each layer, in fp64."""
+    entries: dict[str, list[np.ndarray]] = {}
+    for name, gradient in pairs:
+        entries.setdefault(layer_name(name), []).append(gradient.flatten().double().numpy())
+    summaries = {}
+    for name, parts in entries.items():
+        values = np.concatenate(parts)
+        counts, edges = np.histogram(values[np.isfinite(values)], bins=BINS)
+        summaries[name] = LayerGradient(float(np.linalg.norm(values)), counts, edges)
+    return summaries
+
+
+SPANS = [[1.0, 1.0000001], [0.0, 1e-44], [3e38, -3e38], [5.0, 5.0], [-0.0], [np.nan, 1.0, np.inf, -2.0], [np.nan]]
+
+
+def test_numbers_are_numpys_and_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_gradients, "CPU_SLICE", 100)
+    torch.manual_seed(0)
+    borders = [np.linspace(low, low + 1.0, BINS + 1) for low in (-0.3, -0.1, 0.7, 1 / 3)]
+    pairs = [
+        *((f"border{i}.weight", torch.from_numpy(border)) for i, border in enumerate(borders)),
+        *((f"border{i}.bias", torch.from_numpy(np.nextafter(x[1:-1], -1.0))) for i, x in enumerate(borders)),
+        ("layers.0.a.weight", torch.randn(70, 5)),
+        ("norm.weight", torch.randint(-64, 64, (999,)) / 64),  # many on the border of two bins
+        ("layers.0.b.bias", 1e-3 * torch.randn(11)),
+        ("head.weight", torch.randn(333).bfloat16()),
+        ("norm.bias", torch.randint(-64, 64, (77,)) / 64),  # a layer that comes back
+        *((f"span{i}.weight", torch.tensor(span)) for i, span in enumerate(SPANS)),
+    ]
+    reads: list[torch.Size] = []
+    read = layer_gradients._read
+    monkeypatch.setattr(layer_gradients, "_read", lambda numbers: reads.append(numbers.shape) or read(numbers))
+    with HostReads() as host_reads:
+        ours = summarize_layer_gradients(lambda: iter(pairs))
+    assert host_reads.seen == []
+    assert len(reads) == 1
+    theirs = summarize_on_host(pairs)
+    assert list(ours) == list(theirs)
+    for name, layer in ours.items():
+        assert layer.norm == pytest.approx(theirs[name].norm, rel=1e-12, nan_ok=True)
+        assert layer.counts.tolist() == theirs[name].counts.tolist()
+        assert layer.edges.tolist() == theirs[name].edges.tolist()
+
+
 def test_entries_that_are_not_finite_show_in_the_norm_and_not_in_the_histogram() -> None:
     bad = torch.tensor([1.0, float("nan"), float("inf"), -float("inf"), 2.0])
-    layer = summarize_layer_gradients([("norm.weight", bad)])["norm"]
+    layer = summarize_layer_gradients(lambda: [("norm.weight", bad)])["norm"]
     assert not math.isfinite(layer.norm)
     assert layer.counts.sum() == 2
     assert np.isfinite(layer.edges).all()
-    nothing = summarize_layer_gradients([("norm.weight", torch.full((3,), float("nan")))])["norm"]
+    nothing = summarize_layer_gradients(lambda: [("norm.weight", torch.full((3,), float("nan")))])["norm"]
     assert nothing.counts.sum() == 0
     assert np.isfinite(nothing.edges).all()
 
 
 @pytest.mark.parametrize("entries", [[1.0, 1.0000001], [0.0, 1e-44], [3e38, -3e38], [5.0, 5.0], [-0.0]])
 def test_no_gradient_is_too_flat_too_small_or_too_large_for_a_histogram(entries: list[float]) -> None:
-    layer = summarize_layer_gradients([("norm.weight", torch.tensor(entries))])["norm"]
+    layer = summarize_layer_gradients(lambda: [("norm.weight", torch.tensor(entries))])["norm"]
     assert layer.counts.sum() == len(entries)
     assert np.isfinite(layer.edges).all()
     assert math.isfinite(layer.norm)
@@ -123,7 +190,7 @@ def engine_norms(settings: Config) -> tuple[dict[str, float], dict[str, int], fl
     num_tokens = loader.unpack_totals(here.sum_ints(*rows.counts)).num_targets
     for batch in rows.micro_batches:
         wrapped.backward(wrapped.forward(batch) * (here.size / num_tokens))
-    layers = summarize_layer_gradients(wrapped.gradients())
+    layers = summarize_layer_gradients(wrapped.gradients)
     assert wrapped.update(lr=1e-3, weight_decay=0.0)
     norms = {name: layer.norm for name, layer in layers.items()}
     counts = {name: int(layer.counts.sum()) for name, layer in layers.items()}

@@ -37,7 +37,7 @@ def test_everything_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     environment, level, propagate = dict(os.environ), log.level, log.propagate
     crash_reports = faulthandler.is_enabled()
     try:
-        with contextlib.suppress(ZeroDivisionError), keep_process_state():
+        with contextlib.suppress(ZeroDivisionError), keep_process_state(torch.device("cpu")):
             draw_numbers()
             os.environ["MASTER_PORT"] = "1"
             os.environ["SMOLTRAIN_TEST_KEPT"] = "inside"
