@@ -10,7 +10,6 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from smoltrain.distributed.world import free_port
 from tests.ranks import Ranks
 
 hypothesis.settings.register_profile("smoltrain", deadline=None)  # no test depends on how fast a machine is
@@ -24,7 +23,7 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
 
     def of_size(size: int) -> Ranks:
         if size not in started:
-            started[size] = Ranks(size, free_port())
+            started[size] = Ranks(size)
         return started[size]
 
     yield of_size

@@ -16,6 +16,7 @@ import torch
 
 from smoltrain import files
 from smoltrain.distributed.world import free_port
+from tests import preloaded
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -24,14 +25,14 @@ RANK_MODULE = "smoltrain.launch.rank"  # what `smoltrain train` starts
 TIMEOUT_S = 180
 
 
-def command(launcher: str) -> list[str]:
+def command(launcher: str, programs: Path = BIN) -> list[str]:
     """The words before RECIPE for two ranks (one under plain python)."""
     port = str(free_port())
     return {
-        "python": [sys.executable, SCRIPT],
-        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port, SCRIPT],
-        "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port, SCRIPT],
-        "smoltrain": [str(BIN / "smoltrain"), "train"],
+        "python": [str(programs / "python"), SCRIPT],
+        "torchrun": [str(programs / "torchrun"), "--nproc-per-node", "2", "--master-port", port, SCRIPT],
+        "deepspeed": [str(programs / "deepspeed"), "--num_accelerators", "2", "--master_port", port, SCRIPT],
+        "smoltrain": [str(programs / "smoltrain"), "train"],
     }[launcher]
 
 
@@ -52,20 +53,21 @@ def environment() -> dict[str, str]:
     )
 
 
-def start(launcher: str, words: list[str], log: Path) -> subprocess.Popen[Any]:
+def start(launcher: str, words: list[str], log: Path, programs: Path = BIN) -> subprocess.Popen[Any]:
     """Start a run in the background, its output in `log`."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's `&` leaves it, and children would inherit
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    line = [*command(launcher, programs), "quickstart", *words]
     with log.open("ab") as out:
         return subprocess.Popen(
-            [*command(launcher), "quickstart", *words], stdout=out, stderr=subprocess.STDOUT, env=environment(),
+            line, stdout=out, stderr=subprocess.STDOUT, env=environment(),
             cwd=log.parent, start_new_session=True,
         )  # fmt: skip
 
 
 def run(launcher: str, words: list[str], log: Path, timeout_s: float = TIMEOUT_S) -> int:
-    """Run to the end; returns the exit code."""
-    process = start(launcher, words, log)
+    """Run to the end; returns the exit code. The programs are preloaded: nobody sends them a signal."""
+    process = start(launcher, words, log, preloaded.programs())
     try:
         return process.wait(timeout_s)
     finally:

@@ -1,17 +1,22 @@
 """Programs of Python that start in a moment: a server that has imported torch forks, and the child is the program.
 
-    with serve(folder, environment) as programs:
+    subprocess.run([programs() / "smoltrain", "show", "quickstart"])
+
+    with serve(folder, environment) as programs:  # a server of one's own, with another environment
         subprocess.run(["bash", "-c", "smoltrain show quickstart"], env={"PATH": f"{programs}:/usr/bin:/bin"})
 
 `programs` holds `python`, `smoltrain`, `torchrun` and `deepspeed`: clients that hand their words, environment, folder
 and open files to the server, wait, and end as the child ends. Each is a process of its own, only the seconds of imports
-are shared. Whatever else Python is asked for (pip, another script, -I) runs as it always does.
+are shared. Whatever else Python is asked for (pip, another script, -I) runs as it always does. A signal to such a
+program kills it, whatever the signal: what is to be stopped gently is started for real.
 """
 
 import array
 import atexit
 import ctypes
 import fcntl
+import functools
+import gc
 import io
 import json
 import os
@@ -21,13 +26,15 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 120.0
 PR_SET_PDEATHSIG = 1  # of sys/prctl.h
 HIGH = 400  # files of a child wait here until the server's are closed
@@ -36,14 +43,14 @@ CONSOLE_SCRIPTS = {
     "torchrun": "torch.distributed.run:main",
     "deepspeed": "deepspeed.launcher.runner:main",
 }
-PRELOADED = ("smoltrain", "benchmarks", "torch", "deepspeed")  # `python -m` of these is forked
+PRELOADED = ("smoltrain", "benchmarks", "tests", "torch", "deepspeed")  # `python -m` of these is forked
 CLIENT = r"""#!{python} -SE
 import array, json, os, socket, sys
 name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
 flags = [word for word in words[:4] if word in ("-u", "-P")]
 rest = words[len(flags):]
 module = rest[1].split(".")[0] if rest[:1] == ["-m"] else None
-if name == "python" and module not in {preloaded} and rest[:1] != ["launch/train.py"]:
+if name == "python" and module not in {preloaded} and not "".join(rest[:1]).endswith("launch/train.py"):
     os.execv({python!r}, [{python!r}, *words])
 files = [int(fd) for fd in os.listdir("/proc/self/fd")]
 files = [fd for fd in files if os.path.exists(f"/proc/self/fd/{{fd}}")]
@@ -59,6 +66,17 @@ for fd in files:
 code = int(server.recv(16) or b"1")
 os._exit(code) if code >= 0 else os.kill(os.getpid(), -code)
 """
+
+
+@functools.cache
+def programs() -> Path:
+    """Those of this test session."""
+    kept = ExitStack()
+    atexit.register(kept.close)
+    folder = Path(kept.enter_context(tempfile.TemporaryDirectory(prefix="programs-")))
+    # A fork keeps one thread, so that pyarrow may not begin another.
+    environment = dict(os.environ) | {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+    return kept.enter_context(serve(folder, environment | {"PYTHONPATH": str(ROOT)}))
 
 
 @contextmanager
@@ -90,6 +108,11 @@ def main(address: str) -> None:
 
     from smoltrain.inference import load  # noqa: F401
     from smoltrain.train import run  # noqa: F401
+
+    with suppress(ImportError):  # the tests' own, of the functions that they send to ranks; not from another folder
+        from tests import engines, sessions  # noqa: F401
+    gc.collect()
+    gc.freeze()  # what is shared is not looked through by each child
 
     assert len([*Path("/proc/self/task").iterdir()]) == 1, "a fork would lose the other threads"
     listener = socket.socket(socket.AF_UNIX)

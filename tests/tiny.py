@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from smoltrain.checkpoint.manifest import Manifest
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config
 from smoltrain.run.run_folder import RunFolder, make_run_record, write_run_folder
+from tests import preloaded
 
 LINES = (
     "the king of {0} spoke to the queen of {1}",
@@ -104,8 +104,9 @@ def train(folder: Path, *overrides: str, **environment: str) -> subprocess.Compl
     foreign = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "SMOLTRAIN_", "WANDB_")
     own = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
     script = Path(__file__).parent.parent / "launch" / "train.py"
+    line = [preloaded.programs() / "python", str(script), "quickstart", *words(folder, *overrides)]
     return subprocess.run(
-        [sys.executable, str(script), "quickstart", *words(folder, *overrides)], capture_output=True, text=True,
+        line, capture_output=True, text=True,
         encoding="utf-8", errors="replace", timeout=240, check=False, cwd=folder,
         env=own | {"OMP_NUM_THREADS": "1", "SMOLTRAIN_THREADS": "1"} | environment,
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """Ranks of real training that start in a moment and may be killed: forked from a process that imported everything.
 
+The process is itself one of `preloaded.programs`, so that a test session imports torch and deepspeed for both once.
+
     life = zygote().train(words, 2, log, files_stop, "rename", 1)
     life.kill(0)
 
@@ -13,13 +15,17 @@ import functools
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any, Literal
+
+from tests import preloaded
 
 State = int | Literal["runs", "stopped"]  # an int is the exit code; negative: the number of the signal that ended it
 TIMEOUT_S = 120.0
@@ -73,11 +79,16 @@ class Zygote:
     """The process that ranks are forked from. It ends, and its ranks with it, when this one does."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._end, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
-        self._process.start()
-        theirs.close()
+        key = multiprocessing.current_process().authkey
+        with tempfile.TemporaryDirectory(prefix="zygote-") as folder:
+            address = str(Path(folder) / "socket")
+            with Listener(address, "AF_UNIX", authkey=key) as listener:
+                words = [preloaded.programs() / "python", "-m", "tests.zygote", address]
+                self._process = subprocess.Popen(words, stdin=subprocess.PIPE, cwd=preloaded.ROOT)
+                assert self._process.stdin is not None
+                self._process.stdin.write(key)
+                self._process.stdin.close()
+                self._end = listener.accept()
 
     def fork(self, size: int, log: Path, function: Callable[..., int | None], *args: Any) -> Life:
         """function(*args) in `size` new processes with the environment of ranks; its result is the exit code.
@@ -100,7 +111,7 @@ class Zygote:
     def close(self) -> None:
         """End it."""
         self._process.kill()
-        self._process.join()
+        self._process.wait()
 
 
 @functools.cache
@@ -112,11 +123,7 @@ def zygote() -> Zygote:
 
 
 def _serve(end: Connection) -> None:
-    os.environ |= {"JE_ARROW_MALLOC_CONF": "background_thread:false", "OMP_NUM_THREADS": "1"}  # a fork keeps one thread
-    import torch._inductor.compile_fx  # noqa: F401 - the first optimizer step would import it
-
     from smoltrain.distributed.world import free_port
-    from smoltrain.train import run as train  # noqa: F401
 
     ended: dict[int, int] = {}
     while True:
@@ -136,6 +143,7 @@ def _serve(end: Connection) -> None:
             else:
                 end.close()
                 _be_rank(rank, size, port, log, function, words)
+        del args, words  # may hold the ranks' ends of pipes: they are to close when the rank is gone
         end.send(pids)
 
 
@@ -174,3 +182,8 @@ def _train(words: list[str], *sabotage: Any) -> int:
     if sabotage:
         sabotage[0](*sabotage[1:])
     return run_rank(["quickstart", *words])
+
+
+if __name__ == "__main__":
+    multiprocessing.current_process().authkey = sys.stdin.buffer.read()
+    _serve(Client(sys.argv[1], "AF_UNIX", authkey=multiprocessing.current_process().authkey))

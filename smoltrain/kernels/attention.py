@@ -286,6 +286,12 @@ def _import_torch_varlen(dropout: float, head_width: int) -> tuple[Callable[...,
         varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
     except (ImportError, AttributeError):
         varlen = None
-    if varlen is None or "enable_gqa" not in inspect.signature(varlen).parameters:
-        return None, "a mask, as this torch has no varlen_attn with shared heads,"
-    return partial(varlen, window_size=(-1, 0), enable_gqa=True), "torch's varlen_attn"
+    parameters = inspect.signature(varlen).parameters if varlen is not None else {}
+    if varlen is None or "window_size" not in parameters:
+        return None, "a mask, as this torch has no causal varlen_attn,"
+    options: dict[str, Any] = {"window_size": (-1, 0)}  # torch's words for causal
+    # torch 2.11 has no such word: it lets shared heads through to the kernel, which knows them, forward and backward
+    # (flash_attn/flash_api.cpp, mha_varlen_fwd and mha_varlen_bwd). Later ones refuse them unless they are announced.
+    if "enable_gqa" in parameters:
+        options["enable_gqa"] = True
+    return partial(varlen, **options), "torch's varlen_attn"

@@ -117,7 +117,7 @@ def build_transformers_model(
     kernel = computing.attention
     config = _transformers_config(section)
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if kernel is not None and kernel.name == "sdpa" and not private.supports_sdpa(model_class):
+    if kernel is not None and kernel.name == "sdpa" and not private.supports_sdpa(model_class, config):
         raise _attention_kernel_error(model_class, kernel, "it has none", "math")
     uses_flash = kernel is not None and kernel.name == "flash-attn"
     # FlashAttention comes last, as the check of causality runs on the CPU.

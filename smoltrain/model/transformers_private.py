@@ -1,6 +1,6 @@
 """Every name of transformers that smoltrain reads though it is private; if one is gone, an error that says so.
 
-All of them were found in transformers 5.0 and 5.23, but for `_compatible_flash_implementations`, which 5.0 lacks.
+All of them were found in transformers 5.17 and 5.24.
 modeling_smoltrain.py also sets some, which transformers reads: an export where it no longer does is not published.
 """
 
@@ -19,9 +19,14 @@ def causal_model_types() -> Mapping[str, str]:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def supports_sdpa(model_class: Any) -> bool:
-    """Whether the class can run on torch's scaled_dot_product_attention."""
-    return bool(_read_attribute(model_class, "_supports_sdpa"))
+def supports_sdpa(model_class: Any, config: Any) -> bool:
+    """Whether the class can run on torch's scaled_dot_product_attention, as the config wants it to.
+
+    That one cannot cap scores: where the config asks for it (Gemma 2) transformers 5.17 would leave the cap off and say
+    nothing of it; later ones say that the class cannot run on it.
+    """
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    return bool(_read_attribute(model_class, "_supports_sdpa")) and not is_capped
 
 
 def attention_implementation(model: Any) -> str:
@@ -48,5 +53,5 @@ def _unknown_transformers(name: str) -> UserError:
     import transformers
 
     saw = f"transformers {transformers.__version__} without {name}"
-    want = "a version that has it, as 5.0 to 5.23, or a decoder of smoltrain"
+    want = "a version that has it, as 5.17 to 5.24, or a decoder of smoltrain"
     return UserError(Problem("smoltrain does not know this version of transformers", saw, want, "the environment"))

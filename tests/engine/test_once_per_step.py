@@ -77,7 +77,8 @@ def test_the_line_says_when_gradients_are_reduced(
         assert (first > 0) == each, (said, counts)
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_compiled_it_trains_as_deepspeed_does(tmp_path: Path, ranks: Any, precision: str) -> None:
     """In bf16 one ulp of a master now and then crosses a rounding boundary of a weight."""
     tolerance = {"fp32": 2e-6, "bf16": 5e-4}[precision]

@@ -1,5 +1,7 @@
 """The demo: what its page shows, streams, stops and refuses, through gradio's client and in a real browser."""
 
+from __future__ import annotations
+
 import asyncio
 import importlib
 import itertools
@@ -13,17 +15,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from smoltrain.config.schema import GenerationSection
 from smoltrain.distributed.world import free_port
 from smoltrain.errors import DONE, UserError
-from smoltrain.inference import demo, load
+from smoltrain.inference import load
 from smoltrain.inference.load import LoadedModel, load_trained_model
 from tests import tiny
 from tests.launches import wait_until
+
+if TYPE_CHECKING:
+    from smoltrain.inference import demo
 
 POSITIONS = 4096
 SETTINGS = {"temperature": 0.7, "top_k": 30, "top_p": 0.95, "max_tokens": 24}
@@ -33,6 +38,12 @@ PROMPT = "the king of "
 
 # Of gradio, which counts its events with pandas' options of last year.
 pytestmark = pytest.mark.filterwarnings("ignore::pandas.errors.Pandas4Warning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def import_demo() -> None:
+    """Here and not above: gradio takes seconds, and every worker of a test session reads the head of every file."""
+    globals()["demo"] = importlib.import_module("smoltrain.inference.demo")
 
 
 @pytest.fixture(scope="module")
@@ -299,7 +310,7 @@ def address(run: Path, tmp_path: Path) -> Iterator[str]:
     late.rename(tmp_path / late.name)
     code = f"""
 import signal, time
-from smoltrain.inference import demo, load
+from smoltrain.inference import load
 
 whole = load.LoadedModel.generate_text
 

@@ -203,21 +203,31 @@ def test_without_flash_attn_torch_keeps_documents_apart_where_it_can(
     assert choose_attention_kernel("auto", CUDA, dtype, dropout=dropout, head_width=head_width).varlen is None
 
 
-@pytest.mark.parametrize("torch_has", [None, lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k: None])
+@pytest.mark.parametrize(
+    "torch_has", [None, lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal: None]
+)
 def test_a_torch_without_the_right_varlen_takes_a_mask(install: Any, monkeypatch: pytest.MonkeyPatch, torch_has: Any):
     install(A100)
     module = torch_has and SimpleNamespace(varlen_attn=torch_has)
     monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
     kernel = choose_attention_kernel("auto", CUDA, BF16, document_mask=True, head_width=64)
     assert kernel.varlen is None
-    assert "a mask, as this torch has no varlen_attn with shared heads" in kernel.reason
+    assert "a mask, as this torch has no causal varlen_attn," in kernel.reason
 
 
-def test_the_call_is_one_that_torchs_varlen_takes(install: Any, monkeypatch: pytest.MonkeyPatch):
+def of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)): ...
+
+
+def of_torch_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False): ...
+
+
+@pytest.mark.parametrize("real", ["installed", of_torch_2_11, of_torch_2_13])
+def test_the_call_is_one_that_torchs_varlen_takes(install: Any, monkeypatch: pytest.MonkeyPatch, real: Any):
     install(A100)
     from torch.nn.attention import varlen
 
-    real, calls = varlen.varlen_attn, []
+    real = varlen.varlen_attn if real == "installed" else real
+    calls = []
 
     @functools.wraps(real)  # with the signature of the real one
     def spy(*args: Any, **options: Any) -> Tensor:
@@ -234,7 +244,8 @@ def test_the_call_is_one_that_torchs_varlen_takes(install: Any, monkeypatch: pyt
     assert call["cu_seq_q"].tolist() == call["cu_seq_k"].tolist() == [0, 3, 6, 12]
     assert call["cu_seq_q"].dtype == torch.int32
     assert (call["max_q"], call["max_k"]) == (6, 6)
-    assert (call["window_size"], call["enable_gqa"]) == ((-1, 0), True)  # torch's words for causal
+    assert call["window_size"] == (-1, 0)  # torch's words for causal
+    assert call.get("enable_gqa", False) == ("enable_gqa" in inspect.signature(real).parameters)
 
 
 def test_auto_is_sdpa_where_flash_cannot_run(install: Any):

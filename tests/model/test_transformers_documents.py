@@ -5,7 +5,8 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, modeling_flash_attention_utils
+from transformers import LlamaForCausalLM
+from transformers import modeling_flash_attention_utils as flash_utils
 
 from smoltrain.errors import UserError
 from smoltrain.kernels.attention import AttentionKernel
@@ -106,9 +107,15 @@ def test_a_class_that_stumbles_over_positions_is_refused(monkeypatch: pytest.Mon
 
 def blind(*args: Any, **options: Any) -> Tensor:
     """A varlen function that takes all tokens for one document."""
-    q, k, v = args
+    q, k, v = args[:3]
     whole = torch.tensor([0, len(q)], dtype=torch.int32)
     return varlen2(q, k, v, whole, whole, len(q), len(q), causal=options["causal"])
+
+
+KEPT_BY_TRANSFORMERS = (
+    "_loaded_implementation", "_flash_fn", "_flash_varlen_fn", "_flash_with_kvcache_fn", "_pad_fn", "_unpad_fn",
+    "_process_flash_kwargs_fn", "_process_with_kvcache_kwargs_fn",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -121,16 +128,25 @@ def on_flash(monkeypatch: pytest.MonkeyPatch) -> Any:
             q1, k1, v1 = (x.flatten(0, 1) for x in (q, k, v))
             return varlen2(q1, k1, v1, starts, starts, q.size(1), q.size(1), causal=options["causal"]).view_as(q)
 
-        def words(*, is_causal: bool, dropout: float, max_seqlen_q: Any = None, max_seqlen_k: Any = None, **_: Any):
-            lengths = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k} if max_seqlen_q else {}
-            return {"causal": is_causal, "dropout_p": dropout, **lengths}
+        def scaled(
+            q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+            max_seqlen_k: int, dropout_p: float = 0.0, softmax_scale: float = 0.0, causal: bool = False,
+        ) -> Tensor:  # fmt: skip
+            """With the words of the package: transformers sends those that it finds here."""
+            assert softmax_scale == pytest.approx(q.size(-1) ** -0.5)  # the package's own default
+            lengths = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+            starts = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+            return varlen(q, k, v, **starts, **lengths, dropout_p=dropout_p, causal=causal)
 
         def take(model: Any, implementation: str) -> None:
             model.config._attn_implementation_internal = implementation
 
-        functions = ((whole, varlen, None, None, None), (words, None))
         monkeypatch.setattr(LlamaForCausalLM, "set_attn_implementation", take)
-        monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", lambda _: functions)
+        # What every version of transformers asks for the package's functions, and keeps beside their name.
+        monkeypatch.setattr(flash_utils, "_lazy_imports", lambda *_, **__: (whole, scaled, None, None, None))
+        for name, kept in list(vars(flash_utils).items()):
+            if name in KEPT_BY_TRANSFORMERS:
+                monkeypatch.setattr(flash_utils, name, None if name == "_loaded_implementation" else kept)
         return AttentionKernel("flash-attn", "test", print, package="flash_attn")
 
     return install

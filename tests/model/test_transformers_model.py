@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma2PreTrainedModel,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -290,6 +291,16 @@ def test_a_kernel_that_the_class_lacks_is_refused(model_type: str, kernel: Any, 
         built(model_type, options={"attention": AttentionKernel(kernel, "", print, package="flash_attn")})
     (problem,) = error.value.problems
     assert (problem.want, problem.change) == (want, "engine.attention")
+
+
+def test_capped_scores_are_not_left_to_sdpa_though_transformers_would(monkeypatch: pytest.MonkeyPatch):
+    """As 5.17 would, which then leaves the cap off and says nothing of it."""
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
+    kernel = AttentionKernel("sdpa", "")
+    with pytest.raises(UserError, match="cannot run on the kernel"):
+        built("gemma2", options={"attention": kernel})
+    uncapped = built("gemma2", options={"attention": kernel}, attn_logit_softcapping=None)
+    assert uncapped.inner.config._attn_implementation == "sdpa"
 
 
 def test_the_dropout_of_attention_is_found_under_any_name():

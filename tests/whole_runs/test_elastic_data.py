@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from smoltrain.run.row_ledger import compare_row_histories, read_row_history
-from tests import launches, tiny
+from tests import launches, preloaded, tiny
 from tests.faulty_server import FaultyServer
 
 STEPS = 200
@@ -40,7 +40,7 @@ def words(folder: Path, corpus: Path, mode: str) -> list[str]:
 
 def killed_at(step: int, launcher: str, own: list[str], folder: Path) -> None:
     """Start, wait for a step, and kill every process of the run without a word."""
-    process = launches.start(launcher, own, folder / "log.txt")
+    process = launches.start(launcher, own, folder / "log.txt", preloaded.programs())  # SIGKILL is the same to all
     launches.wait_for_step(folder / "runs" / "quickstart", step, process)
     process.send_signal(signal.SIGKILL)
     launches.kill_all(own)

@@ -7,7 +7,7 @@ import yaml
 
 from smoltrain.data.tokens.prepare import load_prepared_data
 from smoltrain.errors import DONE
-from tests import launches, tiny
+from tests import launches, preloaded, tiny
 
 QUIET = (
     "sample.every=0", "track.gradients_every=0", "evaluate.every=20", "checkpoint.every=10",
@@ -28,7 +28,7 @@ def test_a_run_in_tokens_is_the_run_in_steps_through_a_kill(tmp_path: Path) -> N
     epochs = round(CONTINUATION * 8 / rows - 0.001, 4)  # a few tokens less than so many steps
     horizon = (*NO_STEPS, f"phases.main.tokens={MAIN * 128 - 100}", f"phases.continuation.epochs={epochs}")
     words, run = tiny.words(asked, *QUIET, *horizon), asked / "runs" / "quickstart"
-    process = launches.start("smoltrain", words, asked / "log")
+    process = launches.start("smoltrain", words, asked / "log", preloaded.programs())  # SIGKILL is the same to all
     try:
         launches.wait_for_step(run, 25, process)
     finally:

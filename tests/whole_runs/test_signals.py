@@ -110,23 +110,29 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return finished(folder, tiny.words(folder, *SHAPE))
 
 
+SIX = (
+    ("deepspeed", "runner", TERM), ("torchrun", "launcher", USR1), ("smoltrain", "rank", USR1),
+    ("smoltrain", "smoltrain", INT), ("deepspeed", "launcher", TERM), ("torchrun", "rank", INT),
+)  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
-def test_six_signals_leave_the_run_of_nobody_disturbed(undisturbed: Path, tmp_path: Path, kind: str) -> None:
-    """Kept by adamw and by muon alike."""
-    if kind != "adamw":
-        (tmp_path / "straight").mkdir()
-        undisturbed = finished(
-            tmp_path / "straight", tiny.words(tmp_path / "straight", *SHAPE, f"optimizer.kind={kind}")
-        )
-    draw, words = random.Random(5), tiny.words(tmp_path, *SHAPE, f"optimizer.kind={kind}")
-    for launcher, victim, number in (
-        ("deepspeed", "runner", TERM), ("torchrun", "launcher", USR1), ("smoltrain", "rank", USR1),
-        ("smoltrain", "smoltrain", INT), ("deepspeed", "launcher", TERM), ("torchrun", "rank", INT),
-    ):  # fmt: skip
+def test_six_signals_leave_the_run_of_nobody_disturbed(undisturbed: Path, tmp_path: Path) -> None:
+    draw, words = random.Random(5), tiny.words(tmp_path, *SHAPE)
+    for launcher, victim, number in SIX:
         disturbed_life(tmp_path, words, launcher, victim, number, draw)
     assert_same(finished(tmp_path, words), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_signal_leaves_what_muon_makes_of_it(tmp_path: Path) -> None:
+    """Its own state is saved and goes on; who meets a signal, and how, does not depend on the optimizer."""
+    words = {name: tiny.words(tmp_path / name, *SHAPE, "optimizer.kind=muon") for name in ("straight", "disturbed")}
+    disturbed_life(tmp_path / "disturbed", words["disturbed"], "smoltrain", "rank", USR1, random.Random(5))
+    runs = [finished(tmp_path / name, words[name]) for name in words]
+    assert_same(*runs)
 
 
 @pytest.mark.slow
