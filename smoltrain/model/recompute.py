@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from smoltrain.errors import Problem, UserError
 from smoltrain.kernels.cpu_attention import BLOCKED_ATTENTION
+from smoltrain.kernels.joint_linear import JOINT_LINEAR
 
 # What `selective` keeps, of torch.ops.aten: nearly all of the time of a block, in a third of its memory.
 # The names of attention are torch's private ones; SDPA's public name hides which of them ran.
@@ -50,7 +51,7 @@ class GradientCheckpointing:
 
 def find_kept_operators() -> list[Any]:
     """The operators whose outputs `selective` keeps. Errors: UserError where this torch lacks one of them."""
-    kept = [BLOCKED_ATTENTION]
+    kept = [BLOCKED_ATTENTION, JOINT_LINEAR]
     for name in KEPT_OPERATORS:
         operator = getattr(torch.ops.aten, name, None)
         if operator is None:
