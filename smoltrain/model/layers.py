@@ -114,8 +114,8 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(D, inner, bias=bias) if model.mlp == "swiglu" else None
         self.up_proj = nn.Linear(D, inner, bias=bias)
         self.down_proj = nn.Linear(inner, D, bias=bias)
-        is_joint = fused and self.gate_proj is not None
-        self.joint_layers = ((self.gate_proj, self.up_proj),) if is_joint else ()  # as one product
+        gate = self.gate_proj
+        self.joint_layers = ((gate, self.up_proj),) if fused and gate is not None else ()  # as one product
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Transform each token on its own."""
@@ -124,7 +124,8 @@ class FeedForward(nn.Module):
         if self.joint_layers:
             gate, up = joint_linear(x_BTD, self.joint_layers[0])
         else:
-            gate, up = self.gate_proj(x_BTD), self.up_proj(x_BTD)
+            gate = self.gate_proj(x_BTD)
+            up = self.up_proj(x_BTD)
         return self.down_proj(F.silu(gate) * up)
 
 

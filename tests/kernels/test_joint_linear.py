@@ -1,5 +1,7 @@
 """Several layers of one input as one product: what each would make, and where their weights lie."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ class Projections(nn.Module):
             _lay_end_to_end([layer.bias for layer in self.joint_layers[0] if bias])
 
 
-def _lay_end_to_end(parameters: list[nn.Parameter]) -> None:
+def _lay_end_to_end(parameters: list[Any]) -> None:
     if parameters:
         flat = torch.cat([parameter.detach().flatten() for parameter in parameters])
         for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
