@@ -58,9 +58,11 @@ def _check_transformers_model(m: TransformersSection, c: Config) -> Iterator[Pro
         ("loss", "fused", "auto"),
         ("compile", "on", "auto"),
         ("compile_region", "model", "block"),
+        ("fused_projections", True, "false"),
     ):
         if getattr(c.engine, key) == value:
-            yield Problem(f"a transformers model cannot have {key} {value}", value, want, f"engine.{key}")
+            saw = str(value).lower()
+            yield Problem(f"a transformers model cannot have {key} {saw}", saw, want, f"engine.{key}")
 
 
 def _check_own_model_options(c: Config) -> Iterator[Problem]:
@@ -69,6 +71,7 @@ def _check_own_model_options(c: Config) -> Iterator[Problem]:
         "engine.gradient_checkpointing": (c.engine.gradient_checkpointing, "none"),
         "engine.compile": (c.engine.compile, "auto or off"),
         "engine.compile_region": (c.engine.compile_region, "block"),
+        "engine.fused_projections": (str(c.engine.fused_projections).lower(), "false"),
         "engine.attention": (c.engine.attention, "auto"),
         "engine.loss": (c.engine.loss, "auto"),
     }

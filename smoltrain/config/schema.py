@@ -483,6 +483,11 @@ class EngineSection(Section):
         description="what torch.compile sees at once: a block, which all blocks share, or all blocks and the last norm "
         "(model), which takes longer to compile and lets it join what lies between two blocks",
     )
+    fused_projections: bool = Field(
+        default=False,
+        description="whether q, k and v are one matrix product, and gate and up, over weights that ZeRO-1 and 2 lay "
+        "side by side; weights keep their names",
+    )
     hang_s: Seconds = Field(
         default=900.0,
         ge=0,

@@ -29,6 +29,7 @@ from smoltrain.engine.reduction import GradientDtypes, choose_reduction, gradien
 from smoltrain.engine.shards import SHARDS_FOLDER, ShardCheckpointEngine
 from smoltrain.engine.step_method import StepMethod
 from smoltrain.errors import Problem, UserError
+from smoltrain.kernels.joint_linear import find_layers_apart
 from smoltrain.kernels.precision import DTYPES
 
 
@@ -58,6 +59,11 @@ def build_engine(
         deepspeed_engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=tree, dist_init_required=False
         )
+    apart = find_layers_apart(model)
+    if apart is not None:
+        saw = f"under engine.ds_config={config.engine.ds_config} the weights of {apart} do not lie side by side"
+        change = "engine.fused_projections or engine.ds_config"
+        raise UserError(Problem("projections cannot be fused", saw, "ZeRO-1 or 2; or false", change))
     if isinstance(optimizer, MuonOptimizer):
         bind_matrices(optimizer, deepspeed_engine, world)
 

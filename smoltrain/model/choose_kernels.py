@@ -69,8 +69,10 @@ def choose_kernels(
         "loss kernel": f"{loss.name}, {loss.reason}",
         "torch.compile": f"{how if compiling.on else 'off'}, {compiling.reason}",
     }
+    if engine.fused_projections:
+        reasons["projections"] = "q, k, v as one product, gate and up as one, as engine.fused_projections asks"
     options = ComputeOptions(
         attention=attention, loss=loss, z_loss=config.optimizer.z_loss,
-        compiles=compiling.on, compile_region=engine.compile_region,
+        compiles=compiling.on, compile_region=engine.compile_region, fused_projections=engine.fused_projections,
     )  # fmt: skip
     return options, reasons

@@ -36,7 +36,9 @@ class Decoder(LanguageModel):
         learned = section.positions == "learned"
         self.embed_positions = nn.Embedding(section.max_position_embeddings, D) if learned else None
         self.dropout = FastDropout(section.dropout)
-        self.layers = nn.ModuleList(DecoderBlock(section, self._kernel, i) for i in range(section.num_hidden_layers))
+        fused = computing.fused_projections
+        blocks = (DecoderBlock(section, self._kernel, i, fused=fused) for i in range(section.num_hidden_layers))
+        self.layers = nn.ModuleList(blocks)
         self.norm = make_norm(section)
         self.lm_head = None if section.tie_word_embeddings else nn.Linear(D, V, bias=False)
 

@@ -31,6 +31,7 @@ class ComputeOptions:
     z_loss: float = 0.0
     compiles: bool = False  # whether torch.compile makes the blocks, in training
     compile_region: Literal["block", "model"] = "block"  # each by itself, or all of them and the last norm together
+    fused_projections: bool = False  # whether q, k and v are one matrix product, and gate and up
 
 
 class LanguageModel(nn.Module, ABC):

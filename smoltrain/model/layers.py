@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from smoltrain.config.schema import ModelSection
 from smoltrain.kernels.attention import AttentionKernel, PackedDocuments, causal_attention
 from smoltrain.kernels.cpu_dropout import FastDropout
+from smoltrain.kernels.joint_linear import joint_linear
 
 RotaryAngles = tuple[Tensor, Tensor]
 
@@ -65,7 +66,7 @@ class KVCache:
 class SelfAttention(nn.Module):
     """Causal self-attention with H query heads over K key-value heads: [B, T, D] -> [B, T, D]."""
 
-    def __init__(self, model: ModelSection, kernel: AttentionKernel, layer: int) -> None:
+    def __init__(self, model: ModelSection, kernel: AttentionKernel, layer: int, *, fused: bool = False) -> None:
         super().__init__()
         D = model.hidden_size
         bias = model.attention_bias
@@ -77,14 +78,17 @@ class SelfAttention(nn.Module):
         self.dropout = model.attention_dropout
         self.kernel = kernel
         self.layer = layer
+        self.joint_layers = ((self.q_proj, self.k_proj, self.v_proj),) if fused else ()  # as one product
 
     def forward(
         self, x_BTD: Tensor, rotary: RotaryAngles | None, cache: KVCache | None, documents: PackedDocuments | None
     ) -> Tensor:
         """Mix the tokens; with a cache, attend to its tokens too and add these to it."""
-        q_BHTE = self._split_heads(self.q_proj(x_BTD))
-        k_BKSE = self._split_heads(self.k_proj(x_BTD))
-        v_BKSE = self._split_heads(self.v_proj(x_BTD))
+        if self.joint_layers:
+            projected = joint_linear(x_BTD, self.joint_layers[0])
+        else:
+            projected = (self.q_proj(x_BTD), self.k_proj(x_BTD), self.v_proj(x_BTD))
+        q_BHTE, k_BKSE, v_BKSE = (self._split_heads(x) for x in projected)
         if rotary is not None:
             q_BHTE = apply_rotary(q_BHTE, rotary)
             k_BKSE = apply_rotary(k_BKSE, rotary)
@@ -102,7 +106,7 @@ class SelfAttention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020), or two layers with GELU in its tanh form (Hendrycks & Gimpel 2016): D -> D per token."""
 
-    def __init__(self, model: ModelSection) -> None:
+    def __init__(self, model: ModelSection, *, fused: bool = False) -> None:
         super().__init__()
         D = model.hidden_size
         inner = model.intermediate_size
@@ -110,24 +114,30 @@ class FeedForward(nn.Module):
         self.gate_proj = nn.Linear(D, inner, bias=bias) if model.mlp == "swiglu" else None
         self.up_proj = nn.Linear(D, inner, bias=bias)
         self.down_proj = nn.Linear(inner, D, bias=bias)
+        gate = self.gate_proj
+        self.joint_layers = ((gate, self.up_proj),) if fused and gate is not None else ()  # as one product
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Transform each token on its own."""
-        up = self.up_proj(x_BTD)
         if self.gate_proj is None:
-            return self.down_proj(F.gelu(up, approximate="tanh"))
-        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * up)
+            return self.down_proj(F.gelu(self.up_proj(x_BTD), approximate="tanh"))
+        if self.joint_layers:
+            gate, up = joint_linear(x_BTD, self.joint_layers[0])
+        else:
+            gate = self.gate_proj(x_BTD)
+            up = self.up_proj(x_BTD)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class DecoderBlock(nn.Module):
     """One pre-norm block (Xiong et al. 2020): attention, then MLP, each added to the residual stream [B, T, D]."""
 
-    def __init__(self, model: ModelSection, kernel: AttentionKernel, layer: int) -> None:
+    def __init__(self, model: ModelSection, kernel: AttentionKernel, layer: int, *, fused: bool = False) -> None:
         super().__init__()
         self.input_layernorm = make_norm(model)
-        self.self_attn = SelfAttention(model, kernel, layer)
+        self.self_attn = SelfAttention(model, kernel, layer, fused=fused)
         self.post_attention_layernorm = make_norm(model)
-        self.mlp = FeedForward(model)
+        self.mlp = FeedForward(model, fused=fused)
         self.dropout = FastDropout(model.dropout)
 
     def forward(

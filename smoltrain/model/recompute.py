@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from smoltrain.errors import Problem, UserError
 from smoltrain.kernels.attention import AttentionKernel
 from smoltrain.kernels.cpu_attention import BLOCKED_ATTENTION
+from smoltrain.kernels.joint_linear import JOINT_LINEAR
 
 # What `selective` keeps, beside the operators of the attention kernel: nearly all of the time of a block, in a third of
 # its memory. The names of attention are torch's private ones; SDPA's public name hides which of them ran.
@@ -53,7 +54,7 @@ class GradientCheckpointing:
 
 def find_kept_operators(attention: AttentionKernel) -> list[Any]:
     """The operators whose outputs `selective` keeps. Errors: UserError where torch does not know one of them."""
-    kept = [BLOCKED_ATTENTION]
+    kept = [BLOCKED_ATTENTION, JOINT_LINEAR]
     for name in (*KEPT_OPERATORS, *attention.operators):
         namespace, operator = name.split("::")
         found = getattr(getattr(torch.ops, namespace), operator, None)

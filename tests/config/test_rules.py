@@ -48,6 +48,8 @@ RULES = [
     ([*LLAMA, "model.config.vocab_size=9"], "vocab_size stands in", "model.config.vocab_size"),
     ([*LLAMA, "engine.gradient_checkpointing=2"], "a transformers model recomputes", "engine.gradient_checkpointing"),
     ([*LLAMA, "engine.loss=fused"], "a transformers model cannot have", "engine.loss"),
+    ([*LLAMA, "engine.compile_region=model"], "a transformers model cannot have", "engine.compile_region"),
+    ([*LLAMA, "engine.fused_projections=true"], "a transformers model cannot have", "engine.fused_projections"),
     (["tokenizer.vocab_size=null"], "tokenizer.vocab_size does not fit", "tokenizer.vocab_size"),
     (["model.vocab_size=2047"], "the embedding table cannot hold", "model.vocab_size"),
     (["tokenizer=gpt2", "tokenizer.vocab_size=null"], "the tokenizer has more ids than the model", "model.vocab_size"),

@@ -243,18 +243,19 @@ def test_the_cache_changes_nothing(shape: dict[str, Any], kernel: Literal["sdpa"
 @pytest.mark.skipif(
     missing_for_compile("cpu") is not None, reason="torch.compile needs a compiler; test_compile.py: then it is off"
 )
-@pytest.mark.parametrize(("shape", "mode", "region"), [
-    (LLAMA, "full", "block"), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        (LLAMA, "none", "block"), (LLAMA, "selective", "block"), (GPT2, "none", "block"), (GPT2, "full", "block"),
-        (LLAMA, "none", "model"), (GPT2, "full", "model"),
+@pytest.mark.parametrize(("shape", "mode", "region", "fused"), [
+    (LLAMA, "full", "block", False), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (LLAMA, "none", "block", False), (LLAMA, "selective", "block", True),
+        (GPT2, "none", "block", False), (GPT2, "full", "block", True),
+        (LLAMA, "none", "model", True), (GPT2, "full", "model", False),
     )),
 ])  # fmt: skip
-def test_compiled_blocks_compute_what_they_say(shape: dict[str, Any], mode: str, region: str):
+def test_compiled_blocks_compute_what_they_say(shape: dict[str, Any], mode: str, region: str, fused: bool):
     runs = []
     for compiles in (False, True):
         model = built(
             section(shape, initializer_range=0.1), compiles=compiles, gradient_checkpointing=mode,
-            attention=AttentionKernel("blocked", "test"), compile_region=region,
+            attention=AttentionKernel("blocked", "test"), compile_region=region, fused_projections=compiles and fused,
         )  # fmt: skip
         runs.append(loss_and_gradients(model))
     (a, grads_a), (b, grads_b) = runs
@@ -339,6 +340,29 @@ def test_compiled_dropout_is_the_same_for_the_same_random_state(mode: str):
     assert all(torch.equal(first[name], x) for name, x in second.items())
     plain = built(section(LLAMA), compiles=True, attention=AttentionKernel("blocked", "test"))
     assert not torch.equal(loss, loss_and_gradients(plain)[0])
+
+
+@pytest.mark.parametrize("shape", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_fused_projections_are_the_same_model(shape: dict[str, Any], mode: str):
+    """Of the same first weights under the same names, for the same random state; selective keeps their outputs too."""
+    attention = AttentionKernel("sdpa", "test")
+    separate, fused = (
+        built(
+            section(shape, initializer_range=0.1),
+            attention=attention,
+            gradient_checkpointing=mode,
+            fused_projections=on,
+        )
+        for on in (False, True)
+    )
+    weights = separate.state_dict()
+    assert list(weights) == list(fused.state_dict())
+    assert all(torch.equal(weight, weights[name]) for name, weight in fused.state_dict().items())
+    (loss, grads), (expected, wanted) = loss_and_gradients(fused), loss_and_gradients(separate)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    for name, gradient in grads.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_torchs_own_initial_values_are_never_made():

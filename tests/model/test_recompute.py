@@ -10,6 +10,7 @@ from smoltrain.errors import UserError
 from smoltrain.kernels import cpu_attention
 from smoltrain.kernels.attention import AttentionKernel
 from smoltrain.kernels.cpu_attention import BLOCKED_ATTENTION
+from smoltrain.kernels.joint_linear import JOINT_LINEAR
 from smoltrain.model.interface import SDPA_KERNEL
 from smoltrain.model.recompute import GradientCheckpointing, find_kept_operators
 from tests.model.tiny_decoders import LLAMA, built, loss_and_gradients, section
@@ -48,8 +49,8 @@ def test_selective_does_not_compute_attention_again(mode: str, times: int, monke
 def test_selective_keeps_matrix_products_and_attention():
     kept = find_kept_operators(SDPA_KERNEL)
     aten = torch.ops.aten
-    assert {aten.mm.default, aten.addmm.default, BLOCKED_ATTENTION} < set(kept)
-    assert len(kept) == 7
+    assert {aten.mm.default, aten.addmm.default, BLOCKED_ATTENTION, JOINT_LINEAR} < set(kept)
+    assert len(kept) == 8
     assert aten.silu.default not in kept
     assert aten.mul.Tensor not in kept
 

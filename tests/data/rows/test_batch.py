@@ -51,7 +51,11 @@ def test_one_pinned_contiguous_int32_tensor_crosses(document_mask: bool, monkeyp
         assert pinned.nbytes == 2 * (T + 1) * 4
     for batch, tensors in zip(there, expected, strict=True):
         for ours, want in zip((batch.ids_BT, batch.labels_BT, batch.positions_BT), tensors, strict=True):
-            assert (ours is None and want is None) or torch.equal(ours, want)
+            if want is None:
+                assert ours is None
+            else:
+                assert ours is not None
+                assert torch.equal(ours, want)
 
 
 def test_a_view_with_gaps_is_no_batch() -> None:
