@@ -198,8 +198,8 @@ def try_flash_attention(
         ours = _gradients(_run_trial(flash, q, k, v, lengths), (q, k, v))
     except Exception as error:  # a compiler's, a launch's: what a kernel that does not fit raises is not known
         return f"fails here: {type(error).__name__}: {first_line(error)}"
-    wide = [x.detach().float().requires_grad_() for x in (q, k, v)]
-    reference = _gradients(_define_attention(*wide, lengths), tuple(wide))
+    q32, k32, v32 = (x.detach().float().requires_grad_() for x in (q, k, v))
+    reference = _gradients(_define_attention(q32, k32, v32, lengths), (q32, k32, v32))
     errors = [(x.float() - y).norm() / y.norm() for x, y in zip(ours, reference, strict=True)]
     worst = float(torch.stack(errors).max())
     return None if worst <= MAX_TRIAL_ERROR else f"it is off by {worst:.1%} here"
@@ -232,8 +232,8 @@ def _define_attention(q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, lengths: tupl
     parts = []
     for q, k, v in zip(q_NHE.split(lengths), k_NKE.split(lengths), v_NKE.split(lengths), strict=True):
         with sdpa_kernel(SDPBackend.MATH):
-            heads_first = (x[None].transpose(1, 2) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True)
+            q_HTE, k_KTE, v_KTE = (x[None].transpose(1, 2) for x in (q, k, v))
+            out = F.scaled_dot_product_attention(q_HTE, k_KTE, v_KTE, is_causal=True, enable_gqa=True)
         parts.append(out.transpose(1, 2)[0])
     return torch.cat(parts)
 

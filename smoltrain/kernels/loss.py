@@ -255,7 +255,7 @@ def _can_add_products_in_fp32(device_type: str) -> bool:
 
     Read in torch 2.11, the first with this overload that was seen to take an fp32 sum as its `input` (pytorch#167931).
     """
-    return device_type == "cuda" and torch.version.hip is None and torch.__version__ >= (2, 11)
+    return device_type == "cuda" and torch.version.hip is None and torch.__version__ >= "2.11"
 
 
 def _scale_gradient(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

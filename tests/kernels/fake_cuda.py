@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.function import BackwardCFunction
 from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from smoltrain.config.schema import ModelSection
 from smoltrain.kernels import loss as losses
@@ -67,7 +68,7 @@ class DeviceMix(TorchDispatchMode):
             self.counts[name] += 1
         assert "_local_scalar_dense" not in name, "the host waits for a number"
         out = func(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves((args, kwargs, out)):
+        for leaf in tree_leaves((args, kwargs, out)):
             if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
                 assert leaf.numel() <= 1, f"{name} touches {list(leaf.shape)} in host memory"
         return out

@@ -7,6 +7,7 @@ launches nothing, which shows that it takes our arguments, and that what it retu
 import importlib
 import os
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def compile_all() -> None:
         theirs = flash_attention_4._forward(*inputs)
         ours = operators.flash_attention_4(*inputs)
         assert describe(theirs) == describe(ours), f"{describe(theirs)}, not {describe(ours)}"
-        given = (torch.empty_like(ours[0]), q, k, v, *ours, starts, TOKENS)
+        given: Any = (torch.empty_like(ours[0]), q, k, v, *ours, starts, TOKENS)
         theirs = flash_attention_4._backward(*given)
         ours = operators.flash_attention_4_backward(*given)
         assert describe(theirs) == describe(ours), f"{describe(theirs)}, not {describe(ours)}"

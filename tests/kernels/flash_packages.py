@@ -91,8 +91,8 @@ def differentiate(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, starts: Tensor 
     """The gradients by their formulas, as inside of an operator torch records nothing: see cpu_attention.py."""
     if starts is not None:
         lengths = starts.diff().tolist()
-        documents = zip(*(x.split(lengths) for x in (q, k, v, dout)), strict=True)
-        parts = [differentiate(*(x[None] for x in document), None) for document in documents]
+        documents = zip(q.split(lengths), k.split(lengths), v.split(lengths), dout.split(lengths), strict=True)
+        parts = [differentiate(a[None], b[None], c[None], d[None], None) for a, b, c, d in documents]
         return [torch.cat([part[i][0] for part in parts]) for i in range(3)]
     groups = q.size(2) // k.size(2)
     q, dout = q.transpose(1, 2), dout.transpose(1, 2)

@@ -4,6 +4,7 @@ A program, started by test_without_a_gpu.py: `compile`, or `interpret` with TRIT
 truncates, so that there its numbers say nothing). It needs liger-kernel and triton, whose wheels bring `ptxas`.
 """
 
+import importlib
 import sys
 from typing import Any
 
@@ -32,13 +33,9 @@ SCALE_CONSTANTS: dict[str, Any] = {"BLOCK_SIZE": 1024, "X_col_stride": 1}
 
 def compile_all() -> None:
     """Both kernels of the loss, for each GPU. ptxas is what a GPU's driver would refuse code by."""
-    from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel
-    from liger_kernel.ops.utils import element_mul_kernel
-
-    kernels = (
-        (liger_cross_entropy_kernel, CROSS_ENTROPY, CROSS_ENTROPY_CONSTANTS),
-        (element_mul_kernel, SCALE, SCALE_CONSTANTS),
-    )
+    cross_entropy = importlib.import_module("liger_kernel.ops.cross_entropy").liger_cross_entropy_kernel
+    scale = importlib.import_module("liger_kernel.ops.utils").element_mul_kernel
+    kernels = ((cross_entropy, CROSS_ENTROPY, CROSS_ENTROPY_CONSTANTS), (scale, SCALE, SCALE_CONSTANTS))
     for capability in COMPUTE_CAPABILITIES:
         for kernel, types, constants in kernels:
             code = compile_kernel(kernel, types, constants, capability)
@@ -47,15 +44,14 @@ def compile_all() -> None:
 
 def compile_kernel(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> bytes:
     """Machine code for a GPU that is not here."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    triton = importlib.import_module("triton")
+    compiler = importlib.import_module("triton.compiler")
+    backends = importlib.import_module("triton.backends.compiler")
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     assert {name for name, kind in signature.items() if kind == "constexpr"} == set(constants), "another release"
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(kernel, signature, places)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 32})
+    source = compiler.ASTSource(kernel, signature, places)
+    compiled = triton.compile(source, target=backends.GPUTarget("cuda", capability, 32), options={"num_warps": 32})
     return compiled.asm["cubin"]
 
 

@@ -54,6 +54,7 @@ def test_selective_does_not_compute_it_again(mode: str, forwards: int, interface
     torch.testing.assert_close(ours, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_its_fake_tensors_have_the_shapes_and_strides_of_the_true_ones(interface: FakeInterface):
     del interface
     starts = torch.tensor([0, 2, 6], dtype=torch.int32)

@@ -327,9 +327,10 @@ def test_the_weights_gradient_is_added_up_by_the_product_itself(monkeypatch: pyt
     library = torch.library.Library("aten", "IMPL")
     library.impl("addmm.dtype_out", addmm, "CPU")
     monkeypatch.setattr(loss_module, "_can_add_products_in_fp32", lambda device_type: True)
-    inputs = [x.detach().bfloat16().requires_grad_() if x.is_floating_point() else x for x in case(40, [3])]
-    truth = learned(PLAIN_LOSS, *(x.detach().float().requires_grad_() if x.is_floating_point() else x for x in inputs))
-    ours = learned(FUSED, *inputs)
+    hidden, weight, labels = case(40, [3])
+    hidden, weight = hidden.detach().bfloat16(), weight.detach().bfloat16()
+    truth = learned(PLAIN_LOSS, hidden.float(), weight.float(), labels)
+    ours = learned(FUSED, hidden, weight, labels)
     library._destroy()
     assert calls == [torch.float32] * 3  # chunks of 14, as a number is half as wide as in fp32
     assert max(errors(ours, truth)) < 5e-3
