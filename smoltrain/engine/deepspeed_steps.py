@@ -91,18 +91,32 @@ class ZeroSteps(DeepSpeedSteps):
     def __init__(self, deepspeed_engine: Any, reason: str) -> None:
         """See DeepSpeedSteps."""
         super().__init__(deepspeed_engine, reason)
-        # In fp32 DeepSpeed would not ask `has_overflow`, on which `discard_gradients` depends; and in bf16 a config
+        optimizer = self._optimizer
+        self._discards = False
+        # In fp32 DeepSpeed would not ask `check_overflow`, on which `discard_gradients` depends; and in bf16 a config
         # file could switch the question off, so that a gradient that is not finite were applied.
-        self._optimizer.check_grad_overflow = True
+        optimizer.check_grad_overflow = True
+        # It looks at each tensor, several operations and a collective that the host waits for. In bf16 and fp32 the
+        # norm, which DeepSpeed's step takes next and looks at too, tells the same.
+        norm_tells = not deepspeed_engine.fp16_enabled() and optimizer.compute_grad_norm and not optimizer.cpu_offload
+        look_at_each_tensor = optimizer.check_overflow
+
+        def check_overflow(**options: Any) -> None:
+            if self._discards:
+                optimizer.overflow = True
+            elif not norm_tells:
+                look_at_each_tensor(**options)
+
+        optimizer.check_overflow = check_overflow
 
     def discard_gradients(self) -> None:
         """DeepSpeed's step of a gradient that overflows clears all that it has accumulated, and updates nothing."""
-        self._optimizer.has_overflow = lambda *_: True
+        self._discards = True
         self._optimizer._update_scale = lambda *_: None  # the loss scale of fp16 stays
         try:
             self._deepspeed.step()
         finally:
-            del self._optimizer.has_overflow
+            self._discards = False
             del self._optimizer._update_scale
 
 

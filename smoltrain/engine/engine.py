@@ -25,7 +25,13 @@ from smoltrain.engine.optimizer import (
     set_hyperparameters,
 )
 from smoltrain.engine.optimizer_kind import OptimizerKind
-from smoltrain.engine.reduction import GradientDtypes, choose_reduction, gradient_dtypes
+from smoltrain.engine.reduction import (
+    GradientDtypes,
+    ReductionChoice,
+    check_reduction,
+    choose_reduction,
+    gradient_dtypes,
+)
 from smoltrain.engine.shards import SHARDS_FOLDER, ShardCheckpointEngine
 from smoltrain.engine.step_method import StepMethod
 from smoltrain.errors import Problem, UserError
@@ -33,20 +39,19 @@ from smoltrain.kernels.precision import DTYPES
 
 
 def build_engine(
-    model: torch.nn.Module, config: Config, world: World, *, precision: str, accumulation: int, compiles: bool = False
-) -> "Engine":
+    model: torch.nn.Module, config: Config, world: World, *, precision: str, accumulation: int, compiles: bool = False,
+    reduction: ReductionChoice | None = None,
+) -> "Engine":  # fmt: skip
     """Hand the model to DeepSpeed with the recipe's optimizer and numbers. Collective.
 
-    `compiles`: whether torch.compile may be used. Errors: UserError where the DeepSpeed config contradicts
-    the recipe, and where engine.reduce_gradients=step is impossible.
+    `compiles`: whether torch.compile may be used. `reduction`: what the memory of the ranks' devices decides, the same
+    on every rank; None: choose_reduction without an estimate of it. Errors: UserError where the DeepSpeed config
+    contradicts the recipe, and where engine.reduce_gradients=step is impossible.
     """
     tree = fill_deepspeed_config(config, precision=precision, accumulation=accumulation, world_size=world.size)
     requested = config.engine.reduce_gradients
-    choice = choose_reduction(tree, device=world.device.type, requested=requested)
-    if requested == "step" and choice.reason:
-        what = "gradients cannot be reduced once per step"
-        want = "ZeRO-1 or 2 in fp32, ZeRO-2 in bf16, without offload; or auto"
-        raise UserError(Problem(what, saw=choice.reason, want=want, change="engine.reduce_gradients"))
+    check_reduction(tree, requested)
+    choice = reduction or choose_reduction(tree, device=world.device.type, requested=requested)
 
     model.to(world.device)
     kind = OPTIMIZERS[config.optimizer.kind]
@@ -62,10 +67,12 @@ def build_engine(
         bind_matrices(optimizer, deepspeed_engine, world)
 
     steps: StepMethod
-    if choice.reason is None:
+    if choice.once_per_step:
         assert isinstance(deepspeed_engine.optimizer, DeepSpeedZeroOptimizer)
         clip = config.optimizer.gradient_clipping
-        steps = OncePerStep(deepspeed_engine, kind, world, accumulation=accumulation, clip=clip, compiles=compiles)
+        steps = OncePerStep(
+            deepspeed_engine, kind, world, choice.reason, accumulation=accumulation, clip=clip, compiles=compiles
+        )
     else:
         steps = choose_deepspeed_steps(deepspeed_engine, choice.reason)
     return Engine(deepspeed_engine, steps, facts, gradient_dtypes(tree), world)

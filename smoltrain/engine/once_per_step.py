@@ -41,17 +41,19 @@ class OncePerStep:
     loss_scale = 1.0
 
     def __init__(
-        self, deepspeed_engine: Any, kind: OptimizerKind, world: World, *, accumulation: int, clip: float,
+        self, deepspeed_engine: Any, kind: OptimizerKind, world: World, reason: str, *, accumulation: int, clip: float,
         compiles: bool,
     ) -> None:  # fmt: skip
         """Takes gradients and update over from a DeepSpeedZeroOptimizer. Collective.
 
-        `clip`: the largest norm of a gradient, 0 for any. `compiles`: whether torch.compile may be used.
+        `reason`: why DeepSpeed does not reduce, for the console. `clip`: the largest norm of a gradient, 0 for any.
+        `compiles`: whether torch.compile may be used.
         """
         self._deepspeed = deepspeed_engine
         self._zero_optimizer = deepspeed_engine.optimizer
         self._kind = kind
         self._world = world
+        self._reason = reason
         self._clip = clip
         self._compiles = compiles
         self._weights: list[SharedTensor] = []  # by parameter group
@@ -73,7 +75,7 @@ class OncePerStep:
     @property
     def reduction(self) -> str:
         """See StepMethod."""
-        return f"once per step, {self._sums[0].how}"
+        return f"once per step, {self._sums[0].how} ({self._reason})"
 
     def _adopt_weights(self, group: int, theirs: torch.Tensor) -> None:
         """Let DeepSpeed keep the weights of a parameter group in our flat tensor."""

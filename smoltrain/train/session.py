@@ -262,7 +262,7 @@ def _build_engine(start: Start, settings: ResolvedSettings, loader: Loader, worl
     watchdog.mark("engine")
     return build_engine(
         model, config, world, precision=settings.precision, accumulation=loader.layout.accumulation,
-        compiles=settings.computing.compiles,
+        compiles=settings.computing.compiles, reduction=settings.reduction,
     )  # fmt: skip
 
 

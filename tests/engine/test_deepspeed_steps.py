@@ -169,6 +169,30 @@ def test_no_config_file_lets_a_bad_gradient_through(tmp_path: Path, ranks: Any) 
     assert ranks(1).run(skips_by_config, settings) == [False]
 
 
+def looks_at_each_tensor(settings: Config) -> int:
+    """How often DeepSpeed asks each gradient tensor whether it is finite, in a sound update and in a discard."""
+    engine = engine_of(settings)
+    looks = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(engine._deepspeed.optimizer), "_has_inf_or_nan", lambda *_: looks.append(1) or torch.zeros(1)
+        )
+        for step in (1, 2):
+            backward(engine, step)
+            if step == 1:
+                assert engine.update(lr=1e-2, weight_decay=0.1)
+            else:
+                engine.drop_gradients()
+    return len(looks)
+
+
+@pytest.mark.parametrize(("precision", "by"), [("bf16", "micro_batch"), ("fp32", "micro_batch"), ("fp16", "auto")])
+def test_the_norm_alone_tells_whether_a_gradient_is_finite(tmp_path: Path, ranks: Any, precision: str, by: str) -> None:
+    """Two operations a tensor less. In fp16 DeepSpeed looks for itself, as its loss scale depends on it."""
+    [num_looks] = ranks(1).run(looks_at_each_tensor, settings_of(tmp_path, 2, precision, by))
+    assert (num_looks > 0) == (precision == "fp16")
+
+
 def fp16_norm(settings: Config) -> tuple[float, float]:
     """(loss scale, the norm of a step's gradient)."""
     engine = engine_of(settings)

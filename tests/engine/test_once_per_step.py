@@ -86,7 +86,7 @@ def test_compiled_it_trains_as_deepspeed_does(tmp_path: Path, ranks: Any, precis
     ours = ranks(2).run(trained, settings_of(tmp_path, *options, "engine.reduce_gradients=step"), 12, True)
     expected: list[float] = []
     for (how, losses, weights), (other, expected, wanted) in zip(ours, theirs, strict=True):
-        assert how == "once per step, through shared memory"
+        assert how == "once per step, through shared memory (as engine.reduce_gradients asks)"
         assert other == "after each micro-batch, by DeepSpeed (as engine.reduce_gradients asks)"
         assert losses == pytest.approx(expected, rel=tolerance)
         for name, value in weights.items():
@@ -100,7 +100,7 @@ def test_a_lone_micro_batch_on_a_lone_rank_is_not_added_up(tmp_path: Path, ranks
     each, once = (settings_of(tmp_path, *options, f"engine.reduce_gradients={by}") for by in ("micro_batch", "step"))
     [(_, expected, wanted)] = ranks(1).run(trained, each, 12, False)
     [(how, losses, weights)] = ranks(1).run(trained, once, 12, False)
-    assert how == "once per step, no communication (one rank)"
+    assert how == "once per step, no communication (one rank) (as engine.reduce_gradients asks)"
     assert losses == pytest.approx(expected, rel=5e-4)
     for name, value in weights.items():
         torch.testing.assert_close(value.float(), wanted[name].float(), rtol=0, atol=0.025)
