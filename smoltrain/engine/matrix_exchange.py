@@ -159,8 +159,8 @@ class MatrixExchange:
 
 
 def _replace(matrices: list[Tensor], work: Work) -> None:
-    for matrix, result in zip(matrices, work(matrices), strict=True):
-        matrix.copy_(result)
+    if matrices:
+        torch._foreach_copy_(matrices, work(matrices))  # one kernel on a GPU, not one for each matrix
 
 
 def _elements(tensors: Sequence[Tensor], piece: ParameterSlice) -> Tensor:

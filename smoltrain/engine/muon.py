@@ -94,8 +94,7 @@ class MuonOptimizer(torch.optim.AdamW):
 
         def make_updates(matrices: list[Tensor]) -> list[Tensor]:
             results = orthogonalize(matrices, steps)
-            for result in results:
-                result.mul_(UPDATE_RMS * math.sqrt(max(result.shape)))
+            torch._foreach_mul_(results, [UPDATE_RMS * math.sqrt(max(result.shape)) for result in results])
             return results
 
         exchange = self._exchanges.get(weights[0])
