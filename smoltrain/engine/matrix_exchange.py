@@ -160,7 +160,8 @@ class MatrixExchange:
 
 def _replace(matrices: list[Tensor], work: Work) -> None:
     if matrices:
-        torch._foreach_copy_(matrices, work(matrices))  # one kernel on a GPU, not one for each matrix
+        # One kernel on a GPU, not one for each matrix.
+        torch._foreach_copy_(matrices, work(matrices))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _elements(tensors: Sequence[Tensor], piece: ParameterSlice) -> Tensor:

@@ -94,7 +94,8 @@ class MuonOptimizer(torch.optim.AdamW):
 
         def make_updates(matrices: list[Tensor]) -> list[Tensor]:
             results = orthogonalize(matrices, steps)
-            torch._foreach_mul_(results, [UPDATE_RMS * math.sqrt(max(result.shape)) for result in results])
+            scales = [UPDATE_RMS * math.sqrt(max(result.shape)) for result in results]
+            torch._foreach_mul_(results, scales)  # pyright: ignore[reportPrivateImportUsage]
             return results
 
         exchange = self._exchanges.get(weights[0])
