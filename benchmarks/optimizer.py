@@ -182,9 +182,9 @@ def make_passes(device: torch.device) -> tuple[dict[str, Callable[[], object]], 
     adamw = adamw_step.compiled if compiles else adamw_step
     master, first, second, gradient = torch.rand(4, MEASURED_WEIGHTS, device=device).unbind()
     weights = master.bfloat16()
-    of_muon = torch.tensor((1.0, 0.05), device=device)  # the gradient's scale, 1 - momentum
-    of_apply = torch.tensor((0.999, 1e-3), device=device)  # 1 - decay, lr
-    of_adamw = torch.tensor((1.0, 0.999, 0.1, 0.95, 0.05, 1e-3, 1.0, 1e-8), device=device)  # as AdamW packs them
+    of_muon = torch.tensor((1.0, 1.0, 0.05), device=device)  # the gradient's scale, applied, 1 - momentum
+    of_apply = torch.tensor((1.0, 1.0, 0.999, 1e-3), device=device)  # and 1 - decay, lr
+    of_adamw = torch.tensor((1.0, 1.0, 0.999, 0.1, 0.95, 0.05, 1e-3, 1.0, 1e-8), device=device)  # as AdamW packs them
     return {
         MOMENTUM: lambda: blend(first, gradient, of_muon),
         APPLY: lambda: apply(master, weights, gradient, of_apply),

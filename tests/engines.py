@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from smoltrain.config.schema import Config
@@ -27,6 +28,24 @@ def loader_of(settings: Config, rank: int, size: int, accumulation: int = 2) -> 
 def fresh_model(settings: Config) -> Any:
     torch.manual_seed(settings.run.seed)
     return from_config(settings)
+
+
+def masked_engine(settings: Config, masked_by: str, patch: pytest.MonkeyPatch) -> Any:
+    """An engine whose update is masked by compiled loops (one pass), or by torch's fused AdamW as on a GPU (fused)."""
+    from smoltrain.engine.adamw import AdamW
+    from smoltrain.engine.engine import build_engine
+
+    def build_fused(_: Any, groups: Any, section: Any, device: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(groups, lr=0.0, betas=(section.beta1, section.beta2), eps=section.eps, fused=True)
+
+    if masked_by == "fused":
+        patch.setattr(AdamW, "build", build_fused)
+    precision = settings.engine.precision
+    compiles = masked_by == "one pass"
+    model = fresh_model(settings)
+    engine = build_engine(model, settings, world(), precision=precision, accumulation=2, compiles=compiles)
+    assert engine.decides_on_device
+    return engine
 
 
 # ---- the odd one
@@ -60,6 +79,16 @@ def settings_of(folder: Path, stage: int | str, precision: str, by: str = "auto"
     name = f"zero{stage}" if isinstance(stage, int) else stage
     words = (f"engine.ds_config={name}", f"engine.precision={precision}", f"engine.reduce_gradients={by}")
     return tiny.load(folder, *words, f"optimizer.kind={kind}", "batch.micro_batch=1", "track.gradients_every=0")
+
+
+def refuse(engine: Any) -> float:
+    """Have the engine discard the gradients of a step that is not allowed, as of a spike; their norm."""
+    squared_norm = world().gather_numbers(engine.reduce().view(1)).sum()
+    refused = torch.tensor(False)
+    outcome = engine.start_update(lr=1e-2, weight_decay=0.1, squared_norm=squared_norm, is_allowed=refused)
+    assert not outcome.applied
+    engine.finish_update(False, float(outcome.gradient_norm))
+    return float(outcome.gradient_norm)
 
 
 def engine_of(settings: Config, seed: int) -> Any:

@@ -26,6 +26,9 @@ class Marks:
     def __init__(self) -> None:
         self.places: list[str] = []
 
+    def begin_step(self, step: int) -> None:
+        pass
+
     def mark(self, place: str) -> None:
         self.places.append(place)
 
@@ -46,7 +49,7 @@ class Stop:
 
 def bare_session(
     config: Config, engine: Any, loader: Any, *, guard: Any = None, stop: Callable[[], bool] = lambda: False,
-    journal: Path | None = None,
+    journal: Path | None = None, reads_late: bool = False,
 ) -> Any:  # fmt: skip
     """The session of the rank that asks: it trains, evaluates and samples, and writes nothing down."""
     from smoltrain.train.session import Session
@@ -57,12 +60,12 @@ def bare_session(
         start=nothing, config=config, world=world(), stop=cast(Any, Stop(stop)), plan=Plan(config.phases),
         watchdog=cast(Any, Marks()), loader=loader, engine=engine,
         guard=guard or SpikeGuard(SpikesSection(), world(), journal), tracker=cast(Any, SilentTracker()), saver=nothing,
-        ledger=None, folder=nothing, precision="",
+        ledger=None, folder=nothing, precision="", reads_late=reads_late,
     )  # fmt: skip
 
 
 def train_steps(steps: range, session: Any) -> list[Any]:
-    """The results of these steps."""
-    from smoltrain.train.step import train_step
+    """The results of these steps, of which none but the last is awaited."""
+    from smoltrain.train import step
 
-    return [train_step(step, session) for step in steps]
+    return [result for _, result in step.train_steps(steps, session, lambda _: False)]

@@ -76,6 +76,8 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         "abstract; its classes are tested",
         "tests/model/test_decoder.py, tests/model/test_transformers_model.py",
     ),
+    "smoltrain.train.bad_steps": ("what a step does then", "tests/train/test_step.py, tests/train/test_spikes.py"),
+    "smoltrain.train.step_result": ("what a step returns", "tests/train/test_step.py, tests/train/test_spikes.py"),
     "smoltrain.train.backstop": ("a process beside the watchdog", "tests/train/test_watchdog.py"),
 }
 # Test files below a room that are about more than one module -> what they are about.

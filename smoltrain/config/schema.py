@@ -467,7 +467,8 @@ class EngineSection(Section):
     reduce_gradients: Literal["auto", "step", "micro_batch"] = Field(
         default="auto",
         description="when gradients are summed over the ranks under ZeRO-1 and 2: once per step, with fp32 sums of "
-        "all of them on each rank, or after each micro-batch, by DeepSpeed; auto: step on a CPU",
+        "all of them on each rank, or after each micro-batch, by DeepSpeed; auto: step, but not on a GPU whose memory "
+        "is estimated to have no room for the sums",
     )
     loss: Literal["auto", "fused", "plain"] = Field(
         default="auto",

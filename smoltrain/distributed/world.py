@@ -1,7 +1,8 @@
 """The world of data-parallel ranks: who am I, all-reduces and gathers of host numbers, work of rank 0.
 
 The only importer of torch.distributed. Plain numbers go over gloo on the host, so that counting never waits for a GPU;
-reduce-scatter, all-gather and all-to-all of tensors take the default group, which is NCCL on GPUs.
+reduce-scatter, all-gather and all-to-all of tensors take the default group, which is NCCL on GPUs, and so do numbers
+that a GPU has made and needs (gather_numbers).
 """
 
 import contextlib
@@ -70,12 +71,16 @@ class World:
         """The largest of each value over the ranks."""
         return self._all_reduce(values, torch.float64, torch_dist.ReduceOp.MAX)
 
-    def gather_floats(self, *values: float) -> list[tuple[float, ...]]:
-        """Every rank's values in fp64, in rank order, on every rank: one collective for sums, maxima and the rest."""
-        own = torch.tensor(values, dtype=torch.float64)
-        everyones = torch.empty(self.size * len(values), dtype=torch.float64)
-        _all_gather(everyones, own, group=self.group)
-        return [tuple(row) for row in everyones.view(self.size, len(values)).tolist()]
+    def gather_numbers(self, own: torch.Tensor) -> torch.Tensor:
+        """Every rank's numbers (n,), on every rank as (ranks, n): one collective for sums, maxima and the rest.
+
+        They are where the rank computes and stay there: no host waits for a GPU. Of the default group.
+        """
+        if self.size == 1:
+            return own.view(1, len(own))
+        everyones = own.new_empty(self.size * len(own))
+        _all_gather(everyones, own)
+        return everyones.view(self.size, len(own))
 
     def _all_reduce(self, values: tuple[Any, ...], dtype: torch.dtype, op: Any) -> list[Any]:
         tensor = torch.tensor(values, dtype=dtype)

@@ -10,6 +10,7 @@ import torch
 from smoltrain.config.schema import OptimizerSection
 from smoltrain.engine.optimizer_kind import OptimizerKind
 from smoltrain.kernels.compile import CompilableFunction
+from smoltrain.kernels.device_numbers import send_numbers
 
 
 class AdamW(OptimizerKind):
@@ -27,7 +28,7 @@ class AdamW(OptimizerKind):
 
     def update_in_one_pass(
         self, optimizer: torch.optim.Optimizer, group: Mapping[str, Any], master: torch.Tensor, weights: torch.Tensor,
-        gradient: torch.Tensor, scale: float,
+        gradient: torch.Tensor, verdict: torch.Tensor,
     ) -> None:  # fmt: skip
         """See OptimizerKind."""
         state = optimizer.state[master]
@@ -35,17 +36,27 @@ class AdamW(OptimizerKind):
             state["step"] = torch.zeros(())
             state["exp_avg"] = torch.zeros_like(master)
             state["exp_avg_sq"] = torch.zeros_like(master)
-        state["step"] += 1
-        step = float(state["step"])
+        state["step"] = state["step"].cpu()  # where the host reads it; on a GPU if torch's fused step began this run
+        step = float(state["step"].numpy()) + 1
         lr = group["lr"]
         beta1, beta2 = group["betas"]
         numbers = (
-            scale, 1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step),
+            1 - lr * group["weight_decay"], 1 - beta1, beta2, 1 - beta2, lr / (1 - beta1**step),
             math.sqrt(1 - beta2**step), group["eps"],
         )  # fmt: skip
         # A tensor, as each new Python number would be compiled anew.
-        scalars = torch.tensor(numbers, dtype=torch.float32, device=master.device)
+        scalars = torch.cat((verdict, send_numbers(numbers, master.device)))
         adamw_step.compiled(master, state["exp_avg"], state["exp_avg_sq"], weights, gradient, scalars)
+
+    def finish_one_pass(self, optimizer: torch.optim.Optimizer, applied: bool) -> None:
+        """See OptimizerKind."""
+        for state in optimizer.state.values():
+            if applied and "step" in state:
+                state["step"] += 1
+
+    def masks_own_step(self, optimizer: torch.optim.Optimizer) -> bool:
+        """The fused one does, for torch.amp.GradScaler; the others refuse a `found_inf`."""
+        return bool(optimizer.defaults.get("fused"))
 
 
 @partial(CompilableFunction, any_length=True)
@@ -53,13 +64,15 @@ def adamw_step(
     master: torch.Tensor, first: torch.Tensor, second: torch.Tensor, weights: torch.Tensor, gradient: torch.Tensor,
     scalars: torch.Tensor,
 ) -> None:  # fmt: skip
-    """AdamW in place, operation by operation as torch's own; weights: the master's cast."""
-    scale, keep, rest1, beta2, rest2, step_size, root2, eps = scalars.unbind()
+    """AdamW in place, operation by operation as torch's own; weights: the master's cast. Nothing if `moves` is 0."""
+    scale, moves, keep, rest1, beta2, rest2, step_size, root2, eps = scalars.unbind()
+    is_applied = moves > 0
     g = gradient.float() * scale
     m = first + (g - first) * rest1
     v = second * beta2 + rest2 * g * g
     p = master * keep - step_size * m / (v.sqrt() / root2 + eps)
-    first.copy_(m)
-    second.copy_(v)
+    p = torch.where(is_applied, p, master)
+    first.copy_(torch.where(is_applied, m, first))
+    second.copy_(torch.where(is_applied, v, second))
     master.copy_(p)
     weights.copy_(p)

@@ -63,10 +63,11 @@ PRIVATE_NAMES = {
     # Steps that DeepSpeed takes.
     f"{_ENGINE}.is_gradient_accumulation_boundary": "micro_steps",
     f"{_ENGINE}.step": "micro_steps",
-    f"{_ZERO}.__init__": "check_grad_overflow optimizer bit16_groups bit16_groups_flat _grad_acc_hooks "
+    f"{_ZERO}.__init__": "check_grad_overflow compute_grad_norm cpu_offload overflow optimizer "
+    "bit16_groups bit16_groups_flat _grad_acc_hooks "
     "parallel_partitioned_bit16_groups single_partition_of_fp32_groups",
-    f"{_ZERO}.step": "check_grad_overflow check_overflow _update_scale",
-    f"{_ZERO}._check_overflow": "has_overflow",
+    f"{_ZERO}.step": "check_grad_overflow check_overflow compute_grad_norm scaled_global_norm is_invalid_grad_norm "
+    "overflow _update_scale",
     f"{_ZERO3}.__init__": "optimizer fp32_partitioned_groups_flat sub_group_to_group_id",
     _ZERO3: "has_overflow _overflow_clean_up",
     # Where the masters lie, for Muon.
@@ -74,8 +75,8 @@ PRIVATE_NAMES = {
     "deepspeed.runtime.zero.partition_parameters:Init._partition_numel": "ds_tensor",
     # Steps that OncePerStep takes.
     f"{_ZERO}.create_gradient_handling_hooks": "_grad_acc_hooks",
-    _ZERO: "_optimizer_step _update_model_bit16_weights _lazy_init_hp_params_optimizer_state has_overflow "
-    "_update_scale update_lp_params",
+    _ZERO: "_optimizer_step _update_model_bit16_weights _lazy_init_hp_params_optimizer_state "
+    "check_overflow _update_scale update_lp_params",
     "deepspeed.utils.mixed_precision_linkage:link_hp_params": "_hp_mapping",
     f"{_FRAGMENT}:tensor_fragment": "lp_fragment lp_fragment_address",
     f"{_FRAGMENT}:fragment_address": "start numel",

@@ -14,11 +14,13 @@ import torch
 
 from smoltrain.data.rows.batch import Batch
 from smoltrain.engine.deepspeed_private import DeepSpeedZeroOptimizer, safe_get_full_grad
-from smoltrain.engine.step_method import SKIPPED, StepOutcome
+from smoltrain.engine.step_method import StepOutcome
 
 
 class DeepSpeedSteps:
     """A StepMethod, as it stands for BF16_Optimizer, and the base of the others."""
+
+    decides_on_device = False  # DeepSpeed asks the device for the norm, and the host goes by it
 
     def __init__(self, deepspeed_engine: Any, reason: str) -> None:
         """`reason`: why DeepSpeed reduces, and not OncePerStep."""
@@ -50,17 +52,28 @@ class DeepSpeedSteps:
             if gradient is not None:
                 yield name, gradient.detach().float()
 
-    def reduce(self) -> float:
+    def reduce(self) -> torch.Tensor:
         """Nothing to do: DeepSpeed has reduced in `backward`, and takes the norm in `update`."""
-        return 0.0
+        return torch.zeros((), dtype=torch.float64, device=self._deepspeed.device)
 
-    def update(self, squared_norm: float | None = None) -> StepOutcome:  # noqa: ARG002
+    def update(self, squared_norm: torch.Tensor, is_allowed: torch.Tensor | None = None) -> StepOutcome:  # noqa: ARG002
         """See StepMethod."""
+        if is_allowed is not None and not is_allowed:
+            squares = [float(gradient.double().square().sum()) for _, gradient in self.whole_gradients()]
+            norm = math.sqrt(sum(squares)) / self.loss_scale
+            self._discard_gradients()
+            return StepOutcome.on_host(False, norm)
+        return self._take_step()
+
+    def _take_step(self) -> StepOutcome:
         self._deepspeed.step()
-        return StepOutcome(self._deepspeed.was_step_applied(), float(self._deepspeed.get_global_grad_norm()))
+        return StepOutcome.on_host(self._deepspeed.was_step_applied(), float(self._deepspeed.get_global_grad_norm()))
 
-    def discard_gradients(self) -> None:
-        """See StepMethod."""
+    def finish_update(self, applied: bool) -> None:
+        """Nothing to do: DeepSpeed counts for itself."""
+
+    def _discard_gradients(self) -> None:
+        """Forget what was accumulated, as if it had not been: no weight moves, and no loss scale."""
         self._optimizer.zero_grad()
         self._deepspeed.micro_steps += 1  # by which DeepSpeed knows the boundary of the next step
 
@@ -72,17 +85,17 @@ class PlainSteps(DeepSpeedSteps):
         """Here DeepSpeed 0.19.8 divides by the loss scale of fp16, and does not multiply by it: `scale_if_loss`."""
         super().backward(loss * self.loss_scale)
 
-    def update(self, squared_norm: float | None = None) -> StepOutcome:  # noqa: ARG002
+    def _take_step(self) -> StepOutcome:
         """The norm comes from the gradients themselves: here DeepSpeed has none to give unless it clips."""
         # In fp16 a norm that is multiplied by the loss scale is soon above 65504.
         gradients = [p.grad.float() for p in self._deepspeed.module.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients)) / self.loss_scale
         # In fp16 DeepSpeed skips by itself, and must, as it lowers the loss scale then.
         if not self._deepspeed.fp16_enabled() and not math.isfinite(norm):
-            self.discard_gradients()
-            return SKIPPED
+            self._discard_gradients()
+            return StepOutcome.on_host(False, norm)
         self._deepspeed.step()
-        return StepOutcome(self._deepspeed.was_step_applied(), norm)
+        return StepOutcome.on_host(self._deepspeed.was_step_applied(), norm)
 
 
 class ZeroSteps(DeepSpeedSteps):
@@ -91,32 +104,46 @@ class ZeroSteps(DeepSpeedSteps):
     def __init__(self, deepspeed_engine: Any, reason: str) -> None:
         """See DeepSpeedSteps."""
         super().__init__(deepspeed_engine, reason)
-        # In fp32 DeepSpeed would not ask `has_overflow`, on which `discard_gradients` depends; and in bf16 a config
+        optimizer = self._optimizer
+        self._discards = False
+        # In fp32 DeepSpeed would not ask `check_overflow`, on which `_discard_gradients` depends; and in bf16 a config
         # file could switch the question off, so that a gradient that is not finite were applied.
-        self._optimizer.check_grad_overflow = True
+        optimizer.check_grad_overflow = True
+        # It looks at each tensor, several operations and a collective that the host waits for. In bf16 and fp32 the
+        # norm, which DeepSpeed's step takes next and looks at too, tells the same.
+        norm_tells = not deepspeed_engine.fp16_enabled() and optimizer.compute_grad_norm and not optimizer.cpu_offload
+        look_at_each_tensor = optimizer.check_overflow
 
-    def discard_gradients(self) -> None:
+        def check_overflow(**options: Any) -> None:
+            if self._discards:
+                optimizer.overflow = True
+            elif not norm_tells:
+                look_at_each_tensor(**options)
+
+        optimizer.check_overflow = check_overflow
+
+    def _discard_gradients(self) -> None:
         """DeepSpeed's step of a gradient that overflows clears all that it has accumulated, and updates nothing."""
-        self._optimizer.has_overflow = lambda *_: True
+        self._discards = True
         self._optimizer._update_scale = lambda *_: None  # the loss scale of fp16 stays
         try:
             self._deepspeed.step()
         finally:
-            del self._optimizer.has_overflow
+            self._discards = False
             del self._optimizer._update_scale
 
 
 class Zero3Steps(DeepSpeedSteps):
     """ZeRO-3: weights are partitioned too."""
 
-    def update(self, squared_norm: float | None = None) -> StepOutcome:
+    def _take_step(self) -> StepOutcome:
         """DeepSpeed asks for overflow in fp16 alone, so the question is asked here for the other precisions."""
         if not self._deepspeed.fp16_enabled() and self._optimizer.has_overflow():  # the same on every rank
-            self.discard_gradients()
-            return SKIPPED
-        return super().update(squared_norm)
+            self._discard_gradients()
+            return StepOutcome.on_host(False, math.inf)
+        return super()._take_step()
 
-    def discard_gradients(self) -> None:
+    def _discard_gradients(self) -> None:
         """What DeepSpeed does of its own when a gradient overflows."""
         self._optimizer._overflow_clean_up(self.loss_scale)
         self._deepspeed.micro_steps += 1

@@ -25,29 +25,34 @@ from smoltrain.engine.optimizer import (
     set_hyperparameters,
 )
 from smoltrain.engine.optimizer_kind import OptimizerKind
-from smoltrain.engine.reduction import GradientDtypes, choose_reduction, gradient_dtypes
+from smoltrain.engine.reduction import (
+    GradientDtypes,
+    ReductionChoice,
+    check_reduction,
+    choose_reduction,
+    gradient_dtypes,
+)
 from smoltrain.engine.shards import SHARDS_FOLDER, ShardCheckpointEngine
-from smoltrain.engine.step_method import StepMethod
+from smoltrain.engine.step_method import StepMethod, StepOutcome
 from smoltrain.errors import Problem, UserError
 from smoltrain.kernels.joint_linear import find_layers_apart
 from smoltrain.kernels.precision import DTYPES
 
 
 def build_engine(
-    model: torch.nn.Module, config: Config, world: World, *, precision: str, accumulation: int, compiles: bool = False
-) -> "Engine":
+    model: torch.nn.Module, config: Config, world: World, *, precision: str, accumulation: int, compiles: bool = False,
+    reduction: ReductionChoice | None = None,
+) -> "Engine":  # fmt: skip
     """Hand the model to DeepSpeed with the recipe's optimizer and numbers. Collective.
 
-    `compiles`: whether torch.compile may be used. Errors: UserError where the DeepSpeed config contradicts
-    the recipe, and where engine.reduce_gradients=step is impossible.
+    `compiles`: whether torch.compile may be used. `reduction`: what the memory of the ranks' devices decides, the same
+    on every rank; None: choose_reduction without an estimate of it. Errors: UserError where the DeepSpeed config
+    contradicts the recipe, and where engine.reduce_gradients=step is impossible.
     """
     tree = fill_deepspeed_config(config, precision=precision, accumulation=accumulation, world_size=world.size)
     requested = config.engine.reduce_gradients
-    choice = choose_reduction(tree, device=world.device.type, requested=requested)
-    if requested == "step" and choice.reason:
-        what = "gradients cannot be reduced once per step"
-        want = "ZeRO-1 or 2 in fp32, ZeRO-2 in bf16, without offload; or auto"
-        raise UserError(Problem(what, saw=choice.reason, want=want, change="engine.reduce_gradients"))
+    check_reduction(tree, requested)
+    choice = reduction or choose_reduction(tree, device=world.device.type, requested=requested)
 
     model.to(world.device)
     kind = OPTIMIZERS[config.optimizer.kind]
@@ -68,10 +73,12 @@ def build_engine(
         bind_matrices(optimizer, deepspeed_engine, world)
 
     steps: StepMethod
-    if choice.reason is None:
+    if choice.once_per_step:
         assert isinstance(deepspeed_engine.optimizer, DeepSpeedZeroOptimizer)
         clip = config.optimizer.gradient_clipping
-        steps = OncePerStep(deepspeed_engine, kind, world, accumulation=accumulation, clip=clip, compiles=compiles)
+        steps = OncePerStep(
+            deepspeed_engine, kind, world, choice.reason, accumulation=accumulation, clip=clip, compiles=compiles
+        )
     else:
         steps = choose_deepspeed_steps(deepspeed_engine, choice.reason)
     return Engine(deepspeed_engine, steps, facts, gradient_dtypes(tree), world)
@@ -104,6 +111,7 @@ class Engine:
     ) -> None:
         self._deepspeed = deepspeed_engine
         self._steps = steps
+        self._world = world
         self._shards = ShardCheckpointEngine(deepspeed_engine, world)
         self._norm_before_clipping = float("nan")
         self.reduction = steps.reduction
@@ -141,33 +149,48 @@ class Engine:
         for name, gradient in self._steps.whole_gradients():
             yield name, gradient / self.loss_scale
 
-    def reduce(self) -> float:
+    @property
+    def decides_on_device(self) -> bool:
+        """Whether `start_update` asks the device for nothing, so that the host may read its outcome later."""
+        return self._steps.decides_on_device
+
+    def reduce(self) -> torch.Tensor:
         """Reduce the gradients, after the last backward; the squared L2 norm of this rank's part of them. Collective.
 
-        For a loop that adds it up over the ranks together with other numbers, and gives the sum to
-        `update`. Where DeepSpeed reduces, this does nothing and returns 0.
+        An fp64 scalar on the device, for a loop that adds it up over the ranks together with other numbers, and gives
+        the sum to `start_update`. Where DeepSpeed reduces, this does nothing and returns 0.
         """
         return self._steps.reduce()
 
-    def update(self, *, lr: float, weight_decay: float, squared_norm: float | None = None) -> bool:
-        """Clip and update with these values; False if a non-finite gradient made every rank skip it. Collective.
+    def update(self, *, lr: float, weight_decay: float) -> bool:
+        """Clip and update with these values; False if a non-finite gradient made every rank skip it. Collective."""
+        squared_norm = self._world.gather_numbers(self.reduce().view(1)).sum()
+        outcome = self.start_update(lr=lr, weight_decay=weight_decay, squared_norm=squared_norm)
+        applied = bool(outcome.applied)
+        self.finish_update(applied, float(outcome.gradient_norm))
+        return applied
 
-        `squared_norm`: what `reduce` returned, summed over the ranks; None: it is summed here.
+    def start_update(
+        self, *, lr: float, weight_decay: float, squared_norm: torch.Tensor, is_allowed: torch.Tensor | None = None
+    ) -> StepOutcome:
+        """As `update`, but nothing moves where a bool scalar, `is_allowed`, is False. Collective.
+
+        `squared_norm`: what `reduce` returned, summed over the ranks. The gradients are gone afterwards. To be followed
+        by `finish_update`, when the host has read the outcome and before anything else is asked of the engine but the
+        gradients of the next step.
         """
         set_hyperparameters(self._deepspeed.optimizer.param_groups, lr=lr, weight_decay=weight_decay)
-        outcome = self._steps.update(squared_norm)
-        self._norm_before_clipping = outcome.gradient_norm
-        return outcome.applied
+        return self._steps.update(squared_norm, is_allowed)
+
+    def finish_update(self, applied: bool, gradient_norm: float) -> None:
+        """What the host has read of the last update."""
+        self._steps.finish_update(applied)
+        self._norm_before_clipping = gradient_norm if applied else float("inf")
 
     @property
     def grad_norm_before_clipping(self) -> float:
-        """Global L2 norm of the gradient of the last `update`; inf if it was skipped."""
+        """Global L2 norm of the gradient of the last update; inf if it was skipped."""
         return self._norm_before_clipping
-
-    def drop_gradients(self) -> None:
-        """Forget what `backward` accumulated, as if it had not been: no weight moves, and no loss scale."""
-        self._steps.discard_gradients()
-        self._norm_before_clipping = float("inf")
 
     def reset_optimizer(self) -> None:
         """Zero the optimizer's state, as if training began with these weights."""

@@ -159,8 +159,9 @@ class MatrixExchange:
 
 
 def _replace(matrices: list[Tensor], work: Work) -> None:
-    for matrix, result in zip(matrices, work(matrices), strict=True):
-        matrix.copy_(result)
+    if matrices:
+        # One kernel on a GPU, not one for each matrix.
+        torch._foreach_copy_(matrices, work(matrices))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _elements(tensors: Sequence[Tensor], piece: ParameterSlice) -> Tensor:

@@ -23,6 +23,7 @@ from smoltrain.engine.matrix_exchange import MatrixExchange, MatrixPlan, plan_ma
 from smoltrain.engine.reshard import ParameterSlice
 from smoltrain.errors import Problem, UserError
 from smoltrain.kernels.compile import CompilableFunction
+from smoltrain.kernels.device_numbers import send_numbers
 from smoltrain.kernels.newton_schulz import newton_schulz_flops, orthogonalize
 
 UPDATE_RMS = 0.2  # Liu et al. 2025, section 2.2
@@ -93,8 +94,8 @@ class MuonOptimizer(torch.optim.AdamW):
 
         def make_updates(matrices: list[Tensor]) -> list[Tensor]:
             results = orthogonalize(matrices, steps)
-            for result in results:
-                result.mul_(UPDATE_RMS * math.sqrt(max(result.shape)))
+            scales = [UPDATE_RMS * math.sqrt(max(result.shape)) for result in results]
+            torch._foreach_mul_(results, scales)  # pyright: ignore[reportPrivateImportUsage]
             return results
 
         exchange = self._exchanges.get(weights[0])
@@ -147,37 +148,40 @@ class Muon(AdamW):
 
     def update_in_one_pass(
         self, optimizer: torch.optim.Optimizer, group: Mapping[str, Any], master: Tensor, weights: Tensor,
-        gradient: Tensor, scale: float,
+        gradient: Tensor, verdict: Tensor,
     ) -> None:  # fmt: skip
         """Of a hidden group one pass before the orthogonalisation, and one after it. See OptimizerKind."""
         if not group["hidden"]:
-            super().update_in_one_pass(optimizer, group, master, weights, gradient, scale)
+            super().update_in_one_pass(optimizer, group, master, weights, gradient, verdict)
             return
         assert isinstance(optimizer, MuonOptimizer)
         update = gradient.float()  # which is the gradient itself, if it is in fp32
-        momentum = group["momentum"]
-        numbers = torch.tensor((scale, 1 - momentum), dtype=torch.float32, device=master.device)
+        numbers = torch.cat((verdict, send_numbers((1 - group["momentum"],), master.device)))
         blend_momentum.compiled(optimizer.momentum_buffer(master), update, numbers)
         optimizer.orthogonalize_updates(group, [master], [update])
         lr = group["lr"]
-        numbers = torch.tensor((1 - lr * group["weight_decay"], lr), dtype=torch.float32, device=master.device)
+        numbers = torch.cat((verdict, send_numbers((1 - lr * group["weight_decay"], lr), master.device)))
         apply_update.compiled(master, weights, update, numbers)
+
+    def masks_own_step(self, optimizer: torch.optim.Optimizer) -> bool:  # noqa: ARG002
+        """Only AdamW's part could."""
+        return False
 
 
 @functools.partial(CompilableFunction, any_length=True)
 def blend_momentum(buffer: Tensor, update: Tensor, numbers: Tensor) -> None:
-    """`update` is the gradient before, and its blend with the momentum (Nesterov's) after."""
-    scale, rest = numbers.unbind()
+    """`update` is the gradient before, and its blend with the momentum (Nesterov's) after. See OptimizerKind."""
+    scale, moves, rest = numbers.unbind()
     g = update * scale
     m = buffer + (g - buffer) * rest
-    buffer.copy_(m)
+    buffer.copy_(torch.where(moves > 0, m, buffer))
     update.copy_(m - (m - g) * rest)
 
 
 @functools.partial(CompilableFunction, any_length=True)
 def apply_update(master: Tensor, weights: Tensor, update: Tensor, numbers: Tensor) -> None:
-    """Decay, move, and cast to the weights."""
-    keep, lr = numbers.unbind()
-    p = master * keep - lr * update
+    """Decay, move, and cast to the weights. See OptimizerKind."""
+    _, moves, keep, lr = numbers.unbind()
+    p = torch.where(moves > 0, master * keep - lr * update, master)
     master.copy_(p)
     weights.copy_(p)

@@ -25,7 +25,7 @@ from smoltrain.engine.optimizer import clipping_factor
 from smoltrain.engine.optimizer_kind import OptimizerKind
 from smoltrain.engine.reduction import gradient_sum_dtype
 from smoltrain.engine.shared_tensor import SharedTensor
-from smoltrain.engine.step_method import SKIPPED, StepOutcome
+from smoltrain.engine.step_method import StepOutcome
 from smoltrain.kernels.compile import CompilableFunction
 from smoltrain.kernels.fp32_sums import accumulate_fp32
 
@@ -41,19 +41,23 @@ class OncePerStep:
     loss_scale = 1.0
 
     def __init__(
-        self, deepspeed_engine: Any, kind: OptimizerKind, world: World, *, accumulation: int, clip: float,
+        self, deepspeed_engine: Any, kind: OptimizerKind, world: World, reason: str, *, accumulation: int, clip: float,
         compiles: bool,
     ) -> None:  # fmt: skip
         """Takes gradients and update over from a DeepSpeedZeroOptimizer. Collective.
 
-        `clip`: the largest norm of a gradient, 0 for any. `compiles`: whether torch.compile may be used.
+        `reason`: why DeepSpeed does not reduce, for the console. `clip`: the largest norm of a gradient, 0 for any.
+        `compiles`: whether torch.compile may be used.
         """
         self._deepspeed = deepspeed_engine
         self._zero_optimizer = deepspeed_engine.optimizer
         self._kind = kind
         self._world = world
+        self._reason = reason
         self._clip = clip
         self._compiles = compiles
+        self._in_one_pass = compiles and kind.has_one_pass_update
+        self.decides_on_device = self._in_one_pass or kind.masks_own_step(self._zero_optimizer.optimizer)
         self._weights: list[SharedTensor] = []  # by parameter group
         self._sums: list[SharedTensor] = []
         self._sum_of: dict[torch.Tensor, torch.Tensor] = {}  # parameter -> its view of the sums
@@ -73,7 +77,7 @@ class OncePerStep:
     @property
     def reduction(self) -> str:
         """See StepMethod."""
-        return f"once per step, {self._sums[0].how}"
+        return f"once per step, {self._sums[0].how} ({self._reason})"
 
     def _adopt_weights(self, group: int, theirs: torch.Tensor) -> None:
         """Let DeepSpeed keep the weights of a parameter group in our flat tensor."""
@@ -134,53 +138,71 @@ class OncePerStep:
             self._own_gradients = [sums.reduce_scatter() for sums in self._sums]
         return self._own_gradients
 
-    def reduce(self) -> float:
+    def reduce(self) -> torch.Tensor:
         """See StepMethod."""
         squared_norm = _sum_of_squares.compiled if self._compiles else _sum_of_squares_eager
         parts = [squared_norm(part).double() for part in self._reduce_scatter()]
-        return float(torch.stack(parts).sum())
+        return torch.stack(parts).sum()
 
     @torch.no_grad()
-    def update(self, squared_norm: float | None = None) -> StepOutcome:
+    def update(self, squared_norm: torch.Tensor, is_allowed: torch.Tensor | None = None) -> StepOutcome:
         """See StepMethod."""
-        if squared_norm is None:
-            [squared_norm] = self._world.sum_floats(self.reduce())
-        norm = math.sqrt(squared_norm)
-        if not math.isfinite(norm):
-            self.discard_gradients()
-            return SKIPPED
-        scale = clipping_factor(norm, self._clip)
-        in_one_pass = self._compiles and self._kind.has_one_pass_update
+        norm = squared_norm.sqrt()
+        moves = norm < math.inf  # neither inf nor nan
+        if is_allowed is not None:
+            moves = moves & is_allowed
+        outcome = StepOutcome(moves, norm)
+        if not self.decides_on_device and not moves:
+            self._discard_gradients()
+            return outcome
+        verdict = torch.stack((clipping_factor(norm, self._clip), moves.double())).float()
         for group, gradient in enumerate(self._reduce_scatter()):
             flat = self._weights[group]
             weights = flat.own[flat.part]
-            if in_one_pass:
-                self._update_in_one_pass(group, weights, gradient, scale)
+            if self._in_one_pass:
+                self._update_in_one_pass(group, weights, gradient, verdict)
             else:
-                self._update_in_passes(group, weights, gradient, scale)
+                self._update_in_passes(group, weights, gradient, verdict)
             flat.all_gather()
         self._zero_optimizer._lazy_init_hp_params_optimizer_state()
-        self.discard_gradients()
-        self._deepspeed.global_steps += 1  # which DeepSpeed writes into its files
-        self._deepspeed.global_samples += self._deepspeed.train_batch_size()
-        return StepOutcome(applied=True, gradient_norm=norm)
+        self._discard_gradients()
+        return outcome
 
-    def _update_in_one_pass(self, group: int, weights: torch.Tensor, gradient: torch.Tensor, scale: float) -> None:
+    def finish_update(self, applied: bool) -> None:
+        """See StepMethod."""
+        if self._in_one_pass:
+            self._kind.finish_one_pass(self._zero_optimizer.optimizer, applied)
+        if applied:
+            self._deepspeed.global_steps += 1  # which DeepSpeed writes into its files
+            self._deepspeed.global_samples += self._deepspeed.train_batch_size()
+
+    def _update_in_one_pass(
+        self, group: int, weights: torch.Tensor, gradient: torch.Tensor, verdict: torch.Tensor
+    ) -> None:
         master = self._zero_optimizer.single_partition_of_fp32_groups[group]
         optimizer = self._zero_optimizer.optimizer
-        self._kind.update_in_one_pass(optimizer, optimizer.param_groups[group], master, weights, gradient, scale)
+        self._kind.update_in_one_pass(optimizer, optimizer.param_groups[group], master, weights, gradient, verdict)
 
-    def _update_in_passes(self, group: int, weights: torch.Tensor, gradient: torch.Tensor, scale: float) -> None:
+    def _update_in_passes(
+        self, group: int, weights: torch.Tensor, gradient: torch.Tensor, verdict: torch.Tensor
+    ) -> None:
         """Scale the gradient, torch's own step, and the cast: each a pass over memory."""
+        scale, moves = verdict.unbind()
         master = self._zero_optimizer.single_partition_of_fp32_groups[group]
+        optimizer = self._zero_optimizer.optimizer
         wide = gradient.float()
-        master.grad = wide.mul_(scale) if scale < 1 else wide
+        is_clipped = self._clip > 0 and (self.decides_on_device or bool(scale < 1))  # the host does not ask a GPU
+        master.grad = wide.mul_(scale) if is_clipped else wide
+        if self.decides_on_device:
+            optimizer.found_inf = 1 - moves
         self._zero_optimizer._optimizer_step(group)
+        if self.decides_on_device:
+            del optimizer.found_inf
         master.grad = None
         weights.copy_(master)
 
-    def discard_gradients(self) -> None:
-        """See StepMethod."""
+    def _discard_gradients(self) -> None:
+        """Forget what was accumulated, as if it had not been: no weight moves, and no loss scale."""
         self._with_gradient.clear()
         self._own_gradients = None
 
@@ -192,6 +214,8 @@ def _sum_of_squares(part: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_of_squares_eager(part: torch.Tensor) -> torch.Tensor:
-    """The same, in fp64 over chunks, without a whole copy in fp32."""
+    """The same; on a CPU in fp64 over chunks, without a whole copy in fp32. A GPU adds up as a tree, in one kernel."""
+    if part.device.type != "cpu":
+        return torch.linalg.vector_norm(part, dtype=torch.float32).double().square()
     norms = [torch.linalg.vector_norm(chunk.float()) for chunk in part.split(CHUNK)]
     return torch.stack(norms).double().square().sum()

@@ -36,11 +36,11 @@ def reset_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
             value.zero_()
 
 
-def clipping_factor(norm: float, largest_norm: float) -> float:
+def clipping_factor(norm: torch.Tensor, largest_norm: float) -> torch.Tensor:
     """What a gradient of this norm is multiplied by, so that it does not exceed `largest_norm`; 0 never clips."""
     if largest_norm == 0:
-        return 1.0
-    return min(1.0, largest_norm / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+        return torch.ones_like(norm)
+    return (largest_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
 
 
 def checkpoint_bytes(kind: OptimizerKind, num_hidden: int, num_other: int, weight_bytes: int) -> int:

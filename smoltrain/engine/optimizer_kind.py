@@ -55,14 +55,23 @@ class OptimizerKind(ABC):
 
     def update_in_one_pass(
         self, optimizer: torch.optim.Optimizer, group: Mapping[str, Any], master: torch.Tensor, weights: torch.Tensor,
-        gradient: torch.Tensor, scale: float,
+        gradient: torch.Tensor, verdict: torch.Tensor,
     ) -> None:  # fmt: skip
-        """Compiled loops: update fp32 `master` and its state by `gradient` x `scale`, cast the result to `weights`.
+        """Compiled loops: update fp32 `master` and its state by the scaled `gradient`, cast the result to `weights`.
 
-        All are flat and of one length; `gradient` may be overwritten. `group` is the parameter group, with lr
-        and weight_decay of this step; optimizer.state[master] is empty before the first update. Collective.
+        All are flat and of one length; `gradient` may be overwritten. `verdict`: two fp32 numbers on the device, of
+        which the host knows nothing: what the gradient is multiplied by, and 1, or 0 for an update after which
+        master, state and weights are bit for bit as before, whatever the gradient is. `group` is the parameter group,
+        with lr and weight_decay of this step; optimizer.state[master] is empty before the first update. Collective.
         """
         raise NotImplementedError
+
+    def finish_one_pass(self, optimizer: torch.optim.Optimizer, applied: bool) -> None:  # noqa: B027
+        """The host knows what became of the last update of all groups: counters in the state move now."""
+
+    def masks_own_step(self, optimizer: torch.optim.Optimizer) -> bool:  # noqa: ARG002
+        """Whether torch's own step leaves everything as it is where `optimizer.found_inf`, a tensor, is 1."""
+        return False
 
     def names_of_state(self, group: Mapping[str, Any]) -> tuple[str, ...]:
         """The elementwise tensors of a parameter group's state."""

@@ -1,6 +1,7 @@
 """When the gradients of a step are reduced: once per step by OncePerStep, or as DeepSpeed has it. The one rule for it.
 
-Pure functions of a filled DeepSpeed config, so that engine and estimates cannot disagree.
+Pure functions of a filled DeepSpeed config and of the memory of a rank's device, so that engine and estimates cannot
+disagree: the engine imports no estimate, and is told what one has found.
 """
 
 from collections.abc import Mapping
@@ -10,28 +11,60 @@ from typing import Any, NamedTuple
 import torch
 
 from smoltrain.engine.deepspeed_json import config_precision, offloads_optimizer, zero_stage
+from smoltrain.errors import Problem, UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryForSums:
+    """What a rank's device is estimated to need with the sums of OncePerStep and without, and what a run may fill."""
+
+    with_sums_bytes: float
+    without_bytes: float  # but with DeepSpeed's buckets, which a small model's sums are smaller than
+    usable_bytes: float
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether the sums fit, or at least need no more than what takes their place."""
+        return self.with_sums_bytes <= max(self.usable_bytes, self.without_bytes)
 
 
 @dataclass(frozen=True)
 class ReductionChoice:
-    """Whether gradients are reduced once per step by OncePerStep; if not, `reason` says why DeepSpeed does it."""
+    """Whether gradients are reduced once per step by OncePerStep, else by DeepSpeed; and why, for the console."""
 
     once_per_step: bool
-    reason: str | None = None
+    reason: str
 
 
-def choose_reduction(tree: Mapping[str, Any], *, device: str, requested: str) -> ReductionChoice:
+def choose_reduction(
+    tree: Mapping[str, Any], *, device: str, requested: str, memory: MemoryForSums | None = None
+) -> ReductionChoice:
     """The choice on this kind of device, for engine.reduce_gradients = `requested`: auto, step or micro_batch.
 
-    A `step` that is impossible is answered with the reason; who is about to train refuses it then.
+    `auto` is once per step on a CPU, and on a GPU whose `memory` has room for the sums; None: it was not estimated.
+    A `step` that is impossible is answered with the reason; check_reduction refuses it before a run trains.
     """
     if impossible := why_not_once_per_step(tree):
         return ReductionChoice(False, impossible)
-    if requested == "micro_batch":
-        return ReductionChoice(False, "as engine.reduce_gradients asks")
-    if requested == "auto" and device != "cpu":
-        return ReductionChoice(False, "auto, on a GPU")
-    return ReductionChoice(True)
+    if requested != "auto":
+        return ReductionChoice(requested == "step", "as engine.reduce_gradients asks")
+    if device == "cpu":
+        return ReductionChoice(True, "auto, on a CPU")
+    if memory is None:
+        return ReductionChoice(True, "auto, though whether the sums fit was not estimated")
+    sizes = f"{memory.with_sums_bytes / GIB:.2f} GiB with its sums of {memory.usable_bytes / GIB:.2f} GiB, as estimated"
+    return ReductionChoice(memory.is_enough, f"auto: {sizes}")
+
+
+def check_reduction(tree: Mapping[str, Any], requested: str) -> None:
+    """Errors: UserError where engine.reduce_gradients = `requested` is step, and that is impossible."""
+    impossible = why_not_once_per_step(tree)
+    if requested == "step" and impossible:
+        what = "gradients cannot be reduced once per step"
+        want = "ZeRO-1 or 2 in fp32, ZeRO-2 in bf16, without offload; or auto"
+        raise UserError(Problem(what, saw=impossible, want=want, change="engine.reduce_gradients"))
 
 
 def why_not_once_per_step(tree: Mapping[str, Any]) -> str | None:

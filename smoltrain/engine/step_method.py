@@ -3,29 +3,37 @@
 DeepSpeedSteps (deepspeed_steps.py) leaves both to DeepSpeed; OncePerStep (once_per_step.py) does both itself.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from smoltrain.data.rows.batch import Batch
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What became of a step."""
+    """What becomes of a step: scalars, which are on the device where the step `decides_on_device`."""
 
-    applied: bool  # False: the gradient was not finite, and every rank skipped the update
-    gradient_norm: float  # global L2 norm before clipping; inf where the update was skipped
+    applied: Tensor  # bool; False: it was not allowed, or the gradient is not finite, and no rank has moved a weight
+    gradient_norm: Tensor  # fp64, global L2 norm before clipping, finite or not
 
-
-SKIPPED = StepOutcome(applied=False, gradient_norm=math.inf)
+    @classmethod
+    def on_host(cls, applied: bool, gradient_norm: float) -> "StepOutcome":
+        """Of what DeepSpeed says in Python."""
+        return cls(torch.tensor(applied), torch.tensor(gradient_norm, dtype=torch.float64))
 
 
 class StepMethod(Protocol):
-    """From forward to update. `reduce` and `update` are collective, and so is running through `whole_gradients`."""
+    """From forward to update. `reduce` and `update` are collective, and so is running through `whole_gradients`.
+
+    Of each update the host is to call `finish_update`, when it knows the outcome.
+    """
+
+    decides_on_device: bool
+    """Whether `update` asks the device for nothing, so that the host may read its outcome later."""
 
     @property
     def reduction(self) -> str:
@@ -37,29 +45,29 @@ class StepMethod(Protocol):
         """The factor inside fp16 gradients; 1 in any other precision."""
         ...
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch) -> Tensor:
         """Sum of the token losses of a micro-batch that is on the device."""
         ...
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of `loss`, for a mean over the ranks."""
         ...
 
-    def whole_gradients(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def whole_gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, whole gradient before clipping, still scaled by `loss_scale`) of each parameter that has one."""
         ...
 
-    def reduce(self) -> float:
-        """Reduce the gradients; the squared L2 norm of this rank's part. 0 where `update` does both."""
+    def reduce(self) -> Tensor:
+        """Reduce the gradients; the squared L2 norm of this rank's part, fp64 scalar. 0 where `update` does both."""
         ...
 
-    def update(self, squared_norm: float | None = None) -> StepOutcome:
-        """Clip, and update the weights.
+    def update(self, squared_norm: Tensor, is_allowed: Tensor | None = None) -> StepOutcome:
+        """Clip, and update the weights if that `is_allowed` and the gradient is finite; the gradients are gone then.
 
-        `squared_norm`: the sum over the ranks of what `reduce` gave; None: it is added up here.
+        `squared_norm`: the sum over the ranks of what `reduce` gave. `is_allowed`: a bool scalar; None: it is.
         """
         ...
 
-    def discard_gradients(self) -> None:
-        """Forget what was accumulated, as if it had not been: no weight moves, and no loss scale."""
+    def finish_update(self, applied: bool) -> None:
+        """Count the last update, which was applied or was not."""
         ...

@@ -10,7 +10,7 @@ from smoltrain.distributed.cpu_cores import num_cores
 from smoltrain.errors import Problem, UserError
 from smoltrain.estimate.constants import EFFICIENCY, GIB
 from smoltrain.estimate.devices import find_device
-from smoltrain.estimate.fitting import fit_config_to_memory
+from smoltrain.estimate.fitting import build_fitted_setup, fit_config_to_memory
 from smoltrain.estimate.horizon import resolve_config
 from smoltrain.estimate.measure import measure_run
 from smoltrain.estimate.memory import estimate_memory
@@ -23,7 +23,6 @@ from smoltrain.estimate.report import (
     setup_summary,
     write_advice,
 )
-from smoltrain.estimate.training_setup import build_training_setup
 from smoltrain.terminal import open_console, print_text
 
 
@@ -39,7 +38,7 @@ def print_estimate(recipe: str, overrides: list[str], world: int, device: str, *
     config = resolve_config(config, config.batch.rows(world))
     spec = find_device(device, world)
     config = fit_config_to_memory(config, spec.memory, world, device=spec.kind)
-    estimate = Estimate(build_training_setup(config, world=world, device=spec.kind), spec)
+    estimate = Estimate(build_fitted_setup(config, spec.memory, world, device=spec.kind), spec)
     if measured:
         estimate = _correct_by_real_steps(estimate, recipe, overrides, console)
     alternatives = estimate_alternatives(estimate, config)
@@ -63,7 +62,7 @@ def _correct_by_real_steps(estimate: Estimate, recipe: str, overrides: list[str]
         config = load_config(recipe, overrides)
         config = resolve_config(config, config.batch.rows(ranks))
         config = fit_config_to_memory(config, device.memory, ranks, device=device.kind)
-        expected = Estimate(build_training_setup(config, world=ranks, device=device.kind), device)
+        expected = Estimate(build_fitted_setup(config, device.memory, ranks, device=device.kind), device)
     setup = replace(expected.setup, saves_midway=False)
     expected = replace(expected, setup=setup)
     as_estimated = [

@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Unpack
 
 from smoltrain.config.schema import Config
+from smoltrain.engine.reduction import MemoryForSums, ReductionChoice
 from smoltrain.estimate.constants import BUSY_TOKENS, SPARE_SHARE
 from smoltrain.estimate.memory import estimate_memory
 from smoltrain.estimate.training_setup import DeviceKind, Recompute, Resolved, TrainingSetup, build_training_setup
@@ -70,8 +71,28 @@ def choose_micro_batch(
 
 
 def fits_memory(setup: TrainingSetup, device_memory_bytes: float) -> bool:
-    """Whether the estimate leaves SPARE_SHARE free."""
-    return estimate_memory(setup).total <= device_memory_bytes * (1 - SPARE_SHARE)
+    """Whether the estimate leaves SPARE_SHARE free, with gradients reduced as they would be in this memory."""
+    settled = settle_reduction(setup, device_memory_bytes)
+    return estimate_memory(settled).total <= device_memory_bytes * (1 - SPARE_SHARE)
+
+
+def settle_reduction(setup: TrainingSetup, device_memory_bytes: float) -> TrainingSetup:
+    """The setup as a run would train it in this memory: once a step where its sums of gradients fit."""
+    choice = choose_reduction_by_memory(setup, device_memory_bytes)
+    return replace(setup, once_per_step=choice.once_per_step)
+
+
+def choose_reduction_by_memory(setup: TrainingSetup, device_memory_bytes: float) -> ReductionChoice:
+    """When gradients are reduced, and why: the rule of engine/reduction.py, with what is estimated of both ways."""
+    totals = [estimate_memory(replace(setup, once_per_step=once)).total for once in (True, False)]
+    return setup.choose_reduction(MemoryForSums(totals[0], totals[1], device_memory_bytes * (1 - SPARE_SHARE)))
+
+
+def build_fitted_setup(
+    config: Config, device_memory_bytes: float, world: int, *, device: DeviceKind, **resolved: Unpack[Resolved]
+) -> TrainingSetup:
+    """build_training_setup of a config that is fitted to this memory, with its reduction of gradients settled."""
+    return settle_reduction(build_training_setup(config, world=world, device=device, **resolved), device_memory_bytes)
 
 
 def list_recompute_modes(config: Config, setup: TrainingSetup) -> list[Recompute]:

@@ -11,7 +11,7 @@ from rich.table import Table
 from smoltrain.config.schema import Config
 from smoltrain.engine.optimizer import checkpoint_bytes
 from smoltrain.estimate.constants import GIB, SPARE_SHARE, DeviceSpec, EfficiencyRates
-from smoltrain.estimate.fitting import list_recompute_modes
+from smoltrain.estimate.fitting import list_recompute_modes, settle_reduction
 from smoltrain.estimate.horizon import count_epoch_tokens, format_count, read_index
 from smoltrain.estimate.memory import PART_LABELS, MemoryEstimate, estimate_memory
 from smoltrain.estimate.speed import SpeedEstimate, estimate_speed
@@ -58,9 +58,10 @@ def estimate_alternatives(estimate: Estimate, config: Config) -> Alternatives:
     for stage in ZERO_STAGES:
         if stage == 0 and estimate.setup.precision == "bf16":
             continue
-        at_stage = estimate.setup.with_zero_stage(stage, config.engine.reduce_gradients)
+        at_stage = estimate.setup.with_zero_stage(stage)
         for mode in list_recompute_modes(config, estimate.setup):
-            alternatives[stage, mode] = replace(estimate, setup=replace(at_stage, recompute=mode))
+            setup = settle_reduction(replace(at_stage, recompute=mode), estimate.device.memory)
+            alternatives[stage, mode] = replace(estimate, setup=setup)
     return alternatives
 
 

@@ -12,7 +12,7 @@ from smoltrain.engine.deepspeed_json import fill_deepspeed_config, with_zero_sta
 from smoltrain.engine.hidden_matrices import split_parameters
 from smoltrain.engine.optimizer import OPTIMIZERS
 from smoltrain.engine.optimizer_kind import OptimizerKind
-from smoltrain.engine.reduction import choose_reduction, gradient_sum_dtype
+from smoltrain.engine.reduction import MemoryForSums, ReductionChoice, choose_reduction, gradient_sum_dtype
 from smoltrain.errors import Problem, UserError
 from smoltrain.estimate.constants import DEFAULT_BUCKET_ELEMENTS
 from smoltrain.kernels.precision import DTYPES, choose_precision
@@ -78,6 +78,7 @@ class TrainingSetup:
     compiled_blocks: bool = False
     compiled_update: bool = True
     once_per_step: bool = True  # gradients are reduced once a step; else after each micro-batch
+    reduce_gradients: str = "auto"  # what of the two is asked for: auto, step or micro_batch
     saves_midway: bool = False  # checkpoints are written while training goes on
     optimizer: OptimizerKind = OPTIMIZERS["adamw"]
     newton_schulz_steps: int = 0  # by which hidden matrices are orthogonalised; 0: they are not
@@ -117,11 +118,14 @@ class TrainingSetup:
         zero = self.ds_config.get("zero_optimization", {})
         return int(zero.get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS))
 
-    def with_zero_stage(self, stage: int, reduce_gradients: str = "auto") -> "TrainingSetup":
+    def choose_reduction(self, memory: MemoryForSums | None = None) -> ReductionChoice:
+        """When its gradients are reduced, in such a memory; None: before that is looked at."""
+        return choose_reduction(self.ds_config, device=self.device, requested=self.reduce_gradients, memory=memory)
+
+    def with_zero_stage(self, stage: int) -> "TrainingSetup":
         """The same under another ZeRO stage; with engine.reduce_gradients as asked, where that stage can do it."""
-        ds_config = with_zero_stage(self.ds_config, stage)
-        reduction = choose_reduction(ds_config, device=self.device, requested=reduce_gradients)
-        return replace(self, stage=stage, once_per_step=reduction.once_per_step, ds_config=ds_config)
+        other = replace(self, stage=stage, ds_config=with_zero_stage(self.ds_config, stage))
+        return replace(other, once_per_step=other.choose_reduction().once_per_step)
 
     def with_micro_batch(self, micro_batch: int) -> "TrainingSetup | None":
         """The same rows per step in micro-batches of another size; None where that does not divide them."""
@@ -145,7 +149,8 @@ def build_training_setup(
     """The setup that `smoltrain train` would run on so many devices, elsewhere or here.
 
     On CUDA a flash kernel, Liger's loss and a compiler are taken to be installed. What is still `auto` counts as
-    micro-batches of one row, without recomputation.
+    micro-batches of one row, without recomputation, and with room for the sums of gradients (fitting.settle_reduction
+    looks whether there is).
     Errors: UserError where the rows per step do not divide among the ranks, or a kernel cannot run.
     """
     rows = resolved.get("rows_per_step") or config.batch.rows(world)
@@ -158,7 +163,7 @@ def build_training_setup(
     accumulation = rows // (micro_batch * world)
     precision = resolved.get("precision") or _assume_precision(config.engine.precision, device)
     ds_config = fill_deepspeed_config(config, precision=precision, accumulation=accumulation, world_size=world)
-    reduction = choose_reduction(ds_config, device=device, requested=config.engine.reduce_gradients)
+    requested = config.engine.reduce_gradients
     shape = model_shape(config.model)
     computing = resolved.get("computing")
     if computing is None:
@@ -174,7 +179,8 @@ def build_training_setup(
         attention=computing.attention.name if computing.attention else "sdpa", loss=computing.loss.name,
         compiled_blocks=computing.compiles and isinstance(config.model, ModelSection),
         compiled_update=computing.compiles,
-        once_per_step=reduction.once_per_step,
+        once_per_step=choose_reduction(ds_config, device=device, requested=requested).once_per_step,
+        reduce_gradients=requested,
         saves_midway=_saves_midway(config), optimizer=OPTIMIZERS[config.optimizer.kind],
         newton_schulz_steps=config.optimizer.newton_schulz_steps if config.optimizer.kind == "muon" else 0,
         ds_config=ds_config,

@@ -13,9 +13,8 @@ from smoltrain.data.documents.file_systems import url_protocol
 from smoltrain.errors import Problem, UserError, exception_message, format_value
 from smoltrain.estimate.constants import GIB, DeviceSpec
 from smoltrain.estimate.devices import find_device
-from smoltrain.estimate.fitting import fit_config_to_memory
+from smoltrain.estimate.fitting import build_fitted_setup, fit_config_to_memory
 from smoltrain.estimate.report import Estimate
-from smoltrain.estimate.training_setup import build_training_setup
 from smoltrain.new_recipe.hyperparameters import MAX_EPOCHS, optimal_num_tokens
 from smoltrain.new_recipe.plan import SEPARATOR, RecipePlan, RecipeWish, StudiedText, plan_recipe, study_text
 from smoltrain.new_recipe.quantities import abbreviate_count, format_ratio, parse_option_count, round_to_digits
@@ -179,7 +178,7 @@ def _plan_for_wish(wish: RecipeWish, text: StudiedText, spec: DeviceSpec) -> Rec
 def _estimate(config: Config, wish: RecipeWish, spec: DeviceSpec) -> Estimate:
     """Of the config on the devices that were wished for."""
     fitted = fit_config_to_memory(config, spec.memory, wish.world, device=spec.kind)
-    return Estimate(build_training_setup(fitted, world=wish.world, device=spec.kind), spec)
+    return Estimate(build_fitted_setup(fitted, spec.memory, wish.world, device=spec.kind), spec)
 
 
 def _load_text(recipe: str, wish: RecipeWish) -> Config:

@@ -9,14 +9,14 @@ from smoltrain.run.plots import draw_run
 from smoltrain.train.describe import describe_completion
 from smoltrain.train.garbage import collect_between_steps
 from smoltrain.train.session import Session
-from smoltrain.train.step import train_step
+from smoltrain.train.step import train_steps
 
 
 def run_loop(session: Session) -> int:
     """Train until the start's last step, or until a rank is to stop; returns the exit code. Collective.
 
     A stop is met at the beginning of the next step, before its rows are waited for, in the numbers that the ranks
-    exchange anyway. Errors: those of `train_step`, and of saving.
+    exchange anyway. Errors: those of `train_steps`, and of saving.
     """
     start = session.start
     plan = session.plan
@@ -29,9 +29,8 @@ def run_loop(session: Session) -> int:
         if not is_whole:
             return _leave(session, start.point.step)
     with collect_between_steps() as collect:
-        for step in range(start.point.step + 1, start.last_step + 1):
-            session.watchdog.begin_step(step)
-            result = train_step(step, session)
+        steps = range(start.point.step + 1, start.last_step + 1)
+        for step, result in train_steps(steps, session, session.is_anything_due):
             session.record_rows(result)
             if result.stopped:
                 session.save(step - 1)

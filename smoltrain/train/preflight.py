@@ -12,6 +12,7 @@ from smoltrain.data.tokens.check_fit import check_tokenizer_fits
 from smoltrain.data.tokens.prepared import PreparedData
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config
 from smoltrain.engine.optimizer import OPTIMIZERS
+from smoltrain.engine.reduction import check_reduction
 from smoltrain.estimate.horizon import count_epoch_tokens, format_count
 from smoltrain.model.build import build_model
 from smoltrain.run.run_folder import accumulation_steps
@@ -50,7 +51,8 @@ def check_start(config: Config, device: torch.device, num_ranks: int, rows_per_s
     config = cut_micro_batch(config, rows_per_step, num_ranks)
     accumulation = accumulation_steps(config, rows_per_step, num_ranks)
     chosen = choose_computing(config, device, rows_per_step)
-    fill_deepspeed_config(config, precision=chosen.precision, accumulation=accumulation, world_size=num_ranks)
+    tree = fill_deepspeed_config(config, precision=chosen.precision, accumulation=accumulation, world_size=num_ranks)
+    check_reduction(tree, config.engine.reduce_gradients)
 
 
 def describe_preflight(

@@ -1,4 +1,7 @@
-"""Resolve every `auto` in the config for this machine, and say why: precision, kernels, compiling, micro-batch."""
+"""Resolve every `auto` in the config for this machine, and say why: precision, kernels, compiling, micro-batch.
+
+When gradients are reduced is decided here and printed with the engine's own line.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -6,10 +9,12 @@ import psutil
 import torch
 
 from smoltrain.config.load import cut_micro_batch
-from smoltrain.config.schema import Config
+from smoltrain.config.schema import Config, OwnModelSection
 from smoltrain.distributed.world import World
 from smoltrain.engine.optimizer import OPTIMIZERS
-from smoltrain.estimate.fitting import fit_config_to_memory
+from smoltrain.engine.reduction import ReductionChoice
+from smoltrain.estimate.fitting import choose_reduction_by_memory, fit_config_to_memory
+from smoltrain.estimate.training_setup import DeviceKind, build_training_setup
 from smoltrain.kernels.precision import choose_precision
 from smoltrain.model.build import build_model, count_parameters
 from smoltrain.model.choose_kernels import choose_kernels
@@ -30,6 +35,7 @@ class ResolvedSettings:
     computing: ComputeOptions
     num_parameters: int
     reasons: dict[str, str]
+    reduction: ReductionChoice | None = None  # of gradients; None: it does not depend on memory
 
 
 def choose_computing(
@@ -77,18 +83,35 @@ def resolve_auto_settings(config: Config, world: World, rows_per_step: int) -> R
         why["micro-batch"] = f"all that a rank has of a step; batch.micro_batch={asked_rows} would be more"
     reasons = chosen.reasons | {what: f"{value}, {why[what]}" for what, value in values.items()}
     computing = replace(chosen.computing, gradient_checkpointing=recompute)
-    return replace(chosen, config=config, computing=computing, reasons=reasons)
+    settled = replace(chosen, config=config, computing=computing, reasons=reasons)
+    asks_memory = world.device.type == "cuda" and config.engine.reduce_gradients == "auto"
+    if not asks_memory or isinstance(config.model, OwnModelSection):  # of whose inside nothing is known
+        return settled
+    reduction = world.run_on_first_rank(lambda: choose_run_reduction(settled, "cuda", world, rows_per_step))
+    return replace(settled, reduction=reduction)
 
 
 def _fit_to_memory(chosen: ResolvedSettings, world: World, rows_per_step: int) -> Config:
     """The config with what the estimator finds to fit the memory of a rank's device."""
-    if world.device.type == "cuda":
-        kind = "cuda"
-        memory_bytes = torch.cuda.get_device_properties(world.device).total_memory
-    else:
-        kind = "cpu"
-        memory_bytes = psutil.virtual_memory().total / world.local_size
     return fit_config_to_memory(
-        chosen.config, memory_bytes, world.size, device=kind, rows_per_step=rows_per_step, precision=chosen.precision,
-        computing=chosen.computing,
+        chosen.config, _find_memory_bytes(world), world.size, device="cuda" if world.device.type == "cuda" else "cpu",
+        rows_per_step=rows_per_step, precision=chosen.precision, computing=chosen.computing,
     )  # fmt: skip
+
+
+def choose_run_reduction(
+    settled: ResolvedSettings, device: DeviceKind, world: World, rows_per_step: int
+) -> ReductionChoice:
+    """When the gradients of this run are reduced, and why, for a config without any other `auto`."""
+    setup = build_training_setup(
+        settled.config, world=world.size, device=device, rows_per_step=rows_per_step, precision=settled.precision,
+        computing=settled.computing,
+    )  # fmt: skip
+    return choose_reduction_by_memory(setup, _find_memory_bytes(world))
+
+
+def _find_memory_bytes(world: World) -> float:
+    """Of a rank's device; ranks share that of a CPU's machine."""
+    if world.device.type == "cuda":
+        return torch.cuda.get_device_properties(world.device).total_memory
+    return psutil.virtual_memory().total / world.local_size

@@ -39,7 +39,7 @@ from smoltrain.train.resolve_auto import ResolvedSettings, resolve_auto_settings
 from smoltrain.train.sample import sample_prompts
 from smoltrain.train.spikes import Rewind, SpikeGuard
 from smoltrain.train.start import Start
-from smoltrain.train.step import StepResult
+from smoltrain.train.step_result import StepResult
 from smoltrain.train.watchdog import Watchdog
 
 RECENT_STEPS = 20  # at least, whose mean is compared with limits that are warned of
@@ -71,6 +71,13 @@ class Session:
     compiled_code: str | None = None  # what is compiled in the first step, in all that it depends on
     start_was_logged: bool = False  # how long this start took, which its first line tells
     callbacks: Sequence[StepCallback] = ()
+    reads_late: bool = False  # what became of an update: when the next step's passes are under way (step.py)
+
+    def is_anything_due(self, step: int) -> bool:
+        """Whether something looks at the state after this step, which must be settled then."""
+        config = self.config
+        every = (config.evaluate.every, config.sample.every, config.checkpoint.every, config.track.gradients_every)
+        return bool(self.callbacks) or self.plan.ends_phase(step) or any(self.plan.is_due(step, n) for n in every)
 
     def record(self, step: int, result: StepResult) -> None:
         """Write down what a step did: metrics, warnings, what the loader met."""
@@ -246,6 +253,7 @@ def open_session(
             saved_step=done,
             recent=deque(maxlen=max(RECENT_STEPS, config.track.print_every)), callbacks=callbacks,
             compiled_code=name_compiled_code(settings, loader, world) if settings.computing.compiles else None,
+            reads_late=world.device.type == "cuda" and engine.decides_on_device,
         )  # fmt: skip
 
 
@@ -262,7 +270,7 @@ def _build_engine(start: Start, settings: ResolvedSettings, loader: Loader, worl
     watchdog.mark("engine")
     return build_engine(
         model, config, world, precision=settings.precision, accumulation=loader.layout.accumulation,
-        compiles=settings.computing.compiles,
+        compiles=settings.computing.compiles, reduction=settings.reduction,
     )  # fmt: skip
 
 

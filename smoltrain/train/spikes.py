@@ -124,19 +124,29 @@ class SpikeGuard:
         """Whether the row at this position is one of those that a rewind left out."""
         return any(first <= position < last for first, last in self._skipped)
 
+    def largest_sound_loss(self) -> float:
+        """Nats per token; what is above it is a spike. inf where there is nothing to compare with."""
+        losses = self._compared_losses()
+        if not losses:
+            return math.inf
+        middle, deviation = _middle_and_deviation(losses)
+        return middle + self._section.deviations * deviation
+
     def find_spike_reason(self, loss: float) -> str | None:
         """Why this loss, nats per token over all ranks, is a spike; None if it is none."""
         if not math.isfinite(loss):
             return "it is not finite"
-        losses = [known for known, _ in self._history][-self._section.history :]
-        if not self._section.deviations or len(losses) < MIN_HISTORY:
+        if loss <= self.largest_sound_loss():
             return None
-        middle = median(losses)
-        deviation = SIGMA_PER_MAD * max(MIN_MAD, median(abs(known - middle) for known in losses))
-        if loss <= middle + self._section.deviations * deviation:
-            return None
+        losses = self._compared_losses()
+        middle, deviation = _middle_and_deviation(losses)
         far = (loss - middle) / deviation
         return f"it is {far:.1f} robust deviations above {middle:.4g}, the median of the last {len(losses)} steps"
+
+    def _compared_losses(self) -> list[float]:
+        """Those that a loss is compared with; [] where that is not asked for, or too few are known."""
+        losses = [known for known, _ in self._history][-self._section.history :]
+        return losses if self._section.deviations and len(losses) >= MIN_HISTORY else []
 
     def record_loss(self, loss: float, rows_consumed: int) -> None:
         """A step of this loss was applied, after which so many rows are consumed."""
@@ -234,6 +244,12 @@ class SpikeGuard:
                 raise TrainingStopped(f"{journal} cannot be written: {error}; the last checkpoint is intact") from None
 
         self._world.run_on_first_rank(append)
+
+
+def _middle_and_deviation(losses: list[float]) -> tuple[float, float]:
+    """The median, and the robust deviation: one outlier among the losses changes neither."""
+    middle = median(losses)
+    return middle, SIGMA_PER_MAD * max(MIN_MAD, median(abs(known - middle) for known in losses))
 
 
 def read_spikes(folder: Path) -> list[dict[str, Any]]:

@@ -11,9 +11,8 @@ from smoltrain.config.load import load_config
 from smoltrain.errors import DONE, FAULT, UserError
 from smoltrain.estimate.constants import GPU_OF_CUDA_NAME
 from smoltrain.estimate.devices import find_device
-from smoltrain.estimate.fitting import fit_config_to_memory
+from smoltrain.estimate.fitting import build_fitted_setup, fit_config_to_memory
 from smoltrain.estimate.report import Estimate
-from smoltrain.estimate.training_setup import build_training_setup
 from smoltrain.run.plots import draw_grid
 from smoltrain.run.screen import Screen
 from smoltrain.run.summary import format_seconds
@@ -99,7 +98,7 @@ def _estimate_time(left: Sequence[Trial], tuning: Tuning) -> str:
     for trial in left:
         if trial.point not in seconds_of:
             config = fit_config_to_memory(trial.config, device.memory, tuning.num_ranks, device=device.kind)
-            setup = build_training_setup(config, world=tuning.num_ranks, device=device.kind)
+            setup = build_fitted_setup(config, device.memory, tuning.num_ranks, device=device.kind)
             seconds_of[trial.point] = trial.steps * Estimate(setup, device).speed.step_s
     total_s = sum(seconds_of[trial.point] for trial in left)
     return f"about {format_seconds(total_s)} for the steps of {runs} on {ranks} (estimated), and the starts"

@@ -45,14 +45,16 @@ def test_floats_add_up_in_fp64_and_the_largest_is_found(ranks: Any) -> None:
     assert ranks(2).run(float_sums) == [([3.0, 2.0**-39, float("inf")], [-1.0, 1.0])] * 2
 
 
-def every_ranks_floats() -> list[tuple[float, ...]]:
+def every_ranks_numbers() -> list[list[float]]:
     here = world()
-    return here.gather_floats(1.0 + here.rank, 2.0**-40, float("inf"))
+    own = torch.tensor([1.0 + here.rank, 2.0**-40, float("inf")], dtype=torch.float64)
+    return here.gather_numbers(own).tolist()
 
 
-def test_floats_of_every_rank_come_in_the_order_of_the_ranks(ranks: Any) -> None:
-    one, two = ranks(2).run(every_ranks_floats)
-    assert one == two == [(1.0, 2.0**-40, float("inf")), (2.0, 2.0**-40, float("inf"))]
+def test_numbers_of_every_rank_come_in_the_order_of_the_ranks(ranks: Any) -> None:
+    one, two = ranks(2).run(every_ranks_numbers)
+    assert one == two == [[1.0, 2.0**-40, float("inf")], [2.0, 2.0**-40, float("inf")]]
+    assert ranks(1).run(every_ranks_numbers) == [one[:1]]
 
 
 def ranks_beside(names: list[str]) -> tuple[int, tuple[int, ...]]:

@@ -10,7 +10,7 @@ import torch
 from smoltrain.config.schema import Config
 from smoltrain.data.rows.batch import Batch
 from tests import tiny
-from tests.engines import ROWS, Odd, T, V
+from tests.engines import ROWS, Odd, T, V, refuse
 from tests.ranks import world
 
 WAYS = [  # stage, precision, engine.reduce_gradients, the class that takes the steps
@@ -92,7 +92,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
         assert seen["finite"]
 
 
-def discard_between(settings: Config, discards: bool, reduces: bool) -> tuple[bool, dict[str, torch.Tensor], float]:
+def discard_between(settings: Config, discards: bool) -> tuple[bool, dict[str, torch.Tensor], float]:
     """(whether the discard moved nothing, weights, last norm) of steps 1 and 3; step 2 is discarded, or never was."""
     engine = engine_of(settings)
     backward(engine, 1)
@@ -101,9 +101,7 @@ def discard_between(settings: Config, discards: bool, reduces: bool) -> tuple[bo
     if discards:
         before = numbers(engine)
         backward(engine, 2)
-        if reduces:
-            engine.reduce()
-        engine.drop_gradients()
+        assert math.isfinite(refuse(engine))
         assert engine.grad_norm_before_clipping == math.inf
         stayed = is_same(numbers(engine), before)
     backward(engine, 3)
@@ -117,13 +115,12 @@ def test_a_discarded_step_leaves_no_trace(
 ) -> None:
     """As of a spike: its gradient is finite, so nothing but the discard keeps it from the weights."""
     settings = settings_of(tmp_path, stage, precision, by)
-    without = ranks(2).run(discard_between, settings, False, False)
-    for reduces in (False, True):
-        with_one = ranks(2).run(discard_between, settings, True, reduces)
-        for (_, expected, expected_norm), (stayed, weights, norm) in zip(without, with_one, strict=True):
-            assert stayed
-            assert norm == expected_norm
-            assert is_same(weights, expected)
+    without = ranks(2).run(discard_between, settings, False)
+    with_one = ranks(2).run(discard_between, settings, True)
+    for (_, expected, expected_norm), (stayed, weights, norm) in zip(without, with_one, strict=True):
+        assert stayed
+        assert norm == expected_norm
+        assert is_same(weights, expected)
 
 
 def squared_norms(settings: Config) -> tuple[float, float, float, bool]:
@@ -133,10 +130,12 @@ def squared_norms(settings: Config) -> tuple[float, float, float, bool]:
     assert alone.update(lr=1e-2, weight_decay=0.1)
     engine = engine_of(settings)
     backward(engine, 1)
-    [squared] = here.sum_floats(engine.reduce())
+    squared = here.gather_numbers(engine.reduce().view(1)).sum()
     whole = math.sqrt(sum(float(gradient.double().square().sum()) for _, gradient in engine.gradients()))
-    assert engine.update(lr=1e-2, weight_decay=0.1, squared_norm=squared)
-    return squared, whole, engine.grad_norm_before_clipping, is_same(numbers(engine), numbers(alone))
+    outcome = engine.start_update(lr=1e-2, weight_decay=0.1, squared_norm=squared)
+    assert outcome.applied
+    engine.finish_update(True, float(outcome.gradient_norm))
+    return float(squared), whole, engine.grad_norm_before_clipping, is_same(numbers(engine), numbers(alone))
 
 
 @each_way
@@ -167,6 +166,30 @@ def test_no_config_file_lets_a_bad_gradient_through(tmp_path: Path, ranks: Any) 
     words = (f"engine.ds_config={path}", "engine.precision=bf16", "engine.reduce_gradients=micro_batch")
     settings = tiny.load(tmp_path, *words, "batch.micro_batch=1", "track.gradients_every=0")
     assert ranks(1).run(skips_by_config, settings) == [False]
+
+
+def looks_at_each_tensor(settings: Config) -> int:
+    """How often DeepSpeed asks each gradient tensor whether it is finite, in a sound update and in a discard."""
+    engine = engine_of(settings)
+    looks = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            type(engine._deepspeed.optimizer), "_has_inf_or_nan", lambda *_: looks.append(1) or torch.zeros(1)
+        )
+        for step in (1, 2):
+            backward(engine, step)
+            if step == 1:
+                assert engine.update(lr=1e-2, weight_decay=0.1)
+            else:
+                refuse(engine)
+    return len(looks)
+
+
+@pytest.mark.parametrize(("precision", "by"), [("bf16", "micro_batch"), ("fp32", "micro_batch"), ("fp16", "auto")])
+def test_the_norm_alone_tells_whether_a_gradient_is_finite(tmp_path: Path, ranks: Any, precision: str, by: str) -> None:
+    """Two operations a tensor less. In fp16 DeepSpeed looks for itself, as its loss scale depends on it."""
+    [num_looks] = ranks(1).run(looks_at_each_tensor, settings_of(tmp_path, 2, precision, by))
+    assert (num_looks > 0) == (precision == "fp16")
 
 
 def fp16_norm(settings: Config) -> tuple[float, float]:

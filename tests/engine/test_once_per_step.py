@@ -12,8 +12,9 @@ from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.distributed.world import World
 from smoltrain.errors import UserError
 from tests import tiny
+from tests.device_ops import DeviceOps
 from tests.engine.test_engine import PLAN
-from tests.engines import fresh_model, loader_of, write_files
+from tests.engines import fresh_model, loader_of, refuse, write_files
 from tests.ranks import world
 from tests.sessions import bare_session, train_steps
 
@@ -54,7 +55,7 @@ def reductions(settings: Config) -> tuple[str, list[int]]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
             wrapped.backward(loss)
         counts.append(sum(event.name.startswith("gloo:") for event in seen.events() or ()))
-    wrapped.drop_gradients()
+    refuse(wrapped)
     return wrapped.reduction, counts
 
 
@@ -87,7 +88,7 @@ def test_compiled_it_trains_as_deepspeed_does(tmp_path: Path, ranks: Any, precis
     ours = ranks(2).run(trained, settings_of(tmp_path, *options, "engine.reduce_gradients=step"), 12, True)
     expected: list[float] = []
     for (how, losses, weights), (other, expected, wanted) in zip(ours, theirs, strict=True):
-        assert how == "once per step, through shared memory"
+        assert how == "once per step, through shared memory (as engine.reduce_gradients asks)"
         assert other == "after each micro-batch, by DeepSpeed (as engine.reduce_gradients asks)"
         assert losses == pytest.approx(expected, rel=tolerance)
         for name, value in weights.items():
@@ -101,7 +102,7 @@ def test_a_lone_micro_batch_on_a_lone_rank_is_not_added_up(tmp_path: Path, ranks
     each, once = (settings_of(tmp_path, *options, f"engine.reduce_gradients={by}") for by in ("micro_batch", "step"))
     [(_, expected, wanted)] = ranks(1).run(trained, each, 12, False)
     [(how, losses, weights)] = ranks(1).run(trained, once, 12, False)
-    assert how == "once per step, no communication (one rank)"
+    assert how == "once per step, no communication (one rank) (as engine.reduce_gradients asks)"
     assert losses == pytest.approx(expected, rel=5e-4)
     for name, value in weights.items():
         torch.testing.assert_close(value.float(), wanted[name].float(), rtol=0, atol=0.025)
@@ -132,7 +133,7 @@ def gradients_of(settings: Config) -> tuple[dict[str, torch.Tensor], float, bool
 
     backward()
     found = {name: gradient.clone() for name, gradient in wrapped.gradients()}
-    wrapped.drop_gradients()
+    refuse(wrapped)
     backward()
     again = all(torch.equal(found[name], gradient) for name, gradient in wrapped.gradients())
     applied = wrapped.update(lr=1e-3, weight_decay=0.0)
@@ -278,3 +279,18 @@ def test_where_it_cannot_be_it_is_refused_by_name(tmp_path: Path, ranks: Any) ->
     [said] = ranks(1).run(refusal, settings)
     assert "gradients cannot be reduced once per step" in said
     assert "engine.reduce_gradients" in said
+
+
+def test_a_gpu_adds_up_squares_and_sums_in_one_kernel_each() -> None:
+    """On the device "meta", which computes nothing: 2^30 elements in 1,024 chunks would be thousands."""
+    from smoltrain.engine.once_per_step import _sum_of_squares_eager
+    from smoltrain.kernels.fp32_sums import accumulate_fp32
+
+    whole = torch.empty(2**30, device="meta", dtype=torch.bfloat16)
+    with DeviceOps() as counts:
+        assert _sum_of_squares_eager(whole).dtype == torch.float64
+    assert counts.num_kernels == 3, "and the number is widened and squared"
+    total = torch.empty(2**30, device="meta")
+    with DeviceOps() as counts:
+        accumulate_fp32(total, whole)
+    assert counts.kernels == {"aten::add_": 1}

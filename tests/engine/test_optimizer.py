@@ -15,6 +15,10 @@ from smoltrain.engine.optimizer import (
     set_hyperparameters,
 )
 from smoltrain.engine.optimizer_kind import is_elementwise_state
+from smoltrain.kernels.compile import CompilableFunction
+
+CPU = torch.device("cpu")
+GROUP = {"decays": True, "hidden": False, "lr": 0.1, "weight_decay": 0.1}
 
 
 def model_of() -> torch.nn.Module:
@@ -70,14 +74,39 @@ def test_what_it_says_of_its_state_is_so(name: str) -> None:
 
 
 def test_the_norm_is_cut_down_to_the_largest_and_never_up() -> None:
-    assert clipping_factor(4.0, 1.0) == pytest.approx(0.25, rel=1e-6)
-    assert clipping_factor(0.5, 1.0) == 1.0
-    assert clipping_factor(0.0, 1.0) == 1.0
-    assert clipping_factor(math.inf, 1.0) == 0.0
-    assert clipping_factor(9.0, 0.0) == 1.0, "0 never clips"
+    norms = torch.tensor([4.0, 0.5, 0.0, math.inf], dtype=torch.float64)
+    assert clipping_factor(norms, 1.0).tolist() == pytest.approx([0.25, 1.0, 1.0, 0.0], rel=1e-6)
+    assert clipping_factor(norms, 0.0).tolist() == [1.0] * 4, "0 never clips"
 
 
 def test_a_checkpoint_holds_weights_twice_and_masters_and_state_once() -> None:
     assert checkpoint_bytes(OPTIMIZERS["adamw"], 600, 400, 2) == 1000 * (2 * 2 + 4 + 2 * 4)
     assert OPTIMIZERS["adamw"].traffic_bytes(600, 400) == 28 * 1000
     assert checkpoint_bytes(OPTIMIZERS["muon"], 600, 400, 2) == 1000 * (2 * 2 + 4) + 600 * 4 + 400 * 8
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_update_that_must_not_move_leaves_every_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one pass, whatever the gradient is; and the next one is that of an optimizer which never saw it."""
+    monkeypatch.setattr(CompilableFunction, "compiled", property(lambda function: function))
+    kind = OPTIMIZERS[name]
+    sound = torch.tensor([0.5, 1.0])
+    refused = torch.tensor([math.nan, 0.0])
+    results = []
+    for verdicts in ([sound, refused, refused, sound], [sound, sound]):
+        torch.manual_seed(0)
+        master = torch.randn(3, 4).view(-1)
+        weights = master.bfloat16()
+        optimizer = kind.build([{"params": [torch.nn.Parameter(master)], **GROUP}], OptimizerSection(), CPU)
+        master = optimizer.param_groups[0]["params"][0]
+        for verdict in verdicts:
+            before = [tensor.clone() for tensor in (master, weights)]
+            gradient = torch.linspace(-1, 1, 12) if verdict is sound else torch.full((12,), math.inf)
+            with torch.no_grad():
+                kind.update_in_one_pass(optimizer, optimizer.param_groups[0], master, weights, gradient, verdict)
+            kind.finish_one_pass(optimizer, applied=verdict is sound)
+            stayed = [torch.equal(tensor, old) for tensor, old in zip((master, weights), before, strict=True)]
+            assert stayed == [verdict is refused] * 2
+        results.append([master, weights, *optimizer.state[master].values()])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)

@@ -11,12 +11,15 @@ from smoltrain.config.load import DS_CONFIGS_FOLDER
 from smoltrain.config.schema import Config
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config
 from smoltrain.engine.reduction import (
+    MemoryForSums,
     ReductionChoice,
+    check_reduction,
     choose_reduction,
     gradient_dtypes,
     gradient_sum_dtype,
     why_not_once_per_step,
 )
+from smoltrain.errors import UserError
 from smoltrain.estimate.training_setup import build_training_setup
 from tests import tiny
 from tests.engines import Odd
@@ -67,13 +70,34 @@ def test_the_reason_is_named(tree: dict[str, Any], reason: str | None) -> None:
     for requested in ("auto", "step", "micro_batch"):
         choice = choose_reduction(tree, device="cpu", requested=requested)
         assert choice.once_per_step == (reason is None and requested != "micro_batch")
-        assert (choice.reason is None) == choice.once_per_step
+        assert reason is None or choice.reason == found
+    if reason is None:
+        check_reduction(tree, "step")
+    else:
+        check_reduction(tree, "auto")
+        with pytest.raises(UserError, match="gradients cannot be reduced once per step"):
+            check_reduction(tree, "step")
 
 
-def test_auto_leaves_a_gpu_to_deepspeed() -> None:
-    assert choose_reduction(tree_of(2), device="cuda", requested="auto") == ReductionChoice(False, "auto, on a GPU")
-    assert choose_reduction(tree_of(2), device="cuda", requested="step") == ReductionChoice(True)
-    assert choose_reduction(tree_of(2), device="cpu", requested="auto") == ReductionChoice(True)
+def on_a_gpu(requested: str, memory: MemoryForSums | None = None) -> ReductionChoice:
+    return choose_reduction(tree_of(2), device="cuda", requested=requested, memory=memory)
+
+
+def test_on_a_gpu_it_is_once_per_step_wherever_the_sums_fit() -> None:
+    GIB = 2.0**30
+    roomy = MemoryForSums(with_sums_bytes=4 * GIB, without_bytes=3 * GIB, usable_bytes=4 * GIB)
+    fits = ReductionChoice(True, "auto: 4.00 GiB with its sums of 4.00 GiB, as estimated")
+    assert on_a_gpu("auto", roomy) == fits
+    tight = MemoryForSums(with_sums_bytes=4 * GIB, without_bytes=3 * GIB, usable_bytes=3.9 * GIB)
+    assert on_a_gpu("auto", tight) == ReductionChoice(False, "auto: 4.00 GiB with its sums of 3.90 GiB, as estimated")
+    buckets = MemoryForSums(with_sums_bytes=4 * GIB, without_bytes=5 * GIB, usable_bytes=3.9 * GIB)
+    assert on_a_gpu("auto", buckets).once_per_step, "DeepSpeed's buckets would take more than the sums"
+    assert on_a_gpu("auto").once_per_step
+    for memory in (roomy, tight):
+        assert on_a_gpu("step", memory) == ReductionChoice(True, "as engine.reduce_gradients asks")
+        assert on_a_gpu("micro_batch", memory) == ReductionChoice(False, "as engine.reduce_gradients asks")
+        on_a_cpu = choose_reduction(tree_of(2), device="cpu", requested="auto", memory=memory)
+        assert on_a_cpu == ReductionChoice(True, "auto, on a CPU"), "whose ranks share their memory"
 
 
 # ---- the same in engine and estimate

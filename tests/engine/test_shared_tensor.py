@@ -69,3 +69,11 @@ def test_room_that_is_not_there_is_no_crash_later() -> None:
     from smoltrain.engine.shared_tensor import _reserve_shared_memory
 
     assert _reserve_shared_memory(1 << 60) is None
+
+
+def test_ranks_of_gpus_take_the_collectives_of_their_group() -> None:
+    from smoltrain.distributed.world import World
+    from smoltrain.engine.shared_tensor import _map_shared_memory
+
+    two = World(0, 2, 0, 2, torch.device("cuda", 0))
+    assert _map_shared_memory(two, NUMEL, torch.float32) == [], "nor do they ask each other"

@@ -13,11 +13,13 @@ from smoltrain.config.schema import Config
 from smoltrain.estimate.constants import BUSY_TOKENS
 from smoltrain.estimate.fitting import (
     RECOMPUTE_MODES,
+    build_fitted_setup,
     choose_micro_batch,
     find_least_recomputation,
     fit_config_to_memory,
     fits_memory,
 )
+from smoltrain.estimate.memory import estimate_memory
 from smoltrain.estimate.training_setup import build_training_setup
 from tests.estimate.setups import SMOL
 
@@ -66,9 +68,25 @@ def test_a_chosen_micro_batch_divides_and_fits_and_keeps_the_device_busy(rows: i
     assert n == (busy[0] if busy else possible[-1] if possible else 1)
 
 
-@pytest.mark.parametrize(("gib", "rows", "recompute"), [(64, 16, "none"), (8, 2, "none"), (2.5, 1, "full")])
+@pytest.mark.parametrize(("gib", "rows", "recompute"), [(64, 16, "none"), (8, 4, "none"), (2.5, 1, "full")])
 def test_what_is_auto_is_settled_together(gib: float, rows: int, recompute: str):
     settings = split(64, "engine.gradient_checkpointing=auto", "batch.sequence_length=2048", "engine.compile=off")
     settled = fit_config_to_memory(settings, gib * 2**30, 2, device="cuda")
     assert (settled.batch.micro_batch, settled.engine.gradient_checkpointing) == (rows, recompute)
     assert fit_config_to_memory(settled, 1, 2, device="cuda") == settled, "what a recipe says is left alone"
+
+
+def test_on_a_gpu_gradients_are_reduced_once_a_step_where_their_sums_fit():
+    """On 64 ranks, of which each holds 1/64 of the gradients otherwise. A lone micro-batch on one rank needs none."""
+    words = ["batch.micro_batch=1", "batch.accumulation=2", "model.num_hidden_layers=300"]
+    N = build_training_setup(load_config(SMOL, words), world=64, device="cuda").shape.parameters
+    chosen = {}
+    for gib in (11.0, 10.0):
+        setup = build_fitted_setup(load_config(SMOL, words), gib * 2**30, 64, device="cuda")
+        chosen[setup.once_per_step] = estimate_memory(setup)
+        assert fits_memory(setup, gib * 2**30)
+    assert chosen[True]["gradients"] == 4 * N
+    assert chosen[False]["gradients"] == 4 * N / 64
+    lone = ["batch.micro_batch=1", "batch.accumulation=1"]
+    setup = build_fitted_setup(load_config(SMOL, lone), 80 * 2**30, 1, device="cuda")
+    assert (setup.once_per_step, setup.gradient_sum_bytes) == (True, 2)

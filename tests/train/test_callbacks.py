@@ -9,7 +9,7 @@ import torch
 
 from smoltrain.train.callbacks import CallbackFailed, run_callbacks
 from smoltrain.train.session import Session
-from smoltrain.train.step import StepResult
+from smoltrain.train.step_result import StepResult
 
 
 def test_metrics_of_ones_own_are_floats_under_custom() -> None:

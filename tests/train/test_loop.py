@@ -1,8 +1,9 @@
 """What is due after a step, and how a run leaves its loop."""
 
 import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from smoltrain.config.load import load_config
 from smoltrain.errors import DONE, STOPPED
 from smoltrain.schedule import Plan
 from smoltrain.train import loop
-from smoltrain.train.step import StepResult
+from smoltrain.train.session import Session
+from smoltrain.train.step_result import StepResult
 from tests import tiny
 
 
@@ -25,11 +27,13 @@ class Story:
             point=SimpleNamespace(step=done), last_step=self.plan.last_step, validation_missing=False
         )
         self.words: list[str] = []
+        self.unsettled: list[int] = []  # steps that are read late where that is possible
+        self.callbacks: list[Any] = []
         self.said: list[str] = []
         self.validates = True
         self.stop = SimpleNamespace(reason=reason, listen=lambda: self.note("listen"), is_raised=lambda: bool(reason))
         self.world = SimpleNamespace(gather=lambda value: [None, value], is_first=False)
-        self.watchdog = SimpleNamespace(begin_step=lambda step: self.note(f"step {step}"), mark=lambda _: None)
+        self.watchdog = SimpleNamespace(mark=lambda _: None)
         self.saver = SimpleNamespace(poll=lambda: None, finish=lambda: self.note("published"))
         self.tracker = SimpleNamespace(say=self.said.append, show_activity=lambda _: contextlib.nullcontext())
         self.folder = SimpleNamespace(path=tmp_path)
@@ -56,20 +60,35 @@ class Story:
     def save(self, step: int) -> None:
         self.note(f"save {step}")
 
+    def is_anything_due(self, step: int) -> bool:
+        return Session.is_anything_due(cast(Any, self), step)
+
     def record_closing(self, step: int, closing_s: float) -> None:
         assert closing_s >= 0
         self.note(f"closing of {step}")
 
 
+def with_a_callback(story: Story) -> Story:
+    story.callbacks = [print]
+    return story
+
+
 def run(story: Any, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None, waited: bool = False) -> int:
     """The loop, in which a step does nothing but stop where it is told to."""
 
-    def train_step(step: int, _session: Any) -> StepResult:
-        if step == stop_at:
-            return StepResult(np.zeros(3, np.uint64), stopped=True, waited_for_data=waited)
-        return StepResult(np.zeros(8, np.uint64))
+    def train_steps(steps: range, session: Any, is_awaited: Any) -> Iterator[tuple[int, StepResult]]:
+        for step in steps:
+            story.note(f"step {step}")
+            if step == stop_at:
+                yield step, StepResult(np.zeros(3, np.uint64), stopped=True, waited_for_data=waited)
+                return
+            yield step, StepResult(np.zeros(8, np.uint64))
+            looked_at = {"validate", "sample", f"save {step}"} & set(after(story, step))
+            assert is_awaited(step) or not looked_at, "its state may not be settled"
+            if not is_awaited(step):
+                story.unsettled.append(step)
 
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(loop, "train_steps", train_steps)
     return loop.run_loop(story)
 
 
@@ -92,6 +111,8 @@ def test_each_thing_is_done_when_it_is_due_and_at_the_end_of_a_phase(
     ]  # fmt: skip
     assert after(story, 8) == [*step, "validate", "sample", "save 8"], "the end of a phase"
     assert after(story, 12) == [*step, "validate", "sample", "save 12", "published", "closing of 12"]
+    assert story.unsettled == [1, 2, 5, 7, 10, 11]
+    assert all(Session.is_anything_due(cast(Any, with_a_callback(story)), step) for step in story.unsettled)
     assert "the plan is complete (12 steps)" in story.said[-1]
 
 

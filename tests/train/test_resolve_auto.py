@@ -10,7 +10,7 @@ import torch
 
 from smoltrain.config.schema import Config
 from smoltrain.distributed.world import World
-from smoltrain.train.resolve_auto import resolve_auto_settings
+from smoltrain.train.resolve_auto import choose_computing, choose_run_reduction, resolve_auto_settings
 from tests import tiny
 from tests.ranks import world
 
@@ -52,6 +52,20 @@ def test_an_auto_micro_batch_is_what_fits(tmp_path: Path, ranks: Any, gib: float
     for reasons, _ in ranks(1).run(told, settings, int(gib * 2**30)):
         what = f"{rows} rows" if rows > 1 else "1 row"
         assert reasons["micro-batch"] == f"{what}, auto: what keeps a device busy and is estimated to fit"
+
+
+@pytest.mark.parametrize(("gib", "once"), [(64, True), (8, False)])
+def test_a_gpu_reduces_once_a_step_where_the_estimate_has_room(tmp_path: Path, gib: float, once: bool) -> None:
+    """The rule itself asks for no GPU. More parameters than a bucket of DeepSpeed has, on many ranks."""
+    shape = ("model.hidden_size=2048", "model.intermediate_size=8192", "model.num_hidden_layers=24")
+    settings = tiny.load(tmp_path, *shape, "batch.micro_batch=1")
+    many = World(0, 64, 0, 1, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=int(gib * 2**30)))
+        settled = choose_computing(settings, torch.device("cpu"), settings.batch.rows(64))
+        choice = choose_run_reduction(settled, "cuda", many, settings.batch.rows(64))
+    assert choice.once_per_step == once
+    assert choice.reason.startswith("auto: ")
 
 
 def test_a_rank_that_has_fewer_rows_than_a_micro_batch_takes_these_and_says_so(tmp_path: Path) -> None:

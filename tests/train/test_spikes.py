@@ -17,9 +17,9 @@ from smoltrain.errors import TrainingStopped
 from smoltrain.run.run_folder import SPIKES_FILE
 from smoltrain.train.spikes import Rewind, Spike, SpikeGuard, read_spikes
 from tests import tiny
-from tests.engine.test_engine import fresh_model, loader_of
+from tests.engines import fresh_model, loader_of, masked_engine
 from tests.ranks import world
-from tests.sessions import bare_session, train_steps
+from tests.sessions import bare_session
 
 B = 8  # rows of a step on two ranks
 FLAT = [(3.0, B * n) for n in range(1, 41)]  # losses, rows consumed after them
@@ -172,25 +172,38 @@ def prepared(tmp_path: Path, *overrides: str) -> Config:
 def spoilt(wrapped: Any, loader: Any, step: int, by: Callable[[torch.Tensor], torch.Tensor]) -> int:
     """Change the loss of the second row that rank 1 has in a step's first try; returns the row's position."""
     forward, begins = wrapped.forward, (step - 1) * B
+    guilty: list[torch.Tensor] = []
 
     def poisoned(batch: Any) -> torch.Tensor:
         loss = forward(batch)
-        if world().rank == 1 and loader.rows_consumed == begins:
-            guilty = loader.fetch_step_rows().micro_batches[0].ids_BT[1]
-            if (batch.ids_BT == guilty).all(1).any():
-                return by(loss)
+        is_first_try = loader.rows_consumed == begins
+        if world().rank == 1 and is_first_try and not guilty:
+            guilty.append(loader.fetch_step_rows().micro_batches[0].ids_BT[1])
+        is_looked_at = bool(guilty) and not torch.is_grad_enabled()  # each row alone, after the step
+        if (is_first_try or is_looked_at) and guilty and (batch.ids_BT == guilty[0]).all(1).any():
+            return by(loss)
         return loss
 
     wrapped.forward = poisoned
     return begins
 
 
-def steps_with(settings: Config, precision: str, spikes: dict[str, Any], how: str) -> dict[str, Any]:
-    """Five steps. how: a bad row in the third, 'nan' or 'high'; or 'passed', its rows left out from the beginning."""
+def steps_with(
+    settings: Config, precision: str, spikes: dict[str, Any], how: str, late: bool = False
+) -> dict[str, Any]:
+    """Five steps. how: a bad row in the third, 'nan' or 'high'; or 'passed', its rows left out from the beginning.
+
+    `late`: as on a GPU, where the host reads of an update when the next step is under way.
+    """
     from smoltrain.engine.engine import build_engine
+    from smoltrain.train import step
 
     here = world()
-    wrapped = build_engine(fresh_model(settings), settings, here, precision=precision, accumulation=2)
+    if late:
+        with pytest.MonkeyPatch.context() as patch:
+            wrapped = masked_engine(settings, "fused", patch)
+    else:
+        wrapped = build_engine(fresh_model(settings), settings, here, precision=precision, accumulation=2)
     loader = loader_of(settings, here.rank, here.size)
     entries = [{"does": "rewind", "rows": [2 * B, 3 * B]}] if how == "passed" else []
     history = [(5.8, 0)] * 16 if how == "high" else []
@@ -199,16 +212,15 @@ def steps_with(settings: Config, precision: str, spikes: dict[str, Any], how: st
         spoilt(wrapped, loader, 3, lambda loss: loss * math.nan)
     elif how == "high":
         spoilt(wrapped, loader, 3, lambda loss: loss + 16 * 100.0)
-    before: dict[str, torch.Tensor] = {}
-    session = bare_session(settings, wrapped, loader, guard=guard)
+    before = wrapped.weights(keep=True)
+    session = bare_session(settings, wrapped, loader, guard=guard, reads_late=late)
     seen: dict[str, Any] = {
         "said": session.tracker.said, "marks": session.watchdog.places, "digests": [], "skipped": 0, "error": None,
         "reduction": wrapped.reduction,
     }  # fmt: skip
     try:
-        for step in range(1, 6):
+        for _, result in step.train_steps(range(1, 6), session, lambda _: False):
             before = wrapped.weights(keep=True)
-            [result] = train_steps(range(step, step + 1), session)
             seen["digests"] += result.digests.tolist()
             seen["skipped"] += result.num_skipped
     except (TrainingStopped, Rewind) as error:
@@ -262,12 +274,21 @@ def test_skipped_rows_leave_no_trace_and_neither_do_rows_that_are_passed_over(
     assert [row["position"] for row in sorted(line["worst_first"], key=lambda r: r["position"])] == [*range(16, 24)]
 
 
-@pytest.mark.parametrize(("on_spike", "mode"), [("stop", "cached"), ("rewind", "stream")])
+@pytest.mark.parametrize(
+    ("on_spike", "mode", "stage", "late"),
+    [
+        ("stop", "cached", 3, False),
+        ("rewind", "stream", 3, False),
+        ("stop", "cached", 2, True),
+        ("rewind", "stream", 2, True),
+    ],
+)
 def test_before_anything_moves_the_guilty_document_is_named(
-    tmp_path: Path, ranks: Any, on_spike: str, mode: str
+    tmp_path: Path, ranks: Any, on_spike: str, mode: str, stage: int, late: bool
 ) -> None:
-    settings = prepared(tmp_path, "engine.ds_config=zero3", "engine.precision=fp32", f"data.mode={mode}")
-    seen = ranks(2).run(steps_with, settings, "fp32", {"on_spike": on_spike}, "nan")
+    """Late, the rows of the next step have been taken already."""
+    settings = prepared(tmp_path, f"engine.ds_config=zero{stage}", "engine.precision=fp32", f"data.mode={mode}")
+    seen = ranks(2).run(steps_with, settings, "fp32", {"on_spike": on_spike}, "nan", late)
     assert seen[0]["error"] == seen[1]["error"]
     assert seen[0]["unmoved"]
     assert seen[1]["unmoved"]
@@ -287,7 +308,7 @@ def test_before_anything_moves_the_guilty_document_is_named(
         rows = loader.fetch_step_rows()
         loader.mark_consumed(loader.unpack_totals(rows.counts))
     loader.fetch_step_rows()
-    (row,) = (row for row in loader.describe_rows() if row.position == worst["position"])
+    (row,) = (row for row in loader.hold_rows()() if row.position == worst["position"])
     assert worst["passages"] == [asdict(passage) for passage in row.passages]
     loader.close()
     for passage in worst["passages"]:

@@ -9,17 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config
-from smoltrain.data.documents.reader_health import ReaderHealth
-from smoltrain.data.rows.loader import StepRows
 from smoltrain.data.tokens.prepare import prepare_run_data
-from smoltrain.errors import Problem, TrainingStopped, UserError
+from smoltrain.errors import TrainingStopped
 from smoltrain.run.run_folder import SPIKES_FILE
 from smoltrain.schedule import Plan
 from smoltrain.train.spikes import read_spikes
 from tests import tiny
-from tests.engine.test_engine import fresh_model, loader_of
+from tests.engines import fresh_model, loader_of, masked_engine, whole_state
 from tests.ranks import world
 from tests.sessions import bare_session, train_steps
 
@@ -121,18 +118,18 @@ def test_a_phase_may_reset_the_optimizer_or_keep_it(tmp_path: Path, ranks: Any, 
 
 
 def endless_skips(settings: Config) -> str:
-    from smoltrain.train import step
+    from smoltrain.train import bad_steps
 
     wrapped, here = engine_for(settings, "bf16"), world()
     wrapped.module.norm.weight.register_hook(lambda g: torch.full_like(g, torch.inf))
-    step.MAX_SKIPS_IN_A_ROW = 3
+    bad_steps.MAX_SKIPS_IN_A_ROW = 3
     try:
         loader = loader_of(settings, here.rank, here.size)
         train_steps(range(1, 2), bare_session(settings, wrapped, loader, journal=settings.run_folder / SPIKES_FILE))
     except TrainingStopped as error:
         return str(error)
     finally:
-        step.MAX_SKIPS_IN_A_ROW = 50
+        bad_steps.MAX_SKIPS_IN_A_ROW = 50
     return "went on"
 
 
@@ -165,21 +162,21 @@ def test_a_step_marks_where_it_is(tmp_path: Path, ranks: Any) -> None:
 def stopped_after_a_skip(settings: Config) -> dict[str, Any]:
     """A first step whose rows are passed over, and then a stop while the next rows do not come."""
     from smoltrain.config.schema import SpikesSection
-    from smoltrain.train import step
+    from smoltrain.train import taken_rows
     from smoltrain.train.spikes import SpikeGuard
 
     wrapped, here = engine_for(settings, "fp32"), world()
     loader = loader_of(settings, here.rank, here.size)
     digests = loader.unpack_totals(here.sum_ints(*loader.fetch_step_rows().counts)).digests
-    ready, wait_s = loader.wait_until_ready, step.WAIT_S
+    ready, wait_s = loader.wait_until_ready, taken_rows.WAIT_S
     loader.wait_until_ready = lambda timeout_s: loader.rows_consumed == 0 and ready(timeout_s)
     guard = SpikeGuard(SpikesSection(), here, None, [{"does": "rewind", "rows": [0, 8]}])
     session = bare_session(settings, wrapped, loader, guard=guard, stop=lambda: loader.rows_consumed > 0)
-    step.WAIT_S = 0.0
+    taken_rows.WAIT_S = 0.0
     try:
         [result] = train_steps(range(1, 2), session)
     finally:
-        step.WAIT_S = wait_s
+        taken_rows.WAIT_S = wait_s
     return {
         "stopped": result.stopped, "digests": result.digests.tolist(), "wanted": digests.tolist(),
         "rows": loader.rows_consumed,
@@ -191,64 +188,6 @@ def test_rows_that_were_spent_before_a_stop_are_not_lost_to_the_ledger(tmp_path:
         assert seen["stopped"]
         assert seen["rows"] == 8
         assert seen["digests"] == seen["wanted"]
-
-
-class Slow:
-    """A loader whose rows come at the third asking on one rank, or never."""
-
-    num_counts = 2
-
-    def __init__(self, rank: int, error: UserError | None = None) -> None:
-        self.health, self._asked, self._rank, self._error = ReaderHealth(), 0, rank, error
-
-    def wait_until_ready(self, timeout_s: float) -> bool:
-        self._asked += 1
-        if world().rank == self._rank and self._error:
-            raise self._error
-        return world().rank != self._rank or self._asked >= 3
-
-    def fetch_step_rows(self) -> StepRows:
-        return StepRows([], [world().rank, 7])
-
-    def unpack_totals(self, counts: list[int]) -> list[int]:
-        return counts
-
-
-def waiting(rank: int, error: UserError | None, stop: bool) -> tuple[Any, list[str]]:
-    """What a rank gets, and what it says, while another one waits for its data."""
-    from smoltrain.train import step
-    from smoltrain.train.step import take_rows_together
-
-    loader: Any = Slow(rank, error)
-    session = bare_session(load_config("quickstart"), None, loader, stop=lambda: stop and world().rank == 0)
-    say_s, wait_s = step.SAY_S, step.WAIT_S
-    step.SAY_S = step.WAIT_S = 0.0
-    try:
-        got: Any = take_rows_together(session)
-    except UserError as raised:
-        got = str(raised)
-    finally:
-        step.SAY_S, step.WAIT_S = say_s, wait_s
-    return got, session.tracker.said
-
-
-def test_ranks_wait_for_each_others_rows_and_say_so(ranks: Any) -> None:
-    for taken, said in ranks(2).run(waiting, 1, None, False):
-        assert taken.waited_s >= 0
-        assert taken.totals == [0 + 1, 7 + 7], "counts of the rounds in which somebody waited are not added up"
-        assert said == ["rank 1 waits for data: rows"] * 2
-
-
-def test_a_rank_that_cannot_have_its_rows_stops_all(ranks: Any) -> None:
-    error = UserError(Problem("the shard is gone", "404", "it", "data.path"))
-    results = ranks(2).run(waiting, 1, error, False)
-    assert [got for got, _ in results] == ["the shard is gone: saw 404, want it; change data.path"] * 2
-
-
-def test_a_signal_ends_the_waiting(ranks: Any) -> None:
-    for got, _ in ranks(2).run(waiting, 1, None, True):
-        assert type(got).__name__ == "StopRequest"
-        assert not got.waited_for_data, "it came before anybody had waited"
 
 
 def stop_while_data_are_out_of_reach(settings: Config, asked: int) -> dict[str, Any]:
@@ -301,7 +240,15 @@ def host_collectives(settings: Config, several_hosts: bool) -> dict[str, Any]:
         wrapped, here = engine_for(settings, settings.engine.precision), world()
         session = bare_session(settings, wrapped, loader_of(settings, here.rank, here.size))
         train_steps(range(1, 3), session)
-        for name in ("sum_ints", "sum_floats", "max_floats", "gather_floats", "gather", "barrier", "run_on_first_rank"):
+        for name in (
+            "sum_ints",
+            "sum_floats",
+            "max_floats",
+            "gather_numbers",
+            "gather",
+            "barrier",
+            "run_on_first_rank",
+        ):
             real = getattr(World, name)
 
             def counted(*args: Any, real: Any = real, name: str = name, **more: Any) -> Any:
@@ -321,9 +268,147 @@ def test_ranks_exchange_host_numbers_twice_a_step(
     words = (f"engine.ds_config=zero{stage}", f"engine.precision={precision}", f"engine.reduce_gradients={reduce}")
     settings = prepared(tmp_path, *words)
     for counts in ranks(2).run(host_collectives, settings, True):
-        assert {name: num for name, num in counts.items() if num} == {"sum_ints": 1, "gather_floats": 1}
+        assert {name: num for name, num in counts.items() if num} == {"sum_ints": 1, "gather_numbers": 1}
     if reduce == "step":
         for counts in ranks(2).run(host_collectives, settings, False):
             barriers = counts.pop("barrier")
-            assert {name: num for name, num in counts.items() if num} == {"sum_ints": 1, "gather_floats": 1}
+            assert {name: num for name, num in counts.items() if num} == {"sum_ints": 1, "gather_numbers": 1}
             assert barriers <= 4, "on one machine, around the reads of two parameter groups in shared memory"
+
+
+# ---- what the device does, and when the host reads of it
+
+
+def story_of_steps(settings: Config, masked_by: str, late: bool) -> dict[str, Any]:
+    """Six steps: the third has a loss that is not finite on rank 1, the fifth such a gradient on rank 0."""
+    from smoltrain.config.schema import SpikesSection
+    from smoltrain.kernels.device_numbers import ReturningNumbers
+    from smoltrain.train import step as step_module
+    from smoltrain.train.spikes import SpikeGuard
+
+    here = world()
+    events: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        engine = masked_engine(settings, masked_by, patch)
+        loader = loader_of(settings, here.rank, here.size)
+        forward, read, begin = engine.forward, ReturningNumbers.read, step_module.start_update
+
+        def poisoned(batch: Any) -> torch.Tensor:
+            events.append("forward")
+            bad = here.rank == 1 and loader.rows_consumed == 2 * 8 and torch.is_grad_enabled()
+            return forward(batch) * (math.nan if bad else 1.0)
+
+        def infinite(gradient: torch.Tensor) -> torch.Tensor:
+            return gradient * (math.inf if here.rank == 0 and loader.rows_consumed == 5 * 8 else 1.0)
+
+        def noted_read(numbers: Any) -> list[float]:
+            events.append("read")
+            return read(numbers)
+
+        def noted_update(step: int, *others: Any) -> Any:
+            events.append(f"update {step}")
+            return begin(step, *others)
+
+        engine.forward = poisoned
+        engine.module.norm.weight.register_hook(infinite)
+        patch.setattr(ReturningNumbers, "read", noted_read)
+        patch.setattr(step_module, "start_update", noted_update)
+        guard = SpikeGuard(SpikesSection(on_spike="skip"), here, settings.run_folder / SPIKES_FILE)
+        session = bare_session(settings, engine, loader, guard=guard, reads_late=late)
+        results = []
+        for step, result in step_module.train_steps(range(1, 7), session, lambda step: step == 4):
+            events.append(f"done {step}")
+            results.append(result)
+    keys = ("train/loss_nats_per_token", "train/grad_norm_before_clipping", "train/lr", "data/rows", "data/ledger")
+    return {
+        "metrics": [[result.metrics[key] for key in keys] for result in results],
+        "digests": [result.digests.tolist() for result in results],
+        "skipped": [result.num_skipped for result in results],
+        "state": whole_state(engine), "said": session.tracker.said, "history": list(guard._history),
+        "events": events, "rows": loader.rows_consumed, "global steps": engine._deepspeed.global_steps,
+    }  # fmt: skip
+
+
+PASSES = ["forward", "forward"]
+READ_LATE = [
+    *PASSES, "update 1",
+    *PASSES, "read", "done 1", "update 2",
+    *PASSES, "read", "done 2", "update 3",
+    *PASSES, "read", *["forward"] * 4, "update 3",  # a spike: each row is looked at; what is under way is the next try
+    *PASSES, "read", "done 3", "update 4", "read", "done 4",  # which is awaited
+    *PASSES, "update 5",
+    *PASSES, "read", "update 5",  # its gradient was not finite
+    *PASSES, "read", "done 5", "update 6", "read", "done 6",  # the last one
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("masked_by", "precision", "kind"),
+    [
+        ("fused", "bf16", "adamw"),
+        *(
+            pytest.param("one pass", *cell, marks=pytest.mark.slow)
+            for cell in (("bf16", "adamw"), ("fp32", "adamw"), ("fp32", "muon"))
+        ),
+    ],
+)
+def test_a_host_that_reads_a_step_later_trains_the_same_to_the_bit(
+    tmp_path: Path, ranks: Any, masked_by: str, precision: str, kind: str
+) -> None:
+    words = (f"engine.precision={precision}", f"optimizer.kind={kind}", "track.gradients_every=0")
+    settings = prepared(tmp_path, "engine.reduce_gradients=step", *words)
+    at_once = ranks(2).run(story_of_steps, settings, masked_by, False)
+    late = ranks(2).run(story_of_steps, settings, masked_by, True)
+    for theirs, ours in zip(at_once, late, strict=True):
+        assert theirs.pop("events")[:5] == [*PASSES, "update 1", "read", "done 1"]
+        assert ours.pop("events") == READ_LATE
+        assert ours == theirs
+        assert ours["skipped"] == [0, 0, 1, 0, 1, 0]
+        assert (ours["rows"], ours["global steps"]) == (8 * 8, 6)
+        assert len(ours["said"]) > 0
+    assert late[0]["state"] == late[1]["state"]
+
+
+MOST_KERNELS = {"adamw": 60, "muon": 60 + 4 * 22}  # for each shape of a matrix five iterations of three products
+
+
+def ops_of_a_step(settings: Config, masked_by: str) -> tuple[int, list[int], dict[str, int]]:
+    """(kernels, waits of its two halves, kernels by name) of a step's update, from the exchange to the result."""
+    from smoltrain.engine import muon
+    from smoltrain.kernels import newton_schulz
+    from smoltrain.train import step as step_module
+    from tests.device_ops import DeviceOps, count_device_ops
+
+    def orthogonalize_as_on_a_gpu(matrices: Any, steps: int) -> Any:
+        return newton_schulz._orthogonalize_stacks(matrices, steps, torch.bfloat16)
+
+    counted: list[DeviceOps] = []
+
+    def count(function: Any) -> Any:
+        def counting(*given: Any) -> Any:
+            with count_device_ops() as counts:
+                result = function(*given)
+            counted.append(counts)
+            return result
+
+        return counting
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(muon, "orthogonalize", orthogonalize_as_on_a_gpu)
+        engine = masked_engine(settings, masked_by, patch)
+        for name in ("start_update", "_finish_update"):
+            patch.setattr(step_module, name, count(getattr(step_module, name)))
+        train_steps(range(1, 4), bare_session(settings, engine, loader_of(settings, 0, 1), reads_late=True))
+    begun, finished = counted[-2:]
+    kernels = begun.kernels + finished.kernels
+    return sum(kernels.values()), [begun.reads, finished.reads], dict(kernels)
+
+
+@pytest.mark.parametrize(("masked_by", "kind"), [("one pass", "adamw"), ("fused", "adamw"), ("one pass", "muon")])
+def test_an_update_is_few_kernels_and_one_read(tmp_path: Path, ranks: Any, masked_by: str, kind: str) -> None:
+    """However many tensors there are: of twelve blocks they are 110, and one kernel for each would show."""
+    words = ("model.num_hidden_layers=12", f"optimizer.kind={kind}", "track.gradients_every=0")
+    settings = prepared(tmp_path, "engine.reduce_gradients=step", *words)
+    [(num_kernels, reads, kernels)] = ranks(1).run(ops_of_a_step, settings, masked_by)
+    assert num_kernels <= MOST_KERNELS[kind], kernels
+    assert reads == [0, 1], "nothing is waited for in a step; what became of it is read once, later"

@@ -56,7 +56,7 @@ def in_checkpoints(path: Any) -> bool:
 
 def stages() -> dict[str, Stage]:
     from smoltrain.engine.engine import Engine
-    from smoltrain.train import loop
+    from smoltrain.train import step
 
     def is_manifest(path: Path, *_: Any, **__: Any) -> bool:
         return path.name.startswith(MANIFEST_FILE)
@@ -69,7 +69,7 @@ def stages() -> dict[str, Stage]:
 
     return {
         "start": Stage(Path, "write_text", is_of_the_start, 1, True, writes=0),
-        "a step": Stage(loop, "train_step", lambda *_, **__: True, 2),
+        "a step": Stage(step, "start_update", lambda *_, **__: True, 2),
         "copy to the host": Stage(Engine, "training_state", lambda *_: True, 1),
         "shard": Stage(torch, "save", lambda _, path: in_checkpoints(path), 3, writes=1),
         "weights": Stage(safetensors.torch, "serialize_file", lambda *_, **__: True, 1, True, writes=1),

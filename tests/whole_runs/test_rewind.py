@@ -25,7 +25,8 @@ PLAN = (
 NAN_AT, HIGH_AT = 35, 58  # the steps that first meet the poison, with the seeds below
 NAN, HIGH = "run.seed=3", "run.seed=12"
 # One rank, with what a bad document would do to the forward of a larger model: no number for those micro-batches that
-# hold it. "killed" dies in the moment between the journal and the restart.
+# hold it. "killed" dies in the moment between the journal and the restart. "fused" has torch's fused AdamW, by which an
+# update can be masked; "late" too, and it reads of each update when the next step is under way, as on a GPU.
 CHILD = """
 import math, os, sys, torch
 from smoltrain.launch import rank
@@ -33,7 +34,10 @@ from smoltrain.config.load import load_config
 from smoltrain.data.tokens.prepare import load_prepared_data
 from smoltrain.engine.engine import Engine
 from smoltrain.train.spikes import Rewind
+from smoltrain.engine.adamw import AdamW
+from smoltrain.train import session
 kind, mark, *words = sys.argv[1:]
+kind = kind.split()
 forward, ids = Engine.forward, []
 
 def poisoned(self, batch):
@@ -41,10 +45,19 @@ def poisoned(self, batch):
         ids.append(torch.tensor(load_prepared_data(load_config(words[0], words[1:])).tokenizer.encode(mark)))
     return forward(self, batch) * (math.nan if torch.isin(batch.ids_BT, ids[0]).any() else 1.0)
 
-if kind != "clean":
+def build_fused(self, groups, section, device):
+    betas = (section.beta1, section.beta2)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=section.eps, fused=True)
+
+if "clean" not in kind:
     Engine.forward = poisoned
-if kind == "killed":
+if "killed" in kind:
     Rewind.__init__ = lambda *_: os._exit(9)
+if "fused" in kind or "late" in kind:
+    AdamW.build = build_fused
+if "late" in kind:
+    Session = session.Session
+    session.Session = lambda *parts, **more: Session(*parts, **{**more, "reads_late": True})
 code = rank.run_rank(words)
 sys.stdout.flush()
 sys.stderr.flush()
@@ -148,6 +161,25 @@ def test_a_kill_once_the_journal_is_written_changes_nothing(
         assert_same(folder, tmp_path)
     else:  # other dropout and another order of sums, but the same rows
         assert (run_of(tmp_path) / "ledger.bin").read_bytes() == (run_of(folder) / "ledger.bin").read_bytes()
+
+
+def test_a_host_that_reads_late_rewinds_is_killed_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """Each checkpoint is of a settled step, whatever is unread between two of them."""
+    at_once = tmp_path / "at_once"
+    late = tmp_path / "late"
+    code, said = train(at_once, "fused nan", NAN)
+    assert code == 0, said
+    code, said = train(late, "late killed", NAN)
+    assert code == 9, said
+    code, said = train(late, "late nan", NAN)
+    assert code == 0, said
+    assert "restored step 30 on 1 ranks" in said
+    assert_same(late, at_once)
+    ours = read_spikes(run_of(late))
+    theirs = read_spikes(run_of(at_once))
+    for line in (*ours, *theirs):
+        del line["time_s"]
+    assert json.dumps(ours) == json.dumps(theirs)
 
 
 def test_a_loss_far_above_the_others_is_met_in_the_same_way(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Suffixes of names are shapes: B rows, T targets per row, S = T + 1 ids.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -124,7 +125,7 @@ class Loader:
         self._weights = self._default_weights
         self.mix_begins = 0  # the position since which the sources have the shares that they have now
         self._planned: PlannedStep | None = None
-        self._is_fetched = False
+        self._fetched: FetchedRows | None = None
 
     @property
     def epochs(self) -> float | None:
@@ -168,7 +169,7 @@ class Loader:
             self._count_targets(whole.labels_BT), fetched.num_new_rows, fetched.num_new_documents,
             self._row_source.num_bad_records, self._hash_own_rows(fetched),
         )  # fmt: skip
-        self._is_fetched = True
+        self._fetched = fetched
         return StepRows(micro_batches, own.to_ints())
 
     @property
@@ -180,19 +181,28 @@ class Loader:
         """What the sums of all ranks' counts say."""
         return StepTotals.from_ints(counts, len(self.sources))
 
-    def describe_rows(self) -> list[RowContents]:
-        """This rank's rows last taken, with what they hold, in the order of the micro-batches."""
+    def hold_rows(self) -> Callable[[], list[RowContents]]:
+        """What describes this rank's rows last taken, with what they hold, in the order of the micro-batches.
+
+        To be called now or when others have been taken; only then there is work to do.
+        """
+        assert self._fetched is not None, "there are no rows to hold"
+        ids = self._fetched.ids
         wanted, positions, _ = self._next
-        ids, passages = self._row_source.rows(wanted).ids, self._row_source.passages(wanted)
-        rows = []
-        for position, source, row, held in zip(positions, wanted.source, ids, passages, strict=True):
-            shown = tuple(self._add_text(passage, row) for passage in held)
-            rows.append(RowContents(int(position), self.sources[source], shown))
-        return rows
+        find_passages = self._row_source.hold_passages(wanted)
+
+        def describe_rows() -> list[RowContents]:
+            rows = []
+            for position, source, row, held in zip(positions, wanted.source, ids, find_passages(), strict=True):
+                shown = tuple(self._add_text(passage, row) for passage in held)
+                rows.append(RowContents(int(position), self.sources[source], shown))
+            return rows
+
+        return describe_rows
 
     def mark_consumed(self, totals: StepTotals) -> None:
         """The optimizer has used the rows last taken, on all ranks."""
-        assert self._is_fetched, "consumed without being fetched: a step would be skipped"
+        assert self._fetched is not None, "consumed without being fetched: a step would be skipped"
         wanted, _, rows_by_source = self._next
         self._row_source.mark_consumed(wanted)
         self.source_rows += rows_by_source
@@ -202,7 +212,8 @@ class Loader:
         self.unique_documents += totals.num_new_documents
         self.bad_records = totals.num_bad_records
         self.ledger = extend_ledger(self.ledger, int(totals.digests.sum(dtype=np.uint64)))
-        self._planned, self._is_fetched = None, False
+        self._planned = None
+        self._fetched = None
 
     def state(self) -> dict[str, Any]:
         """Where the run stands, JSON-able: this rank's part of it. See merge_loader_states."""
@@ -240,7 +251,8 @@ class Loader:
         for name in PLAIN_STATE:
             setattr(self, name, state[name])
         self._row_source.load_state(state["streams"])
-        self._planned, self._is_fetched = None, False
+        self._planned = None
+        self._fetched = None
 
     def validation_batches(self, num_rows: int) -> list[Batch]:
         """This rank's batches of at most `num_rows` held-out rows, evenly spaced; the same on any world, each time.

@@ -6,6 +6,7 @@ Suffixes of names are shapes: n rows, T targets per row.
 
 import functools
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from typing_extensions import override
 from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.order import permute_places
 from smoltrain.data.rows.row_contents import Passage, document_spans
-from smoltrain.data.rows.streams import RowStream, StreamCursor, StreamedSource, StreamPosition
+from smoltrain.data.rows.streams import RowStream, ShuffleBlock, StreamCursor, StreamedSource, StreamPosition
 from smoltrain.data.tokens.packing import count_rows
 from smoltrain.data.tokens.token_files import MappedTokens
 
@@ -68,6 +69,10 @@ class RowSource(ABC):
     @abstractmethod
     def passages(self, wanted: RowRequest) -> list[list[Passage]]:
         """The documents of each of these rows (n,), in order."""
+
+    def hold_passages(self, wanted: RowRequest) -> Callable[[], list[list[Passage]]]:
+        """What finds `passages`, now or when other rows have been taken: a place says it all."""
+        return lambda: self.passages(wanted)
 
     def wait_until_ready(self, wanted: RowRequest, timeout_s: float) -> bool:  # noqa: ARG002
         """Whether `rows` can answer at once, after at most so long. Errors: UserError if they cannot be had."""
@@ -194,11 +199,22 @@ class StreamedRowSource(RowSource):
 
     @override
     def passages(self, wanted: RowRequest) -> list[list[Passage]]:
-        passages: list[list[Passage]] = [[]] * len(wanted.source)
+        return self.hold_passages(wanted)()
+
+    @override
+    def hold_passages(self, wanted: RowRequest) -> Callable[[], list[list[Passage]]]:
+        held: list[tuple[int, ShuffleBlock, int]] = []
         for key, own in wanted.by_stream:
             for i, (block, row) in zip(own, self._open_row_stream(key).rows(len(own)), strict=True):
+                held.append((int(i), block, row))
+
+        def find_passages() -> list[list[Passage]]:
+            passages: list[list[Passage]] = [[]] * len(wanted.source)
+            for i, block, row in held:
                 passages[i] = block.passages(row)
-        return passages
+            return passages
+
+        return find_passages
 
     @override
     def mark_consumed(self, wanted: RowRequest) -> None:

@@ -31,7 +31,7 @@ def rows_by_position(world: World, steps: int) -> dict[int, tuple[RowContents, l
     for _ in range(steps):
         for loader in world.ranks:
             ids = [row for batch in loader.fetch_step_rows().micro_batches for row in batch.ids_BT.tolist()]
-            found |= {row.position: (row, own) for row, own in zip(loader.describe_rows(), ids, strict=True)}
+            found |= {row.position: (row, own) for row, own in zip(loader.hold_rows()(), ids, strict=True)}
         world.step()
     return found
 
@@ -100,7 +100,7 @@ def an_epoch(loader: Loader) -> list[RowContents]:
     rows = []
     while (loader.epochs or 0) < 1:
         taken = loader.fetch_step_rows()
-        rows += loader.describe_rows()
+        rows += loader.hold_rows()()
         loader.mark_consumed(loader.unpack_totals(taken.counts))
     return rows
 

@@ -177,7 +177,7 @@ def test_documents_are_found_again_among_left_out_ones(root: Path, single: bool)
     found = set()
     for _ in range(12):
         taken = loader.fetch_step_rows()
-        for row in loader.describe_rows():
+        for row in loader.hold_rows()():
             for passage in row.passages:
                 assert passage.number is not None
                 one = (root / "web" / passage.address).read_text()
@@ -215,7 +215,7 @@ def test_a_streamed_run_does_not_train_on_copies_of_what_it_validates_on(root: P
     begun: set[int] = set()
     for _ in range(120):
         taken = loader.fetch_step_rows()
-        addresses = {passage.address for row in loader.describe_rows() for passage in row.passages}
+        addresses = {passage.address for row in loader.hold_rows()() for passage in row.passages}
         begun |= {content_hash((root / "web" / address).read_text()) for address in addresses}
         loader.mark_consumed(loader.unpack_totals(taken.counts))
     loader.close()

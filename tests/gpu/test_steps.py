@@ -1,0 +1,65 @@
+"""Whole steps on a CUDA device: that the host waits for nothing within one, and trains what one that waits would."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from smoltrain.config.schema import Config
+from smoltrain.data.tokens.prepare import prepare_run_data
+from tests import tiny
+from tests.engines import fresh_model, loader_of
+from tests.ranks import world
+from tests.sessions import bare_session, train_steps
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; test_step.py counts on a CPU"),
+]
+WARM_STEPS = 2  # in which code is compiled and memory is found
+
+
+def losses_of_steps(settings: Config, compiles: bool, late: bool) -> list[float]:
+    """Of six steps; late, the host may not wait in any after the first two but where it reads of the last one."""
+    from smoltrain.engine.engine import build_engine
+    from smoltrain.train import step as step_module
+
+    torch.cuda.manual_seed(0)
+    precision = settings.engine.precision
+    model = fresh_model(settings)
+    engine = build_engine(model, settings, world(), precision=precision, accumulation=2, compiles=compiles)
+    assert engine.decides_on_device
+
+    def refuse_to_wait(function: Callable[..., Any]) -> Callable[..., Any]:
+        def refusing(step: int, *others: Any) -> Any:
+            if not late or step <= WARM_STEPS:
+                return function(step, *others)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that the mode is a prototype
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                return function(step, *others)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return refusing
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_start_passes", "start_update"):
+            patch.setattr(step_module, name, refuse_to_wait(getattr(step_module, name)))
+        session = bare_session(settings, engine, loader_of(settings, 0, 1), reads_late=late)
+        results = train_steps(range(1, 7), session)
+    assert all(result.metrics["speed/step_s"] > 0 for result in results)
+    return [result.metrics["train/loss_nats_per_token"] for result in results]
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_step_waits_for_nothing(tmp_path: Path, ranks: Any, compiles: bool) -> None:
+    settings = tiny.load(tmp_path, "track.gradients_every=0")
+    prepare_run_data(settings)
+    [late] = ranks(1).run(losses_of_steps, settings, compiles, True)
+    [at_once] = ranks(1).run(losses_of_steps, settings, compiles, False)
+    assert late == pytest.approx(at_once, rel=1e-3), "kernels may add up in another order"
