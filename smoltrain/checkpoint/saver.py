@@ -35,6 +35,7 @@ from smoltrain.checkpoint.manifest import (
 )
 from smoltrain.checkpoint.restore import capture_rng_state, rng_file_name
 from smoltrain.checkpoint.retention import delete_checkpoint, delete_path, prune_checkpoints
+from smoltrain.checkpoint.written_files import find_unseen_file
 from smoltrain.config.schema import CheckpointSection
 from smoltrain.data.rows.loader import Loader, merge_loader_states
 from smoltrain.distributed.world import World
@@ -129,8 +130,10 @@ class CheckpointSaver:
             message = self._world.run_on_first_rank(lambda: self._failure_message(reasons))
             self._pending = None
             raise TrainingStopped(message)
-        self._publish(self._pending)
-        self._pending = None
+        try:
+            self._publish(self._pending)
+        finally:
+            self._pending = None  # what could not be published is not tried again
         return True
 
     def finish(self) -> None:
@@ -151,13 +154,17 @@ class CheckpointSaver:
 
     def _publish(self, pending: PendingCheckpoint) -> None:
         records: dict[str, FileRecord] = {}
-        for rank_records in self._world.gather(pending.records.result()):
+        everyones = self._world.gather(pending.records.result())
+        for rank_records in everyones:
             records |= rank_records
         manifest = replace(pending.manifest, files=dict(sorted(records.items())))
         final = step_folder(self._checkpoints, manifest.step)
         temporary = pending.temporary_folder
 
         def publish() -> None:
+            unseen = [self._find_unseen(temporary, rank, written) for rank, written in enumerate(everyones)]
+            if any(unseen):
+                raise TrainingStopped(self._failure_message(unseen))
             try:
                 for folder in {(temporary / name).parent for name in records}:
                     files.fsync_path(folder)
@@ -177,6 +184,14 @@ class CheckpointSaver:
         pause_s = pending.pause_s if self._section.background else took_s
         self._say(f"checkpoint step {manifest.step}: paused {pause_s:.1f} s, published after {took_s:.1f} s")
         self._published(manifest.step, final)
+
+    def _find_unseen(self, temporary: Path, rank: int, written: dict[str, FileRecord]) -> str | None:
+        """What rank 0 does not see of a rank's files, and whose folder that is. Rank 0 calls this."""
+        unseen = find_unseen_file(temporary, written)
+        if unseen is None:
+            return None
+        hosts = self._world.hosts
+        return f"it has written on {hosts[rank]} what {hosts[0]} does not see: {unseen}"
 
     def _failure_message(self, reasons: list[str | None]) -> str:
         """What went wrong on which ranks, and what is left. One rank calls this."""

@@ -484,6 +484,13 @@ class EngineSection(Section):
         le=MAX_INT,
         description="how long a rank may give no sign of life before all ranks leave; 0 waits for ever",
     )
+    lost_host_s: Seconds = Field(
+        default=45.0,
+        ge=0,
+        le=86_400,
+        description="how long a machine may answer nothing, not even its kernel, before it counts as lost and all "
+        "ranks leave; 0 waits for ever",
+    )
 
 
 class OptimizerSection(Section):

@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import functools
 import itertools
+import json
 import os
 import socket
 import time
@@ -19,6 +20,9 @@ import torch
 import torch.distributed as torch_dist
 
 from smoltrain.distributed.cpu_cores import Core, CpuShare, assign_cores, usable_cores
+from smoltrain.distributed.machines import RankFacts, identify_kernel, name_machines, number_machines
+from smoltrain.distributed.network import INTERFACE_VARIABLES, choose_interface, find_own_address, find_source_address
+from smoltrain.distributed.peers import PeerWatch, open_peer_watch
 from smoltrain.distributed.rendezvous import (
     LAUNCHER_VARIABLES,
     RankPlace,
@@ -26,12 +30,13 @@ from smoltrain.distributed.rendezvous import (
     open_rendezvous_socket,
     parse_rank_place,
 )
-from smoltrain.errors import Problem, RankUserError, TrainingStopped, UserError
+from smoltrain.errors import Problem, RankUserError, TrainingStopped, UserError, mark_as_everyones
 
 T = TypeVar("T")
 # What bounds a wait is the watchdog (engine.hang_s), which knows when a job was suspended; a collective does not.
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
 RENDEZVOUS_TIMEOUT_S = 1800.0  # for all ranks to come
+READ_TIMEOUT_S = 10.0  # for all ranks to read what all have written, before rank 0 may leave with the store
 SAY_S = (10.0, 60.0)  # until a rank says whom it waits for, and between one such line and the next
 # Their names since torch 2.13, which warns of the older ones.
 _reduce_scatter = getattr(torch_dist, "reduce_scatter_single", torch_dist.reduce_scatter_tensor)
@@ -46,12 +51,24 @@ class World:
     rank: int
     size: int
     local_rank: int  # as its launcher numbers the ranks of this machine
-    local_size: int  # ranks on this machine, by the names of their hosts
+    local_size: int  # ranks on this machine, as its kernel tells
     device: torch.device
     group: Any = None  # a gloo group for host numbers; None is the default group, gloo itself on the CPU
     cpu_share: CpuShare = UNBOUND_SHARE  # of the cores of its machine
     store: Any = None  # where the ranks have met
+    machines: tuple[int, ...] = (0,)  # the machine of each rank, by number
+    hosts: tuple[str, ...] = ("this machine",)  # the name of each rank's machine
     _works: Iterator[int] = field(default_factory=itertools.count)  # numbers the calls of run_on_first_rank
+
+    @property
+    def num_machines(self) -> int:
+        """On how many machines the ranks are."""
+        return len(set(self.machines))
+
+    @property
+    def is_first_of_machine(self) -> bool:
+        """Whether no rank of this machine has a lower number: the one that does what a machine needs once."""
+        return self.machines.index(self.machines[self.rank]) == self.rank
 
     @property
     def is_first(self) -> bool:
@@ -130,8 +147,8 @@ class World:
         outcomes = [outcome]
         if self.size > 1:
             torch_dist.broadcast_object_list(outcomes, src=0, group=self.group)
-        if isinstance(outcomes[0], Exception):
-            raise outcomes[0]
+        if isinstance(outcomes[0], UserError | TrainingStopped):
+            raise mark_as_everyones(outcomes[0])
         return outcomes[0]
 
     def run_on_every_rank(self, work: Callable[[], T]) -> T:
@@ -142,9 +159,9 @@ class World:
             result = work()
         except (UserError, TrainingStopped) as error:
             failure = error
-        for error in self.gather(failure):
+        for rank, error in enumerate(self.gather(failure)):
             if error:
-                raise error
+                raise mark_as_everyones(error, rank)
         return result
 
 
@@ -160,17 +177,24 @@ def choose_device(asked: Literal["auto", "cuda", "cpu", "mps"] = "auto", local_r
     return torch.device(asked, local_rank) if asked == "cuda" else torch.device(asked)
 
 
-def open_world(device: Literal["auto", "cuda", "cpu", "mps"] = "auto") -> World:
+def open_world(
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto", lost_host_s: float | None = None
+) -> World:  # fmt: skip
     """Join the process group that the launcher's environment describes; a bare `python` is a world of one.
 
+    With `lost_host_s` this process ends when another rank is lost (peers.py); that is after so many seconds for a host
+    that has gone without a word.
     Errors: UserError for a device that this machine does not have, or an environment that makes no sense.
     """
     here = parse_rank_place(os.environ)
     own = choose_device(device, here.local_rank)
-    if here.is_on_one_machine and (name := loopback_interface()):  # what others cannot reach, they cannot attack
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
     store, port = _open_store(here)
+    facts = _gather_facts(store, here, port)
+    machines = number_machines(facts)
+    _set_network_interface(store, here, facts, machines)
+    hosts = name_machines(facts, machines)
+    if lost_host_s is not None and here.size > 1:
+        _watch_peers(store, here, PeerWatch(here.rank, machines, hosts, lost_host_s), machines, hosts)
     for key, value in {  # which DeepSpeed asks for
         "RANK": here.rank,
         "WORLD_SIZE": here.size,
@@ -186,7 +210,9 @@ def open_world(device: Literal["auto", "cuda", "cpu", "mps"] = "auto") -> World:
         "nccl" if cuda else "gloo", store=store, rank=here.rank, world_size=here.size, timeout=COLLECTIVE_TIMEOUT
     )
     group = torch_dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if cuda else None
-    world = World(here.rank, here.size, here.local_rank, 1, own, group, store=store)
+    world = World(
+        here.rank, here.size, here.local_rank, 1, own, group, store=store, machines=machines, hosts=hosts
+    )  # fmt: skip
     cores_beside = _gather_cores_of_this_machine(world)
     cpu_share = _find_cpu_share(cores_beside, world.rank)
     torch.set_num_threads(cpu_share.threads)
@@ -205,8 +231,10 @@ def is_world_open() -> bool:
 
 
 def _open_store(here: RankPlace) -> tuple[Any, int]:
-    """(the store in which all ranks have met, its port). Errors: UserError if the port is taken or nobody comes."""
+    """(the store in which all ranks meet, its port). Errors: UserError if the port is taken or rank 0 does not come."""
     if here.has_launcher_store:
+        _await_first_rank(here)
+        os.environ["MASTER_ADDR"] = here.reachable_address  # which the next line reads
         env = torch_dist.rendezvous  # pyright: ignore[reportPrivateImportUsage]
         store, *_ = next(env("env://", here.rank, here.size, timeout=COLLECTIVE_TIMEOUT))
         return store, here.port or 0
@@ -221,35 +249,121 @@ def _open_store(here: RankPlace) -> tuple[Any, int]:
         store = make(address, port, here.size, True, master_listen_fd=listener.detach())
     else:
         port = here.port or 0
-        _poll_until(
-            lambda: _is_first_rank_listening(here),
-            lambda: f"rank {here.rank} waits for rank 0 at {here.address}:{port}",
-        )
-        store = make(here.address, port, here.size, False)
-    store.set(f"here/{here.rank}", "")
-    _await_all_ranks(store, here, port)
+        _await_first_rank(here)
+        store = make(here.reachable_address, port, here.size, False)
     return store, port
 
 
-def _await_all_ranks(store: Any, here: RankPlace, port: int) -> None:
-    """Return when every rank has written its number into the store. Errors: UserError if one does not come."""
+def _await_first_rank(here: RankPlace) -> None:
+    """Return when somebody listens where rank 0's store is to be. Errors: UserError if nobody ever does."""
+
+    def describe_wait() -> str:
+        try:
+            socket.getaddrinfo(here.reachable_address, None)
+            why = ""
+        except OSError:
+            why = f", a name that does not resolve on {socket.gethostname()}"
+        return f"rank {here.rank} waits for rank 0 at {here.address}:{here.port}{why}"
+
+    _poll_until(lambda: _is_first_rank_listening(here), describe_wait)
+
+
+def _gather_facts(store: Any, here: RankPlace, port: int) -> list[RankFacts]:
+    """What each rank tells of itself, in rank order; all have come then. Errors: UserError if one does not come."""
+    address = find_source_address(here.reachable_address) if here.size > 1 else ""
+    first_of_node = here.rank - here.local_rank if here.is_local_told else None
+    local_rank = here.local_rank if here.is_local_told else None
+    facts = RankFacts(socket.gethostname(), identify_kernel(), first_of_node, local_rank, address)
+    return [RankFacts.from_text(text) for text in _exchange(store, here, "here", facts.to_text(), port)]
+
+
+def _exchange(store: Any, here: RankPlace, topic: str, text: str, port: int | None = None) -> list[str]:
+    """Every rank's text, in rank order, without a group. A rank 0 that waits says for whom, if a `port` is given."""
+    keys = [f"{topic}/{rank}" for rank in range(here.size)]
+    store.set(keys[here.rank], text)
     missing = set(range(here.size))
 
     def are_all_here() -> bool:
-        missing.difference_update([rank for rank in missing if store.check([f"here/{rank}"])])
+        missing.difference_update([rank for rank in missing if store.check([keys[rank]])])
         return not missing
 
     def describe_wait() -> str:
         ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, sorted(missing)))}"
         return f"rank {here.rank} of {here.size} waits for {ranks} at {here.address}:{port}"
 
-    _poll_until(are_all_here, describe_wait if here.rank == 0 else None)
+    _poll_until(are_all_here, describe_wait if here.rank == 0 and port is not None else None)
+    texts = [store.get(key).decode() for key in keys]
+    num_read = store.add(f"{topic}/read", 1)
+    deadline = time.monotonic() + READ_TIMEOUT_S
+    while here.rank == 0 and num_read < here.size and time.monotonic() < deadline:  # the store may be this process's
+        time.sleep(0.002)
+        num_read = store.add(f"{topic}/read", 0)
+    return texts
+
+
+def _set_network_interface(store: Any, here: RankPlace, facts: list[RankFacts], machines: tuple[int, ...]) -> None:
+    """Tell gloo and NCCL which interface to take, where they would take one on which ranks cannot meet.
+
+    Errors: UserError, the same on every rank, which names each machine that has none.
+    """
+    if here.size == 1 or len(set(machines)) == 1:
+        name = loopback_interface() if here.is_on_one_machine else None
+        if name:  # what others cannot reach, they cannot attack
+            _set_interface_variables(name)
+        return
+    chosen = choose_interface(facts, machines, here.rank)
+    is_first_of_machine = machines.index(machines[here.rank]) == here.rank
+    fault = chosen if isinstance(chosen, Problem) and is_first_of_machine else None
+    texts = _exchange(store, here, "interface", json.dumps(vars(fault) if fault else None))
+    problems = [Problem(**json.loads(text)) for text in texts if json.loads(text)]
+    if problems:
+        raise UserError(*problems)
+    if isinstance(chosen, tuple):
+        name, why = chosen
+        _set_interface_variables(name)
+        if is_first_of_machine:
+            print(why, flush=True)
+
+
+def _watch_peers(
+    store: Any, here: RankPlace, watch: PeerWatch, machines: tuple[int, ...], hosts: tuple[str, ...]
+) -> None:  # fmt: skip
+    """Connect every rank with rank 0. Errors: UserError, the same on every rank, where one cannot be reached."""
+    is_one_machine = len(set(machines)) == 1
+    told = ""
+    if here.rank == 0:
+        address = "127.0.0.1" if is_one_machine else find_own_address()
+        told = json.dumps([address, watch.listen(on_loopback=is_one_machine)])
+    address, told = json.loads(_exchange(store, here, "peers", told)[0])
+    fault = None
+    if here.rank:
+        try:
+            watch.connect(address, told)
+        except OSError as error:
+            port = json.loads(told)[0]
+            fault = Problem(
+                what=f"rank {here.rank} on {hosts[here.rank]} cannot reach rank 0 on {hosts[0]}",
+                saw=f"{address} port {port}: {error}",
+                want="every port open between the machines of a run, which their kernels choose",
+                change="the firewall, or GLOO_SOCKET_IFNAME if this is not the network that they share",
+            )
+    texts = _exchange(store, here, "connected", json.dumps(vars(fault) if fault else None))
+    problems = [Problem(**json.loads(text)) for text in texts if json.loads(text)]
+    if problems:
+        raise UserError(*problems[:3])
+    open_peer_watch(watch)
+    watch.start()
+
+
+def _set_interface_variables(name: str) -> None:
+    for variable in INTERFACE_VARIABLES:
+        os.environ.setdefault(variable, name)
 
 
 def _is_first_rank_listening(here: RankPlace) -> bool:
     """Whether somebody listens where rank 0 is to be."""
     try:
-        socket.create_connection((here.address, here.port or 0), timeout=5.0).close()
+        socket.create_connection((here.reachable_address, here.port or 0), timeout=5.0).close()
     except OSError:
         return False
     return True
@@ -274,13 +388,10 @@ def _poll_until(there: Callable[[], bool], waits: Callable[[], str] | None = Non
 
 
 def _gather_cores_of_this_machine(world: World) -> dict[int, list[Core]]:
-    """Each rank on this machine -> the cores that it may use. Collective.
-
-    Machines are told apart by their host names: not every launcher says how many ranks each of them has.
-    """
-    host = socket.gethostname()
-    everyones = world.gather((host, usable_cores()))
-    return {rank: cores for rank, (name, cores) in enumerate(everyones) if name == host}
+    """Each rank on this machine -> the cores that it may use. Collective."""
+    everyones = world.gather(usable_cores())
+    here = world.machines[world.rank]
+    return {rank: cores for rank, cores in enumerate(everyones) if world.machines[rank] == here}
 
 
 def _find_cpu_share(cores_beside: dict[int, list[Core]], rank: int) -> CpuShare:

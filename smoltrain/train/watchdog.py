@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smoltrain.distributed.awake_clock import AwakeClock
+from smoltrain.distributed.peers import leave_peers
 from smoltrain.errors import FAULT
 
 TICK_S = 1.0  # between two looks at the last sign of life
@@ -138,6 +139,7 @@ class Watchdog:
             os.write(STDERR, f"error: rank {self._rank} hangs and cannot say so in {self._logs}: {error}\n".encode())
             faulthandler.dump_traceback(STDERR)
         finally:
+            leave_peers(FAULT)  # each rank says for itself that it hangs
             os._exit(FAULT)
 
     def _path(self, rank: int) -> Path:
