@@ -63,6 +63,7 @@ class Hosts:
         boot_id = self._folder / f"boot_id.{number}"
         boot_id.write_text(f"{number:08d}-0000-4000-8000-000000000000\n")
         name = "clone" if self._same_name else f"n{number}"
+        _enter(self._switch, "net", f"ip link del sw{number} 2>/dev/null || true")  # of its life before
         cable = f"ip link add sw{number} type veth peer name eth0 netns {keeper}"
         _enter(self._switch, "net", f"{cable} && ip link set sw{number} master br0 up")
         _enter(
@@ -124,16 +125,25 @@ class Hosts:
         others = f"for n in /proc/[0-9]*; do n=${{n#/proc/}}; [ $n = 1 ] || [ $n = $$ ] || kill -{name} $n; done"
         _enter(self._keepers[number], "pid,mount", others)
 
+    def power_on(self, number: int) -> None:
+        """A host that was off is booted anew."""
+        self._keepers[number] = self._boot(number)
+
     def fork(
         self, log: Path, function: Callable[..., int | None], *args: Any, per_host: int = 1,
-        environment: dict[str, str] | None = None, without: tuple[str, ...] = (),
+        environment: dict[str, str] | None = None, without: tuple[str, ...] = (), on: tuple[int, ...] | None = None,
     ) -> Life:  # fmt: skip
-        """function(*args) on `per_host` ranks of each host, which find the variables of a launcher but `without`."""
-        size = self.count * per_host
-        places = [
-            (self._keepers[rank // per_host], {"LOCAL_RANK": str(rank % per_host), "LOCAL_WORLD_SIZE": str(per_host)})
-            for rank in range(size)
-        ]
+        """function(*args) on `per_host` ranks of each host, or of those it is to be `on`.
+
+        They find the variables of a launcher but `without`.
+        """
+        numbers = on or tuple(range(self.count))
+        size = len(numbers) * per_host
+        places: list[tuple[int, dict[str, str]]] = []
+        for number in numbers:
+            for local_rank in range(per_host):
+                own = {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(per_host)}
+                places.append((self._keepers[number], own))
         common = {"MASTER_ADDR": "n0", "MASTER_PORT": PORT} | (environment or {})
         return zygote().fork(size, log, _run_on_host, places, common, without, str(Path.cwd()), function, args)
 

@@ -16,7 +16,6 @@ NEWER_KEYS = {
     "optimizer.momentum": 0.95,  # of muon, which no such run had
     "optimizer.newton_schulz_steps": 5,
     "optimizer.embedding_lr_factor": 1.0,
-    "engine.lost_host_s": 45.0,
 }
 
 

@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -237,7 +238,7 @@ def _open_store(here: RankPlace) -> tuple[Any, int]:
         os.environ["MASTER_ADDR"] = here.reachable_address  # which the next line reads
         env = torch_dist.rendezvous  # pyright: ignore[reportPrivateImportUsage]
         store, *_ = next(env("env://", here.rank, here.size, timeout=COLLECTIVE_TIMEOUT))
-        return store, here.port or 0
+        return _enter_attempt(store, here), here.port or 0
     if here.size == 1 and here.port is None:
         return torch_dist.HashStore(), free_port()  # pyright: ignore[reportPrivateImportUsage]
     tcp_store = torch_dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -252,6 +253,41 @@ def _open_store(here: RankPlace) -> tuple[Any, int]:
         _await_first_rank(here)
         store = make(here.reachable_address, port, here.size, False)
     return store, port
+
+
+def _enter_attempt(store: Any, here: RankPlace) -> Any:
+    """Keys of this start of the ranks alone, in a store that torchrun keeps for all of its restarts.
+
+    Whatever earlier ranks have written is still there, and no variable tells one start from another where hosts come
+    and go. So each rank writes a number that nobody had before, and rank 0 answers it with the name of the start.
+    """
+    own = secrets.token_hex(8)
+    name = own
+
+    def answer_all() -> bool:
+        for rank in [rank for rank in missing if store.check([f"hello/{rank}"])]:
+            hello = store.get(f"hello/{rank}").decode()
+            if answered.get(rank) != hello:  # perhaps an earlier one's, in which case the right one is to come
+                answered[rank] = hello
+                store.set(f"welcome/{rank}", f"{hello} {own}")
+            if store.check([f"{own}/entered/{rank}"]):
+                missing.discard(rank)
+        return not missing
+
+    def is_answered() -> bool:
+        return store.check([key]) and store.get(key).decode().startswith(f"{own} ")
+
+    if here.rank == 0:
+        missing = set(range(1, here.size))
+        answered: dict[int, str] = {}
+        _poll_until(answer_all, lambda: f"rank 0 of {here.size} waits for {len(missing)} ranks")
+    else:
+        key = f"welcome/{here.rank}"
+        store.set(f"hello/{here.rank}", own)
+        _poll_until(is_answered)
+        name = store.get(key).decode().split()[1]
+        store.set(f"{name}/entered/{here.rank}", "")
+    return torch_dist.PrefixStore(name, store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _await_first_rank(here: RankPlace) -> None:

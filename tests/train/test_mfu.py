@@ -18,7 +18,7 @@ from smoltrain.train.mfu import cores_over_first, open_mfu_meter
 def world_of(kind: str, size: int, answers: list[Any] | None = None) -> Any:
     """Ranks of which every one says the same, or each what `answers` has."""
     return SimpleNamespace(
-        device=torch.device(kind), size=size, gather=lambda value: answers or [value] * size
+        device=torch.device(kind), size=size, machines=(0,) * size, gather=lambda value: answers or [value] * size
     )  # fmt: skip
 
 
