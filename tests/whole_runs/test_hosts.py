@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(why_no_hosts() is not None, reason=str(why_no_hosts())),
 ]
 ENDLESS = ("phases.main.steps=100000", "evaluate.every=100000", "sample.every=100000", "checkpoint.every=3")
-LOST_S = 9.0  # engine.lost_host_s here
+LOST_S = 6.0  # engine.lost_host_s here
 SHORT = ("phases.main.steps=3", "phases.continuation.steps=1", "sample.every=100")
 
 
