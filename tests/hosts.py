@@ -92,7 +92,7 @@ class Hosts:
     def hide_on(self, number: int, path: Path) -> None:
         """From now on this host alone sees a folder of its own at `path`."""
         own = self._folder / f"private.{number}{path}"
-        own.mkdir(parents=True)
+        own.mkdir(parents=True, exist_ok=True)  # the disk of an earlier life
         path.mkdir(parents=True, exist_ok=True)
         _enter(self._keepers[number], "mount", f"mount --bind {own} {path}")
 

@@ -57,7 +57,7 @@ KEY_RULE_TABLE = (
     ("evaluate", ANNOUNCED, "every rows"),
     ("generation", FREE, "max_tokens temperature top_k top_p"),
     ("sample", FREE, "every prompts"),
-    ("checkpoint", FREE, "every keep_last keep_every keep_best background"),
+    ("checkpoint", FREE, "every keep_last keep_every keep_best background shared"),
     ("spikes", ANNOUNCED, "on_spike deviations history window max_times"),
     ("track", FREE, "print_every gradients_every wandb wandb_project wandb_entity wandb_id wandb_name wandb_group"),
     ("track", FREE, "wandb_tags wandb_notes wandb_model wandb_timeout_s"),

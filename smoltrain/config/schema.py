@@ -677,6 +677,11 @@ class CheckpointSection(Section):
     background: bool = Field(
         default=True, description="whether training goes on while the files are written; false waits for them"
     )
+    shared: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: run.folder must be shared by all machines; off: each has its own, what training needs is "
+        "sent to it at the start, and its part of a checkpoint to the first machine, for which training waits",
+    )
 
 
 class SpikesSection(Section):

@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -32,11 +33,13 @@ from smoltrain.distributed.rendezvous import (
     parse_rank_place,
 )
 from smoltrain.errors import Problem, RankUserError, TrainingStopped, UserError, mark_as_everyones
+from smoltrain.files import commit_file
 
 T = TypeVar("T")
 # What bounds a wait is the watchdog (engine.hang_s), which knows when a job was suspended; a collective does not.
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
 RENDEZVOUS_TIMEOUT_S = 1800.0  # for all ranks to come
+CHUNK_BYTES = 16 << 20  # of a file that is sent
 READ_TIMEOUT_S = 10.0  # for all ranks to read what all have written, before rank 0 may leave with the store
 SAY_S = (10.0, 60.0)  # until a rank says whom it waits for, and between one such line and the next
 # Their names since torch 2.13, which warns of the older ones.
@@ -119,6 +122,50 @@ class World:
         values: list[Any] = [None] * self.size
         torch_dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def copy_file(self, path: Path, source: int, target: int) -> str | None:
+        """Send a file from one rank to the same path of another, on another machine. Both of them call it.
+
+        What the target could not do, in words, or None; on the source always None. Errors: OSError on the source.
+        """
+        if self.rank == source:
+            with path.open("rb") as file:
+                num_bytes = os.fstat(file.fileno()).st_size
+                torch_dist.send(torch.tensor([num_bytes]), target, group=self.group)
+                while num_bytes > 0:
+                    chunk = bytearray(file.read(min(CHUNK_BYTES, num_bytes)))
+                    if not chunk:
+                        raise OSError(f"{path} has become shorter while it was sent")
+                    torch_dist.send(torch.frombuffer(chunk, dtype=torch.uint8), target, group=self.group)
+                    num_bytes -= len(chunk)
+            return None
+        size = torch.zeros(1, dtype=torch.int64)
+        torch_dist.recv(size, source, group=self.group)
+        return self._receive_file(path, source, int(size.item()))
+
+    def _receive_file(self, path: Path, source: int, num_bytes: int) -> str | None:
+        """Write what comes; if that fails, let the rest come all the same, as the other rank cannot hear of it."""
+        part = path.with_name(f"{path.name}.part")
+        with contextlib.ExitStack() as opened:
+            fault: str | None = None
+            file = None
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = opened.enter_context(part.open("wb"))
+            except OSError as error:
+                fault = str(error)
+            while num_bytes > 0:
+                chunk = torch.empty(min(CHUNK_BYTES, num_bytes), dtype=torch.uint8)
+                torch_dist.recv(chunk, source, group=self.group)
+                num_bytes -= chunk.numel()
+                if file is not None and fault is None:
+                    try:
+                        file.write(chunk.numpy().data)
+                    except OSError as error:
+                        fault = str(error)
+        if fault is None:
+            commit_file(part, path)
+        return fault
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

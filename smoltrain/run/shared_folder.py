@@ -21,7 +21,7 @@ def check_shared_folder(config: Config, world: World) -> None:
 
     Errors: UserError, the same on every rank, which says who does not see what.
     """
-    if world.num_machines == 1:
+    if world.num_machines == 1 or config.checkpoint.shared == "off":
         return
     folders = [config.run.folder, config.run_folder, config.run_folder / "checkpoints"]
     marks = world.run_on_first_rank(lambda: _write_marks(folders))
@@ -38,7 +38,10 @@ def check_shared_folder(config: Config, world: World) -> None:
         saw = "; ".join(f"{host} does not see {folder}" for host, folder in who.items())
         want = f"a folder that all machines share, at one path; {world.hosts[0]} has written into it"
         problem = Problem(
-            "the machines do not share the run's folder", saw, want, "run.folder, or what is mounted there"
+            "the machines do not share the run's folder",
+            saw,
+            want,
+            "run.folder, what is mounted there, or checkpoint.shared",
         )
         raise mark_as_everyones(UserError(problem))
 

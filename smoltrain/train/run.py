@@ -16,6 +16,7 @@ from smoltrain.distributed.stop import StopFlag
 from smoltrain.distributed.world import World, open_world
 from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepspeed_text
 from smoltrain.errors import DONE, STOPPED, RankTrainingStopped
+from smoltrain.run.private_folders import spread_run_files
 from smoltrain.run.run_lock import lock_run_folder
 from smoltrain.run.shared_folder import check_shared_folder
 from smoltrain.run.summary import describe_run
@@ -56,6 +57,7 @@ def run_training(
             if world.is_first:
                 print(f"{config.run.name}: {describe_completion(start.plan, start.point.step)}")
             return DONE
+        spread_run_files(start.config, start.point.checkpoint, world)
         try:
             return _train_session(start, world, stop, callbacks, prints_summary=not is_supervised)
         except OSError as error:  # of this rank's own files: metrics, samples, ledger, log

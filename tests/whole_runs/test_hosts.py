@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from smoltrain.checkpoint.manifest import Manifest, verify_checkpoint
 from smoltrain.errors import BAD_INPUT, DONE, FAULT
 from tests import launches, tiny
 from tests.hosts import Hosts, make_hosts, why_no_hosts
@@ -116,6 +117,26 @@ def test_a_folder_that_is_not_shared_ends_every_rank_with_a_line_on_every_host(t
     assert not (runs / "quickstart").exists()
     own = tmp_path / f"private.0{runs}"
     assert [path.name for path in own.iterdir()] == [".quickstart.lock"], "the mark is gone, and nothing was begun"
+
+
+def test_machines_with_folders_of_their_own_train_save_and_resume(
+    tmp_path: Path, reference: tuple[dict[int, float], dict[str, str]]
+) -> None:
+    runs = tmp_path / "runs"
+    words = tiny.words(tmp_path, *SHORT, "checkpoint.shared=off")
+    for stop in (["run.stop_after=main"], []):
+        with make_hosts(2, tmp_path) as hosts:
+            hosts.hide(runs)
+            life = hosts.train([*words, *stop], tmp_path / "log")
+            assert life.end() == [DONE, DONE], life.text()
+    first = tmp_path / f"private.0{runs}/quickstart"
+    assert (launches.losses(first), launches.weights_digest(first, 4)) == reference
+    assert [path.name for path in sorted((first / "checkpoints").iterdir())] == ["step-00000003", "step-00000004"]
+    for step in (3, 4):
+        assert isinstance(verify_checkpoint(first / f"checkpoints/step-0000000{step}"), Manifest)
+    other = tmp_path / f"private.1{runs}/quickstart"
+    assert "restored step 3 on 2 ranks" in life.text()
+    assert [path.name for path in (other / "checkpoints").iterdir()] == ["step-00000003"], "what it was sent to restore"
 
 
 def test_a_folder_that_is_lost_while_training_publishes_no_checkpoint(tmp_path: Path) -> None:
