@@ -35,6 +35,14 @@ def spread_run_files(config: Config, checkpoint: Path | None, world: World) -> N
             raise mark_as_everyones(UserError(Problem(what, fault, "a folder with room for it", "run.folder")))
 
 
+def find_unseen_ranks(config: Config, world: World) -> frozenset[int]:
+    """The ranks whose logs this one cannot read."""
+    if config.checkpoint.shared != "off":
+        return frozenset()
+    own = world.machines[world.rank]
+    return frozenset(rank for rank, machine in enumerate(world.machines) if machine != own)
+
+
 def _list_folders(config: Config, checkpoint: Path | None) -> list[Path]:
     """Folders that every rank reads. Errors: UserError for a damaged index of the data."""
     folders = [config.run_folder / "data", config.run_folder / "tokenizer"]
