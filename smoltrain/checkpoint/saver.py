@@ -38,6 +38,7 @@ from smoltrain.checkpoint.retention import delete_checkpoint, delete_path, prune
 from smoltrain.checkpoint.written_files import find_unseen_file
 from smoltrain.config.schema import CheckpointSection
 from smoltrain.data.rows.loader import Loader, merge_loader_states
+from smoltrain.distributed.file_transfer import copy_file
 from smoltrain.distributed.world import World
 from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.schedule import Plan
@@ -209,7 +210,7 @@ class CheckpointSaver:
             if machines[rank] == machines[0] or self._world.rank not in (0, rank):
                 continue
             for name in written:
-                fault = self._world.copy_file(temporary / name, rank, 0)
+                fault = copy_file(self._world, temporary / name, rank, 0)
                 faults[rank] = faults[rank] or fault
         return faults
 

@@ -29,7 +29,7 @@ STUCK_S = 3.0  # that a main thread may wait for others who are gone
 LEAVE_S = {"lost": 12.0, "failed": 120.0}  # for a main thread that closes what is open; longer if nothing is broken
 CONNECT_TIMEOUT_S = 20.0
 FLUSH_S = 0.2  # for the last word to get out before the process ends
-WAITING_FILES = ("/torch/distributed/", "/smoltrain/distributed/world.py")
+WAITING_FILES = ("/torch/distributed/", "/smoltrain/distributed/meeting.py")
 
 
 @dataclass(frozen=True)

@@ -8,40 +8,32 @@ import contextlib
 import datetime
 import functools
 import itertools
-import json
 import os
-import secrets
 import socket
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as torch_dist
 
 from smoltrain.distributed.cpu_cores import Core, CpuShare, assign_cores, usable_cores
-from smoltrain.distributed.machines import RankFacts, identify_kernel, name_machines, number_machines
-from smoltrain.distributed.network import INTERFACE_VARIABLES, choose_interface, find_own_address, find_source_address
-from smoltrain.distributed.peers import PeerWatch, open_peer_watch
-from smoltrain.distributed.rendezvous import (
-    LAUNCHER_VARIABLES,
-    RankPlace,
-    loopback_interface,
-    open_rendezvous_socket,
-    parse_rank_place,
+from smoltrain.distributed.machines import name_machines, number_machines
+from smoltrain.distributed.meeting import (
+    agree_on_start,
+    await_first_rank,
+    gather_facts,
+    poll_until,
+    set_network_interface,
+    watch_peers,
 )
-from smoltrain.errors import Problem, RankUserError, TrainingStopped, UserError, mark_as_everyones
-from smoltrain.files import commit_file
+from smoltrain.distributed.peers import PeerWatch
+from smoltrain.distributed.rendezvous import LAUNCHER_VARIABLES, RankPlace, open_rendezvous_socket, parse_rank_place
+from smoltrain.errors import Problem, TrainingStopped, UserError, mark_as_everyones
 
 T = TypeVar("T")
 # What bounds a wait is the watchdog (engine.hang_s), which knows when a job was suspended; a collective does not.
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
-RENDEZVOUS_TIMEOUT_S = 1800.0  # for all ranks to come
-CHUNK_BYTES = 16 << 20  # of a file that is sent
-READ_TIMEOUT_S = 10.0  # for all ranks to read what all have written, before rank 0 may leave with the store
-SAY_S = (10.0, 60.0)  # until a rank says whom it waits for, and between one such line and the next
 # Their names since torch 2.13, which warns of the older ones.
 _reduce_scatter = getattr(torch_dist, "reduce_scatter_single", torch_dist.reduce_scatter_tensor)
 _all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
@@ -123,49 +115,13 @@ class World:
         torch_dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def copy_file(self, path: Path, source: int, target: int) -> str | None:
-        """Send a file from one rank to the same path of another, on another machine. Both of them call it.
+    def send(self, tensor: torch.Tensor, target: int) -> None:
+        """Send a tensor on the host to one rank, which receives it. Not collective."""
+        torch_dist.send(tensor, target, group=self.group)
 
-        What the target could not do, in words, or None; on the source always None. Errors: OSError on the source.
-        """
-        if self.rank == source:
-            with path.open("rb") as file:
-                num_bytes = os.fstat(file.fileno()).st_size
-                torch_dist.send(torch.tensor([num_bytes]), target, group=self.group)
-                while num_bytes > 0:
-                    chunk = bytearray(file.read(min(CHUNK_BYTES, num_bytes)))
-                    if not chunk:
-                        raise OSError(f"{path} has become shorter while it was sent")
-                    torch_dist.send(torch.frombuffer(chunk, dtype=torch.uint8), target, group=self.group)
-                    num_bytes -= len(chunk)
-            return None
-        size = torch.zeros(1, dtype=torch.int64)
-        torch_dist.recv(size, source, group=self.group)
-        return self._receive_file(path, source, int(size.item()))
-
-    def _receive_file(self, path: Path, source: int, num_bytes: int) -> str | None:
-        """Write what comes; if that fails, let the rest come all the same, as the other rank cannot hear of it."""
-        part = path.with_name(f"{path.name}.part")
-        with contextlib.ExitStack() as opened:
-            fault: str | None = None
-            file = None
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = opened.enter_context(part.open("wb"))
-            except OSError as error:
-                fault = str(error)
-            while num_bytes > 0:
-                chunk = torch.empty(min(CHUNK_BYTES, num_bytes), dtype=torch.uint8)
-                torch_dist.recv(chunk, source, group=self.group)
-                num_bytes -= chunk.numel()
-                if file is not None and fault is None:
-                    try:
-                        file.write(chunk.numpy().data)
-                    except OSError as error:
-                        fault = str(error)
-        if fault is None:
-            commit_file(part, path)
-        return fault
+    def receive(self, tensor: torch.Tensor, source: int) -> None:
+        """Fill a tensor on the host with what one rank sends. Not collective."""
+        torch_dist.recv(tensor, source, group=self.group)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -181,7 +137,7 @@ class World:
         lost = contextlib.suppress(RuntimeError)  # torchrun's store, which torchrun's death has taken along
         if patient and not self.is_first:
             with lost:
-                _poll_until(lambda: self.store.check([done]))
+                poll_until(lambda: self.store.check([done]))
         if self.is_first:
             try:
                 outcome = work()
@@ -237,12 +193,12 @@ def open_world(
     here = parse_rank_place(os.environ)
     own = choose_device(device, here.local_rank)
     store, port = _open_store(here)
-    facts = _gather_facts(store, here, port)
+    facts = gather_facts(store, here, port)
     machines = number_machines(facts)
-    _set_network_interface(store, here, facts, machines)
+    set_network_interface(store, here, facts, machines)
     hosts = name_machines(facts, machines)
     if lost_host_s is not None and here.size > 1:
-        _watch_peers(store, here, PeerWatch(here.rank, machines, hosts, lost_host_s), machines, hosts)
+        watch_peers(store, here, PeerWatch(here.rank, machines, hosts, lost_host_s), machines, hosts)
     for key, value in {  # which DeepSpeed asks for
         "RANK": here.rank,
         "WORLD_SIZE": here.size,
@@ -281,11 +237,12 @@ def is_world_open() -> bool:
 def _open_store(here: RankPlace) -> tuple[Any, int]:
     """(the store in which all ranks meet, its port). Errors: UserError if the port is taken or rank 0 does not come."""
     if here.has_launcher_store:
-        _await_first_rank(here)
+        await_first_rank(here)
         os.environ["MASTER_ADDR"] = here.reachable_address  # which the next line reads
         env = torch_dist.rendezvous  # pyright: ignore[reportPrivateImportUsage]
         store, *_ = next(env("env://", here.rank, here.size, timeout=COLLECTIVE_TIMEOUT))
-        return _enter_attempt(store, here), here.port or 0
+        prefix_store = torch_dist.PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+        return prefix_store(agree_on_start(store, here), store), here.port or 0
     if here.size == 1 and here.port is None:
         return torch_dist.HashStore(), free_port()  # pyright: ignore[reportPrivateImportUsage]
     tcp_store = torch_dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -297,177 +254,9 @@ def _open_store(here: RankPlace) -> tuple[Any, int]:
         store = make(address, port, here.size, True, master_listen_fd=listener.detach())
     else:
         port = here.port or 0
-        _await_first_rank(here)
+        await_first_rank(here)
         store = make(here.reachable_address, port, here.size, False)
     return store, port
-
-
-def _enter_attempt(store: Any, here: RankPlace) -> Any:
-    """Keys of this start of the ranks alone, in a store that torchrun keeps for all of its restarts.
-
-    Whatever earlier ranks have written is still there, and no variable tells one start from another where hosts come
-    and go. So each rank writes a number that nobody had before, and rank 0 answers it with the name of the start.
-    """
-    own = secrets.token_hex(8)
-    name = own
-
-    def answer_all() -> bool:
-        for rank in [rank for rank in missing if store.check([f"hello/{rank}"])]:
-            hello = store.get(f"hello/{rank}").decode()
-            if answered.get(rank) != hello:  # perhaps an earlier one's, in which case the right one is to come
-                answered[rank] = hello
-                store.set(f"welcome/{rank}", f"{hello} {own}")
-            if store.check([f"{own}/entered/{rank}"]):
-                missing.discard(rank)
-        return not missing
-
-    def is_answered() -> bool:
-        return store.check([key]) and store.get(key).decode().startswith(f"{own} ")
-
-    if here.rank == 0:
-        missing = set(range(1, here.size))
-        answered: dict[int, str] = {}
-        _poll_until(answer_all, lambda: f"rank 0 of {here.size} waits for {len(missing)} ranks")
-    else:
-        key = f"welcome/{here.rank}"
-        store.set(f"hello/{here.rank}", own)
-        _poll_until(is_answered)
-        name = store.get(key).decode().split()[1]
-        store.set(f"{name}/entered/{here.rank}", "")
-    return torch_dist.PrefixStore(name, store)  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _await_first_rank(here: RankPlace) -> None:
-    """Return when somebody listens where rank 0's store is to be. Errors: UserError if nobody ever does."""
-
-    def describe_wait() -> str:
-        try:
-            socket.getaddrinfo(here.reachable_address, None)
-            why = ""
-        except OSError:
-            why = f", a name that does not resolve on {socket.gethostname()}"
-        return f"rank {here.rank} waits for rank 0 at {here.address}:{here.port}{why}"
-
-    _poll_until(lambda: _is_first_rank_listening(here), describe_wait)
-
-
-def _gather_facts(store: Any, here: RankPlace, port: int) -> list[RankFacts]:
-    """What each rank tells of itself, in rank order; all have come then. Errors: UserError if one does not come."""
-    address = find_source_address(here.reachable_address) if here.size > 1 else ""
-    first_of_node = here.rank - here.local_rank if here.is_local_told else None
-    local_rank = here.local_rank if here.is_local_told else None
-    facts = RankFacts(socket.gethostname(), identify_kernel(), first_of_node, local_rank, address)
-    return [RankFacts.from_text(text) for text in _exchange(store, here, "here", facts.to_text(), port)]
-
-
-def _exchange(store: Any, here: RankPlace, topic: str, text: str, port: int | None = None) -> list[str]:
-    """Every rank's text, in rank order, without a group. A rank 0 that waits says for whom, if a `port` is given."""
-    keys = [f"{topic}/{rank}" for rank in range(here.size)]
-    store.set(keys[here.rank], text)
-    missing = set(range(here.size))
-
-    def are_all_here() -> bool:
-        missing.difference_update([rank for rank in missing if store.check([keys[rank]])])
-        return not missing
-
-    def describe_wait() -> str:
-        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, sorted(missing)))}"
-        return f"rank {here.rank} of {here.size} waits for {ranks} at {here.address}:{port}"
-
-    _poll_until(are_all_here, describe_wait if here.rank == 0 and port is not None else None)
-    texts = [store.get(key).decode() for key in keys]
-    num_read = store.add(f"{topic}/read", 1)
-    deadline = time.monotonic() + READ_TIMEOUT_S
-    while here.rank == 0 and num_read < here.size and time.monotonic() < deadline:  # the store may be this process's
-        time.sleep(0.002)
-        num_read = store.add(f"{topic}/read", 0)
-    return texts
-
-
-def _set_network_interface(store: Any, here: RankPlace, facts: list[RankFacts], machines: tuple[int, ...]) -> None:
-    """Tell gloo and NCCL which interface to take, where they would take one on which ranks cannot meet.
-
-    Errors: UserError, the same on every rank, which names each machine that has none.
-    """
-    if here.size == 1 or len(set(machines)) == 1:
-        name = loopback_interface() if here.is_on_one_machine else None
-        if name:  # what others cannot reach, they cannot attack
-            _set_interface_variables(name)
-        return
-    chosen = choose_interface(facts, machines, here.rank)
-    is_first_of_machine = machines.index(machines[here.rank]) == here.rank
-    fault = chosen if isinstance(chosen, Problem) and is_first_of_machine else None
-    texts = _exchange(store, here, "interface", json.dumps(vars(fault) if fault else None))
-    problems = [Problem(**json.loads(text)) for text in texts if json.loads(text)]
-    if problems:
-        raise UserError(*problems)
-    if isinstance(chosen, tuple):
-        name, why = chosen
-        _set_interface_variables(name)
-        if is_first_of_machine:
-            print(why, flush=True)
-
-
-def _watch_peers(
-    store: Any, here: RankPlace, watch: PeerWatch, machines: tuple[int, ...], hosts: tuple[str, ...]
-) -> None:  # fmt: skip
-    """Connect every rank with rank 0. Errors: UserError, the same on every rank, where one cannot be reached."""
-    is_one_machine = len(set(machines)) == 1
-    told = ""
-    if here.rank == 0:
-        address = "127.0.0.1" if is_one_machine else find_own_address()
-        told = json.dumps([address, watch.listen(on_loopback=is_one_machine)])
-    address, told = json.loads(_exchange(store, here, "peers", told)[0])
-    fault = None
-    if here.rank:
-        try:
-            watch.connect(address, told)
-        except OSError as error:
-            port = json.loads(told)[0]
-            fault = Problem(
-                what=f"rank {here.rank} on {hosts[here.rank]} cannot reach rank 0 on {hosts[0]}",
-                saw=f"{address} port {port}: {error}",
-                want="every port open between the machines of a run, which their kernels choose",
-                change="the firewall, or GLOO_SOCKET_IFNAME if this is not the network that they share",
-            )
-    texts = _exchange(store, here, "connected", json.dumps(vars(fault) if fault else None))
-    problems = [Problem(**json.loads(text)) for text in texts if json.loads(text)]
-    if problems:
-        raise UserError(*problems[:3])
-    open_peer_watch(watch)
-    watch.start()
-
-
-def _set_interface_variables(name: str) -> None:
-    for variable in INTERFACE_VARIABLES:
-        os.environ.setdefault(variable, name)
-
-
-def _is_first_rank_listening(here: RankPlace) -> bool:
-    """Whether somebody listens where rank 0 is to be."""
-    try:
-        socket.create_connection((here.reachable_address, here.port or 0), timeout=5.0).close()
-    except OSError:
-        return False
-    return True
-
-
-def _poll_until(there: Callable[[], bool], waits: Callable[[], str] | None = None) -> None:
-    """Return when it is `there`. A rank that `waits` says so, and gives up after RENDEZVOUS_TIMEOUT_S.
-
-    Errors: UserError then.
-    """
-    began, pause, say_at = time.monotonic(), 0.002, time.monotonic() + SAY_S[0]
-    while not there():
-        time.sleep(pause)
-        pause = min(1.5 * pause, 0.5)
-        if waits and time.monotonic() > say_at:
-            say_at = time.monotonic() + SAY_S[1]
-            print(f"{waits()} (MASTER_ADDR and MASTER_PORT); without WORLD_SIZE one process trains alone", flush=True)
-        if waits and time.monotonic() > began + RENDEZVOUS_TIMEOUT_S:
-            saw = f"{waits()} for {RENDEZVOUS_TIMEOUT_S:.0f} s"
-            want = "all ranks to be started, or no WORLD_SIZE for a run of one process"
-            raise RankUserError(Problem("not all ranks have come", saw, want, "the launcher's environment variables"))
 
 
 def _gather_cores_of_this_machine(world: World) -> dict[int, list[Core]]:

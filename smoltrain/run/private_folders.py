@@ -10,6 +10,7 @@ from pathlib import Path
 from smoltrain import files
 from smoltrain.config.schema import Config
 from smoltrain.data.tokens.prepare import read_run_index, run_tokens_folder
+from smoltrain.distributed.file_transfer import copy_file
 from smoltrain.distributed.world import World
 from smoltrain.errors import Problem, UserError, mark_as_everyones
 
@@ -27,7 +28,7 @@ def spread_run_files(config: Config, checkpoint: Path | None, world: World) -> N
     own_fault: str | None = None
     for rank, paths in enumerate(wanted):
         for path in paths if world.rank in (0, rank) else []:
-            fault = world.copy_file(Path(path), 0, rank)
+            fault = copy_file(world, Path(path), 0, rank)
             own_fault = own_fault or fault
     for rank, fault in enumerate(world.gather(own_fault)):
         if fault:

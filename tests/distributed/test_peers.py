@@ -114,13 +114,13 @@ def test_the_kernel_asks_for_as_long_as_the_recipe_says(watches: list[PeerWatch]
 
 def test_a_main_thread_that_waits_for_others_is_seen() -> None:
     assert not peers._is_main_thread_waiting()
-    from smoltrain.distributed import world
+    from smoltrain.distributed import meeting
 
     seen: list[bool] = []
     looking = threading.Thread(target=lambda: (time.sleep(0.2), seen.append(peers._is_main_thread_waiting())))
     looking.start()
     began = time.monotonic()
-    world._poll_until(lambda: time.monotonic() > began + 0.6)
+    meeting.poll_until(lambda: time.monotonic() > began + 0.6)
     looking.join()
     assert seen == [True]
 

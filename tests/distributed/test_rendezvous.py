@@ -2,13 +2,10 @@
 
 import ipaddress
 import socket
-import threading
-import time
 from typing import Any
 
 import psutil
 import pytest
-import torch
 
 from smoltrain.distributed import world as world_module
 from smoltrain.distributed.rendezvous import RankPlace, open_rendezvous_socket, parse_rank_place
@@ -122,24 +119,6 @@ def test_no_socket_of_a_rank_can_be_reached_from_another_machine(ranks: Any) -> 
         assert all(ipaddress.ip_address(address).is_loopback for address, _ in sockets), sockets
 
 
-def test_whoever_waits_says_for_whom_and_leaves_at_last(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(world_module, "SAY_S", (0.05, 0.2))
-    monkeypatch.setattr(world_module, "RENDEZVOUS_TIMEOUT_S", 0.3)
-    with pytest.raises(RankUserError, match=r"saw rank 0 of 2 waits for rank 1 at \S+:5 for 0 s, want all ranks"):
-        world_module._poll_until(lambda: False, lambda: "rank 0 of 2 waits for rank 1 at 127.0.0.1:5")
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) in (1, 2)
-    assert said[0].startswith("rank 0 of 2 waits for rank 1 at 127.0.0.1:5 (MASTER_ADDR and MASTER_PORT); ")
-    world_module._poll_until(lambda: True, lambda: "nobody")
-    assert capsys.readouterr().out == ""
-
-
-def test_a_rank_waits_as_long_as_the_docs_say() -> None:
-    assert (world_module.SAY_S[0], world_module.RENDEZVOUS_TIMEOUT_S) == (10, 30 * 60)
-
-
 def test_one_process_meets_nobody_and_listens_nowhere() -> None:
     store, _ = world_module._open_store(RankPlace())
     store.set("here", "1")
@@ -168,34 +147,3 @@ def test_work_of_the_first_rank_may_take_longer_than_a_collective() -> None:
     for process in both:
         out, err = process.communicate(timeout=60)
         assert out == "done\n", err
-
-
-def test_a_start_reads_nothing_of_an_earlier_one_in_a_store_that_stays() -> None:
-    """torchrun's store outlives the ranks: the second start finds every key of the first one."""
-    tcp_store = torch.distributed.TCPStore  # pyright: ignore[reportPrivateImportUsage]
-    store = tcp_store("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    before = None
-    for attempt in ("first", "second"):
-        entered: dict[int, Any] = {}
-
-        def connect() -> Any:
-            return tcp_store("127.0.0.1", store.port, is_master=False, wait_for_workers=False)
-
-        def enter(rank: int, entered: dict[int, Any] = entered) -> None:
-            entered[rank] = world_module._enter_attempt(connect(), RankPlace(rank, 3, has_launcher_store=True))
-
-        others = [threading.Thread(target=enter, args=(rank,)) for rank in (1, 2)]
-        if attempt == "second":  # rank 0 comes first, and finds the greetings of before
-            threading.Timer(0.1, lambda started=others: [one.start() for one in started]).start()
-        else:
-            for one in others:
-                one.start()
-        enter(0)
-        deadline = time.monotonic() + 10
-        while len(entered) < 3:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        entered[1].set("key", attempt)
-        assert [entered[rank].get("key").decode() for rank in range(3)] == [attempt] * 3
-        before = before or entered[0]
-        assert before.get("key").decode() == "first"
