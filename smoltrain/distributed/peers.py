@@ -19,9 +19,9 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
-from smoltrain.errors import FAULT
+from smoltrain.distributed.verdict import ENDED, UNHEARD, Verdict, find_speaker, judge_loss
 
 COLLECT_S = 0.2  # between the first loss and the word to all: ranks of one host are lost together
 SPEAK_S = 0.5  # for the main thread, which may have found the loss itself, to speak first
@@ -30,16 +30,6 @@ LEAVE_S = {"lost": 12.0, "failed": 120.0}  # for a main thread that closes what 
 CONNECT_TIMEOUT_S = 20.0
 FLUSH_S = 0.2  # for the last word to get out before the process ends
 WAITING_FILES = ("/torch/distributed/", "/smoltrain/distributed/meeting.py")
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Why no rank can go on."""
-
-    code: int  # of errors.py, for every rank
-    text: str  # one line
-    gone: tuple[int, ...]  # the ranks that are lost, or the one that failed
-    kind: str  # lost: it is gone without a word; failed: it has said why
 
 
 class PeerWatch:
@@ -55,7 +45,7 @@ class PeerWatch:
         self._connections: dict[socket.socket, int] = {}  # to the rank at the other end
         self._unread: dict[socket.socket, bytes] = {}
         self._left: set[int] = set()  # ranks that have said that they leave
-        self._lost: dict[int, str] = {}  # and those that have not: what became of them
+        self._lost: dict[int, str] = {}  # those that have not -> what became of them
         self._tell_at: float | None = None
         self._verdict: Verdict | None = None
         self._judged = threading.Event()
@@ -135,7 +125,7 @@ class PeerWatch:
                         self._read(key.fileobj, selector)  # pyright: ignore[reportArgumentType]
                 if self._tell_at is not None and time.monotonic() >= self._tell_at:
                     self._tell_at = None
-                    self._judge(self._describe_loss())
+                    self._judge(judge_loss(self._lost, self._machines, self._hosts, self._lost_host_s))
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         assert self._listener is not None
@@ -146,14 +136,14 @@ class PeerWatch:
 
     def _read(self, connection: socket.socket, selector: selectors.BaseSelector) -> None:
         """What has come; or the end of the connection."""
-        fate = "its process has ended"
+        fate = ENDED
         try:
             data = connection.recv(65536)
         except ConnectionResetError:
             data = b""
         except OSError:  # ETIMEDOUT, EHOSTUNREACH
             data = b""
-            fate = "unheard"
+            fate = UNHEARD
         *lines, rest = (self._unread.get(connection, b"") + data).split(b"\n")
         self._unread[connection] = rest
         for line in lines:
@@ -208,23 +198,6 @@ class PeerWatch:
     def _name(self, rank: int, text: str) -> str:
         return f"{self.name_rank(rank)}: {text}"
 
-    def _describe_loss(self) -> Verdict:
-        """What is known of the ranks that are gone without a word."""
-        gone = set(self._lost)
-        unheard = {rank for rank, fate in self._lost.items() if fate == "unheard"}
-        if unheard:
-            machines = {self._machines[rank] for rank in unheard}
-            gone |= {rank for rank, machine in enumerate(self._machines) if machine in machines}
-        names = sorted({self._hosts[rank] for rank in gone})
-        ranks = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, sorted(gone)))}"
-        if unheard:
-            what = f"{' and '.join(names)} ({ranks}) has not been heard for {self._lost_host_s:g} s: "
-            what += "its power or its network is gone"
-        else:
-            what = f"{ranks} on {' and '.join(names)} {'are' if len(gone) > 1 else 'is'} lost: the process has ended"
-        text = f"{what}; the same command goes on from the last checkpoint"
-        return Verdict(FAULT, text, tuple(sorted(gone)), "lost")
-
     def _judge(self, verdict: Verdict) -> None:
         """The first reason counts: all others hear of it, and this process ends when its main thread is stuck."""
         if self._verdict:
@@ -258,11 +231,9 @@ class PeerWatch:
 
     def _speak(self, verdict: Verdict) -> None:
         """One rank of each machine says it: the lowest one that is there. The one that failed speaks for itself."""
-        machine = self._machines[self._rank]
-        here = [rank for rank, other in enumerate(self._machines) if other == machine and rank not in verdict.gone]
-        is_said_here = verdict.kind == "failed" and verdict.gone == (0,) and machine == self._machines[0]
+        speaker = find_speaker(verdict, self._machines, self._machines[self._rank])
         with self._lock:
-            if verdict.text in self._spoken or is_said_here or here[:1] != [self._rank]:
+            if verdict.text in self._spoken or speaker != self._rank:
                 return
             self._spoken.add(verdict.text)
         for line in verdict.text.splitlines():
