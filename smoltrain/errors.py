@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from smoltrain.redact import redact_text
 
@@ -15,6 +15,7 @@ BAD_INPUT = 2
 STOPPED = 75  # by a signal, with everything saved
 INTERRUPTED = 130
 
+E = TypeVar("E", bound=Exception)
 MAX_MESSAGE_CHARS = 1000  # characters of a value, or of a list of them, in a message
 
 
@@ -62,6 +63,17 @@ class TrainingStopped(Exception):
 
 class RankTrainingStopped(TrainingStopped):
     """One rank alone cannot go on, so that it must say so itself: the others only see that it is gone."""
+
+
+def mark_as_everyones(error: E, origin: int = 0) -> E:
+    """Note that every rank raises this error together, and on which it arose: rank 0 alone says it."""
+    error.__dict__["origin_of_all"] = origin
+    return error
+
+
+def find_origin_of_all(error: Exception) -> int | None:
+    """The rank on which an error arose that every rank raises; None for one that may be of this rank alone."""
+    return error.__dict__.get("origin_of_all")
 
 
 def suggest_choice(word: str, choices: Iterable[str]) -> str:

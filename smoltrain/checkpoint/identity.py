@@ -47,6 +47,7 @@ KEY_RULE_TABLE = (
     ("engine", ANNOUNCED, "device ds_config precision gradient_checkpointing attention reduce_gradients loss compile"),
     ("engine", ANNOUNCED, "compile_region fused_projections"),
     ("engine", FREE, "hang_s"),
+    ("engine", FREE, "hang_s lost_host_s"),
     ("optimizer", FIXED, "kind momentum newton_schulz_steps embedding_lr_factor"),
     ("optimizer", FIXED, "beta1 beta2 eps gradient_clipping z_loss"),
     (
@@ -58,7 +59,7 @@ KEY_RULE_TABLE = (
     ("evaluate", ANNOUNCED, "every rows"),
     ("generation", FREE, "max_tokens temperature top_k top_p"),
     ("sample", FREE, "every prompts"),
-    ("checkpoint", FREE, "every keep_last keep_every keep_best background"),
+    ("checkpoint", FREE, "every keep_last keep_every keep_best background shared"),
     ("spikes", ANNOUNCED, "on_spike deviations history window max_times"),
     ("track", FREE, "print_every gradients_every wandb wandb_project wandb_entity wandb_id wandb_name wandb_group"),
     ("track", FREE, "wandb_tags wandb_notes wandb_model wandb_timeout_s"),

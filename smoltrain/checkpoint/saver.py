@@ -35,8 +35,10 @@ from smoltrain.checkpoint.manifest import (
 )
 from smoltrain.checkpoint.restore import capture_rng_state, rng_file_name
 from smoltrain.checkpoint.retention import delete_checkpoint, delete_path, prune_checkpoints
+from smoltrain.checkpoint.written_files import find_unseen_file
 from smoltrain.config.schema import CheckpointSection
 from smoltrain.data.rows.loader import Loader, merge_loader_states
+from smoltrain.distributed.file_transfer import copy_file
 from smoltrain.distributed.world import World
 from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.schedule import Plan
@@ -78,6 +80,7 @@ class CheckpointSaver:
         self._pruning: Future[list[str]] | None = None  # on rank 0
         self._reported_leftovers: set[str] = set()  # what could not be deleted is said once
         self._pending: PendingCheckpoint | None = None
+        self._is_private = section.shared == "off" and world.num_machines > 1  # each machine has a folder of its own
 
     def start_save(
         self, step: int, engine: "Engine", loader: Loader, *, precision: str, skipped_updates: int, wandb_id: str,
@@ -93,6 +96,9 @@ class CheckpointSaver:
         self.finish()
         temporary = step_folder(self._checkpoints, step).with_suffix(".tmp")
         self._world.run_on_first_rank(lambda: _prepare_folder(self._checkpoints, temporary, engine.checkpoint_bytes))
+        if self._is_private:
+            share = engine.checkpoint_bytes // self._world.num_machines
+            self._world.run_on_every_rank(lambda: self._prepare_own_folder(temporary, share))
         state = merge_loader_states(self._world.gather(loader.state()))
         trees = engine.training_state(temporary) | {rng_file_name(self._world.rank): capture_rng_state(self._world)}
         self._copies.begin(trees)
@@ -131,8 +137,10 @@ class CheckpointSaver:
             message = self._world.run_on_first_rank(lambda: self._failure_message(reasons))
             self._pending = None
             raise TrainingStopped(message)
-        self._publish(self._pending)
-        self._pending = None
+        try:
+            self._publish(self._pending)
+        finally:
+            self._pending = None  # what could not be published is not tried again
         return True
 
     def finish(self) -> None:
@@ -153,13 +161,22 @@ class CheckpointSaver:
 
     def _publish(self, pending: PendingCheckpoint) -> None:
         records: dict[str, FileRecord] = {}
-        for rank_records in self._world.gather(pending.records.result()):
+        everyones = self._world.gather(pending.records.result())
+        for rank_records in everyones:
             records |= rank_records
         manifest = replace(pending.manifest, files=dict(sorted(records.items())))
         final = step_folder(self._checkpoints, manifest.step)
         temporary = pending.temporary_folder
+        began_to_send = time.perf_counter()
+        faults = self._collect_files(temporary, everyones) if self._is_private else []
+        [sending_s] = self._world.max_floats(time.perf_counter() - began_to_send)
 
         def publish() -> None:
+            if any(faults):
+                raise TrainingStopped(self._failure_message(faults))
+            unseen = [self._find_unseen(temporary, rank, written) for rank, written in enumerate(everyones)]
+            if any(unseen):
+                raise TrainingStopped(self._failure_message(unseen))
             try:
                 for folder in {(temporary / name).parent for name in records}:
                     files.fsync_path(folder)
@@ -176,9 +193,36 @@ class CheckpointSaver:
 
         self._world.run_on_first_rank(publish)
         took_s = time.perf_counter() - pending.began_at
-        pause_s = pending.pause_s if self._section.background else took_s
+        if self._is_private and self._world.is_first_of_machine and not self._world.is_first:
+            delete_path(temporary)  # rank 0's machine has it all
+        pause_s = pending.pause_s + sending_s if self._section.background else took_s
         self._say(f"checkpoint step {manifest.step}: paused {pause_s:.1f} s, published after {took_s:.1f} s")
         self._published(manifest.step, final)
+
+    def _prepare_own_folder(self, temporary: Path, needed: int) -> None:
+        """On a machine that has a folder of its own. Errors: those of `_prepare_folder`."""
+        if self._world.is_first_of_machine and not self._world.is_first:
+            _prepare_folder(self._checkpoints, temporary, needed)
+
+    def _collect_files(self, temporary: Path, everyones: list[dict[str, FileRecord]]) -> list[str | None]:
+        """Send to rank 0 what ranks of other machines have written; on rank 0, what could not be taken of each."""
+        machines = self._world.machines
+        faults: list[str | None] = [None] * self._world.size
+        for rank, written in enumerate(everyones):
+            if machines[rank] == machines[0] or self._world.rank not in (0, rank):
+                continue
+            for name in written:
+                fault = copy_file(self._world, temporary / name, rank, 0)
+                faults[rank] = faults[rank] or fault
+        return faults
+
+    def _find_unseen(self, temporary: Path, rank: int, written: dict[str, FileRecord]) -> str | None:
+        """What rank 0 does not see of a rank's files, and whose folder that is. Rank 0 calls this."""
+        unseen = find_unseen_file(temporary, written)
+        if unseen is None:
+            return None
+        hosts = self._world.hosts
+        return f"it has written on {hosts[rank]} what {hosts[0]} does not see: {unseen}"
 
     def _failure_message(self, reasons: list[str | None]) -> str:
         """What went wrong on which ranks, and what is left. One rank calls this."""

@@ -495,6 +495,13 @@ class EngineSection(Section):
         le=MAX_INT,
         description="how long a rank may give no sign of life before all ranks leave; 0 waits for ever",
     )
+    lost_host_s: Seconds = Field(
+        default=45.0,
+        ge=0,
+        le=86_400,
+        description="how long a machine may answer nothing, not even its kernel, before it counts as lost and all "
+        "ranks leave; 0 waits for ever",
+    )
 
 
 class OptimizerSection(Section):
@@ -680,6 +687,11 @@ class CheckpointSection(Section):
     )
     background: bool = Field(
         default=True, description="whether training goes on while the files are written; false waits for them"
+    )
+    shared: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: run.folder must be shared by all machines; off: each has its own, what training needs is "
+        "sent to it at the start, and its part of a checkpoint to the first machine, for which training waits",
     )
 
 

@@ -29,15 +29,33 @@ class RankPlace:
     port: int | None = None  # None: rank 0 takes any that is free
     has_launcher_store: bool = False  # the store is torchrun's own
     listener: int | None = None  # the file descriptor of a socket that listens there already
+    is_local_told: bool = True  # whether the launcher tells LOCAL_RANK and LOCAL_WORLD_SIZE; some tell neither
 
     @property
     def is_on_one_machine(self) -> bool:
-        """Whether the address is one that no other machine can reach, so that all ranks must be on this one."""
+        """Whether all ranks must be on this machine: where they meet, no other can come.
+
+        A name may lead to the loopback on rank 0's machine alone, so a launcher must say that all ranks are here.
+        """
+        if self.is_local_told and self.local_size != self.size:
+            return False
         try:
+            if not self.is_local_told and self.size > 1:
+                return ipaddress.ip_address(self.address).is_loopback
             found = socket.getaddrinfo(self.address, None)
-        except OSError:
+        except (OSError, ValueError):
             return False
         return all(ipaddress.ip_address(str(where[0]).partition("%")[0]).is_loopback for *_, where in found)
+
+    @property
+    def reachable_address(self) -> str:
+        """Where rank 0 is, from here: a machine whose own name does not resolve is itself at the loopback."""
+        try:
+            socket.getaddrinfo(self.address, None)
+        except OSError:
+            if self.address == socket.gethostname():
+                return "127.0.0.1"
+        return self.address
 
 
 def parse_rank_place(environment: Mapping[str, str]) -> RankPlace:
@@ -51,6 +69,7 @@ def parse_rank_place(environment: Mapping[str, str]) -> RankPlace:
     else:  # left over: nobody launched this process
         _parse_number(environment, "LOCAL_RANK", 0, 0)
         local_rank, local_size = 0, 1
+    is_local_told = size == 1 or ("LOCAL_RANK" in environment and of_machine in environment)
     if rank and "MASTER_PORT" not in environment:
         raise RankUserError(
             Problem(
@@ -65,6 +84,7 @@ def parse_rank_place(environment: Mapping[str, str]) -> RankPlace:
         _parse_number(environment, "MASTER_PORT", 0, 1, 65535) or None,
         environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and "RANK" in environment,
         _parse_number(environment, "SMOLTRAIN_LISTENER", -1, 0) if "SMOLTRAIN_LISTENER" in environment else None,
+        is_local_told,
     )  # fmt: skip
 
 

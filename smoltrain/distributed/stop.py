@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+from smoltrain.distributed.peers import leave_peers
 from smoltrain.errors import INTERRUPTED, STOPPED
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -105,12 +106,14 @@ class StopFlag:
         elif now - self._first_interrupt_s > SIGINT_ECHO_S:
             if not self._owns_process:
                 raise KeyboardInterrupt
+            leave_peers(INTERRUPTED)
             os._exit(INTERRUPTED)  # the second Ctrl-C: leave at once; a checkpoint in the making stays a .tmp
 
     def _exit_with_launcher(self) -> None:
         while not self._listening.wait(LAUNCHER_POLL_S):
             if self._is_launcher_gone():
                 self._note_request()
+                leave_peers(STOPPED)
                 os._exit(STOPPED)
 
     def _is_launcher_gone(self) -> bool:

@@ -11,7 +11,6 @@ import functools
 import itertools
 import os
 import socket
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
@@ -20,20 +19,22 @@ import torch
 import torch.distributed as torch_dist
 
 from smoltrain.distributed.cpu_cores import Core, CpuShare, assign_cores, usable_cores
-from smoltrain.distributed.rendezvous import (
-    LAUNCHER_VARIABLES,
-    RankPlace,
-    loopback_interface,
-    open_rendezvous_socket,
-    parse_rank_place,
+from smoltrain.distributed.machines import name_machines, number_machines
+from smoltrain.distributed.meeting import (
+    agree_on_start,
+    await_first_rank,
+    gather_facts,
+    poll_until,
+    set_network_interface,
+    watch_peers,
 )
-from smoltrain.errors import Problem, RankUserError, TrainingStopped, UserError
+from smoltrain.distributed.peers import PeerWatch
+from smoltrain.distributed.rendezvous import LAUNCHER_VARIABLES, RankPlace, open_rendezvous_socket, parse_rank_place
+from smoltrain.errors import Problem, TrainingStopped, UserError, mark_as_everyones
 
 T = TypeVar("T")
 # What bounds a wait is the watchdog (engine.hang_s), which knows when a job was suspended; a collective does not.
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
-RENDEZVOUS_TIMEOUT_S = 1800.0  # for all ranks to come
-SAY_S = (10.0, 60.0)  # until a rank says whom it waits for, and between one such line and the next
 # Their names since torch 2.13, which warns of the older ones.
 _reduce_scatter = getattr(torch_dist, "reduce_scatter_single", torch_dist.reduce_scatter_tensor)
 _all_gather = getattr(torch_dist, "all_gather_single", torch_dist.all_gather_into_tensor)
@@ -47,12 +48,24 @@ class World:
     rank: int
     size: int
     local_rank: int  # as its launcher numbers the ranks of this machine
-    local_size: int  # ranks on this machine, by the names of their hosts
+    local_size: int  # ranks on this machine, as its kernel tells
     device: torch.device
     group: Any = None  # a gloo group for host numbers; None is the default group, gloo itself on the CPU
     cpu_share: CpuShare = UNBOUND_SHARE  # of the cores of its machine
     store: Any = None  # where the ranks have met
+    machines: tuple[int, ...] = (0,)  # the machine of each rank, by number
+    hosts: tuple[str, ...] = ("this machine",)  # the name of each rank's machine
     _works: Iterator[int] = field(default_factory=itertools.count)  # numbers the calls of run_on_first_rank
+
+    @property
+    def num_machines(self) -> int:
+        """On how many machines the ranks are."""
+        return len(set(self.machines))
+
+    @property
+    def is_first_of_machine(self) -> bool:
+        """Whether no rank of this machine has a lower number: the one that does what a machine needs once."""
+        return self.machines.index(self.machines[self.rank]) == self.rank
 
     @property
     def is_first(self) -> bool:
@@ -107,6 +120,14 @@ class World:
         torch_dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def send(self, tensor: torch.Tensor, target: int) -> None:
+        """Send a tensor on the host to one rank, which receives it. Not collective."""
+        torch_dist.send(tensor, target, group=self.group)
+
+    def receive(self, tensor: torch.Tensor, source: int) -> None:
+        """Fill a tensor on the host with what one rank sends. Not collective."""
+        torch_dist.recv(tensor, source, group=self.group)
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.sum_ints(0)
@@ -121,7 +142,7 @@ class World:
         lost = contextlib.suppress(RuntimeError)  # torchrun's store, which torchrun's death has taken along
         if patient and not self.is_first:
             with lost:
-                _poll_until(lambda: self.store.check([done]))
+                poll_until(lambda: self.store.check([done]))
         if self.is_first:
             try:
                 outcome = work()
@@ -135,8 +156,8 @@ class World:
         outcomes = [outcome]
         if self.size > 1:
             torch_dist.broadcast_object_list(outcomes, src=0, group=self.group)
-        if isinstance(outcomes[0], Exception):
-            raise outcomes[0]
+        if isinstance(outcomes[0], UserError | TrainingStopped):
+            raise mark_as_everyones(outcomes[0])
         return outcomes[0]
 
     def run_on_every_rank(self, work: Callable[[], T]) -> T:
@@ -147,9 +168,9 @@ class World:
             result = work()
         except (UserError, TrainingStopped) as error:
             failure = error
-        for error in self.gather(failure):
+        for rank, error in enumerate(self.gather(failure)):
             if error:
-                raise error
+                raise mark_as_everyones(error, rank)
         return result
 
 
@@ -165,17 +186,24 @@ def choose_device(asked: Literal["auto", "cuda", "cpu", "mps"] = "auto", local_r
     return torch.device(asked, local_rank) if asked == "cuda" else torch.device(asked)
 
 
-def open_world(device: Literal["auto", "cuda", "cpu", "mps"] = "auto") -> World:
+def open_world(
+    device: Literal["auto", "cuda", "cpu", "mps"] = "auto", lost_host_s: float | None = None
+) -> World:  # fmt: skip
     """Join the process group that the launcher's environment describes; a bare `python` is a world of one.
 
+    With `lost_host_s` this process ends when another rank is lost (peers.py); that is after so many seconds for a host
+    that has gone without a word.
     Errors: UserError for a device that this machine does not have, or an environment that makes no sense.
     """
     here = parse_rank_place(os.environ)
     own = choose_device(device, here.local_rank)
-    if here.is_on_one_machine and (name := loopback_interface()):  # what others cannot reach, they cannot attack
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
     store, port = _open_store(here)
+    facts = gather_facts(store, here, port)
+    machines = number_machines(facts)
+    set_network_interface(store, here, facts, machines)
+    hosts = name_machines(facts, machines)
+    if lost_host_s is not None and here.size > 1:
+        watch_peers(store, here, PeerWatch(here.rank, machines, hosts, lost_host_s), machines, hosts)
     for key, value in {  # which DeepSpeed asks for
         "RANK": here.rank,
         "WORLD_SIZE": here.size,
@@ -192,7 +220,9 @@ def open_world(device: Literal["auto", "cuda", "cpu", "mps"] = "auto") -> World:
         device_id=own if cuda else None,  # else NCCL guesses it at the first barrier, and warns of that
     )  # fmt: skip
     group = torch_dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if cuda else None
-    world = World(here.rank, here.size, here.local_rank, 1, own, group, store=store)
+    world = World(
+        here.rank, here.size, here.local_rank, 1, own, group, store=store, machines=machines, hosts=hosts
+    )  # fmt: skip
     cores_beside = _gather_cores_of_this_machine(world)
     cpu_share = _find_cpu_share(cores_beside, world.rank)
     torch.set_num_threads(cpu_share.threads)
@@ -211,11 +241,14 @@ def is_world_open() -> bool:
 
 
 def _open_store(here: RankPlace) -> tuple[Any, int]:
-    """(the store in which all ranks have met, its port). Errors: UserError if the port is taken or nobody comes."""
+    """(the store in which all ranks meet, its port). Errors: UserError if the port is taken or rank 0 does not come."""
     if here.has_launcher_store:
+        await_first_rank(here)
+        os.environ["MASTER_ADDR"] = here.reachable_address  # which the next line reads
         env = torch_dist.rendezvous  # pyright: ignore[reportPrivateImportUsage]
         store, *_ = next(env("env://", here.rank, here.size, timeout=COLLECTIVE_TIMEOUT))
-        return store, here.port or 0
+        prefix_store = torch_dist.PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+        return prefix_store(agree_on_start(store, here), store), here.port or 0
     if here.size == 1 and here.port is None:
         return torch_dist.HashStore(), free_port()  # pyright: ignore[reportPrivateImportUsage]
     tcp_store = torch_dist.TCPStore  # pyright: ignore[reportPrivateImportUsage]
@@ -227,66 +260,16 @@ def _open_store(here: RankPlace) -> tuple[Any, int]:
         store = make(address, port, here.size, True, master_listen_fd=listener.detach())
     else:
         port = here.port or 0
-        _poll_until(
-            lambda: _is_first_rank_listening(here),
-            lambda: f"rank {here.rank} waits for rank 0 at {here.address}:{port}",
-        )
-        store = make(here.address, port, here.size, False)
-    store.set(f"here/{here.rank}", "")
-    _await_all_ranks(store, here, port)
+        await_first_rank(here)
+        store = make(here.reachable_address, port, here.size, False)
     return store, port
 
 
-def _await_all_ranks(store: Any, here: RankPlace, port: int) -> None:
-    """Return when every rank has written its number into the store. Errors: UserError if one does not come."""
-    missing = set(range(here.size))
-
-    def are_all_here() -> bool:
-        missing.difference_update([rank for rank in missing if store.check([f"here/{rank}"])])
-        return not missing
-
-    def describe_wait() -> str:
-        ranks = f"rank{'s' * (len(missing) > 1)} {', '.join(map(str, sorted(missing)))}"
-        return f"rank {here.rank} of {here.size} waits for {ranks} at {here.address}:{port}"
-
-    _poll_until(are_all_here, describe_wait if here.rank == 0 else None)
-
-
-def _is_first_rank_listening(here: RankPlace) -> bool:
-    """Whether somebody listens where rank 0 is to be."""
-    try:
-        socket.create_connection((here.address, here.port or 0), timeout=5.0).close()
-    except OSError:
-        return False
-    return True
-
-
-def _poll_until(there: Callable[[], bool], waits: Callable[[], str] | None = None) -> None:
-    """Return when it is `there`. A rank that `waits` says so, and gives up after RENDEZVOUS_TIMEOUT_S.
-
-    Errors: UserError then.
-    """
-    began, pause, say_at = time.monotonic(), 0.002, time.monotonic() + SAY_S[0]
-    while not there():
-        time.sleep(pause)
-        pause = min(1.5 * pause, 0.5)
-        if waits and time.monotonic() > say_at:
-            say_at = time.monotonic() + SAY_S[1]
-            print(f"{waits()} (MASTER_ADDR and MASTER_PORT); without WORLD_SIZE one process trains alone", flush=True)
-        if waits and time.monotonic() > began + RENDEZVOUS_TIMEOUT_S:
-            saw = f"{waits()} for {RENDEZVOUS_TIMEOUT_S:.0f} s"
-            want = "all ranks to be started, or no WORLD_SIZE for a run of one process"
-            raise RankUserError(Problem("not all ranks have come", saw, want, "the launcher's environment variables"))
-
-
 def _gather_cores_of_this_machine(world: World) -> dict[int, list[Core]]:
-    """Each rank on this machine -> the cores that it may use. Collective.
-
-    Machines are told apart by their host names: not every launcher says how many ranks each of them has.
-    """
-    host = socket.gethostname()
-    everyones = world.gather((host, usable_cores()))
-    return {rank: cores for rank, (name, cores) in enumerate(everyones) if name == host}
+    """Each rank on this machine -> the cores that it may use. Collective."""
+    everyones = world.gather(usable_cores())
+    here = world.machines[world.rank]
+    return {rank: cores for rank, cores in enumerate(everyones) if world.machines[rank] == here}
 
 
 def _find_cpu_share(cores_beside: dict[int, list[Core]], rank: int) -> CpuShare:

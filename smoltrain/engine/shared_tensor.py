@@ -6,11 +6,14 @@ Others use the collectives of their group.
 
 import contextlib
 import os
+import secrets
 
 import psutil
 import torch
 
 from smoltrain.distributed.world import World
+
+MARK_BYTES = 16
 
 
 class SharedTensor:
@@ -70,16 +73,38 @@ def _map_shared_memory(world: World, numel: int, dtype: torch.dtype) -> list[tor
     """Every rank's tensor in shared memory, or [] where they do not share any. Collective."""
     if world.size == 1 or world.size != world.local_size or world.device.type != "cpu":
         return []
-    handle = _reserve_shared_memory(max(1, numel * dtype.itemsize))
-    paths = world.gather("" if handle is None else f"/proc/{os.getpid()}/fd/{handle}")
+    num_bytes = numel * dtype.itemsize
+    handle = _reserve_shared_memory(max(1, num_bytes))
+    mark = secrets.token_bytes(min(MARK_BYTES, num_bytes))
+    offers = world.gather(("" if handle is None else f"/proc/{os.getpid()}/fd/{handle}", mark))
     tensors: list[torch.Tensor] = []
-    if all(paths):
+    if all(path for path, _ in offers):
         with contextlib.suppress(RuntimeError):  # where a rank may not look at another's files
-            tensors = [torch.from_file(path, shared=True, size=numel, dtype=dtype) for path in paths]
-    [without] = world.sum_ints(not tensors)
+            tensors = [torch.from_file(path, shared=True, size=numel, dtype=dtype) for path, _ in offers]
+    are_shared = _are_marks_seen(world, tensors, [mark for _, mark in offers])
+    [without] = world.sum_ints(not are_shared)
     if handle is not None:
         os.close(handle)  # the maps stay
-    return [] if without else tensors
+    if without:
+        return []
+    tensors[world.rank].zero_()
+    return tensors
+
+
+def _are_marks_seen(world: World, tensors: list[torch.Tensor], marks: list[bytes]) -> bool:
+    """Whether each rank's mark stands in what this rank takes for that one's tensor. Collective.
+
+    A path of /proc may lead elsewhere where two machines or containers count their processes alike: to this rank's own
+    memory even, and every sum would be false.
+    """
+    size = len(marks[world.rank])
+    if tensors:
+        own = tensors[world.rank].view(torch.uint8)
+        own[:size] = torch.frombuffer(bytearray(marks[world.rank]), dtype=torch.uint8) if size else own[:0]
+    world.barrier()
+    return bool(tensors) and all(
+        bytes(tensor.view(torch.uint8)[:size].tolist()) == mark for tensor, mark in zip(tensors, marks, strict=True)
+    )
 
 
 def _reserve_shared_memory(num_bytes: int) -> int | None:

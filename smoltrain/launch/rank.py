@@ -13,12 +13,14 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from smoltrain.config.keys import read_key_options
 from smoltrain.config.load import load_config, split_recipe_words
 from smoltrain.config.schema import Config
 from smoltrain.console import guard_console
+from smoltrain.distributed.peers import find_peer_watch, leave_peers
 from smoltrain.errors import (
     BAD_INPUT,
     FAULT,
@@ -26,6 +28,8 @@ from smoltrain.errors import (
     RankUserError,
     TrainingStopped,
     UserError,
+    exception_message,
+    find_origin_of_all,
     format_error,
 )
 from smoltrain.openmp import choose_waiting
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
 START_ON_STDIN = "--start-on-stdin"  # the first word of a supervisor's rank; the others only say in `ps` what runs
 LOCAL_RANK_OPTIONS = ("--local_rank=", "--local-rank=")  # DeepSpeed's launcher and torch.distributed.launch add them
 LAST_WORD_S = 5.0
+VERDICT_S = 2.0  # for rank 0 to say who is gone, after a connection was lost
 CONNECTION_LOST = re.compile("Connection (closed|reset) by peer|Broken pipe")  # gloo's words
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -54,24 +59,71 @@ def run_rank(words: list[str]) -> int:
         keep_freed_memory()
         from smoltrain.train.run import run_training  # seconds of imports, which a mistake in the words does not cost
 
-        return run_training(config, start, began_at=began_at)
+        code = run_training(config, start, began_at=began_at)
+        leave_peers(code)
+        return code
     except (UserError, TrainingStopped) as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RankTrainingStopped | RankUserError):
-            print(format_error(error), file=sys.stderr, flush=True)
-        else:
-            time.sleep(LAST_WORD_S)  # launchers kill all ranks when one has left: let rank 0 say why
-        return BAD_INPUT if isinstance(error, UserError) else FAULT
+        return say_error(error)
     except RuntimeError as error:
-        if not CONNECTION_LOST.search(str(error)):
-            traceback.print_exc()
-        else:
-            print(
-                "error: the connection to another rank is lost: it has left, or was killed", file=sys.stderr, flush=True
-            )
-        return FAULT
-    except BaseException:
+        return say_lost_connection(error)
+    except BaseException as error:
         traceback.print_exc()
+        leave_peers(FAULT, f"{type(error).__name__}: {exception_message(error)}")
         return FAULT
+
+
+def say_error(error: UserError | TrainingStopped) -> int:
+    """Print a mistake or fault on one rank of each machine that it concerns; returns the exit code.
+
+    Launchers kill all ranks when one has left: whoever is silent gives the one that speaks the time to do so.
+    """
+    code = BAD_INPUT if isinstance(error, UserError) else FAULT
+    rank = int(os.environ.get("RANK", "0"))
+    watch = find_peer_watch()
+    origin = find_origin_of_all(error)
+    text = format_error(error)
+    if isinstance(error, RankTrainingStopped | RankUserError) or (watch is None and is_other_node(os.environ)):
+        print(text, file=sys.stderr, flush=True)
+        leave_peers(code, str(error))
+        return code
+    if rank == 0:
+        if watch is None or not watch.has_said(str(error)):
+            where = f" ({watch.name_rank(origin)})" if watch and origin else ""
+            print(text + where, file=sys.stderr, flush=True)
+        leave_peers(code, str(error))
+        return code
+    leave_peers(code, "" if origin is not None else str(error))
+    if watch is None:
+        time.sleep(LAST_WORD_S)
+        return code
+    verdict = watch.explain(LAST_WORD_S)
+    if verdict is None or (rank in verdict.gone and watch.is_alone_on_machine()):
+        print(f"{text} ({watch.name_rank(rank)})", file=sys.stderr, flush=True)
+    return code
+
+
+def say_lost_connection(error: RuntimeError) -> int:
+    """Who is gone, if a collective has failed for that; else the traceback. Returns the exit code."""
+    watch = find_peer_watch()
+    is_connection = CONNECTION_LOST.search(str(error)) or type(error).__name__.startswith("Dist")
+    verdict = watch.explain(VERDICT_S if is_connection else 0.0) if watch else None
+    if verdict:
+        return verdict.code
+    if is_connection:
+        said = "error: the connection to another rank is lost: it has left, or was killed"
+        print(said, file=sys.stderr, flush=True)
+        leave_peers(FAULT)
+    else:
+        traceback.print_exc()
+        leave_peers(FAULT, f"{type(error).__name__}: {exception_message(error)}")
+    return FAULT
+
+
+def is_other_node(environment: Mapping[str, str]) -> bool:
+    """Whether this is the first rank of a machine other than rank 0's, by the words of its launcher."""
+    local_size = environment.get("LOCAL_WORLD_SIZE")
+    is_one = local_size is None or local_size == environment.get("WORLD_SIZE")
+    return not is_one and environment.get("LOCAL_RANK") == "0" and environment.get("RANK") != "0"
 
 
 def read_words(words: list[str]) -> "tuple[Config, Start | None]":

@@ -285,7 +285,9 @@ class RankProcesses:
 
     def _start_processes(self) -> None:
         """A Ctrl-C is held back until all are there; each lets it in when Python could not answer with a traceback."""
-        listener = open_rendezvous_socket(RankPlace(size=self._count))  # here, so that nobody takes the port meanwhile
+        listener = open_rendezvous_socket(
+            RankPlace(size=self._count, local_size=self._count)
+        )  # so that nobody takes the port
         terminal = self._terminal = TerminalLoan(f"starting {self._count} rank{'s' * (self._count > 1)}")
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which children inherit
         try:

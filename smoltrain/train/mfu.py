@@ -1,6 +1,5 @@
 """MFU: the share of the ranks' matmul peak that the model's own operations take, by the rule of estimate/speed.py."""
 
-import socket
 from dataclasses import dataclass
 
 from smoltrain.config.schema import Config, OwnModelSection
@@ -35,7 +34,7 @@ def open_mfu_meter(config: Config, cpu_peak_flops: float | None, precision: str,
         return _unknown_mfu("nobody here knows how much a program's own model computes")
     flops_per_token = recipe_flops_per_token(config)
     if world.device.type == "cpu":
-        cores = world.gather((socket.gethostname(), usable_cores()))
+        cores = list(zip(world.machines, world.gather(usable_cores()), strict=True))
         peak_flops = None if cpu_peak_flops is None else cpu_peak_flops * cores_over_first(cores)
         source = "measured on this machine"
     else:
@@ -54,10 +53,10 @@ def _unknown_mfu(why: str) -> MfuMeter:
     return MfuMeter(0.0, None, f"unknown ({why}), so that no speed/mfu is logged")
 
 
-def cores_over_first(cores_of_ranks: list[tuple[str, list[Core]]]) -> float:
+def cores_over_first(cores_of_ranks: list[tuple[int, list[Core]]]) -> float:
     """The cores that any rank may use, each counted once, over those that rank 0 may.
 
-    (host, cores) of each rank. 1 where the ranks share one machine; a launcher may have bound each to cores of its own.
+    (machine, cores) of each rank. 1 where the ranks share one machine; a launcher may have bound each to its own cores.
     """
-    cores = {(host, core) for host, usable in cores_of_ranks for core in usable}
+    cores = {(machine, core) for machine, usable in cores_of_ranks for core in usable}
     return len(cores) / len(cores_of_ranks[0][1])

@@ -16,7 +16,9 @@ from smoltrain.distributed.stop import StopFlag
 from smoltrain.distributed.world import World, open_world
 from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepspeed_text
 from smoltrain.errors import DONE, STOPPED, RankTrainingStopped
+from smoltrain.run.private_folders import spread_run_files
 from smoltrain.run.run_lock import lock_run_folder
+from smoltrain.run.shared_folder import check_shared_folder
 from smoltrain.run.summary import describe_run
 from smoltrain.train.callbacks import StepCallback
 from smoltrain.train.describe import describe_completion
@@ -41,9 +43,10 @@ def run_training(
     stop = stop or StopFlag()
     requested = config if start is None else start.requested
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for rewinds too
-    world = open_world(config.engine.device)
+    world = open_world(config.engine.device, config.engine.lost_host_s)
     if start is None:
         world.run_on_first_rank(lambda: lock_run_folder(config), patient=True)  # until this process ends
+        check_shared_folder(config, world)
     is_supervised = start is not None
     before: Start | None = None
     while True:
@@ -54,6 +57,7 @@ def run_training(
             if world.is_first:
                 print(f"{config.run.name}: {describe_completion(start.plan, start.point.step)}")
             return DONE
+        spread_run_files(start.config, start.point.checkpoint, world)
         try:
             return _train_session(start, world, stop, callbacks, prints_summary=not is_supervised)
         except OSError as error:  # of this rank's own files: metrics, samples, ledger, log

@@ -25,6 +25,7 @@ from smoltrain.engine.engine import Engine, build_engine
 from smoltrain.errors import TrainingStopped, UserError
 from smoltrain.kernels.compile import build_headers_in_background, note_compiled
 from smoltrain.model.build import build_model
+from smoltrain.run.private_folders import find_unseen_ranks
 from smoltrain.run.row_ledger import LEDGER_FILE, RowLedger
 from smoltrain.run.run_folder import RunFolder, accumulation_steps, write_run_folder
 from smoltrain.run.run_warnings import memorisation_warning, slow_data_warning
@@ -194,7 +195,7 @@ def open_session(
         open_rank_log(logs / f"rank{world.rank}.log")
 
         # ---- what trains: rows, model, engine
-        watchdog = Watchdog(logs, world.rank, world.size, config.engine.hang_s)
+        watchdog = Watchdog(logs, world.rank, world.size, config.engine.hang_s, find_unseen_ranks(config, world))
         opened.callback(watchdog.close)
         watchdog.begin_step(done)
         mfu = open_mfu_meter(config, start.cpu_peak_flops, settings.precision, world)  # before ranks are bound to cores

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from smoltrain.distributed.awake_clock import AwakeClock
+from smoltrain.distributed.peers import leave_peers
 from smoltrain.errors import FAULT
 
 TICK_S = 1.0  # between two looks at the last sign of life
@@ -60,8 +61,12 @@ class Watchdog:
     (backstop.py) ends. While all ranks are suspended no time passes. One that is stopped alone hangs for the others.
     """
 
-    def __init__(self, logs: Path, rank: int, size: int, limit_s: float) -> None:
+    def __init__(
+        self, logs: Path, rank: int, size: int, limit_s: float, unseen: frozenset[int] = frozenset()
+    ) -> None:  # fmt: skip
+        """`unseen` are ranks of machines with run folders of their own, whose reports nobody here can read."""
         self._logs = logs
+        self._unseen = unseen
         self._rank = rank
         self._size = size
         self._limit_s = limit_s
@@ -131,13 +136,14 @@ class Watchdog:
             self._write_report(silence)
             reports = self._collect_reports()
             if self._rank == min(reports, default=self._rank):
-                os.write(STDERR, f"{describe_hang(reports, self._size, silence, self._logs)}\n".encode())
+                os.write(STDERR, f"{describe_hang(reports, self._size, silence, self._logs, self._unseen)}\n".encode())
             else:
                 time.sleep(LAST_WORD_S)
         except OSError as error:  # the disk itself may be what hangs or fails
             os.write(STDERR, f"error: rank {self._rank} hangs and cannot say so in {self._logs}: {error}\n".encode())
             faulthandler.dump_traceback(STDERR)
         finally:
+            leave_peers(FAULT)  # each rank says for itself that it hangs
             os._exit(FAULT)
 
     def _path(self, rank: int) -> Path:
@@ -167,12 +173,14 @@ class Watchdog:
                 if rank in reports or not path.exists() or path.stat().st_mtime < self._opened:  # of an earlier life
                     continue
                 reports[rank] = HangReport.from_text(path.read_text(encoding="utf-8"))
-            if len(reports) == self._size or time.monotonic() >= deadline:
+            if len(reports) == self._size - len(self._unseen) or time.monotonic() >= deadline:
                 return reports
             time.sleep(0.1)
 
 
-def describe_hang(reports: dict[int, HangReport], size: int, silence: float, logs: Path) -> str:
+def describe_hang(
+    reports: dict[int, HangReport], size: int, silence: float, logs: Path, unseen: frozenset[int] = frozenset()
+) -> str:  # fmt: skip
     """The one line for the user: who stands where of those that the others wait for.
 
     These are the ranks that wrote nothing and those that have come less far than others. When all stand at the same
@@ -182,11 +190,14 @@ def describe_hang(reports: dict[int, HangReport], size: int, silence: float, log
     behind = [rank for rank in how_far if how_far[rank] < max(how_far.values())]
     if not behind and len(reports) == size:
         behind = [rank for rank, r in reports.items() if not (r.in_collective or r.place == "reduction")]
+    seen = {*reports, *unseen}
     named = [
         f"rank {rank} stands in {reports[rank].place!r} of step {reports[rank].step}, at {reports[rank].line}"
         for rank in sorted(behind)
     ]
-    named += [f"rank {rank} wrote nothing: it is stopped or dead" for rank in range(size) if rank not in reports]
+    named += [f"rank {rank} wrote nothing: it is stopped or dead" for rank in range(size) if rank not in seen]
+    if unseen:
+        named.append(f"ranks {', '.join(map(str, sorted(unseen)))} write where they stand on their own machines")
     who = "; ".join(named) or f"all ranks wait for each other in step {max(how_far.values())[0]}"
     return (
         f"error: no sign of life for {silence:.0f} s: {who}; the stacks are in {logs / 'hang-rank*.txt'}; "

@@ -25,8 +25,11 @@ TORCHRUN = {
         (TORCHRUN, RankPlace(5, 8, 1, 4, "10.0.0.7", 29400, has_launcher_store=True)),
         ({"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "x"}, RankPlace()),  # left over
         ({"LOCAL_RANK": "1", "LOCAL_SIZE": "8"}, RankPlace()),
-        ({"WORLD_SIZE": " 2 ", "MASTER_ADDR": ""}, RankPlace(0, 2, 0, 2)),
-        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "1", "MASTER_PORT": "5"}, RankPlace(1, 2, 0, 1, port=5)),
+        ({"WORLD_SIZE": " 2 ", "MASTER_ADDR": ""}, RankPlace(0, 2, 0, 2, is_local_told=False)),
+        (
+            {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_SIZE": "1", "MASTER_PORT": "5"},
+            RankPlace(1, 2, 0, 1, port=5, is_local_told=False),
+        ),
     ],
 )  # fmt: skip
 def test_a_rank_knows_its_place(environment: dict[str, str], expected: RankPlace) -> None:
@@ -77,6 +80,27 @@ def test_what_is_to_be_met_on_the_loopback_listens_there_alone(address: str, alo
         socket.create_connection((address, port), timeout=5).close()
 
 
+@pytest.mark.parametrize(
+    ("place", "is_on_one"),
+    [
+        (RankPlace(size=2, local_size=2, address="localhost"), True),
+        (RankPlace(size=2, local_size=1, address="localhost"), False),  # as rank 0's own name may lead to itself
+        (RankPlace(size=2, local_size=2, address="127.0.0.1", is_local_told=False), True),
+        (RankPlace(size=2, local_size=2, address="localhost", is_local_told=False), False),
+        (RankPlace(address="no-such-host.invalid"), False),
+    ],
+)
+def test_a_name_that_leads_to_the_loopback_may_mean_it_on_one_machine_alone(place: RankPlace, is_on_one: bool) -> None:
+    assert place.is_on_one_machine == is_on_one
+
+
+def test_a_machine_that_does_not_know_its_own_name_is_at_the_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "own.invalid")
+    assert RankPlace(address="own.invalid").reachable_address == "127.0.0.1"
+    assert RankPlace(address="other.invalid").reachable_address == "other.invalid"
+    assert RankPlace(address="localhost").reachable_address == "localhost"
+
+
 def test_a_port_that_is_taken_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -93,24 +117,6 @@ def test_no_socket_of_a_rank_can_be_reached_from_another_machine(ranks: Any) -> 
     for sockets in ranks(2).run(listening):
         assert sockets, "gloo listens"
         assert all(ipaddress.ip_address(address).is_loopback for address, _ in sockets), sockets
-
-
-def test_whoever_waits_says_for_whom_and_leaves_at_last(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(world_module, "SAY_S", (0.05, 0.2))
-    monkeypatch.setattr(world_module, "RENDEZVOUS_TIMEOUT_S", 0.3)
-    with pytest.raises(RankUserError, match=r"saw rank 0 of 2 waits for rank 1 at \S+:5 for 0 s, want all ranks"):
-        world_module._poll_until(lambda: False, lambda: "rank 0 of 2 waits for rank 1 at 127.0.0.1:5")
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) in (1, 2)
-    assert said[0].startswith("rank 0 of 2 waits for rank 1 at 127.0.0.1:5 (MASTER_ADDR and MASTER_PORT); ")
-    world_module._poll_until(lambda: True, lambda: "nobody")
-    assert capsys.readouterr().out == ""
-
-
-def test_a_rank_waits_as_long_as_the_docs_say() -> None:
-    assert (world_module.SAY_S[0], world_module.RENDEZVOUS_TIMEOUT_S) == (10, 30 * 60)
 
 
 def test_one_process_meets_nobody_and_listens_nowhere() -> None:

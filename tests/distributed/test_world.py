@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,19 +58,27 @@ def test_numbers_of_every_rank_come_in_the_order_of_the_ranks(ranks: Any) -> Non
     assert ranks(1).run(every_ranks_numbers) == [one[:1]]
 
 
-def ranks_beside(names: list[str]) -> tuple[int, tuple[int, ...]]:
-    """(how many, which) ranks are on the machine of this rank, where each has one of these host names."""
+def ranks_beside(machines: tuple[int, ...]) -> tuple[int, ...]:
+    """Which ranks are on the machine of this rank, where each is on one of these."""
     from smoltrain.distributed import world as module
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.socket, "gethostname", lambda: names[world().rank])
-        beside = module._gather_cores_of_this_machine(world())
-    return world().local_size, tuple(beside)
+    return tuple(module._gather_cores_of_this_machine(replace(world(), machines=machines)))
 
 
-def test_machines_are_told_apart_by_their_host_names(ranks: Any) -> None:
-    assert ranks(2).run(ranks_beside, ["one", "two"]) == [(2, (0,)), (2, (1,))]
-    assert ranks(2).run(ranks_beside, ["one", "one"]) == [(2, (0, 1))] * 2
+def test_cores_are_those_of_the_own_machine(ranks: Any) -> None:
+    assert ranks(2).run(ranks_beside, (0, 1)) == [(0,), (1,)]
+    assert ranks(2).run(ranks_beside, (0, 0)) == [(0, 1)] * 2
+
+
+def place_on_machines() -> tuple[int, tuple[int, ...], tuple[str, ...], bool]:
+    here = world()
+    return here.local_size, here.machines, here.hosts, here.is_first_of_machine
+
+
+def test_ranks_of_one_machine_know_it(ranks: Any) -> None:
+    name = socket.gethostname()
+    expected = [(2, (0, 0), (name, name), True), (2, (0, 0), (name, name), False)]
+    assert ranks(2).run(place_on_machines) == expected
 
 
 def gathered() -> list[Any]:

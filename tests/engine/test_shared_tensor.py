@@ -1,5 +1,6 @@
 """Flat tensors that ranks sum up and spread: the same numbers through shared memory and by collectives."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,33 @@ def test_parts_are_sums_over_the_ranks(ranks: Any, size: int, shares: bool, how:
         assert [seen for seen, *_ in results] == [how] * 3
         assert [part for _, part, _ in results] == [row[rank * width : (rank + 1) * width] for row in whole]
         assert [own for *_, own in results] == whole
+
+
+def deceived() -> tuple[str, list[float]]:
+    """On a rank for which every path of /proc leads to its own memory, as in two containers that count alike."""
+    from smoltrain.engine import shared_tensor
+
+    here, real = world(), torch.from_file
+    with pytest.MonkeyPatch.context() as patch:
+        own: list[str] = []
+        patch.setattr(shared_tensor, "_reserve_shared_memory", _remember(shared_tensor._reserve_shared_memory, own))
+        patch.setattr(torch, "from_file", lambda path, **how: real(own[0], **how))
+        one = shared_tensor.SharedTensor(here, NUMEL, torch.float32)
+    one.own.fill_(here.rank + 1)
+    return one.how, one.reduce_scatter().tolist()
+
+
+def _remember(reserve: Callable[[int], int | None], paths: list[str]) -> Callable[[int], int | None]:
+    def reserve_and_note(num_bytes: int) -> int | None:
+        handle = reserve(num_bytes)
+        paths.append(f"/proc/self/fd/{handle}")
+        return handle
+
+    return reserve_and_note
+
+
+def test_memory_that_only_looks_shared_is_not_used(ranks: Any) -> None:
+    assert ranks(2).run(deceived) == [("by collectives", [3.0] * (NUMEL // 2))] * 2
 
 
 def handles() -> tuple[bool, int, int]:

@@ -3,6 +3,7 @@
 import platform
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,27 @@ def test_a_mistake_is_printed_once_without_a_traceback(tmp_path: Path, launcher:
     said = (tmp_path / "log").read_text()
     assert said.count("the heads do not divide the width: saw 33") == 1
     assert said.count("the sequence is longer than the positions: saw 65") == 1
+    if launcher != "torchrun":  # whose own report has one
+        assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "code"), [("smoltrain", BAD_INPUT), ("deepspeed", BAD_INPUT), ("torchrun", FAULT)]
+)
+def test_a_mistake_of_one_rank_alone_is_printed_with_its_host_and_hangs_nobody(
+    tmp_path: Path, launcher: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python runs sitecustomize.py at its start: rank 1 alone finds a variable that makes no sense."""
+    only_there = 'import os\nif os.environ.get("RANK") == "1":\n    os.environ["SMOLTRAIN_THREADS"] = "none"\n'
+    (tmp_path / "sitecustomize.py").write_text(only_there)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    words = tiny.words(tmp_path)
+    assert launches.run(launcher, words, tmp_path / "log") == code, "torchrun turns every failure into 1"
+    said = (tmp_path / "log").read_text()
+    host = socket.gethostname()
+    lines = [line for line in said.splitlines() if "no number of threads: saw 'none'" in line]
+    assert [line.partition("no number")[0] for line in lines] == [f"error: rank 1 on {host}: "], said
     if launcher != "torchrun":  # whose own report has one
         assert "Traceback" not in said
 

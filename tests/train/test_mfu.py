@@ -18,7 +18,7 @@ from smoltrain.train.mfu import cores_over_first, open_mfu_meter
 def world_of(kind: str, size: int, answers: list[Any] | None = None) -> Any:
     """Ranks of which every one says the same, or each what `answers` has."""
     return SimpleNamespace(
-        device=torch.device(kind), size=size, gather=lambda value: answers or [value] * size
+        device=torch.device(kind), size=size, machines=(0,) * size, gather=lambda value: answers or [value] * size
     )  # fmt: skip
 
 
@@ -66,10 +66,10 @@ def test_a_programs_own_model_has_no_mfu_and_trains() -> None:
 @pytest.mark.parametrize(
     ("cores", "times"),
     [
-        ([("a", [(0,), (1,)]), ("a", [(0,), (1,)])], 1),  # they share a machine
-        ([("a", [(0,)]), ("a", [(1,)])], 2),  # a launcher has bound them
-        ([("a", [(0,), (1,)]), ("b", [(0,), (1,)])], 2),  # two machines
-        ([("a", [(0,), (1,)]), ("b", [(0,), (1,), (2,), (3,)])], 3),
+        ([(0, [(0,), (1,)]), (0, [(0,), (1,)])], 1),  # they share a machine
+        ([(0, [(0,)]), (0, [(1,)])], 2),  # a launcher has bound them
+        ([(0, [(0,), (1,)]), (1, [(0,), (1,)])], 2),  # two machines
+        ([(0, [(0,), (1,)]), (1, [(0,), (1,), (2,), (3,)])], 3),
     ],
 )
 def test_cores_count_once_however_many_ranks_may_use_them(cores: list[Any], times: float) -> None:

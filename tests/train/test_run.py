@@ -23,7 +23,12 @@ def story(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     loops: list[Callable[[], int]] = []
     reason: list[str | None] = [None]
     world = SimpleNamespace(
-        is_first=True, rank=0, size=1, device=torch.device("cpu"), run_on_first_rank=lambda work, **_: work()
+        is_first=True,
+        rank=0,
+        size=1,
+        device=torch.device("cpu"),
+        num_machines=1,
+        run_on_first_rank=lambda work, **_: work(),
     )
     start = SimpleNamespace(has_work=True, point=SimpleNamespace(step=0), plan=Plan(config.phases), requested=config)
     begun: list[dict[str, Any]] = []
@@ -43,7 +48,7 @@ def story(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         words.append("close")
 
     monkeypatch.setattr(run, "StopFlag", lambda: None)
-    monkeypatch.setattr(run, "open_world", lambda _: world)
+    monkeypatch.setattr(run, "open_world", lambda *_: world)
     monkeypatch.setattr(run, "lock_run_folder", lambda _: words.append("lock"))
     monkeypatch.setattr(run, "begin_run", begin_run)
     monkeypatch.setattr(run, "open_session", open_session)

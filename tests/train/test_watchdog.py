@@ -211,6 +211,12 @@ def test_the_message_names_whom_the_others_wait_for(reports: list[HangReport | N
     assert named == {int(rank) for words in said for rank in re.findall(r"rank (\d)", words)}
 
 
+def test_ranks_whose_logs_are_elsewhere_are_not_said_to_be_dead() -> None:
+    line = describe_hang({0: report(5, 3, "backward")}, 3, 900.4, Path("logs"), frozenset({1, 2}))
+    assert "ranks 1, 2 write where they stand on their own machines" in line
+    assert "dead" not in line
+
+
 def test_a_report_survives_its_file() -> None:
     whole = report(12, 3, "a: strange place", in_collective=True)
     assert HangReport.from_text("rank: 1\n" + whole.to_text() + "\nThread 0x1 (most recent call first):\n") == whole
