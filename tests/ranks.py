@@ -121,10 +121,9 @@ def left_as_found() -> Iterator[None]:
     numpy.random.seed(0)
     random.seed(0)
     torch.compiler.reset()  # the limits of recompilation are counted per process
-    gc.unfreeze()
-    gc.collect()  # the engine, which is a cycle: else it is let go within a later test
-    gc.freeze()  # and what is left stays: a later collection does not look through all libraries again
     gc.enable()
+    gc.collect()  # the engine, which is a cycle: else it is let go within a later test
+    gc.freeze()  # what is left are libraries: to look through them each time took 0.2 s
 
 
 _worlds: dict[int, Any] = {}
