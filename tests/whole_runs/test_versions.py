@@ -91,7 +91,7 @@ def test_the_lowest_versions_of_all_but_torch_train_and_export(tmp_path: Path) -
     python = folder / "bin" / "python"
     bounds = lower_bounds(PROJECT["dependencies"])
     lowest = {name: version for name, version in bounds.items() if name not in BORROWED}
-    install(python, "--no-deps", "--no-compile", *(f"{name}=={version}" for name, version in lowest.items()))
+    install(python, "--no-compile", *(f"{name}=={version}" for name, version in lowest.items()))
     (site,) = folder.glob("lib/*/site-packages")
     (site / "libraries.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # comes last on the path
     versions = json.loads(run(python, tmp_path, "-c", VERSIONS, *lowest))
