@@ -1,4 +1,4 @@
-"""`python -m tests.start_zygote ADDRESS`: the process that ranks are forked from, see zygote.py; its key is in stdin."""
+"""`python -m tests.start_zygote ADDRESS`: the process that ranks are forked from (zygote.py). Its key is in stdin."""
 
 import multiprocessing
 import sys
