@@ -18,7 +18,7 @@ LONGEST_FILES = (  # minutes or tens of seconds each, from the longest on
     "whole_runs/test_signals.py", "benchmarks/test_gpu_bench.py", "test_commands.py", "whole_runs/test_elastic_data.py",
     "engine/test_shards.py", "engine/test_muon.py", "run/test_wandb_run.py", "whole_runs/test_quickstart.py",
     "whole_runs/test_crash.py", "whole_runs/test_systems.py", "tune/test_tune.py", "whole_runs/test_disk.py",
-    "launch/test_supervisor.py", "whole_runs/test_versions.py", "test_wheel.py", "whole_runs/test_horizon.py",
+    "launch/test_supervisor.py", "test_wheel.py", "whole_runs/test_horizon.py",
     "test_examples.py", "kernels/test_loss.py", "benchmarks/test_train.py", "benchmarks/test_time_to_loss.py",
     "whole_runs/test_terminal.py", "engine/test_once_per_step.py", "launch/test_in_process.py",
 )  # fmt: skip
