@@ -102,7 +102,8 @@ def left_as_found() -> Iterator[None]:
 
     environment = dict(os.environ)
     folder = Path.cwd()
-    filters = list(warnings.filters)
+    warned: Any = warnings  # whose filters are typed as if they never changed
+    filters = list(warned.filters)
     linear = torch.nn.functional.linear  # ZeRO-3 puts its own there, which rounds biases otherwise, and leaves it
     dtype = torch.get_default_dtype()
     threads = torch.get_num_threads()
@@ -111,7 +112,7 @@ def left_as_found() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    warnings.filters[:] = filters
+    warned.filters[:] = filters
     torch.nn.functional.linear = linear
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)

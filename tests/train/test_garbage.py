@@ -81,7 +81,8 @@ def leave_a_mess() -> None:
     os.environ["LEFT"] = "1"
     os.chdir("/")
     warnings.simplefilter("ignore")
-    torch.nn.functional.linear = torch.nn.functional.bilinear  # pyright: ignore[reportAttributeAccessIssue]
+    functional: Any = torch.nn.functional
+    functional.linear = functional.bilinear
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(torch.get_num_threads() + 1)
     torch.use_deterministic_algorithms(True)
