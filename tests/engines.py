@@ -54,7 +54,7 @@ def masked_engine(settings: Config, masked_by: str, patch: pytest.MonkeyPatch) -
 class Odd(torch.nn.Module):
     """Tied weights, two parameter groups, sizes that no number of ranks divides: 135 elements decay, 12 do not.
 
-    Without biases: once ZeRO-3 has run in a process, DeepSpeed's own F.linear stays there and rounds them otherwise.
+    Without biases: the F.linear that DeepSpeed puts in torch's place under ZeRO-3 rounds them otherwise.
     """
 
     def __init__(self) -> None:

@@ -102,7 +102,8 @@ def left_as_found() -> Iterator[None]:
 
     environment = dict(os.environ)
     folder = Path.cwd()
-    filters = list(warnings.filters)
+    warned: Any = warnings  # whose filters are typed as if they never changed
+    filters = list(warned.filters)
     linear = torch.nn.functional.linear  # ZeRO-3 puts its own there, which rounds biases otherwise, and leaves it
     dtype = torch.get_default_dtype()
     threads = torch.get_num_threads()
@@ -111,7 +112,7 @@ def left_as_found() -> Iterator[None]:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    warnings.filters[:] = filters
+    warned.filters[:] = filters
     torch.nn.functional.linear = linear
     torch.set_default_dtype(dtype)
     torch.set_num_threads(threads)
@@ -121,10 +122,9 @@ def left_as_found() -> Iterator[None]:
     numpy.random.seed(0)
     random.seed(0)
     torch.compiler.reset()  # the limits of recompilation are counted per process
-    gc.unfreeze()
-    gc.collect()  # the engine, which is a cycle: else it is let go within a later test
-    gc.freeze()  # and what is left stays: a later collection does not look through all libraries again
     gc.enable()
+    gc.collect()  # the engine, which is a cycle: else it is let go within a later test
+    gc.freeze()  # what is left are libraries: to look through them each time took 0.2 s
 
 
 _worlds: dict[int, Any] = {}

@@ -21,7 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any, Literal
 
@@ -83,7 +83,7 @@ class Zygote:
         with tempfile.TemporaryDirectory(prefix="zygote-") as folder:
             address = str(Path(folder) / "socket")
             with Listener(address, "AF_UNIX", authkey=key) as listener:
-                words = [preloaded.programs() / "python", "-m", "tests.zygote", address]
+                words = [preloaded.programs() / "python", "-m", "tests.start_zygote", address]
                 self._process = subprocess.Popen(words, stdin=subprocess.PIPE, cwd=preloaded.ROOT)
                 assert self._process.stdin is not None
                 self._process.stdin.write(key)
@@ -122,7 +122,8 @@ def zygote() -> Zygote:
     return started
 
 
-def _serve(end: Connection) -> None:
+def serve(end: Connection) -> None:
+    """Fork ranks and tell of them, until nobody asks."""
     from smoltrain.distributed.world import free_port
 
     ended: dict[int, int] = {}
@@ -137,6 +138,8 @@ def _serve(end: Connection) -> None:
         size, log, function, words = args
         assert len([*Path("/proc/self/task").iterdir()]) == 1, "a fork would lose the other threads"
         port, pids = free_port(), []
+        sys.stdout.flush()  # else each rank would write it once more
+        sys.stderr.flush()
         for rank in range(size):
             if pid := os.fork():
                 pids.append(pid)
@@ -182,8 +185,3 @@ def _train(words: list[str], *sabotage: Any) -> int:
     if sabotage:
         sabotage[0](*sabotage[1:])
     return run_rank(["quickstart", *words])
-
-
-if __name__ == "__main__":
-    multiprocessing.current_process().authkey = sys.stdin.buffer.read()
-    _serve(Client(sys.argv[1], "AF_UNIX", authkey=multiprocessing.current_process().authkey))

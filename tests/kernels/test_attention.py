@@ -215,10 +215,16 @@ def test_a_torch_without_the_right_varlen_takes_a_mask(install: Any, monkeypatch
     assert "a mask, as this torch has no causal varlen_attn," in kernel.reason
 
 
-def of_torch_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)): ...
+def of_torch_2_11(
+    query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: Any, max_k: Any, *,
+    scale: Any = None, window_size: Any = (-1, -1),
+) -> None: ...  # fmt: skip
 
 
-def of_torch_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False): ...
+def of_torch_2_13(
+    query: Any, key: Any, value: Any, cu_seq_q: Any, cu_seq_k: Any, max_q: Any, max_k: Any, *,
+    window_size: Any = (-1, -1), enable_gqa: Any = False,
+) -> None: ...  # fmt: skip
 
 
 @pytest.mark.parametrize("real", ["installed", of_torch_2_11, of_torch_2_13])

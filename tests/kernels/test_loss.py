@@ -366,6 +366,16 @@ def test_a_compiled_softmax_gives_the_same_numbers(dtype: torch.dtype, z_loss: f
 
 @pytest.mark.slow
 @needs_compiler
+def test_a_compiled_softmax_reads_the_logits_before_it_overwrites_them(monkeypatch: pytest.MonkeyPatch):
+    """Rows so long that a CPU's loop over them is one with what comes after: torch 2.11 had it the wrong way round."""
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", {"cpu": 2**18})
+    case = make_loss_case(256, 4096, 64, torch.bfloat16, CPU)
+    eager, compiled = (case.forward_backward(kernel, 0.0)[0] for kernel in (FUSED, COMPILED))
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+@needs_compiler
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # both of them torch's, of itself
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_a_compiled_caller_gives_the_same_numbers():

@@ -1,6 +1,8 @@
 """Garbage is collected by hand, and training leaves none that is large."""
 
 import gc
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,38 @@ def tensors_left_by_a_step(settings: Config) -> list[tuple[int, ...]]:
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
+
+
+def leave_a_mess() -> None:
+    """What tests have left in the processes that they share."""
+    os.environ["LEFT"] = "1"
+    os.chdir("/")
+    warnings.simplefilter("ignore")
+    functional: Any = torch.nn.functional
+    functional.linear = functional.bilinear
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.use_deterministic_algorithms(True)
+    torch.set_grad_enabled(False)
+    torch.manual_seed(7)
+    gc.disable()
+    Cycle()
+
+
+def look_around() -> list[Any]:
+    return [
+        dict(os.environ), Path.cwd(), list(warnings.filters), torch.nn.functional.linear.__name__,
+        torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(),
+        torch.is_grad_enabled(), torch.initial_seed(), gc.isenabled(), Cycle.alive,
+    ]  # fmt: skip
+
+
+def test_what_a_test_leaves_in_its_ranks_is_gone_for_the_next(ranks: Any) -> None:
+    """See tests/ranks.py: one that fails alone, or in another order only, costs a day."""
+    ranks(2).run(look_around)
+    before = ranks(2).run(look_around)
+    ranks(2).run(leave_a_mess)
+    assert ranks(2).run(look_around) == before
 
 
 def test_a_step_leaves_no_tensor_to_the_collector(tmp_path: Path, ranks: Any) -> None:
