@@ -63,9 +63,10 @@ class DeepSpeedSteps:
             norm = math.sqrt(sum(squares)) / self.loss_scale
             self._discard_gradients()
             return StepOutcome.on_host(False, norm)
-        return self._take_step()
+        return self.take_step()
 
-    def _take_step(self) -> StepOutcome:
+    def take_step(self) -> StepOutcome:
+        """Update, unless the gradient is not finite."""
         self._deepspeed.step()
         return StepOutcome.on_host(self._deepspeed.was_step_applied(), float(self._deepspeed.get_global_grad_norm()))
 
@@ -85,7 +86,7 @@ class PlainSteps(DeepSpeedSteps):
         """Here DeepSpeed 0.19.8 divides by the loss scale of fp16, and does not multiply by it: `scale_if_loss`."""
         super().backward(loss * self.loss_scale)
 
-    def _take_step(self) -> StepOutcome:
+    def take_step(self) -> StepOutcome:
         """The norm comes from the gradients themselves: here DeepSpeed has none to give unless it clips."""
         # In fp16 a norm that is multiplied by the loss scale is soon above 65504.
         gradients = [p.grad.float() for p in self._deepspeed.module.parameters() if p.grad is not None]
@@ -136,12 +137,12 @@ class ZeroSteps(DeepSpeedSteps):
 class Zero3Steps(DeepSpeedSteps):
     """ZeRO-3: weights are partitioned too."""
 
-    def _take_step(self) -> StepOutcome:
+    def take_step(self) -> StepOutcome:
         """DeepSpeed asks for overflow in fp16 alone, so the question is asked here for the other precisions."""
         if not self._deepspeed.fp16_enabled() and self._optimizer.has_overflow():  # the same on every rank
             self._discard_gradients()
             return StepOutcome.on_host(False, math.inf)
-        return super()._take_step()
+        return super().take_step()
 
     def _discard_gradients(self) -> None:
         """What DeepSpeed does of its own when a gradient overflows."""

@@ -171,7 +171,7 @@ def test_a_step_that_is_skipped_or_dropped_leaves_the_momentum_alone(
         assert steps.is_same(weights, expected)
         assert same_norm == norm
     for (expected, norm), (stayed, weights, same_norm) in zip(
-        without, ranks(2).run(steps.discard_between, settings, True, True), strict=True
+        without, ranks(2).run(steps.discard_between, settings, True), strict=True
     ):
         assert stayed
         assert steps.is_same(weights, expected)

@@ -20,7 +20,8 @@ def run(*words: str) -> int | str | None:
 
 
 def test_the_verb_tells_parts_alternatives_and_advice(capsys: pytest.CaptureFixture[str]):
-    assert not run(SMOL, "batch.sequence_length=2048", "batch.micro_batch=8", "--world", "8", "--device", "h200")
+    words = ("batch.sequence_length=2048", "batch.micro_batch=8", "engine.reduce_gradients=micro_batch")
+    assert not run(SMOL, *words, "--world", "8", "--device", "h200")
     out = capsys.readouterr().out
     assert "134,515,008 parameters on 8 x h200, ZeRO-2, bf16" in out
     for word in (*PART_LABELS.values(), "matmuls", "in all", "every 2.", "2*", "checkpoints of"):

@@ -110,7 +110,7 @@ def test_hours_become_tokens_by_the_estimated_speed(run: Run, monkeypatch: pytes
         _, told[hours], _ = run(f"h{hours}", "--params", "135M", "--data", "texts", "--hours", hours)
     steps = [load_checked(f"h{hours}").phases[0] for hours in ("1", "2")]
     assert steps[1].num_steps > steps[0].num_steps
-    assert "  1 x h100     57 minutes," in told["1"], "and some for starting, evaluating, sampling and saving"
+    assert "  1 x h100     56 minutes," in told["1"], "and some for starting, evaluating, sampling and saving"
     assert "  1 x h100     1.9 hours," in told["2"]
     assert "what 1 x h100 is estimated to do in 2 hours, as asked for with" in Path("h2.yaml").read_text()
 
