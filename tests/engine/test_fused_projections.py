@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from smoltrain.config.schema import Config
-from smoltrain.errors import UserError
+from smoltrain.errors import DONE, UserError
 from smoltrain.kernels.joint_linear import find_layers_apart
 from smoltrain.model.build import build_model
 from smoltrain.model.interface import ComputeOptions
+from tests import launches, tiny
 from tests.engine.test_once_per_step import settings_of
 from tests.engines import loader_of, whole_state
 from tests.ranks import world
@@ -76,3 +77,22 @@ def test_it_is_refused_where_weights_do_not_lie_side_by_side(tmp_path: Path, ran
     [said] = ranks(1).run(refused, settings)
     assert "projections cannot be fused" in said
     assert f"engine.ds_config=zero{stage}" in said
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_other_value(tmp_path: Path) -> None:
+    losses = []
+    for name, first, then in (("changed", "true", "false"), ("plain", "false", "false")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for number, words in enumerate((("run.stop_after=main", first), ("run.stop_after=null", then))):
+            stop, fused = words
+            told = tiny.words(folder, stop, f"engine.fused_projections={fused}", "engine.precision=fp32")
+            log = folder / f"log{number}"
+            assert launches.run("smoltrain", told, log) == DONE, log.read_text()
+            expects_line = fused == "true"
+            assert ("q, k, v as one product" in log.read_text()) == expects_line
+        losses.append(launches.losses(folder / "runs" / "quickstart"))
+    changed, plain = losses
+    assert changed.keys() == plain.keys() == set(range(1, 13))
+    assert list(changed.values()) == pytest.approx(list(plain.values()), rel=1e-6)
