@@ -154,7 +154,10 @@ def check_gpu() -> int:
         parser.error(f"--only: no such part: {', '.join(sorted(unknown))}; there are {names}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "peaks.json").unlink(missing_ok=True)  # of another check, another machine perhaps
-    head = describe_check([f"{arguments.seconds:.0f}", *(["--tiny"] if arguments.tiny else [])])
+    command = [f"{arguments.seconds:.0f}", *(["--tiny"] if arguments.tiny else [])]
+    if only:
+        command += ["--only", arguments.only]
+    head = describe_check(command)
     print(head, flush=True)
     chosen = [part for part in parts if not only or part.name in only]
     with tempfile.TemporaryDirectory(dir=find_scratch_parent(), ignore_cleanup_errors=True) as scratch:

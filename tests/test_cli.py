@@ -501,7 +501,7 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     calls = SimpleNamespace(loaded=[], drawn=[], says="né 🙂".encode())
     settings = load_config(EXAMPLE, ["run.seed=7", "model.vocab_size=260", "tokenizer.vocab_size=257"])
 
-    decoder = SimpleNamespace(section=settings.model)
+    decoder = SimpleNamespace(section=settings.model, parameters=list, to=lambda _: None)
 
     def load_run(*arguments: object) -> load.LoadedModel:
         calls.loaded.append(arguments)
@@ -552,6 +552,17 @@ def test_generate_says_where_the_context_ended(run: Run, generated: SimpleNamesp
 
     monkeypatch.setattr(load, "generate_ids", instead)
     assert run("generate", "x", "--temperature", "0") == (0, "abc\n", "the text stops\n")
+
+
+def test_generate_says_where_it_computes_if_there_is_a_choice(
+    run: Run, generated: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    from smoltrain.inference import device
+
+    assert run("generate", "x") == (0, "né 🙂\n", "")
+    chosen = device.choose_inference_device(0, 2 * device.GIB)
+    monkeypatch.setattr(device, "move_to_best_device", lambda _: chosen)
+    assert run("generate", "x") == (0, "né 🙂\n", "computes on the GPU, which has room for the model\n")
 
 
 @pytest.mark.parametrize(("error", "code"), [(BrokenPipeError(), 0), (OSError(28, "No space left on device"), 1)])
