@@ -30,7 +30,13 @@ def story(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         num_machines=1,
         run_on_first_rank=lambda work, **_: work(),
     )
-    start = SimpleNamespace(has_work=True, point=SimpleNamespace(step=0), plan=Plan(config.phases), requested=config)
+    start = SimpleNamespace(
+        has_work=True,
+        point=SimpleNamespace(step=0, checkpoint=None),
+        config=config,
+        plan=Plan(config.phases),
+        requested=config,
+    )
     begun: list[dict[str, Any]] = []
 
     def begin_run(*_: Any, **known: Any) -> Any:
