@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from tests.ranks import Ranks
 
 LONGEST_FILES = (  # minutes or tens of seconds each, from the longest on
+    "whole_runs/test_signals.py", "benchmarks/test_gpu_check.py", "test_commands.py", "whole_runs/test_elastic_data.py",
     "engine/test_shards.py", "engine/test_muon.py", "run/test_wandb_run.py", "whole_runs/test_quickstart.py",
     "whole_runs/test_crash.py", "whole_runs/test_systems.py", "tune/test_tune.py", "whole_runs/test_disk.py",
     "launch/test_supervisor.py", "test_wheel.py", "whole_runs/test_horizon.py",
