@@ -247,7 +247,7 @@ def test_the_call_is_one_that_torchs_varlen_takes(install: Any, monkeypatch: pyt
     (call,) = calls
     assert call["query"].shape == (12, 4, 8)
     assert call["key"].shape == call["value"].shape == (12, 2, 8)
-    assert call["cu_seq_q"].tolist() == call["cu_seq_k"].tolist() == [0, 3, 6, 12]
+    assert call["cu_seq_q"].tolist() == call["cu_seq_k"].tolist() == [0, 3, 6, *[12] * 10]  # padded: room for 12
     assert call["cu_seq_q"].dtype == torch.int32
     assert (call["max_q"], call["max_k"]) == (6, 6)
     assert call["window_size"] == (-1, 0)  # torch's words for causal
