@@ -30,6 +30,9 @@ Names = Literal["own", "loopback", "none"]  # what a host's own name resolves to
 
 
 @functools.cache
+TRIAL = "ip link add br0 type bridge; ip link add one type veth peer name two"  # a kernel may have neither
+
+
 def why_no_hosts() -> str | None:
     """The reason why namespaces cannot be made here, or None."""
     if os.geteuid() != 0:
@@ -37,7 +40,8 @@ def why_no_hosts() -> str | None:
     for program in ("ip", "unshare", "nsenter", "setpriv"):
         if not shutil.which(program):
             return f"no {program} here (Debian packages iproute2 and util-linux)"
-    tried = subprocess.run(["unshare", "--net", "--pid", "--mount", "--fork", "true"], capture_output=True, check=False)
+    words = ["unshare", "--net", "--pid", "--mount", "--fork", "sh", "-ec", TRIAL]
+    tried = subprocess.run(words, capture_output=True, check=False)
     return None if tried.returncode == 0 else f"namespaces are not allowed here: {tried.stderr.decode().strip()}"
 
 
