@@ -29,10 +29,10 @@ NAMESPACES = ("ipc", "uts", "net", "pid", "mnt")  # setns(2); the last one chang
 Names = Literal["own", "loopback", "none"]  # what a host's own name resolves to: its address, 127.0.1.1, nothing
 
 
-@functools.cache
 TRIAL = "ip link add br0 type bridge; ip link add one type veth peer name two"  # a kernel may have neither
 
 
+@functools.cache
 def why_no_hosts() -> str | None:
     """The reason why namespaces cannot be made here, or None."""
     if os.geteuid() != 0:
