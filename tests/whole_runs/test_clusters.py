@@ -8,18 +8,22 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+from deepspeed.launcher import runner
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import get_args_parser
 
 from smoltrain.config.keys import read_key_options
 from smoltrain.config.load import load_config, split_recipe_words
 from smoltrain.config.schema import EngineSection
+from smoltrain.distributed import stop
 from smoltrain.distributed.world import free_port
 from smoltrain.errors import BAD_INPUT, FAULT, STOPPED
 from tests import launches, tiny
@@ -114,6 +118,31 @@ def test_skypilots_command_is_one_of_the_product() -> None:
     assert "\nsetup() {" in (launches.ROOT / source[1]).read_text(encoding="utf-8")
 
 
+def test_what_the_page_says_of_deepspeeds_hostfile_is_so(tmp_path: Path) -> None:
+    page = (launches.ROOT / "docs" / "clusters.md").read_text(encoding="utf-8")
+    said = re.search(r"those that begin with (.+?)\.", page, re.DOTALL)
+    assert said
+    without_a_gpu: Any = None  # of which a method makes no use
+    passed = [*runner.EXPORT_ENVS, *CUDA_Accelerator.export_envs(without_a_gpu)]
+    assert sorted(re.findall(r"`(\w+)`", said[1])) == sorted(passed)
+    dropped = ("GLOO_SOCKET_IFNAME", "HF_TOKEN", "WANDB_MODE", "OMP_NUM_THREADS")
+    assert not [name for name in dropped if name.startswith(tuple(passed))]
+    assert runner.DEEPSPEED_ENVIRONMENT_NAME == ".deepspeed_env"
+    assert [str(Path.home()), "."] == runner.DEEPSPEED_ENVIRONMENT_PATHS
+    assert runner.fetch_hostfile(str(tmp_path / "none")) is None, "this machine alone"
+    (tmp_path / "hosts").write_text("n0 slots=8\nn1 slots=8\n")
+    assert runner.fetch_hostfile(str(tmp_path / "hosts")) == {"n0": 8, "n1": 8}
+
+
+def test_in_a_pod_the_first_process_is_known_as_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An orphan has process 1 for a parent too, and leaves."""
+    monkeypatch.delenv("SMOLTRAIN_SUPERVISOR", raising=False)
+    monkeypatch.setattr(stop, "_parent_pid", lambda _pid: 1)
+    monkeypatch.setattr(stop, "_command_line", lambda _pid: command_of(0))
+    monkeypatch.setattr(sys, "argv", [read_command(command_of(0)).training_script])
+    assert stop._find_launcher_links() == [(os.getpid(), 1)]
+
+
 @pytest.mark.parametrize(
     ("codes", "expected"),
     [
@@ -150,7 +179,7 @@ def test_a_pod_that_is_asked_to_stop_ends_both_with_everything_saved(tmp_path: P
             pods.append(
                 subprocess.Popen(
                     [*command, "quickstart", *words], stdout=out, stderr=subprocess.STDOUT, cwd=launches.ROOT,
-                    env=launches.environment(), start_new_session=True,
+                    env=launches.environment() | {"GLOO_SOCKET_IFNAME": "lo"}, start_new_session=True,
                 )
             )  # fmt: skip
     try:
