@@ -1,7 +1,6 @@
 """launch/slurm.sbatch and launch/torchrun.py for real, on two CPU ranks: only srun and scontrol are stand-ins.
 
-What SLURM itself does is not tried here, nor are several nodes: the rendezvous and the signal of a node that is not
-the first stand as the manuals of torchrun and srun say.
+What SLURM itself does is not tried here, nor are several nodes: docs/results/hosts.md tells how a real one took them.
 """
 
 import os
