@@ -58,6 +58,9 @@ NOT_RUN = {
     "wandb sync": "an account of W&B",
     "sbatch": "SLURM; `tests/whole_runs/test_slurm.py` runs the script",
     "torchrun --nnodes 2": "two machines",
+    "deepspeed --hostfile": "two machines, pdsh and ssh",
+    "kubectl apply": "a cluster; `tests/whole_runs/test_clusters.py` runs the manifest's command",
+    "sky jobs launch": "an account of a cloud; `tests/whole_runs/test_clusters.py` reads the file",
     "pip wheel": "`tests/test_wheel.py` builds and uses it",
     "pip install": "would change the environment of these tests",
     "./tests/run.sh": "these tests themselves",
@@ -379,6 +382,14 @@ def test_the_words_of_a_command_that_is_not_run_are_valid(command: Command):
             assert (ROOT / (program if program != "sbatch" else words.pop(0))).is_file()
             if not words[0].endswith(".yaml"):  # a file that another command of the page writes
                 load_words(words[0], words[1:])
+        case "kubectl" | "sky":
+            assert (ROOT / words[-1]).is_file()
+        case "deepspeed":
+            from deepspeed.launcher.runner import parse_args
+
+            given = parse_args(words)
+            assert (ROOT / given.user_script).is_file()
+            load_words(given.user_args[0], given.user_args[1:])
         case "torchrun":
             from torch.distributed.run import get_args_parser
 

@@ -13,7 +13,7 @@ from smoltrain.errors import Problem, RankUserError
 # Prefixes of the variables by which launchers tell ranks who they are: torchrun, deepspeed, mpirun, `smoltrain train`.
 LAUNCHER_VARIABLES = (
     "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_", "CROSS_",
-    "OMPI_COMM_WORLD_", "PMI_", "SMOLTRAIN_SUPERVISOR", "SMOLTRAIN_ASKED", "SMOLTRAIN_LISTENER",
+    "OMPI_COMM_WORLD_", "PMI_", "SMOLTRAIN_SUPERVISOR", "SMOLTRAIN_LISTENER",
 )  # fmt: skip
 
 

@@ -8,13 +8,11 @@ every launcher (tests/distributed/test_stop.py, tests/whole_runs/test_signals.py
 - A pipe that ends with the launcher is something that a foreign launcher would have to hold open.
 """
 
-import contextlib
 import os
 import signal
 import sys
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -39,8 +37,7 @@ class StopFlag:
     """Remembers that this rank was asked to stop; the ranks add their flags up in each step.
 
     Some launchers signal their ranks one after another, seconds apart, so no rank may act on its own flag alone. A rank
-    whose launcher has died will never be signalled: that counts as a request. As torchrun hides the exit codes of its
-    ranks, a request is also noted in the file that SMOLTRAIN_ASKED names, if it names one (launch/slurm.sbatch).
+    whose launcher has died will never be signalled: that counts as a request.
 
     Until `listen` there is nothing to lose: a signal just ends the process, and so does a launcher's death, without
     which the ranks might wait for each other for ever.
@@ -57,7 +54,6 @@ class StopFlag:
         self._first_interrupt_s: float | None = None  # of the monotonic clock
         self._next_look_s = 0.0  # for launchers, likewise
         self._listening = threading.Event()
-        self._request_file = os.environ.get("SMOLTRAIN_ASKED")  # until it is written
         # A bare `nohup python` has no launcher and may outlive its shell.
         self._launchers = _find_launcher_links() if owns_process and "LOCAL_RANK" in os.environ else []
         self._signals = heeded_stop_signals()
@@ -91,10 +87,7 @@ class StopFlag:
             self._next_look_s = time.monotonic() + LAUNCHER_POLL_S
             if self._is_launcher_gone():
                 self.reason = "its launcher is gone"
-        if self.reason is None:
-            return False
-        self._note_request()
-        return True
+        return self.reason is not None
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
@@ -112,19 +105,12 @@ class StopFlag:
     def _exit_with_launcher(self) -> None:
         while not self._listening.wait(LAUNCHER_POLL_S):
             if self._is_launcher_gone():
-                self._note_request()
                 leave_peers(STOPPED)
                 os._exit(STOPPED)
 
     def _is_launcher_gone(self) -> bool:
         """Whether one of those that would pass a signal on is gone."""
         return any(_parent_pid(child) != parent for child, parent in self._launchers)
-
-    def _note_request(self) -> None:
-        if self._request_file:
-            with contextlib.suppress(OSError):
-                Path(self._request_file).touch()
-            self._request_file = None
 
 
 def _find_launcher_links() -> list[tuple[int, int | None]]:

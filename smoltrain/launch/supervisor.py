@@ -260,9 +260,6 @@ class RankProcesses:
             "MASTER_ADDR": "127.0.0.1",
             "SMOLTRAIN_SUPERVISOR": str(os.getpid()),
         }
-        request_file = os.environ.get("SMOLTRAIN_ASKED")  # of whoever started this command
-        if request_file:
-            self._env["SMOLTRAIN_ASKED"] = request_file
         if device != "cuda":
             self._env["DS_ACCELERATOR"] = device
         self._count = count

@@ -70,16 +70,6 @@ def test_before_the_loop_listens_a_signal_just_ends_the_rank(number: signal.Sign
     assert process.returncode == -number
 
 
-def test_a_request_is_noted_where_the_launchers_launcher_looks(tmp_path: Path) -> None:
-    process = start(FLAG, SMOLTRAIN_ASKED=str(tmp_path / "asked"))
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready False\n"
-    assert not (tmp_path / "asked").exists()
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
-    assert (tmp_path / "asked").exists()
-
-
 def dead_pid() -> int:
     process = subprocess.Popen([sys.executable, "-c", ""])
     process.wait()

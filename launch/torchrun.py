@@ -1,0 +1,48 @@
+"""torchrun with the exit code of its ranks, and without a traceback when they were asked to stop.
+
+    python launch/torchrun.py --nnodes 2 ... launch/train.py RECIPE ...      with all of torchrun's own options
+
+torchrun itself ends with 1 whatever its ranks have said, so that SLURM and Kubernetes cannot tell a run that has saved
+(75) from a mistake (2) or a fault (1); and it ends with a traceback, which adds nothing to its log. What it raises
+stands in torch/distributed/launcher/api.py, launch_agent.
+"""
+
+import sys
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+
+from smoltrain.errors import DONE, FAULT, STOPPED
+
+
+def choose_exit_code(failed: ChildFailedError) -> int:
+    """That of the rank which failed first; "asked to stop" only if no rank says anything worse.
+
+    A rank that a signal has killed (a negative code: out of memory, say) is a fault.
+    """
+    failures = sorted(failed.failures.values(), key=lambda failure: failure.timestamp)
+    for failure in failures:
+        if failure.exitcode != STOPPED:
+            return failure.exitcode if failure.exitcode > 0 else FAULT
+    return STOPPED
+
+
+def run_torchrun(words: list[str]) -> int:
+    """Run torchrun with these words; returns the exit code.
+
+    A signal to torchrun itself is passed on to its ranks, which it awaits without hearing their exit codes: that is 75
+    too. If they could not save, which they say, the next start goes on from the checkpoint before.
+    """
+    try:
+        main(words)
+    except SignalException as stopped:
+        print(f"torchrun: its ranks were asked to stop by {stopped.sigval.name}", file=sys.stderr, flush=True)
+        return STOPPED
+    except ChildFailedError as failed:
+        return choose_exit_code(failed)
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(run_torchrun(sys.argv[1:]))
