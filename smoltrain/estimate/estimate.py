@@ -60,7 +60,7 @@ def print_estimate(recipe: str, overrides: list[str], wish: EstimateWish) -> Sca
     if len(wish.worlds) == 1:
         _print_one_world(recipe, overrides, replace(wish, network=network_wish), device, network, console)
     if wish.worlds[-1] > 1:
-        print_text(describe_network(device, network, wish.network), console)
+        print_text(describe_network(device, network, wish.worlds[-1], wish.network), console)
     if network.num_nodes(wish.worlds[-1]) == 1 and len(wish.worlds) == 1:
         return None
     scaling = estimate_scaling(config, wish.worlds, device, network_wish, wish.node_mtbf_hours)

@@ -61,18 +61,19 @@ def host_network(network: Network) -> Network:
     return replace(network, between=between, call_s=0.0, has_trees=False)
 
 
-def describe_network(device: DeviceSpec, network: Network, wish: NetworkWish) -> str:
-    """What is assumed, each value with where it comes from, in a line."""
+def describe_network(device: DeviceSpec, network: Network, world: int, wish: NetworkWish) -> str:
+    """What is assumed for so many ranks at most, each value with where it comes from, in a line."""
     node = NODES[device.name]
     ranks_source = "" if wish.ranks_per_node else " (assumed)"
     within_source = "--within" if wish.within else node.within_source
     between_source = "--between" if wish.between else node.between_source
-    return (
+    text = (
         f"network: {network.ranks_per_node} ranks a node{ranks_source}; "
-        f"within it {_describe_link(network.within)} a rank ({within_source}); "
-        f"between nodes {_describe_link(network.between)} a node ({between_source}); "
-        "speeds are those that are reached"
+        f"within it {_describe_link(network.within)} a rank ({within_source})"
     )
+    if network.num_nodes(world) > 1:
+        text += f"; between nodes {_describe_link(network.between)} a node ({between_source})"
+    return f"{text}; speeds are those that are reached"
 
 
 def _describe_link(link: Link) -> str:

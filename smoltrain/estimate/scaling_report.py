@@ -9,24 +9,14 @@ from smoltrain.estimate.constants import CHECKPOINT_COPY, CHECKPOINT_WRITE, GB
 from smoltrain.estimate.failures import FailureCosts
 from smoltrain.estimate.scaling import PAYING_SHARE, Scaling, ScalingPoint
 
-COLUMNS = (
-    "ranks",
-    "nodes",
-    "rows",
-    "step s",
-    "network s",
-    "tokens/s",
-    "efficiency",
-    "save every",
-    "lost",
-)  # every so many steps
+COLUMNS = ("ranks", "nodes", "rows", "step s", "network s", "tokens/s", "of linear", "save every", "lost")
 
 
 def build_scaling_table(scaling: Scaling) -> Table:
     """Each world in a line."""
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)  # 80 characters at most
     for head in COLUMNS:
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", no_wrap=head == "tokens/s")
     for point in scaling.points:
         setup, speed = point.setup, point.speed
         table.add_row(

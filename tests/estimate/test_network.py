@@ -46,10 +46,12 @@ def test_what_is_asked_for_takes_the_place_of_what_is_usual():
     network = build_network(GPUS["h100"], EFFICIENCY["cuda"], 8, wish)
     assert network.num_nodes(8) == 2
     assert (network.between.bytes_per_s, network.between.latency_s) == pytest.approx((0.9 * 12.5e9, 5e-6))
-    says = describe_network(GPUS["h100"], network, wish)
+    says = describe_network(GPUS["h100"], network, 8, wish)
     assert "4 ranks a node; within it 270 GB/s and 3.4 us a rank (NVLink, its data sheet)" in says
     assert "between nodes 11.2 GB/s and 5 us a node (--between)" in says
     usual = build_network(GPUS["h100"], EFFICIENCY["cuda"], 8)
-    assert "8 ranks a node (assumed)" in describe_network(GPUS["h100"], usual, NetworkWish())
+    says = describe_network(GPUS["h100"], usual, 8, NetworkWish())
+    assert "8 ranks a node (assumed)" in says
+    assert "between" not in says, "of one node"
     hosts = host_network(network)
     assert (hosts.has_trees, hosts.between.latency_s) == (False, 50e-6), "gloo: rings over TCP"

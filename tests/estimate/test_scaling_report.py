@@ -19,6 +19,7 @@ def test_several_worlds_are_a_table_a_picture_and_sentences(tmp_path: Path, caps
     out = capsys.readouterr().out
     said = " ".join(out.split())
     rows = {line.split()[0]: line.split() for line in out.splitlines() if line[:6].strip().replace(",", "").isdigit()}
+    assert "…" not in out, "no number is cut"
     assert set(rows) == {"8", "64", "1,024"}
     assert rows["8"][1:3] == ["1", "128"]
     assert len(rows["8"]) == 7, "on one node no cadence"
