@@ -9,7 +9,7 @@ from smoltrain.config.load import load_config
 from smoltrain.distributed.cpu_cores import num_cores
 from smoltrain.errors import Problem, UserError
 from smoltrain.estimate.collectives import Network
-from smoltrain.estimate.constants import EFFICIENCY, GIB, NODE_MTBF_HOURS, DeviceSpec
+from smoltrain.estimate.constants import EFFICIENCY, GIB, NODE_MTBF_HOURS, DeviceSpec, EfficiencyRates
 from smoltrain.estimate.devices import find_device
 from smoltrain.estimate.fitting import build_fitted_setup, fit_config_to_memory
 from smoltrain.estimate.horizon import resolve_config
@@ -57,13 +57,14 @@ def print_estimate(recipe: str, overrides: list[str], wish: EstimateWish) -> Sca
     ranks = min(wish.worlds[-1], network_wish.ranks_per_node or wish.worlds[-1])
     device = find_device(wish.device, ranks)
     network = build_network(device, EFFICIENCY[device.kind], wish.worlds[-1], network_wish)
+    rates = None
     if len(wish.worlds) == 1:
-        _print_one_world(recipe, overrides, replace(wish, network=network_wish), device, network, console)
+        rates = _print_one_world(recipe, overrides, replace(wish, network=network_wish), device, network, console)
     if wish.worlds[-1] > 1:
         print_text(describe_network(device, network, wish.worlds[-1], wish.network), console)
     if network.num_nodes(wish.worlds[-1]) == 1 and len(wish.worlds) == 1:
         return None
-    scaling = estimate_scaling(config, wish.worlds, device, network_wish, wish.node_mtbf_hours)
+    scaling = estimate_scaling(config, wish.worlds, device, network_wish, wish.node_mtbf_hours, rates)
     console.print(build_scaling_table(scaling))
     for line in write_scaling_advice(scaling):
         print_text(line, console)
@@ -72,8 +73,8 @@ def print_estimate(recipe: str, overrides: list[str], wish: EstimateWish) -> Sca
 
 def _print_one_world(
     recipe: str, overrides: list[str], wish: EstimateWish, device: DeviceSpec, network: Network, console: Console
-) -> None:
-    """Print memory, time, alternatives and advice for so many ranks, each on such a device.
+) -> EfficiencyRates | None:
+    """Print memory, time, alternatives and advice for so many ranks, each on such a device; rates that were measured.
 
     Where it is `measured` some real steps are trained here, on as many ranks as there are to be, or as this machine
     has; both the estimate and what they showed are printed, and the constants are corrected by the difference.
@@ -92,6 +93,7 @@ def _print_one_world(
     console.print(build_alternatives_table(alternatives, estimate.setup))
     for line in (plan_summary(estimate, config), *write_advice(estimate, alternatives)):
         print_text(line, console)
+    return estimate.rates
 
 
 def _correct_by_real_steps(estimate: Estimate, recipe: str, overrides: list[str], console: Console) -> Estimate:
@@ -109,7 +111,7 @@ def _correct_by_real_steps(estimate: Estimate, recipe: str, overrides: list[str]
         config = fit_config_to_memory(config, device.memory, ranks, device=device.kind)
         expected = Estimate(build_fitted_setup(config, device.memory, ranks, device=device.kind), device)
     setup = replace(expected.setup, saves_midway=False)
-    expected = replace(expected, setup=setup)
+    expected = replace(expected, setup=setup, network=None)  # this machine is one node
     as_estimated = [
         f"engine.device={device.kind}", f"batch.micro_batch={setup.micro_batch}",
         f"engine.gradient_checkpointing={setup.recompute}",

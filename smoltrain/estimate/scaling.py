@@ -13,9 +13,10 @@ from smoltrain.estimate.constants import (
     EFFICIENCY,
     RESTART_S,
     DeviceSpec,
+    EfficiencyRates,
 )
 from smoltrain.estimate.failures import CheckpointCadence, FailureCosts, choose_cadence
-from smoltrain.estimate.fitting import build_fitted_setup, fit_config_to_memory
+from smoltrain.estimate.fitting import build_fitted_setup, fit_config_to_memory, fits_memory
 from smoltrain.estimate.horizon import resolve_config
 from smoltrain.estimate.network import NetworkWish, build_network
 from smoltrain.estimate.speed import SpeedEstimate, estimate_speed
@@ -34,6 +35,7 @@ class ScalingPoint:
     nodes: int
     efficiency: float  # tokens/s of a rank, over those of a rank of the smallest world
     cadence: CheckpointCadence | None  # on one node alone there is none
+    fits: bool  # in the memory of each rank
 
     @property
     def world(self) -> int:
@@ -88,14 +90,18 @@ def parse_worlds(text: str) -> list[int]:
 
 
 def estimate_scaling(
-    config: Config, worlds: list[int], device: DeviceSpec, wish: NetworkWish, node_mtbf_hours: float
-) -> Scaling:
-    """The recipe on each of these worlds. Errors: UserError where none of them can be, or for a link."""
+    config: Config, worlds: list[int], device: DeviceSpec, wish: NetworkWish, node_mtbf_hours: float,
+    rates: EfficiencyRates | None = None,
+) -> Scaling:  # fmt: skip
+    """The recipe on each of these worlds, by the device's usual rates or by others.
+
+    Errors: UserError where none of them can be, or for a link.
+    """
     points: list[ScalingPoint] = []
     skipped: dict[int, str] = {}
     problems: list[Problem] = []
     costs: FailureCosts | None = None
-    rates = EFFICIENCY[device.kind]
+    rates = rates or EFFICIENCY[device.kind]
     for world in worlds:
         network = build_network(device, rates, world, wish)
         try:
@@ -113,9 +119,10 @@ def estimate_scaling(
         by_rank = speed.tokens_per_s / world
         smallest = points[0] if points else None
         efficiency = by_rank / (smallest.speed.tokens_per_s / smallest.world) if smallest else 1.0
-        points.append(ScalingPoint(setup, speed, nodes, efficiency, cadence))
+        fits = fits_memory(setup, device.memory)
+        points.append(ScalingPoint(setup, speed, nodes, efficiency, cadence, fits))
     if not points:
-        raise UserError(*problems)
+        raise UserError(*dict.fromkeys(problems))  # each once
     return Scaling(points, skipped, costs)
 
 

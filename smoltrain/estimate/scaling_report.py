@@ -39,15 +39,18 @@ def write_scaling_advice(scaling: Scaling) -> Iterator[str]:
     """What the table says, a sentence each."""
     smallest, largest, last = scaling.points[0], scaling.points[-1], scaling.last_that_pays
     rule = f"{PAYING_SHARE:.0%} of what one does on {smallest.world:,}"
-    if last is largest:
+    if len(scaling.points) > 1 and last is largest:
         yield f"it pays up to {last.world:,} ranks, the most of the table: each added one brings at least {rule}"
-    else:
+    elif len(scaling.points) > 1:
         yield f"it stops to pay beyond {last.world:,} ranks: those added after them bring less than {rule}"
     if smallest.setup.step_tokens != largest.setup.step_tokens:
         yield (
             "the rows of a step grow with the ranks (batch.accumulation): more ranks need fewer steps for as many "
             "tokens, and learn otherwise; set batch.rows_per_step to keep them"
         )
+    too_large = [f"{point.world:,}" for point in scaling.points if not point.fits]
+    if too_large:
+        yield f"does not fit the memory of a rank: on {', '.join(too_large)} ranks"
     for world, why in scaling.skipped.items():
         yield f"left out: {world:,} ranks: {why}"
     if scaling.costs is not None:

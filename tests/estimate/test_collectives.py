@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
 
@@ -37,7 +38,7 @@ def test_a_tree_between_nodes_is_what_hand_computes():
 
 
 @pytest.mark.parametrize("seconds", EVERY)
-def test_limits(seconds):
+def test_limits(seconds: Callable[[float, int, Network], float]):
     assert seconds(80, 1, SLOW) == 0.0, "one rank"
     assert seconds(80, 64, FASTEST) == 0.0, "neither latency nor bytes"
     assert seconds(0, 64, SLOW) == seconds(80, 64, _with_speed(SLOW, math.inf)) > 0, "latency alone"

@@ -34,12 +34,18 @@ def test_several_worlds_are_a_table_a_picture_and_sentences(tmp_path: Path, caps
 
 def test_what_is_left_out_is_said_and_one_world_of_several_nodes_says_its_failures(capsys: pytest.CaptureFixture[str]):
     assert not run(SMOL, *FIXED, "--world", "8,12,20", "--device", "h100")
-    assert "left out: 20 ranks: the rows per step do not divide evenly" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "left out: 20 ranks: the rows per step do not divide evenly" in said
+    assert "it pays up to 12 ranks, the most of the table" in said
+    assert "fit" not in said
+    words = ("batch.sequence_length=8192", "batch.micro_batch=32", "--world", "1,2", "--device", "l4")
+    assert not run(SMOL, "batch.rows_per_step=64", *words)
+    assert "does not fit the memory of a rank: on 1, 2 ranks" in " ".join(capsys.readouterr().out.split())
     assert not run(SMOL, *GROWING, "--world", "16", "--device", "h100", "--node-mtbf", "100")
     said = " ".join(capsys.readouterr().out.split())
     assert "134,515,008 parameters on 16 x h100" in said
     assert "a node fails every 100 hours" in said
-    assert "to pay" not in said
+    assert "pay" not in said
     assert not run(SMOL, *GROWING, "--world", "8", "--device", "h100")
     assert "fails every" not in capsys.readouterr().out
 

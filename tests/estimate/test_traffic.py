@@ -83,6 +83,7 @@ def count_collectives(folder: Path, by: str) -> dict[str, int]:
     """Bytes of each kind of collective that the third step of an engine calls; runs on every rank."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
 
     from smoltrain.data.rows.batch import Batch
     from smoltrain.engine import shared_tensor
@@ -91,7 +92,7 @@ def count_collectives(folder: Path, by: str) -> dict[str, int]:
     class CountBytes(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if func.namespace == "c10d":
-                tensors = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+                tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
                 counted[str(func).split(".")[1]] += max(tensor.nbytes for tensor in tensors)
             return func(*args, **(kwargs or {}))
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
@@ -15,10 +16,10 @@ def test_curves_are_those_of_the_estimate(tmp_path: Path, monkeypatch: pytest.Mo
     scaling = scale(*GROWING, worlds="8..64", between="25gbit")
     draw_scaling(scaling, tmp_path / "new" / "scaling.png")
     upper, lower = drawn[0].axes
-    curves = {str(line.get_label()): list(line.get_ydata()) for line in upper.get_lines()}
+    curves = {str(line.get_label()): np.asarray(line.get_ydata()).tolist() for line in upper.get_lines()}
     points = scaling.points
     assert curves["estimated"] == [point.speed.tokens_per_s for point in points]
     assert curves["after failures and checkpoints"] == [point.kept_tokens_per_s for point in points]
     assert curves["in proportion"] == pytest.approx([points[0].speed.tokens_per_s * n for n in (1, 2, 4, 8)])
     assert "more than 8 ranks do not pay" in curves
-    assert list(lower.get_lines()[1].get_ydata()) == [100 * point.efficiency for point in points]
+    assert np.asarray(lower.get_lines()[1].get_ydata()).tolist() == [100 * point.efficiency for point in points]
