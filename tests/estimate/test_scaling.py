@@ -1,5 +1,7 @@
 """Worlds in words, and how a recipe scales over links of which the answer is known."""
 
+import dataclasses
+
 import pytest
 
 from smoltrain.config.load import load_config
@@ -7,8 +9,8 @@ from smoltrain.errors import UserError
 from smoltrain.estimate.collectives import Link, Network
 from smoltrain.estimate.constants import GPUS
 from smoltrain.estimate.network import NetworkWish
-from smoltrain.estimate.scaling import Scaling, estimate_scaling, failure_costs, parse_worlds
-from smoltrain.estimate.speed import communication_seconds
+from smoltrain.estimate.scaling import Scaling, ScalingPoint, estimate_scaling, failure_costs, parse_worlds
+from smoltrain.estimate.speed import SpeedEstimate, communication_seconds
 from tests.estimate.setups import SMOL, make_setup
 
 GROWING = ("batch.rows_per_step=null", "batch.micro_batch=8", "batch.accumulation=2")
@@ -52,6 +54,18 @@ def test_a_fast_network_scales_and_a_slow_one_stops_to_pay():
     assert fast.last_that_pays.world > 8
     efficiencies = [point.efficiency for point in fast.points]
     assert efficiencies == sorted(efficiencies, reverse=True), "latency grows with the ranks"
+
+
+def test_it_pays_while_an_added_rank_brings_half_of_what_one_did_at_first():
+    [first] = scale(*GROWING, worlds="8").points
+
+    def point(world: int, tokens_per_s: float) -> ScalingPoint:
+        setup = dataclasses.replace(first.setup, world=world)
+        return dataclasses.replace(first, setup=setup, speed=SpeedEstimate({}, tokens_per_s, 0.0))
+
+    one, two = point(8, 800), point(16, 800 + 8 * 51)  # 100 a rank at first
+    assert Scaling([one, two, point(32, 1208 + 16 * 49)], {}, None).last_that_pays is two
+    assert Scaling([one, two, point(32, 1208 + 16 * 51)], {}, None).last_that_pays.world == 32
 
 
 def test_failures_are_of_several_nodes_alone_and_grow_with_them():
