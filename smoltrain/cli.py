@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from smoltrain.config.schema import Config
+    from smoltrain.estimate.scaling import Scaling
     from smoltrain.schedule import Plan
 
 # The panels of `smoltrain --help` and their verbs, in order.
@@ -241,18 +242,48 @@ def estimate_command(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     *,
-    world: Annotated[int, typer.Option(min=1, help="Ranks, each with one device.")] = 1,
+    world: Annotated[
+        str, typer.Option(help="Ranks, each with one device: 8, a range as 8..1024, or a list as 8,12,64.")
+    ] = "1",
     device: Annotated[
         str, typer.Option(help="h200, h100, a100-80, a100-40, l4, 4090, or cpu: this machine, measured.")
     ] = "cpu",
+    ranks_per_node: Annotated[
+        int | None, typer.Option(min=1, help="Ranks of a node; by default 8 GPUs, or the fewest CPU ranks.")
+    ] = None,
+    within: Annotated[
+        str | None, typer.Option(metavar="LINK", help="A rank's link within its node, as 450gbyte or 32gbyte,6us.")
+    ] = None,
+    between: Annotated[
+        str | None, typer.Option(metavar="LINK", help="A node's link to the others, as 400gbit or 25gbit,50us.")
+    ] = None,
+    node_mtbf: Annotated[
+        float | None, typer.Option(min=1e-3, metavar="HOURS", help="Mean time between failures of one node.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Draw tokens/s and efficiency of several worlds.")
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Train 20 real steps here, and correct the estimate by them.")
     ] = False,
 ) -> None:
-    """Estimate memory, time and disk of a run before it starts, with alternatives and advice."""
-    from smoltrain.estimate.estimate import print_estimate
+    """Estimate memory, time and disk of a run before it starts, with alternatives and advice.
 
-    print_estimate(recipe, overrides or [], world, device, measured=measure)
+    Of several worlds: tokens/s, efficiency, where more ranks stop to pay, and what failures take.
+    """
+    from smoltrain.estimate.constants import NODE_MTBF_HOURS
+    from smoltrain.estimate.estimate import EstimateWish, print_estimate
+    from smoltrain.estimate.network import NetworkWish
+    from smoltrain.estimate.scaling import parse_worlds
+
+    worlds = parse_worlds(world)
+    if plot and len(worlds) == 1:
+        raise UserError(Problem("--plot draws several worlds", world, "a range as 8..1024", "--world"))
+    network = NetworkWish(ranks_per_node, within, between)
+    wish = EstimateWish(worlds, device, network, node_mtbf or NODE_MTBF_HOURS, measure)
+    scaling = print_estimate(recipe, overrides or [], wish)
+    if plot and scaling:
+        _draw_scaling(scaling, plot)
 
 
 @app.command("new", epilog="Example: smoltrain new tiny --params 2M --data texts/")
@@ -565,6 +596,19 @@ def _draw_plan(config: "Config", path: Path) -> None:
     except OSError as error:
         saw = f"{path} ({error.strerror})"
         raise UserError(Problem("the picture cannot be written", saw, "a path that can be", "--png")) from None
+    print(path)
+
+
+def _draw_scaling(scaling: "Scaling", path: Path) -> None:
+    from smoltrain.run.scaling_plot import draw_scaling
+
+    try:
+        draw_scaling(scaling, path)
+    except (OSError, ValueError) as error:  # the latter for an ending that matplotlib does not write
+        saw = f"{path} ({error})"
+        raise UserError(
+            Problem("the picture cannot be written", saw, "a path that can be, as scaling.png", "--plot")
+        ) from None
     print(path)
 
 

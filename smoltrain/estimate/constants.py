@@ -58,12 +58,13 @@ class EfficiencyRates:
     matmul: float  # of the matmul peak
     attention: Mapping[str, float]  # of the matmul peak, by kernel
     bandwidth: float  # of the memory's
-    link: float  # of the link's
+    link: float  # of the link's within a node
     activation_passes: float  # how often what a block keeps is read or written, forward and backward
     launch_s: float  # of one block forward and backward, seconds that the host needs to start its kernels
     eager_launch_s: float  # the same of a block that is not compiled
     step_s: float  # reductions of counts, the optimizer's own work on the host, logs
     newton_schulz: float  # of the matmul peak, in Muon's iterations
+    network: float  # of the link's between nodes
     correction: float = 1.0  # of all seconds, from --measure
 
     def corrected(self, estimated_s: float, measured_s: float) -> "EfficiencyRates":
@@ -72,21 +73,61 @@ class EfficiencyRates:
 
 
 EFFICIENCY = {
+    # network: headers of Ethernet, IP and TCP leave 0.94 at an MTU of 1,500; the rest of it is a guess.
     # Published runs of small models (llm.c, llm-foundry: 41 and 45 % MFU), not our own; newton_schulz is a guess.
     "cuda": EfficiencyRates(
         matmul=0.62, attention={"flash-attn": 0.45, "sdpa": 0.45, "math": 0.05}, bandwidth=0.8, link=0.6,
         activation_passes=5.0, launch_s=0.8e-3, eager_launch_s=0.8e-3, step_s=5e-3, newton_schulz=0.4,
+        network=0.9,
     ),
     # Eight shapes of 2 to 30 blocks on two cores (docs/performance.md); newton_schulz, in fp32, of seven shapes of
     # matrices, 192 x 576 to 1024 x 2816, on one core: 0.67 to 0.78.
     "cpu": EfficiencyRates(
         matmul=0.92, attention={"blocked": 0.24, "sdpa": 0.11, "math": 0.08}, bandwidth=0.9, link=0.4,
         activation_passes=4.5, launch_s=1e-3, eager_launch_s=6e-3, step_s=20e-3, newton_schulz=0.75,
+        network=0.9,
     ),
 }  # fmt: skip
 
 SUM_BYTES = 4  # of each parameter's sum of gradients: fp32
-DEFAULT_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default of zero_optimization.reduce_bucket_size
+# DeepSpeed's defaults of zero_optimization, in elements.
+DEFAULT_BUCKET_ELEMENTS = 500_000_000  # reduce_bucket_size
+DEFAULT_PERSISTENCE_THRESHOLD = 100_000  # stage3_param_persistence_threshold
+DEFAULT_REUSE_DISTANCE = 1_000_000_000  # stage3_max_reuse_distance
+
+
+@dataclass(frozen=True)
+class NodeSpec:
+    """How devices of one kind are usually joined; each value with where it comes from, for the console."""
+
+    ranks: int  # devices of a node
+    hop_s: float  # seconds of a hop within it
+    within_source: str
+    between: float  # bytes per second of a node to the others, each direction
+    between_hop_s: float
+    between_source: str
+
+
+# NCCL's src/graph/tuning.cc, Ring/Simple, seconds: baseLat, and hwLat of NVLINK, PCI and NET.
+NCCL_CALL_S, NVLINK_HOP_S, PCIE_HOP_S, NET_HOP_S = 8.4e-6, 3.4e-6, 5.7e-6, 9.6e-6
+ETHERNET_HOP_S = 50e-6  # of TCP through two kernels and a switch: a guess
+GBIT = 1e9 / 8
+NODES = {
+    "h200": NodeSpec(8, NVLINK_HOP_S, "NVLink, its data sheet", 3200 * GBIT, NET_HOP_S, "DGX H200: 8 x 400 Gbit/s"),
+    "h100": NodeSpec(8, NVLINK_HOP_S, "NVLink, its data sheet", 3200 * GBIT, NET_HOP_S, "DGX H100: 8 x 400 Gbit/s"),
+    "a100-80": NodeSpec(8, NVLINK_HOP_S, "NVLink, its data sheet", 1600 * GBIT, NET_HOP_S, "DGX A100: 8 x 200 Gbit/s"),
+    "a100-40": NodeSpec(8, NVLINK_HOP_S, "NVLink, its data sheet", 1600 * GBIT, NET_HOP_S, "DGX A100: 8 x 200 Gbit/s"),
+    "l4": NodeSpec(8, PCIE_HOP_S, "PCIe 4.0 x16", 100 * GBIT, ETHERNET_HOP_S, "100 Gbit/s Ethernet, a guess"),
+    "4090": NodeSpec(8, PCIE_HOP_S, "PCIe 4.0 x16", 25 * GBIT, ETHERNET_HOP_S, "25 Gbit/s Ethernet, a guess"),
+    "cpu": NodeSpec(1, 0.0, "memory, measured", 10 * GBIT, ETHERNET_HOP_S, "10 Gbit/s Ethernet, a guess"),
+}
+
+# Failures. Grattafiori et al. 2024 (Llama 3, section 3.3.4): 419 unexpected interruptions of 2,048 nodes in 54 days.
+NODE_MTBF_HOURS = 54 * 24 * 2048 / 419
+CHECKPOINT_PAUSE_S = 0.2  # beside the copy: ranks that wait for each other; a guess
+CHECKPOINT_COPY = 10 * GB  # bytes per second of a rank's copy into host memory; a guess (PCIe 4.0 x16 has 32 GB/s)
+CHECKPOINT_WRITE = 1 * GB  # bytes per second of the folder that all ranks write to; a guess
+RESTART_S = 180.0  # to notice a lost node (60 s at most), start everywhere, compile and read the checkpoint; a guess
 
 # The rest of the memory. CUDA: measured with an empty model; the share is a guess.
 CUDA_BASE_BYTES = 1000 * MIB  # context, NCCL and cuBLAS, which torch.cuda.max_memory_allocated does not see

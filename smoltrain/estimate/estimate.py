@@ -1,6 +1,6 @@
 """The verb `smoltrain estimate`: an estimate in print, corrected by real steps where they are asked for."""
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.console import Console
@@ -8,12 +8,14 @@ from rich.console import Console
 from smoltrain.config.load import load_config
 from smoltrain.distributed.cpu_cores import num_cores
 from smoltrain.errors import Problem, UserError
-from smoltrain.estimate.constants import EFFICIENCY, GIB
+from smoltrain.estimate.collectives import Network
+from smoltrain.estimate.constants import EFFICIENCY, GIB, NODE_MTBF_HOURS, DeviceSpec, EfficiencyRates
 from smoltrain.estimate.devices import find_device
 from smoltrain.estimate.fitting import build_fitted_setup, fit_config_to_memory
 from smoltrain.estimate.horizon import resolve_config
 from smoltrain.estimate.measure import measure_run
 from smoltrain.estimate.memory import estimate_memory
+from smoltrain.estimate.network import NetworkWish, build_network, describe_network
 from smoltrain.estimate.report import (
     Estimate,
     build_alternatives_table,
@@ -23,23 +25,67 @@ from smoltrain.estimate.report import (
     setup_summary,
     write_advice,
 )
+from smoltrain.estimate.scaling import Scaling, estimate_scaling
+from smoltrain.estimate.scaling_report import build_scaling_table, write_scaling_advice
 from smoltrain.terminal import open_console, print_text
 
 
-def print_estimate(recipe: str, overrides: list[str], world: int, device: str, *, measured: bool = False) -> None:
-    """Print memory, time, alternatives and advice for `world` ranks, each on such a device.
+@dataclass(frozen=True)
+class EstimateWish:
+    """What the command line asks for, beside the recipe."""
 
-    With `measured` some real steps are trained here, on as many ranks as there are to be, or as this machine has; both
-    the estimate and what they showed are printed, and the constants are corrected by the difference.
-    Errors: UserError for the recipe, the device, a batch that does not divide; TrainingStopped from the real steps.
+    worlds: list[int]
+    device: str
+    network: NetworkWish = field(default_factory=NetworkWish)
+    node_mtbf_hours: float = NODE_MTBF_HOURS
+    measured: bool = False
+
+
+def print_estimate(recipe: str, overrides: list[str], wish: EstimateWish) -> Scaling | None:
+    """Print what is estimated: of one world in detail, of several in a table; what that says, to be drawn.
+
+    Errors: UserError for the recipe, the device, a link, a batch that does not divide; TrainingStopped from real steps.
     """
     console = open_console()
     config = load_config(recipe, overrides)
+    if len(wish.worlds) > 1 and wish.measured:
+        saw = f"{len(wish.worlds)} of them"
+        raise UserError(Problem("--measure looks at one world", saw, "one number", "--world or --measure"))
+    network_wish = wish.network
+    if wish.device == "cpu" and network_wish.ranks_per_node is None:  # a node is this machine with the smallest world
+        network_wish = replace(network_wish, ranks_per_node=wish.worlds[0])
+    ranks = min(wish.worlds[-1], network_wish.ranks_per_node or wish.worlds[-1])
+    device = find_device(wish.device, ranks)
+    network = build_network(device, EFFICIENCY[device.kind], wish.worlds[-1], network_wish)
+    rates = None
+    if len(wish.worlds) == 1:
+        rates = _print_one_world(recipe, overrides, replace(wish, network=network_wish), device, network, console)
+    if wish.worlds[-1] > 1:
+        print_text(describe_network(device, network, wish.worlds[-1], wish.network), console)
+    if network.num_nodes(wish.worlds[-1]) == 1 and len(wish.worlds) == 1:
+        return None
+    scaling = estimate_scaling(config, wish.worlds, device, network_wish, wish.node_mtbf_hours, rates)
+    console.print(build_scaling_table(scaling))
+    for line in write_scaling_advice(scaling):
+        print_text(line, console)
+    return scaling
+
+
+def _print_one_world(
+    recipe: str, overrides: list[str], wish: EstimateWish, device: DeviceSpec, network: Network, console: Console
+) -> EfficiencyRates | None:
+    """Print memory, time, alternatives and advice for so many ranks, each on such a device; rates that were measured.
+
+    Where it is `measured` some real steps are trained here, on as many ranks as there are to be, or as this machine
+    has; both the estimate and what they showed are printed, and the constants are corrected by the difference.
+    """
+    [world] = wish.worlds
+    config = load_config(recipe, overrides)
     config = resolve_config(config, config.batch.rows(world))
-    spec = find_device(device, world)
-    config = fit_config_to_memory(config, spec.memory, world, device=spec.kind)
-    estimate = Estimate(build_fitted_setup(config, spec.memory, world, device=spec.kind), spec)
-    if measured:
+    config = fit_config_to_memory(config, device.memory, world, device=device.kind)
+    setup = build_fitted_setup(config, device.memory, world, device=device.kind)
+    estimate = Estimate(setup, device, network=network)
+    if wish.measured:
         estimate = _correct_by_real_steps(estimate, recipe, overrides, console)
     alternatives = estimate_alternatives(estimate, config)
     print_text(setup_summary(estimate, config), console)
@@ -47,6 +93,7 @@ def print_estimate(recipe: str, overrides: list[str], world: int, device: str, *
     console.print(build_alternatives_table(alternatives, estimate.setup))
     for line in (plan_summary(estimate, config), *write_advice(estimate, alternatives)):
         print_text(line, console)
+    return estimate.rates
 
 
 def _correct_by_real_steps(estimate: Estimate, recipe: str, overrides: list[str], console: Console) -> Estimate:
@@ -64,7 +111,7 @@ def _correct_by_real_steps(estimate: Estimate, recipe: str, overrides: list[str]
         config = fit_config_to_memory(config, device.memory, ranks, device=device.kind)
         expected = Estimate(build_fitted_setup(config, device.memory, ranks, device=device.kind), device)
     setup = replace(expected.setup, saves_midway=False)
-    expected = replace(expected, setup=setup)
+    expected = replace(expected, setup=setup, network=None)  # this machine is one node
     as_estimated = [
         f"engine.device={device.kind}", f"batch.micro_batch={setup.micro_batch}",
         f"engine.gradient_checkpointing={setup.recompute}",

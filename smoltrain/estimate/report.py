@@ -10,6 +10,7 @@ from rich.table import Table
 
 from smoltrain.config.schema import Config
 from smoltrain.engine.optimizer import checkpoint_bytes
+from smoltrain.estimate.collectives import Network
 from smoltrain.estimate.constants import GIB, SPARE_SHARE, DeviceSpec, EfficiencyRates
 from smoltrain.estimate.fitting import list_recompute_modes, settle_reduction
 from smoltrain.estimate.horizon import count_epoch_tokens, format_count, read_index
@@ -29,6 +30,7 @@ class Estimate:
     device: DeviceSpec
     rates: EfficiencyRates | None = None
     base_bytes: float | None = None
+    network: Network | None = None  # None: the device's usual nodes
 
     @property
     def memory(self) -> MemoryEstimate:
@@ -38,7 +40,7 @@ class Estimate:
     @property
     def speed(self) -> SpeedEstimate:
         """Seconds of a step, by part."""
-        return estimate_speed(self.setup, self.device, self.rates)
+        return estimate_speed(self.setup, self.device, self.rates, self.network)
 
     @property
     def fits(self) -> bool:

@@ -13,14 +13,17 @@ from dataclasses import dataclass
 import torch
 
 from smoltrain.config.schema import Config
+from smoltrain.estimate.collectives import Network, exchange_seconds
 from smoltrain.estimate.constants import EFFICIENCY, DeviceSpec, EfficiencyRates
 from smoltrain.estimate.memory import block_activation_bytes, keeps_probabilities, num_recomputed_blocks
+from smoltrain.estimate.network import build_network, host_network
 from smoltrain.estimate.orthogonalization import (
     iteration_dtype,
     orthogonalization_operations,
     orthogonalization_sent_bytes,
     orthogonalization_traffic_bytes,
 )
+from smoltrain.estimate.traffic import list_collectives, list_number_exchanges, overlapped_seconds
 from smoltrain.estimate.training_setup import TrainingSetup, model_shape
 from smoltrain.model.flops import flops_per_token
 
@@ -39,9 +42,12 @@ class SpeedEstimate:
         return sum(self.parts.values())
 
 
-def estimate_speed(setup: TrainingSetup, device: DeviceSpec, rates: EfficiencyRates | None = None) -> SpeedEstimate:
-    """The estimate on this device, by its usual rates or by others."""
+def estimate_speed(
+    setup: TrainingSetup, device: DeviceSpec, rates: EfficiencyRates | None = None, network: Network | None = None
+) -> SpeedEstimate:
+    """The estimate on this device, by its usual rates and nodes or by others."""
     rates = rates or EFFICIENCY[device.kind]
+    network = network or build_network(device, rates, setup.world)
     layers = setup.shape.layers
     peak = device.peak_flops(setup.precision)
     bandwidth = device.bandwidth * rates.bandwidth
@@ -66,8 +72,8 @@ def estimate_speed(setup: TrainingSetup, device: DeviceSpec, rates: EfficiencyRa
         "launches": setup.accumulation * (computing - matmuls - attention - elementwise),
         "gradients": setup.accumulation * gradient_bytes(setup) / bandwidth,
         "update": update_bytes(setup) / bandwidth,
-        "orthogonalisation": orthogonalization_seconds(setup, device, rates),
-        "reduction": reduction_bytes(setup) / (device.link * rates.link),
+        "orthogonalisation": orthogonalization_seconds(setup, device, rates, network),
+        "reduction": communication_seconds(setup, network, backward_s=setup.accumulation * computing * 2 / 3),
         "host": rates.step_s,
     }
     parts = {part: rates.correction * took for part, took in seconds.items()}
@@ -75,13 +81,31 @@ def estimate_speed(setup: TrainingSetup, device: DeviceSpec, rates: EfficiencyRa
     return SpeedEstimate(parts, tokens_per_s, model_flops_utilization(setup, tokens_per_s, peak))
 
 
-def orthogonalization_seconds(setup: TrainingSetup, device: DeviceSpec, rates: EfficiencyRates) -> float:
+def communication_seconds(setup: TrainingSetup, network: Network, backward_s: float) -> float:
+    """For what the ranks send each other in a step, where a step waits for it; `backward_s` is what a step computes
+    backward. Muon's matrices aside, which count as orthogonalisation."""
+    shared_memory = setup.device == "cpu" and network.num_nodes(setup.world) == 1
+    hosts = host_network(network)
+    waiting_s = 0.0
+    for collective in list_collectives(setup, shared_memory=shared_memory):
+        took_s = collective.seconds(setup.world, network)
+        if collective.what == "gradients":
+            took_s -= overlapped_seconds(setup, took_s, backward_s)
+        waiting_s += took_s
+    for collective in list_number_exchanges():
+        waiting_s += collective.seconds(setup.world, hosts if collective.is_of_hosts else network)
+    return waiting_s
+
+
+def orthogonalization_seconds(
+    setup: TrainingSetup, device: DeviceSpec, rates: EfficiencyRates, network: Network
+) -> float:
     """Of Muon's Newton-Schulz iterations in one update, and of what they move."""
     dtype = iteration_dtype(setup)
     peak = device.fp32_flops if dtype == torch.float32 else device.half_flops
     computing = orthogonalization_operations(setup) / (peak * rates.newton_schulz)
     moving = orthogonalization_traffic_bytes(setup) / (device.bandwidth * rates.bandwidth)
-    return computing + moving + orthogonalization_sent_bytes(setup) / (device.link * rates.link)
+    return computing + moving + exchange_seconds(orthogonalization_sent_bytes(setup), setup.world, network)
 
 
 def model_flops_utilization(setup: TrainingSetup, tokens_per_s: float, peak: float) -> float:
@@ -137,16 +161,3 @@ def update_bytes(setup: TrainingSetup) -> float:
     elementwise = setup.shape.parameters - hidden if setup.newton_schulz_steps else setup.shape.parameters
     more_passes = kind.eager_traffic_bytes * elementwise / sharing if unfused else 0
     return one_pass + more_passes + updated * (setup.gradient_sum_bytes + setup.weight_bytes)
-
-
-def reduction_bytes(setup: TrainingSetup) -> float:
-    """Sent by one rank for a step.
-
-    To reduce-scatter or all-gather x bytes a rank sends x (W - 1) / W (Patarasuk & Yuan 2009). Gradients count as fp32
-    (communication_data_type of DeepSpeed's JSON is not looked at): reduced once a step, under ZeRO-2 after each
-    micro-batch. Updated weights are gathered; ZeRO-3 gathers them for each forward and backward.
-    """
-    N, c, W = setup.shape.parameters, setup.weight_bytes, setup.world
-    reductions = setup.accumulation if setup.stage >= 2 and not setup.once_per_step else 1
-    gathered = {0: 4, 1: c, 2: c, 3: 2 * c * setup.accumulation}[setup.stage]
-    return N * (4 * reductions + gathered) * (W - 1) / W
