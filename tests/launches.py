@@ -65,9 +65,14 @@ def start(launcher: str, words: list[str], log: Path, programs: Path = BIN) -> s
         )  # fmt: skip
 
 
-def run(launcher: str, words: list[str], log: Path, timeout_s: float = TIMEOUT_S) -> int:
-    """Run to the end; returns the exit code. The programs are preloaded: nobody sends them a signal."""
-    process = start(launcher, words, log, preloaded.programs())
+def run(
+    launcher: str, words: list[str], log: Path, timeout_s: float = TIMEOUT_S, *, preloads: bool = True
+) -> int:  # fmt: skip
+    """Run to the end; returns the exit code. Nobody sends the programs a signal, so that they may be preloaded.
+
+    They are forked then: `preloads` is False where Python is to read what a start of its own reads (sitecustomize.py).
+    """
+    process = start(launcher, words, log, preloaded.programs() if preloads else BIN)
     try:
         return process.wait(timeout_s)
     finally:

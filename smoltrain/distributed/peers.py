@@ -203,11 +203,12 @@ class PeerWatch:
         if self._verdict:
             return
         self._verdict = verdict
-        self._judged.set()
-        if self._rank in self._left:  # it is on its way out already
-            return
-        if self._rank == 0:
+        is_leaving = self._rank in self._left
+        if self._rank == 0 and not is_leaving:  # before the main thread hears of it, which may end the process
             self._tell_others({"verdict": asdict(verdict)})
+        self._judged.set()
+        if is_leaving:
+            return
         threading.Thread(target=self._end_process, args=(verdict,), name="peers-end", daemon=True).start()
 
     def _tell_others(self, message: object) -> None:

@@ -310,7 +310,7 @@ def address(run: Path, tmp_path: Path) -> Iterator[str]:
     late.rename(tmp_path / late.name)
     code = f"""
 import signal, time
-from smoltrain.inference import load
+from smoltrain.inference import demo, load
 
 whole = load.LoadedModel.generate_text
 

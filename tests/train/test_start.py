@@ -197,7 +197,7 @@ def hashed_by(folder: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, word
     log.write_text("")
     monkeypatch.setenv("PYTHONPATH", str(folder / "site"))
     monkeypatch.setenv("HASHED", str(log))
-    assert launches.run(launcher, words, folder / "log") == DONE, (folder / "log").read_text()
+    assert launches.run(launcher, words, folder / "log", preloads=False) == DONE, (folder / "log").read_text()
     return Counter(log.read_text().splitlines())
 
 
