@@ -86,7 +86,7 @@ def test_the_manifests_parts_name_each_other() -> None:
     assert SERVICE["spec"]["selector"] == {"batch.kubernetes.io/job-name": job}
     volumes = {volume["name"]: volume for volume in POD["volumes"]}
     assert [mount["name"] for mount in CONTAINER["volumeMounts"]] == list(volumes)
-    assert volumes["work"]["persistentVolumeClaim"]["claimName"] == CLAIM["metadata"]["name"]
+    assert volumes["data"]["persistentVolumeClaim"]["claimName"] == CLAIM["metadata"]["name"]
 
 
 def test_the_manifest_tries_again_what_another_try_mends() -> None:
