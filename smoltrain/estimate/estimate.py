@@ -6,6 +6,7 @@ import torch
 from rich.console import Console
 
 from smoltrain.config.load import load_config
+from smoltrain.config.schema import Config
 from smoltrain.distributed.cpu_cores import num_cores
 from smoltrain.errors import Problem, UserError
 from smoltrain.estimate.collectives import Network
@@ -59,7 +60,7 @@ def print_estimate(recipe: str, overrides: list[str], wish: EstimateWish) -> Sca
     network = build_network(device, EFFICIENCY[device.kind], wish.worlds[-1], network_wish)
     rates = None
     if len(wish.worlds) == 1:
-        rates = _print_one_world(recipe, overrides, replace(wish, network=network_wish), device, network, console)
+        rates = _print_one_world(recipe, overrides, config, wish, device, network, console)
     if wish.worlds[-1] > 1:
         print_text(describe_network(device, network, wish.worlds[-1], wish.network), console)
     if network.num_nodes(wish.worlds[-1]) == 1 and len(wish.worlds) == 1:
@@ -72,15 +73,15 @@ def print_estimate(recipe: str, overrides: list[str], wish: EstimateWish) -> Sca
 
 
 def _print_one_world(
-    recipe: str, overrides: list[str], wish: EstimateWish, device: DeviceSpec, network: Network, console: Console
-) -> EfficiencyRates | None:
+    recipe: str, overrides: list[str], config: Config, wish: EstimateWish, device: DeviceSpec, network: Network,
+    console: Console,
+) -> EfficiencyRates | None:  # fmt: skip
     """Print memory, time, alternatives and advice for so many ranks, each on such a device; rates that were measured.
 
     Where it is `measured` some real steps are trained here, on as many ranks as there are to be, or as this machine
     has; both the estimate and what they showed are printed, and the constants are corrected by the difference.
     """
     [world] = wish.worlds
-    config = load_config(recipe, overrides)
     config = resolve_config(config, config.batch.rows(world))
     config = fit_config_to_memory(config, device.memory, world, device=device.kind)
     setup = build_fitted_setup(config, device.memory, world, device=device.kind)

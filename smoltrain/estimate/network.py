@@ -24,14 +24,17 @@ class NetworkWish:
 def parse_link(text: str, option: str, usual_latency_s: float) -> Link:
     """100gbit, 400gbit,5us or 50gbyte,10us: speed in each direction and latency of a hop. Errors: UserError."""
     match = LINK_PATTERN.fullmatch(text.strip().replace("/s", ""))
+    want = "speed and latency, as in 100gbit or 25gbit,50us (gbit, mbit, gbyte, mbyte a second; us, ms)"
+    no_link = UserError(Problem("no such link", repr(text), want, option))
+    if match is None:
+        raise no_link
     try:
-        assert match is not None
         bytes_per_s = float(match[1]) * SPEEDS[match[2].lower()]
         latency_s = usual_latency_s if match[3] is None else float(match[3]) * LATENCIES[match[4].lower()]
-        assert bytes_per_s > 0
-    except (AssertionError, ValueError):
-        want = "speed and latency, as in 100gbit or 25gbit,50us (gbit, mbit, gbyte, mbyte a second; us, ms)"
-        raise UserError(Problem("no such link", repr(text), want, option)) from None
+    except ValueError:  # several points
+        raise no_link from None
+    if bytes_per_s <= 0:
+        raise no_link
     return Link(bytes_per_s, latency_s)
 
 
