@@ -56,6 +56,10 @@ UPLOADS = ("smoltrain.export.push",)  # alone may write to the Hub
 # Modules without a test file of their name -> why, and the tests that cover them.
 TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     "smoltrain.__main__": ("two lines, run as a command", "tests/test_cli.py"),
+    **{
+        f"smoltrain.cli.{module}": ("parts of one command, tested through it", "tests/test_cli.py")
+        for module in ("app", "arguments", "models", "prepare", "recipes", "runs", "training")
+    },
     "smoltrain.engine.adamw": (
         "torch's own, and one pass that is compared with it",
         "tests/engine/test_optimizer.py, tests/engine/test_once_per_step.py",

@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from smoltrain import __version__, cli
+from smoltrain.cli import models
 from smoltrain.config.load import list_recipes, load_config, read_recipe_headline
 from smoltrain.errors import Problem, TrainingStopped, UserError
 
@@ -578,8 +579,8 @@ def test_generate_into_what_cannot_be_written_to(
             raise error
         print(*words, **options)  # pyright: ignore
 
-    monkeypatch.setattr(cli, "print", fails, raising=False)
-    monkeypatch.setattr(cli.os, "dup2", lambda *handles: None)
+    monkeypatch.setattr(models, "print", fails, raising=False)
+    monkeypatch.setattr(models.os, "dup2", lambda *handles: None)
     with pytest.raises(SystemExit) as end:
         cli.main(["generate", "quickstart"])
     assert end.value.code == code

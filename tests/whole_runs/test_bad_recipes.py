@@ -86,7 +86,7 @@ def test_a_transformers_model_has_bounds_too(inner: str) -> None:
 
 
 def test_a_plan_of_very_many_steps_is_shown_soon(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from smoltrain.cli import _build_plan_table
+    from smoltrain.cli.recipes import _build_plan_table
     from smoltrain.run.plots import draw_plan
 
     settings = load_config(EXAMPLE, [f"phases.main.steps={MAX_INT}"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smoltrain.cli import generate_command
+from smoltrain.cli.models import generate_command
 from smoltrain.config.load import read_run_config
 from smoltrain.data.tokenizers.companions import read_companions, unsupported_generation_settings
 from smoltrain.data.tokenizers.tokenizer import Tokenizer

@@ -1,0 +1,104 @@
+"""Verbs that take the model out of a run: generate, export, push, demo."""
+
+import io
+import itertools
+import os
+import sys
+from collections.abc import Iterable
+from typing import Annotated
+
+import typer
+
+from smoltrain.cli.app import app
+from smoltrain.cli.arguments import CheckpointOption, ModelArgument
+from smoltrain.errors import TrainingStopped
+
+
+@app.command(
+    "generate", epilog="Example: smoltrain generate quickstart --prompt '**ROMEO**' --temperature 0.8 --top-k 50"
+)
+def generate_command(
+    run: ModelArgument,
+    *,
+    prompt: Annotated[str, typer.Option(help="Text to go on from; empty begins a new document.")] = "",
+    temperature: Annotated[float | None, typer.Option(help="Divides the logits; 0 is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k likeliest tokens; 0 keeps all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the likeliest tokens of this probability.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="New tokens at most.")] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of the draws; by default the run's.")] = None,
+    checkpoint: CheckpointOption = None,
+) -> None:
+    """Write text with a trained model; options that are not given are the recipe's."""
+    from smoltrain.config.load import override_generation
+    from smoltrain.data.tokenizers.companions import GENERATION_CONFIG, unsupported_generation_settings
+    from smoltrain.inference.device import move_to_best_device
+    from smoltrain.inference.load import load_trained_model
+
+    loaded = load_trained_model(run, checkpoint)
+    if reason := move_to_best_device(loaded.model).reason:
+        print(reason, file=sys.stderr)
+    settings = override_generation(
+        loaded.generation, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
+    )
+    notes: list[str] = []
+    if left_out := unsupported_generation_settings(loaded.inherited_generation):
+        print(f"{GENERATION_CONFIG} asks for more than is done here: {', '.join(left_out)}", file=sys.stderr)
+    seed = loaded.seed if seed is None else seed
+    pieces = loaded.generate_text(prompt, settings, greedy=greedy, seed=seed, say=notes.append)
+    _print_pieces([prompt], pieces, ["\n"])
+    for note in notes:
+        print(note, file=sys.stderr)
+
+
+@app.command("export", epilog="Example: smoltrain export quickstart")
+def export_command(
+    run: ModelArgument,
+    out: Annotated[str | None, typer.Argument(metavar="OUT", help="Folder; by default RUN/export/step-N.")] = None,
+    checkpoint: CheckpointOption = None,
+) -> None:
+    """Write a Hugging Face folder, reload it with transformers alone and compare logits and text."""
+    from smoltrain.export.export import export_model
+
+    export_model(run, out, checkpoint)
+
+
+@app.command("push", epilog="Example: HF_TOKEN=... smoltrain push quickstart OWNER/NAME")
+def push_command(
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run folder, the name of one under runs/, or an export's folder.")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face Hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Anyone may read a repository that is made now.")] = False,
+) -> None:
+    """Upload a run's export to the Hugging Face Hub; exports first where there is none of the newest checkpoint."""
+    from smoltrain.export.push import push_to_hub
+
+    print(push_to_hub(run, repo, private=not public))
+
+
+@app.command("demo", epilog="Example: smoltrain demo quickstart --port 7860")
+def demo_command(
+    run: ModelArgument,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 7860,
+) -> None:
+    """Serve a page that writes with the model: settings, streamed text, a stop button, every checkpoint."""
+    from smoltrain.inference.demo import serve_demo
+
+    serve_demo(run, host=host, port=port)
+
+
+def _print_pieces(*parts: Iterable[str]) -> None:
+    """Print pieces of text as they come; whoever reads may leave before the end."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character that a model writes
+    try:
+        for piece in itertools.chain(*parts):
+            print(piece, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        raise typer.Exit() from None
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise TrainingStopped(f"the text cannot be written: {error.strerror}") from None
