@@ -212,21 +212,43 @@ def open_world(
         "MASTER_PORT": port,
     }.items():
         os.environ.setdefault(key, str(value))
-    cuda = own.type == "cuda"
-    if cuda:
+    if own.type == "cuda":
         torch.cuda.set_device(own)
+    world = World(here.rank, here.size, here.local_rank, 1, own, store=store, machines=machines, hosts=hosts)
+    return _open_group(world)
+
+
+def _open_group(world: World) -> World:
+    """The same world, when its ranks have met: with its groups, and what the ranks of a machine share."""
+    cuda = world.device.type == "cuda"
     torch_dist.init_process_group(
-        "nccl" if cuda else "gloo", store=store, rank=here.rank, world_size=here.size, timeout=COLLECTIVE_TIMEOUT,
-        device_id=own if cuda else None,  # else NCCL guesses it at the first barrier, and warns of that
+        "nccl" if cuda else "gloo", store=world.store, rank=world.rank, world_size=world.size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=world.device if cuda else None,  # else NCCL guesses it at the first barrier, and warns of that
     )  # fmt: skip
     group = torch_dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if cuda else None
-    world = World(
-        here.rank, here.size, here.local_rank, 1, own, group, store=store, machines=machines, hosts=hosts
-    )  # fmt: skip
+    world = replace(world, group=group)
     cores_beside = _gather_cores_of_this_machine(world)
     cpu_share = _find_cpu_share(cores_beside, world.rank)
     torch.set_num_threads(cpu_share.threads)
     return replace(world, local_size=len(cores_beside), cpu_share=cpu_share)
+
+
+def keep_first_ranks(world: World, size: int) -> World | None:
+    """A world of the first ranks of this one, which is closed; None on the others. Collective.
+
+    Who watches over the ranks (peers.py) goes on watching over all.
+    """
+    world.barrier()  # what was said last has reached all
+    close_world()
+    if world.rank >= size:
+        return None
+    os.environ["WORLD_SIZE"] = str(size)  # which DeepSpeed asks for
+    prefix_store = torch_dist.PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+    store = prefix_store(f"first {size}", world.store)
+    machines = world.machines[:size]
+    hosts = world.hosts[:size]
+    return _open_group(replace(world, size=size, store=store, machines=machines, hosts=hosts, _works=itertools.count()))
 
 
 def close_world() -> None:

@@ -101,12 +101,12 @@ def _run_phases(
             part = stop_after_phase(config, phase.name)
             with show_activity("looking at what was saved"):
                 start = begin_run(part, num_ranks, device, say=screen.say, data_ready=True, before=start)
-        work = f"{_describe_work(start, phase)}, {num_ranks} new processes"
+        work = f"{_describe_work(start, phase)}, {start.num_ranks} new processes"
         screen.say_phase(f"phase {phase.name}: {work}")
         if changes := describe_phase_changes(plan, phase):
             screen.say_choice("new in this phase", changes)
         shown = [*words, f"run.stop_after={phase.name}"]
-        code = _launch_ranks(RankProcesses(shown, num_ranks, device.type, start, lock), signals)
+        code = _launch_ranks(RankProcesses(shown, start.num_ranks, device.type, start, lock), signals)
         if code == DONE and signals.stop_signal:  # too late for the ranks, which had left their last step behind
             screen.say(f"stopped after step {phase.last} ({signals.stop_signal}); the same command goes on from there")
             return STOPPED

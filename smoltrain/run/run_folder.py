@@ -229,6 +229,26 @@ def accumulation_steps(config: Config, rows_per_step: int, world_size: int) -> i
     raise UserError(Problem(what, saw, want, "batch.micro_batch, or the number of ranks"))
 
 
+def choose_training_ranks(config: Config, rows_per_step: int, num_ranks: int, num_streams: int | None = None) -> int:
+    """The most of these ranks among which a step's rows divide evenly, and a run's streams, if it has any.
+
+    All of them where no number fits: then `accumulation_steps` says what would.
+    """
+    for size in range(num_ranks, 0, -1):
+        if _divide_rows(config, rows_per_step, size) and (num_streams or size) % size == 0:
+            return size
+    return num_ranks
+
+
+def describe_idle_ranks(rows_per_step: int, num_training: int, num_ranks: int) -> str:
+    """A warning for whoever has started more ranks than train."""
+    idle = num_ranks - num_training
+    return (
+        f"WARNING: {rows_per_step} rows per step do not divide evenly among {num_ranks} ranks: {num_training} "
+        f"train{'s' * (num_training == 1)}, {idle} {'is' if idle == 1 else 'are'} idle"
+    )
+
+
 def _divide_rows(config: Config, rows_per_step: int, world_size: int) -> int | None:
     """Micro-batches per step and rank; None where the rows do not divide evenly."""
     micro_batch = cut_micro_batch(config, rows_per_step, world_size).batch.micro_batch_rows

@@ -12,8 +12,9 @@ import torch
 
 from smoltrain.checkpoint.manifest import describe_last_checkpoint
 from smoltrain.config.schema import Config
+from smoltrain.distributed.idle_ranks import await_training, end_idle_ranks
 from smoltrain.distributed.stop import StopFlag
-from smoltrain.distributed.world import World, open_world
+from smoltrain.distributed.world import World, keep_first_ranks, open_world
 from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepspeed_text
 from smoltrain.errors import DONE, STOPPED, RankTrainingStopped
 from smoltrain.run.private_folders import spread_run_files
@@ -44,33 +45,50 @@ def run_training(
     requested = config if start is None else start.requested
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for rewinds too
     world = open_world(config.engine.device, config.engine.lost_host_s)
-    if start is None:
-        world.run_on_first_rank(lambda: lock_run_folder(config), patient=True)  # until this process ends
-        check_shared_folder(config, world)
-    is_supervised = start is not None
-    before: Start | None = None
+    if start is not None:  # a supervisor has opened no more ranks than train
+        return _train_to_the_end(requested, start, world, stop, callbacks, prints_summary=False)
+    world.run_on_first_rank(lambda: lock_run_folder(config), patient=True)  # until this process ends
+    check_shared_folder(config, world)
+    begin = functools.partial(begin_run, requested, world.size, world.device, began_at=began_at)
+    start = world.run_on_first_rank(begin, patient=True)
+    num_idle = world.size - start.num_ranks
+    if not num_idle:
+        return _train_to_the_end(requested, start, world, stop, callbacks, prints_summary=True)
+    training_world = keep_first_ranks(world, start.num_ranks)
+    if training_world is None:
+        stop.listen()
+        return await_training(world.store, stop.is_raised)
+    code = _train_to_the_end(requested, start, training_world, stop, callbacks, prints_summary=True)
+    if world.is_first:
+        end_idle_ranks(world.store, code, num_idle)
+    return code
+
+
+def _train_to_the_end(
+    requested: Config, start: Start, world: World, stop: StopFlag, callbacks: Sequence[StepCallback], *,
+    prints_summary: bool,
+) -> int:  # fmt: skip
+    """One session after the other, for a rewind ends one; the exit code. Errors: those of run_training."""
     while True:
-        if start is None:
-            begin = functools.partial(begin_run, requested, world.size, world.device, began_at=began_at, before=before)
-            start = world.run_on_first_rank(begin, patient=True)
         if not start.has_work:
             if world.is_first:
-                print(f"{config.run.name}: {describe_completion(start.plan, start.point.step)}")
+                print(f"{requested.run.name}: {describe_completion(start.plan, start.point.step)}")
             return DONE
         spread_run_files(start.config, start.point.checkpoint, world)
         try:
-            return _train_session(start, world, stop, callbacks, prints_summary=not is_supervised)
+            return _train_session(start, world, stop, callbacks, prints_summary=prints_summary)
         except OSError as error:  # of this rank's own files: metrics, samples, ledger, log
-            last_checkpoint = describe_last_checkpoint(config.run_folder / "checkpoints")
+            last_checkpoint = describe_last_checkpoint(requested.run_folder / "checkpoints")
             raise RankTrainingStopped(f"rank {world.rank}: {error}; {last_checkpoint}") from None
         except Rewind as rewind:  # what a kill and the same command would do, without new processes
             if world.is_first:
                 print(rewind, flush=True)
-        before = start
-        start = began_at = None  # another checkpoint may be the newest now, and there are rows to pass over
         gc.collect()  # the engine, whose parts hold each other
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
+        # Another checkpoint may be the newest now, and there are rows to pass over.
+        begin = functools.partial(begin_run, requested, world.size, world.device, before=start)
+        start = world.run_on_first_rank(begin, patient=True)
 
 
 def _train_session(

@@ -21,7 +21,13 @@ from smoltrain.errors import UserError
 from smoltrain.estimate.devices import measure_cpu_peak
 from smoltrain.estimate.horizon import asks_for_epochs, check_epochs_are_countable, read_index, resolve_config
 from smoltrain.kernels.precision import choose_precision
-from smoltrain.run.run_folder import RunRecord, find_rows_per_step, make_run_record
+from smoltrain.run.run_folder import (
+    RunRecord,
+    choose_training_ranks,
+    describe_idle_ranks,
+    find_rows_per_step,
+    make_run_record,
+)
 from smoltrain.schedule import Plan
 from smoltrain.train.preflight import check_start
 from smoltrain.train.start_point import StartPoint, copy_ancestor_data, find_start_point, is_validation_missing
@@ -34,6 +40,7 @@ class Start:
     requested: Config  # as the command describes it; where a rewind begins anew
     config: Config  # the same with every phase in steps: what config.yaml will say, and everything later sees
     point: StartPoint
+    num_ranks: int  # that train: fewer than there are where the rows of a step do not divide among all
     record: RunRecord  # what config.yaml will say of the run and its starts
     validation_missing: bool  # the one of `point.step` is to be made up for
     notes: tuple[str, ...]  # what was seen on the way, for the person who watches
@@ -71,6 +78,7 @@ def begin_run(
     """Find where to begin, check that the run may, and prepare its data. One process, holding the lock of the run.
 
     Here, and nowhere else, phases in tokens or epochs become steps: nobody makes a Plan of the config of a command.
+    Of `num_ranks` as many train as the rows of a step divide among; what is checked and prepared is for these.
     With `one_phase` the start ends where the first phase does that is not done. `data_ready`: this command has checked
     recipe and data already, at the start of an earlier phase; what that phase has saved is verified, as nobody has read
     it yet. `before` is an earlier start of the same command: of the phase before, or before a rewind. `say` gets the
@@ -90,6 +98,12 @@ def begin_run(
     requested = config
     point = find_start_point(requested, note)
     rows_per_step = find_rows_per_step(requested, num_ranks, point.ancestor, point.manifest)
+    index = read_index(requested.run_folder)
+    num_streams = index.streams if index and index.streams > 1 else None
+    num_training = choose_training_ranks(requested, rows_per_step, num_ranks, num_streams)
+    if num_training < num_ranks:
+        note(describe_idle_ranks(rows_per_step, num_training, num_ranks))
+        num_ranks = num_training
     home = _find_counted_run(requested, point) if asks_for_epochs(requested) else None
     if asks_for_epochs(requested) and home is None:
         config = _prepare_and_resolve(requested, rows_per_step, num_ranks, device)
@@ -113,7 +127,7 @@ def begin_run(
     if cpu_peak_flops is None and device.type == "cpu" and point.step < last_step:
         cpu_peak_flops = measure_cpu_peak(choose_precision(config.engine.precision, device)[0])
     return Start(
-        requested, config, point, record, missing, tuple(notes), began_at, cpu_peak_flops,
+        requested, config, point, num_ranks, record, missing, tuple(notes), began_at, cpu_peak_flops,
         command_end=before.command_end if before else last_step,
         notes_were_said=say is not None, choices_were_said=before is not None,
     )  # fmt: skip

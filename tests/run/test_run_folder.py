@@ -14,7 +14,13 @@ from smoltrain.checkpoint.identity import find_config_differences
 from smoltrain.config.load import load_config, read_run_config
 from smoltrain.config.schema import Config, PhaseSection
 from smoltrain.errors import Problem, UserError
-from smoltrain.run.run_folder import accumulation_steps, find_git_commit, find_rows_per_step, make_run_record
+from smoltrain.run.run_folder import (
+    accumulation_steps,
+    choose_training_ranks,
+    find_git_commit,
+    find_rows_per_step,
+    make_run_record,
+)
 from tests import tiny
 from tests.tiny import enter_run_folder
 
@@ -113,6 +119,26 @@ def test_worlds_that_divide_the_rows_are_named(tmp_path: Path, micro_batch: int,
     words = ("batch.rows_per_step=2", "batch.accumulation=null", f"batch.micro_batch={micro_batch}")
     with pytest.raises(UserError, match=f"2 rows per step do not divide evenly: .*, want {want}; change"):
         accumulation_steps(tiny.load(tmp_path, *words), 2, world)
+
+
+@pytest.mark.parametrize(
+    ("rows", "micro_batch", "ranks", "streams", "training"),
+    [
+        (8, 2, 3, None, 2),
+        (8, 2, 8, None, 8),  # a rank takes the one row that is left to it
+        (8, 2, 7, None, 4),
+        (12, 1, 5, None, 4),
+        (100, 1, 10, 20, 10),
+        (100, 1, 26, 20, 20),  # 25 ranks divide the rows, but not the streams
+        (17, 1, 8, None, 1),
+        (9, 2, 4, None, 4),  # no number fits: what does is said later
+    ],
+)
+def test_as_many_ranks_train_as_the_rows_divide_among(
+    tmp_path: Path, rows: int, micro_batch: int, ranks: int, streams: int | None, training: int
+) -> None:
+    words = (f"batch.rows_per_step={rows}", "batch.accumulation=null", f"batch.micro_batch={micro_batch}")
+    assert choose_training_ranks(tiny.load(tmp_path, *words), rows, ranks, streams) == training
 
 
 def test_what_was_asked_for_is_recorded_beside_the_steps(settings: Config) -> None:
