@@ -504,7 +504,7 @@ def test_a_later_phase_says_what_is_new_in_it(tmp_path: Path) -> None:
         (["model.vocab_size=300"], "model.vocab_size"),
         (["batch.micro_batch=999"], "rows"),
         (["engine.ds_config=zero9"], "no such DeepSpeed config: saw 'zero9'"),
-        (["batch.accumulation=null", "batch.rows_per_step=10"], "10 rows per step do not divide evenly: saw 2 ranks"),
+        (["batch.accumulation=null", "batch.rows_per_step=9"], "9 rows per step do not divide evenly: saw 2 ranks"),
         (["--ranks", "0"], "this machine cannot run so many ranks: saw 0, want 1 or more; change --ranks"),
     ],
 )
