@@ -151,6 +151,28 @@ class Hosts:
         common = {"MASTER_ADDR": "n0", "MASTER_PORT": PORT} | (environment or {})
         return zygote().fork(size, log, _run_on_host, places, common, without, str(Path.cwd()), function, args)
 
+    def run(self, number: int, *command: str, **how: Any) -> subprocess.Popen[str]:
+        """A program of its own on one host."""
+        kinds = [*(f"--{kind}" for kind in ("net", "uts", "ipc", "pid", "mount")), f"--wdns={Path.cwd()}"]
+        return subprocess.Popen(["nsenter", "-t", str(self._keepers[number]), *kinds, "--", *command], text=True, **how)
+
+    def start_sshd(self) -> None:
+        """From now on root on one host may log in on every other, by a key that is here alone."""
+        keys = self._folder / "ssh"
+        keys.mkdir(mode=0o700)
+        for name in ("id_ed25519", "host_key"):
+            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", keys / name], check=True)
+        (keys / "authorized_keys").write_bytes((keys / "id_ed25519.pub").read_bytes())
+        (keys / "config").write_text("StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n")
+        for file in keys.iterdir():
+            file.chmod(0o600)
+        options = "-o UsePAM=no -o PidFile=none -o PermitRootLogin=yes -o StrictModes=no"
+        for keeper in self._keepers:
+            _enter(
+                keeper, "net,uts,ipc,pid,mount", f"mkdir -p /root/.ssh /run/sshd && mount --bind {keys} /root/.ssh",
+                f"{shutil.which('sshd')} -f /dev/null -h {keys / 'host_key'} {options}",
+            )  # fmt: skip
+
     def train(self, words: list[str], log: Path, **how: Any) -> Life:
         """Ranks of launch/train.py on these hosts."""
         return self.fork(log, _train_rank, words, **how)
