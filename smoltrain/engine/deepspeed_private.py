@@ -6,6 +6,8 @@ outlive their launcher. So each name is looked for when this module is imported,
 that are gone.
 """
 
+import contextlib
+import functools
 import importlib
 import inspect
 import logging
@@ -19,13 +21,16 @@ import torch
 from smoltrain.distributed.stop import DEEPSPEED_LAUNCHER
 from smoltrain.engine import reshard
 from smoltrain.errors import Problem, UserError
+from smoltrain.files import first_line
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns and guesses
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
 import deepspeed
+import pydantic
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -151,6 +156,22 @@ def choose_accelerator(device: str) -> None:
         os.environ["DS_ACCELERATOR"] = device
         setattr(real_accelerator, "ds_accelerator", None)  # noqa: B010
         real_accelerator.get_accelerator()
+
+
+@contextlib.contextmanager
+def refuse_what_deepspeed_refuses(ds_config: str) -> Iterator[None]:
+    """Errors: UserError for a key or value of the config that DeepSpeed does not take, or takes no more."""
+    problem = functools.partial(
+        Problem, "DeepSpeed refuses its config", want=f"what DeepSpeed {deepspeed.__version__} takes",
+        change=f"engine.ds_config = {ds_config}",
+    )  # fmt: skip
+    try:
+        yield
+    except DeepSpeedConfigError as error:
+        raise UserError(problem(saw=first_line(error))) from None
+    except pydantic.ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise UserError(problem(saw=f"{error.title}: {', '.join(faults)}")) from None
 
 
 def close_deepspeed() -> None:

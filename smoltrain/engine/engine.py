@@ -12,7 +12,12 @@ from smoltrain.data.rows.batch import Batch
 from smoltrain.distributed.world import World
 from smoltrain.engine.bind_matrices import bind_matrices
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config
-from smoltrain.engine.deepspeed_private import ZERO_SUPPORTED_OPTIMIZERS, DeepSpeedZeroOptimizer, deepspeed
+from smoltrain.engine.deepspeed_private import (
+    ZERO_SUPPORTED_OPTIMIZERS,
+    DeepSpeedZeroOptimizer,
+    deepspeed,
+    refuse_what_deepspeed_refuses,
+)
 from smoltrain.engine.deepspeed_steps import choose_deepspeed_steps
 from smoltrain.engine.hidden_matrices import count_elements, split_parameters
 from smoltrain.engine.muon import MuonOptimizer
@@ -60,7 +65,7 @@ def build_engine(
     optimizer = build_optimizer(model, config.optimizer, world.device)
     if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
         tree["zero_allow_untested_optimizer"] = True
-    with _silence_stdout(), _default_to_eager_backend():
+    with refuse_what_deepspeed_refuses(config.engine.ds_config), _silence_stdout(), _default_to_eager_backend():
         deepspeed_engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=tree, dist_init_required=False
         )

@@ -13,6 +13,7 @@ import torch
 from smoltrain.config.schema import Config
 from smoltrain.data.rows.loader import Loader, merge_loader_states
 from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.errors import UserError
 from smoltrain.schedule import Plan
 from tests import tiny
 from tests.engines import ROWS, fresh_model, loader_of, settings_of, whole_state, write_files
@@ -234,3 +235,24 @@ def test_three_and_four_ranks_are_read_by_all(tmp_path: Path, ranks: Any, old: i
 @pytest.mark.parametrize("old", [1, 2, 3, 4])
 def test_every_world_and_stage_goes_on_from_every_other(tmp_path: Path, ranks: Any, old: int, old_stage: int) -> None:
     assert_elastic(tmp_path, ranks, old, old_stage, [(size, stage) for size in (1, 2, 3, 4) for stage in (1, 2, 3)])
+
+
+@pytest.mark.parametrize(
+    ("part", "saw"),
+    [
+        ({"mics_shard_size": 2}, "saw MiCS ZeRO-3 sharding has been removed"),  # once a part of DeepSpeed
+        ({"stages": 2}, "saw DeepSpeedZeroConfig: stages: Extra inputs are not permitted"),
+        ({"reduce_bucket_size": -1}, "saw DeepSpeedZeroConfig: reduce_bucket_size: Input should be greater than"),
+    ],
+)
+def test_a_config_that_deepspeed_refuses_is_one_readable_line(tmp_path: Path, part: dict[str, Any], saw: str) -> None:
+    from smoltrain.engine.engine import build_engine
+
+    config = json.loads(Path("ds_configs/zero2.json").read_text())
+    config["zero_optimization"] |= part
+    (tmp_path / "own.json").write_text(json.dumps(config))
+    settings = tiny.load(tmp_path, f"engine.ds_config={tmp_path / 'own.json'}")
+    with pytest.raises(UserError, match="DeepSpeed refuses its config") as refused:
+        build_engine(fresh_model(settings), settings, world(), precision="bf16", accumulation=2)
+    assert saw in str(refused.value)
+    assert str(refused.value).endswith("own.json")
