@@ -38,6 +38,7 @@ OWNERS = {
     "liger_kernel": ("smoltrain.kernels.loss",),
     "matplotlib": ("smoltrain.run.plots", "smoltrain.run.scaling_plot"),
     "gradio": ("smoltrain.inference.demo",),
+    "jinja2": ("smoltrain.report.page",),
     "datasets": ("smoltrain.data.documents.hub",),
     "pyarrow": ("smoltrain.data.documents.read_parquet",),
     "fsspec": ("smoltrain.data.documents",),
