@@ -41,9 +41,9 @@ def report_command(
 ) -> None:
     """Write a run as one HTML page: curves, gradients, speed, data, samples, events, config."""
     from smoltrain.inference.load import find_run_folder
-    from smoltrain.report.report import write_report
+    from smoltrain.report.report import write_run_report
 
-    print(write_report(find_run_folder(run), out))
+    print(write_run_report(find_run_folder(run), out))
 
 
 @app.command("verify", epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward")

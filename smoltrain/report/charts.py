@@ -10,7 +10,7 @@ import numpy as np
 
 from smoltrain.run.axis_ticks import format_number, format_ticks, pick_linear_ticks, pick_log_ticks
 from smoltrain.run.run_metrics import RunMetrics
-from smoltrain.run.step_axis import AxisTick, StepAxis, Stretch
+from smoltrain.run.step_axis import WIDE, AxisTick, StepAxis, Stretch
 from smoltrain.run.thin_series import smooth_series, thin_series
 
 BOX = 1000
@@ -48,6 +48,7 @@ class LineChart:
     paths: list[DrawnPath]
     legend: list[tuple[str, str]]  # (colour, label), where there is more than one
     x_ticks: list[AxisTick]
+    wide_x_ticks: list[AxisTick]  # where the window is wide
     y_ticks: list[AxisTick]  # places from the top
     token_ticks: list[AxisTick]
     phases: list[Stretch]
@@ -69,6 +70,7 @@ class HeatMap:
     rows: list[str]
     levels: list[DrawnPath]
     x_ticks: list[AxisTick]
+    wide_x_ticks: list[AxisTick]  # where the window is wide
     phases: list[Stretch]
     low: str  # what the first and the last colour stand for
     high: str
@@ -84,6 +86,7 @@ class Charts:
     metrics: RunMetrics
     axis: StepAxis
     x_ticks: list[AxisTick] = field(default_factory=list)
+    wide_x_ticks: list[AxisTick] = field(default_factory=list)
 
     def series(self, name: str, label: str = "", color: str = "a", *, factor: float = 1.0, **kind: bool) -> Series:
         """A logged name as a series, its values times `factor`."""
@@ -109,8 +112,9 @@ class Charts:
             notes.append(f"{num_left_out:,} values are not finite (crosses)")
         if is_log and (num_low := int((finite <= 0).sum())):
             notes.append(f"{num_low:,} values are not above 0 and are left out of the logarithmic scale")
+        legend = [(one.color, one.label) for one in drawn] if len(drawn) > 1 else []
         return LineChart(
-            title, paths, [(one.color, one.label) for one in drawn] if len(drawn) > 1 else [], self.x_ticks,
+            title, paths, legend, self.x_ticks, self.wide_x_ticks,
             scale.ticks(4 if height == SMALL_HEIGHT else 6), list(token_ticks), self.axis.stretches, notes,
             format_number(float(drawn[0].values[-1])), height,
         )  # fmt: skip
@@ -157,13 +161,22 @@ class Charts:
         rows = [name.removeprefix(prefix) for name in names]
         phases = self.axis.stretches
         return HeatMap(
-            title, rows, levels, self.x_ticks, phases, format_number(low, 3), format_number(high, 3), notes, height
+            title,
+            rows,
+            levels,
+            self.x_ticks,
+            self.wide_x_ticks,
+            phases,
+            format_number(low, 3),
+            format_number(high, 3),
+            notes,
+            height,
         )
 
 
 def open_charts(metrics: RunMetrics, axis: StepAxis) -> Charts:
     """With the ticks that all charts share."""
-    return Charts(metrics, axis, axis.ticks())
+    return Charts(metrics, axis, axis.ticks(), axis.ticks(12, WIDE))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class SampleRow:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A part of the page under a heading of its own. What is empty is not drawn."""
 
     title: str
@@ -86,12 +86,12 @@ class Page:
     state: str
     progress: float  # share of the plan
     facts: Sequence[Fact]
-    sections: Sequence[Section]
+    sections: Sequence[PageSection]
     damage: Sequence[str] = field(default_factory=list)  # what could not be read
     footer: str = ""
 
 
-def render_page(page: Page) -> str:
+def render_report_page(page: Page) -> str:
     """The page as HTML. Every text is escaped; what no UTF-8 can be (half a surrogate pair) becomes a question mark."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

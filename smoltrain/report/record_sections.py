@@ -4,7 +4,7 @@ import datetime
 from collections.abc import Sequence
 from typing import Any
 
-from smoltrain.report.page import SampleRow, Section, Table
+from smoltrain.report.page import PageSection, SampleRow, Table
 from smoltrain.report.read_run import RunRecords
 from smoltrain.run.axis_ticks import format_number
 from smoltrain.schedule import Plan
@@ -13,7 +13,7 @@ MAX_SAMPLES = 8  # of a prompt, from the first to the last
 MAX_EVENTS = 60  # of a kind: the first and the last ones
 
 
-def make_samples_section(records: RunRecords) -> Section:
+def make_samples_section(records: RunRecords) -> PageSection:
     """What the model wrote after each prompt, step by step, side by side."""
     by_prompt: dict[str, list[tuple[int, str]]] = {}
     for line in records.samples:
@@ -21,10 +21,10 @@ def make_samples_section(records: RunRecords) -> Section:
     rows = [SampleRow(prompt, pick_spread(texts, MAX_SAMPLES)) for prompt, texts in by_prompt.items()]
     is_cut = any(len(texts) > MAX_SAMPLES for texts in by_prompt.values())
     notes = [f"{MAX_SAMPLES} of the steps; all of them are in samples.jsonl."] if is_cut else []
-    return Section("Samples", notes, samples=rows)
+    return PageSection("Samples", notes, samples=rows)
 
 
-def make_events_section(records: RunRecords) -> Section:
+def make_events_section(records: RunRecords) -> PageSection:
     """Starts and the worlds they ran on, spikes, warnings, hangs."""
     notes: list[str] = []
     if records.num_undone:
@@ -39,7 +39,7 @@ def make_events_section(records: RunRecords) -> Section:
         tables.append(Table(heads, *_cut(rows, "Warnings of rank 0"), num_text_columns=2))
     else:
         notes.append("The log of rank 0 has no warning.")
-    return Section("Events", notes, tables=tables)
+    return PageSection("Events", notes, tables=tables)
 
 
 def _list_starts(records: RunRecords) -> Table:
@@ -86,7 +86,7 @@ def _list_spikes(spikes: Sequence[dict[str, Any]]) -> Table:
     return Table(["time (UTC)", "done", "why", "step", "loss"], *_cut(rows, "Spikes"), num_text_columns=3)
 
 
-def make_config_section(records: RunRecords) -> Section:
+def make_config_section(records: RunRecords) -> PageSection:
     """The whole config, and in what it differs from its recipe."""
     name = records.config.run.recipe
     tables: list[Table] = []
@@ -98,17 +98,17 @@ def make_config_section(records: RunRecords) -> Section:
         tables.append(Table(["key", "recipe", "run"], rows, caption, num_text_columns=3))
     elif not notes:
         notes.append(f"As the recipe {name} is shipped now, without a change.")
-    return Section("Config", notes, tables=tables, folded=[("config.yaml", records.config_text)])
+    return PageSection("Config", notes, tables=tables, folded=[("config.yaml", records.config_text)])
 
 
-def make_ledger_section(records: RunRecords) -> Section:
+def make_ledger_section(records: RunRecords) -> PageSection:
     """Whether the rows that were trained on are those that the metrics tell of."""
     chain = records.metrics.last_texts.get("data/ledger", "-")
     rows = [["ledger.bin", records.ledger], ["digest of every row so far", chain]]
-    return Section("Ledger", tables=[Table(["", ""], rows, num_text_columns=2)])
+    return PageSection("Ledger", tables=[Table(["", ""], rows, num_text_columns=2)])
 
 
-def make_environment_section(records: RunRecords) -> Section:
+def make_environment_section(records: RunRecords) -> PageSection:
     """What was chosen on that machine, and the versions of the last start."""
     tables: list[Table] = []
     if records.choices:
@@ -121,7 +121,7 @@ def make_environment_section(records: RunRecords) -> Section:
         rows.insert(0, ["smoltrain, git commit", str(last["git_commit"])])
     if rows:
         tables.append(Table(["", ""], rows, "Versions of the last start", num_text_columns=2))
-    return Section("Environment", tables=tables)
+    return PageSection("Environment", tables=tables)
 
 
 def pick_spread(items: Sequence[Any], most: int) -> list[Any]:

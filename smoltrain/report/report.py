@@ -8,7 +8,7 @@ from smoltrain import __version__
 from smoltrain.errors import Problem, UserError
 from smoltrain.files import describe_error, write_text_file
 from smoltrain.report.charts import open_charts
-from smoltrain.report.page import Fact, Page, render_page
+from smoltrain.report.page import Fact, Page, render_report_page
 from smoltrain.report.read_run import RunRecords, read_run_records
 from smoltrain.report.record_sections import (
     format_time,
@@ -33,14 +33,14 @@ REPORT_FILE = "report.html"
 RECENT_STEPS = 50  # whose mean is the training loss among the headline numbers
 
 
-def write_report(folder: Path, out: Path | None = None) -> Path:
+def write_run_report(folder: Path, out: Path | None = None) -> Path:
     """Write the page, by default to RUN/report.html; where it is.
 
     Errors: UserError for a run without a step, a config or records that cannot be read, and a path that cannot be
     written.
     """
     path = out or folder / REPORT_FILE
-    html = render_page(build_page(read_run_records(folder), time.time()))
+    html = render_report_page(build_report_page(read_run_records(folder), time.time()))
     try:
         write_text_file(path, html)
     except OSError as error:
@@ -50,7 +50,7 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     return path
 
 
-def build_page(records: RunRecords, now_s: float) -> Page:
+def build_report_page(records: RunRecords, now_s: float) -> Page:
     """All of the page; `now_s` is when it is written."""
     metrics = records.metrics
     axis = StepAxis(records.plan, metrics.first_step or 1, metrics.last_step)

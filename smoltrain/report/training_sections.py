@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from smoltrain.report.charts import Charts, HeatMap, LineChart, Series
-from smoltrain.report.page import Section, Share, Table
+from smoltrain.report.page import PageSection, Share, Table
 from smoltrain.report.read_run import RunRecords
 from smoltrain.run.axis_ticks import format_number
 from smoltrain.run.summary import format_seconds
@@ -21,7 +21,7 @@ MIN_HEAT_ROWS = 4  # names below one prefix, from which on they are a heat map
 COLORS = "abcde"
 
 
-def make_training_section(records: RunRecords, charts: Charts) -> Section:
+def make_training_section(records: RunRecords, charts: Charts) -> PageSection:
     """Loss and validation, learning rate, gradient norm, what was skipped."""
     tokens = charts.axis.ticks_of(*records.metrics.series("data/tokens"), count=5)
     loss = charts.draw_lines(
@@ -48,16 +48,16 @@ def make_training_section(records: RunRecords, charts: Charts) -> Section:
         if len(set(charts.metrics.series(name)[1].tolist())) > 1:  # neither says anything where nothing happens
             small.append(charts.draw_lines(title, charts.series(name, color="d"), from_zero=True))
     notes = [] if charts.axis.is_even else ["Short phases are drawn wider than they are."]
-    return Section("Training", notes, charts.axis.stretches, [loss, *small])
+    return PageSection("Training", notes, charts.axis.stretches, [loss, *small])
 
 
-def make_gradients_section(charts: Charts) -> Section:
+def make_gradients_section(charts: Charts) -> PageSection:
     """Norms by layer."""
     heat = charts.draw_heat_map("Gradient norm of each layer before clipping", GRADIENT_NORM_PREFIX)
-    return Section("Gradients by layer", charts=[heat])
+    return PageSection("Gradients by layer", charts=[heat])
 
 
-def make_speed_section(records: RunRecords, charts: Charts) -> Section:
+def make_speed_section(records: RunRecords, charts: Charts) -> PageSection:
     """Throughput, MFU, waiting, memory, and where the time went."""
     drawn = [
         charts.draw_lines(
@@ -81,10 +81,10 @@ def make_speed_section(records: RunRecords, charts: Charts) -> Section:
         shares = [Share(part, s / times.wall_s, format_seconds(s)) for part, s in parts if s]
         starts = f"{times.num_starts} start{'s' * (times.num_starts > 1)}"
         notes.append(f"Where {format_seconds(times.wall_s)} of {starts} went; the time between starts is not in it.")
-    return Section("Speed and memory", notes, charts=drawn, shares=shares)
+    return PageSection("Speed and memory", notes, charts=drawn, shares=shares)
 
 
-def make_data_section(records: RunRecords, charts: Charts) -> Section:
+def make_data_section(records: RunRecords, charts: Charts) -> PageSection:
     """How much of the data was seen, how often, and what could not be read."""
     names = charts.metrics.names(SOURCE_TOKENS_PREFIX)
     by_source = [
@@ -105,7 +105,7 @@ def make_data_section(records: RunRecords, charts: Charts) -> Section:
     tables = [*_list_sources(records), *_list_bad_records(records)]
     num_streamed = records.metrics.last("data/bad_records") or 0
     notes = [f"{num_streamed:,.0f} records were skipped in streams."] if num_streamed else []
-    return Section("Data", notes, charts=drawn, tables=tables)
+    return PageSection("Data", notes, charts=drawn, tables=tables)
 
 
 def _list_sources(records: RunRecords) -> Iterator[Table]:
@@ -140,7 +140,7 @@ def _list_bad_records(records: RunRecords) -> Iterator[Table]:
     yield Table(["source", "place", "why"], rows, caption, num_text_columns=3)
 
 
-def make_family_sections(charts: Charts) -> Iterator[Section]:
+def make_family_sections(charts: Charts) -> Iterator[PageSection]:
     """What is logged under FAMILIES."""
     for title, prefixes in FAMILIES.items():
         drawn: list[LineChart | HeatMap | None] = []
@@ -156,7 +156,7 @@ def make_family_sections(charts: Charts) -> Iterator[Section]:
                 drawn += [_draw_one(charts, name) for name in names]
         left_out = len(drawn) - MAX_CHARTS
         notes = [f"{left_out} more are in metrics.jsonl."] if left_out > 0 else []
-        yield Section(title, notes, charts=drawn[:MAX_CHARTS])
+        yield PageSection(title, notes, charts=drawn[:MAX_CHARTS])
 
 
 def _draw_one(charts: Charts, name: str) -> LineChart | None:

@@ -76,14 +76,19 @@ def format_short(value: float) -> str:
     return f"{value:g}"
 
 
-def drop_crowded(places: Sequence[float], gap: float, keep: Sequence[float] = ()) -> list[bool]:
-    """Which of these places on an axis may have a label: those of `keep` before others, none nearer than `gap`."""
-    taken: list[float] = []
+def drop_crowded(places: Sequence[float], labels: Sequence[str], character: float, keep: Sequence[float]) -> list[bool]:
+    """Which of these labels are shown, so that none runs into another: those at the places of `keep` before others.
+
+    Places are shares of the axis, and `character` is the share that one takes. Labels at the ends stay within the axis.
+    """
+    taken: list[tuple[float, float]] = []
     chosen = [False] * len(places)
     order = sorted(range(len(places)), key=lambda number: (places[number] not in keep, -places[number]))
     for number in order:
-        place = places[number]
-        if all(abs(place - other) >= gap for other in taken):
-            taken.append(place)
+        width = character * len(labels[number])
+        left = min(max(places[number] - width / 2, 0.0), 1 - width)
+        space = (left - character, left + width + character)
+        if all(space[1] <= other[0] or space[0] >= other[1] for other in taken):
+            taken.append((left, left + width))
             chosen[number] = True
     return chosen

@@ -13,7 +13,7 @@ import numpy as np
 from smoltrain.run.axis_ticks import format_ticks, pick_linear_ticks, pick_log_ticks
 from smoltrain.run.run_metrics import RunMetrics, read_run_metrics
 from smoltrain.run.run_title import describe_run_title
-from smoltrain.run.step_axis import AxisTick, StepAxis
+from smoltrain.run.step_axis import WIDE, AxisTick, StepAxis
 from smoltrain.run.thin_series import smooth_series, thin_series
 from smoltrain.schedule import Plan
 
@@ -84,8 +84,8 @@ def draw_run(plan: Plan, run: Path) -> list[Path]:
         column = list(figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0])
         for axes, draw in zip(column, panels, strict=True):
             _shade_phases(axes, axis)
-            draw(axes, RunCurves(metrics, axis))
-        _add_token_axis(column[0], axis.ticks_of(*metrics.series("data/tokens")))
+            draw(axes, PlacedCurves(metrics, axis))
+        _add_token_axis(column[0], axis.ticks_of(*metrics.series("data/tokens"), character=WIDE))
         figure.align_ylabels()
         _save_figure(figure, column, axis, title, run / "plots" / name)
         written.append(run / "plots" / name)
@@ -93,7 +93,7 @@ def draw_run(plan: Plan, run: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
-class RunCurves:
+class PlacedCurves:
     """A run's numbers, and where its steps stand."""
 
     metrics: RunMetrics
@@ -105,7 +105,7 @@ class RunCurves:
         return self.axis.place(steps), values
 
 
-def _plot_noisy_series(axes: "Axes", curves: RunCurves, name: str, color: str, label: str | None = None) -> None:
+def _plot_noisy_series(axes: "Axes", curves: PlacedCurves, name: str, color: str, label: str | None = None) -> None:
     """One value per step: thin and faint, with a running median where there are enough to need one."""
     places, values = curves.curve(name)
     if len(places) < SMOOTHED:
@@ -117,40 +117,41 @@ def _plot_noisy_series(axes: "Axes", curves: RunCurves, name: str, color: str, l
     axes.plot(*smooth_series(places, values), color=color, linewidth=1.6, label=label)
 
 
-def _plot_loss(axes: "Axes", curves: RunCurves) -> None:
+def _plot_loss(axes: "Axes", curves: PlacedCurves) -> None:
     _plot_noisy_series(axes, curves, "train/loss_nats_per_token", BLUE, "training loss")
     validation = curves.curve("validation/loss_nats_per_token")
-    axes.plot(*validation, "o-", color=ORANGE, markersize=4, label="validation loss", clip_on=False)
+    if np.isfinite(validation[1]).any():
+        axes.plot(*validation, "o-", color=ORANGE, markersize=4, label="validation loss", clip_on=False)
     axes.set_ylabel("loss, nats per token")
     _set_log_ticks(axes, curves, "train/loss_nats_per_token", "validation/loss_nats_per_token")
 
 
-def _plot_lr(axes: "Axes", curves: RunCurves) -> None:
+def _plot_lr(axes: "Axes", curves: PlacedCurves) -> None:
     axes.plot(*curves.curve("train/lr"), color=GREY, linewidth=1.5)
     axes.margins(y=0.1)
     axes.set(ylabel="learning rate", ylim=(0, None))
     _set_ticks(axes)
 
 
-def _plot_gradient_norm(axes: "Axes", curves: RunCurves) -> None:
+def _plot_gradient_norm(axes: "Axes", curves: PlacedCurves) -> None:
     _plot_noisy_series(axes, curves, "train/grad_norm_before_clipping", GREEN)
     axes.set_ylabel("gradient norm\nbefore clipping")
     _set_log_ticks(axes, curves, "train/grad_norm_before_clipping", count=3)
 
 
-def _plot_throughput(axes: "Axes", curves: RunCurves) -> None:
+def _plot_throughput(axes: "Axes", curves: PlacedCurves) -> None:
     _plot_noisy_series(axes, curves, "speed/tokens_per_s", GREY)
     axes.set(ylabel="tokens/s,\nall ranks", ylim=(0, None))
     _set_ticks(axes)
 
 
-def _plot_unique_rows(axes: "Axes", curves: RunCurves) -> None:
+def _plot_unique_rows(axes: "Axes", curves: PlacedCurves) -> None:
     axes.plot(*curves.curve("data/unique_rows"), color=GREEN, linewidth=1.5)
     axes.set(ylabel="unique rows\nseen", ylim=(0, None))
     _set_ticks(axes)
 
 
-def _plot_unique_documents(axes: "Axes", curves: RunCurves) -> None:
+def _plot_unique_documents(axes: "Axes", curves: PlacedCurves) -> None:
     """And the repeat factor on a scale of its own, to the right."""
     axes.plot(*curves.curve("data/unique_documents"), color=GREEN, linewidth=1.5)
     axes.set(ylabel="unique\ndocuments", ylim=(0, None))
@@ -173,10 +174,12 @@ def _set_ticks(axes: "Axes", count: int = 3) -> None:
     axes.set_yticks(ticks, format_ticks(ticks))
 
 
-def _set_log_ticks(axes: "Axes", curves: RunCurves, *names: str, count: int = 5) -> None:
-    """A logarithmic axis with numbers that can be read; a linear one where no value of these names is above 0."""
+def _set_log_ticks(axes: "Axes", curves: PlacedCurves, *names: str, count: int = 5) -> None:
+    """A logarithmic axis with numbers that can be read, where a value of these names is above 0."""
     values = np.concatenate([curves.curve(name)[1] for name in names])
     if not (values[np.isfinite(values)] > 0).any():
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no finite value above 0", ha="center", va="center", transform=axes.transAxes)
         return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
@@ -207,7 +210,7 @@ def _add_token_axis(axes: "Axes", ticks: Sequence[AxisTick]) -> None:
 
 def _save_figure(figure: "Figure", column: Sequence["Axes"], axis: StepAxis, title: str, path: Path) -> None:
     """Write a column of axes that share their steps, with title and legend."""
-    ticks = axis.ticks(count=8)
+    ticks = axis.ticks(8, WIDE)
     column[-1].set_xticks([tick.place for tick in ticks], [tick.label for tick in ticks])
     column[-1].set_xlabel("step" if axis.is_even else f"step ({UNEVEN})")
     if title:

@@ -7,8 +7,9 @@ import numpy as np
 from smoltrain.run.axis_ticks import drop_crowded, format_ticks, pick_linear_ticks
 from smoltrain.schedule import Plan
 
-MIN_SHARE = 0.1  # of the axis, that a phase has at least; less where there are many
-LABEL_GAP = 0.09  # of the axis, between two labels
+MIN_SHARE = 0.12  # of the axis, that a phase has at least; less where there are many
+NARROW = 0.022  # of the axis, that a character of a label takes on a phone
+WIDE = 0.009  # and on a desk
 
 
 @dataclass(frozen=True)
@@ -55,26 +56,28 @@ class StepAxis:
         """Where steps stand."""
         return np.interp(steps, self._edges, self._places)
 
-    def ticks(self, count: int = 6) -> list[AxisTick]:
-        """The last step of each phase, and round ones between."""
+    def ticks(self, count: int = 6, character: float = NARROW) -> list[AxisTick]:
+        """The last step of each phase, and round ones between, as far as their labels fit."""
         ends = [stretch.last for stretch in self.stretches]
         steps = {self.stretches[0].first, *ends}
         for stretch in self.stretches:
             wanted = max(1, round(count * (stretch.right - stretch.left)))
             steps.update(int(tick) for tick in pick_linear_ticks(stretch.first, stretch.last, wanted) if tick % 1 == 0)
-        return self._label(sorted(steps), [float(step) for step in sorted(steps)], ends)
+        return self._label(sorted(steps), [float(step) for step in sorted(steps)], ends, character)
 
-    def ticks_of(self, steps: np.ndarray, values: np.ndarray, count: int = 6) -> list[AxisTick]:
+    def ticks_of(
+        self, steps: np.ndarray, values: np.ndarray, count: int = 6, character: float = NARROW
+    ) -> list[AxisTick]:
         """Round values of what grows with the steps, as tokens do, where the steps reach them."""
         if len(values) < 2 or not values[-1] > values[0]:
             return []
         ticks = [tick for tick in pick_linear_ticks(values[0], values[-1], count) if tick > 0]
-        return self._label(np.interp(ticks, values, steps).tolist(), ticks, [])
+        return self._label(np.interp(ticks, values, steps).tolist(), ticks, [], character)
 
-    def _label(self, steps: list[float], values: list[float], keep: list[int]) -> list[AxisTick]:
+    def _label(self, steps: list[float], values: list[float], keep: list[int], character: float) -> list[AxisTick]:
         places = self.place(np.array(steps)).tolist()
-        chosen = drop_crowded(places, LABEL_GAP, self.place(np.array(keep)).tolist() if keep else ())
         labels = format_ticks(values)
+        chosen = drop_crowded(places, labels, character, self.place(np.array(keep, np.float64)).tolist())
         return [AxisTick(*tick) for *tick, is_shown in zip(places, labels, chosen, strict=True) if is_shown]
 
 
