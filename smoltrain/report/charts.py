@@ -109,13 +109,14 @@ class Charts:
         notes: list[str] = []
         num_left_out = len(values) - len(finite)
         if num_left_out:
-            notes.append(f"{num_left_out:,} values are not finite (crosses)")
+            notes.append(f"{num_left_out:,} values are not finite (squares at the top)")
         if is_log and (num_low := int((finite <= 0).sum())):
             notes.append(f"{num_low:,} values are not above 0 and are left out of the logarithmic scale")
+        y_ticks = scale.ticks(4 if height == SMALL_HEIGHT else 6) if len(finite) else []
         legend = [(one.color, one.label) for one in drawn] if len(drawn) > 1 else []
         return LineChart(
             title, paths, legend, self.x_ticks, self.wide_x_ticks,
-            scale.ticks(4 if height == SMALL_HEIGHT else 6), list(token_ticks), self.axis.stretches, notes,
+            y_ticks, list(token_ticks), self.axis.stretches, notes,
             format_number(float(drawn[0].values[-1])), height,
         )  # fmt: skip
 

@@ -53,7 +53,8 @@ def _list_starts(records: RunRecords) -> Table:
         if "lost" in start:
             facts.append(f"lost: {start['lost']}")
         what = name_start(records.plan, step)
-        rows.append([str(start.get("time", "-")), what, "; ".join(facts) or "-", _show(step), _show(ranks)])
+        time = str(start.get("time", "-")).replace("T", " ").removesuffix("+00:00")
+        rows.append([time, what, "; ".join(facts) or "-", _show(step), _show(ranks)])
         ranks_before = ranks
     heads = ["time (UTC)", "event", "what changed", "after step", "ranks"]
     return Table(heads, *_cut(rows, "Starts"), num_text_columns=3)

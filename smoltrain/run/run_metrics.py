@@ -1,4 +1,4 @@
-"""The numbers of a metrics.jsonl as columns, by name: 100,000 steps of them take some 30 MB, as lines 400."""
+"""The numbers of a metrics.jsonl as columns, by name: 16 bytes for each number, so that 100,000 steps fit in memory."""
 
 from array import array
 from collections.abc import Mapping

@@ -40,18 +40,18 @@ def test_a_line_goes_through_its_values(is_log: bool):
     assert chart.last == "100"
 
 
-def test_what_is_not_finite_is_a_cross_and_what_a_logarithm_cannot_have_is_said():
+def test_what_is_not_finite_is_marked_and_what_a_logarithm_cannot_have_is_said():
     charts = charts_of({"x": [np.nan, 2.0, np.inf, 0.0, 4.0], "all": [np.nan] * 5})
     chart = charts.draw_lines("x", charts.series("x"), is_log=True)
     assert chart
     assert chart.notes == [
-        "2 values are not finite (crosses)",
+        "2 values are not finite (squares at the top)",
         "1 values are not above 0 and are left out of the logarithmic scale",
     ]
     assert [path.path.count("M") for path in chart.paths if path.kind == "missing"] == [2]
     nothing = charts.draw_lines("all", charts.series("all"), is_log=True)
     assert nothing
-    assert [path.kind for path in nothing.paths] == ["missing"]
+    assert ([path.kind for path in nothing.paths], nothing.y_ticks) == (["missing"], [])
     assert charts.draw_lines("never logged", charts.series("y")) is None
 
 

@@ -158,7 +158,7 @@ def test_odd_runs_have_a_page(tmp_path: Path, change: Any):
     page = PageReader(write_run_report(run))
     assert page.count("svg") >= 2
     assert "NaN" not in str([attrs.get("d") for _, attrs in page.tags])
-    assert ("not finite (crosses)" in page.text) == (change is nothing_but_nan)
+    assert ("not finite (squares" in page.text) == (change is nothing_but_nan)
     assert ("Samples" in page.text) == (change is not an_older_version)
 
 
