@@ -177,7 +177,7 @@ class Charts:
 
 def open_charts(metrics: RunMetrics, axis: StepAxis) -> Charts:
     """With the ticks that all charts share."""
-    return Charts(metrics, axis, axis.ticks(), axis.ticks(12, WIDE))
+    return Charts(metrics, axis, axis.ticks(), axis.ticks(8, WIDE))
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ def pick_linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
 def pick_log_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """As many ticks between two positive numbers as a logarithmic axis can read, and never fewer than linear ones."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
     for factors in FINE_TO_COARSE:
         ticks = [float(f"{factor}e{decade}") for decade in decades for factor in factors]
         ticks = [tick for tick in ticks if low <= tick <= high]

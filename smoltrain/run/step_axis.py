@@ -1,5 +1,6 @@
 """An axis of steps on which every phase can be seen: one of 50 steps after one of 5000 is drawn wider than it is."""
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,7 +79,8 @@ class StepAxis:
         places = self.place(np.array(steps)).tolist()
         labels = format_ticks(values)
         chosen = drop_crowded(places, labels, character, self.place(np.array(keep, np.float64)).tolist())
-        return [AxisTick(*tick) for *tick, is_shown in zip(places, labels, chosen, strict=True) if is_shown]
+        ticks = [AxisTick(place, label) for place, label in zip(places, labels, strict=True)]
+        return list(itertools.compress(ticks, chosen))
 
 
 def _widen_short(shares: np.ndarray) -> np.ndarray:

@@ -70,6 +70,14 @@ def test_a_run_becomes_pngs_of_its_curves(tmp_path: Path):
     assert size(training)[1] > size(loss)[1]
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Of a run that is called "run"."""
+    run = tmp_path_factory.mktemp("drawn") / "run"
+    write_metrics(run, 43)
+    return [png.read_bytes() for png in draw_run(Plan((MAIN, AFTER)), run)]
+
+
 @pytest.mark.parametrize(
     ("name", "in_loss_png"),
     [
@@ -83,15 +91,14 @@ def test_a_run_becomes_pngs_of_its_curves(tmp_path: Path):
         ("data/repeat_factor", False),
     ],
 )
-def test_each_number_is_drawn(tmp_path: Path, name: str, in_loss_png: bool):
-    write_metrics(tmp_path, 43)
-    plan, metrics = Plan((MAIN, AFTER)), tmp_path / "metrics.jsonl"
-    before = [png.read_bytes() for png in draw_run(plan, tmp_path)]
+def test_each_number_is_drawn(tmp_path: Path, pictures: list[bytes], name: str, in_loss_png: bool):
+    write_metrics(tmp_path / "run", 43)
+    metrics = tmp_path / "run" / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     changed = [line | ({name: line[name] * (1 + line["step"] % 7)} if name in line else {}) for line in lines]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in changed))
-    after = [png.read_bytes() for png in draw_run(plan, tmp_path)]
-    assert [a != b for a, b in zip(before, after, strict=True)] == [in_loss_png, True]
+    after = [png.read_bytes() for png in draw_run(Plan((MAIN, AFTER)), tmp_path / "run")]
+    assert [a != b for a, b in zip(pictures, after, strict=True)] == [in_loss_png, True]
 
 
 def test_a_run_that_counted_no_documents_has_no_panel_of_them(tmp_path: Path):
