@@ -120,25 +120,29 @@ def read_jsonl_lines(path: Path, keys: Sequence[str] = ("step",)) -> Iterator[Js
     """Every line of a .jsonl that `format_json_line` wrote, which must have these keys; none if there is no such file.
 
     An unterminated last line is a write that a crash cut short, and is skipped. Lines of older versions have no
-    checksum. Errors: UserError for a file that cannot be read at all.
+    checksum. One line is in memory at a time. Errors: UserError for a file that cannot be read at all.
     """
+    sealed = False
+    for number, raw in enumerate(_read_raw_lines(path), 1):
+        if raw.endswith(b"\n"):
+            value, fault = _parse_json_line(raw, keys, sealed)
+            sealed = sealed or CRC32_MARK.encode() in raw
+            yield JsonLine(number, raw, value, fault)
+        # A crash loses bytes at the end. A whole line whose last byte alone is another one was damaged, not cut short.
+        elif _parse_json_line(raw[:-1] + b"\n", keys, sealed=True)[1] is None:
+            yield JsonLine(number, raw + b"\n", {}, "its end is not what was written")
+
+
+def _read_raw_lines(path: Path) -> Iterator[bytes]:
+    """Lines with their ends, which is \\n alone: text may have eight other ones."""
     try:
         if path.exists():
             stat_regular_file(path)
-        content = path.read_bytes() if path.exists() else b""
+            with path.open("rb") as file:
+                yield from file
     except OSError as error:
         problem = Problem("the records cannot be read", describe_error(error), "a file of lines", str(path))
         raise UserError(problem) from None
-    *whole, rest = content.split(b"\n")  # bytes end a line at \n alone, where text may have eight other ends
-    sealed = False
-    for number, text in enumerate(whole, 1):
-        raw = text + b"\n"
-        value, fault = _parse_json_line(raw, keys, sealed)
-        sealed = sealed or CRC32_MARK.encode() in raw
-        yield JsonLine(number, raw, value, fault)
-    # A crash loses bytes at the end. A whole line whose last byte alone is another one was not cut short but damaged.
-    if rest and _parse_json_line(rest[:-1] + b"\n", keys, sealed=True)[1] is None:
-        yield JsonLine(len(whole) + 1, rest + b"\n", {}, "its end is not what was written")
 
 
 def _parse_json_line(raw: bytes, keys: Sequence[str], sealed: bool) -> tuple[dict[str, Any], str | None]:

@@ -38,6 +38,7 @@ OWNERS = {
     "liger_kernel": ("smoltrain.kernels.loss",),
     "matplotlib": ("smoltrain.run.plots", "smoltrain.run.scaling_plot"),
     "gradio": ("smoltrain.inference.demo",),
+    "jinja2": ("smoltrain.report.page",),
     "datasets": ("smoltrain.data.documents.hub",),
     "pyarrow": ("smoltrain.data.documents.read_parquet",),
     "fsspec": ("smoltrain.data.documents",),
@@ -80,6 +81,10 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         "abstract; its classes are tested",
         "tests/model/test_decoder.py, tests/model/test_transformers_model.py",
     ),
+    **{
+        f"smoltrain.report.{module}": ("parts of one page, tested in it", "tests/report/test_report.py")
+        for module in ("page", "read_run", "record_sections", "training_sections")
+    },
     "smoltrain.train.bad_steps": ("what a step does then", "tests/train/test_step.py, tests/train/test_spikes.py"),
     "smoltrain.train.step_result": ("what a step returns", "tests/train/test_step.py, tests/train/test_spikes.py"),
     "smoltrain.train.backstop": ("a process beside the watchdog", "tests/train/test_watchdog.py"),

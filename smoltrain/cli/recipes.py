@@ -182,8 +182,9 @@ def _draw_plan(config: "Config", path: Path) -> None:
     from smoltrain.run.plots import draw_plan
     from smoltrain.schedule import Plan
 
+    plan = Plan(config.phases)
     try:
-        draw_plan(Plan(config.phases), path)
+        draw_plan(plan, path, f"{config.run.name}: {plan.last_step:,} steps")
     except OSError as error:
         saw = f"{path} ({error.strerror})"
         raise UserError(Problem("the picture cannot be written", saw, "a path that can be", "--png")) from None

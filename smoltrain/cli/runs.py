@@ -1,5 +1,6 @@
-"""Verbs that look at a run, meanwhile and afterwards: summary, plot, verify."""
+"""Verbs that look at a run, meanwhile and afterwards: summary, report, plot, verify."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -29,6 +30,20 @@ def summary_command(run: RunArgument) -> None:
     from smoltrain.run.summary import describe_run_folder
 
     print(describe_run_folder(find_run_folder(run)))
+
+
+@app.command("report", epilog="Example: smoltrain report quickstart")
+def report_command(
+    run: RunArgument,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="Where to write the page; by default RUN/report.html.")
+    ] = None,
+) -> None:
+    """Write a run as one HTML page: curves, gradients, speed, data, samples, events, config."""
+    from smoltrain.inference.load import find_run_folder
+    from smoltrain.report.report import write_run_report
+
+    print(write_run_report(find_run_folder(run), out))
 
 
 @app.command("verify", epilog="Example: smoltrain verify runs/first/checkpoints/step-00000500 --forward")

@@ -3,14 +3,18 @@
 matplotlib is imported when something is drawn: training, which draws at its end, would begin half a second later.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smoltrain.errors import Problem, UserError
-from smoltrain.files import METRICS_FILE, read_jsonl
+from smoltrain.run.axis_ticks import format_ticks, pick_linear_ticks, pick_log_ticks
+from smoltrain.run.run_metrics import RunMetrics, read_run_metrics
+from smoltrain.run.run_title import describe_run_title
+from smoltrain.run.step_axis import WIDE, AxisTick, StepAxis
+from smoltrain.run.thin_series import smooth_series, thin_series
 from smoltrain.schedule import Plan
 
 if TYPE_CHECKING:
@@ -23,26 +27,28 @@ GREY = "#5f6b76"
 GREEN = "#3c7d4f"
 CURVE_COLORS = (BLUE, ORANGE, GREEN, "#8a4f9e", "#b3323c", "#2f8f8f", "#8a6d1f", GREY)  # of a grid, in turn
 PHASE_COLORS = ("#e6eef7", "#fbeed6", "#e4f2e3", "#f3e6f2")  # one per phase, in turn
+SMOOTHED = 200  # values, from which on a running median is drawn too
+UNEVEN = "short phases are drawn wider"
 
 
-def draw_plan(plan: Plan, path: Path) -> None:
+def draw_plan(plan: Plan, path: Path, title: str = "") -> None:
     """Draw learning rate and weight decay over the steps, each phase shaded and named."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.8), dpi=140, layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    axis = StepAxis(plan, 1, plan.last_step)
     steps = steps_to_plot(plan)
-    edges = [step - 0.5 for step in (*steps, plan.last_step + 1)]
+    edges = axis.place(np.array([step - 0.5 for step in (*steps, plan.last_step + 1)]))
     for axes, values, color, label in (
         (upper, [plan.lr(step) for step in steps], BLUE, "learning rate"),
         (lower, [plan.weight_decay(step) for step in steps], GREY, "weight decay"),
     ):
-        _shade_phases(axes, plan)
+        _shade_phases(axes, axis)
         axes.stairs(values, edges, baseline=None, color=color, linewidth=2)
         axes.set(ylim=(0, 1.1 * max(values) or 1), ylabel=label)
-    for axes in (upper, lower):
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
-    _save_figure(figure, upper, lower, path)
+        _set_ticks(axes, count=5 if axes is upper else 2)
+    _save_figure(figure, [upper, lower], axis, title, path)
 
 
 def steps_to_plot(plan: Plan, most: int = 4000) -> list[int]:
@@ -64,109 +70,97 @@ def draw_run(plan: Plan, run: Path) -> list[Path]:
     """
     from matplotlib.figure import Figure
 
-    metrics = _read_metrics(run / METRICS_FILE)
+    metrics = read_run_metrics(run)
+    title = describe_run_title(run, metrics)
+    # Past step 1 where the run went on from another one; to its last step, as nothing is known of those after it.
+    axis = StepAxis(plan, metrics.first_step or 1, metrics.last_step)
     panels_of_file = {"loss.png": PANELS[:1], "training.png": PANELS}
-    if not len(metrics.series("data/unique_documents")[0]):  # older versions of smoltrain did not count them
+    if not metrics.names("data/unique_documents"):  # older versions of smoltrain did not count them
         panels_of_file["training.png"] = PANELS[:-1]
     written = []
     for name, panels in panels_of_file.items():
-        figure = Figure(figsize=(9, 3.6 + 1.45 * (len(panels) - 1)), dpi=140, layout="constrained")
+        figure = Figure(figsize=(9, 4.1 + 1.45 * (len(panels) - 1)), dpi=140, layout="constrained")
         heights = [3.6 if draw is _plot_loss else 1.45 for draw in panels]
-        column = figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+        column = list(figure.subplots(len(panels), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0])
         for axes, draw in zip(column, panels, strict=True):
-            _shade_phases(axes, plan)
-            draw(axes, metrics)
-            first_step = metrics.lines[0]["step"]  # past 1 where the run went on from another one
-            axes.set_xlim(first_step - 0.5, plan.last_step + 0.5)
+            _shade_phases(axes, axis)
+            draw(axes, PlacedCurves(metrics, axis))
+        _add_token_axis(column[0], axis.ticks_of(*metrics.series("data/tokens"), character=WIDE))
         figure.align_ylabels()
-        _save_figure(figure, column[0], column[-1], run / "plots" / name)
+        _save_figure(figure, column, axis, title, run / "plots" / name)
         written.append(run / "plots" / name)
     return written
 
 
 @dataclass(frozen=True)
-class RunMetrics:
-    """The lines of a metrics.jsonl."""
+class PlacedCurves:
+    """A run's numbers, and where its steps stand."""
 
-    lines: list[dict[str, Any]]
+    metrics: RunMetrics
+    axis: StepAxis
 
-    def series(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps, values) of one name."""
-        lines = [line for line in self.lines if name in line]
-        steps = [line["step"] for line in lines]
-        values = [line[name] for line in lines]
-        return np.asarray(steps, np.int64), np.asarray(values, np.float64)
-
-
-def _read_metrics(path: Path) -> RunMetrics:
-    lines = list(read_jsonl(path))
-    if not lines:
-        raise UserError(Problem("there is nothing to draw yet", f"no step in {path}", "a run that trained", "RUN"))
-    return RunMetrics(lines)
+    def curve(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """(places, values) of one name."""
+        steps, values = self.metrics.series(name)
+        return self.axis.place(steps), values
 
 
-def running_median(values: np.ndarray, width: int) -> np.ndarray:
-    """The median of each value and its neighbours, `width` of them in all (fewer at the ends)."""
-    half = width // 2
-    return np.array([np.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))])
-
-
-def _plot_noisy_series(axes: "Axes", metrics: RunMetrics, name: str, color: str, label: str | None = None) -> None:
+def _plot_noisy_series(axes: "Axes", curves: PlacedCurves, name: str, color: str, label: str | None = None) -> None:
     """One value per step: thin and faint, with a running median where there are enough to need one."""
-    steps, values = metrics.series(name)
-    if len(steps) < 200:
-        axes.plot(steps, values, color=color, linewidth=1.2, label=label)
+    places, values = curves.curve(name)
+    if len(places) < SMOOTHED:
+        marker = "o" if len(places) == 1 else None
+        axes.plot(places, values, color=color, linewidth=1.2, marker=marker, markersize=4, label=label)
         return
-    width = len(steps) // 50
-    axes.plot(steps, values, color=color, linewidth=0.5, alpha=0.3)
-    label = f"{label}, median of {width} steps" if label else None
-    axes.plot(steps, running_median(values, width), color=color, linewidth=1.6, label=label)
+    axes.plot(*thin_series(places, values, 1500), color=color, linewidth=0.5, alpha=0.3)
+    label = f"{label}, median of {len(places) // 50} steps" if label else None
+    axes.plot(*smooth_series(places, values), color=color, linewidth=1.6, label=label)
 
 
-def _plot_loss(axes: "Axes", metrics: RunMetrics) -> None:
-    _plot_noisy_series(axes, metrics, "train/loss_nats_per_token", BLUE, "training loss")
-    validation = metrics.series("validation/loss_nats_per_token")
-    axes.plot(*validation, "o-", color=ORANGE, markersize=4, label="validation loss")
-    axes.set(yscale="log", ylabel="loss, nats per token")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+def _plot_loss(axes: "Axes", curves: PlacedCurves) -> None:
+    _plot_noisy_series(axes, curves, "train/loss_nats_per_token", BLUE, "training loss")
+    validation = curves.curve("validation/loss_nats_per_token")
+    if np.isfinite(validation[1]).any():
+        axes.plot(*validation, "o-", color=ORANGE, markersize=4, label="validation loss", clip_on=False)
+    axes.set_ylabel("loss, nats per token")
+    _set_log_ticks(axes, curves, "train/loss_nats_per_token", "validation/loss_nats_per_token")
 
 
-def _plot_lr(axes: "Axes", metrics: RunMetrics) -> None:
-    axes.plot(*metrics.series("train/lr"), color=GREY, linewidth=1.5)
+def _plot_lr(axes: "Axes", curves: PlacedCurves) -> None:
+    axes.plot(*curves.curve("train/lr"), color=GREY, linewidth=1.5)
     axes.margins(y=0.1)
     axes.set(ylabel="learning rate", ylim=(0, None))
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2), useMathText=True)
+    _set_ticks(axes)
 
 
-def _plot_gradient_norm(axes: "Axes", metrics: RunMetrics) -> None:
-    _plot_noisy_series(axes, metrics, "train/grad_norm_before_clipping", GREEN)
-    axes.set(yscale="log", ylabel="gradient norm\nbefore clipping")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
+def _plot_gradient_norm(axes: "Axes", curves: PlacedCurves) -> None:
+    _plot_noisy_series(axes, curves, "train/grad_norm_before_clipping", GREEN)
+    axes.set_ylabel("gradient norm\nbefore clipping")
+    _set_log_ticks(axes, curves, "train/grad_norm_before_clipping", count=3)
 
 
-def _plot_throughput(axes: "Axes", metrics: RunMetrics) -> None:
-    _plot_noisy_series(axes, metrics, "speed/tokens_per_s", GREY)
+def _plot_throughput(axes: "Axes", curves: PlacedCurves) -> None:
+    _plot_noisy_series(axes, curves, "speed/tokens_per_s", GREY)
     axes.set(ylabel="tokens/s,\nall ranks", ylim=(0, None))
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    _set_ticks(axes)
 
 
-def _plot_unique_rows(axes: "Axes", metrics: RunMetrics) -> None:
-    axes.plot(*metrics.series("data/unique_rows"), color=GREEN, linewidth=1.5)
+def _plot_unique_rows(axes: "Axes", curves: PlacedCurves) -> None:
+    axes.plot(*curves.curve("data/unique_rows"), color=GREEN, linewidth=1.5)
     axes.set(ylabel="unique rows\nseen", ylim=(0, None))
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    _set_ticks(axes)
 
 
-def _plot_unique_documents(axes: "Axes", metrics: RunMetrics) -> None:
+def _plot_unique_documents(axes: "Axes", curves: PlacedCurves) -> None:
     """And the repeat factor on a scale of its own, to the right."""
-    axes.plot(*metrics.series("data/unique_documents"), color=GREEN, linewidth=1.5)
+    axes.plot(*curves.curve("data/unique_documents"), color=GREEN, linewidth=1.5)
     axes.set(ylabel="unique\ndocuments", ylim=(0, None))
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    _set_ticks(axes)
     right = axes.twinx()
-    right.plot(*metrics.series("data/repeat_factor"), color=ORANGE, linewidth=1.5, linestyle=(0, (4, 2)))
+    right.plot(*curves.curve("data/repeat_factor"), color=ORANGE, linewidth=1.5, linestyle=(0, (4, 2)))
     right.set_ylabel("repeat factor", color=ORANGE)
     right.set_ylim(0, max(2, right.get_ylim()[1]))
+    _set_ticks(right)
     right.tick_params(axis="y", colors=ORANGE)
     right.spines[["top", "left"]].set_visible(False)
 
@@ -174,24 +168,54 @@ def _plot_unique_documents(axes: "Axes", metrics: RunMetrics) -> None:
 PANELS = (_plot_loss, _plot_lr, _plot_gradient_norm, _plot_throughput, _plot_unique_rows, _plot_unique_documents)
 
 
-def _shade_phases(axes: "Axes", plan: Plan) -> None:
-    for i, phase in enumerate(plan.phases):
-        name = f"{phase.name}: {phase.first} to {phase.last}"
-        axes.axvspan(
-            phase.first - 0.5, phase.last + 0.5, color=PHASE_COLORS[i % len(PHASE_COLORS)], linewidth=0, label=name
-        )
+def _set_ticks(axes: "Axes", count: int = 3) -> None:
+    """Round numbers on a linear axis, each of them once."""
+    ticks = pick_linear_ticks(*axes.get_ylim(), count)
+    axes.set_yticks(ticks, format_ticks(ticks))
+
+
+def _set_log_ticks(axes: "Axes", curves: PlacedCurves, *names: str, count: int = 5) -> None:
+    """A logarithmic axis with numbers that can be read, where a value of these names is above 0."""
+    values = np.concatenate([curves.curve(name)[1] for name in names])
+    if not (values[np.isfinite(values)] > 0).any():
+        axes.set_yticks([])
+        axes.text(0.5, 0.5, "no finite value above 0", ha="center", va="center", transform=axes.transAxes)
+        return
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    ticks = pick_log_ticks(low, high, count)
+    axes.set_yticks([], minor=True)
+    axes.set_yticks(ticks, format_ticks(ticks))
+    axes.set_ylim(low, high)
+
+
+def _shade_phases(axes: "Axes", axis: StepAxis) -> None:
+    for i, stretch in enumerate(axis.stretches):
+        name = f"{stretch.name}: {stretch.first:,} to {stretch.last:,}"
+        color = PHASE_COLORS[i % len(PHASE_COLORS)]
+        axes.axvspan(stretch.left, stretch.right, color=color, linewidth=0, label=name)
         if i > 0:
-            axes.axvline(phase.first - 0.5, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
-    axes.set(xlim=(0.5, plan.last_step + 0.5))
+            axes.axvline(stretch.left, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.set(xlim=(0, 1))
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save_figure(figure: "Figure", upper: "Axes", lower: "Axes", path: Path) -> None:
-    from matplotlib.ticker import MaxNLocator
+def _add_token_axis(axes: "Axes", ticks: Sequence[AxisTick]) -> None:
+    """Tokens above the steps, where they were counted."""
+    if ticks:
+        above = axes.secondary_xaxis("top")
+        above.set_xticks([tick.place for tick in ticks], [tick.label for tick in ticks])
+        above.set_xlabel("tokens")
 
-    lower.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
-    lower.set_xlabel("step")
-    figure.legend(*upper.get_legend_handles_labels(), loc="outside upper right", ncols=4, frameon=False)
+
+def _save_figure(figure: "Figure", column: Sequence["Axes"], axis: StepAxis, title: str, path: Path) -> None:
+    """Write a column of axes that share their steps, with title and legend."""
+    ticks = axis.ticks(8, WIDE)
+    column[-1].set_xticks([tick.place for tick in ticks], [tick.label for tick in ticks])
+    column[-1].set_xlabel("step" if axis.is_even else f"step ({UNEVEN})")
+    if title:
+        figure.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", fontsize=11)
+    figure.legend(*column[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

@@ -7,6 +7,7 @@ was lost. B: rows per step.
 
 import contextlib
 import itertools
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,7 +167,21 @@ def read_row_history(run: Path) -> RowHistory:
     """The history of a run folder. Errors: UserError if it has trained no row yet, or is not one the run wrote."""
     # The metrics first: a run that lives appends to the ledger before it does to them.
     damage: list[str] = []
-    lines = [line for line in read_jsonl(run / METRICS_FILE, say=damage.append) if "data/rows" in line]
+    steps = array("q")
+    rows = array("q")
+    chain = ""
+    for line in read_jsonl(run / METRICS_FILE, say=damage.append):
+        if "data/rows" in line:
+            steps.append(line["step"])
+            rows.append(line["data/rows"])
+            chain = line["data/ledger"]
+    return open_row_history(run, np.array(steps), np.array(rows), chain, damage[0] if damage else None)
+
+
+def open_row_history(
+    run: Path, logged_steps: np.ndarray, rows_after_step: np.ndarray, chain: str, metrics_damage: str | None
+) -> RowHistory:
+    """The ledger beside what was read of the metrics before. Errors: those of `read_row_history`."""
     path = run / LEDGER_FILE
     num_rows = path.stat().st_size // DIGEST_DTYPE.itemsize if path.is_file() else 0
     if not num_rows:
@@ -176,10 +191,10 @@ def read_row_history(run: Path) -> RowHistory:
         run=run,
         digests=np.memmap(path, DIGEST_DTYPE, "r", shape=(num_rows,)),
         rows_per_step=read_provenance(run / "config.yaml")["rows_per_step"],
-        logged_steps=np.array([line["step"] for line in lines], np.int64),
-        rows_after_step=np.array([line["data/rows"] for line in lines], np.int64),
-        chain=lines[-1]["data/ledger"] if lines else "",
-        metrics_damage=damage[0] if damage else None,
+        logged_steps=logged_steps.astype(np.int64),
+        rows_after_step=rows_after_step.astype(np.int64),
+        chain=chain,
+        metrics_damage=metrics_damage,
     )
 
 

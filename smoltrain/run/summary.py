@@ -32,6 +32,10 @@ PARTS = {
     "saving": PAUSE_S,
     "closing": CLOSING_S,
 }
+SUMMED_UP = {
+    "step", "time_s", *PARTS.values(), VALIDATION_LOSS, "validation/bits_per_byte", "speed/tokens_per_s", "speed/mfu",
+    "data/epochs", "train/skipped_updates",
+}  # fmt: skip
 REPEATED = "steps done again"
 OTHER = "other"  # looking at gradients, logs, publishing between steps
 LABEL_WIDTH = 18
@@ -72,8 +76,18 @@ class RunSummary:
 
 def summarise_run(plan: Plan, folder: Path) -> RunSummary:
     """Read a run's records. Errors: UserError for records that cannot be read at all."""
-    lines = list(read_jsonl(folder / METRICS_FILE))
-    undone = list(read_jsonl(folder / UNDONE_METRICS_FILE))
+    lines = [keep_summed_up(line) for line in read_jsonl(folder / METRICS_FILE)]
+    return summarise_lines(plan, folder, lines)
+
+
+def keep_summed_up(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What a summary needs of a line of metrics.jsonl: a third of it."""
+    return {name: value for name, value in line.items() if name in SUMMED_UP}
+
+
+def summarise_lines(plan: Plan, folder: Path, lines: list[dict[str, Any]]) -> RunSummary:
+    """The summary of these lines of metrics.jsonl, and of those of steps that were done again. Errors: UserError."""
+    undone = [keep_summed_up(line) for line in read_jsonl(folder / UNDONE_METRICS_FILE)]
     steps = [line for line in lines if STEP_S in line]
     step_s = sum(line[STEP_S] for line in steps)
     validations = [(line["step"], line[VALIDATION_LOSS]) for line in lines if VALIDATION_LOSS in line]

@@ -1,15 +1,15 @@
 """The picture of a plan."""
 
 import json
+import math
 import struct
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from smoltrain.config.schema import PhaseSection
 from smoltrain.errors import UserError
-from smoltrain.run.plots import GridCurve, draw_grid, draw_plan, draw_run, running_median
+from smoltrain.run.plots import GridCurve, draw_grid, draw_plan, draw_run
 from smoltrain.schedule import Plan
 
 MAIN = PhaseSection(name="main", steps=40, lr=3e-4, schedule="wsd", warmup_steps=5, decay_steps=10)
@@ -24,6 +24,14 @@ def test_a_plan_becomes_a_png(tmp_path: Path, phases: tuple[PhaseSection, ...]):
     data = path.read_bytes()
     assert data.startswith(b"\x89PNG\r\n\x1a\n")
     assert struct.unpack(">II", data[16:24]) == (1260, 672)
+
+
+def test_the_title_is_in_the_picture_as_it_is_typed(tmp_path: Path):
+    pictures = []
+    for title in ("", "quickstart: 43 steps", "a$b_{$ and ^$"):  # which matplotlib would take for mathematics
+        draw_plan(Plan((MAIN, AFTER)), tmp_path / "plan.png", title)
+        pictures.append((tmp_path / "plan.png").read_bytes())
+    assert len(set(pictures)) == 3
 
 
 def test_the_same_plan_is_the_same_picture(tmp_path: Path):
@@ -62,6 +70,14 @@ def test_a_run_becomes_pngs_of_its_curves(tmp_path: Path):
     assert size(training)[1] > size(loss)[1]
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """Of a run that is called "run"."""
+    run = tmp_path_factory.mktemp("drawn") / "run"
+    write_metrics(run, 43)
+    return [png.read_bytes() for png in draw_run(Plan((MAIN, AFTER)), run)]
+
+
 @pytest.mark.parametrize(
     ("name", "in_loss_png"),
     [
@@ -75,15 +91,14 @@ def test_a_run_becomes_pngs_of_its_curves(tmp_path: Path):
         ("data/repeat_factor", False),
     ],
 )
-def test_each_number_is_drawn(tmp_path: Path, name: str, in_loss_png: bool):
-    write_metrics(tmp_path, 43)
-    plan, metrics = Plan((MAIN, AFTER)), tmp_path / "metrics.jsonl"
-    before = [png.read_bytes() for png in draw_run(plan, tmp_path)]
+def test_each_number_is_drawn(tmp_path: Path, pictures: list[bytes], name: str, in_loss_png: bool):
+    write_metrics(tmp_path / "run", 43)
+    metrics = tmp_path / "run" / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     changed = [line | ({name: line[name] * (1 + line["step"] % 7)} if name in line else {}) for line in lines]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in changed))
-    after = [png.read_bytes() for png in draw_run(plan, tmp_path)]
-    assert [a != b for a, b in zip(before, after, strict=True)] == [in_loss_png, True]
+    after = [png.read_bytes() for png in draw_run(Plan((MAIN, AFTER)), tmp_path / "run")]
+    assert [a != b for a, b in zip(pictures, after, strict=True)] == [in_loss_png, True]
 
 
 def test_a_run_that_counted_no_documents_has_no_panel_of_them(tmp_path: Path):
@@ -104,15 +119,20 @@ def test_a_run_of_another_run_begins_where_it_began(tmp_path: Path):
         assert size(png)[0] == 1260
 
 
+def test_a_run_whose_losses_are_all_nan_is_drawn(tmp_path: Path):
+    write_metrics(tmp_path, 43)
+    metrics = tmp_path / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    metrics.write_text(
+        "".join(json.dumps({k: v if "loss" not in k else math.nan for k, v in x.items()}) + "\n" for x in lines)
+    )
+    for png in draw_run(Plan((MAIN, AFTER)), tmp_path):
+        assert size(png)[0] == 1260
+
+
 def test_a_run_without_a_step_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="nothing to draw yet"):
         draw_run(Plan((MAIN,)), tmp_path)
-
-
-def test_a_running_median_ignores_a_spike():
-    values = np.array([1.0, 1.0, 9.0, 1.0, 2.0])
-    assert running_median(values, 3).tolist() == [1.0, 1.0, 1.0, 2.0, 1.5]
-    assert running_median(values, 1).tolist() == values.tolist()
 
 
 def test_a_grid_becomes_a_png(tmp_path: Path):
