@@ -21,7 +21,7 @@ from smoltrain.run.summary import RunSummary, format_seconds, summarise_run
 from smoltrain.schedule import Plan
 
 MAX_RUNS = 8  # that a picture has colours for
-UNLIKE_BY_NAME = ("run.name", "run.folder")  # which differ between any two runs, and train nothing
+NOT_COMPARED = ("run.name", "run.folder", "run.stop_after")  # where a run lies, and where its newest start was to end
 NOTHING = "-"
 
 
@@ -126,7 +126,7 @@ def list_differences(configs: Sequence[Config]) -> list[TableRow]:
         for key, before, now in find_config_differences(first, config):
             values = found.setdefault(key, [_format_setting(before)] * len(configs))
             values[place] = _format_setting(now)
-    return [TableRow(key, values) for key, values in found.items() if key not in UNLIKE_BY_NAME]
+    return [TableRow(key, values) for key, values in found.items() if key not in NOT_COMPARED]
 
 
 def describe_rows(first: Path, other: Path) -> str:

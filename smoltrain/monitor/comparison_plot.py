@@ -54,11 +54,13 @@ def _draw_panel(axes: "Axes", runs: Sequence[ComparedRun], name: str, label: str
         x, y = average_neighbours(validation.axis(name), validation.losses)
         text = f" {run.label}"  # matplotlib leaves out of a legend what begins with an underscore
         axes.plot(x, y, "o-", color=color, markersize=3.5, linewidth=1.6, label=text)
-    axes.set(xlabel=label, ylabel="loss, nats per token")
+    axes.set(xlabel=label, ylabel="loss, nats per token\nlines: training, dots: validation")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e3e6e9")
     axes.margins(x=0.01)
-    if name != "hours":
+    if name == "hours":
+        axes.set_xlim(left=0)  # so that what a start took is seen
+    else:
         axes.xaxis.set_major_formatter("{x:,.0f}")
 
 

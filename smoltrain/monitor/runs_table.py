@@ -18,7 +18,7 @@ HEADINGS = ("run", "state", "step", "loss", "validation", "tokens/s", "last sign
 RIGHT_ALIGNED = (2, 3, 4, 5, 6)
 DROPPED_FIRST = (5, 4, 6, 3)  # columns that a narrow terminal has no room for
 GAP = "  "
-MIN_NAME_CELLS = 8
+MIN_NAME_CELLS = 12  # to which a name is cut before a column is left out
 NOTE_INDENT = 4
 
 
@@ -44,12 +44,14 @@ def format_runs(statuses: Sequence[RunStatus], now_s: float, width: int | None) 
     rows = [format_row(status, now_s) for status in statuses]
     kept = list(range(len(HEADINGS)))
     if width is not None:
+        longest_name = max(cell_len(row[0]) for row in rows)
+        name_room = max(0, longest_name - MIN_NAME_CELLS)
         for column in DROPPED_FIRST:
-            if _measure_table(rows, kept) > width:
+            if _measure_table(rows, kept) - name_room > width:
                 kept.remove(column)
-        names = max(MIN_NAME_CELLS, max(cell_len(row[0]) for row in rows) - max(0, _measure_table(rows, kept) - width))
+        too_wide = max(0, _measure_table(rows, kept) - width)
         for row in rows:
-            row[0] = _cut(row[0], names)
+            row[0] = _cut(row[0], max(MIN_NAME_CELLS, longest_name - too_wide))
     widths = _column_widths(rows)
     lines = [Text(_join_cells(HEADINGS, widths, kept), style="bold")]
     for status, row in zip(statuses, rows, strict=True):

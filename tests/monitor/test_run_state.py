@@ -18,10 +18,11 @@ from tests import tiny
 from tests.monitor.records import make_run
 
 NOW_S = 5_000_000_000.0  # later than anything that these tests write
+YOUNG_LINE = {"step": 8, "time_s": NOW_S}
 
 
-def state_of(run: Path, newest: dict[str, Any] | None = None, now_s: float = NOW_S) -> RunState:
-    return find_run_state(run, read_run_plan(run), newest or {"step": 8, "time_s": NOW_S}, now_s)
+def state_of(run: Path, newest: dict[str, Any] = YOUNG_LINE, now_s: float = NOW_S) -> RunState:
+    return find_run_state(run, read_run_plan(run), newest, now_s)
 
 
 def save(run: Path, step: int) -> None:

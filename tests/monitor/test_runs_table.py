@@ -30,7 +30,7 @@ def test_a_pipe_gets_a_whole_line_for_each_run() -> None:
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 140])
 def test_a_terminal_gets_what_it_has_room_for(width: int) -> None:
     lines = [line.plain for line in format_runs([ONE, NEW], now_s=1180.0, width=width)]
-    assert max(cell_len(line) for line in lines) <= max(width, 30)
+    assert max(cell_len(line) for line in lines) <= max(width, 34)
     shown = " ".join(" ".join(lines).split())
     assert "failed" in shown
     assert "waiting" in shown
