@@ -18,7 +18,6 @@ from tests.terminals import TerminalSession
 
 LONG = ("phases.main.steps=4000", "checkpoint.every=0", "evaluate.every=5", "sample.every=5", "track.print_every=100")
 COMMAND = str(launches.BIN / "smoltrain")
-HOME = "\x1b[H"  # with which each picture of a live view begins
 
 
 def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -29,12 +28,6 @@ def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def runs_by_name(folder: Path) -> dict[str, dict[str, Any]]:
     return {status["name"]: status for status in json.loads(command(folder, "runs", "--json").stdout)}
-
-
-def pictures(session: TerminalSession) -> list[list[str]]:
-    """What stood on the screen of a live view, picture after picture, without colours."""
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-GI-Za-z]", "", session.raw)
-    return [[line.rstrip() for line in part.split("\n")] for part in plain.replace("\r", "").split(HOME)[1:]]
 
 
 @pytest.mark.slow
@@ -61,7 +54,7 @@ def test_a_run_is_seen_from_its_beginning_to_its_ends(tmp_path: Path) -> None:
         assert (killed.state, killed.note, killed.last_step) == ("failed", KILLED, 4004)
         assert killed.step >= 6
         assert killed.validation_step == killed.step - killed.step % 5
-        for lines in pictures(watch):
+        for lines in watch.pictures:
             assert max(map(cell_len, lines)) <= 80
         left_behind = watch.raw.rpartition("\x1b[?1049l")[2]
         assert "failed   phase main   last line" in re.sub(r"\x1b\[[0-9;]*m", "", left_behind), "it stays on the screen"
