@@ -4,7 +4,7 @@
 140 x 40, kills the second one, and writes docs/results/watching-*.txt and docs/images/compare-*.png.
 """
 
-import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -20,13 +20,13 @@ IMAGES = ROOT / "docs" / "images"
 COMMAND = str(launches.BIN / "smoltrain")
 TERMINALS = ((80, 24), (140, 40))
 WINDOWS = {"desktop": (1280, 800), "phone": (390, 800)}
-WATCHED_STEP = 120  # at which the views are kept
-KILLED_STEP = 100
+WATCHED_STEP = 500  # at which the views are kept
+KILLED_STEP = 400
 SMALL = (
     "model.hidden_size=64", "model.num_hidden_layers=2", "model.num_attention_heads=2", "model.num_key_value_heads=1",
     "model.intermediate_size=160", "batch.sequence_length=64", "batch.micro_batch=2", "batch.accumulation=1",
-    "phases.main.steps=200", "phases.main.warmup_steps=10", "phases.continuation.steps=40", "evaluate.every=20",
-    "evaluate.rows=16", "sample.every=60", "checkpoint.every=50", "generation.max_tokens=60", "track.wandb=off",
+    "phases.main.steps=1000", "phases.main.warmup_steps=50", "phases.continuation.steps=200", "evaluate.every=100",
+    "evaluate.rows=16", "sample.every=100", "checkpoint.every=100", "generation.max_tokens=60", "track.wandb=off",
     "engine.precision=fp32",
 )  # fmt: skip
 
@@ -41,16 +41,16 @@ def capture(folder: Path) -> None:
     """Train, watch, kill, list and compare in a folder; write the captures."""
     process, _ = start_run(folder, "one")
     sessions = [TerminalSession([COMMAND, "watch", "one"], folder, *size) for size in TERMINALS]
-    launches.wait_for_step(folder / "runs" / "one", WATCHED_STEP, process)
-    os.sync()
     for session, (columns, lines) in zip(sessions, TERMINALS, strict=True):
-        session.read_until(lambda raw: f"  {WATCHED_STEP}/240" in raw or "  121/240" in raw or "  122/240" in raw)
+        session.read_until(
+            lambda raw: max(map(int, re.findall(r"  (\d+)/1200", raw.replace(",", ""))), default=0) > WATCHED_STEP
+        )
         picture = session.pictures[-2]  # the last one may be drawn in part
         (RESULTS / f"watching-{columns}x{lines}.txt").write_text("\n".join(picture).rstrip() + "\n", encoding="utf-8")
     for session in sessions:
         session.finish()
     assert process.wait(launches.TIMEOUT_S) == 0
-    process, words = start_run(folder, "two", "phases.main.lr=5e-4", "optimizer.kind=adamw")
+    process, words = start_run(folder, "two", "phases.main.lr=2e-3", "phases.main.weight_decay=0.0")
     launches.wait_for_step(folder / "runs" / "two", KILLED_STEP, process)
     launches.kill_all(words)
     process.wait(launches.TIMEOUT_S)

@@ -46,7 +46,7 @@ class TableRow:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Several runs, and what there is to say of them."""
 
     runs: list[ComparedRun]
@@ -55,7 +55,7 @@ class Comparison:
     verdicts: list[str]  # of their rows, each of the others beside the first
 
 
-def compare_named_runs(sources: Sequence[str]) -> Comparison:
+def compare_named_runs(sources: Sequence[str]) -> RunComparison:
     """Read runs that are named by folder or by name, and lay them side by side.
 
     Errors: UserError for fewer than two runs or too many, one that is not there, and records that cannot be read.
@@ -69,7 +69,7 @@ def compare_named_runs(sources: Sequence[str]) -> Comparison:
         raise UserError(Problem("a run is compared with itself", repeated[0], "runs that differ", "the RUN arguments"))
     runs = [_read_run(folder, label) for folder, label in zip(folders, shorten_paths(folders), strict=True)]
     verdicts = [describe_rows(runs[0].folder, run.folder) for run in runs[1:]]
-    return Comparison(runs, list_results(runs), list_differences([run.config for run in runs]), verdicts)
+    return RunComparison(runs, list_results(runs), list_differences([run.config for run in runs]), verdicts)
 
 
 def _read_run(folder: Path, label: str) -> ComparedRun:
@@ -137,7 +137,7 @@ def describe_rows(first: Path, other: Path) -> str:
         return f"{first} and {other}: their rows cannot be compared ({error.problems[0]})"
 
 
-def format_comparison(comparison: Comparison) -> list[str]:
+def format_comparison(comparison: RunComparison) -> list[str]:
     """The comparison as text: a table of results, one of keys, and what their rows say."""
     labels = [run.label for run in comparison.runs]
     lines = format_rows([TableRow("", labels), *comparison.results])
@@ -147,7 +147,7 @@ def format_comparison(comparison: Comparison) -> list[str]:
     return lines
 
 
-def _describe_differences(comparison: Comparison, labels: list[str]) -> list[str]:
+def _describe_differences(comparison: RunComparison, labels: list[str]) -> list[str]:
     if not comparison.differences:
         return ["their configs are the same, but for name and folder"]
     return ["their configs differ in", *format_rows([TableRow("", labels), *comparison.differences])]

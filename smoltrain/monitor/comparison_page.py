@@ -4,7 +4,7 @@ import base64
 from collections.abc import Sequence
 from html import escape
 
-from smoltrain.monitor.compare import Comparison, TableRow
+from smoltrain.monitor.compare import RunComparison, TableRow
 from smoltrain.monitor.comparison_plot import render_png
 
 STYLE = """
@@ -23,7 +23,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f8fb; paddi
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the page could load nothing if it tried
 
 
-def render_page(comparison: Comparison) -> str:
+def render_page(comparison: RunComparison) -> str:
     """The whole page."""
     labels = [run.label for run in comparison.runs]
     title = " and ".join(labels)

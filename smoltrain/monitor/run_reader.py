@@ -30,7 +30,7 @@ WARNING_LINE = re.compile(r"^\S+ \S+ smoltrain \w+ (WARNING: .*)$", re.MULTILINE
 
 
 class RunReader:
-    """A run, as far as its files tell. `look` reads what is new; a file that is not there yet may come later."""
+    """A run, as far as its files tell. `refresh` reads what is new; a file that is not there yet may come later."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -70,7 +70,7 @@ class RunReader:
         """Targets per second, all ranks, over the last steps."""
         return mean_throughput(self.recent_steps)
 
-    def look(self, now_s: float | None = None) -> None:
+    def refresh(self, now_s: float | None = None) -> None:
         """Read what is new. Errors: OSError for a file that is there and cannot be read."""
         now_s = time.time() if now_s is None else now_s
         plan = read_run_plan(self.folder)

@@ -98,7 +98,7 @@ def _draw_now(reader: RunReader, width: int, height: int, *, braille: bool) -> l
     now_s = time.time()
     trouble = ""
     try:
-        reader.look(now_s)
+        reader.refresh(now_s)
     except OSError as error:  # of a network file system, say: the next look may do better
         trouble = describe_error(error)
     return [*draw_view(reader, now_s, width, height, braille=braille, trouble=trouble)]

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from smoltrain.errors import UserError
-from smoltrain.monitor.compare import Comparison, compare_named_runs
+from smoltrain.monitor.compare import RunComparison, compare_named_runs
 from smoltrain.monitor.comparison_plot import draw_comparison, render_png, write_picture
 from tests.monitor.records import make_run, step_line
 
 
 @pytest.fixture(scope="module")
-def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> RunComparison:
     folder = tmp_path_factory.mktemp("drawn")
     names = ("_one", "two $x^2$ <script>")
     runs = [make_run(folder, "run.name=one"), make_run(folder, "run.name=two", lines=[step_line(1), step_line(2)])]
@@ -20,7 +20,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     return compare_named_runs([str(run) for run in renamed])
 
 
-def test_every_loss_of_every_run_is_drawn_over_three_axes(comparison: Comparison) -> None:
+def test_every_loss_of_every_run_is_drawn_over_three_axes(comparison: RunComparison) -> None:
     figure = draw_comparison(comparison.runs)
     assert [axes.get_xlabel() for axes in figure.axes] == [
         "step",
@@ -40,7 +40,7 @@ def test_every_loss_of_every_run_is_drawn_over_three_axes(comparison: Comparison
     assert not any(text.get_parse_math() for text in legend.get_texts()), "a name is no formula"
 
 
-def test_the_picture_is_a_png(comparison: Comparison, tmp_path: Path) -> None:
+def test_the_picture_is_a_png(comparison: RunComparison, tmp_path: Path) -> None:
     content = render_png(comparison.runs)
     assert struct.unpack(">II", content[16:24]) == (1170, 1469)
     write_picture(tmp_path / "a.png", content, "--png")

@@ -6,7 +6,7 @@ import pytest
 from rich.cells import cell_len
 
 from smoltrain.monitor.run_reader import RunReader
-from smoltrain.monitor.watch_view import draw_view, draw_waiting, flow_words
+from smoltrain.monitor.watch_view import NUMBERS, draw_view, draw_waiting, flow_words
 from smoltrain.run.run_ending import write_ending
 from tests.monitor.records import BEGAN_AT, make_run, write_lines
 
@@ -22,7 +22,7 @@ def reader(tmp_path: Path) -> RunReader:
     (run / "logs" / "rank0.log").write_text(log, encoding="utf-8")
     write_lines(run / "samples.jsonl", [{"step": 8, "prompt": "To \x1b[2J", "text": "be\n" * 9}])
     reader = RunReader(run)
-    reader.look(NOW_S)
+    reader.refresh(NOW_S)
     return reader
 
 
@@ -83,3 +83,14 @@ def test_words_flow_without_being_broken() -> None:
     assert flow_words(["aa", "bbb", "c"], 8) == ["aa   bbb", "c"]
     assert flow_words(["a" * 9], 8) == ["a" * 8]
     assert flow_words([], 8) == []
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(80, 24), (140, 40)])
+def test_the_captures_of_the_docs_are_of_this_view(columns: int, lines: int) -> None:
+    capture = (Path(__file__).parents[2] / "docs" / "results" / f"watching-{columns}x{lines}.txt").read_text("utf-8")
+    shown = capture.splitlines()
+    assert len(shown) <= lines
+    assert max(cell_len(line) for line in shown) <= columns
+    labels = [label for name, label, _ in NUMBERS if name != "train/skipped_updates"]  # there were none
+    for words in ("one   running   phase main", "left ", "tokens/s", "training, validation ●", "sample at", *labels):
+        assert words in capture, words
