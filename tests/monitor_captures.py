@@ -45,7 +45,9 @@ def capture(folder: Path) -> None:
         session.read_until(
             lambda raw: max(map(int, re.findall(r"  (\d+)/1200", raw.replace(",", ""))), default=0) > WATCHED_STEP
         )
-        picture = session.pictures[-2]  # the last one may be drawn in part
+        number = len(session.pictures)  # of the one that is being drawn
+        session.read_until(lambda raw, number=number: raw.count("\x1b[H") > number)
+        picture = session.pictures[number - 1]
         (RESULTS / f"watching-{columns}x{lines}.txt").write_text("\n".join(picture).rstrip() + "\n", encoding="utf-8")
     for session in sessions:
         session.finish()
