@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "library"),
     ("tune",),
     ("launch", "new_recipe"),
-    ("train", "report"),
+    ("train", "report", "monitor"),
     ("export", "run"),
     ("inference", "explain"),
     ("estimate", "checkpoint"),

@@ -1,6 +1,7 @@
 """Files: atomic writes, .jsonl lines with checksums, and torch.load with weights_only.
 
-A write is atomic by a rename: a reader, or a crash, sees either the old file or the new one, whole.
+A write is atomic by a rename: a reader, or a crash, sees either the old file or the new one, whole. torch is imported
+where tensors are written or read: whoever only looks at a run's records does not wait for it.
 """
 
 import errno
@@ -16,8 +17,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from smoltrain.errors import Problem, TrainingStopped, UserError, format_value
 
@@ -165,6 +164,17 @@ def _parse_json_line(raw: bytes, keys: Sequence[str], sealed: bool) -> tuple[dic
     return value, None
 
 
+def parse_jsonl(content: bytes, keys: Sequence[str] = ("step",)) -> list[dict[str, Any]]:
+    """The values of the sound lines in a piece of a .jsonl that begins with a line; one without an end is left out."""
+    *whole, _ = content.split(b"\n")
+    values: list[dict[str, Any]] = []
+    for text in whole:
+        value, fault = _parse_json_line(text + b"\n", keys, sealed=False)
+        if fault is None:
+            values.append(value)
+    return values
+
+
 def print_warning(text: str) -> None:
     """Print a warning on stderr."""
     print(f"WARNING: {text}", file=sys.stderr)
@@ -200,6 +210,8 @@ def keep_jsonl_lines(path: Path, lines: Iterable[JsonLine]) -> None:
 
 def write_tensors(path: Path, tree: Any) -> None:
     """Write a torch file that is on the disk afterwards. Errors: OSError, or RuntimeError of torch's own writer."""
+    import torch
+
     torch.serialization.set_crc32_options(False)  # 4 of 5 seconds; who writes these files hashes them too
     try:
         with path.open("wb") as file:
@@ -228,6 +240,8 @@ def read_tensors(path: Path, allowed: Sequence[type] = ()) -> Any:
     Errors: TrainingStopped naming the file and the class or function that was refused, or what is broken in it; no
     code of the file has run.
     """
+    import torch
+
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)

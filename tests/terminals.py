@@ -58,6 +58,12 @@ class TerminalSession:
         return self.process.wait(TIMEOUT_S)
 
     @property
+    def pictures(self) -> list[list[str]]:
+        """What stood on the whole screen, picture after picture, of a command that draws on all of it; no colours."""
+        plain = re.sub(r"\x1b\[[0-9;?]*[A-GI-Za-z]", "", self.raw.replace("\r", ""))
+        return [[line.rstrip() for line in part.split("\n")] for part in plain.split("\x1b[H")[1:]]
+
+    @property
     def lines(self) -> list[str]:
         """What stands on the screen, above it too. Errors: AssertionError for a line that has wrapped.
 

@@ -36,7 +36,7 @@ OWNERS = {
     "wandb": ("smoltrain.run.wandb_run",),
     "flash_attn": ("smoltrain.kernels.flash_attention", "smoltrain.kernels.flash_attention_4"),
     "liger_kernel": ("smoltrain.kernels.loss",),
-    "matplotlib": ("smoltrain.run.plots", "smoltrain.run.scaling_plot"),
+    "matplotlib": ("smoltrain.run.plots", "smoltrain.run.scaling_plot", "smoltrain.monitor.comparison_plot"),
     "gradio": ("smoltrain.inference.demo",),
     "jinja2": ("smoltrain.report.page",),
     "datasets": ("smoltrain.data.documents.hub",),

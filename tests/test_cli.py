@@ -21,8 +21,10 @@ EXAMPLE = str(Path(__file__).parent / "example.yaml")
 COMMAND = str(Path(sys.executable).parent / "smoltrain")
 Run = Callable[..., tuple[int, str, str]]
 VERBS = [
-    *["new", "train", "tune", "recipes", "show", "explain", "estimate", "summary", "report", "plot", "verify"],
-    *["generate", "export", "push", "demo"],
+    *["new", "train", "tune"],
+    *["recipes", "show", "explain", "estimate"],
+    *["runs", "watch", "summary", "plot", "report", "compare", "verify"],
+    *["generate", "demo", "export", "push"],
 ]
 PREPARE_VERBS = ["prepare tokenizer", "prepare data"]
 
@@ -165,7 +167,7 @@ def test_looking_does_not_wait_for_torch():
 import sys, smoltrain.cli
 heavy = {"torch", "matplotlib", "deepspeed", "pydantic", "transformers", "wandb"}
 print(*heavy & set(sys.modules))
-for words in (["--help"], ["recipes"], ["explain"], ["explain", "lr"]):
+for words in (["--help"], ["recipes"], ["explain"], ["explain", "lr"], ["runs"]):
     try:
         smoltrain.cli.main(words)
     except SystemExit as left:
@@ -175,7 +177,7 @@ print(*(heavy - {"pydantic"}) & set(sys.modules))
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     lines = ended.stdout.splitlines()
     assert (ended.returncode, ended.stderr, lines[0], lines[-1]) == (0, "", "", "")
-    assert lines.count("code 0") == 4
+    assert lines.count("code 0") == 5
 
 
 # --- completion
@@ -280,6 +282,34 @@ def test_the_summary_of_a_run_is_read_from_its_folder(run: Run, tmp_path: Path):
     assert "\n  time               10.0 s in 1 start\n" in out
     assert out.endswith("the other 541 steps: the same command, without run.stop_after\n")
     assert run("summary", "yours")[0] == 2
+
+
+def test_runs_are_listed_watched_and_compared(run: Run, tmp_path: Path):
+    for name, loss in (("one", 3.0), ("two", 2.5)):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(run("show", EXAMPLE, f"run.name={name}", f"run.seed={loss:.0f}")[1])
+        (folder / "metrics.jsonl").write_text(f'{{"step": 9, "train/loss_nats_per_token": {loss}}}\n')
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run("runs")
+    assert (code, err) == (0, "")
+    assert [line.split()[:4] for line in out.splitlines()[1:]] == [
+        ["one", "failed", "9/550", "3.0000"],
+        ["two", "failed", "9/550", "2.5000"],
+    ]
+    assert run("runs", "runs", "--json")[1].count('"state": "failed"') == 2
+    assert run("runs", "elsewhere")[0] == 2
+    code, out, err = run("watch", "two", "--once")
+    assert (code, err, out.splitlines()[0]) == (0, "", "two   failed   phase main")
+    assert run("watch", "three", "--once")[0] == 2
+    code, out, err = run("compare", "one", "two")
+    assert (code, err) == (0, "")
+    assert [line.split() for line in out.splitlines() if line.startswith("run.seed")] == [["run.seed", "3", "2"]]
+    assert sorted(tmp_path.rglob("*")) == before, "nothing is written"
+    code, out, _ = run("compare", "one", "two", "--png", "c.png", "--html", "c.html")
+    assert (code, out.splitlines()[-2:]) == (0, ["c.png", "c.html"])
+    assert Path("c.png").stat().st_size > 10_000
+    assert run("compare", "one", "two", "--png", "no/c.png")[0] == 2
 
 
 def test_show_plan_is_a_table_and_writes_nothing(run: Run):

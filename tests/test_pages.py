@@ -25,7 +25,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 TASKS = (
     "first-run", "data", "new-recipe", "choosing", "clusters", "checkpoints", "wandb", "export", "troubleshooting",
-    "estimate", "recipes", "performance", "security", "architecture", "optimizers",
+    "estimate", "recipes", "performance", "security", "architecture", "optimizers", "watching",
 )  # fmt: skip
 TEN_MINUTES = 2200  # words, at 220 a minute
 

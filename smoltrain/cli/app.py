@@ -15,8 +15,8 @@ from smoltrain.usage import describe_unknown_verb, describe_wrong_call
 PANELS = {
     "Start a run": ("new", "train", "tune"),
     "Look before": ("recipes", "show", "explain", "estimate"),
-    "Look meanwhile and after": ("summary", "report", "plot", "verify"),
-    "Take the model out": ("generate", "export", "push", "demo"),
+    "Look meanwhile and after": ("runs", "watch", "summary", "plot", "report", "compare", "verify"),
+    "Take the model out": ("generate", "demo", "export", "push"),
     "Prepare ahead": ("prepare",),
 }
 

@@ -21,13 +21,14 @@ def complete_key(incomplete: str) -> list[str]:
     return [word for word in list_explained_words() if word.startswith(incomplete)]
 
 
-def _complete_run(incomplete: str) -> list[str]:
+def complete_run(incomplete: str) -> list[str]:
+    """Runs under runs/ whose name begins so."""
     return [path.parent.name for path in Path("runs").glob(f"{glob.escape(incomplete)}*/config.yaml")]
 
 
 RunArgument = Annotated[
     str,
-    typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.", autocompletion=_complete_run),
+    typer.Argument(metavar="RUN", help="A run folder, or the name of one under runs/.", autocompletion=complete_run),
 ]
 
 
@@ -36,7 +37,7 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="RUN",
         help="A run folder, the name of one under runs/, the folder of a checkpoint, or a Hugging Face folder.",
-        autocompletion=_complete_run,
+        autocompletion=complete_run,
     ),
 ]
 

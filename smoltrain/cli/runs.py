@@ -1,4 +1,4 @@
-"""Verbs that look at a run, meanwhile and afterwards: summary, report, plot, verify."""
+"""Verbs that look at runs, meanwhile and afterwards: runs, watch, summary, plot, report, compare, verify."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,8 +6,64 @@ from typing import Annotated
 import typer
 
 from smoltrain.cli.app import app
-from smoltrain.cli.arguments import RunArgument
+from smoltrain.cli.arguments import RunArgument, complete_run
 from smoltrain.errors import FAULT, Problem, UserError
+
+
+@app.command("runs", epilog="Example: smoltrain runs --json")
+def runs_command(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="The folder of the runs; without it, runs.")
+    ] = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of JSON objects instead of a table.")] = False,
+) -> None:
+    """List all runs: which are running, waiting, failed, stopped, done; step, losses, tokens/s, last sign of life."""
+    from smoltrain.config.config_file import RUNS_FOLDER
+    from smoltrain.monitor.runs_table import print_runs
+
+    print_runs(folder or RUNS_FOLDER, is_default=folder is None, as_json=as_json)
+
+
+@app.command("watch", epilog="Example: smoltrain watch quickstart")
+def watch_command(
+    run: RunArgument,
+    *,
+    once: Annotated[bool, typer.Option("--once", help="Show it once and leave, as through a pipe.")] = False,
+) -> None:
+    """Watch a run live in the terminal until it ends: progress, losses, speed, warnings, samples. Ctrl-C leaves."""
+    from smoltrain.monitor.watch import watch_run
+
+    watch_run(run, once=once)
+
+
+@app.command("compare", epilog="Example: smoltrain compare one two --png losses.png")
+def compare_command(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...", help="Run folders, or names of runs under runs/.", autocompletion=complete_run
+        ),
+    ],
+    *,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw their losses over steps, tokens and hours into this file.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write all of it as one page into this file.")] = None,
+) -> None:
+    """Lay runs side by side: losses, throughput, what differs in their configs, and whether their rows are the same."""
+    from smoltrain.monitor.compare import compare_named_runs, format_comparison
+    from smoltrain.monitor.comparison_page import render_page
+    from smoltrain.monitor.comparison_plot import render_png, write_picture
+
+    comparison = compare_named_runs(runs)
+    print("\n".join(format_comparison(comparison)))
+    if png is not None:
+        write_picture(png, render_png(comparison.runs), "--png")
+        print(png)
+    if html is not None:
+        write_picture(html, render_page(comparison).encode(), "--html")
+        print(html)
 
 
 @app.command("plot", epilog="Example: smoltrain plot quickstart")

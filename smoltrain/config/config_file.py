@@ -9,6 +9,7 @@ from smoltrain import files
 from smoltrain.config.yaml_text import read_yaml
 from smoltrain.errors import Problem, UserError, format_value
 
+RUNS_FOLDER = Path("runs")  # where runs are that are called by their name alone
 CONFIG_FILE = "config.yaml"
 CONFIG_DIGEST_PREFIX = "# sha256 of the lines above: "  # begins the last line of config.yaml
 

@@ -19,7 +19,7 @@ from smoltrain.checkpoint.manifest import (
     step_folder,
     verify_checkpoint,
 )
-from smoltrain.config.config_file import CONFIG_FILE, find_config_damage, read_provenance
+from smoltrain.config.config_file import CONFIG_FILE, RUNS_FOLDER, find_config_damage, read_provenance
 from smoltrain.config.load import read_run_config
 from smoltrain.config.schema import Config, GenerationSection, RunSection
 from smoltrain.data.tokenizers.companions import (
@@ -40,7 +40,6 @@ from smoltrain.model.build import build_model
 from smoltrain.model.hf_format import Tensors, check_hf_tensors, common_dtype, read_hf_decoder, read_safetensors_file
 from smoltrain.model.interface import LanguageModel
 
-RUNS_FOLDER = Path("runs")
 EXPORT_MARKER_FILE = "smoltrain.json"  # in exports that passed: what they are of, and what their files are
 CHECKPOINT_FOLDER_PATTERN = re.compile(r"step-([0-9]{8,})")  # the name of a published checkpoint's folder
 # Our generation section -> the keys of a generation_config.json.

@@ -2,13 +2,15 @@
 
 The supervisor takes it before it looks at the run, and rank 0 of each phase inherits the open file: a lock of flock(2)
 belongs to the open file description, so it is there until both have closed it, however they end. A supervisor that is
-killed while its ranks still save leaves the run locked until they have left. Nobody unlocks it by hand.
+killed while its ranks still save leaves the run locked until they have left. Nobody unlocks it by hand. The file's
+time of modification is when the run was last locked.
 """
 
 import errno
 import fcntl
 import os
 import time
+from pathlib import Path
 
 from smoltrain.config.schema import Config
 from smoltrain.errors import Problem, UserError
@@ -29,7 +31,7 @@ def lock_run_folder(config: Config, patience_s: float = PATIENCE_S) -> int | Non
     Waits a while for a process that is leaving. Errors: UserError if another one keeps the lock, or the folder cannot
     be written.
     """
-    path = config.run.folder / f".{config.run.name}.lock"
+    path = lock_file(config.run.folder, config.run.name)
     deadline = time.monotonic() + patience_s
     try:
         config.run.folder.mkdir(parents=True, exist_ok=True)
@@ -46,6 +48,8 @@ def lock_run_folder(config: Config, patience_s: float = PATIENCE_S) -> int | Non
                     )
                 )
             time.sleep(POLL_S)
+        now = time.time()
+        os.utime(descriptor, (now, now))
     except OSError as error:
         if want := UNWRITABLE_ERRORS.get(error.errno or 0):
             raise UserError(Problem("the run cannot be written there", str(error), want, "run.folder")) from None
@@ -53,6 +57,33 @@ def lock_run_folder(config: Config, patience_s: float = PATIENCE_S) -> int | Non
             return None
         raise
     return descriptor
+
+
+def lock_file(runs: Path, name: str) -> Path:
+    """The file on which the lock of the run runs/NAME is."""
+    return runs / f".{name}.lock"
+
+
+def is_run_locked(path: Path) -> bool | None:
+    """Whether somebody trains the run of this lock file; None where the file system has no locks, or nobody may ask.
+
+    Asking takes a shared lock for a moment: who wants to train then looks again after POLL_S. Nothing is written.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)  # which unlocks it
+    return False
 
 
 def unlock_run_folder(lock: int | None) -> None:

@@ -18,9 +18,10 @@ from smoltrain import files
 from smoltrain.config.schema import Config
 from smoltrain.console import take_console_warnings
 from smoltrain.engine.layer_gradients import LayerGradient
-from smoltrain.errors import DONE, FAULT
+from smoltrain.errors import DONE, FAULT, exception_message
 from smoltrain.files import METRICS_FILE
 from smoltrain.redact import redact_text
+from smoltrain.run.run_ending import EndingKind, remove_ending, write_ending
 from smoltrain.run.run_folder import SAMPLES_FILE, RunFolder
 from smoltrain.run.screen import Screen, cut_sample, format_choice, format_step_line, format_validation_line
 from smoltrain.run.time_left import TimeLeft
@@ -86,8 +87,10 @@ class Tracker:
         self._wandb: WandbRun | None = None
         self._warned_kinds: set[str] = set()
         self._best_loss = math.inf  # of all validations so far
+        self._folder = folder.path
         if not self._is_writer:
             return
+        remove_ending(self._folder)
         self._choices_file = folder.path / "logs" / "choices.json"
         self._choices: dict[str, str] = {}
         self._shown_choices = read_choices(self._choices_file) if choices_were_said else {}
@@ -213,10 +216,18 @@ class Tracker:
         if self._wandb:
             self._wandb.log_model(step, weights, ends_phase=ends_phase)
 
+    def record_ending(self, kind: EndingKind, reason: str) -> None:
+        """Write down how this start ends: for `smoltrain runs`, which cannot ask a process that has left."""
+        if self._is_writer:
+            with contextlib.suppress(OSError):  # of a full disk, perhaps: then the run looks as one that was killed
+                write_ending(self._folder, kind, reason)
+
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        if error is not None:
+            self.record_ending("failed", f"{type(error).__name__}: {exception_message(error)}")
         self.close(DONE if kind is None else FAULT)
 
     def close(self, exit_code: int) -> None:

@@ -65,9 +65,11 @@ def _leave(session: Session, step: int, *, waited_for_data: bool = False) -> int
     if reason:
         reached = f"after step {step}" if step else "before the first step"
         while_waiting = ", waiting for data" if waited_for_data else ""
+        session.tracker.record_ending("stopped", f"{reached} ({reason}){while_waiting}")
         session.tracker.say(f"stopped {reached} ({reason}){while_waiting}; the same command goes on from there")
         return STOPPED
     completion = describe_completion(session.plan, step)
+    session.tracker.record_ending("done", completion)
     plots = session.folder.path / "plots"
     session.tracker.say(f"{session.config.run.name}: {completion}; the curves are in {plots}")
     return DONE

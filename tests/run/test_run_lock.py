@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from smoltrain.errors import UserError
-from smoltrain.run.run_lock import lock_run_folder
+from smoltrain.run.run_lock import is_run_locked, lock_file, lock_run_folder
 from tests import tiny
 
 
@@ -49,6 +49,32 @@ def test_who_inherits_the_lock_holds_it_too(tmp_path: Path) -> None:
     assert again is not None
     os.close(again)
     stranger.communicate()
+
+
+def test_others_may_ask_who_trains_without_leaving_a_trace(tmp_path: Path) -> None:
+    settings = tiny.load(tmp_path)
+    path = lock_file(settings.run.folder, settings.run.name)
+    assert is_run_locked(path) is False
+    assert not path.exists()
+    lock = lock_run_folder(settings)
+    assert lock is not None
+    os.utime(path, (1.0, 1.0))
+    assert is_run_locked(path) is True
+    assert path.stat().st_mtime == 1.0
+    os.close(lock)
+    assert is_run_locked(path) is False
+    again = lock_run_folder(settings, patience_s=0.0)
+    assert again is not None, "whoever asked holds nothing"
+    assert path.stat().st_mtime > 1.0, "it tells when the run was last locked"
+    os.close(again)
+
+
+def test_a_lock_that_nobody_may_ask_for_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refused)
+    assert is_run_locked(tmp_path / ".x.lock") is None
 
 
 def test_a_file_system_without_locks_locks_nobody_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

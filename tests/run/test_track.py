@@ -17,7 +17,9 @@ import yaml
 from smoltrain import files
 from smoltrain.config.schema import Config
 from smoltrain.engine.layer_gradients import LayerGradient
+from smoltrain.errors import TrainingStopped
 from smoltrain.estimate.speed import recipe_flops_per_token
+from smoltrain.run.run_ending import read_ending
 from smoltrain.run.screen import format_step_line
 from smoltrain.run.track import GRADIENT_NORM_PREFIX, METRICS, Tracker
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
@@ -392,6 +394,20 @@ def test_other_ranks_only_keep_a_log(tmp_path: Path, capsys: pytest.CaptureFixtu
     run = tmp_path / "runs" / "quickstart"
     assert sorted(p.relative_to(run).as_posix() for p in run.rglob("*")) == ["logs", "logs/rank1.log"]
     assert "smoltrain INFO hello" in (run / "logs" / "rank1.log").read_text(encoding="utf-8")
+
+
+def test_an_error_that_ends_a_run_is_written_down_until_the_next_start(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "quickstart"
+    with pytest.raises(TrainingStopped), opened(tmp_path):
+        raise TrainingStopped("the disk\nis full")
+    assert read_ending(run) == ("failed", "TrainingStopped: the disk is full")
+    with opened(tmp_path) as tracker:
+        assert read_ending(run) is None
+        tracker.record_ending("stopped", "after step 3 (SIGTERM)")
+    assert read_ending(run) == ("stopped", "after step 3 (SIGTERM)")
+    with opened(tmp_path, rank=1) as other:
+        other.record_ending("done", "rank 0 alone writes it")
+    assert read_ending(run) == ("stopped", "after step 3 (SIGTERM)")
 
 
 def test_an_interrupted_runs_later_and_broken_lines_are_dropped(tmp_path: Path) -> None:

@@ -35,7 +35,11 @@ class Story:
         self.world = SimpleNamespace(gather=lambda value: [None, value], is_first=False)
         self.watchdog = SimpleNamespace(mark=lambda _: None)
         self.saver = SimpleNamespace(poll=lambda: None, finish=lambda: self.note("published"))
-        self.tracker = SimpleNamespace(say=self.said.append, show_activity=lambda _: contextlib.nullcontext())
+        self.endings: list[tuple[str, str]] = []
+        self.tracker = SimpleNamespace(
+            say=self.said.append, show_activity=lambda _: contextlib.nullcontext(),
+            record_ending=lambda kind, reason: self.endings.append((kind, reason)),
+        )  # fmt: skip
         self.folder = SimpleNamespace(path=tmp_path)
 
     def note(self, word: str) -> None:
@@ -114,6 +118,7 @@ def test_each_thing_is_done_when_it_is_due_and_at_the_end_of_a_phase(
     assert story.unsettled == [1, 2, 5, 7, 10, 11]
     assert all(Session.is_anything_due(cast(Any, with_a_callback(story)), step) for step in story.unsettled)
     assert "the plan is complete (12 steps)" in story.said[-1]
+    assert story.endings == [("done", "the plan is complete (12 steps)")]
 
 
 @pytest.mark.parametrize(("waited", "more"), [(False, ""), (True, ", waiting for data")])
@@ -126,6 +131,7 @@ def test_a_stop_saves_the_step_before_and_leaves_at_once(
         "rows that it has consumed are in the ledger first"
     )
     assert story.said == [f"stopped after step 5 (SIGTERM){more}; the same command goes on from there"]
+    assert story.endings == [("stopped", f"after step 5 (SIGTERM){more}")]
 
 
 def test_a_stop_before_the_first_step_says_so(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
