@@ -71,7 +71,6 @@ class HeatMap:
     levels: list[DrawnPath]
     x_ticks: list[AxisTick]
     wide_x_ticks: list[AxisTick]  # where the window is wide
-    phases: list[Stretch]
     low: str  # what the first and the last colour stand for
     high: str
     notes: list[str]
@@ -123,7 +122,8 @@ class Charts:
     def _draw_one(self, one: Series, scale: "_ValueScale") -> list[DrawnPath]:
         places = self.axis.place(one.steps)
         is_drawn = np.isfinite(one.values) & ((one.values > 0) | (not scale.is_log))
-        x, y = places[is_drawn], one.values[is_drawn]
+        x = places[is_drawn]
+        y = one.values[is_drawn]
         paths: list[DrawnPath] = []
         is_smoothed = one.is_noisy and len(y) >= SMOOTHED
         if len(y):
@@ -145,7 +145,8 @@ class Charts:
         if not columns:
             return None
         positive = np.concatenate([values[np.isfinite(values) & (values > 0)] for _, values in columns.values()])
-        low, high = (float(positive.min()), float(positive.max())) if len(positive) else (1.0, 1.0)
+        low = float(positive.min()) if len(positive) else 1.0
+        high = float(positive.max()) if len(positive) else 1.0
         cells: dict[int, list[str]] = {}
         num_bad = 0
         for number, (steps, values) in enumerate(columns.values()):
@@ -160,19 +161,8 @@ class Charts:
         notes = [f"{num_bad:,} values are not finite"] if num_bad else []
         height = min(26 * len(names), max(320, 9 * len(names)))
         rows = [name.removeprefix(prefix) for name in names]
-        phases = self.axis.stretches
-        return HeatMap(
-            title,
-            rows,
-            levels,
-            self.x_ticks,
-            self.wide_x_ticks,
-            phases,
-            format_number(low, 3),
-            format_number(high, 3),
-            notes,
-            height,
-        )
+        colors = (format_number(low, 3), format_number(high, 3))
+        return HeatMap(title, rows, levels, self.x_ticks, self.wide_x_ticks, *colors, notes, height)
 
 
 def open_charts(metrics: RunMetrics, axis: StepAxis) -> Charts:
@@ -191,9 +181,11 @@ class _ValueScale:
     @classmethod
     def fit(cls, finite: np.ndarray, *, is_log: bool, from_zero: bool) -> "_ValueScale":
         shown = finite[finite > 0] if is_log else finite
-        low, high = (float(shown.min()), float(shown.max())) if len(shown) else (0.0, 1.0)
+        low = float(shown.min()) if len(shown) else 0.0
+        high = float(shown.max()) if len(shown) else 1.0
         if from_zero:
-            low, high = min(low, 0.0), max(high, 0.0)
+            low = min(low, 0.0)
+            high = max(high, 0.0)
         if is_log:
             margin = (high / low) ** MARGIN if high > low else 1.5
             return cls(low / margin, high * margin, is_log)
@@ -250,5 +242,6 @@ def _level_of(value: float, low: float, high: float, num_levels: int) -> int:
 
 
 def _cell(left: float, right: float, row: int, num_rows: int) -> str:
-    top, bottom = BOX * row / num_rows, BOX * (row + 1) / num_rows
+    top = BOX * row / num_rows
+    bottom = BOX * (row + 1) / num_rows
     return f"M{left * BOX:.1f} {top:.1f}H{right * BOX:.1f}V{bottom:.1f}H{left * BOX:.1f}z"
