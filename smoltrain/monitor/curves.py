@@ -93,5 +93,5 @@ def average_neighbours(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> 
     if len(x) <= most:
         return x, y
     starts = np.arange(0, len(x), -(-len(x) // most))
-    counts = np.diff([*starts, len(x)])
+    counts = np.diff(np.append(starts, len(x)))
     return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts

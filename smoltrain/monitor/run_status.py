@@ -12,7 +12,7 @@ from smoltrain.config.config_file import CONFIG_FILE
 from smoltrain.data.tokens.index import data_index_file
 from smoltrain.errors import Problem, UserError
 from smoltrain.files import METRICS_FILE
-from smoltrain.monitor.run_state import STATES, find_run_state, read_run_plan
+from smoltrain.monitor.run_state import STATES, State, find_run_state, read_run_plan
 from smoltrain.monitor.tail import find_last_line, read_tail
 from smoltrain.run.run_lock import is_run_locked
 from smoltrain.run.time_left import STEP_S
@@ -31,7 +31,7 @@ class RunStatus:
 
     name: str
     folder: str
-    state: str  # one of STATES
+    state: State
     note: str
     step: int  # the last one that is trained
     last_step: int | None  # of the plan

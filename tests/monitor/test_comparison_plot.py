@@ -3,6 +3,7 @@
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from smoltrain.errors import UserError
@@ -31,9 +32,9 @@ def test_every_loss_of_every_run_is_drawn_over_three_axes(comparison: RunCompari
         lines = axes.get_lines()
         assert len(lines) == 4
         for run, training, validation in zip(comparison.runs, lines[::2], lines[1::2], strict=True):
-            assert list(training.get_ydata()) == run.curves.training.losses.tolist()
-            assert list(training.get_xdata()) == run.curves.training.axis(name).tolist()
-            assert list(validation.get_ydata()) == run.curves.validation.losses.tolist()
+            assert np.asarray(training.get_ydata()).tolist() == run.curves.training.losses.tolist()
+            assert np.asarray(training.get_xdata()).tolist() == run.curves.training.axis(name).tolist()
+            assert np.asarray(validation.get_ydata()).tolist() == run.curves.validation.losses.tolist()
             assert training.get_color() == validation.get_color()
     (legend,) = figure.legends
     assert [text.get_text().strip() for text in legend.get_texts()] == ["_one", "two $x^2$ <script>"]

@@ -46,10 +46,15 @@ def test_a_live_view_waits_for_its_run_and_ends_with_it(tmp_path: Path) -> None:
     watched = WatchedRun("quickstart", console)
     console.print(watched.render())
     assert not watched.has_ended
+    (tmp_path / "runs" / "quickstart" / "data").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "data" / "index.json").touch()
+    console.print(watched.render())
+    assert not watched.has_ended, "its data are prepared, and somebody may start it"
     make_run(tmp_path)
     console.print(watched.render())
     assert watched.has_ended
     assert isinstance(console.file, io.StringIO)
     shown = console.file.getvalue()
     assert shown.startswith("waiting for the run 'quickstart': there is none yet.")
+    assert "quickstart   waiting" in shown
     assert "quickstart   failed" in shown
