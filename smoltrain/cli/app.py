@@ -15,7 +15,7 @@ from smoltrain.usage import describe_unknown_verb, describe_wrong_call
 PANELS = {
     "Start a run": ("new", "train", "tune"),
     "Look before": ("recipes", "show", "explain", "estimate"),
-    "Look meanwhile and after": ("summary", "plot", "verify"),
+    "Look meanwhile and after": ("summary", "plot", "verify", "profile"),
     "Take the model out": ("generate", "export", "push", "demo"),
     "Prepare ahead": ("prepare",),
 }
