@@ -81,14 +81,14 @@ def build_step_table(profile: Profile) -> Table:
 
 def build_operator_table(profile: Profile) -> Table:
     """Kernels of a GPU, or operators of a CPU, that take most of a step."""
-    what = "kernels of the GPU" if profile.parts.uses_gpu else "operators of torch, as Python calls them"
+    what = "kernels of a step" if profile.parts.uses_gpu else "operators of a step, as Python calls them"
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(what, overflow="ellipsis", no_wrap=True, max_width=60)
-    for head in ("a step", "ms a step", "share"):
-        table.add_column(head, justify="right")
+    table.add_column(what, overflow="ellipsis", no_wrap=True)
+    for head in ("calls", "ms", "share"):
+        table.add_column(head, justify="right", no_wrap=True, min_width=len("100.0%"))
     for name, count, seconds in sum_by_kernel(profile.parts.operators)[:NUM_OPERATORS]:
         shown = name.removeprefix("autograd::engine::evaluate_function: ")
-        times = f"{count / profile.num_steps:,.0f}"
+        times = f"{count / profile.num_steps:,.3g}"
         took = f"{1000 * seconds / profile.num_steps:.2f}"
         table.add_row(shown, times, took, f"{seconds / profile.parts.wall_s:.1%}")
     return table

@@ -105,7 +105,7 @@ def name_layers(model: torch.nn.Module) -> None:
         kind = find_layer_kind(name, module)
         if kind is None:
             continue
-        ranges: list[record_function] = []  # a recomputed layer may be entered again before it is left
+        ranges: list[record_function] = []
 
         def begin(*_: Any, kind: str = kind, ranges: list[record_function] = ranges) -> None:
             ranges.append(record_function(RANGE_PREFIX + kind))
@@ -116,7 +116,7 @@ def name_layers(model: torch.nn.Module) -> None:
                 ranges.pop().__exit__(None, None, None)
 
         module.register_forward_pre_hook(begin)
-        module.register_forward_hook(end)
+        module.register_forward_hook(end, always_call=True)  # recomputation leaves the last one by an exception
 
 
 def find_layer_kind(name: str, module: torch.nn.Module) -> str | None:

@@ -1,15 +1,20 @@
 """Running out of memory: which errors mean it, and the page of ranks that really had none left."""
 
 import errno
+import re
 import resource
+import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from smoltrain.errors import FAULT
-from smoltrain.train.out_of_memory import find_asked_bytes, is_out_of_memory
+from smoltrain.train import out_of_memory
+from smoltrain.train.out_of_memory import explain_out_of_memory, find_asked_bytes, is_out_of_memory
 from tests import tiny
 from tests.zygote import zygote
 
@@ -59,6 +64,47 @@ def test_ranks_that_get_no_more_memory_end_in_a_page(tmp_path: Path) -> None:
     said = life.text()
     print(said)
     assert codes == [FAULT, FAULT]
-    page = (tmp_path / "runs" / "quickstart" / "logs" / "out-of-memory-rank0.txt").read_text()
-    print(page)
     assert "Traceback" not in said
+    assert said.count("memory of rank") == 1, "the first one shows its tables"
+    logs = tmp_path / "runs" / "quickstart" / "logs"
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    pages = sorted(logs.glob("out-of-memory-rank*.txt"))
+    assert pages
+    for path in pages:
+        rank = path.stem[-1]
+        page = path.read_text()
+        print(page)
+        [error] = [line for line in errors if f"error: rank {rank} on {socket.gethostname()} ran out of memory" in line]
+        assert "in step 1, forward" in error
+        assert "want at most " in error
+        assert "(its RLIMIT_DATA, a ulimit); change " in error
+        assert "engine.loss=fused (" in error
+        assert error.endswith(str(path))
+        assert f"Out of memory: rank {rank} of 2" in page
+        assert "DefaultCPUAllocator: can't allocate memory: you tried to allocate 268435456 bytes" in page
+        # 64 x 32 tokens x 32,768 logits: in bf16 they are there, in fp32 they are what was asked for.
+        assert re.search(r"other +2048 x 32768 +bfloat16 +1 +0\.125", page)
+        assert re.search(r"weights +0\.002 +0\.002", page)
+        assert "in step 1, forward" in page
+
+
+@pytest.mark.slow
+def test_the_first_setting_of_the_page_fits(tmp_path: Path) -> None:
+    words = tiny.words(tmp_path, *TOO_LARGE, "engine.loss=fused", "run.stop_after=main", "phases.main.steps=1")
+    life = zygote().train([*words, "phases.main.warmup_steps=0"], 2, tmp_path / "log", limit_address_space, 400 * MIB)
+    assert life.end() == [0, 0], life.text()
+
+
+def test_a_page_that_cannot_be_made_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start: Any = SimpleNamespace(config=tiny.load(tmp_path), point=SimpleNamespace(step=4), rows_per_step=8)
+    world: Any = SimpleNamespace(rank=0, size=1, local_size=1, hosts=("here",), device=torch.device("cpu"))
+
+    def have_no_room(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(out_of_memory, "assess_failure", have_no_room)
+    stop = explain_out_of_memory(MemoryError("Unable to allocate 1.00 MiB"), start, world, None)
+    assert str(stop).endswith(
+        "ran out of memory at its start, before step 5: MemoryError: Unable to allocate 1.00 MiB; its page could not "
+        "be made (MemoryError)"
+    )
