@@ -25,7 +25,7 @@ class KillWatch:
         self._before = self._newest = read_kill_count()
         self._looked_at_s = 0.0
 
-    def look(self, now_s: float) -> None:
+    def note_count(self, now_s: float) -> None:
         """Take note of the count, now and then. The last two are kept, for a rank may die just before a look."""
         if now_s >= self._looked_at_s + LOOK_S:
             self._looked_at_s = now_s

@@ -334,7 +334,7 @@ class RankProcesses:
                 self._pass_signal_on(pending.pop(0), console or open_console())
             exits = self._collect_exits(running)
             if not exits:
-                kills.look(clock.now())
+                kills.note_count(clock.now())
             failed = [rank_exit for rank_exit in exits if rank_exit.code != DONE]
             if first is None and failed:
                 # Who has lost a dead one says FAULT: the dead one itself tells more.

@@ -107,16 +107,16 @@ def name_layers(model: torch.nn.Module) -> None:
             continue
         ranges: list[record_function] = []
 
-        def begin(*_: Any, kind: str = kind, ranges: list[record_function] = ranges) -> None:
+        def enter_layer(*_: Any, kind: str = kind, ranges: list[record_function] = ranges) -> None:
             ranges.append(record_function(RANGE_PREFIX + kind))
             ranges[-1].__enter__()
 
-        def end(*_: Any, ranges: list[record_function] = ranges) -> None:
+        def leave_layer(*_: Any, ranges: list[record_function] = ranges) -> None:
             if ranges:
                 ranges.pop().__exit__(None, None, None)
 
-        module.register_forward_pre_hook(begin)
-        module.register_forward_hook(end, always_call=True)  # recomputation leaves the last one by an exception
+        module.register_forward_pre_hook(enter_layer)
+        module.register_forward_hook(leave_layer, always_call=True)  # recomputation leaves the last one by an exception
 
 
 def find_layer_kind(name: str, module: torch.nn.Module) -> str | None:

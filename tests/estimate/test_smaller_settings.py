@@ -42,7 +42,7 @@ def test_one_key_alone_is_named_before_two() -> None:
 
 def test_recomputing_costs_time_and_fewer_rows_at_once_hardly_any() -> None:
     by_key = {setting.overrides[0].partition("=")[0]: setting for setting in find(LARGE, 24)}
-    assert by_key["engine.gradient_checkpointing"].more_time > 0.1
+    assert by_key["engine.gradient_checkpointing"].more_time > 0.01
     assert abs(by_key["batch.micro_batch"].more_time) < 0.1
     assert str(by_key["engine.gradient_checkpointing"]).endswith("% time)")
 

@@ -31,9 +31,9 @@ def test_only_a_count_that_grew_is_evidence(tmp_path: Path, monkeypatch: pytest.
     evidence = f"{file}: oom_kill 3 -> 4, of all processes of this machine"
     assert watch.find_evidence(SIGKILL) == evidence
     assert watch.find_evidence(1) == "", "it has left by itself"
-    watch.look(100.0)  # just after the kill, before the rank was seen to be gone
+    watch.note_count(100.0)  # just after the kill, before the rank was seen to be gone
     assert watch.find_evidence(SIGKILL) == evidence
-    watch.look(200.0)
+    watch.note_count(200.0)
     assert watch.find_evidence(SIGKILL) == "", "that was another process, long ago"
     file.unlink()
     assert watch.find_evidence(SIGKILL) == "", "without a count nothing is claimed"

@@ -45,7 +45,8 @@ def test_the_line() -> None:
 
 def test_the_tables_for_the_console() -> None:
     rows = [line.split() for line in format_tables(FAILURE).splitlines()]
-    assert ["weights", "0.001", "1.000"] in [row[:1] + row[-2:] for row in rows if row]
+    assert FAILURE.estimate is not None
+    assert ["weights", f"{FAILURE.estimate.memory['weights'] / GIB:.3f}", "1.000"] in rows
     rest = next(row for row in rows if row[0] == "activations,")
     assert rest[-1] == "2.500", "7 in all, less 1, 3 and 0.5"
     assert ["asked", "for", "on", "top", "2.000"] in rows
