@@ -5,10 +5,11 @@ import signal
 import socket
 import sys
 
+import psutil
 import torch
 
 from smoltrain import files
-from smoltrain.distributed.memory_limits import KillCount, find_rank_limit, read_kill_count
+from smoltrain.distributed.memory_limits import KillCount, MemoryLimit, find_rank_limit, read_kill_count
 from smoltrain.errors import Problem
 from smoltrain.train.memory_page import MemoryFailure, describe_failure, format_tables, write_page
 from smoltrain.train.out_of_memory import assess_failure
@@ -56,10 +57,14 @@ def explain_killed_rank(rank: int, num_ranks: int, evidence: str, start: Start, 
     """
     metrics = start.config.run_folder / "metrics.jsonl"
     step = max((line["step"] for line in files.read_jsonl(metrics)), default=0) if metrics.exists() else 0
+    limit = find_rank_limit(num_ranks)
+    own = psutil.Process().memory_info()
+    beside = own.rss - getattr(own, "shared", 0)  # this process's own pages, in the same cgroup or machine
+    limit = MemoryLimit(limit.num_bytes - beside / num_ranks, f"{limit.source}, less what this command itself has")
     failure = MemoryFailure(
         rank=rank, num_ranks=num_ranks, host=socket.gethostname(),
         where=f"after step {step}" if step > start.point.step else f"before step {start.point.step + 1} was done",
-        what=f"the kernel's out-of-memory killer ended it by SIGKILL ({evidence})", limit=find_rank_limit(num_ranks),
+        what=f"the kernel's out-of-memory killer ended it by SIGKILL ({evidence})", limit=limit,
         held=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024.0,
         notes=("what it really held is the largest resident set of all processes that this command has started",),
         advice=HOST_MEMORY,

@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import re
+import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,22 +68,35 @@ def small_cgroup() -> Iterator[Path]:
             folder.rmdir()
 
 
-def supervise_inside(cgroup: Path, words: list[str]) -> int:
-    """`smoltrain train` in that cgroup."""
-    from smoltrain.launch.supervisor import supervise_run
+def supervise_inside(cgroup: Path, python: str, words: list[str]) -> int:
+    """`smoltrain train` in that cgroup, whose rank is started for real: a preloaded one would be a child of another."""
+    from smoltrain.launch import supervisor
 
+    supervisor.RANK_COMMAND[0] = python
     (cgroup / "cgroup.procs").write_text(str(os.getpid()))
-    return supervise_run("quickstart", words, 1)
+    return supervisor.supervise_run("quickstart", words, 1)
 
 
 @pytest.mark.slow
 def test_the_kernels_killer_is_named_and_ends_in_a_page(small_cgroup: Path, tmp_path: Path) -> None:
     words = tiny.words(tmp_path, *TOO_LARGE)
-    life = zygote().fork(1, tmp_path / "log", supervise_inside, small_cgroup, words)
+    life = zygote().fork(1, tmp_path / "log", supervise_inside, small_cgroup, sys.executable, words)
     codes = life.end()
     said = life.text()
     print(said)
-    page = (tmp_path / "runs" / "quickstart" / "logs" / "out-of-memory-rank0.txt").read_text()
-    print(page)
     assert codes == [FAULT]
+    path = tmp_path / "runs" / "quickstart" / "logs" / "out-of-memory-rank0.txt"
+    page = path.read_text()
+    print(page)
+    [error] = [line for line in said.splitlines() if line.startswith("error: ")]
+    host = socket.gethostname()
+    assert error.startswith(f"error: rank 0 on {host} ran out of memory before step 1 was done: saw ")
+    assert f"(the cgroup's limit, {small_cgroup}/memory." in error
+    assert "engine.loss=fused (" in error
+    assert error.endswith(f"; the page is {path}; the same command goes on from the last checkpoint")
+    assert f"the kernel's out-of-memory killer ended it by SIGKILL ({small_cgroup}/memory." in page
+    assert "oom_kill 0 -> 1)" in page
+    [held] = re.findall(r"in all +([\d.]+) +([\d.]+)", page)
+    assert 0.5 < float(held[1]) < float(held[0]), "it was killed before it had all that it is estimated to need"
+    assert said.count("memory of rank 0") == 1
     launches.wait_until_gone(words)
