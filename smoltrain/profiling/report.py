@@ -110,10 +110,8 @@ def write_profile_advice(profile: Profile) -> Iterator[str]:
     engine = profile.config.engine
     share = profile.share("data")
     if share > SLOW_DATA_SHARE:
-        yield (
-            f"{share:.0%} of a step waits for rows: prepare them ahead with data.mode=cached, or give each rank more "
-            "CPU cores or a faster disk"
-        )
+        ahead = "" if profile.config.data.mode == "cached" else "data.mode=cached tokenises them ahead; or "
+        yield f"{share:.0%} of a step waits for rows: {ahead}give each rank more CPU cores or a faster disk"
     share = profile.share(OTHER_RANKS)
     if share > SLOW_DATA_SHARE:
         yield f"{share:.0%} of a step waits until every rank has rows: another rank is slower than rank 0"

@@ -79,8 +79,11 @@ def explain_out_of_memory(
     except (MemoryError, RuntimeError, OSError) as another:  # there is no memory, and perhaps no disk
         plain = f"rank {world.rank} on {failure.host} ran out of memory {failure.where}: {failure.what}"
         return RankTrainingStopped(f"{plain}; its page could not be made ({exception_message(another)})")
-    shown = [path for path in logs.glob("out-of-memory-rank*.txt") if path.stat().st_mtime >= start.began_at]
-    if shown == [page]:  # the first of those who fail together
+    pages = {path: path.stat().st_mtime_ns for path in logs.glob("out-of-memory-rank*.txt")}
+    of_this_start = [path for path, written_ns in pages.items() if written_ns >= start.began_at * 1e9]
+    if page == min(
+        of_this_start, key=lambda path: (pages[path], path.name), default=page
+    ):  # of those who fail together
         print(format_tables(failure), file=sys.stderr, flush=True)
     return RankTrainingStopped(str(describe_failure(failure, page)))
 

@@ -49,6 +49,7 @@ class RecordingWatchdog(Watchdog):
         super().__init__(*arguments)
         self._request = request
         self._range: record_function | None = None  # the one that is open
+        self._has_begun = False
         self._last_place = ""
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
@@ -58,7 +59,8 @@ class RecordingWatchdog(Watchdog):
     def begin_step(self, step: int) -> None:
         """As any watchdog; the profiler starts and stops here."""
         super().begin_step(step)
-        if step == self._request.first:
+        if step == self._request.first and not self._has_begun:  # a step that is skipped begins once more
+            self._has_begun = True
             _wait_for_device()
             self._profile.start()
             self._begin_range("begin")
