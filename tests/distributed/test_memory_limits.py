@@ -68,6 +68,7 @@ def test_without_cgroups_the_machine_counts(kernel: Path) -> None:
     assert find_cgroup_files() == []
     count = read_kill_count()
     assert count == KillCount(kernel / "vmstat", 5)
+    assert count is not None
     assert count.is_of_machine
     (kernel / "vmstat").unlink()
     assert read_kill_count() is None

@@ -92,7 +92,7 @@ def test_the_kernels_killer_is_named_and_ends_in_a_page(small_cgroup: Path, tmp_
     host = socket.gethostname()
     assert error.startswith(f"error: rank 0 on {host} ran out of memory before step 1 was done: saw ")
     assert f"(the cgroup's limit, {small_cgroup}/memory." in error
-    assert "engine.loss=fused (" in error
+    assert "; change engine.loss=fused" in error
     assert error.endswith(f"; the page is {path}; the same command goes on from the last checkpoint")
     assert f"the kernel's out-of-memory killer ended it by SIGKILL ({small_cgroup}/memory." in page
     assert "oom_kill 0 -> 1)" in page
