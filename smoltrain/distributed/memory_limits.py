@@ -75,17 +75,17 @@ def find_shared_limit() -> MemoryLimit:
 def find_rank_limit(num_ranks: int) -> MemoryLimit:
     """What one of so many ranks of this machine may have in memory: its share, or less by a limit of its own.
 
-    RLIMIT_AS and RLIMIT_DATA count addresses, of which a process has more than lie in memory: those are taken off.
+    RLIMIT_AS and RLIMIT_DATA count addresses, of which a process has more than lie in memory, and RLIMIT_DATA does not
+    count files that do: the difference is taken off.
     """
     shared = find_shared_limit()
     among = f" among {num_ranks} ranks" if num_ranks > 1 else ""
     limits = [MemoryLimit(shared.num_bytes / num_ranks, shared.source + among)]
     now = psutil.Process().memory_info()
-    own_pages = now.rss - getattr(now, "shared", 0)
-    for name, unbacked in (("AS", now.vms - now.rss), ("DATA", getattr(now, "data", own_pages) - own_pages)):
+    for name, addresses in (("AS", now.vms), ("DATA", getattr(now, "data", now.rss))):
         soft, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
         if soft != resource.RLIM_INFINITY:
-            limits.append(MemoryLimit(soft - max(0, unbacked), f"its RLIMIT_{name}, a ulimit"))
+            limits.append(MemoryLimit(soft - (addresses - now.rss), f"its RLIMIT_{name}, a ulimit"))
     return min(limits, key=lambda limit: limit.num_bytes)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import median
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -83,7 +82,7 @@ def build_operator_table(profile: Profile) -> Table:
     """Kernels of a GPU, or operators of a CPU, that take most of a step."""
     what = "kernels of a step" if profile.parts.uses_gpu else "operators of a step, as Python calls them"
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(what, overflow="ellipsis", no_wrap=True)
+    table.add_column(what, overflow="ellipsis", no_wrap=True, max_width=48)
     for head in ("calls", "ms", "share"):
         table.add_column(head, justify="right", no_wrap=True, min_width=len("100.0%"))
     for name, count, seconds in sum_by_kernel(profile.parts.operators)[:NUM_OPERATORS]:
@@ -141,15 +140,15 @@ def _advise_on_gaps(profile: Profile) -> Iterator[str]:
     """Of a device that waits for Python, and of operators that are too small to be worth starting."""
     share = profile.share(HOST_GAPS)
     operators = profile.parts.operators
-    each_s = median(run.took_s for run in operators) if operators else 0.0
-    num = len(operators) / profile.num_steps
+    small = [run.took_s for run in operators if run.took_s < SMALL_OPERATOR_S]
+    share_of_small = sum(small) / profile.parts.wall_s
     if share > LARGE_GAPS:
         who = "the GPU waits for Python" if profile.parts.uses_gpu else "Python runs between two operators"
         yield f"{share:.0%} of a step {who}: {_fewer_operators(profile)}"
-    elif operators and each_s < SMALL_OPERATOR_S and not profile.is_compiled:
+    elif share + share_of_small > LARGE_GAPS and not profile.is_compiled:
         yield (
-            f"half of the {num:,.0f} operators of a step take less than {1e6 * each_s:.0f} us each: "
-            f"{_fewer_operators(profile)}"
+            f"{len(small) / profile.num_steps:,.0f} operators of a step take less than {1e6 * SMALL_OPERATOR_S:.0f} us "
+            f"each, {share_of_small:.0%} of its time together: {_fewer_operators(profile)}"
         )
 
 

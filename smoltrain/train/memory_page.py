@@ -181,7 +181,7 @@ def _explain_tensors(failure: MemoryFailure) -> Iterator[str]:
     left = failure.tensors[NUM_TENSORS:]
     if left:
         yield f"{len(left)} more kinds of tensors have {format_gib(sum(one.num_bytes for one in left))} together."
-    yield "These are the tensors that Python can see; what autograd keeps for the backward pass is not among them."
+    yield "Of what autograd keeps for the backward pass only those are among them that a Python object names."
 
 
 def _render(table: Table) -> str:
