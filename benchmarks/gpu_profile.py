@@ -9,7 +9,6 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,9 @@ from benchmarks.peak import Peaks, measure_peaks_once
 from benchmarks.roofline import ATTENTION, ELEMENTWISE, PRODUCTS, UPDATE, list_roofline_parts, sum_by_kind
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import ModelSection
+from smoltrain.profiling.kernel_times import GAP_S, KernelRun, find_timeline, sum_by_kernel
 
 NUM_TOP = 20
-GAP_S = 10e-6  # shorter pauses are those between any two kernels
 COPIES = "copies and fills"
 # Of a kernel's name, the first that fits: attention's kernels are products too.
 KINDS = (
@@ -35,24 +34,6 @@ KINDS = (
     (COPIES, re.compile(r"^mem(cpy|set)", re.IGNORECASE)),
     (ELEMENTWISE, re.compile("")),
 )
-
-
-@dataclass(frozen=True)
-class KernelRun:
-    """One launch of a kernel, or of a copy, in seconds of the profiler's clock."""
-
-    name: str
-    began_s: float
-    ended_s: float
-
-
-@dataclass(frozen=True)
-class DeviceTimeline:
-    """What a device did between the first kernel of a step and its last."""
-
-    span_s: float
-    busy_s: float
-    gaps_s: list[float]  # those longer than GAP_S, the longest first
 
 
 class StepProfiler:
@@ -93,31 +74,6 @@ def list_operator_times(averages: Sequence[Any]) -> list[tuple[str, int, float]]
     """On a CPU: (operator, calls, seconds without the operators that it calls), the longest first."""
     times = [(average.key, average.count, average.self_cpu_time_total / 1e6) for average in averages]
     return sorted(times, key=lambda time: -time[2])
-
-
-def sum_by_kernel(runs: Sequence[KernelRun]) -> list[tuple[str, int, float]]:
-    """(kernel, launches, seconds), the longest first."""
-    launches: dict[str, int] = {}
-    seconds: dict[str, float] = {}
-    for run in runs:
-        launches[run.name] = launches.get(run.name, 0) + 1
-        seconds[run.name] = seconds.get(run.name, 0.0) + run.ended_s - run.began_s
-    return sorted(((name, launches[name], seconds[name]) for name in launches), key=lambda time: -time[2])
-
-
-def find_timeline(runs: Sequence[KernelRun]) -> DeviceTimeline:
-    """Kernels of several streams may overlap: what any of them does is no gap."""
-    ordered = sorted(runs, key=lambda run: run.began_s)
-    busy_s = 0.0
-    gaps_s: list[float] = []
-    done_s = ordered[0].began_s
-    for run in ordered:
-        gap_s = run.began_s - done_s
-        if gap_s > GAP_S:
-            gaps_s.append(gap_s)
-        busy_s += max(0.0, run.ended_s - max(run.began_s, done_s))
-        done_s = max(done_s, run.ended_s)
-    return DeviceTimeline(done_s - ordered[0].began_s, busy_s, sorted(gaps_s, reverse=True))
 
 
 def find_kind(kernel: str) -> str:

@@ -18,7 +18,7 @@ PICTURE = ROOT / "docs" / "images" / "architecture.svg"
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "library"),
     ("tune",),
-    ("launch", "new_recipe"),
+    ("launch", "new_recipe", "profiling"),
     ("train", "report", "monitor"),
     ("export", "run"),
     ("inference", "explain"),

@@ -23,7 +23,7 @@ Run = Callable[..., tuple[int, str, str]]
 VERBS = [
     *["new", "train", "tune"],
     *["recipes", "show", "explain", "estimate"],
-    *["runs", "watch", "summary", "plot", "report", "compare", "verify"],
+    *["runs", "watch", "summary", "plot", "report", "compare", "profile", "verify"],
     *["generate", "demo", "export", "push"],
 ]
 PREPARE_VERBS = ["prepare tokenizer", "prepare data"]

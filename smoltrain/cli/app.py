@@ -15,7 +15,7 @@ from smoltrain.usage import describe_unknown_verb, describe_wrong_call
 PANELS = {
     "Start a run": ("new", "train", "tune"),
     "Look before": ("recipes", "show", "explain", "estimate"),
-    "Look meanwhile and after": ("runs", "watch", "summary", "plot", "report", "compare", "verify"),
+    "Look meanwhile and after": ("runs", "watch", "summary", "plot", "report", "compare", "profile", "verify"),
     "Take the model out": ("generate", "demo", "export", "push"),
     "Prepare ahead": ("prepare",),
 }

@@ -1,4 +1,4 @@
-"""Verbs that look at runs, meanwhile and afterwards: runs, watch, summary, plot, report, compare, verify."""
+"""Verbs that look at runs, meanwhile and afterwards: runs, watch, summary, plot, report, compare, profile, verify."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from smoltrain.cli.app import app
-from smoltrain.cli.arguments import RunArgument, complete_run
+from smoltrain.cli.arguments import OverridesArgument, OverridesCommand, RunArgument, complete_run
 from smoltrain.errors import FAULT, Problem, UserError
 
 
@@ -132,3 +132,27 @@ def verify_command(
             is_sound = verify_one_checkpoint(folder, step, forward=forward)
     if not is_sound:
         raise typer.Exit(FAULT)
+
+
+@app.command(
+    "profile", cls=OverridesCommand, epilog="Example: smoltrain profile quickstart batch.micro_batch=8 --ranks 1"
+)
+def profile_command(
+    source: Annotated[str, typer.Argument(metavar="RUN|RECIPE", help="A run, or a recipe if no run is called so.")],
+    overrides: OverridesArgument = None,
+    *,
+    steps: Annotated[int, typer.Option(min=1, max=100, help="How many steps are recorded.")] = 3,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default one per GPU, or two on a CPU.")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Where the trace goes; by default profile-NAME.json.gz.")
+    ] = None,
+) -> None:
+    """Train a few steps, and say where the time of a step goes, with a trace and what to change."""
+    from smoltrain.terminal import show_activity
+
+    with show_activity("starting"):  # seconds, for torch is imported
+        from smoltrain.profiling.profile import profile_recipe
+
+    profile_recipe(source, overrides or [], steps=steps, ranks=ranks, trace=trace)

@@ -69,14 +69,14 @@ PRIVATE_NAMES = {
     f"{_ENGINE}.is_gradient_accumulation_boundary": "micro_steps",
     f"{_ENGINE}.step": "micro_steps",
     f"{_ZERO}.__init__": "check_grad_overflow compute_grad_norm cpu_offload overflow optimizer "
-    "bit16_groups bit16_groups_flat _grad_acc_hooks "
+    "bit16_groups bit16_groups_flat _grad_acc_hooks averaged_gradients "
     "parallel_partitioned_bit16_groups single_partition_of_fp32_groups",
     f"{_ZERO}.step": "check_grad_overflow check_overflow compute_grad_norm scaled_global_norm is_invalid_grad_norm "
     "overflow _update_scale",
-    f"{_ZERO3}.__init__": "optimizer fp32_partitioned_groups_flat sub_group_to_group_id",
+    f"{_ZERO3}.__init__": "optimizer fp32_partitioned_groups_flat sub_group_to_group_id averaged_gradients",
     _ZERO3: "has_overflow _overflow_clean_up",
     # Where the masters lie, for Muon.
-    f"{_BF16}.__init__": "fp32_groups_flat_partition",
+    f"{_BF16}.__init__": "fp32_groups_flat_partition fp32_groups_gradients_flat",
     "deepspeed.runtime.zero.partition_parameters:Init._partition_numel": "ds_tensor",
     # Steps that OncePerStep takes.
     f"{_ZERO}.create_gradient_handling_hooks": "_grad_acc_hooks",

@@ -52,6 +52,10 @@ class DeepSpeedSteps:
             if gradient is not None:
                 yield name, gradient.detach().float()
 
+    def gradient_sums(self) -> list[torch.Tensor]:
+        """None: DeepSpeed has its own."""
+        return []
+
     def reduce(self) -> torch.Tensor:
         """Nothing to do: DeepSpeed has reduced in `backward`, and takes the norm in `update`."""
         return torch.zeros((), dtype=torch.float64, device=self._deepspeed.device)

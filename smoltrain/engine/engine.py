@@ -19,6 +19,7 @@ from smoltrain.engine.deepspeed_private import (
     refuse_what_deepspeed_refuses,
 )
 from smoltrain.engine.deepspeed_steps import choose_deepspeed_steps
+from smoltrain.engine.held_tensors import list_engine_tensors
 from smoltrain.engine.hidden_matrices import count_elements, split_parameters
 from smoltrain.engine.muon import MuonOptimizer
 from smoltrain.engine.once_per_step import OncePerStep
@@ -196,6 +197,10 @@ class Engine:
     def grad_norm_before_clipping(self) -> float:
         """Global L2 norm of the gradient of the last update; inf if it was skipped."""
         return self._norm_before_clipping
+
+    def list_tensors(self) -> dict[str, list[torch.Tensor]]:
+        """What this rank holds of weights, gradients, and masters with the optimizer's state, by part."""
+        return list_engine_tensors(self._deepspeed, self._steps.gradient_sums())
 
     def reset_optimizer(self) -> None:
         """Zero the optimizer's state, as if training began with these weights."""

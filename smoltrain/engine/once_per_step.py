@@ -129,6 +129,10 @@ class OncePerStep:
         for name, parameter in self._deepspeed.module.named_parameters():
             yield name, self._sum_of[parameter].float()
 
+    def gradient_sums(self) -> list[torch.Tensor]:
+        """See StepMethod."""
+        return [sums.own for sums in self._sums]
+
     def _reduce_scatter(self) -> list[torch.Tensor]:
         """This rank's part of each parameter group's gradient, summed over the ranks; reduced when first asked for."""
         if self._own_gradients is None:

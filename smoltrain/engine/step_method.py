@@ -57,6 +57,10 @@ class StepMethod(Protocol):
         """(name, whole gradient before clipping, still scaled by `loss_scale`) of each parameter that has one."""
         ...
 
+    def gradient_sums(self) -> list[Tensor]:
+        """Where gradients are added up on this rank, if DeepSpeed does not."""
+        ...
+
     def reduce(self) -> Tensor:
         """Reduce the gradients; the squared L2 norm of this rank's part, fp64 scalar. 0 where `update` does both."""
         ...

@@ -4,12 +4,12 @@ import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from smoltrain.distributed.cpu_cores import num_cores
+from smoltrain.distributed.memory_limits import find_rank_limit, find_shared_limit
 from smoltrain.errors import Problem, UserError, suggest_choice
 from smoltrain.estimate.constants import GPU_OF_CUDA_NAME, GPUS, DeviceSpec
 from smoltrain.kernels.precision import DTYPES
@@ -87,10 +87,28 @@ def measure_this_cpu(world_size: int) -> DeviceSpec:
     bandwidth = _measure_copy_bandwidth()
     torch.set_num_threads(threads)
     return DeviceSpec(
-        name="cpu", kind="cpu", memory=psutil.virtual_memory().total / world_size,
+        name="cpu", kind="cpu", memory=find_shared_limit().num_bytes / world_size,
         half_flops=half_flops / world_size, fp32_flops=fp32_flops / world_size,
         bandwidth=bandwidth / world_size, link=bandwidth / world_size,
     )  # fmt: skip
+
+
+def find_device_of_run(device: torch.device, cpu_peak_flops: float | None, num_ranks: int) -> tuple[DeviceSpec, str]:
+    """The device of each rank of a run that is under way here, and whose speed that is, in a few words.
+
+    `num_ranks` are those of this machine, `cpu_peak_flops` of all its cores. Takes no second and 64 MiB on a CPU, whose
+    memory may be full; so there only the times of one recipe's settings can be compared.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = GPU_OF_CUDA_NAME.get(name, "a100-80")
+        whose = name if name in GPU_OF_CUDA_NAME else f"{known}, as no data sheet of {name} is known here"
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return replace(GPUS[known], memory=memory), whose
+    flops = (cpu_peak_flops or measure_cpu_peak("fp32")) / num_ranks
+    bandwidth = _measure_copy_bandwidth(mib=32, rounds=2) / num_ranks
+    memory = find_rank_limit(num_ranks).num_bytes
+    return DeviceSpec("cpu", "cpu", memory, flops, flops, bandwidth, bandwidth), "this machine"
 
 
 def fastest_of_eight(call: Callable[[], object]) -> float:

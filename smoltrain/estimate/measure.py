@@ -63,17 +63,25 @@ def measure_run(recipe: str, overrides: list[str], ranks: int, steps: int = STEP
     """
     with tempfile.TemporaryDirectory() as scratch:
         words = [*overrides, *measurement_overrides(load_config(recipe, overrides), steps, Path(scratch))]
-        config = load_config(recipe, words)
-        prepare_run_data(config, config.batch.rows(ranks), ranks)  # here: it takes memory that training does not
-        launcher = [sys.executable]
-        if ranks > 1:
-            launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-            launcher += ["--master-port", str(free_port())]
-        env = environment_without_launcher()
-        env.setdefault("OMP_NUM_THREADS", str(cores_per_process(ranks)))
-        return summarize_run_metrics(
-            run_for_metrics([*launcher, "-m", RANK_MODULE, recipe, *words], Path(scratch), env)
-        )
+        return summarize_run_metrics(train_measured(recipe, words, ranks, Path(scratch)))
+
+
+def train_measured(
+    recipe: str, words: list[str], ranks: int, folder: Path, environment: Mapping[str, str] | None = None
+) -> list[dict]:
+    """Prepare the data and train, with measurement_overrides for this folder among the words; the lines of metrics.
+
+    `environment` is added to this process's. Errors: as measure_run.
+    """
+    config = load_config(recipe, words)
+    prepare_run_data(config, config.batch.rows(ranks), ranks)  # here: it takes memory that training does not
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        launcher += ["--master-port", str(free_port())]
+    env = environment_without_launcher() | dict(environment or {})
+    env.setdefault("OMP_NUM_THREADS", str(cores_per_process(ranks)))
+    return run_for_metrics([*launcher, "-m", RANK_MODULE, recipe, *words], folder, env)
 
 
 def summarize_run_metrics(lines: list[dict]) -> MeasuredRun:

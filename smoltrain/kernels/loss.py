@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from smoltrain.kernels.compile import CompilableFunction
@@ -36,6 +37,8 @@ CHUNK_SHARE = 256  # of a GPU's memory: a 256th
 ROWS_MULTIPLE = 256  # rows of a chunk on a GPU: a multiple of the tiles of cuBLAS, so that none is part empty
 BLOCK_BYTES = 6 * MIB  # of fp32 softmax that stays in a CPU's caches from one operation to the next
 ROWS_PER_SLICE = 16384  # rows of the weight's gradient that are converted at a time
+RANGE_PREFIX = "smoltrain: "  # of a range in torch's profiler, which train/step_recorder.py makes more of
+LOSS_RANGE = "loss"
 LIGER_MODULE = "liger_kernel.transformers.functional"
 LIGER_ARGUMENTS = {"ignore_index", "reduction", "accum_dtype", "chunk_mem_const"}
 LIGER_CHUNKS = 8  # times Liger's own budget for logits, which is the size of the hidden states: few rows, if D is small
@@ -81,6 +84,7 @@ def choose_loss_kernel(
     return LossKernel("liger", reason, liger=liger)
 
 
+@record_function(RANGE_PREFIX + LOSS_RANGE)
 def summed_cross_entropy(
     hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, kernel: LossKernel = PLAIN_LOSS, z_loss: float = 0.0
 ) -> Tensor:
@@ -106,6 +110,7 @@ def summed_cross_entropy(
     return fused(hidden_ND, weight_VD, labels_N, kernel.compiles, z_loss)
 
 
+@record_function(RANGE_PREFIX + LOSS_RANGE)
 def summed_cross_entropy_of_logits(logits_NV: Tensor, labels_N: Tensor, z_loss: float = 0.0) -> Tensor:
     """`summed_cross_entropy` for a model whose logits are more than a product (scaled or soft-capped ones)."""
     # In bf16 the log-softmax would be rounded to 3 digits.

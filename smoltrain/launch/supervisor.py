@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 import psutil
@@ -29,6 +29,7 @@ from smoltrain.distributed.world import choose_device, environment_without_launc
 from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepspeed_text
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
 from smoltrain.launch.config_pipe import pack_start
+from smoltrain.launch.killed_rank import KillWatch, explain_killed_rank
 from smoltrain.launch.rank import START_ON_STDIN
 from smoltrain.launch.terminal_loan import TerminalLoan
 from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
@@ -156,7 +157,8 @@ def _launch_ranks(ranks: "RankProcesses", signals: "SignalForwarder") -> int:
     if first.launch_code == STOPPED != first.code:
         screen.say("stopped, and nothing was lost; the same command goes on from there")
     if first.launch_code == FAULT:
-        print(f"error: {first}; the same command goes on from the last checkpoint", file=sys.stderr)
+        what = ranks.explain_kill(first) if first.evidence else first
+        print(f"error: {what}; the same command goes on from the last checkpoint", file=sys.stderr)
     return first.launch_code
 
 
@@ -224,6 +226,7 @@ class RankExit:
 
     rank: int
     code: int
+    evidence: str = ""  # that the kernel ended it for want of memory
 
     @property
     def launch_code(self) -> int:
@@ -263,6 +266,8 @@ class RankProcesses:
         if device != "cuda":
             self._env["DS_ACCELERATOR"] = device
         self._count = count
+        self._start = start
+        self._device = device
         self._processes: list[subprocess.Popen[bytes]] = []
         self._terminal: TerminalLoan | None = None
 
@@ -275,6 +280,13 @@ class RankProcesses:
         finally:
             self._end_leftovers()
             signals.pending = signals.ranks = None
+
+    def explain_kill(self, killed: RankExit) -> "Problem | str | RankExit":
+        """The line about a rank that the kernel ended for want of memory, whose page this writes."""
+        if self._start is None:
+            return killed
+        device = torch.device(self._device)
+        return explain_killed_rank(killed.rank, self._count, killed.evidence, self._start, device)
 
     def session_processes(self) -> list[psutil.Process]:
         """The living processes of the ranks' sessions: they and whatever they have started."""
@@ -313,6 +325,7 @@ class RankProcesses:
         first: RankExit | None = None
         clock = AwakeClock(MAX_POLL_GAP_S)
         due: list[tuple[float, int]] = []  # when to send which signal
+        kills = KillWatch()
         while running:
             time.sleep(POLL_S)
             if self._terminal:
@@ -320,10 +333,13 @@ class RankProcesses:
             while pending:
                 self._pass_signal_on(pending.pop(0), console or open_console())
             exits = self._collect_exits(running)
+            if not exits:
+                kills.note_count(clock.now())
             failed = [rank_exit for rank_exit in exits if rank_exit.code != DONE]
             if first is None and failed:
                 # Who has lost a dead one says FAULT: the dead one itself tells more.
                 first = min(failed, key=lambda rank_exit: (rank_exit.code == FAULT, rank_exit.code))
+                first = replace(first, evidence=kills.find_evidence(first.code))
                 due = _schedule_signals(first, clock.now())
             while due and clock.now() >= due[0][0]:
                 _, number = due.pop(0)

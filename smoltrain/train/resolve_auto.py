@@ -5,11 +5,11 @@ When gradients are reduced is decided here and printed with the engine's own lin
 
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from smoltrain.config.load import cut_micro_batch
 from smoltrain.config.schema import Config, OwnModelSection
+from smoltrain.distributed.memory_limits import find_shared_limit
 from smoltrain.distributed.world import World
 from smoltrain.engine.optimizer import OPTIMIZERS
 from smoltrain.engine.reduction import ReductionChoice
@@ -111,7 +111,7 @@ def choose_run_reduction(
 
 
 def _find_memory_bytes(world: World) -> float:
-    """Of a rank's device; ranks share that of a CPU's machine."""
+    """Of a rank's device; ranks share that of a CPU's machine, or of their container."""
     if world.device.type == "cuda":
         return torch.cuda.get_device_properties(world.device).total_memory
-    return psutil.virtual_memory().total / world.local_size
+    return find_shared_limit().num_bytes / world.local_size

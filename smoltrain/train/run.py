@@ -24,7 +24,8 @@ from smoltrain.run.summary import describe_run
 from smoltrain.train.callbacks import StepCallback
 from smoltrain.train.describe import describe_completion
 from smoltrain.train.loop import gather_stop_reason, run_loop
-from smoltrain.train.session import open_session
+from smoltrain.train.out_of_memory import explain_out_of_memory, is_out_of_memory
+from smoltrain.train.session import Session, open_session
 from smoltrain.train.spikes import Rewind
 from smoltrain.train.start import Start, begin_run
 
@@ -95,10 +96,16 @@ def _train_session(
     start: Start, world: World, stop: StopFlag, callbacks: Sequence[StepCallback], *, prints_summary: bool
 ) -> int:
     """From opening to closing everything; the exit code. A stop that came while W&B was uploading, say, counts too."""
-    with open_session(start, world, stop, callbacks) as session:
-        code = run_loop(session)
-        if code == DONE and prints_summary and world.is_first:
-            session.tracker.say_summary(describe_run(session.plan, session.folder.path))
+    session: Session | None = None
+    try:
+        with open_session(start, world, stop, callbacks) as session:
+            code = run_loop(session)
+            if code == DONE and prints_summary and world.is_first:
+                session.tracker.say_summary(describe_run(session.plan, session.folder.path))
+    except (RuntimeError, MemoryError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise explain_out_of_memory(error, start, world, session) from None
     if code != DONE:
         return code
     reason = gather_stop_reason(world, stop)

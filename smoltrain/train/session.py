@@ -25,6 +25,7 @@ from smoltrain.engine.engine import Engine, build_engine
 from smoltrain.errors import TrainingStopped, UserError
 from smoltrain.kernels.compile import build_headers_in_background, note_compiled
 from smoltrain.model.build import build_model
+from smoltrain.model.interface import ComputeOptions
 from smoltrain.run.private_folders import find_unseen_ranks
 from smoltrain.run.row_ledger import LEDGER_FILE, RowLedger
 from smoltrain.run.run_folder import RunFolder, accumulation_steps, write_run_folder
@@ -40,6 +41,7 @@ from smoltrain.train.resolve_auto import ResolvedSettings, resolve_auto_settings
 from smoltrain.train.sample import sample_prompts
 from smoltrain.train.spikes import Rewind, SpikeGuard
 from smoltrain.train.start import Start
+from smoltrain.train.step_recorder import RecordingWatchdog, name_layers, open_watchdog
 from smoltrain.train.step_result import StepResult
 from smoltrain.train.watchdog import Watchdog
 
@@ -64,6 +66,7 @@ class Session:
     ledger: RowLedger | None  # rank 0 writes it
     folder: RunFolder
     precision: str
+    computing: ComputeOptions | None = None  # None: nobody has chosen
     mfu: MfuMeter | None = None  # None where nothing is logged
     num_skipped: int = 0  # updates, since the run began
     saved_step: int = 0  # of the newest checkpoint, published or in the making
@@ -113,6 +116,7 @@ class Session:
 
     def record_rows(self, result: StepResult) -> None:
         """Write the rows of a step into the ledger, also those that a step which was stopped has consumed."""
+        self.watchdog.mark("records")
         if self.ledger:
             self.ledger.append(result.digests)
 
@@ -195,7 +199,7 @@ def open_session(
         open_rank_log(logs / f"rank{world.rank}.log")
 
         # ---- what trains: rows, model, engine
-        watchdog = Watchdog(logs, world.rank, world.size, config.engine.hang_s, find_unseen_ranks(config, world))
+        watchdog = open_watchdog(logs, world, config.engine.hang_s, find_unseen_ranks(config, world))
         opened.callback(watchdog.close)
         watchdog.begin_step(done)
         mfu = open_mfu_meter(config, start.cpu_peak_flops, settings.precision, world)  # before ranks are bound to cores
@@ -249,7 +253,7 @@ def open_session(
         opened.enter_context(publish_pending_on_error(saver))
         yield Session(
             start, config, world, stop, plan, watchdog, loader, engine, guard, tracker, saver, ledger, folder,
-            settings.precision, mfu,
+            settings.precision, settings.computing, mfu,
             num_skipped=start.point.manifest.skipped_updates if start.point.manifest else 0,
             saved_step=done,
             recent=deque(maxlen=max(RECENT_STEPS, config.track.print_every)), callbacks=callbacks,
@@ -267,6 +271,8 @@ def _build_engine(start: Start, settings: ResolvedSettings, loader: Loader, worl
     model = build_model(config.model, settings.computing, document_mask=config.packing.document_mask)
     if start.point.weights_from:
         load_initial_weights(start.point.weights_from, config, model, loader.prepared.tokenizer)
+    if isinstance(watchdog, RecordingWatchdog) and not settings.computing.compiles:
+        name_layers(model)
     torch.manual_seed(config.run.seed + 1 + world.rank)  # other dropout on each
     watchdog.mark("engine")
     return build_engine(

@@ -87,6 +87,12 @@ class Watchdog:
         step, marks, _ = self._last
         self._last = (step, marks + 1, place)
 
+    @property
+    def place(self) -> tuple[int, str]:
+        """The step, and where in it the last sign of life came from."""
+        step, _, place = self._last
+        return step, place
+
     def close(self) -> None:
         """End the watch. Where a hang was found already the process ends here: whoever leaves first breaks the others'
         connections, and their errors must neither bury the one line that counts nor forestall it.

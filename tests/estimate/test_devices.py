@@ -1,11 +1,20 @@
 """The device of a rank."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from smoltrain.distributed.memory_limits import find_rank_limit
 from smoltrain.estimate import devices
 from smoltrain.estimate.constants import GPU_OF_CUDA_NAME, GPUS, TERA
-from smoltrain.estimate.devices import find_device, find_gpu_peak, measure_cpu_peak, measure_matmul_flops
+from smoltrain.estimate.devices import (
+    find_device,
+    find_device_of_run,
+    find_gpu_peak,
+    measure_cpu_peak,
+    measure_matmul_flops,
+)
 
 
 def test_the_matmul_peak_counts_a_multiplication_and_an_addition_each():
@@ -76,3 +85,17 @@ def test_the_peak_is_that_of_all_cores_together(monkeypatch: pytest.MonkeyPatch)
     seconds = [0.5, 1.0, 2.0]
     monkeypatch.setattr(devices, "_fastest_on_one_core", lambda call: seconds.pop())
     assert measure_cpu_peak("fp32") == pytest.approx(2 * devices.PEAK_SIZE**3 * (2 + 1 + 0.5))
+
+
+def test_the_device_of_a_run_that_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, whose = find_device_of_run(torch.device("cpu"), 4e12, 2)
+    assert (cpu.half_flops, cpu.kind, whose) == (2e12, "cpu", "this machine")
+    assert cpu.memory == pytest.approx(find_rank_limit(2).num_bytes, rel=0.01)
+    assert cpu.bandwidth > 0
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=20 * 2**30))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA L4")
+    gpu, whose = find_device_of_run(torch.device("cuda"), None, 1)
+    assert (gpu.name, gpu.memory, whose) == ("l4", 20 * 2**30, "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA B300")
+    gpu, whose = find_device_of_run(torch.device("cuda"), None, 1)
+    assert (gpu.name, whose) == ("a100-80", "a100-80, as no data sheet of NVIDIA B300 is known here")

@@ -1,0 +1,112 @@
+"""How much memory this process may use, and how often the kernel has killed for want of it.
+
+Who limits it: the machine; a cgroup, as containers and SLURM's jobs have (the kernel's admin-guide/cgroup-v2.rst and
+cgroup-v1/memory.rst); the process's own limits (man 2 getrlimit).
+"""
+
+import contextlib
+import re
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+OWN_CGROUPS = Path("/proc/self/cgroup")
+MOUNTS = Path("/proc/self/mountinfo")
+VMSTAT = Path("/proc/vmstat")
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """So many bytes, and who says so."""
+
+    num_bytes: float
+    source: str
+
+
+@dataclass(frozen=True)
+class CgroupFiles:
+    """The memory controller of one cgroup, of either version: where its limit and its count of kills are."""
+
+    limit: Path
+    kills: Path  # with a line `oom_kill N`
+
+
+def find_cgroup_files() -> list[CgroupFiles]:
+    """Those of this process's own cgroup and of all above it, as far as they can be seen; its own first."""
+    try:
+        own = OWN_CGROUPS.read_text()
+        mounts = MOUNTS.read_text()
+    except OSError:  # not Linux
+        return []
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")  # man 5 proc: ... root mount-point ... - type source options
+        kind, _, options = after.split(" ", 2)
+        root, mount = before.split()[3:5]
+        if kind == "cgroup" and "memory" in options.split(","):
+            path = re.search(r"^\d+:(?:\S+,)?memory(?:,\S+)?:(/.*)$", own, re.MULTILINE)
+            names = ("memory.limit_in_bytes", "memory.oom_control")
+        elif kind == "cgroup2":
+            path = re.search(r"^0::(/.*)$", own, re.MULTILINE)
+            names = ("memory.max", "memory.events")
+        else:
+            continue
+        if path is None:
+            continue
+        inside = path[1].removeprefix("" if root == "/" else root).strip("/")
+        folder = Path(mount, inside)
+        folders = [folder, *(above for above in folder.parents if above.is_relative_to(mount))]
+        found = [CgroupFiles(folder / names[0], folder / names[1]) for folder in folders]
+        if any(files.limit.exists() for files in found):
+            return found
+    return []
+
+
+def find_shared_limit() -> MemoryLimit:
+    """The memory that this process shares with others: the smallest of its cgroups' limits and the machine's."""
+    limits = [MemoryLimit(psutil.virtual_memory().total, "all memory of this machine")]
+    for files in find_cgroup_files():
+        with contextlib.suppress(OSError, ValueError):  # "max"; the root has no such file
+            limits.append(MemoryLimit(int(files.limit.read_text()), f"the cgroup's limit, {files.limit}"))
+    return min(limits, key=lambda limit: limit.num_bytes)
+
+
+def find_rank_limit(num_ranks: int) -> MemoryLimit:
+    """What one of so many ranks of this machine may have in memory: its share, or less by a limit of its own.
+
+    RLIMIT_AS and RLIMIT_DATA count addresses, of which a process has more than lie in memory, and RLIMIT_DATA does not
+    count files that do: the difference is taken off.
+    """
+    shared = find_shared_limit()
+    among = f" among {num_ranks} ranks" if num_ranks > 1 else ""
+    limits = [MemoryLimit(shared.num_bytes / num_ranks, shared.source + among)]
+    now = psutil.Process().memory_info()
+    for name, addresses in (("AS", now.vms), ("DATA", getattr(now, "data", now.rss))):
+        soft, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{name}"))
+        if soft != resource.RLIM_INFINITY:
+            limits.append(MemoryLimit(soft - (addresses - now.rss), f"its RLIMIT_{name}, a ulimit"))
+    return min(limits, key=lambda limit: limit.num_bytes)
+
+
+@dataclass(frozen=True)
+class KillCount:
+    """How many processes the kernel had killed for want of memory, and the file that counts them."""
+
+    file: Path
+    count: int
+
+    @property
+    def is_of_machine(self) -> bool:
+        """Whether the processes of everybody on this machine are counted, containers of others too."""
+        return self.file == VMSTAT
+
+
+def read_kill_count() -> KillCount | None:
+    """Of this process's cgroup; of the whole machine where no cgroup counts; None where nothing does."""
+    for file in [*(files.kills for files in find_cgroup_files()[:1]), VMSTAT]:
+        with contextlib.suppress(OSError):
+            found = re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE)
+            if found:
+                return KillCount(file, int(found[1]))
+    return None
