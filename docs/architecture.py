@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "library"),
     ("tune",),
     ("launch", "new_recipe"),
-    ("train",),
+    ("train", "doctor"),
     ("export", "run"),
     ("inference", "explain"),
     ("estimate", "checkpoint"),

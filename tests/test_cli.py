@@ -21,7 +21,8 @@ EXAMPLE = str(Path(__file__).parent / "example.yaml")
 COMMAND = str(Path(sys.executable).parent / "smoltrain")
 Run = Callable[..., tuple[int, str, str]]
 VERBS = [
-    *["new", "train", "tune", "recipes", "show", "explain", "estimate", "summary", "plot", "verify"],
+    *["new", "train", "tune", "recipes", "show", "explain", "estimate", "doctor", "check-hosts"],
+    *["summary", "plot", "verify"],
     *["generate", "export", "push", "demo"],
 ]
 PREPARE_VERBS = ["prepare tokenizer", "prepare data"]
