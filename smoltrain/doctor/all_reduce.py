@@ -62,7 +62,7 @@ def run_two_ranks(device: str, limit_s: float) -> list[ChildResult]:
         for process in processes:
             results.append(await_child(process, limit_s))
             if results[-1].code != 0:
-                limit_s = 1.0  # the other one waits for this one
+                limit_s = min(limit_s, 1.0)  # the other one waits for this one
     finally:
         for process in processes:
             kill_child(process)

@@ -117,19 +117,26 @@ def check_folder(config: Config, world: World) -> Finding:
 def check_clocks(world: World) -> Finding:
     """How far the clocks are apart: logs, certificates and signed requests go by them."""
     offsets = measure_clocks(world, first_ranks(world))
-    told = {world.hosts[rank]: (offset, doubt) for rank, (offset, doubt) in offsets.items()}
-    off = {host: offset for host, (offset, doubt) in told.items() if abs(offset) - doubt > SKEW_S}
-    if off:
-        texts = [
-            f"{host} is {abs(offset):,.1f} s {'ahead of' if offset > 0 else 'behind'} {world.hosts[0]}"
-            for host, offset in off.items()
-        ]
-        if len(off) == world.num_machines - 1 and len(off) > 1:
-            texts.append(f"{world.hosts[0]} itself is the odd one, if they agree")
-        status = "fault" if max(map(abs, off.values())) > WRONG_S else "warning"
+    return judge_clocks({world.hosts[rank]: offsets[rank] for rank in offsets})
+
+
+def judge_clocks(offsets: dict[str, tuple[float, float]]) -> Finding:
+    """Of machines, in the order of their ranks: seconds ahead of the first one, and by how much that may be wrong."""
+    first, *others = offsets or {"": (0.0, 0.0)}
+    usual = median(offset for offset, _ in offsets.values()) if len(others) > 1 else 0.0
+    reference = "most others" if len(others) > 1 else first
+    texts: list[str] = []
+    most = 0.0
+    for host, (offset, doubt) in offsets.items():
+        apart = offset - usual
+        if abs(apart) - doubt > SKEW_S:
+            most = max(most, abs(apart))
+            texts.append(f"{host} is {abs(apart):,.1f} s {'ahead of' if apart > 0 else 'behind'} {reference}")
+    if texts:
+        status = "fault" if most > WRONG_S else "warning"
         return Finding(status, "; ".join(texts), "`timedatectl set-ntp true` (chrony, systemd-timesyncd) there")
-    most = max((abs(offset) + doubt for offset, doubt in told.values()), default=0.0)
-    return Finding("ok", f"at most {most * 1e3:,.1f} ms apart")
+    apart = max((abs(offset) + doubt for offset, doubt in offsets.values()), default=0.0)
+    return Finding("ok", f"at most {apart * 1e3:,.1f} ms apart")
 
 
 def check_compute(world: World) -> Finding:

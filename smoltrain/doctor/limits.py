@@ -87,16 +87,14 @@ def check_shared_memory(num_gpus: int, folder: Path = SHARED_MEMORY) -> Finding:
     path = folder / f"smoltrain-{secrets.token_hex(8)}"
     try:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+        path.unlink()  # what is open stays
         try:
             os.posix_fallocate(handle, 0, SEMAPHORE_BYTES)
         finally:
             os.close(handle)
     except OSError as error:
-        return Finding(
-            "fault", f"{folder} cannot be written: {error.strerror}", f"what fills it (`ls -la {folder}`), or {advice}"
-        )
-    finally:
-        path.unlink(missing_ok=True)
+        mend = f"what fills it (`ls -la {folder}`), or {advice}"
+        return Finding("fault", f"{folder} cannot be written: {error.strerror}", mend)
     room = os.statvfs(folder)
     free = room.f_bavail * room.f_frsize
     if free < wanted:

@@ -107,9 +107,12 @@ def find_slow_ranks(links: dict[tuple[int, int], Link], value: Callable[[Link], 
     return sorted(rank for rank, worst in best.items() if worst > factor * usual)
 
 
-def measure_clocks(
-    world: World, ranks: list[int], now: Callable[[], float] = time.time
-) -> dict[int, tuple[float, float]]:
+def read_clock() -> float:
+    """The time of this machine, in seconds since 1970."""
+    return time.time()
+
+
+def measure_clocks(world: World, ranks: list[int]) -> dict[int, tuple[float, float]]:
     """By how many seconds the clock of each of these ranks is ahead of rank 0's, and by how much that may be wrong.
 
     As NTP does it: the other's time, held against the middle of asking and hearing; of some tries the shortest.
@@ -119,16 +122,17 @@ def measure_clocks(
     told = torch.zeros(1, dtype=torch.float64)
     for rank in ranks:
         if rank == 0:
+            offsets[0] = (0.0, 0.0)
             continue
         for _ in range(PINGS):
             if world.rank == rank:
                 world.receive(told, 0)
-                world.send(torch.tensor([now()], dtype=torch.float64), 0)
+                world.send(torch.tensor([read_clock()], dtype=torch.float64), 0)
             elif world.rank == 0:
-                asked_at = now()
+                asked_at = read_clock()
                 world.send(told, rank)
                 world.receive(told, rank)
-                heard_at = now()
+                heard_at = read_clock()
                 doubt = (heard_at - asked_at) / 2
                 if rank not in offsets or doubt < offsets[rank][1]:
                     offsets[rank] = (float(told) - (asked_at + heard_at) / 2, doubt)

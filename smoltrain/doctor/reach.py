@@ -42,7 +42,7 @@ def check_data(config: Config) -> Finding:
         first = next(iter(records), None)
         records.close()
         if first is None or isinstance(first, BadRecord):
-            why = "it has none" if first is None else first.reason
+            why = "it has none" if first is None else first.why
             saw = f"the first record of {shards[0].place} cannot be read: {why}"
             return Finding("warning", saw, "look into the file; data.max_bad_share says how many may be bad")
         size = sum(shard.size or 0 for shard in shards)
