@@ -4,6 +4,7 @@ python -m smoltrain.doctor.all_reduce cpu|cuda       one of them, with the envir
 """
 
 import json
+import re
 import sys
 
 from smoltrain.distributed.rendezvous import RankPlace, open_rendezvous_socket
@@ -15,6 +16,7 @@ MODULE = "smoltrain.doctor.all_reduce"
 RANKS = 2
 LIMIT_S = 30.0  # of which importing torch takes the most
 NUMEL = 2**20
+GLOO_SOURCE = re.compile(r"\[enforce fail at [^]]*\] .*?\. ")  # a line of C++ and its condition, in gloo's errors
 
 
 def check_all_reduce(device: str, limit_s: float = LIMIT_S) -> Finding:
@@ -27,7 +29,8 @@ def check_all_reduce(device: str, limit_s: float = LIMIT_S) -> Finding:
         rank = min(failures, key=lambda rank: (failures[rank].code is None, rank))
         variables = {"cpu": "GLOO_SOCKET_IFNAME", "cuda": "NCCL_* (NCCL_DEBUG=INFO says what NCCL takes)"}[device]
         advice = f"the loopback (`ip addr show lo`), a firewall on it, and {variables}: a run would hang or end there"
-        saw = f"rank {rank} of {RANKS} over {what}: {failures[rank].describe_failure(limit_s)}"
+        why = GLOO_SOURCE.sub("", failures[rank].describe_failure(limit_s))
+        saw = f"rank {rank} of {RANKS} over {what}: {why}"
         return Finding("fault", saw, advice)
     told = json.loads(results[0].out.strip().splitlines()[-1])
     if not told["right"]:

@@ -14,7 +14,7 @@ from smoltrain.config.schema import Config
 from smoltrain.distributed.world import World
 from smoltrain.doctor.check import Finding
 from smoltrain.doctor.exchange import bus_bandwidth, exchange_known_numbers, measure_latency_s, wait_for_device
-from smoltrain.doctor.links import Link, find_slow_ranks, measure_clocks, measure_links
+from smoltrain.doctor.links import HostLink, find_slow_ranks, measure_clocks, measure_links
 from smoltrain.doctor.software import find_version
 from smoltrain.run.shared_folder import find_unseen_folders
 
@@ -182,7 +182,7 @@ def check_links(world: World) -> Finding:
     return judge_links(links, lambda ranks: name_hosts(world, ranks))
 
 
-def judge_links(links: dict[tuple[int, int], Link], name: Callable[[list[int]], str]) -> Finding:
+def judge_links(links: dict[tuple[int, int], HostLink], name: Callable[[list[int]], str]) -> Finding:
     """By what was measured; `name` gives the machines of ranks."""
     slow = find_slow_ranks(links, lambda link: 1 / link.bytes_s, SLOW_FACTOR)
     late = find_slow_ranks(links, lambda link: max(link.latency_s, LATENCY_S), LATENCY_FACTOR)

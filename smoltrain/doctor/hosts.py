@@ -82,14 +82,14 @@ def run_collective_check(check: Check, world: World) -> Finding:
 def end_if_stuck(check: Check, world: World) -> Iterator[None]:
     """A collective cannot be left: if the block takes too long, this process says so and ends."""
 
-    def end() -> None:
+    def end_process() -> None:
         if world.is_first_of_machine:
             host = world.hosts[world.rank]
             print(f"error: {host}: {check.name} has not ended within {check.limit_s:g} s", file=sys.stderr, flush=True)
         time.sleep(1.0)  # for the other machines to say so too
         os._exit(FAULT)
 
-    timer = threading.Timer(check.limit_s, end)
+    timer = threading.Timer(check.limit_s, end_process)
     timer.daemon = True
     timer.start()
     try:

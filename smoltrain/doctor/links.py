@@ -15,7 +15,7 @@ FIRST_BYTES, MOST_BYTES = 2**16, 2**26
 LONG_S = 0.3  # one transfer that takes so long says enough
 
 
-class Link(NamedTuple):
+class HostLink(NamedTuple):
     """Between the machines of two ranks, both ways in turn."""
 
     latency_s: float  # of one way
@@ -40,9 +40,9 @@ def choose_pairs(ranks: list[int]) -> list[list[tuple[int, int]]]:
     return rounds
 
 
-def measure_links(world: World, ranks: list[int]) -> dict[tuple[int, int], Link]:
+def measure_links(world: World, ranks: list[int]) -> dict[tuple[int, int], HostLink]:
     """The links between these ranks, on every rank. Collective; pairs of a round are measured at the same time."""
-    own: dict[tuple[int, int], Link] = {}
+    own: dict[tuple[int, int], HostLink] = {}
     for pairs in choose_pairs(ranks):
         for pair in pairs:
             if world.rank == pair[0]:
@@ -50,13 +50,13 @@ def measure_links(world: World, ranks: list[int]) -> dict[tuple[int, int], Link]
             elif world.rank == pair[1]:
                 answer_link(world, pair[0])
         world.barrier()
-    links: dict[tuple[int, int], Link] = {}
+    links: dict[tuple[int, int], HostLink] = {}
     for of_rank in world.gather(own):
         links |= of_rank
     return links
 
 
-def measure_link(world: World, other: int) -> Link:
+def measure_link(world: World, other: int) -> HostLink:
     """To a rank that answers (`answer_link`): whatever is sent comes back, so that both ways count."""
     echo_s(world, other, 8)  # the first one connects
     latency_s = min(echo_s(world, other, 8) for _ in range(PINGS)) / 2
@@ -66,7 +66,7 @@ def measure_link(world: World, other: int) -> Link:
         size *= 4
         took_s = echo_s(world, other, size)
     world.send(torch.zeros(1, dtype=torch.int64), other)
-    return Link(latency_s, 2 * size / took_s)
+    return HostLink(latency_s, 2 * size / took_s)
 
 
 def echo_s(world: World, other: int, size: int) -> float:
@@ -92,7 +92,9 @@ def answer_link(world: World, other: int) -> None:
         world.send(received, other)
 
 
-def find_slow_ranks(links: dict[tuple[int, int], Link], value: Callable[[Link], float], factor: float) -> list[int]:
+def find_slow_ranks(
+    links: dict[tuple[int, int], HostLink], value: Callable[[HostLink], float], factor: float
+) -> list[int]:
     """Those whose best link is worse than the median of all best links by this factor; a larger `value` is worse.
 
     The best counts, as a good machine too has a bad link to a bad one. Of two machines neither can be named.

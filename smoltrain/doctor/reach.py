@@ -46,7 +46,8 @@ def check_data(config: Config) -> Finding:
             saw = f"the first record of {shards[0].place} cannot be read: {why}"
             return Finding("warning", saw, "look into the file; data.max_bad_share says how many may be bad")
         size = sum(shard.size or 0 for shard in shards)
-        texts.append(f"{part.name}: {len(shards):,} files, {size / 2**20:,.1f} MiB")
+        name = f"{part.name}: " if config.data.sources else ""
+        texts.append(f"{name}{len(shards):,} files, {size / 2**20:,.1f} MiB")
     return Finding("ok", "; ".join(texts))
 
 

@@ -51,7 +51,7 @@ def check_python() -> Finding:
     version = platform.python_version()
     if not wanted.contains(version, prereleases=True):
         return Finding("fault", f"{version}, and smoltrain wants {wanted}", f"a Python {wanted}, and a new .venv of it")
-    return Finding("ok", f"{version}, {platform.python_implementation()} on {platform.platform()}")
+    return Finding("ok", f"{version}, {platform.python_implementation()} on {platform.system()}, {platform.machine()}")
 
 
 def check_packages() -> Finding:

@@ -7,7 +7,7 @@ import pytest
 
 from smoltrain.doctor import host_checks
 from smoltrain.doctor.host_checks import describe_odd, judge_clocks, judge_links, multiply_known_matrices
-from smoltrain.doctor.links import Link
+from smoltrain.doctor.links import HostLink
 from tests.ranks import Ranks, world
 
 
@@ -37,7 +37,7 @@ def test_slow_links() -> None:
     def name(ranks: list[int]) -> str:
         return ", ".join(f"n{rank}" for rank in ranks)
 
-    fast, slow, late = Link(1e-4, 1e9), Link(1e-4, 1e7), Link(0.1, 1e9)
+    fast, slow, late = HostLink(1e-4, 1e9), HostLink(1e-4, 1e7), HostLink(0.1, 1e9)
     odd = judge_links({(0, 1): fast, (0, 2): slow, (1, 2): slow}, name)
     assert (odd.status, odd.saw.partition(":")[0]) == ("warning", "n2 is slower than the others")
     odd = judge_links({(0, 1): late, (0, 2): fast, (1, 2): late}, name)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def test_the_odd_host_is_named_for_each_fault(tmp_path: Path) -> None:
     found = findings(life.text())
     assert found["hosts"]["saw"] == "3 ranks on 3 machines: n0 (1 rank), n1 (1 rank), n2 (1 rank)"
     assert found["versions"]["status"] == "fault"
-    assert found["versions"]["saw"] == "torch: n1 has 2.4.0 for CPUs; the other 2 have 2.13.0 for CPUs"
+    ours = metadata.version("torch")
+    assert found["versions"]["saw"] == f"torch: n1 has 2.4.0 for CPUs; the other 2 have {ours} for CPUs"
     assert found["folder"]["saw"] == f"n1 does not see {tmp_path / 'runs'} of n0"
     assert found["clocks"]["status"] == "fault"
     assert found["clocks"]["saw"] == "n1 is 3,600.0 s ahead of most others"
@@ -83,9 +85,7 @@ def test_hosts_that_are_alike_are_well(tmp_path: Path) -> None:
 def test_a_host_that_stands_still_ends_all_with_a_line(tmp_path: Path) -> None:
     with make_hosts(2, tmp_path) as hosts:
         life = hosts.fork(tmp_path / "log", stop_within_a_check, tiny.words(tmp_path))
-        launches.wait_until(lambda: "stopped" in life.states())
-        launches.wait_until(lambda: "has not ended within 2 s" in life.text())
-        hosts.resume_ranks(1)
+        life.wait(lambda states: states[0] == FAULT)  # by itself; the other one is in a namespace that ends
         life.kill()
     assert "error: n0: versions has not ended within 2 s" in life.text()
     assert "Traceback" not in life.text()

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from smoltrain.doctor.links import ROUNDS, Link, choose_pairs, find_slow_ranks, measure_clocks, measure_links
+from smoltrain.doctor.links import ROUNDS, HostLink, choose_pairs, find_slow_ranks, measure_clocks, measure_links
 from tests.ranks import Ranks, world
 
-FAST, SLOW = Link(1e-4, 1e9), Link(0.05, 1e6)
+FAST, SLOW = HostLink(1e-4, 1e9), HostLink(0.05, 1e6)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 6, 9, 64])
@@ -35,7 +35,7 @@ def test_the_slow_one_is_named_and_not_those_that_talk_with_it() -> None:
     assert find_slow_ranks({(0, 1): SLOW}, lambda link: link.latency_s, 4.0) == [], "of two neither can be named"
 
 
-def measure_here() -> tuple[dict[Any, Link], dict[int, tuple[float, float]]]:
+def measure_here() -> tuple[dict[Any, HostLink], dict[int, tuple[float, float]]]:
     return measure_links(world(), [0, 1]), measure_clocks(world(), [0, 1])
 
 

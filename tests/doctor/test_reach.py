@@ -85,7 +85,7 @@ def test_data_that_cannot_be_read_are_a_fault(overrides: tuple[str, ...], said: 
 
 
 def test_data_are_read_and_not_only_listed(tmp_path: Path) -> None:
-    assert reach.check_data(tiny.load(tmp_path)).saw.startswith("data: 11 files, 0.")
+    assert reach.check_data(tiny.load(tmp_path)).saw.startswith("11 files, 0.")
     (tmp_path / "bad.jsonl").write_text('{"text": 7}\n')
     found = reach.check_data(tiny.load(tmp_path, f"data.path={tmp_path / 'bad.jsonl'}"))
     assert found.status == "warning"

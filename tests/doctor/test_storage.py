@@ -26,9 +26,9 @@ def on_disk(disk: Path, options: str, with_recipe: bool) -> Finding:
         ("ro,size=900m", False, "fault", "cannot be written: Read-only file system"),
         ("size=80m,nr_inodes=1", False, "fault", "cannot be written: No space left on device"),
         ("size=70m", False, "ok", "0.1 GiB free, writes "),
-        ("size=900m", True, "fault", "a checkpoint takes 1.00 GiB, 3 at most 3.0"),
-        ("size=2g", True, "warning", "a checkpoint takes 1.00 GiB, 3 at most 3.0"),
-        ("size=4g", True, "ok", "a checkpoint takes 1.00 GiB, 3 at most 3.0"),
+        ("size=900m", True, "fault", "a checkpoint takes 1.00 GiB, at most 3 of them 3.0 GiB"),
+        ("size=2g", True, "warning", "a checkpoint takes 1.00 GiB, at most 3 of them 3.0 GiB"),
+        ("size=4g", True, "ok", "a checkpoint takes 1.00 GiB, at most 3 of them 3.0 GiB"),
     ],
 )
 def test_a_disk_with_a_fault(options: str, with_recipe: bool, status: str, said: str, tmp_path: Path) -> None:
