@@ -35,7 +35,8 @@ def check_disk(key: str, folder: Path, estimate: Callable[[], RunNeeds] | None =
         needs = estimate()
         one = needs.checkpoint_bytes
         all_of_them = one * needs.num_checkpoints
-        size = f"a checkpoint takes {one / 2**30:.2f} GiB, at most {needs.num_checkpoints} of them {all_of_them / 2**30:.1f} GiB"
+        size = f"a checkpoint takes {one / 2**30:.2f} GiB"
+        size += f", at most {needs.num_checkpoints} of them {all_of_them / 2**30:.1f} GiB"
         if free < one + SPARE_BYTES:
             return Finding("fault", f"{saw}; {size}", f"free some space, or another {key}")
         if free < all_of_them + SPARE_BYTES:
