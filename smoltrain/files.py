@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from smoltrain.errors import Problem, TrainingStopped, UserError, format_value
 
 METRICS_FILE = "metrics.jsonl"  # in a run folder: one line for each step, and more for what is measured now and then
@@ -196,6 +194,8 @@ def keep_jsonl_lines(path: Path, lines: Iterable[JsonLine]) -> None:
 
 def write_tensors(path: Path, tree: Any) -> None:
     """Write a torch file that is on the disk afterwards. Errors: OSError, or RuntimeError of torch's own writer."""
+    import torch  # seconds, which other users of this module do not need
+
     torch.serialization.set_crc32_options(False)  # 4 of 5 seconds; who writes these files hashes them too
     try:
         with path.open("wb") as file:
@@ -224,6 +224,8 @@ def read_tensors(path: Path, allowed: Sequence[type] = ()) -> Any:
     Errors: TrainingStopped naming the file and the class or function that was refused, or what is broken in it; no
     code of the file has run.
     """
+    import torch
+
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=True)

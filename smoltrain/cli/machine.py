@@ -1,12 +1,15 @@
 """Verbs that look at machines before a run: doctor, check-hosts."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from smoltrain.cli.app import app
 from smoltrain.cli.arguments import DefaultRecipeArgument, OverridesArgument, OverridesCommand
 from smoltrain.errors import TrainingStopped, UserError
+
+if TYPE_CHECKING:
+    from smoltrain.config.schema import Config
 
 JsonOption = Annotated[bool, typer.Option("--json", help="All findings as JSON, and nothing else, on stdout.")]
 
@@ -28,13 +31,8 @@ def doctor_command(
     from smoltrain.config.load import load_config
     from smoltrain.doctor.machine import examine_machine
 
-    config = None
-    if recipe is not None:
-        from smoltrain.train.preflight import check_recipe
-
-        config = load_config(recipe, overrides or [])
-        check_recipe(config)
-    raise typer.Exit(examine_machine(config, ranks, as_json=as_json))
+    config = None if recipe is None else load_config(recipe, overrides or [])
+    raise typer.Exit(examine_machine(config, ranks, _check_recipe, as_json=as_json))
 
 
 @app.command(
@@ -63,3 +61,10 @@ def check_hosts_command(
     except RuntimeError as error:
         code = say_lost_connection(error)
     raise typer.Exit(code)
+
+
+def _check_recipe(config: "Config") -> None:
+    """Only when it is asked for: torch may be what is broken."""
+    from smoltrain.train.preflight import check_recipe
+
+    check_recipe(config)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from torch.cuda import nccl
 
 from smoltrain import __version__
 from smoltrain.config.schema import Config
@@ -72,7 +73,7 @@ def collect_versions() -> dict[str, str]:
     versions |= {"python": platform.python_version(), "smoltrain": __version__}
     versions["torch"] = f"{versions['torch']} for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPUs'}"
     if torch.cuda.is_available():
-        versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+        versions["NCCL"] = ".".join(map(str, nccl.version()))
         versions["GPU"] = torch.cuda.get_device_name()
     return versions
 

@@ -1,6 +1,7 @@
 """`smoltrain doctor`: all that is looked at on one machine, in order."""
 
 import os
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
@@ -33,13 +34,16 @@ SLOW_ANSWER_S = 20.0  # of data or a tokenizer that lie behind a network
 RUNS = Path("runs")  # where runs are without a recipe that says another place
 
 
-def examine_machine(config: Config | None, ranks: int | None, *, as_json: bool) -> int:
+CheckRecipe = Callable[[Config], None]  # raises the UserError that a run would end with
+
+
+def examine_machine(config: Config | None, ranks: int | None, check_recipe: CheckRecipe, *, as_json: bool) -> int:
     """Look at everything and print it; the exit code. Without a config at what any run would need."""
-    return run_and_print_checks(list_machine_checks(config, ranks), as_json=as_json)
+    return run_and_print_checks(list_machine_checks(config, ranks, check_recipe), as_json=as_json)
 
 
-def list_machine_checks(config: Config | None, ranks: int | None) -> list[Check]:
-    """Every check; nothing is looked at yet."""
+def list_machine_checks(config: Config | None, ranks: int | None, check_recipe: CheckRecipe) -> list[Check]:
+    """Every check; nothing is looked at yet. Nothing here needs torch to be imported, which may be what is broken."""
     probe = Probe()
     needs = cache(partial(_estimate_needs, config, ranks, probe)) if config else None
     runs = config.run.folder if config else RUNS
@@ -68,6 +72,7 @@ def list_machine_checks(config: Config | None, ranks: int | None) -> list[Check]
         if config.data.cache is not None:
             checks.append(Check("data.cache", partial(check_disk, "data.cache", config.data.cache)))
         checks += [
+            Check("recipe", partial(_check_recipe, config, check_recipe), PROBE_S),
             Check("tokenizer", partial(check_tokenizer, config), SLOW_ANSWER_S),
             Check("data", partial(check_data, config), SLOW_ANSWER_S),
             Check("Hub", partial(check_hub, config)),
@@ -84,6 +89,11 @@ def _estimate_needs(config: Config, ranks: int | None, probe: Probe) -> RunNeeds
     if facts.gpus and config.engine.device in ("auto", "cuda"):
         return estimate_needs(config, ranks or len(facts.gpus), facts.gpus[0]["memory_bytes"])
     return estimate_needs(config, ranks or CPU_RANKS, None)
+
+
+def _check_recipe(config: Config, check_recipe: CheckRecipe) -> Finding:
+    check_recipe(config)
+    return Finding("ok", f"{config.run.recipe or config.run.name}: model, optimizer and DeepSpeed's config agree")
 
 
 def _check_shared_memory(probe: Probe) -> Finding:

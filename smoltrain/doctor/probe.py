@@ -69,6 +69,7 @@ def try_flash_packages() -> tuple[dict[str, str], str]:
 def collect_torch_facts() -> TorchFacts:
     """In the process of its own."""
     import torch
+    from torch.cuda import nccl
 
     from smoltrain.kernels.flash_attention import TITLES
     from smoltrain.kernels.precision import find_fastest_precision
@@ -76,7 +77,7 @@ def collect_torch_facts() -> TorchFacts:
     gpus: list[dict[str, Any]] = []
     cuda_error = ""
     device = torch.device("cpu")
-    nccl = None
+    nccl_version = None
     if torch.version.cuda:
         try:
             torch.cuda.init()
@@ -86,7 +87,7 @@ def collect_torch_facts() -> TorchFacts:
             device = torch.device("cuda")
         except (RuntimeError, AssertionError) as error:
             cuda_error = str(error).splitlines()[0]
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        nccl_version = ".".join(map(str, nccl.version()))
         for gpu in gpus:
             gpu["has_bf16"] = torch.cuda.is_bf16_supported(including_emulation=False)
     fastest = find_fastest_precision()
@@ -98,7 +99,7 @@ def collect_torch_facts() -> TorchFacts:
         cuda_build=torch.version.cuda,
         gpus=gpus,
         cuda_error=cuda_error,
-        nccl=nccl,
+        nccl=nccl_version,
         precision=f"{fastest.name}, as {fastest.reason}",
         bf16_error=float((product - exact).norm() / exact.norm()),
         has_flash=any(importlib.util.find_spec(package.split(".")[0]) for package in TITLES),

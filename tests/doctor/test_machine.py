@@ -1,6 +1,8 @@
 """The verb: every check is there, a fault ends it with 1, and nothing is trained."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from smoltrain import cli
 from smoltrain.doctor import child, machine
 from smoltrain.doctor.needs import CPU_RANKS
 from smoltrain.launch import supervisor
+from smoltrain.train.preflight import check_recipe
 from tests import preloaded, tiny
 
 WITHOUT_RECIPE = [
@@ -23,10 +26,10 @@ def test_the_ranks_are_those_of_train() -> None:
 
 
 def test_what_is_looked_at(tmp_path: Path) -> None:
-    assert [check.name for check in machine.list_machine_checks(None, None)] == WITHOUT_RECIPE
+    assert [check.name for check in machine.list_machine_checks(None, None, check_recipe)] == WITHOUT_RECIPE
     config = tiny.load(tmp_path, f"data.cache={tmp_path}")
-    more = {check.name for check in machine.list_machine_checks(config, None)} - set(WITHOUT_RECIPE)
-    assert more == {"data.cache", "tokenizer", "data", "Hub", "W&B"}
+    more = {check.name for check in machine.list_machine_checks(config, None, check_recipe)} - set(WITHOUT_RECIPE)
+    assert more == {"data.cache", "recipe", "tokenizer", "data", "Hub", "W&B"}
 
 
 @pytest.mark.slow
@@ -46,6 +49,23 @@ def test_a_recipe_is_looked_at_whole_and_nothing_is_written(
     assert found["memory"]["saw"].startswith("1 ranks take about ")
     assert found["data"]["status"] == "ok"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_where_torch_is_broken_everything_else_is_still_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken" / "torch").mkdir(parents=True)
+    (tmp_path / "broken" / "torch" / "__init__.py").write_text("raise ImportError('libcudnn.so.9: no such file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "broken"))
+    words = [sys.executable, "-m", "smoltrain", "doctor", "quickstart", *tiny.words(tmp_path), "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=200)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    found = {line["check"]: line for line in json.loads(done.stdout)["findings"]}
+    assert "ImportError: libcudnn.so.9: no such file" in found["torch"]["saw"]
+    assert [name for name, line in found.items() if line["status"] == "fault"] == ["torch", "all-reduce"]
+    assert found["runs"]["status"] != "fault"
+    assert found["data"]["status"] == "ok"
 
 
 def test_a_recipe_with_mistakes_is_no_finding(capsys: pytest.CaptureFixture[str]) -> None:
