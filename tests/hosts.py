@@ -104,6 +104,11 @@ class Hosts:
         """Nothing reaches this host any more, nor leaves it; its processes live."""
         _enter(self._switch, "net", f"ip link set sw{number} down")
 
+    def slow_down(self, number: int, rate: str) -> None:
+        """This host sends no more than `rate`, as in 20mbit (man 8 tc-tbf)."""
+        shape = f"tc qdisc add dev eth0 root tbf rate {rate} burst 64kb latency 1s"
+        _enter(self._keepers[number], "net", shape)
+
     def power_off(self, number: int) -> None:
         """The cable first, so that no FIN and no RST reaches anybody, then all processes at once."""
         self.cut_cable(number)

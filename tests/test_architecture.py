@@ -59,8 +59,14 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     "smoltrain.__main__": ("two lines, run as a command", "tests/test_cli.py"),
     **{
         f"smoltrain.cli.{module}": ("parts of one command, tested through it", "tests/test_cli.py")
-        for module in ("app", "arguments", "models", "prepare", "recipes", "runs", "training")
+        for module in ("app", "arguments", "machine", "models", "prepare", "recipes", "runs", "training")
     },
+    "smoltrain.doctor.exchange": (
+        "what ranks exchange, in checks that are tested",
+        "tests/doctor/test_all_reduce.py, tests/doctor/test_hosts.py",
+    ),
+    "smoltrain.doctor.needs": ("numbers of the estimate, for two checks", "tests/doctor/test_limits.py"),
+    "smoltrain.doctor.probe": ("runs in a process of its own", "tests/doctor/test_software.py"),
     "smoltrain.engine.adamw": (
         "torch's own, and one pass that is compared with it",
         "tests/engine/test_optimizer.py, tests/engine/test_once_per_step.py",

@@ -22,7 +22,7 @@ COMMAND = str(Path(sys.executable).parent / "smoltrain")
 Run = Callable[..., tuple[int, str, str]]
 VERBS = [
     *["new", "train", "tune"],
-    *["recipes", "show", "explain", "estimate"],
+    *["recipes", "show", "explain", "estimate", "doctor", "check-hosts"],
     *["runs", "watch", "summary", "plot", "report", "compare", "profile", "verify"],
     *["generate", "demo", "export", "push"],
 ]

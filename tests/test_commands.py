@@ -373,6 +373,19 @@ def read_pip(words: list[str]) -> None:
     assert all((ROOT / words[words.index(option) + 1]).is_file() for option in words if option == "-c")
 
 
+def read_torchrun(words: list[str]) -> None:
+    from torch.distributed.run import get_args_parser
+
+    given = get_args_parser().parse_args(words)
+    if given.module:
+        recipe, *overrides = given.training_script_args[1:]
+        read_options(typer.main.get_command(app), given.training_script_args)
+    else:
+        assert (ROOT / given.training_script).is_file()
+        recipe, *overrides = given.training_script_args
+    load_words(recipe, overrides)
+
+
 @pytest.mark.parametrize("command", READ, ids=lambda command: command.text)
 def test_the_words_of_a_command_that_is_not_run_are_valid(command: Command):
     program, *words = shlex.split(command.text)
@@ -392,11 +405,7 @@ def test_the_words_of_a_command_that_is_not_run_are_valid(command: Command):
             assert (ROOT / given.user_script).is_file()
             load_words(given.user_args[0], given.user_args[1:])
         case "torchrun":
-            from torch.distributed.run import get_args_parser
-
-            given = get_args_parser().parse_args(words)
-            assert (ROOT / given.training_script).is_file()
-            load_words(given.training_script_args[0], given.training_script_args[1:])
+            read_torchrun(words)
         case "python":
             read_benchmark(words[1], words[2:])
         case "pip":

@@ -14,7 +14,7 @@ from smoltrain.usage import describe_unknown_verb, describe_wrong_call
 # The panels of `smoltrain --help` and their verbs, in order.
 PANELS = {
     "Start a run": ("new", "train", "tune"),
-    "Look before": ("recipes", "show", "explain", "estimate"),
+    "Look before": ("recipes", "show", "explain", "estimate", "doctor", "check-hosts"),
     "Look meanwhile and after": ("runs", "watch", "summary", "plot", "report", "compare", "profile", "verify"),
     "Take the model out": ("generate", "demo", "export", "push"),
     "Prepare ahead": ("prepare",),

@@ -23,17 +23,7 @@ def check_shared_folder(config: Config, world: World) -> None:
     """
     if world.num_machines == 1 or config.checkpoint.shared == "off":
         return
-    folders = [config.run.folder, config.run_folder, config.run_folder / "checkpoints"]
-    marks = world.run_on_first_rank(lambda: _write_marks(folders))
-    try:
-        unseen = world.gather(_find_unseen(marks, PATIENCE_S))
-    finally:
-        for path in marks if world.is_first else ():
-            path.unlink(missing_ok=True)
-    who: dict[str, str] = {}  # the name of a machine -> the folder that it does not see
-    for host, folder in zip(world.hosts, unseen, strict=True):
-        if folder is not None:
-            who[host] = folder
+    who = find_unseen_folders([config.run.folder, config.run_folder, config.run_folder / "checkpoints"], world)
     if who:
         saw = "; ".join(f"{host} does not see {folder}" for host, folder in who.items())
         want = f"a folder that all machines share, at one path; {world.hosts[0]} has written into it"
@@ -44,6 +34,24 @@ def check_shared_folder(config: Config, world: World) -> None:
             "run.folder, what is mounted there, or checkpoint.shared",
         )
         raise mark_as_everyones(UserError(problem))
+
+
+def find_unseen_folders(folders: list[Path], world: World) -> dict[str, str]:
+    """The name of a machine -> the folder that rank 0's machine has and it does not see. Collective.
+
+    Errors: UserError, the same on every rank, where rank 0 cannot write.
+    """
+    marks = world.run_on_first_rank(lambda: _write_marks(folders))
+    try:
+        unseen = world.gather(_find_unseen(marks, PATIENCE_S))
+    finally:
+        for path in marks if world.is_first else ():
+            path.unlink(missing_ok=True)
+    who: dict[str, str] = {}
+    for host, folder in zip(world.hosts, unseen, strict=True):
+        if folder is not None:
+            who[host] = folder
+    return who
 
 
 def _write_marks(folders: list[Path]) -> dict[Path, str]:

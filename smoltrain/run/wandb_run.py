@@ -108,6 +108,13 @@ def _read_system_settings() -> WandbSystemSettings:
     )
 
 
+def find_wandb_server() -> str:
+    """The URL of the server that W&B's settings name. Errors: those of wandb for settings that it refuses."""
+    import wandb
+
+    return _read_system_settings().server or str(wandb.Settings().base_url)
+
+
 def connect_to_wandb(config: Config, folder: Path, identity: WandbIdentity, mode: str, reason: str) -> tuple[Any, str]:
     """Begin or resume a run of W&B: (wandb's run, or None where it is off; what the console says of it).
 

@@ -18,6 +18,7 @@ from smoltrain.timeout import call_with_timeout
 
 Answer = TypeVar("Answer")
 HUB_ANSWER_TIMEOUT_S = 8.0  # for each first question
+HUB_ENDPOINT = constants.ENDPOINT  # HF_ENDPOINT, or the Hub itself
 OTHER_DATA = "data.path=FOLDER of .parquet or .jsonl.zst files"
 
 
@@ -82,6 +83,16 @@ def _list_sizes(dataset: str, urls: list[str]) -> list[tuple[str, str, int]]:
         path = url.removeprefix("hf://")
         files.append((path.removeprefix(f"{root}/"), url, sizes[path]))
     return files
+
+
+def is_hub_offline() -> bool:
+    """Whether HF_HUB_OFFLINE keeps the Hub from being asked."""
+    return constants.is_offline_mode()
+
+
+def describe_hub_access() -> str:
+    """By what right it is read."""
+    return "with a token" if get_token() else "without a token, as no HF_TOKEN is set"
 
 
 def has_hub_answered(error: Exception) -> bool:

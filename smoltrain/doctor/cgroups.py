@@ -1,0 +1,98 @@
+"""What the kernel's control groups leave to this process: containers and batch systems set them (man 7 cgroups)."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+MOUNTS = Path("/sys/fs/cgroup")
+OWN = Path("/proc/self/cgroup")
+
+
+@dataclass(frozen=True)
+class CgroupFiles:
+    """Where groups are mounted, and the file that says which are this process's."""
+
+    mounts: Path = MOUNTS
+    own: Path = OWN
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """The tightest limit above this process, and what of it is taken; bytes."""
+
+    limit: int
+    used: int  # what the kernel could not give back at once: without the cache of files
+    group: Path
+
+    @property
+    def free(self) -> int:
+        """Bytes that are left."""
+        return max(0, self.limit - self.used)
+
+
+def find_memory_limit(files: CgroupFiles | None = None) -> MemoryLimit | None:
+    """The one that leaves least, of versions 1 and 2; None where there is none."""
+    found: list[MemoryLimit] = []
+    for folder, version in _iterate_groups(files or CgroupFiles(), "memory"):
+        names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}[version]
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is none; the root of version 2 has no files
+            limit = int((folder / names[0]).read_text())
+            used = int((folder / names[1]).read_text()) - _read_file_cache(folder)
+            if limit < 2**60:  # which version 1 says where there is none
+                found.append(MemoryLimit(limit, max(0, used), folder))
+    return min(found, key=lambda memory: memory.free, default=None)
+
+
+def find_cpu_quota(files: CgroupFiles | None = None) -> float | None:
+    """CPUs whose time this process may use, as in 1.5; None where there is no quota."""
+    least = math.inf
+    for folder, version in _iterate_groups(files or CgroupFiles(), "cpu"):
+        with contextlib.suppress(OSError, ValueError):
+            if version == 2:
+                allowed, period = map(int, (folder / "cpu.max").read_text().split())
+            else:
+                allowed = int((folder / "cpu.cfs_quota_us").read_text())  # -1 where there is none
+                period = int((folder / "cpu.cfs_period_us").read_text())
+            if allowed > 0:
+                least = min(least, allowed / period)
+    return None if math.isinf(least) else least
+
+
+def _read_file_cache(folder: Path) -> int:
+    """Bytes of files that the group has read, and that the kernel drops first."""
+    for line in (folder / "memory.stat").read_text().splitlines():
+        name, _, number = line.partition(" ")
+        if name in ("inactive_file", "total_inactive_file"):
+            return int(number)
+    return 0
+
+
+def _iterate_groups(files: CgroupFiles, controller: str) -> Iterator[tuple[Path, int]]:
+    """(folder, version) of this process's groups with that controller, and of those above them, which limit it too.
+
+    In a container the own group may be mounted as the root, so that its path leads nowhere: the root is looked at too.
+    """
+    try:
+        lines = files.own.read_text(encoding="utf-8").splitlines()
+    except OSError:  # no Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            root = next(
+                (folder for folder in (files.mounts / "unified", files.mounts) if folder.is_dir()), files.mounts
+            )
+            version = 2
+        elif controller in controllers.split(","):
+            root = files.mounts / controller
+            version = 1
+        else:
+            continue
+        folder = root / path.strip("/")
+        yield folder, version
+        for above in folder.parents:
+            if above == root.parent:
+                break
+            yield above, version
