@@ -22,7 +22,7 @@ COMMAND = str(Path(sys.executable).parent / "smoltrain")
 Run = Callable[..., tuple[int, str, str]]
 VERBS = [
     *["new", "train", "tune", "recipes", "show", "explain", "estimate", "summary", "plot", "verify"],
-    *["generate", "export", "push", "demo"],
+    *["generate", "chat", "export", "push", "demo"],
 ]
 PREPARE_VERBS = ["prepare tokenizer", "prepare data"]
 
@@ -81,7 +81,7 @@ def test_help_tells_where_the_keys_are_explained(run: Run, verb: str):
     assert "smoltrain explain" in " ".join(run(*verb.split(), "-h")[1].replace("│", " ").split())
 
 
-@pytest.mark.parametrize("verb", ["generate", "export", "demo", "verify"])
+@pytest.mark.parametrize("verb", ["generate", "chat", "export", "demo", "verify"])
 def test_help_tells_what_may_be_named(run: Run, verb: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "400")
     _, out, _ = run(verb, "--help")

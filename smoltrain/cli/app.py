@@ -16,7 +16,7 @@ PANELS = {
     "Start a run": ("new", "train", "tune"),
     "Look before": ("recipes", "show", "explain", "estimate"),
     "Look meanwhile and after": ("summary", "plot", "verify"),
-    "Take the model out": ("generate", "export", "push", "demo"),
+    "Take the model out": ("generate", "chat", "export", "push", "demo"),
     "Prepare ahead": ("prepare",),
 }
 
