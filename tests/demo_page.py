@@ -4,6 +4,8 @@
 the pages are of `quickstart`.
 """
 
+from __future__ import annotations
+
 import subprocess
 import sys
 import tempfile

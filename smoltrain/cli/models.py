@@ -63,12 +63,15 @@ def chat_command(
     checkpoint: CheckpointOption = None,
 ) -> None:
     """Talk with a trained model, or let it go on line by line; through a pipe each line gets an answer."""
-    from smoltrain.inference.chat import Chat, prepare_stdin
-    from smoltrain.inference.generate import draw_seed
+    from smoltrain.terminal import show_activity
 
-    loaded, settings = _load_writer(
-        run, checkpoint, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
-    )
+    with show_activity("loading"):  # seconds, for torch is imported
+        from smoltrain.inference.chat import Chat, prepare_stdin
+        from smoltrain.inference.generate import draw_seed
+
+        loaded, settings = _load_writer(
+            run, checkpoint, temperature=temperature, top_k=top_k, top_p=top_p, max_tokens=max_tokens
+        )
     prepare_stdin()
     Chat(loaded, settings, seed=draw_seed() if seed is None else seed, plain=plain).run()
 

@@ -124,7 +124,7 @@ def build_controls(models: DemoModels) -> list[Any]:
         gr.Checkbox(label="Greedy: always the likeliest token"),
         gr.Checkbox(True, label="A new seed for each text", elem_id="new-seed"),
         gr.Number(
-            draw_seed(), label="Seed", info="Of the text above. The same seed, prompt and settings repeat it.",
+            draw_seed(), label="Seed", info="Of the texts shown. The same seed, prompt and settings repeat them.",
             precision=0, minimum=0, maximum=MAX_SEED, elem_id="seed",
         ),
     ]  # fmt: skip

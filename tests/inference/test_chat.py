@@ -1,6 +1,5 @@
 """The chat: lines and commands through a pipe, and a person at a terminal who interrupts it."""
 
-import contextlib
 import io
 import sys
 import time
@@ -65,7 +64,7 @@ def test_each_line_gets_an_answer(talk: Talk, drawn: list[Any]):
     texts = ["one", "oneanswer 1\ntwo \n 2", "oneanswer 1\ntwo \n 2answer 2\n/three"]
     assert [text for text, _ in drawn] == texts
     assert [(options["seed"], options["top_k"]) for _, options in drawn] == [(7, 5), (8, 5), (9, 5)]
-    assert err[0].startswith("talker: ")
+    assert sum(line.startswith("talker: ") for line in err) == 1
     assert sum("one text, and the model goes on with it" in line for line in err) == 1
     assert "seed 7: the same lines under it get the same answers" in err
 
@@ -178,10 +177,8 @@ def test_a_person_interrupts_answers_and_leaves(model: Path):
         session.read_until(lambda raw, n=number: raw.count("stopped") == n and raw.endswith("> "))
     session.press(b"/undo\n")
     session.read_until(lambda raw: "taken back: 'hello'" in raw and raw.endswith("> "))
-    while session.process.poll() is None:
-        with contextlib.suppress(OSError):  # it has just ended
-            session.press(b"\x03")  # again, for one that comes while the prompt is being written may be lost
-        time.sleep(0.5)
+    time.sleep(1)  # what comes between the prompt and Python's wait for a line is noticed at the next key
+    session.press(b"\x03")
     assert session.finish() == INTERRUPTED
     assert "Traceback" not in session.raw
     assert "\x1b[31m" not in session.raw
