@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +47,16 @@ class PersonAtThePage:
 
     def click(self, name: str) -> None:
         self.find(f"#{name}").click()
+
+    def generate_until(self, condition: Callable[[], bool]) -> None:
+        """Click once more where the page was still busy with a stop."""
+
+        def is_done() -> bool:
+            self.click("generate")
+            time.sleep(1)
+            return condition()
+
+        wait_until(is_done)
 
     def fill(self, css: str, value: object) -> None:
         self.find(css).send_keys(CONTROL_A)

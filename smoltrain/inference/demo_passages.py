@@ -12,14 +12,14 @@ CSS = """
 #passages article {
   border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg); padding: 0.75rem 1rem; min-width: 0;
 }
-#passages h4 {margin: 0 0 0.5rem; font-size: var(--text-sm); color: var(--body-text-color-subdued)}
+#passages h4 {margin: 0 0 0.5rem; font-size: var(--text-sm); color: var(--block-title-text-color)}
 #passages pre {
   margin: 0; font-family: var(--font-mono); font-size: var(--text-md); white-space: pre-wrap; overflow-wrap: anywhere;
 }
-#passages .prompt {color: var(--body-text-color-subdued); font-style: italic}
+#passages .prompt {color: var(--block-title-text-color); font-style: italic}
 #passages .answer {background: var(--primary-50); color: var(--body-text-color); border-radius: 2px}
 .dark #passages .answer {background: var(--primary-950)}
-#passages p {margin: 0.5rem 0 0; font-size: var(--text-sm); color: var(--body-text-color-subdued)}
+#passages p {margin: 0.5rem 0 0; font-size: var(--text-sm); color: var(--block-title-text-color)}
 """
 
 

@@ -27,7 +27,7 @@ from smoltrain.distributed.world import free_port
 from smoltrain.errors import BAD_INPUT, DONE, UserError
 from smoltrain.inference import load
 from smoltrain.inference.demo_models import DemoModels
-from smoltrain.inference.load import LoadedModel, load_trained_model
+from smoltrain.inference.load import LoadedModel
 from tests import folders
 from tests.demo_page import PersonAtThePage, take_pictures
 from tests.launches import wait_until
@@ -391,6 +391,7 @@ def slow(self, *arguments, seed, **options):  # as a large model is: a tiny one 
         yield piece
 
 load.LoadedModel.generate_text = slow
+load.LoadedModel.stop_ids = property(lambda self: [])  # it ends no document, but where the page has it stop
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 demo.serve_demo({str(run)!r}, port={port})
 """
@@ -409,16 +410,6 @@ demo.serve_demo({str(run)!r}, port={port})
             server.kill()
 
 
-def talkative(run: Path) -> int:
-    """A seed with which the model does not end its document soon: half a minute at the pace of the page's model."""
-    loaded, long = load_trained_model(str(run)), GenerationSection(**SETTINGS | {"max_tokens": 300})
-
-    def pieces(seed: int) -> int:
-        return sum(1 for _ in loaded.generate_text(PROMPT, long, greedy=False, seed=seed))
-
-    return next(seed for seed in itertools.count(HOSTILE_SEED + 1) if pieces(seed) > 250)
-
-
 @pytest.mark.slow
 @pytest.mark.browser
 def test_a_person_writes_stops_and_compares_checkpoints(run: Path, address: str, tmp_path: Path):
@@ -435,7 +426,7 @@ def test_a_person_writes_stops_and_compares_checkpoints(run: Path, address: str,
         person.click("stop")
 
         person.click("new-seed input")
-        person.fill("#seed input", talkative(run))
+        person.fill("#seed input", HOSTILE_SEED + 1)
         person.fill("#max-tokens input[type=number]", POSITIONS - 1)
         person.click("generate")
         lengths = set[int]()
@@ -457,18 +448,12 @@ def test_a_person_writes_stops_and_compares_checkpoints(run: Path, address: str,
         person.click("stop")
 
         person.fill("#seed input", HOSTILE_SEED)
-        wait_until(lambda: person.click("generate") or person.answers() == [HOSTILE, HOSTILE])  # or it still stops
+        person.generate_until(lambda: person.answers() == [HOSTILE, HOSTILE])
         assert chromium.execute_script("return window.obeyed") is None
 
-        person.fill("#prompt textarea", "king " * POSITIONS)
         person.fill("#seed input", HOSTILE_SEED + 1)
-
-        def is_refused() -> bool:
-            person.click("generate")  # once more where the page was still busy with the stop
-            time.sleep(1)
-            return "the prompt is too long" in person.find(".toast-wrap").text
-
-        wait_until(is_refused)
+        person.fill("#prompt textarea", "king " * POSITIONS)
+        person.generate_until(lambda: "the prompt is too long" in " ".join(person.read(".toast-wrap")))
         urls = browser.asked_for(chromium)
         assert urls
         assert {url for url in urls if not url.startswith(f"{address}/")} == set()
