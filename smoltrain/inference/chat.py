@@ -11,7 +11,8 @@ from dataclasses import replace
 
 from smoltrain.config.load import override_generation
 from smoltrain.config.schema import MAX_SEED, GenerationSection
-from smoltrain.errors import Problem, UserError, format_error, format_value, suggest_choice
+from smoltrain.console import take_console_warnings
+from smoltrain.errors import Problem, TrainingStopped, UserError, format_error, format_value, suggest_choice
 from smoltrain.inference.chat_template import find_chat_template
 from smoltrain.inference.conversation import Conversation
 from smoltrain.inference.generate import check_seed
@@ -53,7 +54,8 @@ class Chat:
     def run(self) -> None:
         """Until stdin ends, or /quit. Errors: KeyboardInterrupt where no answer is being written; UserError in a pipe.
 
-        On a terminal a mistake is said, and the conversation goes on.
+        On a terminal a mistake is said, and the conversation goes on. TrainingStopped where stdout is lost, and for
+        logits that are no numbers.
         """
         self._say_beginning()
         try:
@@ -123,6 +125,8 @@ class Chat:
         if is_empty:
             notes.append("the model ended its answer at once; another seed may write more")
         self._say_all(notes)
+        if any("stdout" in lost for lost in take_console_warnings()):  # as `| head -1` leaves it
+            raise TrainingStopped("nobody takes the answers any more: stdout cannot be written to")
 
     # ---- commands
 

@@ -11,8 +11,8 @@ import pytest
 
 from smoltrain import cli
 from smoltrain.config.schema import MAX_SEED
-from smoltrain.errors import BAD_INPUT, DONE, INTERRUPTED
-from smoltrain.inference import conversation, load
+from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED
+from smoltrain.inference import chat, conversation, load
 from smoltrain.inference.chat import COMMANDS, HELP, Chat
 from tests import folders
 from tests.terminals import TerminalSession
@@ -138,12 +138,19 @@ def test_an_empty_answer_is_told(talk: Talk, monkeypatch: pytest.MonkeyPatch):
     )  # fmt: skip
 
 
-def test_with_a_template_turns_are_encoded_by_it(model: Path, talk: Talk, drawn: list[Any]):
-    """--plain comes first in `talk`; here it is taken back by a chat that is made without it."""
-    chat = Chat(load.load_trained_model(str(model)), load.GenerationSection(max_tokens=8), seed=1)
-    chat._take("hi")
-    chat._take("")  # no turn
-    chat._take("so")
+def test_where_nobody_takes_the_answers_it_ends(talk: Talk, drawn: list[Any], monkeypatch: pytest.MonkeyPatch):
+    for lost, answers in (("stderr cannot be written to", 2), ("stdout cannot be written to", 1)):
+        drawn.clear()
+        monkeypatch.setattr(chat, "take_console_warnings", lambda lost=lost: iter([lost]))
+        code = talk(b"one\ntwo\n")[0]
+        assert (code, len(drawn)) == (DONE if answers == 2 else FAULT, answers)
+
+
+def test_with_a_template_turns_are_encoded_by_it(model: Path, drawn: list[Any]):
+    talking = Chat(load.load_trained_model(str(model)), load.GenerationSection(max_tokens=8), seed=1)
+    talking._take("hi")
+    talking._take("")  # no turn
+    talking._take("so")
     assert [text for text, _ in drawn] == ["user: hi\n", "user: hi\nassistant: answer 1\nuser: so\n"]
 
 
