@@ -16,7 +16,7 @@ from smoltrain.config.load import override_generation
 from smoltrain.config.schema import MAX_SEED
 from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.inference.demo_models import DemoModels, describe_checkpoint
-from smoltrain.inference.demo_passages import CSS, Passage, render_passages
+from smoltrain.inference.demo_passages import CSS, DemoPassage, render_passages
 from smoltrain.inference.generate import draw_seed
 from smoltrain.inference.load import LoadedModel
 from smoltrain.model.build import count_parameters
@@ -161,7 +161,7 @@ def generate_for_page(
     seed = draw_seed() if is_seed_new or seed is None else seed
     try:
         writers = models.load(steps)
-        passages = [Passage(describe_writer(loaded), prompt) for loaded in writers]
+        passages = [DemoPassage(describe_writer(loaded), prompt) for loaded in writers]
         texts: list[Iterator[str]] = []
         for loaded in writers:
             settings = override_generation(

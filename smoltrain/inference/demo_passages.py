@@ -24,7 +24,7 @@ CSS = """
 
 
 @dataclass
-class Passage:
+class DemoPassage:
     """The text of one model: the prompt, and what it has made of it so far."""
 
     title: str
@@ -32,7 +32,7 @@ class Passage:
     answer: str = ""
 
 
-def render_passages(passages: list[Passage], seed: int) -> str:
+def render_passages(passages: list[DemoPassage], seed: int) -> str:
     """All of them, each under its title, and the seed that they were drawn with. Everything in them is text."""
     articles: list[str] = []
     for passage in passages:
