@@ -5,6 +5,7 @@ the same lines give the same answers, and a line that is taken back and written 
 """
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -188,5 +189,5 @@ def prepare_stdin() -> None:
     """Line editing on a terminal, where Python has it; bytes that are no UTF-8 are refused later, readably."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - which `input` uses from now on
-    if hasattr(sys.stdin, "reconfigure"):
+    if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")

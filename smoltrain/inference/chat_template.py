@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from smoltrain.data.tokenizers.companions import TOKEN_ROLES, Companions
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         roles = {role: self._tokenizer.companions.token_for_role(role) for role in TOKEN_ROLES}
-        known = {role: token for role, token in roles.items() if token is not None}
+        known: dict[str, Any] = {role: token for role, token in roles.items() if token is not None}
         try:
             texts, _ = render_jinja_template(
                 [list(map(dict, messages))], chat_template=self._template, add_generation_prompt=True, **known

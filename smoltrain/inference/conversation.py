@@ -1,6 +1,6 @@
 """A conversation with a model: its turns, the ids that they are to the model, and what of them fits its context."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from smoltrain.config.schema import GenerationSection
@@ -27,7 +27,7 @@ class Conversation:
 
     def answer(
         self, written: str, settings: GenerationSection, *, greedy: bool, seed: int, say: Callable[[str], None]
-    ) -> Iterator[str]:  # fmt: skip
+    ) -> Generator[str, None, None]:  # fmt: skip
         """Pieces of the model's answer as they come; whoever stops asking keeps what was answered until then.
 
         Where the context is full the oldest turns are dropped, and `say` tells. Without a template, nothing written
@@ -58,7 +58,7 @@ class Conversation:
         self.turns = turns
         return self._keep_answer(turns[-1], decode_stream(ids, new_ids, self._loaded.tokenizer.decode))
 
-    def _keep_answer(self, turn: Turn, pieces: Iterator[str]) -> Iterator[str]:
+    def _keep_answer(self, turn: Turn, pieces: Iterator[str]) -> Generator[str, None, None]:
         for piece in pieces:
             turn.answer += piece
             yield piece

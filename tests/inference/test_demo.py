@@ -179,14 +179,16 @@ def test_an_answer_grows_beside_its_prompt(shelf: DemoModels):
 
 
 def test_a_new_seed_is_shown_and_repeats_the_text(shelf: DemoModels):
-    shown = [list(demo.generate_for_page(shelf, PROMPT, [12], *DEFAULTS[1:-2], True, 1))[-1] for _ in range(3)]
-    seeds = [seed for _, seed in shown]
-    assert len(set(seeds)) > 1
+    def write(*seed_controls: Any) -> tuple[str, int]:
+        options: list[Any] = [[12], *SETTINGS.values(), False, *seed_controls]
+        return list(demo.generate_for_page(shelf, PROMPT, *options))[-1]
+
+    shown = [write(True, 1) for _ in range(3)]
+    assert len({seed for _, seed in shown}) > 1
     for text, seed in shown:
         assert f"seed <b>{seed}</b>" in text
-        assert list(demo.generate_for_page(shelf, PROMPT, [12], *DEFAULTS[1:-2], False, seed))[-1] == (text, seed)
-    (_, drawn) = list(demo.generate_for_page(shelf, PROMPT, [12], *DEFAULTS[1:-2], False, None))[-1]
-    assert type(drawn) is int, "an empty box is no seed"
+        assert write(False, seed) == (text, seed)
+    assert type(write(False, None)[1]) is int, "an empty box is no seed"
 
 
 def test_checkpoints_write_side_by_side_what_each_writes_alone(shelf: DemoModels):
@@ -336,7 +338,8 @@ def test_others_are_let_in_only_on_demand(
     run: Path, launched: dict[str, Any], capsys: pytest.CaptureFixture[str], host: str, warned: bool
 ):
     port = free_port()
-    demo.serve_demo(str(run), **({} if host == demo.HOST else {"host": host}), port=port)
+    given: dict[str, Any] = {} if host == demo.HOST else {"host": host}
+    demo.serve_demo(str(run), **given, port=port)
     out, err = capsys.readouterr()
     assert (launched["server_name"], launched["server_port"], launched["share"]) == (host, port, False)
     assert out == f"{run} on {DemoModels(str(run)).device}: http://{host}:{port} (Ctrl-C ends the demo)\n"
