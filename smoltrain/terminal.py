@@ -26,6 +26,14 @@ WARNING_STYLE = "yellow"
 ERASE_LINE = "\r\x1b[2K"
 SHOW_CURSOR = "\x1b[?25h"
 
+# A model may write what a terminal or a page would obey: controls are shown as their pictures, turns of direction as
+# U+FFFD.
+CONTROL_PICTURES = (
+    {i: 0x2400 + i for i in range(0x20) if chr(i) not in "\t\n"}
+    | {0x7F: 0x2421}
+    | dict.fromkeys([*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)], 0xFFFD)
+)
+
 _shown: list["LiveLine"] = []  # in this process; the last one is drawn, those before it wait
 
 
@@ -85,6 +93,11 @@ def wrap_words(text: str, width: int, indent: int = 0) -> list[str]:
 def replace_control_characters(line: str) -> str:
     """A line without control characters, which a model may sample, or a file's name have, and a terminal would obey."""
     return "".join(c if c.isprintable() or c == "\t" else "\N{REPLACEMENT CHARACTER}" for c in line)
+
+
+def show_control_characters(text: str, file: TextIO) -> str:
+    """A model's text as it may be written there: what a terminal would obey is shown; elsewhere it is as it is."""
+    return text.translate(CONTROL_PICTURES) if file.isatty() else text
 
 
 def print_text(text: str, console: Console | None = None, *, style: str = "", indent: int = 0) -> None:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,14 @@ def run_of(config: Config, steps: tuple[int, ...] = (8, 12), *, states: bool = F
     ]
     (entered.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return entered.path
+
+
+def evaluate(run: Path, step: int, loss: float) -> None:
+    """Have the checkpoint of a step say this validation loss."""
+    checkpoint = step_folder(run / "checkpoints", step)
+    manifest = read_manifest(checkpoint)
+    assert isinstance(manifest, Manifest)
+    write_manifest(checkpoint, replace(manifest, validation_loss=loss))
 
 
 def make_older(run: Path) -> None:

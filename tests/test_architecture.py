@@ -47,7 +47,7 @@ OWNERS = {
     # An export's own two files run without smoltrain.
     "transformers": (
         "smoltrain.model.transformers_model", "smoltrain.model.transformers_private",
-        "smoltrain.export.modeling_smoltrain", "smoltrain.export.reload",
+        "smoltrain.inference.chat_template", "smoltrain.export.modeling_smoltrain", "smoltrain.export.reload",
     ),
     "huggingface_hub": ("smoltrain.data.documents.hub", "smoltrain.data.tokenizers.hub", "smoltrain.export.push"),
 }  # fmt: skip

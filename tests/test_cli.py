@@ -24,7 +24,7 @@ VERBS = [
     *["new", "train", "tune"],
     *["recipes", "show", "explain", "estimate", "doctor", "check-hosts"],
     *["runs", "watch", "summary", "plot", "report", "compare", "profile", "verify"],
-    *["generate", "demo", "export", "push"],
+    *["generate", "chat", "demo", "export", "push"],
 ]
 PREPARE_VERBS = ["prepare tokenizer", "prepare data"]
 
@@ -83,7 +83,7 @@ def test_help_tells_where_the_keys_are_explained(run: Run, verb: str):
     assert "smoltrain explain" in " ".join(run(*verb.split(), "-h")[1].replace("│", " ").split())
 
 
-@pytest.mark.parametrize("verb", ["generate", "export", "demo", "verify"])
+@pytest.mark.parametrize("verb", ["generate", "chat", "export", "demo", "verify"])
 def test_help_tells_what_may_be_named(run: Run, verb: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "400")
     _, out, _ = run(verb, "--help")

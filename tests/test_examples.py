@@ -20,7 +20,8 @@ SCRIPTS = {  # what its last lines say
 
 
 def test_every_example_is_run_here() -> None:
-    assert {path.name for path in EXAMPLES.iterdir()} == {*(f"{name}.py" for name in SCRIPTS), NOTEBOOK.name}
+    shell = "whole_path.sh"  # tests/whole_runs/test_whole_path.py
+    assert {path.name for path in EXAMPLES.iterdir()} == {*(f"{name}.py" for name in SCRIPTS), NOTEBOOK.name, shell}
     assert max(len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")) <= 40
 
 

@@ -22,6 +22,7 @@ from smoltrain.terminal import (
     open_console,
     print_text,
     show_activity,
+    show_control_characters,
     wrap_words,
 )
 
@@ -178,3 +179,11 @@ def test_a_pipe_gets_no_control_characters(capsys: pytest.CaptureFixture[str]) -
         interrupt_live_line("stopping", open_console())
         clear_live_line(open_console())
     assert capsys.readouterr().out == "stopping\n"
+
+
+def test_what_a_model_writes_is_shown_on_a_terminal_and_left_as_it_is_in_a_pipe(monkeypatch: pytest.MonkeyPatch):
+    text = "\x1b[31m\x9b\u202e a\tb\né👩\u200d🔬"
+    pipe = io.StringIO()
+    assert show_control_characters(text, pipe) == text
+    monkeypatch.setattr(pipe, "isatty", lambda: True)
+    assert show_control_characters(text, pipe) == "␛[31m\ufffd\ufffd a\tb\né👩\u200d🔬"

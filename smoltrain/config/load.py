@@ -150,7 +150,7 @@ def cut_micro_batch(config: Config, rows_per_step: int, world_size: int) -> Conf
     return config.model_copy(update={"batch": batch.model_copy(update={"micro_batch": rows})})
 
 
-def override_generation(settings: GenerationSection, **options: float | None) -> GenerationSection:
+def override_generation(settings: GenerationSection, **options: float | str | None) -> GenerationSection:
     """`settings` with those command-line options that were given, checked again."""
     given = {key: value for key, value in options.items() if value is not None}
     try:

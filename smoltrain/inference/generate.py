@@ -3,6 +3,7 @@
 Legend: B batch (1 here), T tokens, V vocabulary.
 """
 
+import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,19 @@ from torch import Tensor
 from smoltrain.config.schema import MAX_SEED, GenerationSection
 from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.model.interface import LanguageModel
+
+MAX_DRAWN_SEED = 999_999  # short enough to be typed again
+
+
+def draw_seed() -> int:
+    """A seed that nobody chose, for texts that shall differ from time to time."""
+    return secrets.randbelow(MAX_DRAWN_SEED + 1)
+
+
+def check_seed(seed: int, change: str = "the seed") -> None:
+    """Errors: UserError for one out of range."""
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(Problem("the seed is out of range", str(seed), f"0 to {MAX_SEED}", change))
 
 
 def sample_token(logits_V: Tensor, settings: GenerationSection, greedy: bool, generator: torch.Generator) -> int:
@@ -51,8 +65,7 @@ def generate_ids(
     if free <= 0:
         want = f"fewer than model.max_position_embeddings = {model.section.max_position_embeddings}"
         raise UserError(Problem("the prompt is too long", f"{len(prompt_ids)} tokens", want, "the prompt"))
-    if not 0 <= seed <= MAX_SEED:
-        raise UserError(Problem("the seed is out of range", str(seed), f"0 to {MAX_SEED}", "the seed"))
+    check_seed(seed)
     banned = [i for i in banned_ids if i not in stop_ids]
     count = min(free, settings.max_tokens)
 

@@ -70,8 +70,7 @@ class LoadedModel:
         The prompt is text, also where it spells a special token. Errors: UserError, at once, for a prompt that is no
         text or too long; and those of `generate_ids`.
         """
-        if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python reads bytes that are no UTF-8
-            raise UserError(Problem("the prompt is not text", format_value(prompt), "text in UTF-8", "the prompt"))
+        check_prompt_is_text(prompt)
         ids = self.tokenizer.encode(prompt) or [self.tokenizer.separator_id]
         new_ids = self.generate_ids(ids, settings, greedy=greedy, seed=seed, say=say)
         return decode_stream(ids, new_ids, self.tokenizer.decode)
@@ -96,6 +95,12 @@ class LoadedModel:
         size = self.model.section.vocab_size
         theirs = {i for i in suppressed_token_ids(self.inherited_generation) if i < size}
         return sorted(theirs.union(self.tokenizer.unused_ids(size)))
+
+
+def check_prompt_is_text(prompt: str) -> None:
+    """Errors: UserError for a prompt with surrogates, which is how Python reads bytes that are no UTF-8."""
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise UserError(Problem("the prompt is not text", format_value(prompt), "text in UTF-8", "the prompt"))
 
 
 def load_trained_model(source: str, step: int | None = None, runs: Path = RUNS_FOLDER) -> LoadedModel:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import html
 import importlib
 import itertools
+import re
 import shutil
 import signal
 import socket
@@ -19,12 +21,15 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from smoltrain import cli
 from smoltrain.config.schema import GenerationSection
 from smoltrain.distributed.world import free_port
-from smoltrain.errors import DONE, UserError
+from smoltrain.errors import BAD_INPUT, DONE, UserError
 from smoltrain.inference import load
-from smoltrain.inference.load import LoadedModel, load_trained_model
-from tests import tiny
+from smoltrain.inference.demo_models import DemoModels
+from smoltrain.inference.load import LoadedModel
+from tests import folders
+from tests.demo_page import PersonAtThePage, take_pictures
 from tests.launches import wait_until
 
 if TYPE_CHECKING:
@@ -32,8 +37,14 @@ if TYPE_CHECKING:
 
 POSITIONS = 4096
 SETTINGS = {"temperature": 0.7, "top_k": 30, "top_p": 0.95, "max_tokens": 24}
-DEFAULTS = [12, *SETTINGS.values(), False, 1]  # as the page's controls stand, from the checkpoint to the seed
+DEFAULTS = [[12], *SETTINGS.values(), False, False, 1]  # as the page's controls stand, but for the seed, which is kept
 PROMPT = "the king of "
+HOSTILE_SEED = 13  # with which the model of the browser's test writes HOSTILE
+# A page that took a model's text for its own would run one of these scripts, or fill in one of these templates.
+HOSTILE = (
+    "<script>window.obeyed = 1</script><img src=x onerror='window.obeyed = 2'></mark></pre> & &lt; "
+    "${window.obeyed = 3} {{value}} {{{value}}} @children"
+)
 
 
 # Of gradio, which counts its events with pandas' options of last year.
@@ -48,17 +59,17 @@ def import_demo() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run with checkpoints of steps 8, 9 and 12, and room for long texts."""
-    folder = tmp_path_factory.mktemp("demo")
+    """A run with checkpoints of steps 8, 9 and 12, the last one evaluated, and room for long texts."""
     generation = [f"generation.{key}={value}" for key, value in SETTINGS.items()]
-    done = tiny.train(folder, f"model.max_position_embeddings={POSITIONS}", "run.seed=7", *generation)
-    assert done.returncode == DONE, done.stderr
-    return folder / "runs" / "quickstart"
+    room = f"model.max_position_embeddings={POSITIONS}"
+    made = folders.run(tmp_path_factory.mktemp("demo"), room, *generation, steps=(8, 9, 12))
+    folders.evaluate(made, 12, 3.21456)
+    return made
 
 
 @pytest.fixture(scope="module")
-def shelf(run: Path) -> demo.DemoModels:
-    return demo.DemoModels(str(run))
+def shelf(run: Path) -> DemoModels:
+    return DemoModels(str(run))
 
 
 def within_a_loop(call: Callable[[], Any]) -> Any:
@@ -70,115 +81,144 @@ def within_a_loop(call: Callable[[], Any]) -> Any:
     return asyncio.run(inside())
 
 
-def page_of(shelf: demo.DemoModels) -> dict[str, dict[str, Any]]:
+def page_of(shelf: DemoModels) -> dict[str, dict[str, Any]]:
     """The page's components by their label."""
     components = within_a_loop(lambda: demo.build_page(shelf).get_config_file()["components"])
     return {part["props"]["label"]: part["props"] for part in components if part["props"].get("label")}
 
 
+def pretend(shelf: DemoModels, monkeypatch: pytest.MonkeyPatch, **instead: Any) -> None:
+    """Until the end of the test its model is another one."""
+    monkeypatch.setattr(shelf, "_kept", [replace(shelf.load([12])[0], **instead)])
+
+
 # --- the page
 
 
-def test_the_controls_stand_as_the_recipe_says(shelf: demo.DemoModels):
+def test_the_controls_stand_as_the_recipe_says(shelf: DemoModels):
     page = page_of(shelf)
-    names = ("Checkpoint", "Temperature", "Top-k (0 keeps all)", "Top-p", "New tokens at most")
+    names = ("Checkpoints, side by side", "Temperature", "Top-k (0 keeps all)", "Top-p", "New tokens at most")
     assert [page[name]["value"] for name in names] == DEFAULTS[:5]
-    assert page["Seed"]["value"] == 7
     assert page["New tokens at most"]["maximum"] == POSITIONS - 1
-    assert [step for _, step in page["Checkpoint"]["choices"]] == [12, 9, 8]
+    choices = [("step 12 · validation loss 3.2146", 12), ("step 9", 9), ("step 8", 8)]
+    assert [tuple(choice) for choice in page["Checkpoints, side by side"]["choices"]] == choices
     assert page["Prompts of the recipe"]["samples"] == [["**ROMEO**  \n"], ["**KING HENRY**  \n"]]
+    assert page["A new seed for each text"]["value"] is True
+    assert len({page_of(shelf)["Seed"]["value"] for _ in range(3)}) > 1
 
 
-def test_settings_beyond_a_slider_move_its_ends(shelf: demo.DemoModels, monkeypatch: pytest.MonkeyPatch):
-    loaded = shelf.load()
-    far = loaded.generation.model_copy(update={"temperature": 3.5, "top_k": 999, "max_tokens": 10**6})
-    monkeypatch.setattr(shelf, "_last", replace(loaded, generation=far))
+def test_settings_beyond_a_slider_move_its_ends(shelf: DemoModels, monkeypatch: pytest.MonkeyPatch):
+    far = {"temperature": 3.5, "top_k": 999, "max_tokens": 10**6}
+    pretend(shelf, monkeypatch, generation=GenerationSection(**far))
     page = page_of(shelf)
     assert (page["Temperature"]["maximum"], page["Top-k (0 keeps all)"]["maximum"]) == (3.5, 999)
     assert page["New tokens at most"]["value"] == POSITIONS - 1
 
 
 def test_a_model_without_checkpoints_and_recipe_has_a_page(
-    shelf: demo.DemoModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shelf: DemoModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    hub = replace(shelf.load(), folder=tmp_path, step=None, manifest=None, config=None)  # as of a Hugging Face folder
-    monkeypatch.setattr(shelf, "_last", hub)
+    pretend(shelf, monkeypatch, folder=tmp_path / "hub", step=None, manifest=None, config=None)
+    monkeypatch.setattr(shelf, "_checkpoints", tmp_path / "checkpoints")  # as of a Hugging Face folder
     page = page_of(shelf)
-    assert (page["Checkpoint"]["visible"], page["Checkpoint"].get("value")) == (False, None)
+    assert (page["Checkpoints, side by side"]["visible"], page["Checkpoints, side by side"]["value"]) == (False, [])
     assert "Prompts of the recipe" not in page
-    told = list(demo.generate_for_page(shelf, PROMPT, None, *DEFAULTS[1:]))
-    assert told[-1][0].startswith(PROMPT)
-    assert "step" not in told[-1][1]
+    (shown, _) = list(demo.generate_for_page(shelf, PROMPT, [], *DEFAULTS[1:]))[-1]
+    assert read_page(shown)[0][:2] == ("hub", PROMPT)
 
 
 def test_a_broken_checkpoint_is_not_the_chosen_one(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     shutil.copytree(run, tmp_path / "broken")
     (tmp_path / "broken" / "checkpoints" / "step-00000012" / "model.safetensors").write_bytes(b"no")
-    shelf = demo.DemoModels(str(tmp_path / "broken"))
-    assert page_of(shelf)["Checkpoint"]["value"] == 9
+    shelf = DemoModels(str(tmp_path / "broken"))
+    assert page_of(shelf)["Checkpoints, side by side"]["value"] == [9]
     assert "step 12 is passed over" in capsys.readouterr().err
     with pytest.raises(demo.gr.Error, match="is not whole"):
         next(demo.generate_for_page(shelf, "", *DEFAULTS))
-    told = list(demo.generate_for_page(shelf, "", 9, *DEFAULTS[1:]))
-    assert "step 9 " in told[-1][1], "a model that does not load leaves the one before it"
+    assert passages(shelf, "", [9])[-1][0][0] == "step 9", "a model that does not load leaves the one before it"
 
 
-def test_the_facts_name_run_parameters_step_and_device(shelf: demo.DemoModels):
-    number = sum(p.numel() for p in shelf.load().model.parameters())
-    assert demo.describe_model(shelf.load(), shelf.device) == (
-        f"## quickstart\n{number:,} parameters · step {shelf.load().step} · on {shelf.device}"
-    )
+def test_the_headline_names_run_parameters_and_device(shelf: DemoModels):
+    number = sum(p.numel() for p in shelf.load()[0].model.parameters())
+    components = within_a_loop(lambda: demo.build_page(shelf).get_config_file()["components"])
+    (about,) = [part["props"]["value"] for part in components if part["props"].get("elem_id") == "about"]
+    assert about == f"## quickstart\n{number:,} parameters · on {shelf.device}"
 
 
-# --- the text
+# --- the texts
 
 
-def texts(shelf: demo.DemoModels, prompt: str, options: Sequence[Any] = DEFAULTS) -> list[str]:
-    return [text for text, _ in demo.generate_for_page(shelf, prompt, *options)]
+def read_page(shown: str) -> list[tuple[str, str, str]]:
+    """(Title, prompt, answer) of each passage."""
+    found = re.findall(
+        r'<article><h4>(.*?)</h4><pre>(?:<span class="prompt">(.*?)</span>)?<mark class="answer">(.*?)</mark></pre>',
+        shown, re.DOTALL,
+    )  # fmt: skip
+    return [(html.unescape(title), html.unescape(prompt), html.unescape(answer)) for title, prompt, answer in found]
 
 
-def test_a_text_begins_with_the_prompt_and_grows(shelf: demo.DemoModels):
-    seen = texts(shelf, PROMPT)
-    assert seen[0].startswith(PROMPT)
+def passages(
+    shelf: DemoModels, prompt: str, steps: Sequence[int] = (12,), options: Sequence[Any] = DEFAULTS[1:]
+) -> list[list[tuple[str, str, str]]]:  # fmt: skip
+    return [read_page(shown) for shown, _ in demo.generate_for_page(shelf, prompt, [*steps], *options)]
+
+
+def answers(shelf: DemoModels, prompt: str, *options: Any) -> list[str]:
+    """Those of one checkpoint, as they grow."""
+    return [shown[0][2] for shown in passages(shelf, prompt, *options)]
+
+
+def test_an_answer_grows_beside_its_prompt(shelf: DemoModels):
+    seen = passages(shelf, PROMPT)
+    assert {(title, prompt) for ((title, prompt, _),) in seen} == {("step 12 · validation loss 3.2146", PROMPT)}
+    grown = [answer for ((_, _, answer),) in seen]
     assert len(seen) > 5
-    assert all(after.startswith(before) for before, after in itertools.pairwise(seen))
-    assert seen == texts(shelf, PROMPT), "one seed, one text"
-    assert seen[-1] != texts(shelf, PROMPT, [*DEFAULTS[:-1], 8])[-1]
+    assert all(after.startswith(before) for before, after in itertools.pairwise(grown))
+    assert grown == answers(shelf, PROMPT), "one seed, one text"
+    assert grown[-1] != answers(shelf, PROMPT, [12], [*DEFAULTS[1:-1], 8])[-1]
 
 
-def test_a_checkpoint_is_loaded_when_it_is_asked_for_and_kept(run: Path, monkeypatch: pytest.MonkeyPatch):
-    loads: list[int | None] = []
+def test_a_new_seed_is_shown_and_repeats_the_text(shelf: DemoModels):
+    def write(*seed_controls: Any) -> tuple[str, int]:
+        options: list[Any] = [[12], *SETTINGS.values(), False, *seed_controls]
+        return list(demo.generate_for_page(shelf, PROMPT, *options))[-1]
 
-    def counted(source: str, step: int | None) -> LoadedModel:
-        loads.append(step)
-        return load_trained_model(source, step)
-
-    monkeypatch.setattr(demo, "load_trained_model", counted)
-    shelf = demo.DemoModels(str(run))
-    told = {step: list(demo.generate_for_page(shelf, PROMPT, step, *DEFAULTS[1:]))[-1] for step in (12, 8, 8)}
-    assert loads == [None, 8]
-    assert told[8][0] != told[12][0]
-    assert "step 8 " in told[8][1]
+    shown = [write(True, 1) for _ in range(3)]
+    assert len({seed for _, seed in shown}) > 1
+    for text, seed in shown:
+        assert f"seed <b>{seed}</b>" in text
+        assert write(False, seed) == (text, seed)
+    assert type(write(False, None)[1]) is int, "an empty box is no seed"
 
 
-def test_controls_of_the_page_are_shown_and_not_obeyed(shelf: demo.DemoModels, monkeypatch: pytest.MonkeyPatch):
+def test_checkpoints_write_side_by_side_what_each_writes_alone(shelf: DemoModels):
+    seen = passages(shelf, PROMPT, [8, 12])
+    assert [title for title, _, _ in seen[-1]] == ["step 8", "step 12 · validation loss 3.2146"]
+    assert all(answer for _, _, answer in seen[3]), "neither waits for the end of the other"
+    alone = [answers(shelf, PROMPT, [step])[-1] for step in (8, 12)]
+    assert [answer for _, _, answer in seen[-1]] == alone
+    assert alone[0] != alone[1]
+
+
+def test_controls_of_the_page_are_shown_and_not_obeyed(shelf: DemoModels, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         LoadedModel, "generate_text", lambda *_, **__: iter(["\x1b[31m", "\x00\x7f\x85", "\u202e\t\n", "é👩\u200d🔬"])
     )
-    assert texts(shelf, "a\r")[-1] == "a␍␛[31m␀␡\ufffd\ufffd\t\né👩\u200d🔬"
+    ((_, prompt, answer),) = passages(shelf, "a\r")[-1]
+    assert (prompt, answer) == ("a␍", "␛[31m␀␡\ufffd\ufffd\t\né👩\u200d🔬")
 
 
 @pytest.mark.parametrize("prompt", ["", "x"])
-def test_a_document_that_ends_at_once_is_no_error(shelf: demo.DemoModels, monkeypatch: pytest.MonkeyPatch, prompt: str):
+def test_a_document_that_ends_at_once_is_no_error(shelf: DemoModels, monkeypatch: pytest.MonkeyPatch, prompt: str):
     monkeypatch.setattr(load, "generate_ids", lambda *_, **__: iter([]))
-    assert set(texts(shelf, prompt)) == {prompt}
+    assert set(answers(shelf, prompt)) == {""}
 
 
 # --- through the server
 
 
 @pytest.fixture
-def client(shelf: demo.DemoModels) -> Iterator[Callable[[], Any]]:
+def client(shelf: DemoModels) -> Iterator[Callable[[], Any]]:
     """client() is one more user of a server in this process."""
     from gradio_client import Client
 
@@ -194,18 +234,18 @@ def client(shelf: demo.DemoModels) -> Iterator[Callable[[], Any]]:
     page.close(verbose=False)
 
 
-def test_a_text_streams_to_its_user(client: Callable[[], Any], shelf: demo.DemoModels):
+def test_a_text_streams_to_its_user(client: Callable[[], Any], shelf: DemoModels):
     job = client().submit(PROMPT, *DEFAULTS, api_name="/generate")
     job.result(timeout=60)
-    assert [text for text, _ in job.outputs()] == texts(shelf, PROMPT)
+    assert [read_page(shown)[0][2] for shown, _ in job.outputs()] == answers(shelf, PROMPT)
 
 
-def test_two_users_get_their_own_texts(client: Callable[[], Any], shelf: demo.DemoModels):
-    asked = [(PROMPT, DEFAULTS), ("and ", [8, *DEFAULTS[1:]]), ("what news from ", DEFAULTS)]
-    jobs = [client().submit(prompt, *options, api_name="/generate") for prompt, options in asked]
-    for job, (prompt, options) in zip(jobs, asked, strict=True):
+def test_two_users_get_their_own_texts(client: Callable[[], Any], shelf: DemoModels):
+    asked = [(PROMPT, [12]), ("and ", [8]), ("what news from ", [12])]
+    jobs = [client().submit(prompt, steps, *DEFAULTS[1:], api_name="/generate") for prompt, steps in asked]
+    for job, (prompt, steps) in zip(jobs, asked, strict=True):
         job.result(timeout=60)
-        assert job.outputs()[-1][0] == texts(shelf, prompt, options)[-1]
+        assert read_page(job.outputs()[-1][0])[0][2] == answers(shelf, prompt, steps)[-1]
 
 
 def test_stop_ends_the_generator(client: Callable[[], Any], monkeypatch: pytest.MonkeyPatch):
@@ -232,8 +272,8 @@ def test_stop_ends_the_generator(client: Callable[[], Any], monkeypatch: pytest.
     ("prompt", "options", "says"),
     [
         ("king " * POSITIONS, DEFAULTS, f"^the prompt is too long: saw .*, want fewer than .*{POSITIONS}; change"),
-        (PROMPT, [3, *DEFAULTS[1:]], "not in the list of choices"),
-        (PROMPT, [12, -0.5, *DEFAULTS[2:]], "less than minimum value 0"),
+        (PROMPT, [[3], *DEFAULTS[1:]], "not in the list of choices"),
+        (PROMPT, [[12], -0.5, *DEFAULTS[2:]], "less than minimum value 0"),
     ],
 )
 def test_what_cannot_be_is_said_in_the_page(
@@ -248,9 +288,9 @@ def test_what_cannot_be_is_said_in_the_page(
         assert "Traceback" not in "".join(capfd.readouterr())
 
 
-def test_a_checkpoint_that_training_deleted_is_said_in_the_page(shelf: demo.DemoModels):
+def test_a_checkpoint_that_training_deleted_is_said_in_the_page(shelf: DemoModels):
     with pytest.raises(demo.gr.Error, match="no checkpoint of this step: saw 3, want one of 8, 9, 12"):
-        next(demo.generate_for_page(shelf, PROMPT, 3, *DEFAULTS[1:]))
+        next(demo.generate_for_page(shelf, PROMPT, [3], *DEFAULTS[1:]))
 
 
 # --- serving
@@ -281,19 +321,49 @@ def test_without_gradio_the_mistake_says_what_to_install(monkeypatch: pytest.Mon
         importlib.import_module("smoltrain.inference.demo")
 
 
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the page is launched with; nobody gives it a share link."""
+    options: dict[str, Any] = {}
+    page = SimpleNamespace(
+        launch=lambda **given: options.update(given), block_thread=lambda: None, share_url=None,
+        close=lambda **given: options.update(closed=True),
+    )  # fmt: skip
+    monkeypatch.setattr(demo, "build_page", lambda _: page)
+    return options
+
+
 @pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("localhost", False), ("0.0.0.0", True)])
 def test_others_are_let_in_only_on_demand(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], host: str, warned: bool
+    run: Path, launched: dict[str, Any], capsys: pytest.CaptureFixture[str], host: str, warned: bool
 ):
-    launched: dict[str, Any] = {}
-    page = SimpleNamespace(launch=lambda **options: launched.update(options), block_thread=lambda: None)
-    monkeypatch.setattr(demo, "build_page", lambda _: page)
     port = free_port()
-    demo.serve_demo(str(run), **({} if host == demo.HOST else {"host": host}), port=port)
+    given: dict[str, Any] = {} if host == demo.HOST else {"host": host}
+    demo.serve_demo(str(run), **given, port=port)
     out, err = capsys.readouterr()
     assert (launched["server_name"], launched["server_port"], launched["share"]) == (host, port, False)
-    assert out == f"{run} on {demo.DemoModels(str(run)).device}: http://{host}:{port} (Ctrl-C ends the demo)\n"
+    assert out == f"{run} on {DemoModels(str(run)).device}: http://{host}:{port} (Ctrl-C ends the demo)\n"
     assert ("lets others in" in err) == warned
+    assert "--share" not in err
+
+
+def test_a_share_link_is_asked_for_by_the_flag_alone_and_warned_of(
+    run: Path, launched: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("GRADIO_SHARE", "True")
+    port = free_port()
+    with pytest.raises(SystemExit) as left:
+        cli.main(["demo", str(run), "--port", str(port)])
+    assert (left.value.code, launched["share"]) == (DONE, False)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        cli.main(["demo", str(run), "--port", str(port), "--share"])
+    out, err = capsys.readouterr()
+    assert (left.value.code, launched["share"], launched["closed"], out) == (BAD_INPUT, True, True, "")
+    assert err.splitlines() == [
+        demo.SHARE_WARNING,
+        "error: there is no share link: saw none of gradio's servers, want the Internet; change --share",
+    ]
 
 
 # --- in a browser
@@ -303,7 +373,8 @@ def test_others_are_let_in_only_on_demand(
 def address(run: Path, tmp_path: Path) -> Iterator[str]:
     """Of a demo in a process of its own, which afterwards a Ctrl-C must end in good order.
 
-    Once it is up the run gets one more checkpoint, as one that is still in training does: that of step 8.
+    Once it is up the run gets one more checkpoint, as one that is still in training does: that of step 8. With
+    HOSTILE_SEED the model writes what a page would obey.
     """
     port = free_port()
     late = run / "checkpoints" / "step-00000008"
@@ -314,12 +385,16 @@ from smoltrain.inference import demo, load
 
 whole = load.LoadedModel.generate_text
 
-def slow(self, *arguments, **options):  # as a large model is: a tiny one would end before the page can stop it
-    for piece in whole(self, *arguments, **options):
+def slow(self, *arguments, seed, **options):  # as a large model is: a tiny one would end before the page can stop it
+    if seed == {HOSTILE_SEED}:
+        yield {HOSTILE!r}
+        return
+    for piece in whole(self, *arguments, seed=seed, **options):
         time.sleep(0.1)
         yield piece
 
 load.LoadedModel.generate_text = slow
+load.LoadedModel.stop_ids = property(lambda self: [])  # it ends no document, but where the page has it stop
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 demo.serve_demo({str(run)!r}, port={port})
 """
@@ -338,83 +413,60 @@ demo.serve_demo({str(run)!r}, port={port})
             server.kill()
 
 
-def talkative(run: Path) -> int:
-    """A seed with which the model does not end its document soon: half a minute at the pace of the page's model."""
-    loaded, long = load_trained_model(str(run)), GenerationSection(**SETTINGS | {"max_tokens": 300})
-
-    def pieces(seed: int) -> int:
-        return sum(1 for _ in loaded.generate_text(PROMPT, long, greedy=False, seed=seed))
-
-    return next(seed for seed in itertools.count() if pieces(seed) > 250)
-
-
 @pytest.mark.slow
 @pytest.mark.browser
-def test_a_person_writes_stops_and_changes_the_checkpoint(run: Path, address: str, tmp_path: Path):
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.remote.webelement import WebElement
-
+def test_a_person_writes_stops_and_compares_checkpoints(run: Path, address: str, tmp_path: Path):
     from tests import browser
 
     with browser.chromium(tmp_path / "profile") as chromium:
-
-        def find(css: str) -> WebElement:
-            wait_until(lambda: bool(chromium.find_elements(By.CSS_SELECTOR, css)))
-            return chromium.find_element(By.CSS_SELECTOR, css)
-
-        def text() -> str:
-            return str(find("#text textarea").get_property("value"))
-
-        def fill(css: str, value: str) -> None:
-            find(css).send_keys(Keys.CONTROL, "a")
-            chromium.execute_cdp_cmd("Input.insertText", {"text": value})  # pasted: keys are slow for a long text
-
+        person = PersonAtThePage(chromium)
         chromium.get(address)
-        assert "step 12" in find("#about").text
-        fill("#prompt textarea", PROMPT)
-        fill("#seed input", str(talkative(run)))
-        find("#seed input").send_keys(Keys.TAB)
-        find("#generate").click()
-        wait_until(lambda: len(text()) > len(PROMPT) + 10)
-        assert text().startswith(PROMPT)
-        chromium.save_screenshot(str(tmp_path / "demo.png"))
+        assert "parameters" in person.find("#about").text
+        person.fill("#prompt textarea", PROMPT)
+        person.click("generate")
+        wait_until(lambda: bool(person.answers()))
+        wait_until(lambda: person.read("#passages p b") == [str(person.find("#seed input").get_property("value"))])
+        person.click("stop")
 
-        fill("#max-tokens input[type=number]", str(POSITIONS - 1))
-        find("#max-tokens input[type=number]").send_keys(Keys.TAB)
-        find("#generate").click()
+        person.click("new-seed input")
+        person.fill("#seed input", HOSTILE_SEED + 1)
+        person.fill("#max-tokens input[type=number]", POSITIONS - 1)
+        person.click("generate")
         lengths = set[int]()
-        wait_until(lambda: lengths.add(len(text())) or len(lengths) > 2)  # it grows: a busy browser paints rarely
-        find("#stop").click()
+        wait_until(lambda: lengths.add(len("".join(person.answers()))) or len(lengths) > 2)  # it grows
+        assert person.read("#passages .prompt") == [PROMPT]
+        assert person.read("#passages h4") == ["step 12 · validation loss 3.2146"]
+        person.click("stop")
         time.sleep(1)  # what was on its way has come
-        stopped = text()
+        stopped = person.answers()
         time.sleep(3)
-        assert text() == stopped
+        assert person.answers() == stopped
 
-        find("#step input").click()
+        person.click("steps input")
+        wait_until(lambda: person.entries() == ["step 12 · validation loss 3.2146", "step 9", "step 8"])
+        person.choose(2)
+        person.click("generate")  # answered only if the long text let go of the one place in the queue
+        titles = ["step 12 · validation loss 3.2146", "step 8"]
+        wait_until(lambda: person.read("#passages h4") == titles and all(person.answers()))
+        person.click("stop")
 
-        def entries() -> list[str]:
-            found = chromium.find_elements(By.CSS_SELECTOR, "[role=option]")
-            return [entry.text.removeprefix("✓").strip() for entry in found]
+        person.fill("#seed input", HOSTILE_SEED)
+        person.generate_until(lambda: person.answers() == [HOSTILE, HOSTILE])
+        assert chromium.execute_script("return window.obeyed") is None
 
-        wait_until(lambda: entries() == ["step 12", "step 9", "step 8"])
-        chromium.find_elements(By.CSS_SELECTOR, "[role=option]")[2].click()
-        find("#generate").click()  # answered only if the long text let go of the one place in the queue
-        wait_until(lambda: "step 8" in find("#about").text)
-        find("#stop").click()
-
-        fill("#prompt textarea", "king " * POSITIONS)
-
-        def is_refused() -> bool:
-            find("#generate").click()  # once more where the page was still busy with the stop
-            time.sleep(1)
-            return "the prompt is too long" in find(".toast-wrap").text
-
-        wait_until(is_refused)
-        chromium.save_screenshot(str(tmp_path / "refused.png"))
-
+        person.fill("#seed input", HOSTILE_SEED + 1)
+        person.fill("#prompt textarea", "king " * POSITIONS)
+        person.generate_until(lambda: "the prompt is too long" in " ".join(person.read(".toast-wrap")))
         urls = browser.asked_for(chromium)
         assert urls
         assert {url for url in urls if not url.startswith(f"{address}/")} == set()
         assert [entry for entry in chromium.get_log("browser") if entry["level"] == "SEVERE"] == []
-    assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_pictures_of_the_docs_are_taken(run: Path, tmp_path: Path):
+    take_pictures(run, tmp_path)
+    assert {path.name: path.stat().st_size > 10_000 for path in tmp_path.iterdir()} == {
+        "demo-desktop.png": True, "demo-phone.png": True,
+    }  # fmt: skip

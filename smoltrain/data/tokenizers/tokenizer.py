@@ -1,6 +1,7 @@
 """Text to token ids and back, over the `tokenizers` library."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -112,6 +113,7 @@ class Tokenizer:
         self.separator_id = special[separator]
         self.pad = pad
         self.pad_id = None if pad is None else special[pad]
+        self.special_tokens = frozenset(special)
         self.special_ids = frozenset(special.values())
         self.num_ids = _count_ids(inner)
         self._unknown_is_separator = unknown_token_id(definition["model"]) == self.separator_id
@@ -198,6 +200,17 @@ class Tokenizer:
         """Errors: UserError if a text got the separator, where that is the unknown token."""
         if self._unknown_is_separator and any(self.separator_id in of_text for of_text in ids):
             raise _unencodable_text_error(f"{self.separator!r} for it", "an unknown token that is not the separator")
+
+    def encode_template(self, text: str) -> list[int]:
+        """The ids of what a chat template has written, where a special token that is spelled is meant."""
+        with _report_unencodable():
+            return self._template_tokenizer.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _template_tokenizer(self) -> tokenizers.Tokenizer:
+        copy = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        copy.encode_special_tokens = False
+        return copy
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special ones are left out, bytes that are no UTF-8 become U+FFFD."""
