@@ -34,6 +34,8 @@ OWNERS = {
     "torch.distributed": ("smoltrain.distributed.world",),
     "deepspeed": ("smoltrain.engine.deepspeed_private",),
     "wandb": ("smoltrain.run.wandb_run",),
+    "torch.utils.tensorboard": ("smoltrain.run.tensorboard_backend",),
+    "mlflow": ("smoltrain.run.mlflow_backend",),
     "flash_attn": ("smoltrain.kernels.flash_attention", "smoltrain.kernels.flash_attention_4"),
     "liger_kernel": ("smoltrain.kernels.loss",),
     "matplotlib": ("smoltrain.run.plots", "smoltrain.run.scaling_plot"),
@@ -64,6 +66,10 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         "torch's own, and one pass that is compared with it",
         "tests/engine/test_optimizer.py, tests/engine/test_once_per_step.py",
     ),
+    "smoltrain.engine.master_weights": (
+        "where the masters lie, for Muon and for the norms of layers",
+        "tests/engine/test_muon.py, tests/engine/test_layer_weights.py",
+    ),
     "smoltrain.engine.optimizer_kind": (
         "abstract; its classes are tested",
         "tests/engine/test_optimizer.py, tests/engine/test_muon.py",
@@ -80,7 +86,12 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         "abstract; its classes are tested",
         "tests/model/test_decoder.py, tests/model/test_transformers_model.py",
     ),
+    "smoltrain.run.sink": (
+        "protocols; what implements them is tested",
+        "tests/run/test_guarded_sink.py, tests/run/test_wandb_run.py",
+    ),
     "smoltrain.train.bad_steps": ("what a step does then", "tests/train/test_step.py, tests/train/test_spikes.py"),
+    "smoltrain.train.derived_facts": ("what W&B's files of a real run are asked for", "tests/run/test_track.py"),
     "smoltrain.train.step_result": ("what a step returns", "tests/train/test_step.py, tests/train/test_spikes.py"),
     "smoltrain.train.backstop": ("a process beside the watchdog", "tests/train/test_watchdog.py"),
 }
