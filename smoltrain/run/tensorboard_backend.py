@@ -22,9 +22,9 @@ class TensorBoardBackend:
         from torch.utils.tensorboard import SummaryWriter
 
         folder = start.folder.path / TENSORBOARD_FOLDER
-        # TensorBoard drops what earlier files of the folder have from the step on at which a process began.
-        has_past = folder.is_dir() and any(folder.iterdir())
-        purge_step = start.last_step + 1 if has_past else None
+        # From the step on at which a process began, TensorBoard hides what earlier files of the folder have: if that is
+        # not the first mark of the kind, so that the first file has one too.
+        purge_step = start.last_step + 1
         self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step, max_queue=MAX_QUEUE, flush_secs=FLUSH_S)
         self._writer.add_text("config", _as_code(dump_yaml(start.facts)), start.last_step + 1)
         self.kept_step = start.last_step

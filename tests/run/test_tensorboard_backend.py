@@ -1,5 +1,6 @@
 """TensorBoard's event files, read back by TensorBoard's own reader."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,27 @@ def test_steps_that_are_done_again_stand_there_once(tmp_path: Path) -> None:
     shown = EventAccumulator(str(tmp_path / "runs" / "quickstart" / "tensorboard")).Reload()  # what its pages are of
     texts_shown = [(e.step, e.tensor_proto.string_val[0]) for e in shown.Tensors("samples/0/text_summary")]
     assert texts_shown == [(1, b"    aold 1\n"), (2, b"    aold 2\n"), (3, b"    aold 3\n"), (5, b"    anew 5\n")]
+
+
+def test_a_disk_that_is_full_ends_tensorboard_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def fail(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    tracker = opened(tmp_path)
+    monkeypatch.setattr(RecordWriter, "write", fail)
+    said = ""
+    for step in range(1, 500):  # its thread writes, and the next call tells
+        tracker.log_metrics(step, {"train/lr": 0.5})
+        said += capsys.readouterr().out
+        if "WARNING" in said:
+            break
+        time.sleep(0.01)
+    tracker.log_metrics(step + 1, {"train/lr": 0.5})
+    tracker.close(0)
+    (warning,) = [line for line in (said + capsys.readouterr().out).splitlines() if line.startswith("WARNING")]
+    assert warning.startswith(f"WARNING: tensorboard is dropped at step {step} (No space left on device); ")
+    assert len((tmp_path / "runs" / "quickstart" / "metrics.jsonl").read_text().splitlines()) == step + 1

@@ -241,10 +241,10 @@ def test_wandb_has_the_model_of_each_phase(story: Story) -> None:
     models = [a for a in artifacts if a["type"] == "model"]
     losses = {step: line["validation/loss_nats_per_token"] for step, line in story.steps.items() if step in (8, 12)}
     best = ["best"] if losses[12] < losses[8] else []
-    assert [(a["name"], a["aliases"]) for a in models] == [
-        ("quickstart-model", ["step-8", "latest", "main", "best"]),
-        ("quickstart-model", ["step-12", "latest", "continuation", *best]),
-    ]
+    assert {a["name"] for a in models} == {"quickstart-model"}
+    assert [set(a["aliases"]) for a in models] == [
+        {"step-8", "latest", "main", "best"}, {"step-12", "latest", "continuation", *best},
+    ]  # fmt: skip
     for artifact, step in zip(models, (8, 12), strict=True):
         weights = story.settings.run_folder / "checkpoints" / f"step-{step:08d}" / "model.safetensors"
         assert artifact["files"]["model.safetensors"] == weights.stat().st_size

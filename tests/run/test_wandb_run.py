@@ -422,3 +422,39 @@ def test_steps_that_were_trained_while_wandb_was_off_are_given_to_it_later(home:
     for path in home.glob("runs/quickstart/wandb/offline-run-*/run-*.wandb"):
         steps += wandb_files.read_finished(path).steps
     assert sorted(steps) == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_code_is_an_artifact_where_the_recipe_asks(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = home / "package"
+    package.mkdir()
+    (package / "model.py").write_text("x = 1\n", encoding="utf-8")
+    (package / "notes.txt").write_text("no code\n", encoding="utf-8")
+    monkeypatch.setattr(wandb_run, "PACKAGE_FOLDER", package)
+    found: list[list[str]] = []
+    for asked in ("false", "true"):
+        tracker = opened(home, "track.wandb=offline", f"track.wandb_code={asked}", name=asked)
+        trained(tracker, 1, 1)
+        tracker.close(0)
+        (path,) = (home / "runs" / asked).glob("wandb/offline-run-*/run-*.wandb")
+        artifacts = wandb_files.read_finished(path).artifacts
+        found.append([f"{a['type']} {a['name']} {list(a['files'])}" for a in artifacts])
+    assert found == [[], ["code true-code ['model.py']"]]
+
+
+def test_the_best_model_is_known_across_starts(home: Path) -> None:
+    aliases: list[set[str]] = []
+    for first_step, losses in ((0, {3: 2.0, 6: 3.0}), (6, {9: 2.5, 12: 1.5})):
+        tracker = opened(home, "track.wandb=offline", "track.wandb_model=checkpoint", first_step=first_step)
+        run = home / "runs" / "quickstart"
+        (run / "tokenizer").mkdir(exist_ok=True)
+        for name in ("config.yaml", "weights"):
+            (run / name).write_text("x", encoding="utf-8")
+        for step, loss in losses.items():
+            tracker.log_validation(step, loss, 1.0, {})
+            tracker.log_model(step, run / "weights", ends_phase=False)
+        tracker.close(0)
+    for path in sorted(home.glob("runs/quickstart/wandb/offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime):
+        aliases += [set(artifact["aliases"]) for artifact in wandb_files.read_finished(path).artifacts]
+    assert aliases == [
+        {"step-3", "latest", "best"}, {"step-6", "latest"}, {"step-9", "latest"}, {"step-12", "latest", "best"},
+    ]  # fmt: skip
