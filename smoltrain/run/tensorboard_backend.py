@@ -3,6 +3,7 @@
 `tensorboard --logdir runs` shows all runs of a folder, each by its name.
 """
 
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from smoltrain.run.sink import HISTOGRAM_PREFIX, BackendStart
 
 TENSORBOARD_FOLDER = "tensorboard"
 FLUSH_S = 30  # between two writes to the disk
+WRITER_MODULE = "tensorboard.summary.writer.event_file_writer"  # whose thread writes to the disk
 MAX_QUEUE = 1000  # events that may wait for the disk; a step has about 30
 
 
@@ -21,6 +23,7 @@ class TensorBoardBackend:
     def __init__(self, start: BackendStart) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        _hush_writer_thread()
         folder = start.folder.path / TENSORBOARD_FOLDER
         # From the step on at which a process began, TensorBoard hides what earlier files of the folder have: if that is
         # not the first mark of the kind, so that the first file has one too.
@@ -64,3 +67,17 @@ class TensorBoardBackend:
 def _as_code(text: str) -> str:
     """Markdown that shows the text as it is."""
     return "".join(f"    {line}\n" for line in text.splitlines())
+
+
+def _hush_writer_thread() -> None:
+    """Print no traceback when TensorBoard's thread ends by an error: the next call raises it, and it is said then."""
+    before = threading.excepthook
+    if getattr(before, "hushes_tensorboard", False):
+        return
+
+    def hook(error: threading.ExceptHookArgs) -> None:
+        if type(error.thread).__module__ != WRITER_MODULE:
+            before(error)
+
+    hook.hushes_tensorboard = True  # pyright: ignore[reportFunctionMemberAccess]
+    threading.excepthook = hook

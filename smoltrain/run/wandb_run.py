@@ -45,7 +45,7 @@ SUMMARIES = {
     "speed/mfu": "mean,last",
     "memory/peak_gib": "max",
 }
-SAMPLE_COLUMNS = ["step", "prompt", "text"]
+SAMPLE_COLUMNS: list[str | int] = ["step", "prompt", "text"]
 START_TIMEOUT_S = 45.0  # for W&B's own process to start, beside the seconds that its server has
 FINISH_TIMEOUT_S = 120.0  # for the last upload; what is left stays on disk for `wandb sync`
 LOCAL_TIMEOUT_S = 120.0  # for what waits for this machine alone: a copy of the weights, steps read from metrics.jsonl

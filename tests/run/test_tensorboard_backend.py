@@ -28,7 +28,7 @@ def read(folder: Path) -> Any:
     return events.Reload()
 
 
-def curve(events: Any, name: str) -> list[tuple[int, float]]:
+def curve(events: Any, name: str) -> list[tuple[int, Any]]:
     return [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
 
 
@@ -94,6 +94,7 @@ def test_a_disk_that_is_full_ends_tensorboard_alone(
     tracker = opened(tmp_path)
     monkeypatch.setattr(RecordWriter, "write", fail)
     said = ""
+    step = 0
     for step in range(1, 500):  # its thread writes, and the next call tells
         tracker.log_metrics(step, {"train/lr": 0.5})
         said += capsys.readouterr().out
