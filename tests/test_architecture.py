@@ -34,6 +34,8 @@ OWNERS = {
     "torch.distributed": ("smoltrain.distributed.world",),
     "deepspeed": ("smoltrain.engine.deepspeed_private",),
     "wandb": ("smoltrain.run.wandb_run",),
+    "torch.utils.tensorboard": ("smoltrain.run.tensorboard_backend",),
+    "mlflow": ("smoltrain.run.mlflow_backend",),
     "flash_attn": ("smoltrain.kernels.flash_attention", "smoltrain.kernels.flash_attention_4"),
     "liger_kernel": ("smoltrain.kernels.loss",),
     "matplotlib": ("smoltrain.run.plots", "smoltrain.run.scaling_plot", "smoltrain.monitor.comparison_plot"),
@@ -71,6 +73,10 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         "torch's own, and one pass that is compared with it",
         "tests/engine/test_optimizer.py, tests/engine/test_once_per_step.py",
     ),
+    "smoltrain.engine.master_weights": (
+        "where the masters lie, for Muon and for the norms of layers",
+        "tests/engine/test_muon.py, tests/engine/test_layer_weights.py",
+    ),
     "smoltrain.engine.optimizer_kind": (
         "abstract; its classes are tested",
         "tests/engine/test_optimizer.py, tests/engine/test_muon.py",
@@ -91,7 +97,12 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         f"smoltrain.report.{module}": ("parts of one page, tested in it", "tests/report/test_report.py")
         for module in ("page", "read_run", "record_sections", "training_sections")
     },
+    "smoltrain.run.sink": (
+        "protocols; what implements them is tested",
+        "tests/run/test_guarded_sink.py, tests/run/test_wandb_run.py",
+    ),
     "smoltrain.train.bad_steps": ("what a step does then", "tests/train/test_step.py, tests/train/test_spikes.py"),
+    "smoltrain.train.derived_facts": ("what W&B's files of a real run are asked for", "tests/run/test_track.py"),
     "smoltrain.train.step_result": ("what a step returns", "tests/train/test_step.py, tests/train/test_spikes.py"),
     "smoltrain.train.backstop": ("a process beside the watchdog", "tests/train/test_watchdog.py"),
 }

@@ -19,9 +19,13 @@ class Offline:
     """What one process logged."""
 
     run_id: str = ""
+    job_type: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)  # step -> everything logged at it
     artifacts: list[dict[str, Any]] = field(default_factory=list)  # name, type, aliases, files: path -> size
+    defined: dict[str, tuple[str, set[str]]] = field(default_factory=dict)  # metric -> its axis, its summaries
+    saved: dict[str, str] = field(default_factory=dict)  # path of a file -> when it is uploaded
+    log: list[str] = field(default_factory=list)  # lines of the Logs tab
     exit_code: int | None = None
 
 
@@ -35,6 +39,7 @@ def read(path: Path) -> Offline:
         match record.WhichOneof("record_type"):
             case "run":
                 offline.run_id = record.run.run_id
+                offline.job_type = record.run.job_type
                 offline.config |= {c.key: json.loads(c.value_json) for c in record.run.config.update if c.key}
             case "history":
                 values: dict[str, Any] = {}
@@ -49,6 +54,13 @@ def read(path: Path) -> Offline:
                 a = record.artifact
                 sizes = {content.path: content.size for content in a.manifest.contents}
                 offline.artifacts.append({"name": a.name, "type": a.type, "aliases": list(a.aliases), "files": sizes})
+            case "metric":
+                summaries = {entry.name for entry, asked in record.metric.summary.ListFields() if asked}
+                offline.defined[record.metric.name] = record.metric.step_metric, summaries
+            case "files":
+                offline.saved |= {item.path: item.PolicyType.Name(item.policy) for item in record.files.files}
+            case "output_logger":
+                offline.log.append(record.output_logger.line)
             case "exit":
                 offline.exit_code = record.exit.exit_code
     return offline

@@ -60,8 +60,8 @@ KEY_RULE_TABLE = (
     ("sample", FREE, "every prompts"),
     ("checkpoint", FREE, "every keep_last keep_every keep_best background shared"),
     ("spikes", ANNOUNCED, "on_spike deviations history window max_times"),
-    ("track", FREE, "print_every gradients_every wandb wandb_project wandb_entity wandb_id wandb_name wandb_group"),
-    ("track", FREE, "wandb_tags wandb_notes wandb_model wandb_timeout_s"),
+    ("track", FREE, "print_every gradients_every to wandb wandb_project wandb_entity wandb_id wandb_name wandb_group"),
+    ("track", FREE, "wandb_tags wandb_job_type wandb_notes wandb_model wandb_code wandb_timeout_s"),
 )
 KEY_RULES = {f"{section}.{key}": rule for section, rule, keys in KEY_RULE_TABLE for key in keys.split()}
 ABSENT = "nothing"  # in place of the value of a key that only one of two configs has

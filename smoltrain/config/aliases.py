@@ -174,7 +174,7 @@ ALIAS_TABLE = (
         "log_interval log_every log_freq log_steps logging_steps log_every_n_steps",
         "track.print_every={value} (metrics.jsonl has every step)",
     ),
-    ("report_to", "track.wandb=auto (or online, offline, off)"),
+    ("report_to log_with", "track.to, a list of wandb, tensorboard and mlflow"),
     ("wandb_log use_wandb enable_wandb", "track.wandb=auto (or online, offline, off)"),
     ("wandb_mode", "track.wandb={value}"),
     ("project project_name", "track.wandb_project={value}"),
@@ -182,7 +182,8 @@ ALIAS_TABLE = (
     ("wandb_run_name", "track.wandb_name={value}"),
     ("run_id wandb_run_id", "track.wandb_id={value}"),
     ("tags", "track.wandb_tags, a list"),
-    ("tensorboard logging_dir log_dir", f"{NO_KEY}: a run's metrics.jsonl and plots are in its folder"),
+    ("tensorboard use_tensorboard logging_dir log_dir", "track.to=[wandb,tensorboard]; it writes to RUN/tensorboard"),
+    ("mlflow use_mlflow", "track.to=[wandb,mlflow], to the server of MLFLOW_TRACKING_URI"),
     ("run_name experiment_name exp_name job_name", "run.name={value}"),
     (
         "output_dir out_dir save_dir checkpoint_dir dump_folder output_path checkpoint.folder",

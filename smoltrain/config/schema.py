@@ -721,7 +721,13 @@ class TrackSection(Section):
 
     print_every: Steps = Field(default=10, gt=0, description="how often a line is printed on the console")
     gradients_every: Steps = Field(
-        default=0, ge=0, description="how often the gradient norms and histograms of each layer are recorded; 0 never"
+        default=0,
+        ge=0,
+        description="how often each layer's gradient norm and histogram, weight norm and update are recorded; 0 never",
+    )
+    to: tuple[Literal["wandb", "tensorboard", "mlflow"], ...] = Field(
+        default=("wandb",),
+        description="where all numbers go beside metrics.jsonl, any of them: wandb, tensorboard, mlflow",
     )
     wandb: Literal["auto", "online", "offline", "off"] = Field(
         default="auto",
@@ -735,12 +741,14 @@ class TrackSection(Section):
     wandb_name: str | None = Field(default=None, description="name that W&B shows for the run; null is run.name")
     wandb_group: str | None = Field(default=None, description="group in W&B, of runs that belong together")
     wandb_tags: tuple[str, ...] = Field(default=(), description="tags of the run in W&B")
+    wandb_job_type: str = Field(default="train", description="job type that W&B shows for the run")
     wandb_notes: str | None = Field(default=None, description="a longer text about the run in W&B")
     wandb_model: Literal["none", "end", "phase", "checkpoint"] = Field(
         default="none",
         description="when the model is uploaded to W&B as an artifact: never, at the end of the plan, at that of each "
         "phase, or with each checkpoint",
     )
+    wandb_code: bool = Field(default=False, description="whether smoltrain's own sources go to W&B as an artifact")
     wandb_timeout_s: Seconds = Field(
         default=15.0,
         gt=0,

@@ -16,6 +16,7 @@ TEXT_VARIABLES = {
     "WANDB_RUN_ID": "wandb_id",
     "WANDB_NOTES": "wandb_notes",
     "WANDB_RUN_GROUP": "wandb_group",
+    "WANDB_JOB_TYPE": "wandb_job_type",
 }
 MODE_VARIABLES = ("WANDB_MODE", "WANDB_DISABLED")  # read where track.wandb is auto, by wandb_run.resolve_wandb_mode
 LOG_MODEL_VALUES = {"checkpoint": "checkpoint", "end": "end", "false": "none"}

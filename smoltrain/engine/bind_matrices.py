@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from smoltrain.distributed.world import World
+from smoltrain.engine.master_weights import find_flat_masters, find_master_layout, fits_layout
 from smoltrain.engine.matrix_exchange import MatrixExchange, plan_matrices
 from smoltrain.engine.muon import MuonOptimizer, plan_whole_matrices
-from smoltrain.engine.reshard import GAPS_KEY, ParameterSlice, ShardLayout, build_shard_layout
+from smoltrain.engine.reshard import ShardLayout
 from smoltrain.errors import Problem, UserError
 from smoltrain.kernels.newton_schulz import newton_schulz_flops
 
@@ -24,12 +25,16 @@ def bind_matrices(optimizer: MuonOptimizer, deepspeed_engine: Any, world: World)
         return
     zero_optimizer = deepspeed_engine.optimizer
     shapes = deepspeed_engine._get_zero_param_shapes()
-    layout = build_shard_layout(stage, shapes, zero_optimizer.state_dict().get(GAPS_KEY), world.size)
+    layout = find_master_layout(deepspeed_engine, world)
     hidden = next(group for group in optimizer.param_groups if group["hidden"])
     steps = hidden["newton_schulz_steps"]
     parameters = dict(deepspeed_engine.module.named_parameters())
-    for tensor, master in enumerate(_find_masters(zero_optimizer)):
-        _check_master(master, layout, tensor, parameters, world.rank)
+    for tensor, master in enumerate(find_flat_masters(zero_optimizer)):
+        if not fits_layout(master, layout, tensor, parameters, world.rank):
+            saw = "flat tensors that are cut otherwise, or not in fp32"
+            want = "flat fp32 tensors split evenly over all ranks; or optimizer.kind=adamw"
+            what = "muon does not know where its matrices lie"
+            raise UserError(Problem(what, saw, want, "engine.ds_config or optimizer.kind"))
         if not group_of_tensor(zero_optimizer, optimizer, tensor)["hidden"]:
             continue
         part = ShardLayout((layout.tensors[tensor],), layout.alignment, world.size)
@@ -48,43 +53,7 @@ def _bind_whole_matrices(optimizer: MuonOptimizer, world: World) -> None:
             optimizer.bind(matrices[0], MatrixExchange(plan, world))
 
 
-def _find_masters(zero_optimizer: Any) -> list[torch.Tensor]:
-    """The flat fp32 tensors of DeepSpeedZeroOptimizer, BF16_Optimizer or DeepSpeedZeroOptimizer_Stage3."""
-    for name in ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat"):
-        if hasattr(zero_optimizer, name):
-            return list(getattr(zero_optimizer, name))
-    raise AssertionError(f"no masters in {type(zero_optimizer).__name__}")
-
-
 def group_of_tensor(zero_optimizer: Any, optimizer: torch.optim.Optimizer, tensor: int) -> dict[str, Any]:
     """The parameter group of a flat tensor; ZeRO-3 may make several of one group."""
     groups = getattr(zero_optimizer, "sub_group_to_group_id", None)
     return optimizer.param_groups[tensor if groups is None else groups[tensor]]
-
-
-def _check_master(
-    master: torch.Tensor, layout: ShardLayout, tensor: int, parameters: dict[str, torch.Tensor], rank: int
-) -> None:
-    """That a flat tensor holds what `layout` says, by its numbers: they are the weights' as long as nothing is trained.
-
-    Errors: UserError.
-    """
-    fits = master.dtype == torch.float32 and master.numel() == layout.shard_size(tensor)
-    for piece in layout.parameter_slices(rank):
-        if fits and piece.tensor == tensor:
-            here = master[piece.offset : piece.offset + piece.stop - piece.first]
-            weights = _local_weights(parameters[piece.name], piece)
-            fits = torch.equal(here.to(weights.dtype), weights)
-    if not fits:
-        saw = "flat tensors that are cut otherwise, or not in fp32"
-        want = "flat fp32 tensors split evenly over all ranks; or optimizer.kind=adamw"
-        what = "muon does not know where its matrices lie"
-        raise UserError(Problem(what, saw, want, "engine.ds_config or optimizer.kind"))
-
-
-def _local_weights(parameter: torch.Tensor, piece: ParameterSlice) -> torch.Tensor:
-    """The same elements of the weights that are computed with; of ZeRO-3's this rank has no others."""
-    own = getattr(parameter, "ds_tensor", None)
-    if own is not None:
-        return own.detach().view(-1)[: piece.stop - piece.first]
-    return parameter.detach().view(-1)[piece.first : piece.stop]

@@ -21,6 +21,8 @@ from smoltrain.engine.deepspeed_private import (
 from smoltrain.engine.deepspeed_steps import choose_deepspeed_steps
 from smoltrain.engine.held_tensors import list_engine_tensors
 from smoltrain.engine.hidden_matrices import count_elements, split_parameters
+from smoltrain.engine.layer_weights import UpdateMeter
+from smoltrain.engine.master_weights import MasterWeights
 from smoltrain.engine.muon import MuonOptimizer
 from smoltrain.engine.once_per_step import OncePerStep
 from smoltrain.engine.optimizer import (
@@ -78,6 +80,9 @@ def build_engine(
     if isinstance(optimizer, MuonOptimizer):
         bind_matrices(optimizer, deepspeed_engine, world)
 
+    masters = MasterWeights(deepspeed_engine, world) if config.track.gradients_every else None
+    if masters and not masters.are_found():
+        masters = None
     steps: StepMethod
     if choice.once_per_step:
         assert isinstance(deepspeed_engine.optimizer, DeepSpeedZeroOptimizer)
@@ -87,7 +92,7 @@ def build_engine(
         )
     else:
         steps = choose_deepspeed_steps(deepspeed_engine, choice.reason)
-    return Engine(deepspeed_engine, steps, facts, gradient_dtypes(tree), world)
+    return Engine(deepspeed_engine, steps, facts, gradient_dtypes(tree), world, masters)
 
 
 def copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -113,9 +118,12 @@ class Engine:
     """What the training loop needs of DeepSpeed, in the loop's words."""
 
     def __init__(
-        self, deepspeed_engine: Any, steps: StepMethod, facts: EngineFacts, dtypes: GradientDtypes, world: World
-    ) -> None:
+        self, deepspeed_engine: Any, steps: StepMethod, facts: EngineFacts, dtypes: GradientDtypes, world: World,
+        masters: MasterWeights | None = None,
+    ) -> None:  # fmt: skip
+        """`masters`: where the master weights are, None where nobody asks or knows."""
         self._deepspeed = deepspeed_engine
+        self._masters = masters
         self._steps = steps
         self._world = world
         self._shards = ShardCheckpointEngine(deepspeed_engine, world)
@@ -154,6 +162,15 @@ class Engine:
         """
         for name, gradient in self._steps.whole_gradients():
             yield name, gradient / self.loss_scale
+
+    @property
+    def knows_master_weights(self) -> bool:
+        """Whether `watch_update` can tell anything: only where gradients are looked at, see `build_engine`."""
+        return self._masters is not None
+
+    def watch_update(self) -> UpdateMeter | None:
+        """What measures, layer by layer, how the coming update moves the fp32 master weights; before the update."""
+        return UpdateMeter(self._masters, self._world) if self._masters else None
 
     @property
     def decides_on_device(self) -> bool:

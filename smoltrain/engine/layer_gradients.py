@@ -36,13 +36,13 @@ def summarize_layer_gradients(gradients: Gradients) -> dict[str, LayerGradient]:
     ranges: dict[str, _LayerRange] = {}
     for name, gradient in gradients():
         layer = layer_name(name)
-        for entries in _wide_slices(gradient):
+        for entries in wide_slices(gradient):
             ranges[layer] = _widen_range(ranges.get(layer), entries)
     edges = {layer: _make_edges(found) for layer, found in ranges.items()}
     counts = {layer: edges[layer].new_zeros(LANES * (BINS + 1), dtype=torch.int64) for layer in edges}
     for name, gradient in gradients():
         layer = layer_name(name)
-        for entries in _wide_slices(gradient):
+        for entries in wide_slices(gradient):
             _count_entries(counts[layer], edges[layer], entries)
     numbers = [
         torch.cat((ranges[layer].squared_norm.sqrt().view(1), edges[layer], _sum_lanes(counts[layer])))
@@ -71,7 +71,7 @@ class _LayerRange:
     most: Tensor
 
 
-def _wide_slices(gradient: Tensor) -> Iterable[Tensor]:
+def wide_slices(gradient: Tensor) -> Iterable[Tensor]:
     """Its entries in fp64: in fp32 the bins of tiny, huge or nearly equal entries cannot be placed."""
     flat = gradient.flatten()
     if flat.device.type == "mps":  # which has no fp64

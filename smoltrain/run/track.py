@@ -1,4 +1,4 @@
-"""What a run logs: metrics.jsonl, samples.jsonl, the console through screen.py and W&B through wandb_run.py.
+"""What a run logs: metrics.jsonl, samples.jsonl, the console through screen.py, W&B and other sinks (sink.py).
 
 Rank 0 writes; the trackers of the other ranks take the same calls and keep silent, so the loop has no `if rank == 0`.
 """
@@ -12,18 +12,21 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from smoltrain import files
 from smoltrain.config.schema import Config
 from smoltrain.console import take_console_warnings
 from smoltrain.engine.layer_gradients import LayerGradient
+from smoltrain.engine.layer_weights import LayerWeight
 from smoltrain.errors import DONE, FAULT, exception_message
 from smoltrain.files import METRICS_FILE
 from smoltrain.redact import redact_text
+from smoltrain.run.guarded_sink import open_guarded_sinks
 from smoltrain.run.run_ending import EndingKind, remove_ending, write_ending
 from smoltrain.run.run_folder import SAMPLES_FILE, RunFolder
 from smoltrain.run.screen import Screen, cut_sample, format_choice, format_step_line, format_validation_line
+from smoltrain.run.sink import PublishedModel, Sink
 from smoltrain.run.time_left import TimeLeft
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.run.wandb_run import WandbRun
@@ -64,30 +67,36 @@ VALIDATION_LOSS = "validation/loss_nats_per_token"
 SOURCE_TOKENS_PREFIX = "data/tokens_by_source/"  # + source: as data/tokens, of that source alone
 CUSTOM_PREFIX = "custom/"  # + name: what a program's callback returned after the step, see train/callbacks.py
 GRADIENT_NORM_PREFIX = "gradients/norm_before_clipping/"  # + layer: L2 norm of its gradient, averaged over all ranks
-NAME_PREFIXES = (SOURCE_TOKENS_PREFIX, CUSTOM_PREFIX, GRADIENT_NORM_PREFIX)
+WEIGHT_NORM_PREFIX = "weights/norm_before_update/"  # + layer: L2 norm of its fp32 master weights, all ranks together
+# + layer: L2 norm of what the update changed of its fp32 master weights (decay and clipping too) over the norm before
+UPDATE_RATIO_PREFIX = "weights/update_to_weight_ratio/"
+NAME_PREFIXES = (
+    SOURCE_TOKENS_PREFIX, CUSTOM_PREFIX, GRADIENT_NORM_PREFIX, WEIGHT_NORM_PREFIX, UPDATE_RATIO_PREFIX,
+)  # fmt: skip
 SAMPLE_KEYS = ("step", "prompt", "text")
 
 
 class Tracker:
-    """Console, files and W&B behind one small interface."""
+    """Console, files and all sinks behind one small interface."""
 
     def __init__(
         self, config: Config, folder: RunFolder, rank: int, first_step: int, last_step: int, *,
-        choices_were_said: bool = False,
+        choices_were_said: bool = False, derived: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         """Go on after `first_step`: later lines of an interrupted run are cut off the files.
 
         `last_step` is where the whole command ends. `choices_were_said`: an earlier start of this command has
-        shown what was chosen, so only what is chosen otherwise now is shown.
+        shown what was chosen, so only what is chosen otherwise now is shown. `derived`: facts that follow from the
+        config on this machine, for the sinks.
         """
         self._is_writer = rank == 0
         self._print_every = config.track.print_every
         self._last_step = last_step
         self._log = open_rank_log(folder.path / "logs" / f"rank{rank}.log")
-        self._wandb: WandbRun | None = None
+        self._sinks: list[Sink] = []
         self._warned_kinds: set[str] = set()
-        self._best_loss = math.inf  # of all validations so far
         self._folder = folder.path
+        self._losses: dict[int, float] = {}  # of all validations so far, by step
         if not self._is_writer:
             return
         remove_ending(self._folder)
@@ -100,12 +109,15 @@ class Tracker:
         self._metrics, past = _reopen_jsonl(folder.path / METRICS_FILE, first_step, self.say, undone=undone)
         for line in past:
             self._time_left.add_past(line.value)
-        losses = [line.value.get(VALIDATION_LOSS, math.inf) for line in past]
-        self._best_loss = min(filter(math.isfinite, losses), default=math.inf)
+            if VALIDATION_LOSS in line.value:
+                self._losses[line.value["step"]] = line.value[VALIDATION_LOSS]
         self._samples, lines = _reopen_jsonl(folder.path / SAMPLES_FILE, first_step, self.say, keys=SAMPLE_KEYS)
         self._sample_table = [[line.value[key] for key in SAMPLE_KEYS] for line in lines]
-        self._wandb = WandbRun(config, folder, first_step, self.say)
-        self.say_choice("W&B", self._wandb.description)
+        self._sinks.append(WandbRun(config, folder, first_step, self.say, derived or {}))
+        self._sinks += open_guarded_sinks(config, folder, first_step, self.say, derived or {})
+        for sink in self._sinks:
+            for what, value in sink.choices:
+                self.say_choice(what, value)
         self._screen.start_bar(first_step, last_step)
 
     def say(self, text: str) -> None:
@@ -134,7 +146,10 @@ class Tracker:
 
     def write_log(self, text: str) -> None:
         """A line for this rank's log alone."""
-        self._log.info(redact_text(text))
+        text = redact_text(text)
+        self._log.info(text)
+        for sink in self._sinks:
+            sink.write_log(text)
         for line in take_console_warnings():
             self._log.warning(line)
 
@@ -143,7 +158,7 @@ class Tracker:
         return self._screen.show_activity(activity) if self._is_writer else contextlib.nullcontext()
 
     def log_step(self, step: int, last_step: int, phase: str, metrics: dict[str, float | str]) -> None:
-        """Everything measured at a training step: files and W&B always, the console at its cadence and at last_step."""
+        """Everything measured at a training step: files and sinks always, the console when it is due or last."""
         self.log_metrics(step, metrics)
         if not self._is_writer:
             return
@@ -155,7 +170,7 @@ class Tracker:
             self._screen.say_step(step, self._last_step, phase, metrics, left_s)
 
     def log_metrics(self, step: int, metrics: Mapping[str, float | str]) -> None:
-        """Values by name, to metrics.jsonl and W&B. Errors: KeyError for a name that METRICS does not define."""
+        """Values by name, to metrics.jsonl and all sinks. Errors: KeyError for a name that METRICS does not define."""
         for name in metrics:
             if name not in METRICS and not name.startswith(NAME_PREFIXES):
                 raise KeyError(f"{name} is not in track.METRICS")
@@ -165,8 +180,8 @@ class Tracker:
         self._metrics.write(files.format_json_line(line))
         self._metrics.flush()  # a kill of this process loses no step that was logged
         self._time_left.add(metrics)
-        if self._wandb:
-            self._wandb.log(step, metrics)
+        for sink in self._sinks:
+            sink.log(step, metrics)
 
     def log_validation(self, step: int, loss: float, bits_per_byte: float, durations: Mapping[str, float]) -> None:
         """The loss on the held-out rows, nats per token, and what follows from it; with the times that it took."""
@@ -174,16 +189,20 @@ class Tracker:
         values: dict[str, float | str] = {
             VALIDATION_LOSS: loss, "validation/perplexity": perplexity, "validation/bits_per_byte": bits_per_byte,
         }  # fmt: skip
-        best_before = self._best_loss
-        if math.isfinite(loss):
-            self._best_loss = min(self._best_loss, loss)
-        if math.isfinite(self._best_loss):
-            values["validation/best_loss_nats_per_token"] = self._best_loss
+        best_before = self._find_best_loss()
+        self._losses[step] = loss
+        best = self._find_best_loss()
+        if math.isfinite(best):
+            values["validation/best_loss_nats_per_token"] = best
         self.log_metrics(step, {**values, **durations})
         if not self._is_writer:  # rank 0 alone knows the earlier ones
             return
         self.write_log(format_validation_line(step, loss, perplexity, bits_per_byte, best_before))
         self._screen.say_validation(step, loss, perplexity, bits_per_byte, best_before)
+
+    def _find_best_loss(self) -> float:
+        """The lowest finite one; inf before there is any."""
+        return min(filter(math.isfinite, self._losses.values()), default=math.inf)
 
     def warn_once(self, kind: str, text: str | None) -> None:
         """Say a warning, if there is one and it is the first of its kind."""
@@ -192,13 +211,19 @@ class Tracker:
             self.say(text)
 
     def log_gradients(self, step: int, layers: dict[str, LayerGradient]) -> None:
-        """Norm of each layer everywhere, its histogram in W&B."""
+        """Norm of each layer's gradient everywhere, its histogram in the sinks."""
         self.log_metrics(step, {GRADIENT_NORM_PREFIX + name: layer.norm for name, layer in layers.items()})
-        if self._wandb:
-            self._wandb.log_histograms(step, layers)
+        for sink in self._sinks:
+            sink.log_histograms(step, layers)
+
+    def log_weights(self, step: int, layers: dict[str, LayerWeight]) -> None:
+        """Each layer's weights before the update of this step, and how far it moved them."""
+        norms = {WEIGHT_NORM_PREFIX + name: layer.norm for name, layer in layers.items()}
+        ratios = {UPDATE_RATIO_PREFIX + name: layer.update_ratio for name, layer in layers.items()}
+        self.log_metrics(step, {**norms, **ratios})
 
     def log_samples(self, step: int, texts: list[tuple[str, str]]) -> None:
-        """(prompt, continuation) pairs: samples.jsonl, the console, a W&B table that grows with the run."""
+        """(prompt, continuation) pairs: samples.jsonl, the console, all sinks."""
         if not self._is_writer:
             return
         for prompt, text in texts:
@@ -208,13 +233,14 @@ class Tracker:
             shown = redact_text(prompt + text)
             self.write_log("\n".join([f"sample at step {step}:", *cut_sample(shown, None, SAMPLES_FILE)]))
             self._screen.say_sample(step, shown, SAMPLES_FILE)
-        if self._wandb:
-            self._wandb.log_samples(step, self._sample_table)
+        for sink in self._sinks:
+            sink.log_samples(step, self._sample_table)
 
     def log_model(self, step: int, weights: Path, *, ends_phase: bool) -> None:
         """A published checkpoint's weights, for W&B where the recipe wants them there."""
-        if self._wandb:
-            self._wandb.log_model(step, weights, ends_phase=ends_phase)
+        model = PublishedModel(step, weights, ends_phase, self._losses.get(step))
+        for sink in self._sinks:
+            sink.log_model(model)
 
     def record_ending(self, kind: EndingKind, reason: str) -> None:
         """Write down how this start ends: for `smoltrain runs`, which cannot ask a process that has left."""
@@ -238,9 +264,9 @@ class Tracker:
                     file.close()
             with contextlib.suppress(OSError):  # without this one the next phase shows all of its choices
                 files.write_json_file(self._choices_file, self._choices)
-        if self._wandb:
-            with self.show_activity("closing W&B"):
-                self._wandb.finish(exit_code)
+        for sink in self._sinks:
+            with self.show_activity(f"closing {sink.choices[0][0]}"):
+                sink.finish(exit_code)
         if self._is_writer:
             self._screen.close()
         for handler in self._log.handlers:  # of this run alone: other handlers may be those of a whole program

@@ -34,6 +34,7 @@ class WandbIdentity:
     open: bool = False  # a process gives it more; one that was killed leaves this behind
     undone: int = 0  # lines of metrics.undone.jsonl that are of earlier ids
     earlier: tuple[str, ...] = ()  # ids that this folder has written to before
+    best_model_loss: float | None = None  # the lowest validation loss of a model that W&B was given
     why: str | None = field(default=None, compare=False)  # a new id was chosen, for the console; not kept
 
     def write(self, folder: Path) -> None:
@@ -75,7 +76,9 @@ def choose_wandb_identity(config: Config, folder: RunFolder, first_step: int) ->
 def next_wandb_identity(before: WandbIdentity, folder: Path, why: str) -> WandbIdentity:
     """The next id of the same folder, of which W&B has nothing yet."""
     earlier = (*before.earlier, before.id)
-    fresh = replace(before, id=_increment_id(before.id), earlier=earlier, through=0, open=False, why=why)
+    fresh = replace(
+        before, id=_increment_id(before.id), earlier=earlier, through=0, open=False, best_model_loss=None, why=why
+    )
     return replace(fresh, undone=_count_undone_lines(folder))
 
 

@@ -12,7 +12,7 @@ logging      WandbRun
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from smoltrain import files
+from smoltrain.config.config_file import CONFIG_FILE
 from smoltrain.config.load import redacted_config
 from smoltrain.config.schema import Config
 from smoltrain.config.wandb_env import read_wandb_environment
@@ -27,11 +28,24 @@ from smoltrain.engine.layer_gradients import LayerGradient
 from smoltrain.errors import DONE
 from smoltrain.files import METRICS_FILE
 from smoltrain.run.run_folder import RunFolder
+from smoltrain.run.sink import HISTOGRAM_PREFIX, PublishedModel, drop_texts, read_steps_between
 from smoltrain.run.wandb_id import WandbIdentity, choose_wandb_identity, next_wandb_identity, read_logged_digests
 from smoltrain.schedule import Plan
 from smoltrain.timeout import Value, call_with_timeout
 
-GRADIENT_HISTOGRAM_PREFIX = "gradients/histogram/"  # + layer: its entries
+PACKAGE_FOLDER = Path(__file__).parents[1]
+TOKENS = "data/tokens"  # the other axis, beside the step
+# What the table of runs shows of a metric: by default its last value, which a diverged run has lost.
+SUMMARIES = {
+    "train/loss_nats_per_token": "min,last",
+    "validation/loss_nats_per_token": "min,last",
+    "validation/perplexity": "min,last",
+    "validation/bits_per_byte": "min,last",
+    "speed/tokens_per_s": "mean,last",
+    "speed/mfu": "mean,last",
+    "memory/peak_gib": "max",
+}
+SAMPLE_COLUMNS: list[str | int] = ["step", "prompt", "text"]
 START_TIMEOUT_S = 45.0  # for W&B's own process to start, beside the seconds that its server has
 FINISH_TIMEOUT_S = 120.0  # for the last upload; what is left stays on disk for `wandb sync`
 LOCAL_TIMEOUT_S = 120.0  # for what waits for this machine alone: a copy of the weights, steps read from metrics.jsonl
@@ -58,6 +72,8 @@ def resolve_wandb_mode(config: Config) -> tuple[str, str]:
     these name.
     """
     mode_variable = _normalise_mode_variable()
+    if "wandb" not in config.track.to:
+        return "off", "track.to leaves it out"
     if config.track.wandb != "auto":
         return config.track.wandb, "as track.wandb asks"
     disabled = os.environ.get("WANDB_DISABLED", "")
@@ -115,7 +131,9 @@ def find_wandb_server() -> str:
     return _read_system_settings().server or str(wandb.Settings().base_url)
 
 
-def connect_to_wandb(config: Config, folder: Path, identity: WandbIdentity, mode: str, reason: str) -> tuple[Any, str]:
+def connect_to_wandb(
+    config: Config, folder: Path, identity: WandbIdentity, mode: str, reason: str, derived: Mapping[str, Any]
+) -> tuple[Any, str]:
     """Begin or resume a run of W&B: (wandb's run, or None where it is off; what the console says of it).
 
     Online falls back to offline when the server does not answer in time.
@@ -124,7 +142,7 @@ def connect_to_wandb(config: Config, folder: Path, identity: WandbIdentity, mode
     run: Any = None
     if mode == "online":
         try:
-            run = call_with_timeout(lambda: _init_wandb(config, folder, identity.id, "online"), seconds)
+            run = call_with_timeout(lambda: _init_wandb(config, folder, identity.id, "online", derived), seconds)
         except Exception as error:
             mode = "offline"
             reason = f"going online failed ({_describe_wandb_error(error)})"
@@ -134,7 +152,7 @@ def connect_to_wandb(config: Config, folder: Path, identity: WandbIdentity, mode
                 call_with_timeout(wandb.teardown, config.track.wandb_timeout_s)
     if mode == "offline":
         try:
-            run = call_with_timeout(lambda: _init_wandb(config, folder, identity.id, "offline"), seconds)
+            run = call_with_timeout(lambda: _init_wandb(config, folder, identity.id, "offline", derived), seconds)
         except Exception as error:
             reason = f"W&B cannot write here ({_describe_wandb_error(error)})"
     if run is None:
@@ -143,7 +161,8 @@ def connect_to_wandb(config: Config, folder: Path, identity: WandbIdentity, mode
     return run, f"{mode}, {reason}; run id {identity.id}{why}{_describe_environment(config)}"
 
 
-def _init_wandb(config: Config, folder: Path, run_id: str, mode: str) -> Any:
+def _init_wandb(config: Config, folder: Path, run_id: str, mode: str, derived: Mapping[str, Any]) -> Any:
+    """Begin or resume, and tell W&B which axes and summaries the metrics have. Errors: whatever wandb raises."""
     import wandb
 
     track = config.track
@@ -151,12 +170,18 @@ def _init_wandb(config: Config, folder: Path, run_id: str, mode: str) -> Any:
         init_timeout=track.wandb_timeout_s, finish_timeout=FINISH_TIMEOUT_S, finish_timeout_raises=True,
         console="off", silent=True,
     )  # fmt: skip
-    return wandb.init(
+    run = wandb.init(
         project=track.wandb_project, entity=track.wandb_entity, id=run_id, name=track.wandb_name or config.run.name,
-        group=track.wandb_group, tags=track.wandb_tags or None, notes=track.wandb_notes, dir=str(folder),
-        mode=mode,  # pyright: ignore[reportArgumentType]
-        resume="allow", config=redacted_config(config), settings=settings,
+        group=track.wandb_group, job_type=track.wandb_job_type, tags=track.wandb_tags or None, notes=track.wandb_notes,
+        dir=str(folder), mode=mode,  # pyright: ignore[reportArgumentType]
+        resume="allow", config=redacted_config(config) | {"derived": dict(derived)}, settings=settings,
     )  # fmt: skip
+    run.define_metric(TOKENS, summary="last")
+    for name, summary in SUMMARIES.items():
+        # Runs with other batches are compared by what they have read: validation is drawn over tokens.
+        axis = TOKENS if name.startswith("validation/") else None
+        run.define_metric(name, step_metric=axis, summary=summary)
+    return run
 
 
 def _describe_environment(config: Config) -> str:
@@ -182,23 +207,31 @@ def _describe_environment(config: Config) -> str:
 class WandbRun:
     """What a run logs goes to W&B once for each step; where W&B is off or has failed, every call does nothing."""
 
-    def __init__(self, config: Config, folder: RunFolder, first_step: int, say: Callable[[str], None]) -> None:
-        """Start W&B as `config.track` asks, for a start that goes on after `first_step`; `say` takes warnings."""
+    def __init__(
+        self, config: Config, folder: RunFolder, first_step: int, say: Callable[[str], None],
+        derived: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        """Start W&B as `config.track` asks, for a start that goes on after `first_step`; `say` takes warnings.
+
+        `derived`: facts that follow from the config on this machine, for the config that W&B shows.
+        """
         self._config = config
+        self._derived = derived
         self._folder = folder.path
         self._say = say
         self._timeout_s = config.track.wandb_timeout_s
-        self._last_step = Plan(config.phases).last_step
-        self._uploads_enabled = True  # tables, histograms and models
+        self._plan = Plan(config.phases)
+        self._uploads_enabled = True  # tables, histograms, files and models
         self._mode, self._mode_reason = resolve_wandb_mode(config)
         self._begin(choose_wandb_identity(config, folder, first_step), first_step)
 
     def _begin(self, identity: WandbIdentity, first_step: int) -> None:
         """Connect under this id, and give W&B the steps up to `first_step` that it lacks."""
         self._identity = identity
-        self._run, self.description = connect_to_wandb(  # `description`: mode, reason and id for the console
-            self._config, self._folder, identity, self._mode, self._mode_reason
+        self._run, description = connect_to_wandb(
+            self._config, self._folder, identity, self._mode, self._mode_reason, self._derived
         )
+        self._samples: Any = None  # the incremental table of this process
         self._last_known_step = identity.through  # W&B takes back no step; those come out as they did before
         if self._run and self._run.settings.mode == "online":
             self._last_known_step = max(0, self._run.starting_step - 1)  # the server knows best
@@ -208,7 +241,22 @@ class WandbRun:
             last_sent = self._send_missing_steps(first_step)
             if last_sent:
                 steps = f"steps {self._last_known_step + 1} to {last_sent}"
-                self.description += f"; {steps}, which it lacked, come from {METRICS_FILE}"
+                description += f"; {steps}, which it lacked, come from {METRICS_FILE}"
+        self.choices = [("W&B", description)]
+        if self._run and self._run.url:  # there is one online alone
+            self.choices.append(("W&B page", self._run.url))
+        self._save_files()
+
+    def _save_files(self) -> None:
+        """The recipe as it was resolved, beside W&B's own files; this program's sources, where the recipe asks."""
+        run = self._run
+        recipe = self._folder / CONFIG_FILE
+        if run and recipe.exists():
+            base = self._folder.parent  # W&B has a config.yaml of its own
+            self._try_upload("the recipe", lambda: run.save(str(recipe), base_path=base, policy="now", glob=False))
+        if run and self._config.track.wandb_code:
+            name = f"{self._config.run.name}-code"
+            self._try_upload("the code", lambda: run.log_code(str(PACKAGE_FOLDER), name=name), LOCAL_TIMEOUT_S)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Numbers of a step, once for each step, however often it was done; texts among them stay here.
@@ -223,7 +271,7 @@ class WandbRun:
         if self._run is None or step <= self._last_known_step:
             return
         run = self._run
-        numbers = _drop_texts(metrics)
+        numbers = drop_texts(metrics)
         try:
             call_with_timeout(lambda: run.log(numbers, step=step), self._timeout_s)
         except Exception as error:
@@ -241,7 +289,7 @@ class WandbRun:
             import wandb
 
             return {
-                GRADIENT_HISTOGRAM_PREFIX + name: wandb.Histogram(np_histogram=(layer.counts, layer.edges))
+                HISTOGRAM_PREFIX + name: wandb.Histogram(np_histogram=(layer.counts, layer.edges))
                 for name, layer in layers.items()
             }
 
@@ -250,7 +298,10 @@ class WandbRun:
             self.log(step, histograms)
 
     def log_samples(self, step: int, rows: list[list[Any]]) -> None:
-        """A table of (step, prompt, text), all that were sampled so far."""
+        """[step, prompt, text] of all samples so far, into a table of which W&B is sent what is new.
+
+        The first of a process has the past too, unless W&B knows that the run goes on: offline it does not.
+        """
         if not self._takes_uploads(step):
             return
         run: Any = self._run
@@ -258,13 +309,29 @@ class WandbRun:
         def upload() -> None:
             import wandb
 
-            run.log({"samples": wandb.Table(columns=["step", "prompt", "text"], data=list(rows))}, step=step)
+            if self._samples is None:
+                self._samples = wandb.Table(columns=SAMPLE_COLUMNS, log_mode="INCREMENTAL")
+                known = run.summary.get("samples")
+                is_known = known is not None and known.get("_type") == "incremental-table-file"
+                new = [row for row in rows if row[0] > self._last_known_step] if is_known else rows
+            else:
+                new = [row for row in rows if row[0] == step]
+            for row in new:
+                self._samples.add_data(*row)
+            run.log({"samples": self._samples}, step=step)
 
         self._try_upload(f"the samples of step {step}", upload)
 
-    def log_model(self, step: int, weights: Path, *, ends_phase: bool) -> None:
-        """The checkpoint's model.safetensors and the run's tokenizer as an artifact, where the recipe wants one."""
-        is_due = {"checkpoint": True, "phase": ends_phase, "end": step == self._last_step, "none": False}
+    def log_model(self, model: PublishedModel) -> None:
+        """The checkpoint's model.safetensors and the run's tokenizer as an artifact, where the recipe wants one.
+
+        Its aliases: step-N, latest, the phase that it ends, and best where no model before it had a lower validation
+        loss.
+        """
+        step = model.step
+        is_due = {
+            "checkpoint": True, "phase": model.ends_phase, "end": step == self._plan.last_step, "none": False,
+        }  # fmt: skip
         run = self._run
         if run is None or not self._uploads_enabled or not is_due[self._config.track.wandb_model]:
             return
@@ -272,16 +339,30 @@ class WandbRun:
         def copy() -> Any:
             import wandb
 
-            artifact = wandb.Artifact(f"{self._config.run.name}-model", type="model", metadata={"step": step})
-            artifact.add_file(str(weights))
+            metadata = {"step": step, "validation_loss_nats_per_token": model.validation_loss}
+            artifact = wandb.Artifact(f"{self._config.run.name}-model", type="model", metadata=metadata)
+            artifact.add_file(str(model.weights))
             artifact.add_dir(str(self._folder / "tokenizer"), name="tokenizer")
-            artifact.add_file(str(self._folder / "config.yaml"))
+            artifact.add_file(str(self._folder / CONFIG_FILE))
             return artifact
 
+        aliases = [f"step-{step}", "latest"]
+        if model.ends_phase:
+            aliases.append(self._plan.phase(step).name)
+        best_before = self._identity.best_model_loss
+        is_best = model.validation_loss is not None and (best_before is None or model.validation_loss < best_before)
+        if is_best:
+            aliases.append("best")
         what = f"the model of step {step}"
         artifact = self._try_upload(what, copy, LOCAL_TIMEOUT_S)
-        if artifact:
-            self._try_upload(what, lambda: run.log_artifact(artifact, aliases=[f"step-{step}"]))
+        if artifact and self._try_upload(what, lambda: run.log_artifact(artifact, aliases=aliases)) and is_best:
+            self._identity = replace(self._identity, best_model_loss=model.validation_loss)
+
+    def write_log(self, text: str) -> None:
+        """A line of the console or of rank 0's log, for W&B's Logs."""
+        run = self._run
+        if run and self._uploads_enabled:
+            self._try_upload("a line of the log", lambda: run.write_logs(text))
 
     def finish(self, exit_code: int) -> None:
         """W&B learns the exit code; what it could not upload in time is said."""
@@ -311,8 +392,8 @@ class WandbRun:
         except Exception as error:
             self._uploads_enabled = False
             self._say(
-                f"WARNING: W&B did not accept {what} ({_describe_wandb_error(error)}): no more tables, histograms and "
-                "models go there until the next start; training and its curves go on"
+                f"WARNING: W&B did not accept {what} ({_describe_wandb_error(error)}): no more tables, histograms, "
+                "logs and models go there until the next start; training and its curves go on"
             )
             return None
 
@@ -326,7 +407,8 @@ class WandbRun:
         why = f"a new id: step {step} has come out with other rows than {self._identity.id} has of it"
         self.finish(DONE)
         self._begin(next_wandb_identity(self._identity, self._folder, why), step - 1)
-        self._say(f"{'W&B':<22} {self.description}")
+        for what, value in self.choices:
+            self._say(f"{what:<22} {value}")
 
     def _send_missing_steps(self, first_step: int) -> int | None:
         """Give W&B the steps that it lacks, with the times at which they were trained; the last of them, None if none.
@@ -334,12 +416,12 @@ class WandbRun:
         They come from metrics.jsonl.
         """
         run: Any = self._run
-        steps = _read_steps_between(self._folder / METRICS_FILE, self._last_known_step, first_step)
+        steps = read_steps_between(self._folder / METRICS_FILE, self._last_known_step, first_step)
 
         def send() -> int | None:
             last_sent = None
-            for step, numbers in steps:
-                run.log(numbers, step=step)
+            for step, numbers, time_s in steps:
+                run.log(numbers | ({"_timestamp": time_s} if time_s else {}), step=step)
                 last_sent = step
             return last_sent
 
@@ -356,21 +438,6 @@ class WandbRun:
         self._identity = replace(self._identity, open=open)
         with contextlib.suppress(OSError):  # a full disk is said by what matters more
             self._identity.write(self._folder)
-
-
-def _read_steps_between(path: Path, after: int, last: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(step, numbers) of a metrics.jsonl behind `after`, up to `last`."""
-    for values in files.read_jsonl(path, say=lambda _: None):  # the tracker says what is damaged
-        step = values.pop("step")
-        time_s = values.pop("time_s", None)
-        if after < step <= last:
-            numbers = _drop_texts(values)
-            yield step, numbers | ({"_timestamp": time_s} if time_s else {})
-
-
-def _drop_texts(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Metrics without those that are text, which W&B's curves cannot show."""
-    return {name: value for name, value in metrics.items() if not isinstance(value, str)}
 
 
 def _read_last_error(log: Path) -> str | None:

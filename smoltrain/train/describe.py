@@ -53,6 +53,8 @@ def say_start(
             tracker.say_choice(line.what, line.text)
     if os.environ.get("CUDA_LAUNCH_BLOCKING", "0") != "0":
         tracker.say("WARNING: CUDA_LAUNCH_BLOCKING is set: every kernel waits for the one before; unset it")
+    if config.track.gradients_every and not engine.knows_master_weights:
+        tracker.say_choice("weight norms", "not logged, DeepSpeed's config lays the weights out in a way unknown here")
     if folder.changes:
         tracker.say_choice("changed", "; ".join(folder.changes))
     if start.point.manifest:

@@ -15,6 +15,7 @@ from smoltrain.engine.optimizer import OPTIMIZERS
 from smoltrain.engine.reduction import check_reduction
 from smoltrain.estimate.horizon import count_epoch_tokens, format_count
 from smoltrain.model.build import build_model
+from smoltrain.run.guarded_sink import check_sinks
 from smoltrain.run.run_folder import accumulation_steps
 from smoltrain.schedule import Plan
 from smoltrain.train.resolve_auto import choose_computing
@@ -43,11 +44,12 @@ def check_recipe(config: Config) -> None:
 
 
 def check_start(config: Config, device: torch.device, num_ranks: int, rows_per_step: int) -> None:
-    """Check what would be wrong on this machine: precision, kernels, the model's class, DeepSpeed's config.
+    """Check what would be wrong on this machine: precision, kernels, the model's class, DeepSpeed's config, sinks.
 
     Errors: UserError.
     """
     check_tokenizer_fits(config)
+    check_sinks(config)
     config = cut_micro_batch(config, rows_per_step, num_ranks)
     accumulation = accumulation_steps(config, rows_per_step, num_ranks)
     chosen = choose_computing(config, device, rows_per_step)

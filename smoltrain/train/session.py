@@ -33,6 +33,7 @@ from smoltrain.run.run_warnings import memorisation_warning, slow_data_warning
 from smoltrain.run.track import Tracker, open_rank_log
 from smoltrain.schedule import Plan
 from smoltrain.train.callbacks import CallbackFailed, StepCallback, run_callbacks
+from smoltrain.train.derived_facts import derive_facts
 from smoltrain.train.describe import name_compiled_code, say_start
 from smoltrain.train.evaluate import evaluate_loss
 from smoltrain.train.initial_weights import copy_generation_config, load_initial_weights
@@ -99,6 +100,8 @@ class Session:
             self.tracker.say(note)
         if result.layer_gradients:
             self.tracker.log_gradients(step, result.layer_gradients)
+        if result.layer_weights:
+            self.tracker.log_weights(step, result.layer_weights)
 
     def run_callbacks(self, step: int, result: StepResult) -> None:
         """Call the program that this run trains inside, and write down the metrics that it gives.
@@ -226,9 +229,7 @@ def open_session(
             source = start.point.weights_from
             tokenizer = loader.prepared.tokenizer
             world.run_on_first_rank(lambda: copy_generation_config(source, config, tokenizer, notes.append))
-        tracker = tracking.enter_context(
-            Tracker(config, folder, world.rank, done, start.command_end, choices_were_said=start.choices_were_said)
-        )
+        tracker = tracking.enter_context(_open_tracker(start, settings, loader, engine, world, mfu, folder))
         for note in start.notes:
             (tracker.write_log if start.notes_were_said else tracker.say)(note)
         for note in notes:
@@ -260,6 +261,17 @@ def open_session(
             compiled_code=name_compiled_code(settings, loader, world) if settings.computing.compiles else None,
             reads_late=world.device.type == "cuda" and engine.decides_on_device,
         )  # fmt: skip
+
+
+def _open_tracker(
+    start: Start, settings: ResolvedSettings, loader: Loader, engine: Engine, world: World, mfu: MfuMeter,
+    folder: RunFolder,
+) -> Tracker:  # fmt: skip
+    return Tracker(
+        settings.config, folder, world.rank, start.point.step, start.command_end,
+        choices_were_said=start.choices_were_said,
+        derived=derive_facts(start, settings, loader, engine, world, mfu),
+    )  # fmt: skip
 
 
 def _build_engine(start: Start, settings: ResolvedSettings, loader: Loader, world: World, watchdog: Watchdog) -> Engine:

@@ -151,6 +151,7 @@ def start_update(step: int, passes: PassesUnderWay, session: "Session", tries: T
     session.watchdog.mark("gradients")
     inspects = plan.is_due(step, session.config.track.gradients_every)
     layer_gradients = summarize_layer_gradients(engine.gradients) if inspects else {}
+    meter = engine.watch_update() if inspects else None
     inspected = (before_inspection, DeviceMoment(session.world.device))
 
     session.watchdog.mark("update")
@@ -161,12 +162,13 @@ def start_update(step: int, passes: PassesUnderWay, session: "Session", tries: T
     verdict = torch.stack((mean_loss, outcome.gradient_norm.to(on_device), outcome.applied.to(on_device).double()))
     numbers = ReturningNumbers(torch.cat((everyones.flatten(), verdict)))
     ended = DeviceMoment(session.world.device)
+    layer_weights = meter.measure() if meter else {}
     mix_begins = loader.mix_begins
     describe_rows = loader.hold_rows()
     loader.mark_consumed(taken.totals)
     return UnreadUpdate(
         step, passes, numbers, len(tries.digests), loader.rows_consumed, mix_begins, data_metrics(loader),
-        describe_rows, layer_gradients, inspected, ended,
+        describe_rows, layer_gradients, layer_weights, inspected, ended,
     )  # fmt: skip
 
 
@@ -183,8 +185,10 @@ def _finish_update(update: UnreadUpdate, session: "Session", tries: Tries) -> St
         session.guard.record_loss(mean_loss, update.rows_consumed)
         digests = tries.take_first(update.num_tries)
         metrics = measure_step(update, mean_loss, ranks, session)
-        num_skipped = update.num_tries - 1
-        return StepResult(digests, metrics=metrics, layer_gradients=update.layer_gradients, num_skipped=num_skipped)
+        return StepResult(
+            digests, metrics=metrics, layer_gradients=update.layer_gradients, layer_weights=update.layer_weights,
+            num_skipped=update.num_tries - 1,
+        )  # fmt: skip
     reason = session.guard.find_spike_reason(mean_loss)
     if reason is None:
         tries.num_bad_gradients += 1

@@ -11,6 +11,7 @@ import torch
 from smoltrain.data.rows.row_contents import RowContents
 from smoltrain.distributed.world import World
 from smoltrain.engine.layer_gradients import LayerGradient
+from smoltrain.engine.layer_weights import LayerWeight
 from smoltrain.kernels.device_numbers import DeviceMoment, ReturningNumbers
 from smoltrain.train.taken_rows import TakenRows
 
@@ -27,6 +28,7 @@ class StepResult:
     waited_for_data: bool = False  # when it was stopped
     metrics: dict[str, Any] = field(default_factory=dict)
     layer_gradients: dict[str, LayerGradient] = field(default_factory=dict)
+    layer_weights: dict[str, LayerWeight] = field(default_factory=dict)
     num_skipped: int = 0
 
 
@@ -62,6 +64,7 @@ class UnreadUpdate:
     data_metrics: dict[str, float | str]
     describe_rows: Callable[[], list[RowContents]]
     layer_gradients: dict[str, LayerGradient]
+    layer_weights: dict[str, LayerWeight]
     inspected: tuple[DeviceMoment, DeviceMoment]  # from when to when its gradients were looked at
     ended: DeviceMoment
 

@@ -29,6 +29,7 @@ VALIDATIONS = 4  # of a run, for its curve, unless evaluate.every says otherwise
 # Before the words of the command line, which win: what a run of a grid does without.
 QUIET_WORDS = (
     "sample.every=0",
+    "track.to=[wandb]",
     "track.wandb=off",
     "track.gradients_every=0",
     "checkpoint.keep_last=1",

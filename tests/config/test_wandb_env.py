@@ -115,7 +115,7 @@ def test_the_line_says_which_variable_was_heard_and_which_was_not(
 
     def init(**words: Any) -> Any:
         asked.update(words)
-        return mock.MagicMock(resumed=False)
+        return mock.MagicMock(resumed=False, url=None)
 
     monkeypatch.setattr(wandb, "init", init)
     settle(monkeypatch, "WANDB_PROJECT=theirs WANDB_ENTITY=team WANDB_TAGS=a,b WANDB_WATCH=all WANDB_MODE=OFFLINE")

@@ -29,4 +29,4 @@ def test_what_is_measured_is_one_phase_and_nothing_beside(tmp_path: Path):
     assert measured.run_folder == tmp_path / RUN_NAME
     assert (measured.run.stop_after, measured.phases[0].steps) == (config.phases[0].name, 20)
     assert (measured.evaluate.every, measured.sample.every, measured.checkpoint.every) == (0, 0, 0)
-    assert (measured.track.gradients_every, measured.track.wandb) == (0, "off")
+    assert (measured.track.gradients_every, measured.track.to) == (0, ())

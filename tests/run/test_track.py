@@ -1,17 +1,18 @@
 """What a run writes down: read back from a real run, interrupted once, and from trackers of our own."""
 
+import importlib.util
 import json
 import logging
 import math
 import re
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from smoltrain import files
@@ -21,25 +22,18 @@ from smoltrain.errors import TrainingStopped
 from smoltrain.estimate.speed import recipe_flops_per_token
 from smoltrain.run.run_ending import read_ending
 from smoltrain.run.screen import format_step_line
-from smoltrain.run.track import GRADIENT_NORM_PREFIX, METRICS, Tracker
+from smoltrain.run.sink import HISTOGRAM_PREFIX
+from smoltrain.run.track import GRADIENT_NORM_PREFIX, METRICS, UPDATE_RATIO_PREFIX, WEIGHT_NORM_PREFIX, Tracker
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
-from smoltrain.run.wandb_run import GRADIENT_HISTOGRAM_PREFIX, resolve_wandb_mode
+from smoltrain.run.wandb_run import SUMMARIES, TOKENS, resolve_wandb_mode
 from smoltrain.schedule import Plan
 from tests import launches, tiny, wandb_files
 from tests.tiny import STEP_NUMBERS as NUMBERS
 from tests.wandb_files import Offline
 
-
-@pytest.fixture(autouse=True)
-def _own_loggers() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("smoltrain", "DeepSpeed")]
-    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
-    yield
-    for logger, handlers, level, propagate in before:
-        for handler in set(logger.handlers) - set(handlers):
-            handler.close()
-        logger.handlers[:], logger.propagate = handlers, propagate
-        logger.setLevel(level)
+HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
+SINKS = "[wandb,tensorboard]" if HAS_TENSORBOARD else "[wandb]"
+LAYER_PREFIXES = (GRADIENT_NORM_PREFIX, WEIGHT_NORM_PREFIX, UPDATE_RATIO_PREFIX)
 
 
 # ---- one real run: the first phase, the end, and in a second process the other phase
@@ -69,7 +63,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     folder = tmp_path_factory.mktemp("story")
-    words = ("track.wandb=offline", "track.wandb_model=phase")
+    words = ("track.wandb=offline", "track.wandb_model=phase", f"track.to={SINKS}")
     outputs = [
         tiny.train(folder, *words, "run.stop_after=main", WANDB_DATA_DIR=str(folder)),
         tiny.train(folder, *words, WANDB_DATA_DIR=str(folder)),
@@ -85,10 +79,10 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
 
 def test_every_listed_name_is_logged_and_no_other(story: Story) -> None:
     logged = {key for line in story.lines for key in line} - {"step", "time_s"}
-    norms = {key for key in logged if key.startswith(GRADIENT_NORM_PREFIX)}
-    assert logged - norms == set(METRICS)
-    layers = {"embed_tokens", "layers.00", "layers.01", "norm"}
-    assert norms == {GRADIENT_NORM_PREFIX + layer for layer in layers}
+    by_layer = {key for key in logged if key.startswith(LAYER_PREFIXES)}
+    assert logged - by_layer == set(METRICS)
+    layers = ("embed_tokens", "layers.00", "layers.01", "norm")
+    assert by_layer == {prefix + layer for prefix in LAYER_PREFIXES for layer in layers}
 
 
 @pytest.mark.parametrize(("name", "meaning"), METRICS.items())
@@ -235,10 +229,10 @@ def test_wandb_has_a_histogram_per_layer(story: Story) -> None:
     entries = {"embed_tokens": 320 * 32, "norm": 32, "layers.00": 9280, "layers.01": 9280}
     logged = {step: values for _, offline in story.wandb for step, values in offline.steps.items()}
     for step, values in logged.items():
-        found = {key.removeprefix(GRADIENT_HISTOGRAM_PREFIX) for key in values if key.startswith("gradients/histogram")}
+        found = {key.removeprefix(HISTOGRAM_PREFIX) for key in values if key.startswith("gradients/histogram")}
         assert found == (set(entries) if step in (4, 8, 12) else set())
         for layer in found:
-            histogram = values[GRADIENT_HISTOGRAM_PREFIX + layer]
+            histogram = values[HISTOGRAM_PREFIX + layer]
             assert histogram["_type"] == "histogram"
             assert sum(histogram["values"]) == entries[layer]
             assert len(histogram["bins"]) == len(histogram["values"]) + 1
@@ -247,25 +241,100 @@ def test_wandb_has_a_histogram_per_layer(story: Story) -> None:
 def test_wandb_has_the_model_of_each_phase(story: Story) -> None:
     artifacts = [artifact for _, offline in story.wandb for artifact in offline.artifacts]
     models = [a for a in artifacts if a["type"] == "model"]
-    assert [(a["name"], "step-8" in a["aliases"], "step-12" in a["aliases"]) for a in models] == [
-        ("quickstart-model", True, False),
-        ("quickstart-model", False, True),
-    ]
+    losses = {step: line["validation/loss_nats_per_token"] for step, line in story.steps.items() if step in (8, 12)}
+    best = ["best"] if losses[12] < losses[8] else []
+    assert {a["name"] for a in models} == {"quickstart-model"}
+    assert [set(a["aliases"]) for a in models] == [
+        {"step-8", "latest", "main", "best"}, {"step-12", "latest", "continuation", *best},
+    ]  # fmt: skip
     for artifact, step in zip(models, (8, 12), strict=True):
         weights = story.settings.run_folder / "checkpoints" / f"step-{step:08d}" / "model.safetensors"
         assert artifact["files"]["model.safetensors"] == weights.stat().st_size
         assert {"config.yaml", "tokenizer/tokenizer.json"} <= set(artifact["files"])
 
 
-def test_wandb_has_a_table_of_samples_that_grows_over_the_resume(story: Story) -> None:
+def test_wandb_has_a_table_of_samples_of_which_it_is_sent_what_is_new(story: Story) -> None:
+    """Offline the second process does not know what the first one sent, and begins with all."""
+    new_steps = {6: {6}, 8: {8}, 12: {6, 8, 12}}
     for folder, offline in story.wandb:
         shown = {step: values["samples"] for step, values in offline.steps.items() if "samples" in values}
-        assert set(shown) == {6, 8, 12} & set(offline.steps)
+        assert set(shown) == set(new_steps) & set(offline.steps)
         for step, table in shown.items():
+            assert table["_type"] == "incremental-table-file"
             content = json.loads((folder / "files" / table["path"]).read_text(encoding="utf-8"))
             assert content["columns"] == ["step", "prompt", "text"]
-            past = [line for line in story.samples if line["step"] <= step]
-            assert content["data"] == [[line["step"], line["prompt"], line["text"]] for line in past]
+            new = [line for line in story.samples if line["step"] in new_steps[step]]
+            assert content["data"] == [[line["step"], line["prompt"], line["text"]] for line in new]
+
+
+def test_wandb_has_every_panel_and_no_other(story: Story) -> None:
+    texts = {"data/ledger"}
+    layers = ("embed_tokens", "layers.00", "layers.01", "norm")
+    by_layer = {prefix + layer for prefix in (*LAYER_PREFIXES, HISTOGRAM_PREFIX) for layer in layers}
+    panels: set[str] = set()
+    for _, offline in story.wandb:
+        for values in offline.steps.values():
+            panels |= {name for name in values if name[0] != "_"}  # W&B's own: _step, _runtime, _timestamp
+    assert panels == (set(METRICS) - texts) | by_layer | {"samples"}
+
+
+def test_wandb_knows_the_axis_and_the_summaries_of_each_metric(story: Story) -> None:
+    assert set(SUMMARIES) | {TOKENS} <= set(METRICS)
+    for _, offline in story.wandb:
+        told = {name: (axis, summaries) for name, (axis, summaries) in offline.defined.items() if name in METRICS}
+        assert told == {TOKENS: ("", {"last"})} | {
+            name: (TOKENS if name.startswith("validation/") else "", set(summary.split(",")))
+            for name, summary in SUMMARIES.items()
+        }
+
+
+def test_wandb_has_what_follows_from_the_config(story: Story) -> None:
+    parameters = 320 * 32 + 2 * 9280 + 32
+    for (_, offline), resumed_from in zip(story.wandb, (0, 8), strict=True):
+        facts = offline.config["derived"]
+        known = {
+            "parameters": parameters, "tokens_per_step": 64, "rows_per_step": 4, "micro_batch_rows": 2,
+            "accumulation": 2, "planned_steps": 12, "planned_tokens": 12 * 64, "world_size": 1, "machines": 1,
+            "device": "cpu", "precision": "bf16", "zero_stage": 2, "gradient_checkpointing": "full",
+            "resumed_from_step": resumed_from, "model_flops_per_token": recipe_flops_per_token(story.settings),
+        }  # fmt: skip
+        assert {name: facts[name] for name in known} == known
+        assert facts["peak_flops_all_ranks"] > 0
+        assert facts["attention_kernel"]
+        assert facts["loss_kernel"]
+        assert facts["gradient_reduction"].startswith("once per step")
+        assert facts["versions"]["torch"] == torch.__version__
+        assert facts["git_commit"]
+        assert offline.job_type == "train"
+
+
+def test_wandb_has_the_recipe_and_the_log(story: Story) -> None:
+    for (folder, offline), output in zip(story.wandb, story.outputs, strict=True):
+        assert offline.saved["quickstart/config.yaml"] == "NOW"
+        assert (folder / "files" / "quickstart" / "config.yaml").exists()
+        log = "".join(offline.log).splitlines()
+        steps = [line for line in output.stdout.splitlines() if line.startswith(("step ", "validation", "engine "))]
+        assert len(steps) > 2
+        assert set(steps) <= set(log)
+
+
+@pytest.mark.skipif(not HAS_TENSORBOARD, reason="the extra `tensorboard` is not installed")
+def test_tensorboard_has_the_numbers_of_the_file_at_their_steps(story: Story) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(story.settings.run_folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    found = {
+        (name, event.step): pytest.approx(event.value, rel=1e-6)  # of fp32
+        for name in events.Tags()["scalars"]
+        for event in events.Scalars(name)
+    }
+    numbers = {
+        (name, line["step"]): value
+        for line in story.lines
+        for name, value in line.items()
+        if not isinstance(value, str) and name not in ("step", "time_s")
+    }
+    assert numbers == found
 
 
 # ---- W&B's mode

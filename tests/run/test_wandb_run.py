@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ import pytest
 
 from smoltrain.engine.layer_gradients import LayerGradient
 from smoltrain.run import wandb_run
+from smoltrain.run.sink import HISTOGRAM_PREFIX
 from smoltrain.run.track import Tracker
 from tests import launches, tiny, wandb_files
 from tests.wandb_server import WandbServer
@@ -26,16 +26,6 @@ from tests.wandb_server import WandbServer
 ID = "12345678"
 PATIENCE_S = 2.0
 FAULTS = ("error", "hang", "nonsense", "unauthorized")
-
-
-@pytest.fixture(autouse=True)
-def _own_loggers() -> Iterator[None]:
-    log = logging.getLogger("smoltrain")
-    before = list(log.handlers)
-    yield
-    for handler in set(log.handlers) - set(before):
-        handler.close()
-    log.handlers[:] = before
 
 
 @pytest.fixture
@@ -108,9 +98,11 @@ def test_a_server_is_told_everything(server: WandbServer, tmp_path: Path, capsys
     tracker.close(3)
     run = server.runs[ID]
     assert rates(server) == plan(1, 3)
-    assert run.steps[4][wandb_run.GRADIENT_HISTOGRAM_PREFIX + "norm"]["_type"] == "histogram"
+    assert run.steps[4][HISTOGRAM_PREFIX + "norm"]["_type"] == "histogram"
     assert run.steps[4]["samples"]["nrows"] == 1
-    assert [a["artifactTypeName"] for a in run.artifacts] == ["run_table", "model"], "of the end alone"
+    assert [a["artifactTypeName"] for a in run.artifacts] == ["wandb-run-incremental-table", "model"], (
+        "of the end alone"
+    )
     assert run.config["model"]["hidden_size"] == 32
     assert run.exit_code == 3
     told = {key: run.fields[key] for key in ("project", "entity", "displayName", "tags")}
@@ -233,8 +225,10 @@ class Broken:
     """A run of W&B whose every call raises, or does not come back."""
 
     starting_step = 0
+    url = None
 
     def __init__(self, error: BaseException | None) -> None:
+        self.summary: dict[str, Any] = {}
         self.calls: list[str] = []
         self._error = error
         self.settings = type("Settings", (), {"sync_dir": "wandb/run-1", "mode": "online", "log_internal": "none"})
@@ -252,6 +246,12 @@ class Broken:
 
     def log_artifact(self, *_: Any, **__: Any) -> None:
         self._answer("model")
+
+    def define_metric(self, name: str, **_: Any) -> None:
+        pass
+
+    def write_logs(self, text: str) -> None:
+        pass
 
     def finish(self, exit_code: int) -> None:
         self._answer(f"finish {exit_code}")
@@ -374,12 +374,15 @@ def test_a_step_that_comes_out_with_other_rows_is_of_a_new_run(
     train(4, 6, "a", 3)  # a kill: nothing else happens
     assert f"{ID}-2" not in capsys.readouterr().out
     train(4, 8, "b", 3)  # a rewind that passes rows over
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("W&B")]
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if line.startswith("W&B   ")]
     assert len(said) == 2
+    pages = [line.split()[-1] for line in lines if line.startswith("W&B page")]
+    assert pages == ([f"{server.url}/me/smoltrain/runs/{name}" for name in (ID, f"{ID}-2")] if mode == "online" else [])
     assert f"run id {ID}-2, a new id: step 5 has come out with other rows than {ID} has of it" in said[1]
     assert "steps 1 to 4, which it lacked, come from metrics.jsonl" in said[1]
     train(8, 9, "b", 7)
-    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert len(capsys.readouterr().out.splitlines()) == (2 if mode == "online" else 1)
     if mode == "online":
         assert {name: list(rates(server, name)) for name in server.runs} == {
             ID: [1, 2, 3, 4, 5, 6], f"{ID}-2": [1, 2, 3, 4, 5, 6, 7, 8, 9],
@@ -419,3 +422,39 @@ def test_steps_that_were_trained_while_wandb_was_off_are_given_to_it_later(home:
     for path in home.glob("runs/quickstart/wandb/offline-run-*/run-*.wandb"):
         steps += wandb_files.read_finished(path).steps
     assert sorted(steps) == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_code_is_an_artifact_where_the_recipe_asks(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = home / "package"
+    package.mkdir()
+    (package / "model.py").write_text("x = 1\n", encoding="utf-8")
+    (package / "notes.txt").write_text("no code\n", encoding="utf-8")
+    monkeypatch.setattr(wandb_run, "PACKAGE_FOLDER", package)
+    found: list[list[str]] = []
+    for asked in ("false", "true"):
+        tracker = opened(home, "track.wandb=offline", f"track.wandb_code={asked}", name=asked)
+        trained(tracker, 1, 1)
+        tracker.close(0)
+        (path,) = (home / "runs" / asked).glob("wandb/offline-run-*/run-*.wandb")
+        artifacts = wandb_files.read_finished(path).artifacts
+        found.append([f"{a['type']} {a['name']} {list(a['files'])}" for a in artifacts])
+    assert found == [[], ["code true-code ['model.py']"]]
+
+
+def test_the_best_model_is_known_across_starts(home: Path) -> None:
+    aliases: list[set[str]] = []
+    for first_step, losses in ((0, {3: 2.0, 6: 3.0}), (6, {9: 2.5, 12: 1.5})):
+        tracker = opened(home, "track.wandb=offline", "track.wandb_model=checkpoint", first_step=first_step)
+        run = home / "runs" / "quickstart"
+        (run / "tokenizer").mkdir(exist_ok=True)
+        for name in ("config.yaml", "weights"):
+            (run / name).write_text("x", encoding="utf-8")
+        for step, loss in losses.items():
+            tracker.log_validation(step, loss, 1.0, {})
+            tracker.log_model(step, run / "weights", ends_phase=False)
+        tracker.close(0)
+    for path in sorted(home.glob("runs/quickstart/wandb/offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime):
+        aliases += [set(artifact["aliases"]) for artifact in wandb_files.read_finished(path).artifacts]
+    assert aliases == [
+        {"step-3", "latest", "best"}, {"step-6", "latest"}, {"step-9", "latest"}, {"step-12", "latest", "best"},
+    ]  # fmt: skip
