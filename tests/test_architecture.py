@@ -38,7 +38,9 @@ OWNERS = {
     "liger_kernel": ("smoltrain.kernels.loss",),
     "matplotlib": ("smoltrain.run.plots", "smoltrain.run.scaling_plot"),
     "gradio": ("smoltrain.inference.demo",),
-    "datasets": ("smoltrain.data.documents.hub",),
+    "lm_eval": ("smoltrain.evaluation.harness",),
+    # The harness wants a task's documents in the form that they have there.
+    "datasets": ("smoltrain.data.documents.hub", "smoltrain.evaluation.harness"),
     "pyarrow": ("smoltrain.data.documents.read_parquet",),
     "fsspec": ("smoltrain.data.documents",),
     "tokenizers": ("smoltrain.data.tokenizers",),
@@ -58,7 +60,7 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     "smoltrain.__main__": ("two lines, run as a command", "tests/test_cli.py"),
     **{
         f"smoltrain.cli.{module}": ("parts of one command, tested through it", "tests/test_cli.py")
-        for module in ("app", "arguments", "models", "prepare", "recipes", "runs", "training")
+        for module in ("app", "arguments", "evaluation", "models", "prepare", "recipes", "runs", "training")
     },
     "smoltrain.engine.adamw": (
         "torch's own, and one pass that is compared with it",

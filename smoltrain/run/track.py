@@ -22,7 +22,14 @@ from smoltrain.errors import DONE, FAULT
 from smoltrain.files import METRICS_FILE
 from smoltrain.redact import redact_text
 from smoltrain.run.run_folder import SAMPLES_FILE, RunFolder
-from smoltrain.run.screen import Screen, cut_sample, format_choice, format_step_line, format_validation_line
+from smoltrain.run.screen import (
+    Screen,
+    cut_sample,
+    format_choice,
+    format_step_line,
+    format_task_line,
+    format_validation_line,
+)
 from smoltrain.run.time_left import TimeLeft
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.run.wandb_run import WandbRun
@@ -51,6 +58,7 @@ METRICS = {
     "memory/peak_gib": "peak so far, the largest rank: CUDA memory allocated, or resident set on a CPU",
     "speed/checkpoint_pause_s": "seconds that training stood still for a checkpoint, the slowest rank",
     "speed/evaluation_s": "seconds of an evaluation, the slowest rank",
+    "speed/task_evaluation_s": "seconds in which the tasks of evaluate.tasks were measured, the slowest rank",
     "speed/sampling_s": "seconds in which the model wrote samples, the slowest rank",
     "speed/start_s": "seconds from the command's start, or the end of the phase before, to the first step; per start",
     "speed/closing_s": "seconds from the last step's end until checkpoint and plots were written, rank 0; per start",
@@ -63,7 +71,8 @@ VALIDATION_LOSS = "validation/loss_nats_per_token"
 SOURCE_TOKENS_PREFIX = "data/tokens_by_source/"  # + source: as data/tokens, of that source alone
 CUSTOM_PREFIX = "custom/"  # + name: what a program's callback returned after the step, see train/callbacks.py
 GRADIENT_NORM_PREFIX = "gradients/norm_before_clipping/"  # + layer: L2 norm of its gradient, averaged over all ranks
-NAME_PREFIXES = (SOURCE_TOKENS_PREFIX, CUSTOM_PREFIX, GRADIENT_NORM_PREFIX)
+TASK_PREFIX = "evaluation/"  # + task/metric: of all its documents, or the first evaluate.tasks_limit; see evaluation.md
+NAME_PREFIXES = (SOURCE_TOKENS_PREFIX, CUSTOM_PREFIX, GRADIENT_NORM_PREFIX, TASK_PREFIX)
 SAMPLE_KEYS = ("step", "prompt", "text")
 
 
@@ -181,6 +190,15 @@ class Tracker:
             return
         self.write_log(format_validation_line(step, loss, perplexity, bits_per_byte, best_before))
         self._screen.say_validation(step, loss, perplexity, bits_per_byte, best_before)
+
+    def log_tasks(self, step: int, tasks: Mapping[str, Mapping[str, float]], durations: Mapping[str, float]) -> None:
+        """The metrics of each task, with the times that they took; standard errors stand behind their metrics."""
+        values = {
+            f"{TASK_PREFIX}{task}/{name}": value for task, metrics in tasks.items() for name, value in metrics.items()
+        }
+        self.log_metrics(step, {**values, **durations})
+        for task, metrics in tasks.items():
+            self.say(format_task_line(step, task, metrics))
 
     def warn_once(self, kind: str, text: str | None) -> None:
         """Say a warning, if there is one and it is the first of its kind."""

@@ -17,6 +17,7 @@ from smoltrain.estimate.horizon import count_epoch_tokens, format_count
 from smoltrain.model.build import build_model
 from smoltrain.run.run_folder import accumulation_steps
 from smoltrain.schedule import Plan
+from smoltrain.train.evaluate_tasks import check_run_tasks
 from smoltrain.train.resolve_auto import choose_computing
 
 # Up to here repeated tokens lower the loss about as new ones do, beyond it less and less: Muennighoff et al. 2023.
@@ -43,11 +44,12 @@ def check_recipe(config: Config) -> None:
 
 
 def check_start(config: Config, device: torch.device, num_ranks: int, rows_per_step: int) -> None:
-    """Check what would be wrong on this machine: precision, kernels, the model's class, DeepSpeed's config.
+    """Check what would be wrong on this machine: precision, kernels, the model's class, DeepSpeed's config, tasks.
 
     Errors: UserError.
     """
     check_tokenizer_fits(config)
+    check_run_tasks(config)
     config = cut_micro_batch(config, rows_per_step, num_ranks)
     accumulation = accumulation_steps(config, rows_per_step, num_ranks)
     chosen = choose_computing(config, device, rows_per_step)

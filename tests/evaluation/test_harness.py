@@ -1,0 +1,109 @@
+"""lm-evaluation-harness on our model: the log-likelihoods and texts of its own class, HFLM, over the export."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from smoltrain.errors import UserError
+from smoltrain.evaluation.judge import LoadedJudge
+from smoltrain.inference.load import LoadedModel
+
+pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+
+from lm_eval.models.huggingface import HFLM
+
+from smoltrain.evaluation import harness
+from smoltrain.evaluation.harness import (
+    LOCAL_TASK,
+    SENTENCES_FILE,
+    HarnessModel,
+    check_task_names,
+    load_tasks,
+    measure_tasks,
+)
+from tests.evaluation import parity
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+LINES = [json.loads(line) for line in SENTENCES_FILE.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def theirs(exported: Path) -> Any:
+    return HFLM(pretrained=str(exported), dtype="float32", device="cpu", batch_size=8)
+
+
+@pytest.fixture
+def ours(loaded: LoadedModel) -> HarnessModel:
+    return HarnessModel(LoadedJudge(loaded))
+
+
+def test_each_kind_of_request_is_answered_as_by_the_harness_own_class(ours: HarnessModel, theirs: Any) -> None:
+    rows = parity.compare(ours, theirs)
+    assert [row.num_requests for row in rows] == [28, 6, 5]
+    assert max(row.largest for row in rows) < parity.LIMIT
+    assert [row.num_equal for row in rows] == [28, 6, 5]
+    page = parity.PAGE.read_text(encoding="utf-8")
+    for row in rows:
+        assert f"| `{row.kind}` | {row.num_requests} | " in page
+        assert f" | {row.num_equal} of {row.num_requests} |" in page
+    mine, their_own = parity.measure_sentences(ours, theirs)
+    assert mine == their_own
+    assert ours.describe_cuts()[0].startswith("4 of ")
+
+
+def test_a_text_that_cannot_be_scored_whole_is_refused(ours: HarnessModel) -> None:
+    with pytest.raises(UserError, match="cannot score: saw 1"):
+        ours.loglikelihood(parity.requests("loglikelihood", ("the king", " of Naples and Milan" * 40)))
+
+
+def test_a_text_to_write_gets_half_of_the_positions_and_that_is_told(ours: HarnessModel) -> None:
+    options = {"max_gen_toks": 20, "until": ["q"]}
+    ours.generate_until(parity.requests("generate_until", ("the king of Naples", options)))
+    assert ours.describe_cuts() == []
+    ours.generate_until(parity.requests("generate_until", ("the king", {"max_gen_toks": 256, "until": []})))
+    assert ours.describe_cuts() == [
+        "1 of 2 texts to write had less room than their task allows: the model's 64 positions"
+    ]
+
+
+def test_the_sentences_count_as_by_hand_and_leave_random_numbers_alone(loaded: LoadedModel, ours: HarnessModel) -> None:
+    random.seed(5)
+    np.random.seed(5)
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    tasks = load_tasks([LOCAL_TASK], say=lambda _: pytest.fail("nothing is to be downloaded"))
+    found = measure_tasks(tasks, LoadedJudge(loaded))
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert (len(LINES), len({line["right"] for line in LINES})) == (64, 64)
+    asked = [("", line[key]) for line in LINES for key in ("right", "wrong")]
+    likely = [value for value, _ in ours.loglikelihood(parity.requests("loglikelihood", *asked))]
+    is_right = [right > wrong for right, wrong in zip(likely[::2], likely[1::2], strict=True)]
+    assert found.metrics[LOCAL_TASK]["acc"] == sum(is_right) / 64
+    assert found.metrics[LOCAL_TASK].keys() == {"acc", "acc_stderr"}
+    assert found.metrics[LOCAL_TASK]["acc_stderr"] == pytest.approx(np.std(is_right, ddof=1) / 8)
+    assert (found.num_documents, found.num_fewshot, found.notes) == ({LOCAL_TASK: 64}, {LOCAL_TASK: 0}, ())
+    again = measure_tasks(tasks, LoadedJudge(loaded), limit=8)
+    assert again.num_documents == {LOCAL_TASK: 8}
+    assert again.metrics[LOCAL_TASK]["acc"] == sum(is_right[:8]) / 8
+    assert measure_tasks(tasks, LoadedJudge(loaded)) == found
+
+
+def test_examples_stand_before_a_question(loaded: LoadedModel) -> None:
+    tasks = load_tasks([LOCAL_TASK], fewshot=1, say=lambda _: None)
+    found = measure_tasks(tasks, LoadedJudge(loaded), limit=4)
+    assert found.num_fewshot == {LOCAL_TASK: 1}
+
+
+def test_an_unknown_task_is_named_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    class FewTasks:
+        def __init__(self, include_defaults: bool) -> None:
+            self.all_tasks = ["hellaswag", "arc_easy"] if include_defaults else []
+
+    monkeypatch.setattr(harness, "TaskManager", FewTasks)
+    check_task_names([LOCAL_TASK, "arc_easy"])
+    with pytest.raises(UserError, match="no such task: saw 'helaswag', want 'hellaswag'"):
+        check_task_names(["helaswag"])
