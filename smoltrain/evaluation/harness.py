@@ -5,11 +5,12 @@ the answers is the harness's own, so that its numbers can be compared with publi
 """
 
 import contextlib
-import io
+import functools
 import json
 import logging
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -28,6 +29,7 @@ try:
     from datasets import Dataset
     from lm_eval import evaluator
     from lm_eval import utils as lm_eval_utils
+    from lm_eval.api import task as harness_task
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
@@ -108,7 +110,7 @@ def load_tasks(names: Sequence[str], *, fewshot: int | None = None, say: Callabl
 def _make_manager(names: Sequence[str]) -> TaskManager:
     """One that knows all of the names. Errors: UserError for any other."""
     needs_index = any(name != LOCAL_TASK for name in names)
-    manager = TaskManager(include_defaults=needs_index)  # reading thousands of .yaml files takes seconds
+    manager = _open_manager(needs_index)
     known = {LOCAL_TASK, *manager.all_tasks}
     problems: list[Problem] = []
     for name in names:
@@ -118,6 +120,12 @@ def _make_manager(names: Sequence[str]) -> TaskManager:
     if problems:
         raise UserError(*problems)
     return manager
+
+
+@functools.cache
+def _open_manager(needs_index: bool) -> TaskManager:
+    """With or without the harness's own tasks: to read their thousands of .yaml files takes seconds."""
+    return TaskManager(include_defaults=needs_index)
 
 
 def _describe_local_task() -> dict[str, Any]:
@@ -220,20 +228,27 @@ def _read_metrics(values: dict[str, Any]) -> dict[str, float]:
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Inside, the harness finds its seeds, and is quiet; afterwards random numbers go on as if nothing had been."""
+    """Inside, the harness finds its seeds, and is quiet; afterwards random numbers go on as if nothing had been.
+
+    What it prints goes to stderr: on stdout stand results.
+    """
     python_state = random.getstate()
     numpy_state = np.random.get_state()
     log = logging.getLogger("lm_eval")
     level = log.level
     had_pool = os.environ.get("DISABLE_MULTIPROC")
+    task_module: Any = harness_task
+    bar = task_module.tqdm
     random.seed(PYTHON_SEED)
     np.random.seed(NUMPY_SEED)
     log.setLevel(logging.ERROR)
     os.environ["DISABLE_MULTIPROC"] = "1"  # bootstrapping would fork this process, threads, GPU and all
+    task_module.tqdm = lambda items, **_: items
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # what it prints is no result
+        with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
+        task_module.tqdm = bar
         if had_pool is None:
             del os.environ["DISABLE_MULTIPROC"]
         log.setLevel(level)
@@ -263,6 +278,10 @@ class HarnessModel(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:  # noqa: ARG002
         """Ids of a text: it is text, also where it spells a special token."""
         return self._judge.tokenizer.encode(string)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:  # noqa: ARG002
+        """Log-likelihood of each second text behind the first, and whether it is the likeliest."""
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any

@@ -33,6 +33,15 @@ def requests(kind: Any, *arguments: tuple[Any, ...]) -> list[Any]:
     return [Instance(request_type=kind, doc={}, arguments=words, idx=0) for words in arguments]
 
 
+def load_their_model(exported: Path) -> Any:
+    """HFLM, without the max_new_tokens of the export's generation_config.json, which it would put above a task's."""
+    from lm_eval.models.huggingface import HFLM
+
+    model: Any = HFLM(pretrained=str(exported), dtype="float32", device="cpu", batch_size=8)
+    model.model.generation_config.max_new_tokens = None
+    return model
+
+
 def compare(ours: Any, theirs: Any) -> list[Comparison]:
     """Each kind of request, asked of both."""
     pairs = [(text, end) for text in (*TEXTS, "", LONG) for end in ENDS]
@@ -103,8 +112,6 @@ def measure_sentences(ours: Any, theirs: Any) -> tuple[float, float]:
 
 def write_page() -> None:
     """Make a run and its export, compare, and write the page."""
-    from lm_eval.models.huggingface import HFLM
-
     from smoltrain.evaluation.harness import HarnessModel
     from smoltrain.evaluation.judge import LoadedJudge
     from smoltrain.export.export import export_model
@@ -116,7 +123,7 @@ def write_page() -> None:
         run = folders.run(Path(folder))
         exported = export_model(str(run))
         ours = HarnessModel(LoadedJudge(load_trained_model(str(run))))
-        theirs = HFLM(pretrained=str(exported), dtype="float32", device="cpu", batch_size=8)
+        theirs = load_their_model(exported)
         PAGE.write_text(describe(compare(ours, theirs), measure_sentences(ours, theirs)), encoding="utf-8")
 
 

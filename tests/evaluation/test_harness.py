@@ -15,8 +15,6 @@ from smoltrain.inference.load import LoadedModel
 
 pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
-from lm_eval.models.huggingface import HFLM
-
 from smoltrain.evaluation import harness
 from smoltrain.evaluation.harness import (
     LOCAL_TASK,
@@ -34,7 +32,7 @@ LINES = [json.loads(line) for line in SENTENCES_FILE.read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def theirs(exported: Path) -> Any:
-    return HFLM(pretrained=str(exported), dtype="float32", device="cpu", batch_size=8)
+    return parity.load_their_model(exported)
 
 
 @pytest.fixture
@@ -57,7 +55,7 @@ def test_each_kind_of_request_is_answered_as_by_the_harness_own_class(ours: Harn
 
 
 def test_a_text_that_cannot_be_scored_whole_is_refused(ours: HarnessModel) -> None:
-    with pytest.raises(UserError, match="cannot score: saw 1"):
+    with pytest.raises(UserError, match="cannot score: saw 480 tokens, want 1 to 64"):
         ours.loglikelihood(parity.requests("loglikelihood", ("the king", " of Naples and Milan" * 40)))
 
 
@@ -100,10 +98,10 @@ def test_examples_stand_before_a_question(loaded: LoadedModel) -> None:
 
 def test_an_unknown_task_is_named_with_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     class FewTasks:
-        def __init__(self, include_defaults: bool) -> None:
-            self.all_tasks = ["hellaswag", "arc_easy"] if include_defaults else []
+        def __init__(self, needs_index: bool) -> None:
+            self.all_tasks = ["hellaswag", "arc_easy"] if needs_index else []
 
-    monkeypatch.setattr(harness, "TaskManager", FewTasks)
+    monkeypatch.setattr(harness, "_open_manager", FewTasks)
     check_task_names([LOCAL_TASK, "arc_easy"])
     with pytest.raises(UserError, match="no such task: saw 'helaswag', want 'hellaswag'"):
         check_task_names(["helaswag"])

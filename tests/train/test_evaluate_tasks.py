@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from smoltrain.config.schema import Config
-from smoltrain.errors import TrainingStopped, UserError
+from smoltrain.errors import BAD_INPUT, DONE, TrainingStopped, UserError
+from tests import launches, tiny
 from tests.engine.test_engine import fresh_model, loader_of
 from tests.ranks import world
 from tests.sessions import bare_session
@@ -128,6 +129,27 @@ def test_a_task_that_fails_ends_no_run_and_a_model_without_numbers_does(tmp_path
     assert (first, second, said) == (None, None, ["WARNING: the tasks were not measured (KeyError: 'choices')"])
     with pytest.raises(TrainingStopped, match="its logits are not finite numbers"):
         ranks(2).run(lose_numbers, settings)
+
+
+@pytest.mark.slow
+def test_a_run_logs_its_tasks_and_refuses_a_wrong_one_before_it_begins(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra `eval`")
+    cadence = ("evaluate.tasks_every=6", "evaluate.tasks_limit=12", "phases.continuation.steps=1")
+    words = tiny.words(tmp_path, "evaluate.tasks=[smoltrain_sentences]", *cadence)
+    log = tmp_path / "log"
+    assert launches.run("smoltrain", words, log) == DONE, log.read_text()
+    run = tmp_path / "runs" / "quickstart"
+    lines = [line for line in launches.metrics(run) if "speed/task_evaluation_s" in line]
+    assert [line["step"] for line in lines] == [6, 8, 9], "at its cadence, and at the end of each phase"
+    accuracy = "evaluation/smoltrain_sentences/acc"
+    assert all({accuracy, f"{accuracy}_stderr"} <= line.keys() for line in lines)
+    assert all(line[accuracy] * 12 == pytest.approx(round(line[accuracy] * 12)) for line in lines)
+    assert all(line["speed/task_evaluation_s"] > 0 for line in lines)
+    assert f"smoltrain_sentences at step 9: acc {lines[-1][accuracy]:.4f} ± " in log.read_text()
+    wrong = tiny.words(tmp_path, "evaluate.tasks=[smoltrain_sentence]", "run.name=wrong", *cadence[:1])
+    assert launches.run("smoltrain", wrong, log) == BAD_INPUT
+    assert "no such task: saw 'smoltrain_sentence', want 'smoltrain_sentences'" in log.read_text()
+    assert not (tmp_path / "runs" / "wrong" / "data").exists(), "no document was tokenised"
 
 
 def load_on_two(settings: Config, error: Exception | None) -> tuple[Any, list[str]]:
