@@ -31,7 +31,7 @@ class Work:
     requests: Sequence[WriteRequest] = ()
 
 
-class StopRequested(Exception):
+class EvaluationStopped(Exception):
     """A rank is to stop: all leave the evaluation."""
 
 
@@ -71,7 +71,7 @@ def evaluate_run_tasks(session: "Session", tasks: "HarnessTasks | None") -> Task
             if tasks is None:
                 return _serve(session)
             return _lead(session, tasks)
-        except StopRequested:
+        except EvaluationStopped:
             return None
 
 
@@ -83,7 +83,7 @@ def _lead(session: "Session", tasks: "HarnessTasks") -> TaskMetrics | None:
     try:
         limit = session.config.evaluate.tasks_limit
         metrics = harness.measure_tasks(tasks, RankJudge(session), limit).metrics
-    except (StopRequested, TrainingStopped):
+    except (EvaluationStopped, TrainingStopped):
         raise
     except Exception as error:  # of a task's own code, say: no reason to end a run
         saw = f"{type(error).__name__}: {exception_message(error)}"
@@ -169,8 +169,8 @@ def _write_together(session: "Session", requests: Sequence[WriteRequest]) -> lis
 
 
 def _check_stop(session: "Session") -> None:
-    """Errors: StopRequested on every rank if any is to stop."""
+    """Errors: EvaluationStopped on every rank if any is to stop."""
     session.watchdog.mark("evaluation")
     [num_stops] = session.world.sum_ints(session.stop.is_raised())
     if num_stops:
-        raise StopRequested
+        raise EvaluationStopped

@@ -79,6 +79,10 @@ def describe(rows: list[Comparison], sentences: tuple[float, float]) -> str:
         f"{row.num_equal} of {row.num_requests} |"
         for row in rows
     ]
+    accuracies = (
+        f"`smoltrain_sentences`, accuracy: {sentences[0]:.4f} by ours, {sentences[1]:.4f} by theirs. "
+        f"Versions: {versions}."
+    )
     return f"""# The harness on our model and on its export
 
 {textwrap.fill(what, 100, break_on_hyphens=False)}
@@ -91,7 +95,7 @@ def describe(rows: list[Comparison], sentences: tuple[float, float]) -> str:
 |---|---|---|---|
 {chr(10).join(lines)}
 
-`smoltrain_sentences`, accuracy: {sentences[0]:.4f} by ours, {sentences[1]:.4f} by theirs. Versions: {versions}.
+{textwrap.fill(accuracies, 100, break_on_hyphens=False)}
 """
 
 
