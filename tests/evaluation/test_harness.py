@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -105,3 +106,33 @@ def test_an_unknown_task_is_named_with_the_nearest(monkeypatch: pytest.MonkeyPat
     check_task_names([LOCAL_TASK, "arc_easy"])
     with pytest.raises(UserError, match="no such task: saw 'helaswag', want 'hellaswag'"):
         check_task_names(["helaswag"])
+
+
+@pytest.mark.parametrize("name", ["far", "group", "tag"])
+@pytest.mark.parametrize("offline", ["1", ""])
+def test_documents_of_the_hub_are_told_before_and_their_lack_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, name: str, offline: str
+) -> None:
+    def load(specs: list[Any]) -> None:
+        assert len(said) == 1, "told before anything is downloaded"
+        raise ConnectionError(f"no\nanswer for {specs}")
+
+    said: list[str] = []
+    index = {
+        "far": SimpleNamespace(cfg={"dataset_path": "somebody/far"}, tags=set()),
+        "near": SimpleNamespace(cfg={"dataset_path": "json"}, tags=set()),
+        "group": SimpleNamespace(cfg={"group": "group", "task": ["near", {"task": "far"}]}, tags=set()),
+        "tag": SimpleNamespace(cfg=None, tags={"far", "near"}),
+    }
+    manager = SimpleNamespace(task_index=index, all_tasks=list(index), load=load)
+    monkeypatch.setattr(harness, "_open_manager", lambda needs_index: manager)
+    monkeypatch.setenv("HF_HUB_OFFLINE", offline)
+    with pytest.raises(UserError) as refused:
+        load_tasks([name], say=said.append)
+    how = "from the cache of the Hugging Face Hub (HF_HUB_OFFLINE is set)"
+    if not offline:
+        how = "of the Hugging Face Hub; what is not in its cache is downloaded now"
+    assert said == [f"{name}: reads somebody/far {how}"]
+    assert str(refused.value).startswith(
+        f"the documents of {name} cannot be loaded: saw ConnectionError: no answer for ['{name}'], want documents in "
+    )

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,22 @@ def test_a_text_comes_in_pieces_that_make_it_up(tmp_path: Path, monkeypatch: pyt
         found = list(pieces)
         assert "".join(found) == text
         assert len(found) > 5
+
+
+def test_a_long_text_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_text, "BLOCK_BYTES", 2**14)
+    monkeypatch.setattr(read_text, "PIECE_CHARACTERS", 2**14)
+    path = tmp_path / "long.txt"
+    path.write_text("the king of Naples met the queen\n" * 2**17)
+    [pieces] = read_file_documents(path, "text")
+    tracemalloc.start()
+    try:
+        num_characters = sum(len(piece) for piece in pieces)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert num_characters == path.stat().st_size > 4 * 2**20
+    assert peak < 2**20
 
 
 def test_records_are_documents_each(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Windows in which each token is scored once, and scores that do not depend on what is computed beside them."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,20 @@ def test_each_token_is_scored_once_behind_as_much_as_the_stride_leaves(
         assert len(window.ids) - window.num_scored >= (1 if number == 0 else context - stride + 1)
         scored += window.ids[-window.num_scored :]
     assert scored == tokens
+
+
+def test_no_more_of_a_text_is_read_than_the_window_needs() -> None:
+    taken: list[int] = []
+
+    def pieces() -> Iterator[list[int]]:
+        for number in range(100):
+            taken.append(number)
+            yield [number] * 4
+
+    windows = make_windows(pieces(), PREFIX, context=6, stride=3)
+    for _ in range(3):
+        next(windows)
+    assert len(taken) == 3, "of the text and its prefix the third window ends with id 12"
 
 
 def test_batches_hold_what_the_limits_allow(monkeypatch: pytest.MonkeyPatch) -> None:
