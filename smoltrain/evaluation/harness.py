@@ -325,7 +325,7 @@ class HarnessModel(TemplateLM):
 
     def _make_write_request(self, context: str, options: dict[str, Any]) -> WriteRequest:
         """As much of the context as leaves room for the new tokens; those take half of the positions at most."""
-        settings = normalize_gen_kwargs(options)
+        settings: Any = normalize_gen_kwargs(options)
         asked = settings["max_gen_toks"]
         max_tokens = min(asked, max(1, self._judge.context // 2))
         room = self._judge.context - max_tokens

@@ -35,9 +35,10 @@ def requests(kind: Any, *arguments: tuple[Any, ...]) -> list[Any]:
 
 def load_their_model(exported: Path) -> Any:
     """HFLM, without the max_new_tokens of the export's generation_config.json, which it would put above a task's."""
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models import huggingface
 
-    model: Any = HFLM(pretrained=str(exported), dtype="float32", device="cpu", batch_size=8)
+    make: Any = huggingface.HFLM
+    model = make(pretrained=str(exported), dtype="float32", device="cpu", batch_size=8)
     model.model.generation_config.max_new_tokens = None
     return model
 

@@ -54,6 +54,7 @@ def test_without_the_harness_there_is_one_line_that_names_the_extra(
     assert "Traceback" not in err
 
 
+@pytest.mark.slow  # lm_eval takes four seconds to import
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_the_numbers_are_printed_and_kept(run: Path, exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lm_eval", reason="needs the extra `eval`")

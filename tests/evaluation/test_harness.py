@@ -27,7 +27,10 @@ from smoltrain.evaluation.harness import (
 )
 from tests.evaluation import parity
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = [
+    pytest.mark.slow,  # lm_eval takes four seconds to import
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
 LINES = [json.loads(line) for line in SENTENCES_FILE.read_text(encoding="utf-8").splitlines()]
 
 
@@ -70,13 +73,18 @@ def test_a_text_to_write_gets_half_of_the_positions_and_that_is_told(ours: Harne
     ]
 
 
+def random_states() -> list[Any]:
+    numpy_state: Any = np.random.get_state()
+    return [random.getstate(), numpy_state[1].tolist(), torch.get_rng_state().tolist()]
+
+
 def test_the_sentences_count_as_by_hand_and_leave_random_numbers_alone(loaded: LoadedModel, ours: HarnessModel) -> None:
     random.seed(5)
     np.random.seed(5)
-    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    before = random_states()
     tasks = load_tasks([LOCAL_TASK], say=lambda _: pytest.fail("nothing is to be downloaded"))
     found = measure_tasks(tasks, LoadedJudge(loaded))
-    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    assert random_states() == before
     assert (len(LINES), len({line["right"] for line in LINES})) == (64, 64)
     asked = [("", line[key]) for line in LINES for key in ("right", "wrong")]
     likely = [value for value, _ in ours.loglikelihood(parity.requests("loglikelihood", *asked))]
