@@ -639,12 +639,14 @@ class PhaseSection(Section):
 
 
 class EvaluateSection(Section):
-    """Loss on the held-out documents, and tasks of lm-evaluation-harness, which need the extra `eval`."""
+    """Loss on the held-out documents."""
 
     every: Steps = Field(default=0, ge=0, description="how often the validation loss is measured; 0 never")
     rows: Rows = Field(default=64, gt=0, description="how many rows of validation data, the same ones each time")
     tasks: tuple[str, ...] = Field(
-        default=(), description="tasks to measure, as lm-evaluation-harness names them, or smoltrain_sentences"
+        default=(),
+        description="tasks to measure too, as lm-evaluation-harness (the extra `eval`) names them, or "
+        "smoltrain_sentences",
     )
     tasks_every: Steps = Field(default=0, ge=0, description="how often the tasks are measured; 0 never")
     tasks_limit: int | None = Field(

@@ -133,13 +133,11 @@ def _score_together(session: "Session", windows: Sequence[Window]) -> list[Score
     failure: TrainingStopped | None = None
     for first in range(0, len(batches), world.size):
         _check_stop(session)
-        round_of_batches = batches[first : first + world.size]
-        is_own = world.rank < len(round_of_batches)
-        places = round_of_batches[world.rank if is_own else 0]  # without one of its own a rank keeps the others company
+        # In the last round a rank may have none of its own: it computes the first one too, as all must go along.
+        places = batches[first + world.rank if first + world.rank < len(batches) else first]
         try:
             scores = score_batch(session.engine.module, [windows[place] for place in places])
-            if is_own:
-                own.update(zip(places, scores, strict=True))
+            own.update(zip(places, scores, strict=True))
         except TrainingStopped as error:
             failure = error
 

@@ -149,10 +149,11 @@ def test_what_is_printed(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyP
         "    starting            20.0 s  40.0%",
         "    steps               16.0 s  32.0%",
         "    evaluation           6.0 s  12.0%",
+        "    tasks                1.0 s   2.0%",
         "    sampling             2.0 s   4.0%",
         "    saving               1.0 s   2.0%",
         "    closing              3.0 s   6.0%",
-        "    other                2.0 s   4.0%",
+        "    other                1.0 s   2.0%",
         "  weights, metrics   run",
         "  curves             run/plots",
     ]  # fmt: skip
