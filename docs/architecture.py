@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("launch", "new_recipe", "profiling"),
     ("train", "report", "monitor", "doctor"),
     ("export", "run"),
+    ("evaluation",),
     ("inference", "explain"),
     ("estimate", "checkpoint"),
     ("model", "engine"),

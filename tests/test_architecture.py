@@ -42,6 +42,9 @@ OWNERS = {
     "gradio": ("smoltrain.inference.demo",),
     "jinja2": ("smoltrain.report.page",),
     "datasets": ("smoltrain.data.documents.hub",),
+    "lm_eval": ("smoltrain.evaluation.harness",),
+    # The harness wants a task's documents in the form that they have there.
+    "datasets": ("smoltrain.data.documents.hub", "smoltrain.evaluation.harness"),
     "pyarrow": ("smoltrain.data.documents.read_parquet",),
     "fsspec": ("smoltrain.data.documents",),
     "tokenizers": ("smoltrain.data.tokenizers",),
@@ -62,6 +65,7 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     **{
         f"smoltrain.cli.{module}": ("parts of one command, tested through it", "tests/test_cli.py")
         for module in ("app", "arguments", "machine", "models", "prepare", "recipes", "runs", "training")
+        for module in ("app", "arguments", "evaluation", "models", "prepare", "recipes", "runs", "training")
     },
     "smoltrain.doctor.exchange": (
         "what ranks exchange, in checks that are tested",

@@ -24,8 +24,10 @@ VERBS = [
     *["new", "train", "tune"],
     *["recipes", "show", "explain", "estimate", "doctor", "check-hosts"],
     *["runs", "watch", "summary", "plot", "report", "compare", "profile", "verify"],
+    *["perplexity", "eval"],
     *["generate", "chat", "demo", "export", "push"],
 ]
+TASK_KEYS = ["evaluate.tasks", "evaluate.tasks_every", "evaluate.tasks_limit"]
 PREPARE_VERBS = ["prepare tokenizer", "prepare data"]
 
 
@@ -201,7 +203,7 @@ def complete(words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("smoltrain trian", []),
         ("smoltrain train qui", ["quickstart"]),
         ("smoltrain show smollm2-1", ["smollm2-124m", "smollm2-135m", "smollm2-135m-fast", "smollm2-135m-hf"]),
-        ("smoltrain explain evaluate", ["evaluate", "evaluate.every", "evaluate.rows"]),
+        ("smoltrain explain evaluate", ["evaluate", "evaluate.every", "evaluate.rows", *TASK_KEYS]),
         ("smoltrain generate fi", ["first"]),
         ("smoltrain plot ", ["first", "second"]),
         ("smoltrain generate first --top-", ["--top-k", "--top-p"]),

@@ -119,7 +119,9 @@ def test_files_of_the_project_exist(page: Path):
     known = [path for path in paths if any(list(root.glob(path)) for root in roots)]
     known += [path for path in paths if "/" not in path and list((ROOT / "smoltrain").rglob(path))]
     others = {
-        path for path in paths if path in METRICS or re.fullmatch(r"data/(\w+/NAME|[\w-]+\.jsonl?)|c\d\d_\w+\.py", path)
+        path
+        for path in paths
+        if path in METRICS or re.fullmatch(r"data/(\w+/NAME|[\w-]+\.jsonl?)|evaluation/TASK/METRIC|c\d\d_\w+\.py", path)
     }
     assert sorted(set(paths) - set(known) - others - EXAMPLES) == [], "no metric, and no file of a run or of a trial"
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from smoltrain.config.schema import (
     HORIZON_KEYS,
     Config,
+    EvaluateSection,
     ModelSection,
     OptimizerSection,
     OwnModelSection,
@@ -28,7 +29,8 @@ def find_contradictions(c: Config) -> list[Problem]:
             model = _check_transformers_model(c.model, c)
         case OwnModelSection():
             model = _check_own_model_options(c)
-    return [*model, *_check_batch_and_data(c), *_check_optimizer(c.optimizer), *_check_phases(c)]
+    evaluation = _check_evaluation(c.evaluate)
+    return [*model, *_check_batch_and_data(c), *_check_optimizer(c.optimizer), *_check_phases(c), *evaluation]
 
 
 def _check_decoder(m: ModelSection) -> Iterator[Problem]:
@@ -160,6 +162,14 @@ def _check_optimizer(o: OptimizerSection) -> Iterator[Problem]:
             what = f"optimizer.{name} is of muon alone"
             want = f"{default} with {o.kind}, any with muon"
             yield Problem(what, f"{value} with {o.kind}", want, f"optimizer.{name} or optimizer.kind")
+
+
+def _check_evaluation(e: EvaluateSection) -> Iterator[Problem]:
+    if bool(e.tasks) != bool(e.tasks_every):
+        saw = f"tasks=[{', '.join(e.tasks)}], tasks_every={e.tasks_every}"
+        yield Problem("tasks and their cadence go together", saw, "both or none", "evaluate.tasks_every or tasks")
+    if e.tasks_limit is not None and not e.tasks:
+        yield Problem("there is no task to limit", str(e.tasks_limit), "null", "evaluate.tasks_limit or tasks")
 
 
 def _check_phases(c: Config) -> Iterator[Problem]:

@@ -643,6 +643,15 @@ class EvaluateSection(Section):
 
     every: Steps = Field(default=0, ge=0, description="how often the validation loss is measured; 0 never")
     rows: Rows = Field(default=64, gt=0, description="how many rows of validation data, the same ones each time")
+    tasks: tuple[str, ...] = Field(
+        default=(),
+        description="tasks to measure too, as lm-evaluation-harness (the extra `eval`) names them, or "
+        "smoltrain_sentences",
+    )
+    tasks_every: Steps = Field(default=0, ge=0, description="how often the tasks are measured; 0 never")
+    tasks_limit: int | None = Field(
+        default=None, gt=0, description="documents of each task at most, the first ones; null takes all"
+    )
 
 
 class GenerationSection(Section):

@@ -214,6 +214,16 @@ def format_validation_line(
     return fit_columns(columns, width, separator=", ")
 
 
+def format_task_line(step: int, task: str, metrics: Mapping[str, float]) -> str:
+    """The metrics of a task for a person, each with its standard error."""
+    parts: list[str] = []
+    for name, value in metrics.items():
+        if not name.endswith("_stderr"):
+            error = metrics.get(f"{name}_stderr")
+            parts.append(f"{name} {value:.4f}" + ("" if error is None else f" ± {error:.4f}"))
+    return f"{task} at step {step}: {', '.join(parts)}"
+
+
 def cut_sample(text: str, width: int | None, file: str) -> list[str]:
     """The first lines of a text, indented and without control characters, and how many more there are in `file`."""
     lines: list[str] = []

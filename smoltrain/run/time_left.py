@@ -13,11 +13,12 @@ RECENT_OTHERS = 5  # evaluations, samplings, saves and starts
 
 STEP_S = "speed/step_s"  # the names in METRICS (track.py) under which durations are logged
 EVALUATION_S = "speed/evaluation_s"
+TASK_EVALUATION_S = "speed/task_evaluation_s"
 SAMPLING_S = "speed/sampling_s"
 PAUSE_S = "speed/checkpoint_pause_s"
 START_S = "speed/start_s"
 CLOSING_S = "speed/closing_s"  # plots, and the checkpoint that is being written
-OTHERS = (EVALUATION_S, SAMPLING_S, PAUSE_S, START_S, CLOSING_S)
+OTHERS = (EVALUATION_S, TASK_EVALUATION_S, SAMPLING_S, PAUSE_S, START_S, CLOSING_S)
 
 
 class TimeLeft:
@@ -63,6 +64,7 @@ class TimeLeft:
         num_starts = sum(step < phase.first <= last for phase in plan.phases[1:])
         return {
             EVALUATION_S: count_due(plan, config.evaluate.every, step, last),
+            TASK_EVALUATION_S: count_due(plan, config.evaluate.tasks_every, step, last),
             SAMPLING_S: count_due(plan, config.sample.every, step, last),
             PAUSE_S: count_due(plan, save_every, step, last),
             START_S: num_starts if self._restarts else 0,

@@ -25,7 +25,14 @@ from smoltrain.redact import redact_text
 from smoltrain.run.guarded_sink import open_guarded_sinks
 from smoltrain.run.run_ending import EndingKind, remove_ending, write_ending
 from smoltrain.run.run_folder import SAMPLES_FILE, RunFolder
-from smoltrain.run.screen import Screen, cut_sample, format_choice, format_step_line, format_validation_line
+from smoltrain.run.screen import (
+    Screen,
+    cut_sample,
+    format_choice,
+    format_step_line,
+    format_task_line,
+    format_validation_line,
+)
 from smoltrain.run.sink import PublishedModel, Sink
 from smoltrain.run.time_left import TimeLeft
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
@@ -55,6 +62,7 @@ METRICS = {
     "memory/peak_gib": "peak so far, the largest rank: CUDA memory allocated, or resident set on a CPU",
     "speed/checkpoint_pause_s": "seconds that training stood still for a checkpoint, the slowest rank",
     "speed/evaluation_s": "seconds of an evaluation, the slowest rank",
+    "speed/task_evaluation_s": "seconds in which the tasks of evaluate.tasks were measured, the slowest rank",
     "speed/sampling_s": "seconds in which the model wrote samples, the slowest rank",
     "speed/start_s": "seconds from the command's start, or the end of the phase before, to the first step; per start",
     "speed/closing_s": "seconds from the last step's end until checkpoint and plots were written, rank 0; per start",
@@ -70,8 +78,9 @@ GRADIENT_NORM_PREFIX = "gradients/norm_before_clipping/"  # + layer: L2 norm of 
 WEIGHT_NORM_PREFIX = "weights/norm_before_update/"  # + layer: L2 norm of its fp32 master weights, all ranks together
 # + layer: L2 norm of what the update changed of its fp32 master weights (decay and clipping too) over the norm before
 UPDATE_RATIO_PREFIX = "weights/update_to_weight_ratio/"
+TASK_PREFIX = "evaluation/"  # + task/metric: of all its documents, or the first evaluate.tasks_limit; see evaluation.md
 NAME_PREFIXES = (
-    SOURCE_TOKENS_PREFIX, CUSTOM_PREFIX, GRADIENT_NORM_PREFIX, WEIGHT_NORM_PREFIX, UPDATE_RATIO_PREFIX,
+    SOURCE_TOKENS_PREFIX, CUSTOM_PREFIX, GRADIENT_NORM_PREFIX, WEIGHT_NORM_PREFIX, UPDATE_RATIO_PREFIX, TASK_PREFIX,
 )  # fmt: skip
 SAMPLE_KEYS = ("step", "prompt", "text")
 
@@ -203,6 +212,15 @@ class Tracker:
     def _find_best_loss(self) -> float:
         """The lowest finite one; inf before there is any."""
         return min(filter(math.isfinite, self._losses.values()), default=math.inf)
+
+    def log_tasks(self, step: int, tasks: Mapping[str, Mapping[str, float]], durations: Mapping[str, float]) -> None:
+        """The metrics of each task, with the times that they took; standard errors stand behind their metrics."""
+        values = {
+            f"{TASK_PREFIX}{task}/{name}": value for task, metrics in tasks.items() for name, value in metrics.items()
+        }
+        self.log_metrics(step, {**values, **durations})
+        for task, metrics in tasks.items():
+            self.say(format_task_line(step, task, metrics))
 
     def warn_once(self, kind: str, text: str | None) -> None:
         """Say a warning, if there is one and it is the first of its kind."""

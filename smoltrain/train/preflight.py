@@ -18,6 +18,7 @@ from smoltrain.model.build import build_model
 from smoltrain.run.guarded_sink import check_sinks
 from smoltrain.run.run_folder import accumulation_steps
 from smoltrain.schedule import Plan
+from smoltrain.train.evaluate_tasks import check_run_tasks
 from smoltrain.train.resolve_auto import choose_computing
 
 # Up to here repeated tokens lower the loss about as new ones do, beyond it less and less: Muennighoff et al. 2023.
@@ -44,12 +45,13 @@ def check_recipe(config: Config) -> None:
 
 
 def check_start(config: Config, device: torch.device, num_ranks: int, rows_per_step: int) -> None:
-    """Check what would be wrong on this machine: precision, kernels, the model's class, DeepSpeed's config, sinks.
+    """Check what would be wrong here: sinks, tasks, precision, kernels, the model's class, DeepSpeed's config.
 
     Errors: UserError.
     """
     check_tokenizer_fits(config)
     check_sinks(config)
+    check_run_tasks(config)
     config = cut_micro_batch(config, rows_per_step, num_ranks)
     accumulation = accumulation_steps(config, rows_per_step, num_ranks)
     chosen = choose_computing(config, device, rows_per_step)

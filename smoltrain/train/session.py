@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -36,6 +37,7 @@ from smoltrain.train.callbacks import CallbackFailed, StepCallback, run_callback
 from smoltrain.train.derived_facts import derive_facts
 from smoltrain.train.describe import name_compiled_code, say_start
 from smoltrain.train.evaluate import evaluate_loss
+from smoltrain.train.evaluate_tasks import evaluate_run_tasks, load_run_tasks
 from smoltrain.train.initial_weights import copy_generation_config, load_initial_weights
 from smoltrain.train.mfu import MfuMeter, open_mfu_meter
 from smoltrain.train.resolve_auto import ResolvedSettings, resolve_auto_settings
@@ -45,6 +47,9 @@ from smoltrain.train.start import Start
 from smoltrain.train.step_recorder import RecordingWatchdog, name_layers, open_watchdog
 from smoltrain.train.step_result import StepResult
 from smoltrain.train.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from smoltrain.evaluation.harness import HarnessTasks
 
 RECENT_STEPS = 20  # at least, whose mean is compared with limits that are warned of
 
@@ -76,12 +81,16 @@ class Session:
     compiled_code: str | None = None  # what is compiled in the first step, in all that it depends on
     start_was_logged: bool = False  # how long this start took, which its first line tells
     callbacks: Sequence[StepCallback] = ()
+    tasks: "HarnessTasks | None" = None  # of the recipe, on rank 0
     reads_late: bool = False  # what became of an update: when the next step's passes are under way (step.py)
 
     def is_anything_due(self, step: int) -> bool:
         """Whether something looks at the state after this step, which must be settled then."""
         config = self.config
-        every = (config.evaluate.every, config.sample.every, config.checkpoint.every, config.track.gradients_every)
+        every = (
+            config.evaluate.every, config.evaluate.tasks_every, config.sample.every, config.checkpoint.every,
+            config.track.gradients_every,
+        )  # fmt: skip
         return bool(self.callbacks) or self.plan.ends_phase(step) or any(self.plan.is_due(step, n) for n in every)
 
     def record(self, step: int, result: StepResult) -> None:
@@ -139,6 +148,15 @@ class Session:
             warning = memorisation_warning(train_loss, self.validation_loss, self.loader.repeat_factor)
             self.tracker.warn_once("memorising", warning)
         return True
+
+    def evaluate_tasks(self, step: int) -> None:
+        """Measure the recipe's tasks. Nothing is logged if a rank is to stop meanwhile."""
+        began_s = time.perf_counter()
+        metrics = evaluate_run_tasks(self, self.tasks)
+        if metrics is None:
+            return
+        [took_s] = self.world.max_floats(time.perf_counter() - began_s)
+        self.tracker.log_tasks(step, metrics, {"speed/task_evaluation_s": took_s, **self._measure_start(took_s)})
 
     @functools.cached_property
     def _bytes_per_id(self) -> torch.Tensor:
@@ -214,6 +232,8 @@ def open_session(
         )
         opened.callback(loader.close)
         engine = _build_engine(start, settings, loader, world, watchdog)
+        notes: list[str] = []
+        tasks = load_run_tasks(config, world, notes.append)
 
         # ---- where it left off
         watchdog.mark("restore")
@@ -224,10 +244,9 @@ def open_session(
         # ---- nothing refuses any more: what the run writes down
         watchdog.mark("records")
         folder = world.run_on_first_rank(lambda: write_run_folder(start.config, world.size, start.record))
-        notes: list[str] = []
         if start.point.manifest is None:
-            source = start.point.weights_from
             tokenizer = loader.prepared.tokenizer
+            source = start.point.weights_from
             world.run_on_first_rank(lambda: copy_generation_config(source, config, tokenizer, notes.append))
         tracker = tracking.enter_context(_open_tracker(start, settings, loader, engine, world, mfu, folder))
         for note in start.notes:
@@ -259,6 +278,7 @@ def open_session(
             saved_step=done,
             recent=deque(maxlen=max(RECENT_STEPS, config.track.print_every)), callbacks=callbacks,
             compiled_code=name_compiled_code(settings, loader, world) if settings.computing.compiles else None,
+            tasks=tasks,
             reads_late=world.device.type == "cuda" and engine.decides_on_device,
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from smoltrain.run.screen import Screen, cut_sample, format_step_line, format_validation_line
+from smoltrain.run.screen import Screen, cut_sample, format_step_line, format_task_line, format_validation_line
 from smoltrain.terminal import open_console
 from tests.tiny import STEP_NUMBERS as NUMBERS
 
@@ -278,3 +278,10 @@ def test_a_terminal_without_the_letters_gets_ascii(monkeypatch: pytest.MonkeyPat
     file.seek(0)
     assert "\\u" not in file.read()
     assert os.environ["TERM"] != "dumb"
+
+
+def test_a_task_is_told_with_its_standard_errors() -> None:
+    metrics = {"acc": 0.5, "acc_stderr": 0.0625, "word_perplexity": 12.0}
+    assert (
+        format_task_line(8, "sentences", metrics) == "sentences at step 8: acc 0.5000 ± 0.0625, word_perplexity 12.0000"
+    )

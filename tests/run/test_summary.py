@@ -31,13 +31,13 @@ def validation_line(step: int, time_s: float, loss: float, **more: float) -> dic
 
 
 # One start of three steps, by the clock: 10 s until the first step, 2 + 4 + 2 s of steps, 3 s of evaluation, 1 s of
-# samples, 0.5 s of a pause, 1.5 s of closing, and 1 s between them that nobody measures.
+# samples, 0.5 s of tasks, 0.5 s of a pause, 1.5 s of closing, and 0.5 s between them that nobody measures.
 ONE_START = [
     step_line(1, BEGAN_AT + 12.0, **{"speed/start_s": 10.0, "speed/mfu": 0.5}),
     step_line(2, BEGAN_AT + 16.0, 4.0, **{"speed/mfu": 0.2}),
     step_line(3, BEGAN_AT + 18.5, **{"speed/mfu": 0.5}),
     validation_line(3, BEGAN_AT + 21.5, 4.0, **{"speed/evaluation_s": 3.0}),
-    {"step": 3, "time_s": BEGAN_AT + 23.0, "speed/sampling_s": 1.0},
+    {"step": 3, "time_s": BEGAN_AT + 23.0, "speed/sampling_s": 1.0, "speed/task_evaluation_s": 0.5},
     {"step": 3, "time_s": BEGAN_AT + 23.5, "speed/checkpoint_pause_s": 0.5},
     {"step": 3, "time_s": BEGAN_AT + 25.0, "speed/closing_s": 1.5},
 ]
@@ -63,8 +63,8 @@ def test_the_parts_add_up_to_the_wall_clock(tmp_path: Path, plan: Plan) -> None:
     summary = summarise_run(plan, write(tmp_path / "run", ONE_START))
     assert summary.times
     assert summary.times.parts == pytest.approx({
-        "starting": 10.0, "steps": 8.0, "evaluation": 3.0, "sampling": 1.0, "saving": 0.5, "closing": 1.5,
-        "steps done again": 0.0, "other": 1.0,
+        "starting": 10.0, "steps": 8.0, "evaluation": 3.0, "tasks": 0.5, "sampling": 1.0, "saving": 0.5,
+        "closing": 1.5, "steps done again": 0.0, "other": 0.5,
     })  # fmt: skip
     assert summary.times.wall_s == pytest.approx(25.0), "from the command's start to the last line"
     assert (summary.times.num_starts, summary.times.num_steps, summary.times.num_tokens) == (1, 3, 3 * TOKENS)
@@ -149,10 +149,11 @@ def test_what_is_printed(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyP
         "    starting            20.0 s  40.0%",
         "    steps               16.0 s  32.0%",
         "    evaluation           6.0 s  12.0%",
+        "    tasks                1.0 s   2.0%",
         "    sampling             2.0 s   4.0%",
         "    saving               1.0 s   2.0%",
         "    closing              3.0 s   6.0%",
-        "    other                2.0 s   4.0%",
+        "    other                1.0 s   2.0%",
         "  weights, metrics   run",
         "  curves             run/plots",
     ]  # fmt: skip

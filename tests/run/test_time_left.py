@@ -82,3 +82,9 @@ def test_what_is_due_is_counted_as_the_plan_says(config: Config, every: int) -> 
         for until in range(after, 13):
             due = [step for step in range(after + 1, until + 1) if plan.is_due(step, every)]
             assert count_due(plan, every, after, until) == len(due)
+
+
+def test_tasks_count_at_their_own_cadence(tmp_path: Path) -> None:
+    left = TimeLeft(tiny.load(tmp_path, "evaluate.tasks=[arc_easy]", "evaluate.tasks_every=5"), 12)
+    left.add({"speed/step_s": 1.0, "speed/task_evaluation_s": 100.0})
+    assert left.estimate_s(4) == 8 + 400, "after steps 5, 8, 10 and 12"

@@ -58,6 +58,9 @@ class Story:
         self.note("validate")
         return self.validates
 
+    def evaluate_tasks(self, step: int) -> None:
+        self.note("tasks")
+
     def sample(self, step: int) -> None:
         self.note("sample")
 
