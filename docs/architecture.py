@@ -21,6 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("launch", "new_recipe"),
     ("train",),
     ("export", "run"),
+    ("evaluation",),
     ("inference", "explain"),
     ("estimate", "checkpoint"),
     ("model", "engine"),

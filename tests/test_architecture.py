@@ -58,7 +58,7 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     "smoltrain.__main__": ("two lines, run as a command", "tests/test_cli.py"),
     **{
         f"smoltrain.cli.{module}": ("parts of one command, tested through it", "tests/test_cli.py")
-        for module in ("app", "arguments", "models", "prepare", "recipes", "runs", "training")
+        for module in ("app", "arguments", "evaluation", "models", "prepare", "recipes", "runs", "training")
     },
     "smoltrain.engine.adamw": (
         "torch's own, and one pass that is compared with it",

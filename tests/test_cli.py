@@ -22,7 +22,7 @@ COMMAND = str(Path(sys.executable).parent / "smoltrain")
 Run = Callable[..., tuple[int, str, str]]
 VERBS = [
     *["new", "train", "tune", "recipes", "show", "explain", "estimate", "summary", "plot", "verify"],
-    *["generate", "export", "push", "demo"],
+    *["memorisation", "generate", "export", "push", "demo"],
 ]
 PREPARE_VERBS = ["prepare tokenizer", "prepare data"]
 

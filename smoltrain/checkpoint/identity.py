@@ -56,6 +56,7 @@ KEY_RULE_TABLE = (
     ),
     ("phases.*", FIXED_IN_PAST_STEPS, "optimizer_state mix"),
     ("evaluate", ANNOUNCED, "every rows"),
+    ("evaluate", FREE, "memorisation_every"),
     ("generation", FREE, "max_tokens temperature top_k top_p"),
     ("sample", FREE, "every prompts"),
     ("checkpoint", FREE, "every keep_last keep_every keep_best background shared"),

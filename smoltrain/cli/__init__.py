@@ -3,7 +3,7 @@
 `app.py` is the frame, `arguments.py` what several verbs take; each other file has the verbs of one kind of thing.
 """
 
-from smoltrain.cli import models, prepare, recipes, runs, training  # which registers their verbs
+from smoltrain.cli import evaluation, models, prepare, recipes, runs, training  # which registers their verbs
 from smoltrain.cli.app import PANELS, app, main, run_app
 from smoltrain.cli.arguments import OverridesArgument, RecipeArgument
 
@@ -12,6 +12,7 @@ __all__ = [
     "OverridesArgument",
     "RecipeArgument",
     "app",
+    "evaluation",
     "main",
     "models",
     "prepare",

@@ -16,6 +16,7 @@ PANELS = {
     "Start a run": ("new", "train", "tune"),
     "Look before": ("recipes", "show", "explain", "estimate"),
     "Look meanwhile and after": ("summary", "plot", "verify"),
+    "Judge the model": ("memorisation",),
     "Take the model out": ("generate", "export", "push", "demo"),
     "Prepare ahead": ("prepare",),
 }

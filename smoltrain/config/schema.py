@@ -643,6 +643,12 @@ class EvaluateSection(Section):
 
     every: Steps = Field(default=0, ge=0, description="how often the validation loss is measured; 0 never")
     rows: Rows = Field(default=64, gt=0, description="how many rows of validation data, the same ones each time")
+    memorisation_every: Steps = Field(
+        default=0,
+        ge=0,
+        description="how often it is measured how much of what the model writes stands in the training tokens; 0 "
+        "never; each time reads all of them once, so only where they are cached",
+    )
 
 
 class GenerationSection(Section):

@@ -14,10 +14,11 @@ RECENT_OTHERS = 5  # evaluations, samplings, saves and starts
 STEP_S = "speed/step_s"  # the names in METRICS (track.py) under which durations are logged
 EVALUATION_S = "speed/evaluation_s"
 SAMPLING_S = "speed/sampling_s"
+MEMORISATION_S = "speed/memorisation_s"
 PAUSE_S = "speed/checkpoint_pause_s"
 START_S = "speed/start_s"
 CLOSING_S = "speed/closing_s"  # plots, and the checkpoint that is being written
-OTHERS = (EVALUATION_S, SAMPLING_S, PAUSE_S, START_S, CLOSING_S)
+OTHERS = (EVALUATION_S, SAMPLING_S, MEMORISATION_S, PAUSE_S, START_S, CLOSING_S)
 
 
 class TimeLeft:
@@ -64,6 +65,7 @@ class TimeLeft:
         return {
             EVALUATION_S: count_due(plan, config.evaluate.every, step, last),
             SAMPLING_S: count_due(plan, config.sample.every, step, last),
+            MEMORISATION_S: count_due(plan, config.evaluate.memorisation_every, step, last),
             PAUSE_S: count_due(plan, save_every, step, last),
             START_S: num_starts if self._restarts else 0,
             CLOSING_S: num_starts + 1 if self._restarts else 1,

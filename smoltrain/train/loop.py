@@ -41,6 +41,9 @@ def run_loop(session: Session) -> int:
             if plan.is_due(step, config.evaluate.every):
                 with show_activity("evaluating"):
                     session.validate(step)
+            if plan.is_due(step, config.evaluate.memorisation_every):
+                with show_activity("measuring memorisation"):
+                    session.gauge_memorisation(step)
             if plan.is_due(step, config.sample.every):
                 with show_activity("sampling"):
                     session.sample(step)

@@ -23,18 +23,20 @@ from smoltrain.distributed.stop import StopFlag
 from smoltrain.distributed.world import World
 from smoltrain.engine.engine import Engine, build_engine
 from smoltrain.errors import TrainingStopped, UserError
+from smoltrain.evaluation.memorisation import find_reason_unknown
 from smoltrain.kernels.compile import build_headers_in_background, note_compiled
 from smoltrain.model.build import build_model
 from smoltrain.run.private_folders import find_unseen_ranks
 from smoltrain.run.row_ledger import LEDGER_FILE, RowLedger
 from smoltrain.run.run_folder import RunFolder, accumulation_steps, write_run_folder
-from smoltrain.run.run_warnings import memorisation_warning, slow_data_warning
+from smoltrain.run.run_warnings import copying_warning, memorisation_warning, slow_data_warning
 from smoltrain.run.track import Tracker, open_rank_log
 from smoltrain.schedule import Plan
 from smoltrain.train.callbacks import CallbackFailed, StepCallback, run_callbacks
 from smoltrain.train.describe import name_compiled_code, say_start
 from smoltrain.train.evaluate import evaluate_loss
 from smoltrain.train.initial_weights import copy_generation_config, load_initial_weights
+from smoltrain.train.memorise import measure_memorisation
 from smoltrain.train.mfu import MfuMeter, open_mfu_meter
 from smoltrain.train.resolve_auto import ResolvedSettings, resolve_auto_settings
 from smoltrain.train.sample import sample_prompts
@@ -77,7 +79,10 @@ class Session:
     def is_anything_due(self, step: int) -> bool:
         """Whether something looks at the state after this step, which must be settled then."""
         config = self.config
-        every = (config.evaluate.every, config.sample.every, config.checkpoint.every, config.track.gradients_every)
+        every = (
+            config.evaluate.every, config.evaluate.memorisation_every, config.sample.every, config.checkpoint.every,
+            config.track.gradients_every,
+        )  # fmt: skip
         return bool(self.callbacks) or self.plan.ends_phase(step) or any(self.plan.is_due(step, n) for n in every)
 
     def record(self, step: int, result: StepResult) -> None:
@@ -132,6 +137,19 @@ class Session:
             warning = memorisation_warning(train_loss, self.validation_loss, self.loader.repeat_factor)
             self.tracker.warn_once("memorising", warning)
         return True
+
+    def gauge_memorisation(self, step: int) -> None:
+        """Measure how much of what the model writes is copied, unless a rank is to stop or nobody can know."""
+        if find_reason_unknown(self.loader.prepared):  # which the start has said
+            return
+        began_s = time.perf_counter()
+        found = measure_memorisation(self)
+        if found is None:
+            return
+        [took_s] = self.world.max_floats(time.perf_counter() - began_s)
+        self.tracker.log_metrics(step, {**found.metrics(), "speed/memorisation_s": took_s})
+        self.tracker.say(f"memorisation at step {step}: {found.describe()}")
+        self.tracker.warn_once("copying", copying_warning(found))
 
     @functools.cached_property
     def _bytes_per_id(self) -> torch.Tensor:
