@@ -59,6 +59,7 @@ KEY_RULE_TABLE = (
     ("evaluate", FREE, "memorisation_every"),
     ("generation", FREE, "max_tokens temperature top_k top_p"),
     ("sample", FREE, "every prompts"),
+    ("export", FREE, "license license_name language"),
     ("checkpoint", FREE, "every keep_last keep_every keep_best background shared"),
     ("spikes", ANNOUNCED, "on_spike deviations history window max_times"),
     ("track", FREE, "print_every gradients_every wandb wandb_project wandb_entity wandb_id wandb_name wandb_group"),
