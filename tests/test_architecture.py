@@ -41,7 +41,6 @@ OWNERS = {
     "matplotlib": ("smoltrain.run.plots", "smoltrain.run.scaling_plot", "smoltrain.monitor.comparison_plot"),
     "gradio": ("smoltrain.inference.demo",),
     "jinja2": ("smoltrain.report.page",),
-    "datasets": ("smoltrain.data.documents.hub",),
     "lm_eval": ("smoltrain.evaluation.harness",),
     # The harness wants a task's documents in the form that they have there.
     "datasets": ("smoltrain.data.documents.hub", "smoltrain.evaluation.harness"),
@@ -54,7 +53,10 @@ OWNERS = {
         "smoltrain.model.transformers_model", "smoltrain.model.transformers_private",
         "smoltrain.inference.chat_template", "smoltrain.export.modeling_smoltrain", "smoltrain.export.reload",
     ),
-    "huggingface_hub": ("smoltrain.data.documents.hub", "smoltrain.data.tokenizers.hub", "smoltrain.export.push"),
+    "huggingface_hub": (
+        "smoltrain.data.documents.hub", "smoltrain.data.tokenizers.hub", "smoltrain.export.push",
+        "smoltrain.export.card_metadata",
+    ),
 }  # fmt: skip
 IMPORTED_BY_NAME = {"flash_attn", "liger_kernel"}  # through importlib, only where a run asks for it
 UPLOADS = ("smoltrain.export.push",)  # alone may write to the Hub
@@ -62,10 +64,10 @@ UPLOADS = ("smoltrain.export.push",)  # alone may write to the Hub
 # Modules without a test file of their name -> why, and the tests that cover them.
 TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     "smoltrain.__main__": ("two lines, run as a command", "tests/test_cli.py"),
+    "smoltrain.config.hub_licenses": ("a list", "tests/export/test_card_metadata.py"),
     **{
         f"smoltrain.cli.{module}": ("parts of one command, tested through it", "tests/test_cli.py")
-        for module in ("app", "arguments", "machine", "models", "prepare", "recipes", "runs", "training")
-        for module in ("app", "arguments", "evaluation", "models", "prepare", "recipes", "runs", "training")
+        for module in ("app", "arguments", "evaluation", "machine", "models", "prepare", "recipes", "runs", "training")
     },
     "smoltrain.doctor.exchange": (
         "what ranks exchange, in checks that are tested",

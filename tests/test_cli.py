@@ -24,7 +24,7 @@ VERBS = [
     *["new", "train", "tune"],
     *["recipes", "show", "explain", "estimate", "doctor", "check-hosts"],
     *["runs", "watch", "summary", "plot", "report", "compare", "profile", "verify"],
-    *["perplexity", "eval"],
+    *["perplexity", "eval", "memorisation"],
     *["generate", "chat", "demo", "export", "push"],
 ]
 TASK_KEYS = ["evaluate.tasks", "evaluate.tasks_every", "evaluate.tasks_limit"]

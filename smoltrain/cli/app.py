@@ -16,7 +16,7 @@ PANELS = {
     "Start a run": ("new", "train", "tune"),
     "Look before": ("recipes", "show", "explain", "estimate", "doctor", "check-hosts"),
     "Look meanwhile and after": ("runs", "watch", "summary", "plot", "report", "compare", "profile", "verify"),
-    "Judge the model": ("perplexity", "eval"),
+    "Judge the model": ("perplexity", "eval", "memorisation"),
     "Take the model out": ("generate", "chat", "demo", "export", "push"),
     "Prepare ahead": ("prepare",),
 }

@@ -1,4 +1,4 @@
-"""Verbs that judge a model: eval, perplexity."""
+"""Verbs that judge a model: perplexity, eval, memorisation."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from smoltrain.cli.app import app
-from smoltrain.cli.arguments import CheckpointOption, ModelArgument
+from smoltrain.cli.arguments import CheckpointOption, ModelArgument, RunArgument
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, and nothing else on stdout.")]
 
@@ -86,6 +86,19 @@ def perplexity_command(
         print(json.dumps({**source, **settings, **whole.as_dict(), "files": [text.as_dict() for text in found]}))
     elif len(found) > 1:
         print(format_text_loss(whole))
+
+
+@app.command("memorisation", epilog="Example: smoltrain memorisation quickstart")
+def memorisation_command(
+    run: RunArgument,
+    *,
+    texts: Annotated[int, typer.Option(min=1, max=4096, help="So many texts are drawn.")] = 32,
+    checkpoint: CheckpointOption = None,
+) -> None:
+    """Say how much of what a model writes stands in its training tokens, word for word, beside held-out text."""
+    from smoltrain.evaluation.memorisation_report import describe_run_memorisation
+
+    print(describe_run_memorisation(run, checkpoint, texts, say=_say_aside))
 
 
 def _say_aside(text: str) -> None:

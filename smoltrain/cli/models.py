@@ -81,11 +81,21 @@ def export_command(
     run: ModelArgument,
     out: Annotated[str | None, typer.Argument(metavar="OUT", help="Folder; by default RUN/export/step-N.")] = None,
     checkpoint: CheckpointOption = None,
+    *,
+    license: Annotated[
+        str | None, typer.Option(help="Licence of the weights, for the model card: apache-2.0, mit, ...; other.")
+    ] = None,
+    license_name: Annotated[str | None, typer.Option(help="Name of the licence that is `other`.")] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option(help="Language of the text, for the model card: en, de, ...; also several times."),
+    ] = None,
 ) -> None:
     """Write a Hugging Face folder, reload it with transformers alone and compare logits and text."""
     from smoltrain.export.export import export_model
 
-    export_model(run, out, checkpoint)
+    about = {"license": license, "license_name": license_name, "language": language}
+    export_model(run, out, checkpoint, about=about)
 
 
 @app.command("push", epilog="Example: HF_TOKEN=... smoltrain push quickstart OWNER/NAME")

@@ -26,7 +26,7 @@ from smoltrain.config.keys import (
 from smoltrain.config.older_keys import update_sections
 from smoltrain.config.override_text import format_overrides
 from smoltrain.config.rules import MUON_KEYS, find_contradictions
-from smoltrain.config.schema import HORIZON_KEYS, Config, GenerationSection, SourceSection
+from smoltrain.config.schema import HORIZON_KEYS, Config, ExportSection, GenerationSection, SourceSection
 from smoltrain.config.wandb_env import read_wandb_environment
 from smoltrain.config.yaml_text import apply_override, dump_yaml, parse_override_value, read_yaml
 from smoltrain.errors import Problem, UserError, problem_from_pydantic, suggest_choice
@@ -160,6 +160,21 @@ def override_generation(settings: GenerationSection, **options: float | str | No
         for e in error.errors():
             key = str(e["loc"][0])
             problems.append(problem_from_pydantic(f"generation.{key}", e, f"--{key.replace('_', '-')}"))
+        raise UserError(*problems) from None
+
+
+def override_export(section: ExportSection, options: Mapping[str, Any]) -> ExportSection:
+    """The section with those command-line options that were given, checked again."""
+    given = {key: value for key, value in options.items() if value}
+    if given.get("license") not in (None, "other"):
+        given.setdefault("license_name", None)
+    try:
+        return ExportSection.model_validate(section.model_dump() | given)
+    except ValidationError as error:
+        problems = [
+            problem_from_pydantic(".".join(["export", *map(str, e["loc"][:1])]), e, "--license, --language")
+            for e in error.errors()
+        ]
         raise UserError(*problems) from None
 
 

@@ -3,6 +3,7 @@
 Nothing here reads a file: load.py does, and rules.py checks what no single field can see.
 """
 
+import difflib
 import json
 import os
 import re
@@ -22,6 +23,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
+from smoltrain.config.hub_licenses import HUB_LICENSES
 
 # Beyond any model: what is larger is a slip, and would take all memory or time before it is refused.
 MAX_INT = 2**31 - 1
@@ -652,6 +655,12 @@ class EvaluateSection(Section):
     tasks_limit: int | None = Field(
         default=None, gt=0, description="documents of each task at most, the first ones; null takes all"
     )
+    memorisation_every: Steps = Field(
+        default=0,
+        ge=0,
+        description="how often it is measured how much of what the model writes stands in the training tokens; 0 "
+        "never; each time reads all of them once, so only where they are cached",
+    )
 
 
 class GenerationSection(Section):
@@ -679,6 +688,32 @@ class SampleSection(Section):
     prompts: tuple[str, ...] = Field(
         default=("",), description="texts to go on from, one sample each; an empty one begins a new document"
     )
+
+
+class ExportSection(Section):
+    """What the model card of an export says that its author alone knows. What is not given here is left out there."""
+
+    license: str | None = Field(
+        default=None,
+        description="licence of the weights, as the Hugging Face Hub names it: apache-2.0, mit, cc-by-4.0, ...; other "
+        "with export.license_name",
+    )
+    license_name: str | None = Field(
+        default=None, min_length=1, description="name of a licence that the Hub does not list; with license: other"
+    )
+    language: tuple[Annotated[str, Field(pattern="^([a-z]{2,3}|code|multilingual)$")], ...] = Field(
+        default=(), description="languages of the text, as ISO 639 codes: en, de, ...; also code and multilingual"
+    )
+
+    @model_validator(mode="after")
+    def _check_license(self) -> "ExportSection":
+        if self.license is not None and self.license not in HUB_LICENSES:
+            near = difflib.get_close_matches(self.license.lower(), HUB_LICENSES, 3)
+            hint = ", ".join(near or ("apache-2.0", "mit"))
+            raise ValueError(f"a licence that the Hub lists, as {hint}; or license=other with license_name")
+        if (self.license == "other") != (self.license_name is not None):
+            raise ValueError("license_name where license is other, and nowhere else")
+        return self
 
 
 class CheckpointSection(Section):
@@ -799,6 +834,7 @@ class Config(Section):
     evaluate: EvaluateSection = EvaluateSection()
     generation: GenerationSection = GenerationSection()
     sample: SampleSection = SampleSection()
+    export: ExportSection = ExportSection()
     checkpoint: CheckpointSection = CheckpointSection()
     spikes: SpikesSection = SpikesSection()
     track: TrackSection = TrackSection()

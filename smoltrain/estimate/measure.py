@@ -37,8 +37,9 @@ def measurement_overrides(config: Config, steps: int, folder: Path) -> list[str]
     return [
         f"run.name={RUN_NAME}", f"run.folder={folder}", f"run.stop_after={phase.name}",
         f"phases.{phase.name}.steps={steps}", f"phases.{phase.name}.warmup_steps=0",
-        f"phases.{phase.name}.decay_steps={steps if phase.decay_steps else 0}", "evaluate.every=0", "sample.every=0",
-        "checkpoint.every=0", "track.gradients_every=0", "track.to=[]",
+        f"phases.{phase.name}.decay_steps={steps if phase.decay_steps else 0}", "evaluate.every=0",
+        "evaluate.tasks_every=0", "evaluate.memorisation_every=0", "sample.every=0", "checkpoint.every=0",
+        "track.gradients_every=0", "track.to=[]",
     ]  # fmt: skip
 
 

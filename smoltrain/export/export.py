@@ -2,19 +2,21 @@
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
 from smoltrain import files
-from smoltrain.config.schema import GenerationSection, ModelSection
+from smoltrain.checkpoint.manifest import MANIFEST_FILE, step_folder
+from smoltrain.config.load import override_export
+from smoltrain.config.schema import ExportSection, GenerationSection, ModelSection
 from smoltrain.data.tokenizers.companions import GENERATION_CONFIG, read_json_object
 from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE
 from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.export.marker import ExportSource, read_export_marker, write_export_marker
-from smoltrain.export.model_card import build_model_card
+from smoltrain.export.model_card import CURVE_FILE, build_model_card
 from smoltrain.export.verify import NUM_CASES, NUM_GREEDY, ExportComparison, verify_export
 from smoltrain.inference.load import GENERATION_KEYS, LoadedModel, load_trained_model
 from smoltrain.model import hf_format
@@ -27,22 +29,25 @@ TOKEN_ID_KEYS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def export_model(
-    run: str, out: str | Path | None = None, checkpoint: int | None = None, say: Callable[[str], None] = print
-) -> Path:
+    run: str, out: str | Path | None = None, checkpoint: int | None = None, say: Callable[[str], None] = print,
+    about: Mapping[str, Any] | None = None,
+) -> Path:  # fmt: skip
     """Write the model of a run (or of a Hugging Face folder) for `transformers`; returns the folder.
 
     Without `out` it is RUN/export/step-N: a folder per step, so that the name says which weights it holds and no export
-    is lost to the next one. The weights keep the dtype of the checkpoint.
+    is lost to the next one. The weights keep the dtype of the checkpoint. `about` takes the place of keys of the
+    recipe's section `export`, which the model card tells.
     Errors: UserError for what `load_trained_model` refuses and for an `out` that holds something else; TrainingStopped
     if transformers does not give the same logits and text: the folder is deleted then.
     """
     loaded = load_trained_model(run, checkpoint)
     source = identify_export_source(loaded)
+    told = override_export(ExportSection() if loaded.config is None else loaded.config.export, about or {})
     final = _resolve_export_folder(loaded, source, out)
     aside = final.with_name(f"{final.name}.tmp-{os.getpid()}")
     _make_export_folder(aside, count_parameters(loaded.model) * loaded.dtype.itemsize)
     try:
-        _write_export_files(loaded, source, aside)
+        _write_export_files(loaded, source, told, aside)
         comparison = verify_export(loaded, aside)
         write_export_marker(aside, source, comparison, loaded.tokenizer.separator)  # last: it passed
         _publish_export(aside, final)
@@ -108,7 +113,7 @@ def _make_export_folder(aside: Path, num_bytes: int) -> None:
         raise UserError(Problem("not enough disk space for the export", f"{free / 2**20:,.0f} MiB free", want, where))
 
 
-def _write_export_files(loaded: LoadedModel, source: ExportSource, folder: Path) -> None:
+def _write_export_files(loaded: LoadedModel, source: ExportSource, about: ExportSection, folder: Path) -> None:
     """Every file but the marker."""
     section = loaded.model.section
     tokenizer = loaded.tokenizer
@@ -124,7 +129,20 @@ def _write_export_files(loaded: LoadedModel, source: ExportSource, folder: Path)
     tokenizer.save(folder, section.max_position_embeddings)
     if loaded.config is None:  # nothing was trained: also its way to frame a text with special tokens stays
         shutil.copy(loaded.folder / TOKENIZER_FILE, folder)
-    files.write_text_file(folder / "README.md", build_model_card(loaded, config["architectures"][0], source))
+    has_curve = _copy_curve(loaded, folder)
+    files.write_text_file(folder / "README.md", build_model_card(loaded, config, source, about, has_curve=has_curve))
+
+
+def _copy_curve(loaded: LoadedModel, folder: Path) -> bool:
+    """Put the loss curve beside the card, if it was drawn since the exported checkpoint was saved."""
+    curve = loaded.folder / "plots" / CURVE_FILE
+    if loaded.step is None or not curve.is_file():
+        return False
+    saved = step_folder(loaded.folder / "checkpoints", loaded.step) / MANIFEST_FILE
+    if curve.stat().st_mtime < saved.stat().st_mtime:
+        return False
+    shutil.copyfile(curve, folder / CURVE_FILE)
+    return True
 
 
 def _save_decoder(loaded: LoadedModel, section: ModelSection, folder: Path) -> dict[str, Any]:

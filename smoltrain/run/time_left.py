@@ -15,10 +15,11 @@ STEP_S = "speed/step_s"  # the names in METRICS (track.py) under which durations
 EVALUATION_S = "speed/evaluation_s"
 TASK_EVALUATION_S = "speed/task_evaluation_s"
 SAMPLING_S = "speed/sampling_s"
+MEMORISATION_S = "speed/memorisation_s"
 PAUSE_S = "speed/checkpoint_pause_s"
 START_S = "speed/start_s"
 CLOSING_S = "speed/closing_s"  # plots, and the checkpoint that is being written
-OTHERS = (EVALUATION_S, TASK_EVALUATION_S, SAMPLING_S, PAUSE_S, START_S, CLOSING_S)
+OTHERS = (EVALUATION_S, TASK_EVALUATION_S, SAMPLING_S, MEMORISATION_S, PAUSE_S, START_S, CLOSING_S)
 
 
 class TimeLeft:
@@ -66,6 +67,7 @@ class TimeLeft:
             EVALUATION_S: count_due(plan, config.evaluate.every, step, last),
             TASK_EVALUATION_S: count_due(plan, config.evaluate.tasks_every, step, last),
             SAMPLING_S: count_due(plan, config.sample.every, step, last),
+            MEMORISATION_S: count_due(plan, config.evaluate.memorisation_every, step, last),
             PAUSE_S: count_due(plan, save_every, step, last),
             START_S: num_starts if self._restarts else 0,
             CLOSING_S: num_starts + 1 if self._restarts else 1,

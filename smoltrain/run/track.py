@@ -63,6 +63,7 @@ METRICS = {
     "speed/checkpoint_pause_s": "seconds that training stood still for a checkpoint, the slowest rank",
     "speed/evaluation_s": "seconds of an evaluation, the slowest rank",
     "speed/task_evaluation_s": "seconds in which the tasks of evaluate.tasks were measured, the slowest rank",
+    "speed/memorisation_s": "seconds in which it was measured what the model copies, the slowest rank",
     "speed/sampling_s": "seconds in which the model wrote samples, the slowest rank",
     "speed/start_s": "seconds from the command's start, or the end of the phase before, to the first step; per start",
     "speed/closing_s": "seconds from the last step's end until checkpoint and plots were written, rank 0; per start",
@@ -70,6 +71,12 @@ METRICS = {
     "validation/best_loss_nats_per_token": "lowest finite validation loss of the run so far, all ranks",
     "validation/perplexity": "exp of the validation loss",
     "validation/bits_per_byte": "validation loss in bits over the bytes (UTF-8) of its texts, spelled by an id or not",
+    "memorisation/share_of_13_grams": "of the 13-grams written after held-out prompts, those in the training tokens",
+    "memorisation/share_of_50_grams": "the same of its 50-grams",
+    "memorisation/recalled_share_of_13_grams": "the same of the 13-grams written after beginnings of training rows",
+    "memorisation/recalled_share_of_50_grams": "the same of the 50-grams written after them",
+    "memorisation/held_out_share_of_13_grams": "the same of the 13-grams that really follow the held-out prompts",
+    "memorisation/held_out_share_of_50_grams": "the same of the 50-grams that really follow them",
 }
 VALIDATION_LOSS = "validation/loss_nats_per_token"
 SOURCE_TOKENS_PREFIX = "data/tokens_by_source/"  # + source: as data/tokens, of that source alone

@@ -5,11 +5,13 @@ import os
 
 import torch
 
-from smoltrain.config.schema import OptimizerSection
+from smoltrain.config.schema import EvaluateSection, OptimizerSection
 from smoltrain.data.rows.loader import Loader
+from smoltrain.data.tokens.prepared import PreparedData
 from smoltrain.distributed.world import World
 from smoltrain.engine.engine import Engine
 from smoltrain.estimate.horizon import describe_plan
+from smoltrain.evaluation.memorisation import find_reason_unknown
 from smoltrain.kernels.compile import compiled_code_folder, is_known_to_compiler
 from smoltrain.kernels.newton_schulz import choose_dtype
 from smoltrain.run.run_folder import RunFolder
@@ -44,6 +46,9 @@ def say_start(
     tracker.say_choice("rows per step", _describe_rows_per_step(loader))
     tracker.say_choice("tokenizer", loader.prepared.describe_tokenizer())
     tracker.say_choice("data", loader.prepared.describe())
+    warning = warn_of_unknown_memorisation(config.evaluate, loader.prepared)
+    if warning:
+        tracker.say(warning)
     tracker.say_choice("packing", PACKING_IN_WORDS[config.packing.document_mask])
     tracker.say_choice("plan", describe_plan(config, start.rows_per_step, loader.prepared.index))
     for line in find_preflight_lines(start, settings, folder, loader) if world.is_first else ():
@@ -59,6 +64,12 @@ def say_start(
         tracker.say_choice("changed", "; ".join(folder.changes))
     if start.point.manifest:
         tracker.say(f"restored step {start.point.step} on {world.size} ranks, ledger {loader.ledger[:16]}")
+
+
+def warn_of_unknown_memorisation(section: EvaluateSection, prepared: PreparedData) -> str | None:
+    """One line if it is asked for what the model copies, and nobody can know."""
+    reason = find_reason_unknown(prepared) if section.memorisation_every else None
+    return f"WARNING: evaluate.memorisation_every measures nothing: {reason}" if reason else None
 
 
 def describe_compiled_code(task: str) -> str:

@@ -44,6 +44,9 @@ def run_loop(session: Session) -> int:
             if plan.is_due(step, config.evaluate.tasks_every):
                 with show_activity("evaluating"):
                     session.evaluate_tasks(step)
+            if plan.is_due(step, config.evaluate.memorisation_every):
+                with show_activity("measuring memorisation"):
+                    session.gauge_memorisation(step)
             if plan.is_due(step, config.sample.every):
                 with show_activity("sampling"):
                     session.sample(step)

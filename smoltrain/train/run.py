@@ -24,8 +24,9 @@ from smoltrain.run.summary import describe_run
 from smoltrain.train.callbacks import StepCallback
 from smoltrain.train.describe import describe_completion
 from smoltrain.train.loop import gather_stop_reason, run_loop
+from smoltrain.train.open_session import open_session
 from smoltrain.train.out_of_memory import explain_out_of_memory, is_out_of_memory
-from smoltrain.train.session import Session, open_session
+from smoltrain.train.session import Session
 from smoltrain.train.spikes import Rewind
 from smoltrain.train.start import Start, begin_run
 

@@ -36,7 +36,7 @@ QUIET_WORDS = (
     "checkpoint.keep_every=0",
     "checkpoint.keep_best=false",
 )
-WEIGHTLESS_SECTIONS = ("checkpoint", "track", "sample", "generation")  # whose keys no weight depends on
+WEIGHTLESS_SECTIONS = ("checkpoint", "track", "sample", "generation", "export")  # whose keys no weight depends on
 
 
 @dataclass(frozen=True)

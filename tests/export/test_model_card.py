@@ -1,16 +1,29 @@
 """What the card of an export, which `push` publishes, says of the data and of the recipe, and what it must not say."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from smoltrain import __version__
 from smoltrain.config.load import RECIPES_FOLDER, load_config
-from smoltrain.config.schema import DataSection
-from smoltrain.export.model_card import _describe_data, _training_facts, read_last_metrics
-from tests import tiny
+from smoltrain.config.schema import Config, DataSection, ExportSection
+from smoltrain.errors import UserError
+from smoltrain.export import export
+from smoltrain.export.marker import ExportSource
+from smoltrain.export.model_card import (
+    _describe_source,
+    _list_sources,
+    _training_facts,
+    build_model_card,
+    read_last_metrics,
+    read_task_results,
+)
+from smoltrain.inference.load import load_trained_model
+from tests import folders, tiny
 from tests.test_redact import AMZ, SECRET
 from tests.tiny import enter_run_folder
 
@@ -27,19 +40,24 @@ HUB = "[me/texts](https://huggingface.co/datasets/me/texts)"
         ({"path": "~/secret plans/*.jsonl"}, "local files, `*.jsonl`"),
         ({"path": f"https://me:{SECRET}@inner.host/a/b.jsonl?{AMZ}"}, "files behind a URL, `b.jsonl`"),
         ({"path": f"https://host/b.jsonl?id=5&token={SECRET}"}, "files behind a URL, `b.jsonl`"),
-        (
-            {
-                "sources": [
-                    {"name": "web", "weight": 3.0, "path": f"s3://key:{SECRET}@bucket/web"},
-                    {"name": "books", "weight": 1.0, "hub": "me/texts"},
-                ]
-            },
-            f"web (75.0%): files behind a URL, `web`; books (25.0%): {HUB}",
-        ),
+        ({"path": "a`b|c<script>"}, "local files, ``a`b\\|c<script>``"),
+        ({"hub": "me/<b>|x"}, r"[me/\<b\>\|x](https://huggingface.co/datasets/me/bx)"),
     ],
 )
 def test_the_data_of_every_kind(section: dict[str, Any], told: str):
-    assert _describe_data(DataSection.model_validate(section)) == told
+    assert _describe_source(DataSection.model_validate(section)) == told
+
+
+def test_shares_are_those_of_the_tokens_seen_else_of_the_weights():
+    sources = [
+        {"name": "web", "weight": 3.0, "path": f"s3://key:{SECRET}@bucket/web"},
+        {"name": "books", "weight": 1.0, "hub": "me/texts"},
+    ]
+    data = DataSection.model_validate({"sources": sources})
+    web, books = "files behind a URL, `web`", HUB
+    assert _list_sources(data, {}) == [("web", web, "75.0%"), ("books", books, "25.0%")]
+    seen = {"data/tokens_by_source/web": 900, "data/tokens_by_source/books": 100}
+    assert _list_sources(data, seen) == [("web", web, "90.0%"), ("books", books, "10.0%")]
 
 
 def test_the_recipe_is_the_file_that_was_trained_and_no_run(tmp_path: Path):
@@ -50,11 +68,11 @@ def test_the_recipe_is_the_file_that_was_trained_and_no_run(tmp_path: Path):
     enter_run_folder(settings, 1, 0)
     own = settings.run_folder / "config.yaml"
     assert load_config(str(own)).run.recipe == "mine", "its own config is no other recipe"
-    assert _training_facts(settings, tmp_path / "none.jsonl", 1, 2)["recipe"] == "mine"
+    assert _training_facts(settings, {}, 1, 2)["recipe"] == "mine"
     own.write_text(own.read_text().replace("recipe: mine", "recipe: ''"))
     older = load_config(str(own))
     assert older.run.recipe == ""
-    assert "recipe" not in _training_facts(older, tmp_path / "none.jsonl", 1, 2)
+    assert "recipe" not in _training_facts(older, {}, 1, 2)
 
 
 def test_the_card(run: Path, exported: tuple[Path, str]):
@@ -70,7 +88,8 @@ def test_the_card(run: Path, exported: tuple[Path, str]):
         "| data | local files, `corpus` |",
         "| tokens seen | 768 in rows of 16 |",
         "| training loss of the last step, nats per token | 4.8000 |",
-        "| validation loss, nats per token | 7.0000 |",
+        "| held-out documents | validation loss, nats per token | 7.0000 |",
+        "| licence | not stated by its author |",
     ):
         assert line in body
     assert "unfinished" not in text
@@ -91,3 +110,88 @@ def test_metrics_of_later_steps_are_not_the_cards(run: Path, tmp_path: Path):
     cut.write_text('{"step": 1, "train/loss_nats_per_token": 5}\n{"step": 2, "train/lo')
     assert read_last_metrics(cut, 8)["step"] == 1
     assert read_last_metrics(tmp_path / "none.jsonl", 8) == {}
+
+
+# --- what the Hub reads
+
+
+SAMPLE = "</code>```\n````<script>alert(1)</script>| # no title"
+
+
+@pytest.fixture(scope="module")
+def told_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with samples, results of tasks, a curve, a licence and languages."""
+    words = ("export.license=apache-2.0", "export.language=[en, 'no']")
+    run = folders.run(tmp_path_factory.mktemp("told"), *words)
+    lines = [{"step": 6, "prompt": "old", "text": "er"}, {"step": 12, "prompt": "The ", "text": SAMPLE}]
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "plots").mkdir()
+    (run / "plots" / "loss.png").write_bytes(b"PNG")
+    (run / "evaluations").mkdir()
+    tasks = {"arc|easy": {"acc": 0.25, "acc_stderr": 0.01, "acc_norm": 0.5}}
+    (run / "evaluations" / "step-12.json").write_text(json.dumps({"step": 12, "tasks": tasks}))
+    return run
+
+
+@pytest.fixture(scope="module")
+def told_card(told_run: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "verify_export", lambda loaded, folder: export.ExportComparison("Class", 1, 0.0))
+        folder = export.export_model(str(told_run), say=lambda line: None)
+    assert (folder / "loss.png").read_bytes() == b"PNG"
+    return (folder / "README.md").read_text()
+
+
+def test_the_hubs_own_parser_reads_the_metadata_and_writes_it_alike(told_card: str):
+    card = ModelCard(told_card)
+    assert card.data.language == ["en", "no"]
+    assert card.data.license == "apache-2.0"
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    assert card.data.tags == ["smoltrain", "text-generation", "pytorch", "safetensors", "llama"]
+    assert card.data.model_name == "quickstart"
+    found = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results or []}
+    held_out = "documents held out of the training data"
+    assert found == {(held_out, "loss"): 7.0, ("arc|easy", "acc"): 0.25, ("arc|easy", "acc_norm"): 0.5}
+    assert card.content == told_card
+
+
+def test_results_samples_and_curve_stand_in_the_card(told_card: str):
+    assert r"| arc\|easy | acc | 0.2500 ± 0.0100 |" in told_card
+    assert "![Training and validation loss over the steps of the run](loss.png)" in told_card
+    assert f"\n`````text\nThe {SAMPLE}\n`````\n" in told_card, "a fence that nothing in the sample can close"
+    assert "older" not in told_card
+    assert told_card.count("<script>") == 1
+    assert "| licence | apache\\-2.0 |" in told_card
+    assert "## Limits" in told_card
+
+
+def test_the_card_of_another_step_has_no_results_of_this_one(told_run: Path):
+    loaded = load_trained_model(str(told_run), 8)
+    about = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    source = ExportSource("quickstart", "", 8, 12)
+    card = build_model_card(loaded, about, source, ExportSection(), has_curve=False)
+    assert "unfinished: step 8 of 12" in card
+    assert "0.2500" not in card
+    assert "loss.png" not in card
+    assert "\nolder\n" in card, "the samples of step 6"
+    assert "license" not in ModelCard(card).data.to_dict()
+
+
+def test_a_damaged_file_of_evaluations_is_a_readable_fault(tmp_path: Path):
+    (tmp_path / "evaluations").mkdir()
+    (tmp_path / "evaluations" / "step-3.json").write_text('{"tasks": [1]}')
+    with pytest.raises(UserError, match="the evaluations cannot be read"):
+        read_task_results(tmp_path, 3)
+    assert read_task_results(tmp_path, 4) == {}
+
+
+def test_the_datasets_are_those_of_the_hub_that_a_phase_has_trained_on(tmp_path: Path):
+    from smoltrain.export.card_metadata import _hub_datasets
+
+    config = tiny.load(tmp_path)
+    sources = [{"name": name, "weight": 1.0, "hub": f"me/{name}"} for name in ("web", "books")]
+    data = DataSection.model_validate({"sources": sources})
+    mixed = [phase.model_copy(update={"mix": {"books": 1.0}}) for phase in config.phases]
+    assert _hub_datasets(config.model_copy(update={"data": data})) == ["me/web", "me/books"]
+    own: Config = config.model_copy(update={"data": data, "phases": tuple(mixed)})
+    assert _hub_datasets(own) == ["me/books"]

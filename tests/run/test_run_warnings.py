@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from smoltrain.run.run_warnings import memorisation_warning, slow_data_warning
+from smoltrain.evaluation.memorisation import Memorisation, NgramCount
+from smoltrain.run.run_warnings import copying_warning, memorisation_warning, slow_data_warning
 
 LOSSES = st.floats(0, 20)
 
@@ -43,6 +44,43 @@ def test_other_runs_are_left_alone(train_loss: float, validation_loss: float, ep
 def test_a_worse_case_is_told_too(train_loss: float, validation_loss: float, epochs: float, less: float, more: float):
     if memorisation_warning(train_loss, validation_loss, epochs):
         assert memorisation_warning(train_loss - less, validation_loss, epochs + more)
+
+
+def counts_of(shares: dict[str, tuple[float, float]]) -> Memorisation:
+    """Of 100 n-grams of each length and kind."""
+    lengths = (13, 50)
+    kinds = {
+        kind: tuple(NgramCount(n, 100, int(100 * x)) for n, x in zip(lengths, own, strict=True))
+        for kind, own in shares.items()
+    }
+    return Memorisation(kinds)
+
+
+@pytest.mark.parametrize(
+    ("written", "recalled", "held_out", "told"),
+    [
+        ((0.0, 0.0), (0.99, 0.97), (0.0, 0.0), "99% of the 13-grams that it writes after training prompts"),
+        ((0.3, 0.0), (0.2, 0.0), (0.1, 0.0), "30% of the 13-grams that it writes after held-out prompts"),
+        ((0.6, 0.5), (0.6, 0.5), (0.5, 0.3), "50% of the 50-grams that it writes after training prompts"),
+        ((0.6, 0.5), (0.6, 0.5), (0.6, 0.5), None),  # a corpus of boilerplate, held-out text too
+        ((0.1, 0.1), (0.1, 0.1), (0.0, 0.0), None),
+    ],
+)
+def test_copies_are_told_beyond_what_held_out_text_repeats(
+    written: tuple[float, float], recalled: tuple[float, float], held_out: tuple[float, float], told: str | None
+):
+    found = counts_of({"share": written, "recalled_share": recalled, "held_out_share": held_out})
+    line = copying_warning(found)
+    if told is None:
+        assert line is None
+    else:
+        assert line
+        assert line.startswith(f"WARNING: the model copies its training text: {told} stand there, of held-out text ")
+
+
+def test_texts_too_short_for_n_grams_give_no_warning():
+    nothing = (NgramCount(13, 0, 0), NgramCount(50, 0, 0))
+    assert copying_warning(Memorisation(dict.fromkeys(("share", "recalled_share", "held_out_share"), nothing))) is None
 
 
 def test_waiting_for_data_is_told_past_a_twentieth():

@@ -28,7 +28,7 @@ def test_each_part_counts_as_often_as_it_is_still_due(config: Config) -> None:
     left = TimeLeft(config, 12)
     left.add({"speed/step_s": 1.0})
     left.add({"speed/evaluation_s": 100.0})
-    left.add({"speed/sampling_s": 1000.0})
+    left.add({"speed/sampling_s": 1000.0, "speed/memorisation_s": 1000.0})
     left.add({"speed/checkpoint_pause_s": 10_000.0})
     left.add({"speed/closing_s": 100_000.0})
     assert [left.estimate_s(step) for step in (1, 4, 6, 8, 11, 12)] == [

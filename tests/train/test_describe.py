@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from smoltrain.config.schema import OptimizerSection
+from smoltrain.config.schema import EvaluateSection, OptimizerSection
 from smoltrain.distributed.cpu_cores import CpuShare
 from smoltrain.kernels.compile import note_compiled
 from smoltrain.model.interface import ComputeOptions
@@ -18,6 +18,7 @@ from smoltrain.train.describe import (
     describe_device,
     describe_optimizer,
     name_compiled_code,
+    warn_of_unknown_memorisation,
 )
 from smoltrain.train.preflight import PreflightLine
 from tests import tiny
@@ -27,6 +28,18 @@ def test_what_is_complete_is_a_phase_or_the_plan(tmp_path: Any) -> None:
     plan = Plan(tiny.load(tmp_path).phases)
     assert describe_completion(plan, 8) == "phase main is complete (step 8 of 12)"
     assert describe_completion(plan, 12) == "the plan is complete (12 steps)"
+
+
+def test_a_run_of_streams_says_that_it_cannot_know_what_the_model_copies() -> None:
+    streamed: Any = SimpleNamespace(train=())
+    cached: Any = SimpleNamespace(train=("tokens",))
+    asked = EvaluateSection(memorisation_every=5)
+    warning = warn_of_unknown_memorisation(asked, streamed)
+    assert warning
+    assert warning.startswith("WARNING: evaluate.memorisation_every measures nothing: the training tokens are streamed")
+    assert warning.endswith("data.mode=cached keeps them")
+    assert warn_of_unknown_memorisation(asked, cached) is None
+    assert warn_of_unknown_memorisation(EvaluateSection(), streamed) is None
 
 
 @pytest.mark.parametrize(

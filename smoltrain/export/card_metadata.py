@@ -1,0 +1,84 @@
+"""What the Hub reads of a model card: the YAML in front of it, by which models are found and their results listed."""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from smoltrain.config.schema import Config, ExportSection
+from smoltrain.schedule import Plan
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+TASK = "text-generation"
+# Metric of a run -> its type on the Hub, and how the card calls it.
+VALIDATION_RESULTS = {
+    "validation/loss_nats_per_token": ("loss", "validation loss, nats per token"),
+    "validation/perplexity": ("perplexity", "validation perplexity"),
+    "validation/bits_per_byte": ("bits_per_byte", "validation loss, bits per byte"),
+}
+STDERR_SUFFIX = "_stderr"
+TaskResults = Mapping[str, Mapping[str, float]]  # task -> metric -> value, as RUN/evaluations/step-N.json has them
+
+
+def write_card_metadata(
+    name: str, model_type: str, about: ExportSection, config: Config | None, last: Mapping[str, Any], tasks: TaskResults
+) -> str:
+    """The YAML of a model's card, without its fences. `last` are the last metrics of the run; nothing is invented."""
+    from huggingface_hub import ModelCardData
+
+    results = [*_validation_results(config, last), *_task_results(tasks)]
+    values = {
+        "language": list(about.language) or None,
+        "license": about.license,
+        "license_name": about.license_name,
+        "library_name": "transformers",
+        "pipeline_tag": TASK,
+        "tags": ["smoltrain", TASK, "pytorch", "safetensors", model_type],
+        "datasets": _hub_datasets(config) or None,
+    }
+    if results:
+        values |= {"model_name": name, "eval_results": results}
+    return ModelCardData(**values).to_yaml()
+
+
+def _hub_datasets(config: Config | None) -> list[str]:
+    """The Hub's names of the data that any phase has trained on."""
+    if config is None:
+        return []
+    used = {name for phase in Plan(config.phases).phases for name in (phase.spec.mix or {})}
+    takes_all = any(phase.spec.mix is None for phase in Plan(config.phases).phases)
+    return [part.hub for part in config.data.parts if part.hub and (takes_all or part.name in used)]
+
+
+def _validation_results(config: Config | None, last: Mapping[str, Any]) -> list["EvalResult"]:
+    from huggingface_hub import EvalResult
+
+    datasets = _hub_datasets(config)
+    is_one = config is not None and len(datasets) == len(config.data.parts) == 1
+    results = []
+    for metric, (kind, words) in VALIDATION_RESULTS.items():
+        if metric in last and math.isfinite(last[metric]):
+            result = EvalResult(
+                task_type=TASK, task_name="Text generation", dataset_type=datasets[0] if is_one else "held-out",
+                dataset_name="documents held out of the training data", metric_type=kind, metric_name=words,
+                metric_value=round(last[metric], 4),
+            )  # fmt: skip
+            results.append(result)
+    return results
+
+
+def _task_results(tasks: TaskResults) -> list["EvalResult"]:
+    from huggingface_hub import EvalResult
+
+    results = []
+    for task, metrics in tasks.items():
+        for metric, value in metrics.items():
+            if metric.endswith(STDERR_SUFFIX) or not math.isfinite(value):
+                continue
+            result = EvalResult(
+                task_type=TASK, task_name="Text generation", dataset_type=task, dataset_name=task, metric_type=metric,
+                metric_name=metric, metric_value=round(value, 4),
+            )  # fmt: skip
+            results.append(result)
+    return results
