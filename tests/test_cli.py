@@ -27,7 +27,13 @@ VERBS = [
     *["perplexity", "eval", "memorisation"],
     *["generate", "chat", "demo", "export", "push"],
 ]
-TASK_KEYS = ["evaluate.tasks", "evaluate.tasks_every", "evaluate.tasks_limit"]
+EVALUATE_KEYS = [
+    "evaluate.memorisation_every",
+    "evaluate.rows",
+    "evaluate.tasks",
+    "evaluate.tasks_every",
+    "evaluate.tasks_limit",
+]
 PREPARE_VERBS = ["prepare tokenizer", "prepare data"]
 
 
@@ -203,7 +209,7 @@ def complete(words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("smoltrain trian", []),
         ("smoltrain train qui", ["quickstart"]),
         ("smoltrain show smollm2-1", ["smollm2-124m", "smollm2-135m", "smollm2-135m-fast", "smollm2-135m-hf"]),
-        ("smoltrain explain evaluate", ["evaluate", "evaluate.every", "evaluate.rows", *TASK_KEYS]),
+        ("smoltrain explain evaluate", ["evaluate", "evaluate.every", *EVALUATE_KEYS]),
         ("smoltrain generate fi", ["first"]),
         ("smoltrain plot ", ["first", "second"]),
         ("smoltrain generate first --top-", ["--top-k", "--top-p"]),

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import psutil
 
-OWN_CGROUPS = Path("/proc/self/cgroup")
-MOUNTS = Path("/proc/self/mountinfo")
+from smoltrain.distributed.cgroups import CgroupPlaces, iterate_cgroups
+
+PLACES = CgroupPlaces()
+CONTROLLER_FILES = {1: ("memory.limit_in_bytes", "memory.oom_control"), 2: ("memory.max", "memory.events")}
 VMSTAT = Path("/proc/vmstat")
 
 
@@ -35,32 +37,11 @@ class CgroupFiles:
 
 def find_cgroup_files() -> list[CgroupFiles]:
     """Those of this process's own cgroup and of all above it, as far as they can be seen; its own first."""
-    try:
-        own = OWN_CGROUPS.read_text()
-        mounts = MOUNTS.read_text()
-    except OSError:  # not Linux
-        return []
-    for line in mounts.splitlines():
-        before, _, after = line.partition(" - ")  # man 5 proc: ... root mount-point ... - type source options
-        kind, _, options = after.split(" ", 2)
-        root, mount = before.split()[3:5]
-        if kind == "cgroup" and "memory" in options.split(","):
-            path = re.search(r"^\d+:(?:\S+,)?memory(?:,\S+)?:(/.*)$", own, re.MULTILINE)
-            names = ("memory.limit_in_bytes", "memory.oom_control")
-        elif kind == "cgroup2":
-            path = re.search(r"^0::(/.*)$", own, re.MULTILINE)
-            names = ("memory.max", "memory.events")
-        else:
-            continue
-        if path is None:
-            continue
-        inside = path[1].removeprefix("" if root == "/" else root).strip("/")
-        folder = Path(mount, inside)
-        folders = [folder, *(above for above in folder.parents if above.is_relative_to(mount))]
-        found = [CgroupFiles(folder / names[0], folder / names[1]) for folder in folders]
-        if any(files.limit.exists() for files in found):
-            return found
-    return []
+    found: list[CgroupFiles] = []
+    for folder, version in iterate_cgroups(PLACES, "memory"):
+        limit, kills = CONTROLLER_FILES[version]
+        found.append(CgroupFiles(folder / limit, folder / kills))
+    return found if any(files.limit.exists() for files in found) else []
 
 
 def find_shared_limit() -> MemoryLimit:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from smoltrain.doctor.cgroups import CgroupFiles, find_memory_limit
+from smoltrain.distributed.cgroups import CgroupPlaces, find_cgroup_memory
 from smoltrain.doctor.check import Finding
 from smoltrain.doctor.needs import RunNeeds
 
@@ -48,12 +48,12 @@ def check_locked_memory(infiniband: Path = INFINIBAND) -> Finding:
 
 
 def check_memory(
-    estimate: Callable[[], RunNeeds] | None, cgroups: CgroupFiles | None = None, available: int | None = None
+    estimate: Callable[[], RunNeeds] | None, cgroups: CgroupPlaces | None = None, available: int | None = None
 ) -> Finding:  # fmt: skip
     """What the machine and its control groups leave, against what the recipe is estimated to take."""
     machine = psutil.virtual_memory()
     free = machine.available if available is None else available
-    limit = find_memory_limit(cgroups)
+    limit = find_cgroup_memory(cgroups)
     saw = f"{free / GIB:.1f} of {machine.total / GIB:.1f} GiB are free"
     most = machine.total
     if limit is not None and limit.limit < machine.total:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from smoltrain.distributed.cgroups import CgroupPlaces, find_cpu_quota
 from smoltrain.distributed.cpu_cores import CPUS, usable_cores
-from smoltrain.doctor.cgroups import CgroupFiles, find_cpu_quota
 from smoltrain.doctor.check import Finding, worst_finding
 
 STAT = Path("/proc/stat")  # man 5 proc: hundredths of a second of each kind
@@ -17,7 +17,7 @@ BUSY_SHARE = 0.25  # of the cores, from which on others slow a run down
 STEAL_SHARE = 0.05  # of the time, that the machine below a virtual one gives to others
 
 
-def check_threads(environment: Mapping[str, str], cgroups: CgroupFiles | None = None) -> Finding:
+def check_threads(environment: Mapping[str, str], cgroups: CgroupPlaces | None = None) -> Finding:
     """Cores, the quota of a container, and the variables that say how many threads compute."""
     cores = len(usable_cores())
     findings: list[Finding] = []

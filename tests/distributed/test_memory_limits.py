@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from smoltrain.distributed import memory_limits
+from smoltrain.distributed.cgroups import CgroupPlaces
 from smoltrain.distributed.memory_limits import (
     KillCount,
     find_cgroup_files,
@@ -22,30 +23,25 @@ GIB = 2**30
 @pytest.fixture
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of 64 GiB whose files lie in a folder."""
-    for name, file in {"OWN_CGROUPS": "cgroup", "MOUNTS": "mountinfo", "VMSTAT": "vmstat"}.items():
-        monkeypatch.setattr(memory_limits, name, tmp_path / file)
+    monkeypatch.setattr(memory_limits, "PLACES", CgroupPlaces(tmp_path / "sys", tmp_path / "cgroup"))
+    monkeypatch.setattr(memory_limits, "VMSTAT", tmp_path / "vmstat")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     (tmp_path / "vmstat").write_text("oom_kill 5\n")
     return tmp_path
 
 
-def write_cgroup(kernel: Path, version: int, path: str, root: str = "/") -> Path:
-    """The files that tell of a cgroup; where its controller's files are."""
-    mount = kernel / "sys"
-    folder = mount / path.removeprefix(root).strip("/")
+def write_cgroup(kernel: Path, version: int, path: str, seen: str) -> Path:
+    """The file that tells of a cgroup; where its controller's files are, as `seen` in this container."""
+    folder = kernel / "sys" / ("" if version == 2 else "memory") / seen
     folder.mkdir(parents=True)
     name = "0:" if version == 2 else "4:memory"
     (kernel / "cgroup").write_text(f"9:name=systemd:/\n{name}:{path}\n")
-    source = "cgroup2 cgroup2 rw" if version == 2 else "cgroup cgroup rw,memory"
-    (kernel / "mountinfo").write_text(
-        f"31 23 0:28 / /proc rw - proc proc rw\n35 31 0:32 {root} {mount} rw - {source}\n"
-    )
     return folder
 
 
 def test_version_2_and_the_smallest_limit_above_it(kernel: Path) -> None:
-    job = write_cgroup(kernel, 2, "/slurm/job7")
+    job = write_cgroup(kernel, 2, "/slurm/job7", "slurm/job7")
     (job / "memory.max").write_text("max\n")
     (job.parent / "memory.max").write_text(f"{8 * GIB}\n")
     (job / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
@@ -56,7 +52,7 @@ def test_version_2_and_the_smallest_limit_above_it(kernel: Path) -> None:
 
 
 def test_version_1_of_a_container(kernel: Path) -> None:
-    inside = write_cgroup(kernel, 1, "/docker/abc", root="/docker/abc")
+    inside = write_cgroup(kernel, 1, "/docker/abc", "")
     (inside / "memory.limit_in_bytes").write_text("9223372036854771712\n")
     (inside / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 1\n")
     assert [files.limit.parent for files in find_cgroup_files()] == [inside]

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from smoltrain.doctor.cgroups import CgroupFiles
+from smoltrain.distributed.cgroups import CgroupPlaces
 from smoltrain.doctor.check import Finding
 from smoltrain.doctor.limits import check_locked_memory, check_memory, check_open_files, check_shared_memory
 from smoltrain.doctor.needs import RunNeeds, estimate_needs
 from tests import tiny
+from tests.distributed.test_cgroups import GIB, write_groups
 from tests.doctor.faulty import find_in_child, mount_tmpfs, needs_namespaces
-from tests.doctor.test_cgroups import GIB, write_groups
 
-NO_GROUPS = CgroupFiles(Path("/nowhere"), Path("/nowhere"))
+NO_GROUPS = CgroupPlaces(Path("/nowhere"), Path("/nowhere"))
 
 
 def with_open_files(soft: int, hard: int) -> Finding:

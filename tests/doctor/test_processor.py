@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from smoltrain.doctor.cgroups import CgroupFiles
+from smoltrain.distributed.cgroups import CgroupPlaces
 from smoltrain.doctor.check import Finding
 from smoltrain.doctor.processor import CpuTimes, check_cpu_clocks, check_neighbours, check_threads, judge_neighbours
+from tests.distributed.test_cgroups import write_groups
 from tests.doctor.faulty import find_in_child
-from tests.doctor.test_cgroups import write_groups
 
-NO_GROUPS = CgroupFiles(Path("/nowhere"), Path("/nowhere"))
+NO_GROUPS = CgroupPlaces(Path("/nowhere"), Path("/nowhere"))
 
 
 def bound_to_one_core() -> Finding:

@@ -77,17 +77,23 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     return Story(settings, outputs, json_lines(run / "metrics.jsonl"), json_lines(run / "samples.jsonl"), offline)
 
 
+# Of what is measured besides where a recipe asks for it: tests/train/test_evaluate_tasks.py, test_memorise.py there.
+ELSEWHERE = {"speed/task_evaluation_s", "speed/memorisation_s"} | {
+    name for name in METRICS if name.startswith("memorisation/")
+}
+
+
 def test_every_listed_name_is_logged_and_no_other(story: Story) -> None:
     logged = {key for line in story.lines for key in line} - {"step", "time_s"}
     by_layer = {key for key in logged if key.startswith(LAYER_PREFIXES)}
-    assert logged - by_layer == set(METRICS) - {"speed/task_evaluation_s"}, "that one: train/test_evaluate_tasks.py"
+    assert logged - by_layer == set(METRICS) - ELSEWHERE
     layers = ("embed_tokens", "layers.00", "layers.01", "norm")
     assert by_layer == {prefix + layer for prefix in LAYER_PREFIXES for layer in layers}
 
 
 @pytest.mark.parametrize(("name", "meaning"), METRICS.items())
 def test_every_listed_name_says_what_it_is(name: str, meaning: str) -> None:
-    assert re.fullmatch(r"(train|data|speed|memory|validation)/[a-z_]+", name)
+    assert re.fullmatch(r"(train|data|speed|memory|validation|memorisation)/[a-z_0-9]+", name)
     assert len(meaning.split()) >= 4
 
 
@@ -275,7 +281,7 @@ def test_wandb_has_every_panel_and_no_other(story: Story) -> None:
     for _, offline in story.wandb:
         for values in offline.steps.values():
             panels |= {name for name in values if name[0] != "_"}  # W&B's own: _step, _runtime, _timestamp
-    assert panels == (set(METRICS) - texts) | by_layer | {"samples"}
+    assert panels == (set(METRICS) - texts - ELSEWHERE) | by_layer | {"samples"}
 
 
 def test_wandb_knows_the_axis_and_the_summaries_of_each_metric(story: Story) -> None:

@@ -50,7 +50,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
 # What depends on the machine, which `show` is not told of.
 HERE: list[tuple[tuple[str, ...], str]] = [
     (("engine.attention=flash",), "the kernel flash cannot run"),
-    (("batch.micro_batch=2", "batch.accumulation=null", "batch.rows_per_step=6"), "6 rows per step do not divide"),
+    (("batch.micro_batch=2", "batch.accumulation=null", "batch.rows_per_step=7"), "7 rows per step do not divide"),
     (("engine.compile=on",), "torch.compile cannot run here"),
     (("init.from=nowhere",), "no such run: saw 'nowhere'"),
     (("init.from=other", "model.num_hidden_layers=3"), "the weights are of another model: num_hidden_layers"),

@@ -11,7 +11,7 @@ OWN = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True)
-class CgroupFiles:
+class CgroupPlaces:
     """Where groups are mounted, and the file that says which are this process's."""
 
     mounts: Path = MOUNTS
@@ -19,7 +19,7 @@ class CgroupFiles:
 
 
 @dataclass(frozen=True)
-class MemoryLimit:
+class CgroupMemory:
     """The tightest limit above this process, and what of it is taken; bytes."""
 
     limit: int
@@ -32,23 +32,23 @@ class MemoryLimit:
         return max(0, self.limit - self.used)
 
 
-def find_memory_limit(files: CgroupFiles | None = None) -> MemoryLimit | None:
+def find_cgroup_memory(files: CgroupPlaces | None = None) -> CgroupMemory | None:
     """The one that leaves least, of versions 1 and 2; None where there is none."""
-    found: list[MemoryLimit] = []
-    for folder, version in _iterate_groups(files or CgroupFiles(), "memory"):
+    found: list[CgroupMemory] = []
+    for folder, version in iterate_cgroups(files or CgroupPlaces(), "memory"):
         names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}[version]
         with contextlib.suppress(OSError, ValueError):  # "max" where there is none; the root of version 2 has no files
             limit = int((folder / names[0]).read_text())
             used = int((folder / names[1]).read_text()) - _read_file_cache(folder)
             if limit < 2**60:  # which version 1 says where there is none
-                found.append(MemoryLimit(limit, max(0, used), folder))
+                found.append(CgroupMemory(limit, max(0, used), folder))
     return min(found, key=lambda memory: memory.free, default=None)
 
 
-def find_cpu_quota(files: CgroupFiles | None = None) -> float | None:
+def find_cpu_quota(files: CgroupPlaces | None = None) -> float | None:
     """CPUs whose time this process may use, as in 1.5; None where there is no quota."""
     least = math.inf
-    for folder, version in _iterate_groups(files or CgroupFiles(), "cpu"):
+    for folder, version in iterate_cgroups(files or CgroupPlaces(), "cpu"):
         with contextlib.suppress(OSError, ValueError):
             if version == 2:
                 allowed, period = map(int, (folder / "cpu.max").read_text().split())
@@ -69,8 +69,8 @@ def _read_file_cache(folder: Path) -> int:
     return 0
 
 
-def _iterate_groups(files: CgroupFiles, controller: str) -> Iterator[tuple[Path, int]]:
-    """(folder, version) of this process's groups with that controller, and of those above them, which limit it too.
+def iterate_cgroups(files: CgroupPlaces, controller: str) -> Iterator[tuple[Path, int]]:
+    """(folder, version) of this process's group with that controller, and of those above it, which limit it too.
 
     In a container the own group may be mounted as the root, so that its path leads nowhere: the root is looked at too.
     """
@@ -91,8 +91,8 @@ def _iterate_groups(files: CgroupFiles, controller: str) -> Iterator[tuple[Path,
         else:
             continue
         folder = root / path.strip("/")
-        yield folder, version
-        for above in folder.parents:
-            if above == root.parent:
+        for group in (folder, *folder.parents):
+            if group == root.parent:
                 break
-            yield above, version
+            if group.is_dir():
+                yield group, version

@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from smoltrain.doctor.cgroups import CgroupFiles, MemoryLimit, find_cpu_quota, find_memory_limit
+from smoltrain.distributed.cgroups import CgroupMemory, CgroupPlaces, find_cgroup_memory, find_cpu_quota
 
 GIB = 2**30
 
 
-def write_groups(folder: Path, own: str, files: dict[str, str]) -> CgroupFiles:
+def write_groups(folder: Path, own: str, files: dict[str, str]) -> CgroupPlaces:
     (folder / "own").write_text(own)
     for name, text in files.items():
         path = folder / "mounts" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-    return CgroupFiles(folder / "mounts", folder / "own")
+    return CgroupPlaces(folder / "mounts", folder / "own")
 
 
 def test_version_2_the_tightest_group_above_counts(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_version_2_the_tightest_group_above_counts(tmp_path: Path) -> None:
         "slurm/job_7/memory.stat": f"anon 7\ninactive_file {GIB}\n",
         "slurm/job_7/cpu.max": "150000 100000\n",
     })  # fmt: skip
-    assert find_memory_limit(files) == MemoryLimit(4 * GIB, 2 * GIB, tmp_path / "mounts/slurm/job_7")
+    assert find_cgroup_memory(files) == CgroupMemory(4 * GIB, 2 * GIB, tmp_path / "mounts/slurm/job_7")
     assert find_cpu_quota(files) == 1.5
 
 
@@ -41,7 +41,7 @@ def test_version_1_and_a_container_that_sees_its_own_group_as_the_root(tmp_path:
         "cpu/cpu.cfs_quota_us": "50000\n",
         "cpu/cpu.cfs_period_us": "100000\n",
     })  # fmt: skip
-    limit = find_memory_limit(files)
+    limit = find_cgroup_memory(files)
     assert limit is not None
     assert (limit.limit, limit.free) == (GIB, GIB // 2)
     assert find_cpu_quota(files) == 0.5
@@ -56,6 +56,6 @@ UNLIMITED = {
 @pytest.mark.parametrize(("own", "files"), [("4:memory:/\n2:cpu:/\n", UNLIMITED), ("0::/\n", {"cgroup.procs": ""})])
 def test_without_a_limit_there_is_none(own: str, files: dict[str, str], tmp_path: Path) -> None:
     groups = write_groups(tmp_path, own, files)
-    assert find_memory_limit(groups) is None
+    assert find_cgroup_memory(groups) is None
     assert find_cpu_quota(groups) is None
-    assert find_memory_limit(CgroupFiles(tmp_path / "none", tmp_path / "none")) is None
+    assert find_cgroup_memory(CgroupPlaces(tmp_path / "none", tmp_path / "none")) is None
