@@ -19,7 +19,7 @@ from smoltrain.inference.conversation import Conversation
 from smoltrain.inference.generate import check_seed
 from smoltrain.inference.load import LoadedModel
 from smoltrain.model.build import count_parameters
-from smoltrain.terminal import open_console, print_text, show_control_characters
+from smoltrain.terminal import WARNING_STYLE, open_console, print_text, show_control_characters
 
 HELP = """\
 /reset           forget the conversation, and draw from the first seed again
@@ -66,7 +66,7 @@ class Chat:
                 except UserError as error:
                     if not self._is_interactive:
                         raise
-                    self._say(format_error(error))
+                    self._say(format_error(error), WARNING_STYLE)
         except KeyboardInterrupt:
             self._say("")
             raise
@@ -135,7 +135,7 @@ class Chat:
         name, _, value = line.removeprefix("/").partition(" ")
         value = value.strip()
         if name not in COMMANDS:
-            want = suggest_choice(name, COMMANDS)
+            want = suggest_choice(f"/{name}", [f"/{command}" for command in COMMANDS])
             raise UserError(Problem("no such command", format_value(line), want, "the line, or // for a text"))
         if name in SETTINGS:
             self._set(name, value)
@@ -176,8 +176,8 @@ class Chat:
 
     # ---- what is said beside the answers
 
-    def _say(self, text: str) -> None:
-        print_text(text, self._errors, style="dim" if self._is_interactive else "")
+    def _say(self, text: str, style: str = "dim") -> None:
+        print_text(text, self._errors, style=style if self._is_interactive else "")
 
     def _say_all(self, notes: list[str]) -> None:
         for note in notes:

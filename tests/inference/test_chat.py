@@ -96,7 +96,7 @@ def test_the_help_names_every_command(talk: Talk):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b"/rest", "no such command: saw '/rest', want 'reset' (the nearest valid one)"),
+        (b"/rest", "no such command: saw '/rest', want '/reset' (the nearest valid one)"),
         (b"/top-k many", "generation.top_k is not valid: saw 'many', want a whole number; change /top-k"),
         (b"/temperature -1", "generation.temperature is not valid: saw '-1', want greater than or equal to 0"),
         (b"/seed x", f"the seed is not valid: saw 'x', want a whole number, 0 to {MAX_SEED}; change /seed"),
