@@ -13,8 +13,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1c2733; margin: 0 auto; pad
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; }
-th, td { text-align: right; padding: .3rem .8rem; border-bottom: 1px solid #e3e6e9; vertical-align: top;
-  overflow-wrap: anywhere; }
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #e3e6e9; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 td { font-variant-numeric: tabular-nums; }
 img { width: 100%; height: auto; }
