@@ -60,7 +60,8 @@ class TerminalSession:
     @property
     def pictures(self) -> list[list[str]]:
         """What stood on the whole screen, picture after picture, of a command that draws on all of it; no colours."""
-        plain = re.sub(r"\x1b\[[0-9;?]*[A-GI-Za-z]", "", self.raw.replace("\r", ""))
+        drawn = self.raw.partition("\x1b[?1049l")[0]  # until the screen of before is back
+        plain = re.sub(r"\x1b\[[0-9;?]*[A-GI-Za-z]", "", drawn.replace("\r", ""))
         return [[line.rstrip() for line in part.split("\n")] for part in plain.split("\x1b[H")[1:]]
 
     @property

@@ -13,11 +13,10 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1c2733; margin: 0 auto; pad
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; }
-th, td { text-align: right; padding: .3rem .8rem; border-bottom: 1px solid #e3e6e9; vertical-align: top;
-  overflow-wrap: anywhere; }
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #e3e6e9; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; }
 td { font-variant-numeric: tabular-nums; }
-img { width: 100%; height: auto; }
+img { width: 100%; min-width: 36rem; height: auto; } /* on a phone it scrolls: its letters would be dots */
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f8fb; padding: .8rem; }
 """
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the page could load nothing if it tried
@@ -38,7 +37,8 @@ def render_page(comparison: RunComparison) -> str:
         _render_table(labels, comparison.results),
         "<h2>Losses</h2>",
         "<p>Lines: training, dots: validation; each run in one colour.</p>",
-        f'<img alt="Losses of {escape(title)} over steps, tokens and hours" src="data:image/png;base64,{picture}">',
+        f'<div class="table"><img alt="Losses of {escape(title)} over steps, tokens and hours"',
+        f'src="data:image/png;base64,{picture}"></div>',
         "<h2>Configs</h2>",
     ]
     if comparison.differences:

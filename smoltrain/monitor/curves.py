@@ -13,7 +13,7 @@ from smoltrain.run.summary import PARTS
 from smoltrain.run.time_left import START_S
 
 TOKENS = "data/tokens"
-MAX_POINTS = 600  # of a curve in a picture; more are averaged
+MAX_POINTS = 200  # of a curve in a picture; more are averaged, so that curves of several runs are told apart
 
 
 @dataclass(frozen=True)

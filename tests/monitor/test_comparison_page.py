@@ -6,8 +6,11 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
+
 from smoltrain.monitor.compare import TableRow, compare_named_runs
 from smoltrain.monitor.comparison_page import render_page
+from tests.browser import asked_for, chromium
 from tests.monitor.records import make_run
 
 EVIL = "<script>alert(1)</script>"
@@ -53,3 +56,16 @@ def test_a_page_has_all_of_a_comparison_and_escapes_it(tmp_path: Path) -> None:
 def test_runs_of_one_config_say_so(tmp_path: Path) -> None:
     runs = [make_run(tmp_path, "run.name=one"), make_run(tmp_path, "run.name=two")]
     assert "Their configs are the same" in render_page(compare_named_runs([str(run) for run in runs]))
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_phone_shows_it_in_its_width_and_it_asks_nobody(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "run.name=one"), make_run(tmp_path, "run.name=two", "phases.main.lr=1e-3")]
+    page = tmp_path / "compare.html"
+    page.write_text(render_page(compare_named_runs([str(run) for run in runs])), encoding="utf-8")
+    with chromium(tmp_path / "profile", 390, 800) as browser:
+        browser.get(page.as_uri())
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+        assert browser.execute_script("return document.images[0].naturalWidth") == 1170
+        assert asked_for(browser) == {page.as_uri()}

