@@ -2,7 +2,7 @@
 
 import re
 
-MARKUP = re.compile(r"([\\`*_{}\[\]()#+!|<>~&$-])")
+MARKUP = re.compile(r"([\\`*_{}\[\]()#!|<>~&$])")
 
 
 def escape_markdown(text: str) -> str:
