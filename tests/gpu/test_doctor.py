@@ -7,7 +7,7 @@ from smoltrain.doctor.all_reduce import check_all_reduce
 from smoltrain.doctor.probe import Probe
 from smoltrain.doctor.software import check_bf16, check_cuda, check_gpu_clocks, check_nccl
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 def test_the_gpus_are_found_and_multiply_right() -> None:
