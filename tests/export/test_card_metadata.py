@@ -1,6 +1,7 @@
 """The metadata is left out where nothing is known, and what is not a number is no result."""
 
 import math
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -45,4 +46,5 @@ def test_every_licence_of_the_list_is_a_word_that_yaml_keeps():
     for name in HUB_LICENSES:
         given = "Mine" if name == "other" else None
         text = write_card_metadata("m", "llama", ExportSection(license=name, license_name=given), None, {}, {})
-        assert ModelCard(f"---\n{text}\n---\n").data.license == name
+        card: Any = ModelCard(f"---\n{text}\n---\n")
+        assert card.data.license == name

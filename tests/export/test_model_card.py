@@ -143,7 +143,7 @@ def told_card(told_run: Path) -> str:
 
 
 def test_the_hubs_own_parser_reads_the_metadata_and_writes_it_alike(told_card: str):
-    card = ModelCard(told_card)
+    card: Any = ModelCard(told_card)  # whose data pyright takes for those of any kind of card
     assert card.data.language == ["en", "no"]
     assert card.data.license == "apache-2.0"
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")

@@ -1,5 +1,7 @@
 """Texts drawn together are what each would be alone, and nothing of torch or the model changes by it."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ PROMPTS = np.array([[3, 1, 4], [1, 5, 9], [2, 6, 5]])
 
 
 @pytest.mark.parametrize("section", [DECODER, GPT2], ids=["decoder", "transformers"])
-def test_a_sure_model_draws_what_it_writes_greedily_one_text_at_a_time(section: object):
+def test_a_sure_model_draws_what_it_writes_greedily_one_text_at_a_time(section: Any):
     sure = fresh(section) if section is GPT2 else folders.lively(DECODER)
     with torch.no_grad():
         for parameter in list(sure.parameters())[:1]:  # the table, which is the head too

@@ -172,13 +172,13 @@ def train_without_its_text(words: list[str]) -> int:
 
     from smoltrain.errors import Problem, UserError
     from smoltrain.launch.rank import run_rank
-    from smoltrain.train import session
+    from smoltrain.train import open_session
 
     def refuse(*_: object, **__: object) -> None:
         raise UserError(Problem("this rank has no text", "nothing", "its part", "data.path"))
 
     if os.environ["RANK"] == "3":
-        session.open_loader = refuse
+        open_session.open_loader = refuse
     return run_rank(["quickstart", *words])
 
 

@@ -35,7 +35,7 @@ from smoltrain.data.tokens.prepare import load_prepared_data
 from smoltrain.engine.engine import Engine
 from smoltrain.train.spikes import Rewind
 from smoltrain.engine.adamw import AdamW
-from smoltrain.train import session
+from smoltrain.train import open_session
 kind, mark, *words = sys.argv[1:]
 kind = kind.split()
 forward, ids = Engine.forward, []
@@ -56,8 +56,8 @@ if "killed" in kind:
 if "fused" in kind or "late" in kind:
     AdamW.build = build_fused
 if "late" in kind:
-    Session = session.Session
-    session.Session = lambda *parts, **more: Session(*parts, **{**more, "reads_late": True})
+    Session = open_session.Session
+    open_session.Session = lambda *parts, **more: Session(*parts, **{**more, "reads_late": True})
 code = rank.run_rank(words)
 sys.stdout.flush()
 sys.stderr.flush()
