@@ -13,10 +13,10 @@ from tests.monitor.records import BEGAN_AT, make_run, write_lines
 NOW_S = BEGAN_AT + 10 + 16 + 30
 
 
-@pytest.fixture
-def reader(tmp_path: Path) -> RunReader:
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> RunReader:
     """A run that stopped after 8 of 12 steps, with a warning and a sample that no terminal should obey."""
-    run = make_run(tmp_path)
+    run = make_run(tmp_path_factory.mktemp("watched"))
     write_ending(run, "stopped", "after step 8 (SIGTERM)")
     log = "2026-11-30 12:00:00,000 smoltrain INFO WARNING: 12% of the step is spent waiting for data\n"
     (run / "logs" / "rank0.log").write_text(log, encoding="utf-8")
