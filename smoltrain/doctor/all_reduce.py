@@ -15,6 +15,7 @@ from smoltrain.errors import FAULT
 MODULE = "smoltrain.doctor.all_reduce"
 RANKS = 2
 LIMIT_S = 30.0  # of which importing torch takes the most
+GRACE_S = 1.0  # for the other rank, when one has failed
 NUMEL = 2**20
 GLOO_SOURCE = re.compile(r"\[enforce fail at [^]]*\] .*?\. ")  # a line of C++ and its condition, in gloo's errors
 
@@ -65,7 +66,7 @@ def run_two_ranks(device: str, limit_s: float) -> list[ChildResult]:
         for process in processes:
             results.append(await_child(process, limit_s))
             if results[-1].code != 0:
-                limit_s = min(limit_s, 1.0)  # the other one waits for this one
+                limit_s = min(limit_s, GRACE_S)  # the other one waits for this one
     finally:
         for process in processes:
             kill_child(process)

@@ -1,5 +1,6 @@
 """Two real ranks: that meet, that cannot, of which one hangs, of which one adds up wrong."""
 
+import subprocess
 import time
 
 import psutil
@@ -45,6 +46,26 @@ def test_a_rank_that_never_comes_is_not_waited_for(monkeypatch: pytest.MonkeyPat
     while [p for p in set(psutil.Process().children(recursive=True)) - before if p.status() != psutil.STATUS_ZOMBIE]:
         assert time.monotonic() < deadline, "somebody is left"
         time.sleep(0.01)
+
+
+def test_when_one_has_failed_the_other_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+    start = all_reduce.start_child
+    wait = all_reduce.await_child
+
+    def start_failing(words: list[str], environment: dict[str, str], handles: tuple[int, ...]) -> object:
+        code = {"0": "import sys; sys.exit('no luck')", "1": "import time; time.sleep(600)"}[environment["RANK"]]
+        return start(["-S", "-c", code], environment, handles)
+
+    def await_and_note(process: subprocess.Popen[str], limit_s: float) -> child.ChildResult:
+        limits.append(limit_s)
+        return wait(process, limit_s)
+
+    monkeypatch.setattr(all_reduce, "start_child", start_failing)
+    monkeypatch.setattr(all_reduce, "await_child", await_and_note)
+    monkeypatch.setattr(all_reduce, "GRACE_S", 0.1)
+    assert check_all_reduce("cpu", limit_s=100.0).saw.endswith("the process ended with code 1: no luck")
+    assert limits == [100.0, 0.1]
 
 
 def test_wrong_sums_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
