@@ -77,7 +77,8 @@ def test_the_page_says_what_the_run_does(tmp_path: Path):
 def test_events_are_told(tmp_path: Path):
     run = make_run(tmp_path)
     config = (run / "config.yaml").read_text()
-    resumes = "  - {time: '2026-11-30T07:49:59+00:00', from_step: 5, ranks: 2, changes: ['phases.main.lr: 1 -> 2']}\n"
+    changes = "[run.stop_after, 'phases.main.lr: 1 -> 2']"
+    resumes = f"  - {{time: '2026-11-30T07:49:59+00:00', from_step: 5, ranks: 2, changes: {changes}}}\n"
     resumes += "  - {time: '2026-11-30T08:49:59+00:00', from_step: 8, ranks: 2}\n"
     (run / "config.yaml").write_text(config.partition("# sha256")[0] + resumes)
     spike = {"step": 7, "time_s": 1.7e9, "does": "rewind", "rows": [1, 2], "loss": 99.5, "why": "it is far off"}

@@ -28,7 +28,7 @@ def test_a_plan_becomes_a_png(tmp_path: Path, phases: tuple[PhaseSection, ...]):
 
 def test_the_title_is_in_the_picture_as_it_is_typed(tmp_path: Path):
     pictures = []
-    for title in ("", "quickstart: 43 steps", "a$b_{$ and ^$"):  # which matplotlib would take for mathematics
+    for title in ("", "quickstart: 43 steps", "a$b_{$"):  # which matplotlib would take for mathematics
         draw_plan(Plan((MAIN, AFTER)), tmp_path / "plan.png", title)
         pictures.append((tmp_path / "plan.png").read_bytes())
     assert len(set(pictures)) == 3
