@@ -199,7 +199,7 @@ def complete(words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("smoltrain trian", []),
         ("smoltrain train qui", ["quickstart"]),
         ("smoltrain show smollm2-1", ["smollm2-124m", "smollm2-135m", "smollm2-135m-fast", "smollm2-135m-hf"]),
-        ("smoltrain explain evaluate", ["evaluate", "evaluate.every", "evaluate.rows"]),
+        ("smoltrain explain evaluate", ["evaluate", "evaluate.every", "evaluate.memorisation_every", "evaluate.rows"]),
         ("smoltrain generate fi", ["first"]),
         ("smoltrain plot ", ["first", "second"]),
         ("smoltrain generate first --top-", ["--top-k", "--top-p"]),
