@@ -50,11 +50,6 @@ class Probe:
             raise RuntimeError(self._failure)
         return self._facts
 
-    @property
-    def facts(self) -> TorchFacts | None:
-        """What is known so far, without asking."""
-        return self._facts
-
 
 def try_flash_packages() -> tuple[dict[str, str], str]:
     """(FlashAttention -> what is wrong with it, "" if nothing; why the process that tried ended too early, or "")."""

@@ -1,7 +1,6 @@
 """The CPU: how many cores this process has, who else computes on them, and whether they are slowed down."""
 
 import os
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -114,9 +113,3 @@ def check_cpu_clocks(cpus: Path = CPUS) -> Finding:
     if not governors:
         return Finding("ok", "this machine does not tell its clocks, as most virtual ones")
     return Finding("ok", f"governor {', '.join(sorted(governors))}, full clocks, no core was slowed down by heat")
-
-
-def name_processor(file: Path = Path("/proc/cpuinfo")) -> str:
-    """Its model, as Linux names it; "" where it does not."""
-    found = re.search(r"^model name\s*: (.*)$", file.read_text(), re.MULTILINE) if file.is_file() else None
-    return found[1] if found else ""

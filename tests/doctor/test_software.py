@@ -77,8 +77,7 @@ def test_torch_is_asked_and_what_it_says_is_right() -> None:
     asked = Probe()
     assert software.check_torch(asked).saw.startswith(f"{torch.__version__}, built for ")
     assert software.check_bf16(asked, None).status == "ok"
-    assert asked.facts is not None
-    assert len(asked.facts.gpus) == torch.cuda.device_count()
+    assert len(asked.ask().gpus) == torch.cuda.device_count()
 
 
 def test_a_torch_that_cannot_be_imported_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
