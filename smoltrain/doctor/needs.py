@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-import psutil
-
 from smoltrain.config.schema import Config
+from smoltrain.distributed.memory_limits import find_shared_limit
 from smoltrain.errors import UserError
 
 CPU_RANKS = 2  # of `smoltrain train` on a machine without a GPU
@@ -24,10 +23,7 @@ class RunNeeds:
 
 
 def estimate_needs(config: Config, ranks: int, gpu_bytes: float | None) -> RunNeeds:
-    """Of so many ranks, on GPUs of so many bytes; None: on this machine's CPU. Errors: UserError.
-
-    On a CPU a run that chooses its micro-batch divides the memory of the machine, whatever a container allows.
-    """
+    """Of so many ranks, on GPUs of so many bytes; None: on this machine's CPU. Errors: UserError."""
     from smoltrain.engine.optimizer import checkpoint_bytes  # and torch with it
     from smoltrain.estimate.fitting import build_fitted_setup, fit_config_to_memory
     from smoltrain.estimate.horizon import resolve_config
@@ -36,7 +32,7 @@ def estimate_needs(config: Config, ranks: int, gpu_bytes: float | None) -> RunNe
     from smoltrain.schedule import Plan
 
     device: Literal["cpu", "cuda"] = "cpu" if gpu_bytes is None else "cuda"
-    memory = psutil.virtual_memory().total / ranks if gpu_bytes is None else gpu_bytes
+    memory = find_shared_limit().num_bytes / ranks if gpu_bytes is None else gpu_bytes
     fitted = fit_config_to_memory(config, memory, ranks, device=device)
     setup = build_fitted_setup(fitted, memory, ranks, device=device)
     hidden = setup.shape.hidden_parameters

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from types import CodeType
 from typing import Any, NamedTuple
@@ -27,6 +28,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns and guesses
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 
+# DeepSpeed's autotuner, which it imports and nobody here uses, would import mlflow where it is installed, and with it
+# pandas and scipy: seconds. Under None it takes it for not installed.
+if "mlflow" not in sys.modules:
+    sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]
+
 import deepspeed
 import pydantic
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
@@ -37,6 +43,9 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import safe_get_full_grad
 from deepspeed.utils.tensor_fragment import fragment_address
+
+if sys.modules["mlflow"] is None:
+    del sys.modules["mlflow"]
 
 __all__ = [
     "ZERO_SUPPORTED_OPTIMIZERS", "CheckpointEngine", "DeepSpeedZeroOptimizer", "DynamicLossScaler", "LossScaler",

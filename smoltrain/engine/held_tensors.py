@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 OTHER = "other"  # than weights, gradients and optimizer
 
@@ -54,8 +55,8 @@ def list_held_tensors(parts: Mapping[str, Iterable[Tensor]], device: torch.devic
     found = [(part, tensor) for part, tensors in parts.items() for tensor in tensors]
     found += [(OTHER, thing) for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
     for part, tensor in found:
-        if tensor.device.type != device.type or tensor.layout != torch.strided:
-            continue
+        if tensor.device.type != device.type or tensor.layout != torch.strided or isinstance(tensor, FakeTensor):
+            continue  # the compiler's have no memory
         address = tensor.untyped_storage().data_ptr()
         known = owners.get(address)
         if known is None or (known[0] == part and tensor.numel() > known[1].numel()):

@@ -245,14 +245,20 @@ def test_every_world_and_stage_goes_on_from_every_other(tmp_path: Path, ranks: A
         ({"reduce_bucket_size": -1}, "saw DeepSpeedZeroConfig: reduce_bucket_size: Input should be greater than"),
     ],
 )
-def test_a_config_that_deepspeed_refuses_is_one_readable_line(tmp_path: Path, part: dict[str, Any], saw: str) -> None:
-    from smoltrain.engine.engine import build_engine
-
+def test_a_config_that_deepspeed_refuses_is_one_readable_line(
+    tmp_path: Path, ranks: Any, part: dict[str, Any], saw: str
+) -> None:
     config = json.loads(Path("ds_configs/zero2.json").read_text())
     config["zero_optimization"] |= part
     (tmp_path / "own.json").write_text(json.dumps(config))
     settings = tiny.load(tmp_path, f"engine.ds_config={tmp_path / 'own.json'}")
     with pytest.raises(UserError, match="DeepSpeed refuses its config") as refused:
-        build_engine(fresh_model(settings), settings, world(), precision="bf16", accumulation=2)
+        ranks(1).run(build, settings)
     assert saw in str(refused.value)
     assert str(refused.value).endswith("own.json")
+
+
+def build(settings: Config) -> None:
+    from smoltrain.engine.engine import build_engine
+
+    build_engine(fresh_model(settings), settings, world(), precision="bf16", accumulation=2)
