@@ -12,6 +12,7 @@ logging      WandbRun
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -243,7 +244,7 @@ class WandbRun:
                 steps = f"steps {self._last_known_step + 1} to {last_sent}"
                 description += f"; {steps}, which it lacked, come from {METRICS_FILE}"
         self.choices = [("W&B", description)]
-        if self._run and self._run.url:  # there is one online alone
+        if self._run and self._run.settings.mode == "online" and self._run.url:  # offline wandb warns of the question
             self.choices.append(("W&B page", self._run.url))
         self._save_files()
 
@@ -252,8 +253,7 @@ class WandbRun:
         run = self._run
         recipe = self._folder / CONFIG_FILE
         if run and recipe.exists():
-            base = self._folder.parent  # W&B has a config.yaml of its own
-            self._try_upload("the recipe", lambda: run.save(str(recipe), base_path=base, policy="now", glob=False))
+            self._try_upload("the recipe", lambda: _save_copy(run, recipe))
         if run and self._config.track.wandb_code:
             name = f"{self._config.run.name}-code"
             self._try_upload("the code", lambda: run.log_code(str(PACKAGE_FOLDER), name=name), LOCAL_TIMEOUT_S)
@@ -438,6 +438,14 @@ class WandbRun:
         self._identity = replace(self._identity, open=open)
         with contextlib.suppress(OSError):  # a full disk is said by what matters more
             self._identity.write(self._folder)
+
+
+def _save_copy(run: Any, recipe: Path) -> None:
+    """Give W&B a copy, in a folder of the run's name: it has a config.yaml of its own, and warns of what it links."""
+    copy = Path(run.dir, recipe.parent.name, recipe.name)
+    copy.parent.mkdir(exist_ok=True)
+    shutil.copyfile(recipe, copy)
+    run.save(str(copy), base_path=run.dir, policy="now", glob=False)
 
 
 def _read_last_error(log: Path) -> str | None:

@@ -77,6 +77,11 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     return Story(settings, outputs, json_lines(run / "metrics.jsonl"), json_lines(run / "samples.jsonl"), offline)
 
 
+def test_wandb_itself_warns_of_nothing(story: Story) -> None:
+    for output in story.outputs:
+        assert "wandb: WARNING" not in output.stdout + output.stderr
+
+
 # Of what is measured besides where a recipe asks for it: tests/train/test_evaluate_tasks.py, test_memorise.py there.
 ELSEWHERE = {"speed/task_evaluation_s", "speed/memorisation_s"} | {
     name for name in METRICS if name.startswith("memorisation/")
