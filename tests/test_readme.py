@@ -104,11 +104,21 @@ def test_the_recipes_it_names_are_shipped():
 # --- what is shipped
 
 
-def test_no_tracked_file_is_large():
+def list_tracked_files() -> list[Path]:
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     git = ["git", "-c", "safe.directory=*", "-C", str(ROOT), "ls-files", "-z"]
     names = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split("\0")
-    files = [ROOT / name for name in names if name and (ROOT / name).is_file()]
+    return [ROOT / name for name in names if name and (ROOT / name).is_file()]
+
+
+def test_no_tracked_file_is_large():
+    files = list_tracked_files()
     assert ROOT / "README.md" in files
     assert [path for path in files if path.stat().st_size > LARGEST_KB * 1000] == []
+
+
+def test_no_tracked_file_is_half_merged():
+    marks = tuple(mark * 7 + b" " for mark in (b"<", b">"))  # not as git writes them, so that this file has none
+    lines = [(path, line) for path in list_tracked_files() for line in path.read_bytes().splitlines()]
+    assert [(path.name, line) for path, line in lines if line.startswith(marks)] == []

@@ -7,6 +7,7 @@ cgroup-v1/memory.rst); the process's own limits (man 2 getrlimit).
 import contextlib
 import re
 import resource
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from smoltrain.distributed.cgroups import CgroupPlaces, iterate_cgroups
 PLACES = CgroupPlaces()
 CONTROLLER_FILES = {1: ("memory.limit_in_bytes", "memory.oom_control"), 2: ("memory.max", "memory.events")}
 VMSTAT = Path("/proc/vmstat")
+STATUS = Path("/proc/self/status")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,19 @@ def find_rank_limit(num_ranks: int) -> MemoryLimit:
         if soft != resource.RLIM_INFINITY:
             limits.append(MemoryLimit(soft - (addresses - now.rss), f"its RLIMIT_{name}, a ulimit"))
     return min(limits, key=lambda limit: limit.num_bytes)
+
+
+def read_peak_resident_bytes() -> int:
+    """The most memory of this process that was resident at once, since its program was started.
+
+    getrusage(2) tells more: what its parent had when it forked this process is in ru_maxrss still.
+    """
+    with contextlib.suppress(OSError):  # not Linux
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
+        if found:
+            return int(found[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @dataclass(frozen=True)

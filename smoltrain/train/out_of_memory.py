@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import resource
 import sys
 import traceback
 from dataclasses import replace
@@ -13,7 +12,7 @@ import psutil
 import torch
 
 from smoltrain.config.schema import Config
-from smoltrain.distributed.memory_limits import MemoryLimit, find_rank_limit
+from smoltrain.distributed.memory_limits import MemoryLimit, find_rank_limit, read_peak_resident_bytes
 from smoltrain.distributed.world import World
 from smoltrain.engine.held_tensors import list_held_tensors, sum_by_part
 from smoltrain.errors import RankTrainingStopped, UserError, exception_message, iterate_causes
@@ -112,7 +111,7 @@ def _measure_rank(error: BaseException, start: Start, world: World, session: "Se
             f"{format_gib(total - free - reserved)} are CUDA's own or another process's"
         )
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak = read_peak_resident_bytes()
         held = float(psutil.Process().memory_info().rss)
         limit = find_rank_limit(world.local_size)
         notes.append(f"resident memory at its highest, earlier or now: {format_gib(peak)}")

@@ -1,6 +1,5 @@
 """What a step did, and what is known of one before the host has read it."""
 
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,6 +8,7 @@ import numpy as np
 import torch
 
 from smoltrain.data.rows.row_contents import RowContents
+from smoltrain.distributed.memory_limits import read_peak_resident_bytes
 from smoltrain.distributed.world import World
 from smoltrain.engine.layer_gradients import LayerGradient
 from smoltrain.engine.layer_weights import LayerWeight
@@ -105,4 +105,4 @@ def peak_memory_gib(world: World) -> float:
         return torch.cuda.max_memory_allocated(world.device) / 2**30
     if world.device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+    return read_peak_resident_bytes() / 2**30

@@ -1,6 +1,8 @@
 """Limits of memory and counts of kills, from files of the kernel that are made up."""
 
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,6 +40,22 @@ def write_cgroup(kernel: Path, version: int, path: str, seen: str) -> Path:
     name = "0:" if version == 2 else "4:memory"
     (kernel / "cgroup").write_text(f"9:name=systemd:/\n{name}:{path}\n")
     return folder
+
+
+CHILD = """
+import resource
+from smoltrain.distributed.memory_limits import read_peak_resident_bytes
+print(read_peak_resident_bytes(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel of Linux keeps a parent's peak")
+def test_the_peak_is_that_of_this_program_and_not_of_the_process_that_started_it() -> None:
+    held = bytearray(b"x" * 400 * 2**20)
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
+    peak, with_parents = map(int, done.stdout.split())
+    assert len(held) < with_parents
+    assert 5 * 2**20 < peak < 200 * 2**20
 
 
 def test_version_2_and_the_smallest_limit_above_it(kernel: Path) -> None:

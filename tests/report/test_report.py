@@ -197,11 +197,12 @@ def test_a_run_without_a_step_and_an_out_that_cannot_be_written_are_refused(tmp_
 
 
 MEASURED = """
-import resource, sys
+import sys
 from pathlib import Path
+from smoltrain.distributed.memory_limits import read_peak_resident_bytes
 from smoltrain.report.report import write_run_report
 write_run_report(Path(sys.argv[1]))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(read_peak_resident_bytes() / 2**20)
 """
 
 

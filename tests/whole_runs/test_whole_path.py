@@ -15,7 +15,7 @@ from tests import hub_uploads, preloaded, tiny
 SCRIPT = Path(__file__).parents[2] / "examples" / "whole_path.sh"
 SAYS = {  # verb -> what it must print, in the order of the script
     "train": r"^done: 12 of 12 steps",
-    "runs": r"first[\s\S]*second",
+    "runs": r"second[\s\S]*first",  # the newest comes first
     "watch": r"first",
     "summary": r"validation loss",
     "plot": r"loss\.png$",
