@@ -30,7 +30,9 @@ def judge_loss(fates: dict[int, str], machines: tuple[int, ...], hosts: tuple[st
     names = " and ".join(sorted({hosts[rank] for rank in gone}))
     ranks = f"rank{'s' * (len(gone) > 1)} {', '.join(map(str, sorted(gone)))}"
     if silent:
-        what = f"{names} ({ranks}) has not been heard for {lost_host_s:g} s: its power or its network is gone"
+        has = "have" if " and " in names else "has"
+        its = "their" if " and " in names else "its"
+        what = f"{names} ({ranks}) {has} not been heard for {lost_host_s:g} s: {its} power or {its} network is gone"
     else:
         what = f"{ranks} on {names} {'are' if len(gone) > 1 else 'is'} lost: the process has ended"
     text = f"{what}; the same command goes on from the last checkpoint"

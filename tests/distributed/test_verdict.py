@@ -15,7 +15,7 @@ HOSTS = ("n0", "n0", "n1", "n1", "n2")
         ({3: ENDED}, "rank 3 on n1 is lost: the process has ended; ", (3,)),
         ({3: ENDED, 2: ENDED}, "ranks 2, 3 on n1 are lost: the process has ended; ", (2, 3)),
         ({3: UNHEARD}, "n1 (ranks 2, 3) has not been heard for 45 s: its power or its network is gone; ", (2, 3)),
-        ({4: UNHEARD, 1: ENDED}, "n0 and n2 (ranks 1, 4) has not been heard for 45 s", (1, 4)),
+        ({4: UNHEARD, 1: ENDED}, "n0 and n2 (ranks 1, 4) have not been heard for 45 s: their power", (1, 4)),
     ],
 )
 def test_a_loss_names_ranks_and_hosts(fates: dict[int, str], said: str, gone: tuple[int, ...]) -> None:

@@ -128,7 +128,7 @@ print("done")
 def test_while_a_rank_is_suspended_no_time_passes(tmp_path: Path, all_are: bool) -> None:
     code = """
 watchdog.BACKSTOP_S = 0.2
-dog = watchdog.Watchdog(Path(sys.argv[1]), 0, 1, limit_s=3)  # of which its own second and, on a busy machine, one more are awake
+dog = watchdog.Watchdog(Path(sys.argv[1]), 0, 1, limit_s=3)  # of which one second is its own, another a busy machine's
 dog.begin_step(1)
 time.sleep(0.2)
 print("begun", flush=True)
