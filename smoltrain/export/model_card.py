@@ -10,6 +10,7 @@ from typing import Any
 from smoltrain import __version__
 from smoltrain.config.schema import Config, DataSection, ExportSection, SourceSection
 from smoltrain.errors import Problem, UserError
+from smoltrain.evaluation.results import evaluation_file
 from smoltrain.export.card_metadata import STDERR_SUFFIX, VALIDATION_RESULTS, TaskResults, write_card_metadata
 from smoltrain.export.markdown_text import escape_markdown, fence_code, quote_code
 from smoltrain.export.marker import ExportSource
@@ -79,7 +80,7 @@ def read_last_metrics(file: Path, step: int) -> dict[str, Any]:
 
 def read_task_results(run: Path, step: int) -> TaskResults:
     """Metrics by task that `smoltrain eval` has measured at this very step. Errors: UserError for a damaged file."""
-    file = run / "evaluations" / f"step-{step}.json"
+    file = evaluation_file(run, step)
     if not file.is_file():
         return {}
     try:
