@@ -18,7 +18,16 @@ from smoltrain.config.config_file import CONFIG_FILE
 from smoltrain.config.load import read_run_config
 from smoltrain.errors import Problem, UserError
 from smoltrain.files import METRICS_FILE, read_jsonl
-from smoltrain.run.time_left import CLOSING_S, EVALUATION_S, PAUSE_S, SAMPLING_S, START_S, STEP_S, TASK_EVALUATION_S
+from smoltrain.run.time_left import (
+    CLOSING_S,
+    EVALUATION_S,
+    MEMORISATION_S,
+    PAUSE_S,
+    SAMPLING_S,
+    START_S,
+    STEP_S,
+    TASK_EVALUATION_S,
+)
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.schedule import Plan
 
@@ -29,6 +38,7 @@ PARTS = {
     "steps": STEP_S,
     "evaluation": EVALUATION_S,
     "tasks": TASK_EVALUATION_S,
+    "memorisation": MEMORISATION_S,
     "sampling": SAMPLING_S,
     "saving": PAUSE_S,
     "closing": CLOSING_S,

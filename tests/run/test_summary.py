@@ -59,12 +59,20 @@ def write(folder: Path, lines: list[dict[str, Any]], undone: list[dict[str, Any]
     return folder
 
 
+def test_measuring_memorisation_is_a_part_of_its_own(tmp_path: Path, plan: Plan) -> None:
+    *before, closing = ONE_START
+    measured = {"step": 3, "time_s": BEGAN_AT + 23.5, "speed/memorisation_s": 0.25}
+    summary = summarise_run(plan, write(tmp_path / "run", [*before, measured, closing]))
+    assert summary.times
+    assert (summary.times.parts["memorisation"], summary.times.parts["other"]) == pytest.approx((0.25, 0.25))
+
+
 def test_the_parts_add_up_to_the_wall_clock(tmp_path: Path, plan: Plan) -> None:
     summary = summarise_run(plan, write(tmp_path / "run", ONE_START))
     assert summary.times
     assert summary.times.parts == pytest.approx({
         "starting": 10.0, "steps": 8.0, "evaluation": 3.0, "tasks": 0.5, "sampling": 1.0, "saving": 0.5,
-        "closing": 1.5, "steps done again": 0.0, "other": 0.5,
+        "closing": 1.5, "steps done again": 0.0, "other": 0.5, "memorisation": 0.0,
     })  # fmt: skip
     assert summary.times.wall_s == pytest.approx(25.0), "from the command's start to the last line"
     assert (summary.times.num_starts, summary.times.num_steps, summary.times.num_tokens) == (1, 3, 3 * TOKENS)
