@@ -109,6 +109,9 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     ),
     "smoltrain.train.bad_steps": ("what a step does then", "tests/train/test_step.py, tests/train/test_spikes.py"),
     "smoltrain.train.derived_facts": ("what W&B's files of a real run are asked for", "tests/run/test_track.py"),
+    "smoltrain.train.run_tasks": ("the tasks of a run", "tests/train/test_evaluate_tasks.py"),
+    "smoltrain.train.session": ("what is open; opened in", "tests/train/test_open_session.py"),
+    "smoltrain.train.unread_update": ("numbers of a step", "tests/train/test_step.py"),
     "smoltrain.train.step_result": ("what a step returns", "tests/train/test_step.py, tests/train/test_spikes.py"),
     "smoltrain.train.backstop": ("a process beside the watchdog", "tests/train/test_watchdog.py"),
 }

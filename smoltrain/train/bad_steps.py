@@ -2,15 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from smoltrain.data.rows.batch import Batch
 from smoltrain.data.rows.row_contents import RowContents
 from smoltrain.errors import TrainingStopped
 from smoltrain.kernels.loss import IGNORE_INDEX
-
-if TYPE_CHECKING:  # which opens what a step works on, and imports the step
-    from smoltrain.train.session import Session
+from smoltrain.train.session import Session
 
 MAX_SKIPS_IN_A_ROW = 50  # fp16's loss scale halves from 2^16 to 1 in 16 of them
 
@@ -23,7 +21,7 @@ def describe_bad_step(losses: Sequence[float], lr: float, gradient_norm: float) 
 
 
 def compute_row_losses(
-    micro_batches: Sequence[Batch], describe_rows: Callable[[], list[RowContents]], session: "Session"
+    micro_batches: Sequence[Batch], describe_rows: Callable[[], list[RowContents]], session: Session
 ) -> tuple[list[RowContents], list[float]]:
     """All ranks' rows by position, with the mean loss of each alone, nats per token without dropout. Collective.
 
@@ -44,7 +42,7 @@ def compute_row_losses(
     return [row for row, _ in pairs], [loss for _, loss in pairs]
 
 
-def end_run_of_bad_gradients(step: int, loss: float, rows_consumed: int, session: "Session") -> NoReturn:
+def end_run_of_bad_gradients(step: int, loss: float, rows_consumed: int, session: Session) -> NoReturn:
     """Write into the journal that no update of this step was possible. Collective. Errors: TrainingStopped."""
     reason = f"{MAX_SKIPS_IN_A_ROW} updates in a row had a gradient that is not finite"
     session.guard.record_end(step, loss, reason, (rows_consumed - session.loader.layout.rows_per_step, rows_consumed))

@@ -1,18 +1,15 @@
 """The loss on held-out rows, over all ranks."""
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 
 from smoltrain.data.rows.batch import Batch
 from smoltrain.kernels.loss import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    from smoltrain.train.session import Session
+from smoltrain.train.session import Session
 
 
-def evaluate_loss(session: "Session", batches: list[Batch], bytes_per_id: torch.Tensor) -> tuple[float, float] | None:
+def evaluate_loss(session: Session, batches: list[Batch], bytes_per_id: torch.Tensor) -> tuple[float, float] | None:
     """Mean loss over the validation rows of all ranks: nats per token, and bits per UTF-8 byte. Collective.
 
     `batches` are this rank's, as many as every other's. None if a rank is to stop before they are done.

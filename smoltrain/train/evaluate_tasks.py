@@ -4,21 +4,19 @@ The first rank runs the harness, which asks for scores and texts; the others ser
 ranks in batches; what is written they all write together, since the forward pass of ZeRO-3 is collective.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smoltrain.config.schema import Config
 from smoltrain.data.tokenizers.companions import read_generation_config
-from smoltrain.distributed.world import World
 from smoltrain.errors import TrainingStopped, exception_message
 from smoltrain.evaluation.judge import WriteRequest, WritingRules, write_text
 from smoltrain.evaluation.score import Score, Window, plan_batches, score_batch
 from smoltrain.inference.load import stop_token_ids
+from smoltrain.train.session import Session
 
 if TYPE_CHECKING:
     from smoltrain.evaluation.harness import HarnessTasks
-    from smoltrain.train.session import Session
 
 TaskMetrics = dict[str, dict[str, float]]  # by task, then by metric
 
@@ -35,33 +33,7 @@ class EvaluationStopped(Exception):
     """A rank is to stop: all leave the evaluation."""
 
 
-def check_run_tasks(config: Config) -> None:
-    """Errors: UserError if a task of the recipe is none, or lm-evaluation-harness is not installed."""
-    if config.evaluate.tasks:
-        from smoltrain.evaluation import harness  # lm_eval, which takes seconds
-
-        harness.check_task_names(config.evaluate.tasks)
-
-
-def load_run_tasks(config: Config, world: World, say: Callable[[str], None]) -> "HarnessTasks | None":
-    """The recipe's tasks with their documents, on the first rank; None elsewhere, and without any. Collective.
-
-    Errors: UserError, on every rank, for what cannot be loaded.
-    """
-    if not config.evaluate.tasks:
-        return None
-    tasks: list[HarnessTasks] = []
-
-    def load() -> None:
-        from smoltrain.evaluation import harness
-
-        tasks.append(harness.load_tasks(config.evaluate.tasks, say=say))
-
-    world.run_on_first_rank(load, patient=True)
-    return tasks[0] if tasks else None
-
-
-def evaluate_run_tasks(session: "Session", tasks: "HarnessTasks | None") -> TaskMetrics | None:
+def evaluate_run_tasks(session: Session, tasks: "HarnessTasks | None") -> TaskMetrics | None:
     """The metrics of each task, on every rank; None if a rank is to stop, or the harness has failed. Collective.
 
     Errors: TrainingStopped for a model whose logits are not finite.
@@ -75,7 +47,7 @@ def evaluate_run_tasks(session: "Session", tasks: "HarnessTasks | None") -> Task
             return None
 
 
-def _lead(session: "Session", tasks: "HarnessTasks") -> TaskMetrics | None:
+def _lead(session: Session, tasks: "HarnessTasks") -> TaskMetrics | None:
     """On the first rank: run the harness, and tell the others when it is done."""
     from smoltrain.evaluation import harness
 
@@ -91,7 +63,7 @@ def _lead(session: "Session", tasks: "HarnessTasks") -> TaskMetrics | None:
     return session.world.run_on_first_rank(lambda: metrics)
 
 
-def _serve(session: "Session") -> TaskMetrics | None:
+def _serve(session: Session) -> TaskMetrics | None:
     """On the other ranks: do what the first one asks for, until it sends the metrics."""
     while True:
         asked: Any = session.world.run_on_first_rank(lambda: None)
@@ -103,7 +75,7 @@ def _serve(session: "Session") -> TaskMetrics | None:
 class RankJudge:
     """The model that trains, as the harness on the first rank sees it."""
 
-    def __init__(self, session: "Session") -> None:
+    def __init__(self, session: Session) -> None:
         self._session = session
         self.tokenizer = session.loader.prepared.tokenizer
         self.context = session.config.model.max_position_embeddings
@@ -121,11 +93,11 @@ class RankJudge:
         return _do_work(self._session, work)
 
 
-def _do_work(session: "Session", work: Work) -> list[Any]:
+def _do_work(session: Session, work: Work) -> list[Any]:
     return _write_together(session, work.requests) if work.requests else _score_together(session, work.windows)
 
 
-def _score_together(session: "Session", windows: Sequence[Window]) -> list[Score]:
+def _score_together(session: Session, windows: Sequence[Window]) -> list[Score]:
     """The scores of all windows, on every rank; each rank computes every so many-th batch."""
     world = session.world
     batches = plan_batches(windows, session.config.model.vocab_size)
@@ -151,7 +123,7 @@ def _score_together(session: "Session", windows: Sequence[Window]) -> list[Score
     return [together[place] for place in range(len(windows))]
 
 
-def _write_together(session: "Session", requests: Sequence[WriteRequest]) -> list[str]:
+def _write_together(session: Session, requests: Sequence[WriteRequest]) -> list[str]:
     """What the model writes behind each, on every rank the same."""
     config = session.config
     tokenizer = session.loader.prepared.tokenizer
@@ -166,7 +138,7 @@ def _write_together(session: "Session", requests: Sequence[WriteRequest]) -> lis
     return texts
 
 
-def _check_stop(session: "Session") -> None:
+def _check_stop(session: Session) -> None:
     """Errors: EvaluationStopped on every rank if any is to stop."""
     session.watchdog.mark("evaluation")
     [num_stops] = session.world.sum_ints(session.stop.is_raised())

@@ -1,11 +1,13 @@
 """The training loop: one step after the other, and what is due after each."""
 
+import functools
 import time
 
 from smoltrain.distributed.stop import StopFlag
 from smoltrain.distributed.world import World
 from smoltrain.errors import DONE, STOPPED
 from smoltrain.run.plots import draw_run
+from smoltrain.train import after_step
 from smoltrain.train.describe import describe_completion
 from smoltrain.train.garbage import collect_between_steps
 from smoltrain.train.session import Session
@@ -25,35 +27,35 @@ def run_loop(session: Session) -> int:
     session.stop.listen()
     if start.validation_missing:
         with show_activity("evaluating"):
-            is_whole = session.validate(start.point.step)
+            is_whole = after_step.validate(session, start.point.step)
         if not is_whole:
             return _leave(session, start.point.step)
     with collect_between_steps() as collect:
         steps = range(start.point.step + 1, start.last_step + 1)
-        for step, result in train_steps(steps, session, session.is_anything_due):
-            session.record_rows(result)
+        for step, result in train_steps(steps, session, functools.partial(after_step.is_anything_due, session)):
+            after_step.record_rows(session, result)
             if result.stopped:
-                session.save(step - 1)
+                after_step.save(session, step - 1)
                 return _leave(session, step - 1, waited_for_data=result.waited_for_data)
             session.saver.poll()
-            session.record(step, result)
-            session.run_callbacks(step, result)
+            after_step.record(session, step, result)
+            after_step.call_callbacks(session, step, result)
             if plan.is_due(step, config.evaluate.every):
                 with show_activity("evaluating"):
-                    session.validate(step)
+                    after_step.validate(session, step)
             if plan.is_due(step, config.evaluate.tasks_every):
                 with show_activity("evaluating"):
-                    session.evaluate_tasks(step)
+                    after_step.evaluate_tasks(session, step)
             if plan.is_due(step, config.evaluate.memorisation_every):
                 with show_activity("measuring memorisation"):
-                    session.gauge_memorisation(step)
+                    after_step.gauge_memorisation(session, step)
             if plan.is_due(step, config.sample.every):
                 with show_activity("sampling"):
-                    session.sample(step)
+                    after_step.sample(session, step)
             collect(step)
             if plan.is_due(step, config.checkpoint.every) or plan.ends_phase(step):
                 with show_activity("saving"):
-                    session.save(step)
+                    after_step.save(session, step)
     return _leave(session, start.last_step)
 
 
@@ -66,7 +68,7 @@ def _leave(session: Session, step: int, *, waited_for_data: bool = False) -> int
     is_last = step == session.start.last_step
     if is_last and session.world.is_first:
         draw_run(session.plan, session.folder.path)
-    session.record_closing(step, time.perf_counter() - began_s)
+    after_step.record_closing(session, step, time.perf_counter() - began_s)
     reason = gather_stop_reason(session.world, session.stop)
     if reason:
         reached = f"after step {step}" if step else "before the first step"

@@ -1,17 +1,13 @@
 """How much of what the model writes is copied from the training tokens, measured during training by all ranks."""
 
-from typing import TYPE_CHECKING
-
 from smoltrain.data.tokenizers.companions import read_generation_config
 from smoltrain.evaluation.memorisation import NUM_TEXTS, Memorisation, MemorisationProbe
 from smoltrain.inference.draw_texts import draw_texts
 from smoltrain.inference.load import stop_token_ids
-
-if TYPE_CHECKING:
-    from smoltrain.train.session import Session
+from smoltrain.train.session import Session
 
 
-def measure_memorisation(session: "Session") -> Memorisation | None:
+def measure_memorisation(session: Session) -> Memorisation | None:
     """What the model, as it is now, copies; None if a rank is to stop. Collective.
 
     Every rank draws, as ZeRO-3's forward is collective; the texts of rank 0 are looked for, by each rank in its part of

@@ -29,10 +29,10 @@ from smoltrain.schedule import Plan
 from smoltrain.train.callbacks import StepCallback
 from smoltrain.train.derived_facts import derive_facts
 from smoltrain.train.describe import name_compiled_code, say_start
-from smoltrain.train.evaluate_tasks import load_run_tasks
 from smoltrain.train.initial_weights import copy_generation_config, load_initial_weights
 from smoltrain.train.mfu import MfuMeter, open_mfu_meter
 from smoltrain.train.resolve_auto import ResolvedSettings, resolve_auto_settings
+from smoltrain.train.run_tasks import load_run_tasks
 from smoltrain.train.session import RECENT_STEPS, Session
 from smoltrain.train.spikes import Rewind, SpikeGuard
 from smoltrain.train.start import Start

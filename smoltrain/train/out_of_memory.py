@@ -6,7 +6,6 @@ import re
 import sys
 import traceback
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -23,10 +22,8 @@ from smoltrain.estimate.report import Estimate
 from smoltrain.estimate.smaller_settings import find_smaller_settings
 from smoltrain.estimate.training_setup import DeviceKind, Resolved, build_training_setup
 from smoltrain.train.memory_page import MemoryFailure, describe_failure, format_gib, format_tables, write_page
+from smoltrain.train.session import Session
 from smoltrain.train.start import Start
-
-if TYPE_CHECKING:  # which opens what a run trains with, and is opened by who imports this module
-    from smoltrain.train.session import Session
 
 # torch's CPU allocator; CUDA's, MPS's and cuBLAS's; C++; the kernel (strerror of ENOMEM).
 NO_MEMORY = re.compile(
@@ -61,7 +58,7 @@ def find_asked_bytes(message: str) -> float:
 
 
 def explain_out_of_memory(
-    error: BaseException, start: Start, world: World, session: "Session | None"
+    error: BaseException, start: Start, world: World, session: Session | None
 ) -> RankTrainingStopped:
     """Write the page of this rank, show its beginning, and return what to raise instead of the error.
 
@@ -87,7 +84,7 @@ def explain_out_of_memory(
     return RankTrainingStopped(str(describe_failure(failure, page)))
 
 
-def _measure_rank(error: BaseException, start: Start, world: World, session: "Session | None") -> MemoryFailure:
+def _measure_rank(error: BaseException, start: Start, world: World, session: Session | None) -> MemoryFailure:
     """What there is now, while the error still holds what was computed."""
     message = exception_message(error)
     where = f"at its start, before step {start.point.step + 1}"
@@ -124,7 +121,7 @@ def _measure_rank(error: BaseException, start: Start, world: World, session: "Se
 
 
 def assess_failure(
-    failure: MemoryFailure, start: Start, device: torch.device, local_size: int, session: "Session | None" = None
+    failure: MemoryFailure, start: Start, device: torch.device, local_size: int, session: Session | None = None
 ) -> MemoryFailure:
     """The same beside the estimate of this run, with the settings that would fit, as far as these can be known."""
     kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"

@@ -18,8 +18,8 @@ from smoltrain.model.build import build_model
 from smoltrain.run.guarded_sink import check_sinks
 from smoltrain.run.run_folder import accumulation_steps
 from smoltrain.schedule import Plan
-from smoltrain.train.evaluate_tasks import check_run_tasks
 from smoltrain.train.resolve_auto import choose_computing
+from smoltrain.train.run_tasks import check_run_tasks
 
 # Up to here repeated tokens lower the loss about as new ones do, beyond it less and less: Muennighoff et al. 2023.
 EPOCHS_TO_WARN = 4

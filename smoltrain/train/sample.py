@@ -1,16 +1,12 @@
 """What the model writes after the recipe's prompts, during training."""
 
-from typing import TYPE_CHECKING
-
 from smoltrain.data.tokenizers.companions import read_generation_config
 from smoltrain.inference.generate import generate_ids
 from smoltrain.inference.load import stop_token_ids
-
-if TYPE_CHECKING:
-    from smoltrain.train.session import Session
+from smoltrain.train.session import Session
 
 
-def sample_prompts(session: "Session") -> list[tuple[str, str]]:
+def sample_prompts(session: Session) -> list[tuple[str, str]]:
     """(prompt, continuation) for each prompt of the recipe, as far as no rank is to stop. Collective.
 
     Every rank samples the same text, as ZeRO-3's forward is collective.

@@ -22,7 +22,6 @@ settled state (an evaluation, a checkpoint, a callback) has its step read at onc
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,19 +30,11 @@ from smoltrain.engine.layer_gradients import summarize_layer_gradients
 from smoltrain.kernels.device_numbers import DeviceMoment, ReturningNumbers, send_numbers
 from smoltrain.train import bad_steps
 from smoltrain.train.data_metrics import data_metrics
+from smoltrain.train.session import Session
 from smoltrain.train.spikes import Spike
-from smoltrain.train.step_result import (
-    PassesUnderWay,
-    RankNumbers,
-    StepResult,
-    UnreadUpdate,
-    measure_step,
-    peak_memory_gib,
-)
+from smoltrain.train.step_result import StepResult
 from smoltrain.train.taken_rows import StopRequest, take_rows_together
-
-if TYPE_CHECKING:  # which opens what a step works on, and imports this module
-    from smoltrain.train.session import Session
+from smoltrain.train.unread_update import PassesUnderWay, RankNumbers, UnreadUpdate, measure_step, peak_memory_gib
 
 LARGEST_FLOAT = sys.float_info.max  # below inf
 
@@ -66,7 +57,7 @@ class Tries:
 
 
 def train_steps(
-    steps: range, session: "Session", is_awaited: Callable[[int], bool] = lambda _: True
+    steps: range, session: Session, is_awaited: Callable[[int], bool] = lambda _: True
 ) -> Iterator[tuple[int, StepResult]]:
     """(step, what it did) of each of these steps; the last one may be a stop. Collective.
 
@@ -103,7 +94,7 @@ def train_steps(
             step += 1
 
 
-def _start_passes(step: int, session: "Session", tries: Tries) -> PassesUnderWay | StopRequest:
+def _start_passes(step: int, session: Session, tries: Tries) -> PassesUnderWay | StopRequest:
     """Take the next rows that are to be trained on, and give the device their passes. Collective."""
     loader = session.loader
     session.watchdog.begin_step(step)
@@ -131,7 +122,7 @@ def _start_passes(step: int, session: "Session", tries: Tries) -> PassesUnderWay
     return PassesUnderWay(taken, losses, began, rows_came)
 
 
-def start_update(step: int, passes: PassesUnderWay, session: "Session", tries: Tries) -> UnreadUpdate:
+def start_update(step: int, passes: PassesUnderWay, session: Session, tries: Tries) -> UnreadUpdate:
     """Exchange the numbers of the passes, and have the device decide by them and update. Collective."""
     engine = session.engine
     loader = session.loader
@@ -172,7 +163,7 @@ def start_update(step: int, passes: PassesUnderWay, session: "Session", tries: T
     )  # fmt: skip
 
 
-def _finish_update(update: UnreadUpdate, session: "Session", tries: Tries) -> StepResult | None:
+def _finish_update(update: UnreadUpdate, session: Session, tries: Tries) -> StepResult | None:
     """Read what became of an update; None if nothing has moved, and the step is to be tried once more. Collective.
 
     Errors: those of `train_steps` for a spike, and TrainingStopped where no gradient is finite any more.

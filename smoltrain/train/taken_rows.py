@@ -2,14 +2,11 @@
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from smoltrain.data.rows.batch import Batch
 from smoltrain.data.rows.loader import StepRows, StepTotals
 from smoltrain.errors import UserError
-
-if TYPE_CHECKING:  # which opens what a step works on, and imports the step
-    from smoltrain.train.session import Session
+from smoltrain.train.session import Session
 
 WAIT_S = 1.0  # for this rank's rows, before the ranks tell each other how they stand
 POLL_S = 0.2  # between two looks at whether this rank is to stop meanwhile
@@ -32,7 +29,7 @@ class StopRequest:
     waited_for_data: bool
 
 
-def take_rows_together(session: "Session") -> TakenRows | StopRequest:
+def take_rows_together(session: Session) -> TakenRows | StopRequest:
     """Wait until every rank has its next rows, or one of them is to stop. Collective: one all-reduce if nobody waits.
 
     Ranks whose own rows are there ask again every second instead of waiting in a reduction that would time out. A rank
@@ -73,7 +70,7 @@ def take_rows_together(session: "Session") -> TakenRows | StopRequest:
                     session.tracker.say(f"rank {rank} waits for data: {what}")
 
 
-def _wait_for_own_rows(session: "Session") -> bool:
+def _wait_for_own_rows(session: Session) -> bool:
     """Whether this rank's rows are there, after at most WAIT_S; False at once if it is to stop."""
     deadline_s = time.monotonic() + WAIT_S
     while not session.stop.is_raised():

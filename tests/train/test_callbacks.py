@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from smoltrain.train import after_step
 from smoltrain.train.callbacks import CallbackFailed, run_callbacks
-from smoltrain.train.session import Session
 from smoltrain.train.step_result import StepResult
 
 
@@ -40,24 +40,25 @@ def test_what_is_no_metric_fails_as_an_error_of_its_own_does(returned: Any) -> N
     assert isinstance(caught.value.__cause__, TypeError | ValueError | AttributeError)
 
 
-def test_after_a_failure_the_step_is_saved_before_the_error_goes_on() -> None:
+def test_after_a_failure_the_step_is_saved_before_the_error_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     words: list[str] = []
 
     def fail(step: int, metrics: dict[str, Any]) -> None:
         raise OSError("of the program")
 
+    monkeypatch.setattr(after_step, "save", lambda session, step: words.append(f"save {step}"))
     session: Any = SimpleNamespace(
-        callbacks=[fail], save=lambda step: words.append(f"save {step}"),
+        callbacks=[fail],
         saver=SimpleNamespace(finish=lambda: words.append("published")),
         tracker=SimpleNamespace(log_metrics=lambda *_: words.append("logged")),
     )  # fmt: skip
     result = StepResult(np.zeros(0, np.uint64), metrics={"loss": 1.0})
     with pytest.raises(CallbackFailed) as caught:
-        Session.run_callbacks(session, 3, result)
+        after_step.call_callbacks(session, 3, result)
     assert str(caught.value.__cause__) == "of the program"
     assert words == ["save 3", "published"]
     session.callbacks = [lambda step, metrics: {"x": 1}]
-    Session.run_callbacks(session, 4, result)
+    after_step.call_callbacks(session, 4, result)
     session.callbacks = []
-    Session.run_callbacks(session, 5, result)
+    after_step.call_callbacks(session, 5, result)
     assert words == ["save 3", "published", "logged"], "where there is nothing, nothing is logged"

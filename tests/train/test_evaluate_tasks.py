@@ -155,7 +155,7 @@ def test_a_run_logs_its_tasks_and_refuses_a_wrong_one_before_it_begins(tmp_path:
 def load_on_two(settings: Config, error: Exception | None) -> tuple[Any, list[str]]:
     import sys
 
-    from smoltrain.train.evaluate_tasks import load_run_tasks
+    from smoltrain.train.run_tasks import load_run_tasks
 
     def load_tasks(names: Any, *, say: Callable[[str], None]) -> Any:
         say(f"reads {', '.join(names)}")

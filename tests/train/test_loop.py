@@ -11,14 +11,17 @@ import pytest
 from smoltrain.config.load import load_config
 from smoltrain.errors import DONE, STOPPED
 from smoltrain.schedule import Plan
-from smoltrain.train import loop
-from smoltrain.train.session import Session
+from smoltrain.train import after_step, loop
 from smoltrain.train.step_result import StepResult
 from tests import tiny
 
+AFTER_STEP = (
+    "record", "call_callbacks", "record_rows", "validate", "evaluate_tasks", "sample", "save", "record_closing",
+)  # fmt: skip
+
 
 class Story:
-    """Stands in for a Session of the tiny plan (8 and 4 steps): each thing that the loop asks for is a word."""
+    """Stands in for a Session of the tiny plan (8 and 4 steps), and for after_step: what is asked is a word."""
 
     def __init__(self, tmp_path: Any, *overrides: str, done: int = 0, reason: str | None = None) -> None:
         self.config = load_config("quickstart", [*tiny.words(tmp_path, *overrides)])
@@ -48,7 +51,7 @@ class Story:
     def record(self, step: int, result: StepResult) -> None:
         self.note("record")
 
-    def run_callbacks(self, step: int, result: StepResult) -> None:
+    def call_callbacks(self, step: int, result: StepResult) -> None:
         self.note("callbacks")
 
     def record_rows(self, result: StepResult) -> None:
@@ -66,9 +69,6 @@ class Story:
 
     def save(self, step: int) -> None:
         self.note(f"save {step}")
-
-    def is_anything_due(self, step: int) -> bool:
-        return Session.is_anything_due(cast(Any, self), step)
 
     def record_closing(self, step: int, closing_s: float) -> None:
         assert closing_s >= 0
@@ -96,6 +96,8 @@ def run(story: Any, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None,
                 story.unsettled.append(step)
 
     monkeypatch.setattr(loop, "train_steps", train_steps)
+    for name in AFTER_STEP:
+        monkeypatch.setattr(after_step, name, lambda session, *given, name=name: getattr(session, name)(*given))
     return loop.run_loop(story)
 
 
@@ -119,7 +121,7 @@ def test_each_thing_is_done_when_it_is_due_and_at_the_end_of_a_phase(
     assert after(story, 8) == [*step, "validate", "sample", "save 8"], "the end of a phase"
     assert after(story, 12) == [*step, "validate", "sample", "save 12", "published", "closing of 12"]
     assert story.unsettled == [1, 2, 5, 7, 10, 11]
-    assert all(Session.is_anything_due(cast(Any, with_a_callback(story)), step) for step in story.unsettled)
+    assert all(after_step.is_anything_due(cast(Any, with_a_callback(story)), step) for step in story.unsettled)
     assert "the plan is complete (12 steps)" in story.said[-1]
     assert story.endings == [("done", "the plan is complete (12 steps)")]
 

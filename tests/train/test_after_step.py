@@ -1,4 +1,4 @@
-"""A session saves a step once, and says how long the slowest rank was busy."""
+"""A step is saved once, and a run says how long the slowest rank was busy."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +11,7 @@ from tests import tiny
 
 def saved_steps(folder: Any) -> list[int]:
     """What is saved where the same step is asked for twice."""
+    from smoltrain.train import after_step
     from tests.sessions import bare_session
 
     steps: list[int] = []
@@ -21,7 +22,7 @@ def saved_steps(folder: Any) -> list[int]:
     session.tracker = SimpleNamespace(log_metrics=lambda *_: None)
     session.saved_step = 3
     for step in (3, 4, 4, 5):
-        session.save(step)
+        after_step.save(session, step)
     return steps
 
 
@@ -35,7 +36,7 @@ def durations_of_a_session() -> list[dict[str, Any]]:
 
     import numpy as np
 
-    from smoltrain.train import session as module
+    from smoltrain.train import after_step
     from tests.ranks import world
     from tests.sessions import bare_session
 
@@ -56,13 +57,13 @@ def durations_of_a_session() -> list[dict[str, Any]]:
         log_metrics=lambda step, metrics: logged.append(metrics),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "evaluate_loss", lambda *_: work((3.0, 1.5)))
-        patch.setattr(module, "sample_prompts", lambda _: work([]))
-        session.record_closing(0, 1.0)  # nothing was done yet, so that there is no start to close
-        session.validate(4)
-        session.validate(8)
-        session.sample(8)
-        session.record_closing(8, 1.5)
+        patch.setattr(after_step, "evaluate_loss", lambda *_: work((3.0, 1.5)))
+        patch.setattr(after_step, "sample_prompts", lambda _: work([]))
+        after_step.record_closing(session, 0, 1.0)  # nothing was done yet, so that there is no start to close
+        after_step.validate(session, 4)
+        after_step.validate(session, 8)
+        after_step.sample(session, 8)
+        after_step.record_closing(session, 8, 1.5)
     return logged
 
 
@@ -80,14 +81,14 @@ def test_durations_are_those_of_the_slowest_rank_and_a_start_is_told_once(ranks:
 
 
 def start_by_the_clock() -> list[dict[str, float]]:
-    from smoltrain.train import session as module
+    from smoltrain.train import after_step
     from tests.sessions import bare_session
 
     session = bare_session(load_config("quickstart"), None, None)
     session.start = SimpleNamespace(began_at=1000.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.time, "time", lambda: 1110.0)
-        return [session._measure_start(4.0), session._measure_start(4.0)]
+        patch.setattr(after_step.time, "time", lambda: 1110.0)
+        return [after_step._measure_start(session, 4.0), after_step._measure_start(session, 4.0)]
 
 
 def test_a_start_lasts_from_the_command_to_the_first_thing_that_is_done(ranks: Any) -> None:
