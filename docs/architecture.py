@@ -53,28 +53,19 @@ def find_modules(root: Path = ROOT) -> dict[str, Path]:
 
 
 def read_imports(path: Path) -> set[str]:
-    """Full names of what a file imports, in functions too, but not what it imports for type checkers alone.
+    """Full names of what a file imports, in functions too, and what it imports for type checkers alone.
 
     `from a.b import c` counts as `a.b` and as `a.b.c`, which may be a module or a name in one.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    for_types = {id(inner) for block in _type_checking_blocks(tree) for inner in ast.walk(block)}
     names: set[str] = set()
     for node in ast.walk(tree):
-        if id(node) in for_types:
-            continue
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(str(node.module))
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
-
-
-def _type_checking_blocks(tree: ast.Module) -> Iterator[ast.stmt]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            yield from node.body
 
 
 def module_imports(root: Path = ROOT) -> dict[str, set[str]]:

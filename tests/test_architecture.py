@@ -217,7 +217,7 @@ def test_what_counts_as_an_import(tmp_path: Path):
         (tmp_path / "smoltrain" / f"{name}.py").write_text(text, encoding="utf-8")
     arrows = module_imports(tmp_path)
     assert arrows["smoltrain.lazy"] == {"smoltrain.deep", "smoltrain.direct"}
-    assert arrows["smoltrain.typed"] == {"smoltrain.direct"}
+    assert arrows["smoltrain.typed"] == {"smoltrain.deep", "smoltrain.direct"}
 
 
 def test_the_picture_is_drawn_from_this_tree():
