@@ -142,6 +142,7 @@ def serve(end: Connection) -> None:
         sys.stderr.flush()
         for rank in range(size):
             if pid := os.fork():
+                ended.pop(pid, None)  # of a rank that had this number before
                 pids.append(pid)
             else:
                 end.close()

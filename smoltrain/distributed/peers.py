@@ -96,6 +96,8 @@ class PeerWatch:
             if self._rank in self._left:
                 return
             self._left.add(self._rank)
+        if self._verdict:  # by which others leave, who count on this rank to say it
+            self._speak(self._verdict)
         if self._rank == 0:
             verdict = Verdict(code, self._name(0, text), (0,), "failed") if text else None
             self._tell_others({"verdict": asdict(verdict) if verdict else None})

@@ -82,6 +82,15 @@ def test_whoever_says_goodbye_is_not_lost(watches: list[PeerWatch], capsys: pyte
     assert capsys.readouterr().err == ""
 
 
+def test_whoever_is_to_say_it_does_so_though_it_leaves_in_good_health(
+    watches: list[PeerWatch], capsys: pytest.CaptureFixture[str]
+) -> None:
+    disconnect(watches[2])
+    assert watches[0]._judged.wait(10)
+    watches[0].leave(DONE)
+    assert capsys.readouterr().err == f"error: rank 2 on n1 {LOST}\n"
+
+
 @pytest.mark.parametrize("line", [b"GET / HTTP/1.1\r\n", b'["0000", 1]\n', b"[1]\n", b'{"leave": 2, "text": "x"}\n'])
 def test_a_stranger_is_not_heard(watches: list[PeerWatch], line: bytes) -> None:
     assert watches[0]._listener
