@@ -15,9 +15,9 @@ from smoltrain.run.row_ledger import compare_row_histories, read_row_history
 from tests import launches, preloaded, tiny
 from tests.faulty_server import FaultyServer
 
-STEPS = 200
+STEPS = 120
 SHAPE = (
-    "phases.main.steps=150", "phases.continuation.steps=50", "phases.continuation.mix={plays: 1, notes: 3}",
+    "phases.main.steps=90", "phases.continuation.steps=30", "phases.continuation.mix={plays: 1, notes: 3}",
     "evaluate.every=0", "sample.every=0", "checkpoint.every=20", "track.gradients_every=0",
     "packing.document_mask=true",
 )  # fmt: skip
