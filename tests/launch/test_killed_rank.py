@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from smoltrain.distributed import memory_limits
-from smoltrain.distributed.memory_limits import KillCount, find_cgroup_files
+from smoltrain.distributed.cgroups import find_cgroup_files
+from smoltrain.distributed.memory_limits import KillCount
 from smoltrain.errors import FAULT
 from smoltrain.launch.killed_rank import KillWatch, describe_kills
 from tests import launches, tiny
