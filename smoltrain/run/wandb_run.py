@@ -342,7 +342,9 @@ class WandbRun:
             metadata = {"step": step, "validation_loss_nats_per_token": model.validation_loss}
             artifact = wandb.Artifact(f"{self._config.run.name}-model", type="model", metadata=metadata)
             artifact.add_file(str(model.weights))
-            artifact.add_dir(str(self._folder / "tokenizer"), name="tokenizer")
+            for path in (self._folder / "tokenizer").rglob("*"):  # add_dir would print, whatever `silent` says
+                if path.is_file():
+                    artifact.add_file(str(path), name=str(path.relative_to(self._folder)))
             artifact.add_file(str(self._folder / CONFIG_FILE))
             return artifact
 
