@@ -14,6 +14,7 @@ import psutil
 
 from smoltrain.distributed.cgroups import find_cgroup_files
 
+MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss (man 2 getrusage)
 VMSTAT = Path("/proc/vmstat")
 STATUS = Path("/proc/self/status")
 
@@ -61,8 +62,7 @@ def read_peak_resident_bytes() -> int:
         found = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
         if found:
             return int(found[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
 
 
 @dataclass(frozen=True)

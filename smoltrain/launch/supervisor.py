@@ -23,13 +23,14 @@ from smoltrain.config.load import load_config, stop_after_phase
 from smoltrain.config.schema import Config, PhaseSection
 from smoltrain.console import TERMINAL_VARIABLE
 from smoltrain.distributed.awake_clock import AwakeClock
+from smoltrain.distributed.memory_limits import MAXRSS_UNIT
 from smoltrain.distributed.rendezvous import RankPlace, open_rendezvous_socket
 from smoltrain.distributed.stop import STOP_SIGNALS, heeded_stop_signals
 from smoltrain.distributed.world import choose_device, environment_without_launcher
 from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepspeed_text
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
 from smoltrain.launch.config_pipe import pack_start
-from smoltrain.launch.killed_rank import KillWatch, explain_killed_rank
+from smoltrain.launch.killed_rank import KilledRank, KillWatch, explain_killed_rank
 from smoltrain.launch.rank import START_ON_STDIN
 from smoltrain.launch.terminal_loan import TerminalLoan
 from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
@@ -227,6 +228,7 @@ class RankExit:
     rank: int
     code: int
     evidence: str = ""  # that the kernel ended it for want of memory
+    peak_bytes: int = 0  # its largest resident set, as the kernel tells it
 
     @property
     def launch_code(self) -> int:
@@ -286,7 +288,8 @@ class RankProcesses:
         if self._start is None:
             return killed
         device = torch.device(self._device)
-        return explain_killed_rank(killed.rank, self._count, killed.evidence, self._start, device)
+        held = KilledRank(killed.rank, killed.evidence, killed.peak_bytes)
+        return explain_killed_rank(held, self._count, self._start, device)
 
     def session_processes(self) -> list[psutil.Process]:
         """The living processes of the ranks' sessions: they and whatever they have started."""
@@ -350,9 +353,10 @@ class RankProcesses:
         """Those that have ended since the last look; they are taken out of `running`."""
         exits = []
         for rank, process in list(running.items()):
-            code = process.poll()
-            if code is not None:
-                exits.append(RankExit(rank, code))
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)  # as process.poll, which tells no memory
+            if pid:
+                process.returncode = os.waitstatus_to_exitcode(status)
+                exits.append(RankExit(rank, process.returncode, peak_bytes=usage.ru_maxrss * MAXRSS_UNIT))
                 del running[rank]
         return exits
 
@@ -364,7 +368,8 @@ class RankProcesses:
 
     def _send_signal(self, number: int) -> None:
         for process in self._processes:
-            process.send_signal(number)
+            if process.returncode is None:  # process.send_signal would take the exit from _collect_exits
+                os.kill(process.pid, number)
 
     def _end_leftovers(self) -> None:
         """Nothing outlives the launch: what is left in the sessions of the ranks is asked, then made, to end."""

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from smoltrain.checkpoint.manifest import find_newest_valid_checkpoint, list_checkpoint_steps
 from smoltrain.config.load import list_recipes
+from smoltrain.distributed.memory_limits import MAXRSS_UNIT
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config, zero_stage
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, UserError
 from smoltrain.launch import supervisor
@@ -267,6 +269,17 @@ def test_what_ranks_could_not_say_is_said_for_them(
     assert said.out.startswith(out)
     assert said.err.startswith(err)
     assert (bool(said.out), bool(said.err)) == (bool(out), bool(err))
+
+
+def test_the_peak_memory_of_a_rank_that_died_is_its_own(
+    signals: supervisor.SignalForwarder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wait = os.wait4
+    monkeypatch.setattr(os, "wait4", lambda *asked: (*wait(*asked)[:2], SimpleNamespace(ru_maxrss=asked[0])))
+    ranks = supervisor.RankProcesses([WAITS, "end(-signal.SIGKILL)"], 2, "cpu")
+    first = ranks.run(signals)
+    assert first is not None
+    assert first.peak_bytes == ranks._processes[1].pid * MAXRSS_UNIT
 
 
 def test_what_ranks_started_does_not_outlive_them(signals: supervisor.SignalForwarder, tmp_path: Path) -> None:
