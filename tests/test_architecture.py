@@ -33,7 +33,7 @@ ENTRY = {"smoltrain", "smoltrain.__main__"}  # above the floors: the package its
 OWNERS = {
     "torch.distributed": ("smoltrain.distributed.world",),
     "deepspeed": ("smoltrain.engine.deepspeed_private",),
-    "wandb": ("smoltrain.run.wandb_run",),
+    "wandb": ("smoltrain.run.wandb_connection", "smoltrain.run.wandb_uploads"),
     "torch.utils.tensorboard": ("smoltrain.run.tensorboard_backend",),
     "mlflow": ("smoltrain.run.mlflow_backend",),
     "flash_attn": ("smoltrain.kernels.flash_attention", "smoltrain.kernels.flash_attention_4"),
@@ -107,6 +107,7 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         "protocols; what implements them is tested",
         "tests/run/test_guarded_sink.py, tests/run/test_wandb_run.py",
     ),
+    "smoltrain.run.wandb_uploads": ("what WandbRun hands over, tested through it", "tests/run/test_wandb_run.py"),
     "smoltrain.train.bad_steps": ("what a step does then", "tests/train/test_step.py, tests/train/test_spikes.py"),
     "smoltrain.train.derived_facts": ("what W&B's files of a real run are asked for", "tests/run/test_track.py"),
     "smoltrain.train.step_result": ("what a step returns", "tests/train/test_step.py, tests/train/test_spikes.py"),
