@@ -15,7 +15,7 @@ from smoltrain.export.marker import ExportSource
 from smoltrain.files import read_jsonl
 from smoltrain.inference.load import LoadedModel
 from smoltrain.model.build import count_parameters
-from smoltrain.model.hf_format import SMOLTRAIN
+from smoltrain.model.hf_config import SMOLTRAIN
 from smoltrain.redact import redact_text, redact_url
 
 MIN_TRANSFORMERS_VERSION = "4.46"  # the lowest version that loads an export and generates with it, of each class

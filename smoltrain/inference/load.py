@@ -37,7 +37,8 @@ from smoltrain.errors import Problem, UserError, format_value, problem_from_pyda
 from smoltrain.files import print_warning
 from smoltrain.inference.generate import decode_stream, generate_ids
 from smoltrain.model.build import build_model
-from smoltrain.model.hf_format import Tensors, check_hf_tensors, common_dtype, read_hf_decoder, read_safetensors_file
+from smoltrain.model.hf_format import read_hf_decoder
+from smoltrain.model.hf_weights import Tensors, check_hf_tensors, common_dtype, read_safetensors_file
 from smoltrain.model.interface import LanguageModel
 
 EXPORT_MARKER_FILE = "smoltrain.json"  # in exports that passed: what they are of, and what their files are

@@ -22,7 +22,7 @@ from smoltrain.inference.load import LoadedModel, load_trained_model, read_check
 from smoltrain.kernels.loss import IGNORE_INDEX
 from smoltrain.kernels.precision import DTYPES
 from smoltrain.model.build import build_model
-from smoltrain.model.hf_format import common_dtype
+from smoltrain.model.hf_weights import common_dtype
 from smoltrain.model.interface import LanguageModel
 from smoltrain.run.row_ledger import LEDGER_FILE, RowHistory, read_row_history
 from smoltrain.run.run_folder import accumulation_steps

@@ -20,7 +20,7 @@ from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE
 from smoltrain.errors import UserError
 from smoltrain.inference.load import find_run_folder, is_huggingface_folder, load_trained_model, locate_run
 from smoltrain.model.decoder import Decoder
-from smoltrain.model.hf_format import parse_hf_config
+from smoltrain.model.hf_config import parse_hf_config
 from tests import folders, tiny
 
 
