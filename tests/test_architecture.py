@@ -41,7 +41,7 @@ OWNERS = {
     "matplotlib": ("smoltrain.run.plots", "smoltrain.run.scaling_plot", "smoltrain.monitor.comparison_plot"),
     "gradio": ("smoltrain.inference.demo",),
     "jinja2": ("smoltrain.report.page",),
-    "lm_eval": ("smoltrain.evaluation.harness",),
+    "lm_eval": ("smoltrain.evaluation.harness", "smoltrain.evaluation.harness_model"),
     # The harness wants a task's documents in the form that they have there.
     "datasets": ("smoltrain.data.documents.hub", "smoltrain.evaluation.harness"),
     "pyarrow": ("smoltrain.data.documents.read_parquet",),
