@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import logging
 import math
 import re
 import subprocess
@@ -393,26 +392,6 @@ def test_an_error_that_ends_a_run_is_written_down_until_the_next_start(tmp_path:
     assert read_ending(run) == ("stopped", "after step 3 (SIGTERM)")
 
 
-def test_an_interrupted_runs_later_and_broken_lines_are_dropped(tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "quickstart"
-    run.mkdir(parents=True)
-    lines = [{"step": n, "train/lr": n / 10} for n in range(1, 7)]
-    lines.insert(3, {"step": 3, "validation/perplexity": 2.0})
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    broken = 'null\n12\n[]\n{"no": "step"}\n' + text + '{"step": 7, "ti'
-    (run / "metrics.jsonl").write_bytes(broken.encode() + b"\x00\xff\xfe")
-    samples = [{"step": n, "prompt": "p\u2028", "text": "t\n"} for n in (2, 3, 4)]
-    (run / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples), encoding="utf-8")
-    tracker = opened(tmp_path, first_step=3)
-    tracker.log_metrics(4, {"train/lr": 0.5})
-    tracker.log_samples(4, [("new", "text")])
-    tracker.close(0)
-    kept = json_lines(run / "metrics.jsonl")
-    assert kept[:4] == lines[:4]
-    assert (len(kept), kept[4]["step"], kept[4]["train/lr"]) == (5, 4, 0.5)
-    assert json_lines(run / "samples.jsonl") == [*samples[:2], {"step": 4, "prompt": "new", "text": "text"}]
-
-
 def test_a_step_that_is_done_again_is_kept_aside_and_reaches_wandb_once(tmp_path: Path) -> None:
     run, told = tmp_path / "runs" / "quickstart", []
     for first_step, last_step in ((0, 5), (3, 4), (3, 7)):  # two kills after the checkpoint of step 3
@@ -514,22 +493,3 @@ def test_a_terminal_gets_a_bar(
     assert "12/12" in printed
     assert "continuation" in printed
     assert "\x1b[?25h" in printed, "the cursor is back"
-
-
-def test_a_programs_own_metrics_and_log_handlers_are_its_own(tmp_path: Path) -> None:
-    foreign = logging.FileHandler(tmp_path / "program.log", mode="w")
-    logging.getLogger("program").addHandler(foreign)
-    try:
-        for _ in range(2):  # the second start opens the same log
-            tracker = opened(tmp_path)
-            tracker.log_metrics(1, {"custom/accuracy": 0.5})
-            tracker.close(0)
-        logging.getLogger("program").warning("still here")
-        assert (tmp_path / "program.log").read_text() == "still here\n", "a tracker closes no handler but its own"
-    finally:
-        logging.getLogger("program").removeHandler(foreign)
-        foreign.close()
-    lines = list(files.read_jsonl(tiny.load(tmp_path).run_folder / "metrics.jsonl"))
-    assert [line["custom/accuracy"] for line in lines][-1] == 0.5
-    open_logs = [path for path in Path("/proc/self/fd").iterdir() if str(path.resolve()).startswith(str(tmp_path))]
-    assert len(open_logs) == 1, "the log of the run, once"
