@@ -95,6 +95,7 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         "runs in a process of its own, without smoltrain",
         "tests/export/test_export.py, tests/export/test_verify.py",
     ),
+    "smoltrain.inference.find_run": ("what is found is loaded there", "tests/inference/test_load.py"),
     "smoltrain.model.interface": (
         "abstract; its classes are tested",
         "tests/model/test_decoder.py, tests/model/test_transformers_model.py",
