@@ -69,6 +69,13 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         f"smoltrain.cli.{module}": ("parts of one command, tested through it", "tests/test_cli.py")
         for module in ("app", "arguments", "evaluation", "machine", "models", "prepare", "recipes", "runs", "training")
     },
+    **{
+        f"smoltrain.data.tokens.{module}": (
+            "parts of one preparation, tested in it",
+            "tests/data/tokens/test_prepare.py",
+        )
+        for module in ("load_prepared", "plan_preparation")
+    },
     "smoltrain.doctor.exchange": (
         "what ranks exchange, in checks that are tested",
         "tests/doctor/test_all_reduce.py, tests/doctor/test_hosts.py",

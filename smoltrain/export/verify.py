@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from smoltrain.config.schema import GenerationSection
-from smoltrain.data.tokens.prepare import load_prepared_data
+from smoltrain.data.tokens.load_prepared import load_prepared_data
 from smoltrain.errors import TrainingStopped
 from smoltrain.inference.device import move_to_best_device
 from smoltrain.inference.load import LoadedModel

@@ -9,7 +9,7 @@ from smoltrain import files
 from smoltrain.checkpoint.manifest import list_checkpoint_steps, read_last_saved_step, step_folder
 from smoltrain.config.config_file import find_config_damage
 from smoltrain.data.documents.bad_records import BAD_RECORDS_FILE
-from smoltrain.data.tokens.prepare import inspect_prepared_data
+from smoltrain.data.tokens.load_prepared import inspect_prepared_data
 from smoltrain.errors import UserError
 from smoltrain.inference.find_run import find_checkpoint_folder, find_run_folder
 from smoltrain.run.inspect_checkpoint import RunReference, inspect_checkpoint, open_run_reference, read_relocated_config
