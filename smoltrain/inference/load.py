@@ -101,7 +101,7 @@ def load_trained_model(source: str, step: int | None = None, runs: Path = RUNS_F
 
     `source` is a folder, or the name of a run under `runs`; the folder of a checkpoint is that run with its step.
     Errors: UserError for a folder that is neither, a step that has no checkpoint, a checkpoint that does not verify, a
-    class that the decoder cannot be (hf_format.SUPPORTED), and files that do not fit each other.
+    class that the decoder cannot be (hf_config.SUPPORTED), and files that do not fit each other.
     """
     if not is_huggingface_folder(Path(source)):
         return _load_run(source, step, runs)

@@ -50,8 +50,15 @@ def test_a_terminal_gets_its_screen_back_where_the_view_is_ended_by_a_signal(
     seen = io.StringIO()
     terminal = Console(file=seen, width=80, height=24, force_terminal=True, _environ={"TERM": "xterm"})
     monkeypatch.setattr(watch, "open_console", lambda: terminal)
-    monkeypatch.setattr(time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM))
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where nobody listens: the test fails and is not killed
+    looks: list[float] = []
+
+    def ask_to_end(seconds: float) -> None:
+        assert not looks, "nobody listens"
+        looks.append(seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(time, "sleep", ask_to_end)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where nobody listens the test is not killed
     try:
         with pytest.raises(SystemExit) as left:
             watch_run("quickstart")
