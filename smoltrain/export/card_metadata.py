@@ -87,8 +87,10 @@ def _validation_results(config: Config | None, last: Mapping[str, Any]) -> list[
 def _task_results(evaluation: Evaluation | None) -> list["EvalResult"]:
     from huggingface_hub import EvalResult
 
-    results = []
-    for task, metrics in evaluation["tasks"].items() if evaluation else ():
+    results: list[EvalResult] = []
+    if evaluation is None:
+        return results
+    for task, metrics in evaluation["tasks"].items():
         name = name_task(task, evaluation)
         for metric, value in metrics.items():
             if metric.endswith(STDERR_SUFFIX) or not math.isfinite(value):

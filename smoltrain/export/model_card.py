@@ -164,19 +164,25 @@ def _describe_results(last: dict[str, Any], evaluation: Evaluation | None) -> It
     for metric, (_, words) in VALIDATION_RESULTS.items():
         if metric in last:
             rows.append(("held-out documents", words, f"{last[metric]:.4f}"))
-    for task, metrics in evaluation["tasks"].items() if evaluation else ():
+    if evaluation is not None:
+        rows += _list_task_results(evaluation)
+    for metric, words in MEMORISATION.items():
+        if metric in last:
+            rows.append(("memorisation", words, f"{last[metric]:.1%}"))
+    if rows:
+        yield f"## Evaluation\n\n{_format_table(('on', 'metric', 'value'), rows)}"
+
+
+def _list_task_results(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
+    """(task, metric, value with its standard error)."""
+    for task, metrics in evaluation["tasks"].items():
         name = escape_markdown(name_task(task, evaluation))
         for metric, value in metrics.items():
             if metric.endswith(STDERR_SUFFIX):
                 continue
             error = metrics.get(metric + STDERR_SUFFIX, math.nan)
             beside = f" ± {error:.4f}" if math.isfinite(error) else ""
-            rows.append((name, escape_markdown(metric), f"{value:.4f}{beside}"))
-    for metric, words in MEMORISATION.items():
-        if metric in last:
-            rows.append(("memorisation", words, f"{last[metric]:.1%}"))
-    if rows:
-        yield f"## Evaluation\n\n{_format_table(('on', 'metric', 'value'), rows)}"
+            yield (name, escape_markdown(metric), f"{value:.4f}{beside}")
 
 
 def _describe_samples(file: Path, step: int) -> Iterator[str]:
