@@ -19,6 +19,7 @@ LOST_VARIABLE = "SMOLTRAIN_CONSOLE_LOST"  # tells child processes what they cann
 TERMINAL_VARIABLE = "SMOLTRAIN_TERMINAL"  # the file descriptor by which this process takes the terminal over
 TAKE_OVER_S = 2.0  # for a parent to erase its line; one that stands still holds nobody up
 _warnings: list[str] = []
+_faults: dict[int, OSError] = {}  # by file descriptor: why what was written to it is lost
 _terminal_lenders: list[socket.socket] = []  # whom to ask for the terminal, until somebody has
 
 
@@ -51,6 +52,15 @@ def take_console_warnings() -> Iterator[str]:
     """What was lost since the last call, a line each."""
     while _warnings:
         yield _warnings.pop(0)
+
+
+def find_stdout_fault() -> str | None:
+    """Why what was printed is lost; None where it is not, or where its reader wanted no more, as `| head` does."""
+    sys.stdout.flush()
+    error = _faults.get(1)
+    if error is None or isinstance(error, BrokenPipeError):
+        return None
+    return error.strerror or str(error)
 
 
 @contextlib.contextmanager
@@ -97,6 +107,7 @@ class _GuardedFile(io.FileIO):
             try:
                 written: int | None = super().write(data)
             except OSError as error:
+                _faults[self.fileno()] = error
                 _redirect_to_null([self.fileno()], error.strerror or str(error))
                 return len(data)
             if written is not None:

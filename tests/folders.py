@@ -29,7 +29,8 @@ from smoltrain.config.schema import AnyModelSection, Config, ModelSection
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.model.build import build_model
-from smoltrain.model.hf_format import MODELING_FILE, convert_to_hf_tensors, make_hf_config
+from smoltrain.model.hf_config import MODELING_FILE, make_hf_config
+from smoltrain.model.hf_format import convert_to_hf_tensors
 from smoltrain.model.interface import LanguageModel
 from tests import tiny
 from tests.tiny import enter_run_folder

@@ -33,7 +33,7 @@ ENTRY = {"smoltrain", "smoltrain.__main__"}  # above the floors: the package its
 OWNERS = {
     "torch.distributed": ("smoltrain.distributed.world",),
     "deepspeed": ("smoltrain.engine.deepspeed_private",),
-    "wandb": ("smoltrain.run.wandb_run",),
+    "wandb": ("smoltrain.run.wandb_connection", "smoltrain.run.wandb_uploads"),
     "torch.utils.tensorboard": ("smoltrain.run.tensorboard_backend",),
     "mlflow": ("smoltrain.run.mlflow_backend",),
     "flash_attn": ("smoltrain.kernels.flash_attention", "smoltrain.kernels.flash_attention_4"),
@@ -41,7 +41,7 @@ OWNERS = {
     "matplotlib": ("smoltrain.run.plots", "smoltrain.run.scaling_plot", "smoltrain.monitor.comparison_plot"),
     "gradio": ("smoltrain.inference.demo",),
     "jinja2": ("smoltrain.report.page",),
-    "lm_eval": ("smoltrain.evaluation.harness",),
+    "lm_eval": ("smoltrain.evaluation.harness", "smoltrain.evaluation.harness_model"),
     # The harness wants a task's documents in the form that they have there.
     "datasets": ("smoltrain.data.documents.hub", "smoltrain.evaluation.harness"),
     "pyarrow": ("smoltrain.data.documents.read_parquet",),
@@ -69,6 +69,13 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         f"smoltrain.cli.{module}": ("parts of one command, tested through it", "tests/test_cli.py")
         for module in ("app", "arguments", "evaluation", "machine", "models", "prepare", "recipes", "runs", "training")
     },
+    **{
+        f"smoltrain.data.tokens.{module}": (
+            "parts of one preparation, tested in it",
+            "tests/data/tokens/test_prepare.py",
+        )
+        for module in ("load_prepared", "plan_preparation")
+    },
     "smoltrain.doctor.exchange": (
         "what ranks exchange, in checks that are tested",
         "tests/doctor/test_all_reduce.py, tests/doctor/test_hosts.py",
@@ -95,6 +102,7 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         "runs in a process of its own, without smoltrain",
         "tests/export/test_export.py, tests/export/test_verify.py",
     ),
+    "smoltrain.inference.find_run": ("what is found is loaded there", "tests/inference/test_load.py"),
     "smoltrain.model.interface": (
         "abstract; its classes are tested",
         "tests/model/test_decoder.py, tests/model/test_transformers_model.py",
@@ -107,6 +115,7 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         "protocols; what implements them is tested",
         "tests/run/test_guarded_sink.py, tests/run/test_wandb_run.py",
     ),
+    "smoltrain.run.wandb_uploads": ("what WandbRun hands over, tested through it", "tests/run/test_wandb_run.py"),
     "smoltrain.train.bad_steps": ("what a step does then", "tests/train/test_step.py, tests/train/test_spikes.py"),
     "smoltrain.train.derived_facts": ("what W&B's files of a real run are asked for", "tests/run/test_track.py"),
     "smoltrain.train.run_tasks": ("the tasks of a run", "tests/train/test_evaluate_tasks.py"),

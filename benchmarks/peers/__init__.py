@@ -18,7 +18,7 @@ from typing import Any
 from smoltrain.config.schema import AnyModelSection, ModelSection, TransformersSection
 from smoltrain.errors import Problem, UserError, suggest_choice
 from smoltrain.model.build import build_model
-from smoltrain.model.hf_format import MODEL_TYPES, SMOLTRAIN, make_hf_config
+from smoltrain.model.hf_config import MODEL_TYPES, SMOLTRAIN, make_hf_config
 from smoltrain.model.transformers_model import HuggingFaceModel
 
 HERE = Path(__file__).parent

@@ -7,7 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from smoltrain import __version__
-from smoltrain.console import guard_console
+from smoltrain.console import find_stdout_fault, guard_console
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, TrainingStopped, UserError, format_error
 from smoltrain.usage import describe_unknown_verb, describe_wrong_call
 
@@ -64,13 +64,20 @@ def main(arguments: list[str] | None = None) -> None:
 def run_app(app: typer.Typer, arguments: list[str] | None = None, name: str | None = None) -> None:
     """Run a command and exit: a mistake of the user's ends with readable lines and a code, never a traceback.
 
+    A verb that returns has printed what it was asked for: a stdout that did not take it is a fault. One that exits by
+    itself has its own record of what it did, and its own code.
     `name` is how the command calls itself; by default as it was called.
     """
     if arguments is None:  # this is a process of its own
         guard_console()
     try:
         code = app(arguments, prog_name=name, standalone_mode=False)
-        sys.exit(code if isinstance(code, int) else DONE)
+        code = code if isinstance(code, int) else DONE
+        fault = find_stdout_fault()
+        if fault is not None:
+            print(f"error: what was printed is lost: stdout cannot be written to ({fault})", file=sys.stderr)
+            code = code or FAULT
+        sys.exit(code)
     except typer.TyperException as error:
         print(format_error(UserError(describe_wrong_call(error))), file=sys.stderr)
         sys.exit(BAD_INPUT)

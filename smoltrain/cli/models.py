@@ -1,8 +1,6 @@
 """Verbs that take the model out of a run: generate, chat, export, push, demo."""
 
-import io
 import itertools
-import os
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +9,6 @@ import typer
 
 from smoltrain.cli.app import app
 from smoltrain.cli.arguments import CheckpointOption, ModelArgument
-from smoltrain.errors import TrainingStopped
 
 if TYPE_CHECKING:
     from smoltrain.config.schema import GenerationSection
@@ -145,17 +142,8 @@ def _load_writer(run: str, checkpoint: int | None, **options: float | None) -> "
 
 
 def _print_pieces(*parts: Iterable[str]) -> None:
-    """Print pieces of text as they come; whoever reads may leave before the end."""
+    """Print pieces of text as they come."""
     from smoltrain.terminal import show_control_characters
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a character that a model writes
-    try:
-        for piece in itertools.chain(*parts):
-            print(show_control_characters(piece, sys.stdout), end="", flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-        raise typer.Exit() from None
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise TrainingStopped(f"the text cannot be written: {error.strerror}") from None
+    for piece in itertools.chain(*parts):
+        print(show_control_characters(piece, sys.stdout), end="", flush=True)

@@ -25,7 +25,8 @@ def prepare_tokenizer_command(
 def prepare_data_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Tokenise a run's data ahead, once; goes on where it was stopped. Unless data.mode says stream, all of them."""
     from smoltrain.config.load import load_config
-    from smoltrain.data.tokens.prepare import prepare_run_data, run_tokens_folder
+    from smoltrain.data.tokens.load_prepared import run_tokens_folder
+    from smoltrain.data.tokens.prepare import prepare_run_data
 
     settings = load_config(recipe, overrides or [])
     prepared = prepare_run_data(settings, ahead=True)

@@ -70,7 +70,7 @@ def compare_command(
 def plot_command(run: RunArgument) -> None:
     """Draw a run's curves: loss, learning rate, gradient norm, throughput, unique rows."""
     from smoltrain.config.load import read_run_config
-    from smoltrain.inference.load import find_run_folder
+    from smoltrain.inference.find_run import find_run_folder
     from smoltrain.run.plots import draw_run
     from smoltrain.schedule import Plan
 
@@ -82,7 +82,7 @@ def plot_command(run: RunArgument) -> None:
 @app.command("summary", epilog="Example: smoltrain summary quickstart")
 def summary_command(run: RunArgument) -> None:
     """Say what a run has come to: losses, tokens, where its time went, what to do next."""
-    from smoltrain.inference.load import find_run_folder
+    from smoltrain.inference.find_run import find_run_folder
     from smoltrain.run.summary import describe_run_folder
 
     print(describe_run_folder(find_run_folder(run)))
@@ -96,7 +96,7 @@ def report_command(
     ] = None,
 ) -> None:
     """Write a run as one HTML page: curves, gradients, speed, data, samples, events, config."""
-    from smoltrain.inference.load import find_run_folder
+    from smoltrain.inference.find_run import find_run_folder
     from smoltrain.report.report import write_run_report
 
     print(write_run_report(find_run_folder(run), out))
@@ -116,7 +116,7 @@ def verify_command(
     ] = False,
 ) -> None:
     """Check a run's ledger and checkpoints, or one checkpoint: files, shapes, finite numbers, place in the data."""
-    from smoltrain.inference.load import locate_run
+    from smoltrain.inference.find_run import locate_run
     from smoltrain.run.verify import compare_runs, verify_one_checkpoint, verify_run
 
     if other is not None:

@@ -1,5 +1,6 @@
 """Verbs that start a run: new, train, tune."""
 
+import sys
 import time
 from typing import Annotated
 
@@ -51,7 +52,7 @@ def train_command(
         from smoltrain.launch.supervisor import supervise_run
 
     words = [word for word in (recipe, *(overrides or [])) if word is not None]
-    raise typer.Exit(supervise_run(*split_recipe_words(words), ranks, began_at))
+    sys.exit(supervise_run(*split_recipe_words(words), ranks, began_at))  # its record is the run: see run_app
 
 
 @app.command("tune", cls=OverridesCommand, epilog="Example: smoltrain tune quickstart --lr 4e-3,8e-3 --steps 60")

@@ -120,16 +120,6 @@ def is_word_of_recipes(word: str, tree: Mapping[str, Any] | None = None) -> bool
     return bool(find_full_keys(word, tree)) or word in ALIASES
 
 
-def find_meant_keys(word: str, tree: Mapping[str, Any] | None = None) -> list[str]:
-    """The full keys that a word may mean, by itself or as an alias or misspelt; [] if none is near."""
-    keys = find_full_keys(word, tree)
-    if keys:
-        return keys
-    known = list_keys(tree)
-    named = re.findall(r"[a-z]\w*(?:\.[\w*-]+)+", suggest_key(word, tree) or "")
-    return [key for key in named if key in known]
-
-
 def read_key_options(words: list[str], own_options: Mapping[str, bool] = {}) -> list[str]:
     """Words of a command line in which `--key value` and `--key=value` have become `key=value`, hyphens underscores.
 

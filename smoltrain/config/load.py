@@ -3,7 +3,6 @@
 Nothing here touches torch, the network or the data; `load_config` reads files and W&B's variables, and changes nothing.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Container, Mapping, Sequence
@@ -13,31 +12,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from smoltrain.config.keys import (
-    NEAR,
-    NEAR_SIBLING,
-    expand_override,
-    find_full_keys,
-    is_word_of_recipes,
-    list_keys,
-    list_sections,
-    suggest_key,
-)
+from smoltrain.config.keys import expand_override, find_full_keys, suggest_key
+from smoltrain.config.load_problems import collect_problems, locate_key
 from smoltrain.config.older_keys import update_sections
 from smoltrain.config.override_text import format_overrides
-from smoltrain.config.rules import MUON_KEYS, find_contradictions
-from smoltrain.config.schema import HORIZON_KEYS, Config, ExportSection, GenerationSection, SourceSection
+from smoltrain.config.replaced_keys import drop_replaced_keys
+from smoltrain.config.rules import find_contradictions
+from smoltrain.config.schema import Config, ExportSection, GenerationSection
 from smoltrain.config.wandb_env import read_wandb_environment
-from smoltrain.config.yaml_text import apply_override, dump_yaml, parse_override_value, read_yaml
+from smoltrain.config.yaml_text import apply_override, dump_yaml, read_yaml
 from smoltrain.errors import Problem, UserError, problem_from_pydantic, suggest_choice
 from smoltrain.redact import redact_tree
 
 RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"  # inside the package, so that a wheel has them too
 DS_CONFIGS_FOLDER = Path(__file__).parents[1] / "ds_configs"
 DEFAULT_RECIPE = "quickstart"  # of commands that name none
-SOURCE_KEYS = ("package", "path", "hub")
-MAX_ANSWERED_KEYS = 50  # unknown keys for which the one that is meant is looked for, some milliseconds each
-BATCH_KEYS = ("accumulation", "rows_per_step")  # of which a batch has one
 
 
 def list_recipes() -> dict[str, Path]:
@@ -87,9 +76,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any]
         problem = _find_ambiguity(override, values) or apply_override(values, override)
         if problem:
             problems.append(problem)
-    _drop_recipe_source(values, overrides)
-    _drop_recipe_alternatives(values, overrides)
-    _drop_keys_of_other_optimizer(values, overrides)
+    drop_replaced_keys(values, overrides)
     run = values.setdefault("run", {})
     if isinstance(run, dict):
         run["name"] = run.get("name") or path.stem
@@ -97,11 +84,11 @@ def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any]
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        by_key = _collect_problems(error, values, path, overrides)
+        by_key = collect_problems(error, values, path, overrides)
         problems += by_key.values()
         raise UserError(*problems, *_problems_without_overrides(recipe, overrides, by_key, problems)) from None
     for problem in find_contradictions(config):
-        problems.append(replace(problem, change=_locate_key(problem.change, path, overrides)))
+        problems.append(replace(problem, change=locate_key(problem.change, path, overrides)))
     if problems:
         raise UserError(*problems)
     return config
@@ -115,7 +102,7 @@ def read_run_config(path: Path) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(*_collect_problems(error, values, path).values()) from None
+        raise UserError(*collect_problems(error, values, path).values()) from None
     if not config.phases:
         raise UserError(Problem("there is no phase", "[]", "at least one", f"phases in {path.name}"))
     for phase in config.phases:
@@ -199,83 +186,6 @@ def _find_recipe(recipe: str) -> Path:
     raise UserError(Problem("no such recipe", repr(recipe), want, "the first argument"))
 
 
-def _drop_recipe_source(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
-    """A data source on the command line takes the place of the recipe's, with the keys that belonged to that one."""
-    given = _keys_with_value(overrides)
-    data = values.get("data")
-    if isinstance(data, dict) and given & {f"data.{key}" for key in SOURCE_KEYS}:
-        for key in {*SourceSection.model_fields, "sources"} - {"text_field"}:
-            if not any(f"{name}.".startswith(f"data.{key}.") for name in given):
-                data.pop(key, None)
-
-
-def _drop_recipe_alternatives(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
-    """The length of a phase on the command line takes the place of the recipe's, whichever key says it; rows too."""
-    given = _keys_with_value(overrides)
-    phases = values.get("phases")
-    sections: list[tuple[str, Any, tuple[str, ...]]] = [("batch", values.get("batch"), BATCH_KEYS)]
-    for phase in phases if isinstance(phases, list) else []:
-        if isinstance(phase, dict):
-            sections.append((f"phases.{phase.get('name')}", phase, HORIZON_KEYS))
-    for name, section, keys in sections:
-        said = {key for key in keys if f"{name}.{key}" in given}
-        if said and isinstance(section, dict):
-            for key in {*keys} - said:
-                section.pop(key, None)
-
-
-def _drop_keys_of_other_optimizer(values: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> None:
-    """An optimizer on the command line takes the place of the recipe's, with the keys that mean nothing beside it."""
-    given = _keys_with_value(overrides)
-    section = values.get("optimizer")
-    if isinstance(section, dict) and "optimizer.kind" in given and section.get("kind") == "adamw":
-        for key in MUON_KEYS:
-            if f"optimizer.{key}" not in given:
-                section.pop(key, None)
-
-
-def _keys_with_value(overrides: list[str] | tuple[str, ...]) -> set[str]:
-    """The keys that overrides give a value, null apart."""
-    texts: dict[str, str] = {}
-    for override in overrides:
-        key, _, texts[key] = override.partition("=")  # the last one counts
-    return {key for key, text in texts.items() if parse_override_value(text) is not None}
-
-
-def _locate_key(key: str, path: Path, overrides: list[str] | tuple[str, ...]) -> str:
-    """The place that gave a key its value: the command line if an override named it, else the file."""
-    overridden = [override.partition("=")[0] + "." for override in overrides]
-    keys = [alternative + "." for alternative in key.split(" or ")]
-    is_overridden = any(k.startswith(o) or o.startswith(k) for k in keys for o in overridden)
-    return f"{key} on the command line" if is_overridden else f"{key} in {path.name}"
-
-
-def _collect_problems(
-    error: ValidationError, values: dict[str, Any], path: Path, overrides: list[str] | tuple[str, ...] = ()
-) -> dict[str, Problem]:
-    """pydantic's errors in smoltrain's own form, by key; a value that fails every type of a union is one problem."""
-    problems: dict[str, Problem] = {}
-    for e in error.errors():
-        # Without the types of a union that pydantic has tried, which are no keys.
-        parts = [p for p in e["loc"] if p not in ("int", "constrained-int") and not str(p).startswith("literal[")]
-        if parts[0] == "model" and len(parts) > 1:  # pydantic names the kind of model that it read
-            del parts[1]
-        names = _name_key_parts(parts, values)
-        key = ".".join(names)
-        change = _locate_key(key, path, overrides)
-        if e["type"] == "extra_forbidden":
-            if len(problems) < MAX_ANSWERED_KEYS:
-                problems |= _describe_unknown_key(key, e["input"], values, path, overrides)
-            else:
-                problems[key] = Problem(f"unknown key {key}", repr(names[-1]), "a key of a recipe", change)
-            continue
-        problem = problem_from_pydantic(key, e, change)
-        if key in problems:
-            problem = replace(problem, want=f"{problems[key].want} or {problem.want}")
-        problems[key] = problem
-    return problems
-
-
 def _problems_without_overrides(
     recipe: str, overrides: list[str] | tuple[str, ...], wrong_keys: Container[str], known: list[Problem]
 ) -> list[Problem]:
@@ -291,20 +201,6 @@ def _problems_without_overrides(
     return []
 
 
-def _name_key_parts(parts: list[Any], values: Any) -> list[str]:
-    """The parts of a key as the command line names them: phases and data.sources by name, not by number."""
-    names: list[str] = []
-    node: Any = values
-    for part in parts:
-        try:
-            node = node[part]
-        except (LookupError, TypeError):  # the key is missing
-            node = None
-        name = node.get("name", part) if isinstance(part, int) and isinstance(node, dict) else part
-        names.append(str(name))
-    return names
-
-
 def _find_ambiguity(override: str, values: dict[str, Any]) -> Problem | None:
     """What is wrong with an override whose key is short for several keys."""
     key, equals, text = override.partition("=")
@@ -312,32 +208,3 @@ def _find_ambiguity(override: str, values: dict[str, Any]) -> Problem | None:
         return None
     want = suggest_key(key, values, text) or ""
     return Problem(f"{key} is short for several keys", repr(key), want, f"{key} on the command line")
-
-
-def _describe_unknown_key(
-    key: str, value: object, values: dict[str, Any], path: Path, overrides: list[str] | tuple[str, ...]
-) -> dict[str, Problem]:
-    """The problem of an unknown key, by key; of an unknown section that is near to none, one for each key in it."""
-    section, _, name = key.rpartition(".")
-    sections = list_sections(values)
-    siblings = sections.get(section, sections[""])
-    is_unknown_section = not section or section not in sections
-    near = difflib.get_close_matches(name, siblings, n=1, cutoff=NEAR if is_unknown_section else NEAR_SIBLING)
-    if isinstance(value, dict) and is_unknown_section and 0 < _count_values(value) <= MAX_ANSWERED_KEYS:
-        inside = {full.split(".")[1] for full in list_keys(values) if full.partition(".")[0] in near}
-        if not value.keys() <= inside:
-            found: dict[str, Problem] = {}
-            for inner, inner_value in value.items():
-                found |= _describe_unknown_key(f"{key}.{inner}", inner_value, values, path, overrides)
-            return found
-    want = f"{near[0]!r} (the nearest valid one)" if near else f"one of {', '.join(sorted(siblings))}"
-    is_misspelt_section = not section and near and not is_word_of_recipes(name, values)
-    if not (isinstance(value, dict) or is_misspelt_section):
-        is_override = any(override.partition("=")[0] == key for override in overrides)
-        want = suggest_key(key, values, value if is_override else None) or want
-    return {key: Problem(f"unknown key {key}", repr(name), want, _locate_key(key, path, overrides))}
-
-
-def _count_values(value: object) -> int:
-    """How many plain values and lists stand in a mapping, those of its mappings included."""
-    return sum(map(_count_values, value.values())) if isinstance(value, dict) else 1

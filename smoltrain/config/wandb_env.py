@@ -18,7 +18,10 @@ TEXT_VARIABLES = {
     "WANDB_RUN_GROUP": "wandb_group",
     "WANDB_JOB_TYPE": "wandb_job_type",
 }
-MODE_VARIABLES = ("WANDB_MODE", "WANDB_DISABLED")  # read where track.wandb is auto, by wandb_run.resolve_wandb_mode
+MODE_VARIABLES = (
+    "WANDB_MODE",
+    "WANDB_DISABLED",
+)  # read where track.wandb is auto, by wandb_connection.resolve_wandb_mode
 LOG_MODEL_VALUES = {"checkpoint": "checkpoint", "end": "end", "false": "none"}
 MIN_WATCH_STEPS = 100  # steps at least, as transformers has it
 

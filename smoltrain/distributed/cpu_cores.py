@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from smoltrain.distributed.cgroups import find_cpu_quota
+
 CPUS = Path("/sys/devices/system/cpu")  # man 5 sysfs
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # man 7 cgroups: microseconds of CPU time for a container, in each so many
 TASKS = Path("/proc/self/task")
 Core = tuple[int, ...]  # the CPUs of one core, as the kernel numbers them: its hyperthreads
 
@@ -51,10 +52,8 @@ def _locate_core(cpu: int) -> tuple[int, int]:
 def num_cores() -> int:
     """The cores that this process may use, or as many as the quota of its container pays for."""
     num = len(usable_cores())
-    with contextlib.suppress(OSError, ValueError):
-        allowed, period = map(int, QUOTA.read_text().split())  # "max 100000" where there is none
-        num = min(num, allowed // period)
-    return max(1, num)
+    quota = find_cpu_quota()
+    return num if quota is None else max(1, min(num, int(quota)))
 
 
 def cores_per_process(processes: int) -> int:

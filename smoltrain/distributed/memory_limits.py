@@ -1,7 +1,6 @@
 """How much memory this process may use, and how often the kernel has killed for want of it.
 
-Who limits it: the machine; a cgroup, as containers and SLURM's jobs have (the kernel's admin-guide/cgroup-v2.rst and
-cgroup-v1/memory.rst); the process's own limits (man 2 getrlimit).
+Who limits it: the machine; a cgroup, as containers and SLURM's jobs have; the process's own limits (man 2 getrlimit).
 """
 
 import contextlib
@@ -13,10 +12,9 @@ from pathlib import Path
 
 import psutil
 
-from smoltrain.distributed.cgroups import CgroupPlaces, iterate_cgroups
+from smoltrain.distributed.cgroups import find_cgroup_files
 
-PLACES = CgroupPlaces()
-CONTROLLER_FILES = {1: ("memory.limit_in_bytes", "memory.oom_control"), 2: ("memory.max", "memory.events")}
+MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes, of ru_maxrss (man 2 getrusage)
 VMSTAT = Path("/proc/vmstat")
 STATUS = Path("/proc/self/status")
 
@@ -27,23 +25,6 @@ class MemoryLimit:
 
     num_bytes: float
     source: str
-
-
-@dataclass(frozen=True)
-class CgroupFiles:
-    """The memory controller of one cgroup, of either version: where its limit and its count of kills are."""
-
-    limit: Path
-    kills: Path  # with a line `oom_kill N`
-
-
-def find_cgroup_files() -> list[CgroupFiles]:
-    """Those of this process's own cgroup and of all above it, as far as they can be seen; its own first."""
-    found: list[CgroupFiles] = []
-    for folder, version in iterate_cgroups(PLACES, "memory"):
-        limit, kills = CONTROLLER_FILES[version]
-        found.append(CgroupFiles(folder / limit, folder / kills))
-    return found if any(files.limit.exists() for files in found) else []
 
 
 def find_shared_limit() -> MemoryLimit:
@@ -81,8 +62,7 @@ def read_peak_resident_bytes() -> int:
         found = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(), re.MULTILINE)
         if found:
             return int(found[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def list_hub_uses(config: Config) -> Iterable[str]:
 
 def check_wandb(config: Config) -> Finding:
     """Whether W&B's server answers, if the recipe or this machine's settings would log there."""
-    from smoltrain.run.wandb_run import find_wandb_server, resolve_wandb_mode
+    from smoltrain.run.wandb_connection import find_wandb_server, resolve_wandb_mode
 
     mode, reason = resolve_wandb_mode(config)
     if mode != "online":

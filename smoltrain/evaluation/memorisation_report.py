@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from smoltrain.config.schema import Config
-from smoltrain.data.tokens.prepare import load_prepared_data
+from smoltrain.data.tokens.load_prepared import load_prepared_data
 from smoltrain.data.tokens.prepared import PreparedData
 from smoltrain.errors import Problem, UserError
 from smoltrain.evaluation.memorisation import KIND_NAMES, Memorisation, MemorisationProbe, find_reason_unknown

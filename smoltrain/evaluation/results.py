@@ -47,14 +47,20 @@ def read_evaluations(run: Path) -> list[Evaluation]:
 
     A task that was measured twice at a step stands there as it was measured last.
     """
-    found = [_read_evaluation(path) for path in (run / EVALUATIONS_FOLDER).glob("step-*.json")]
+    found = [_read_file(path) for path in (run / EVALUATIONS_FOLDER).glob("step-*.json")]
     return sorted(found, key=lambda evaluation: evaluation["step"])
+
+
+def read_evaluation(run: Path, step: int) -> Evaluation | None:
+    """That of one step; None for a step that nobody has evaluated. Errors: UserError for a damaged file."""
+    path = evaluation_file(run, step)
+    return _read_file(path) if path.exists() else None
 
 
 def write_evaluation(run: Path, new: Evaluation) -> Path:
     """Add the tasks of an evaluation to what is there of its step; the file."""
     path = evaluation_file(run, new["step"])
-    known = _read_evaluation(path) if path.exists() else Evaluation(step=new["step"], tasks={}, details={})
+    known = read_evaluation(run, new["step"]) or Evaluation(step=new["step"], tasks={}, details={})
     path.parent.mkdir(exist_ok=True)
     tasks = known["tasks"] | new["tasks"]
     details = known["details"] | new["details"]
@@ -62,13 +68,27 @@ def write_evaluation(run: Path, new: Evaluation) -> Path:
     return path
 
 
-def _read_evaluation(path: Path) -> Evaluation:
+def _read_file(path: Path) -> Evaluation:
     want = "an evaluation as `smoltrain eval` writes it"
     try:
         value: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problem = Problem("an evaluation cannot be read", exception_message(error), want, str(path))
         raise UserError(problem) from None
-    if not (isinstance(value, dict) and isinstance(value.get("tasks"), dict) and isinstance(value.get("step"), int)):
+    if not _is_evaluation(value):
         raise UserError(Problem("this is no evaluation", "other keys", want, str(path)))
     return Evaluation(step=value["step"], tasks=value["tasks"], details=value.get("details", {}))
+
+
+def _is_evaluation(value: Any) -> bool:
+    """Whether a value out of a file, which may be anybody's, has the form of one; details may be missing."""
+    if not (isinstance(value, dict) and isinstance(value.get("step"), int)):
+        return False
+    tasks = value.get("tasks")
+    details = value.get("details", {})
+    if not (isinstance(tasks, dict) and isinstance(details, dict)):
+        return False
+    for metrics in tasks.values():
+        if not (isinstance(metrics, dict) and all(isinstance(number, int | float) for number in metrics.values())):
+            return False
+    return all(isinstance(part, dict) and part.keys() >= TaskDetails.__required_keys__ for part in details.values())

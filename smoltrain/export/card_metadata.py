@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from smoltrain.config.schema import Config, ExportSection
+from smoltrain.evaluation.results import Evaluation
 from smoltrain.schedule import Plan
 
 if TYPE_CHECKING:
@@ -18,16 +19,20 @@ VALIDATION_RESULTS = {
     "validation/bits_per_byte": ("bits_per_byte", "validation loss, bits per byte"),
 }
 STDERR_SUFFIX = "_stderr"
-TaskResults = Mapping[str, Mapping[str, float]]  # task -> metric -> value, as RUN/evaluations/step-N.json has them
 
 
 def write_card_metadata(
-    name: str, model_type: str, about: ExportSection, config: Config | None, last: Mapping[str, Any], tasks: TaskResults
+    name: str,
+    model_type: str,
+    about: ExportSection,
+    config: Config | None,
+    last: Mapping[str, Any],
+    evaluation: Evaluation | None,
 ) -> str:
     """The YAML of a model's card, without its fences. `last` are the last metrics of the run; nothing is invented."""
     from huggingface_hub import ModelCardData
 
-    results = [*_validation_results(config, last), *_task_results(tasks)]
+    results = [*_validation_results(config, last), *_task_results(evaluation)]
     values = {
         "language": list(about.language) or None,
         "license": about.license,
@@ -40,6 +45,17 @@ def write_card_metadata(
     if results:
         values |= {"model_name": name, "eval_results": results}
     return ModelCardData(**values).to_yaml()
+
+
+def name_task(task: str, evaluation: Evaluation) -> str:
+    """A task as the card calls it: what was measured on a part of its documents says so."""
+    details = evaluation["details"].get(task)
+    limit = details["limit"] if details else None
+    if details is None or limit is None or 0 < details["documents"] < limit:
+        return task
+    if details["documents"]:
+        return f"{task}, first {limit:,} documents"
+    return f"{task}, first {limit:,} documents of each of its tasks"
 
 
 def _hub_datasets(config: Config | None) -> list[str]:
@@ -68,16 +84,19 @@ def _validation_results(config: Config | None, last: Mapping[str, Any]) -> list[
     return results
 
 
-def _task_results(tasks: TaskResults) -> list["EvalResult"]:
+def _task_results(evaluation: Evaluation | None) -> list["EvalResult"]:
     from huggingface_hub import EvalResult
 
-    results = []
-    for task, metrics in tasks.items():
+    results: list[EvalResult] = []
+    if evaluation is None:
+        return results
+    for task, metrics in evaluation["tasks"].items():
+        name = name_task(task, evaluation)
         for metric, value in metrics.items():
             if metric.endswith(STDERR_SUFFIX) or not math.isfinite(value):
                 continue
             result = EvalResult(
-                task_type=TASK, task_name="Text generation", dataset_type=task, dataset_name=task, metric_type=metric,
+                task_type=TASK, task_name="Text generation", dataset_type=task, dataset_name=name, metric_type=metric,
                 metric_name=metric, metric_value=round(value, 4),
             )  # fmt: skip
             results.append(result)

@@ -19,7 +19,7 @@ from smoltrain.export.marker import ExportSource, read_export_marker, write_expo
 from smoltrain.export.model_card import CURVE_FILE, build_model_card
 from smoltrain.export.verify import NUM_CASES, NUM_GREEDY, ExportComparison, verify_export
 from smoltrain.inference.load import GENERATION_KEYS, LoadedModel, load_trained_model
-from smoltrain.model import hf_format
+from smoltrain.model import hf_config, hf_format
 from smoltrain.model.build import count_parameters
 from smoltrain.model.transformers_model import HuggingFaceModel
 from smoltrain.schedule import Plan
@@ -147,12 +147,12 @@ def _copy_curve(loaded: LoadedModel, folder: Path) -> bool:
 
 def _save_decoder(loaded: LoadedModel, section: ModelSection, folder: Path) -> dict[str, Any]:
     """The weights of our own decoder as those of a class of transformers; returns the config."""
-    config = hf_format.make_hf_config(section)
+    config = hf_config.make_hf_config(section)
     ours = {name: p.detach().to(loaded.dtype) for name, p in loaded.model.named_parameters()}
     theirs = hf_format.convert_to_hf_tensors(section, ours)
     save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
-    if config["architectures"] == [hf_format.SMOLTRAIN]:
-        shutil.copy(hf_format.MODELING_FILE, folder)
+    if config["architectures"] == [hf_config.SMOLTRAIN]:
+        shutil.copy(hf_config.MODELING_FILE, folder)
     return config
 
 

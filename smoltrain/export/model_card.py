@@ -1,6 +1,5 @@
 """The model card of an export: README.md, as the Hugging Face Hub shows it."""
 
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -9,15 +8,14 @@ from typing import Any
 
 from smoltrain import __version__
 from smoltrain.config.schema import Config, DataSection, ExportSection, SourceSection
-from smoltrain.errors import Problem, UserError
-from smoltrain.evaluation.results import evaluation_file
-from smoltrain.export.card_metadata import STDERR_SUFFIX, VALIDATION_RESULTS, TaskResults, write_card_metadata
+from smoltrain.evaluation.results import Evaluation, read_evaluation
+from smoltrain.export.card_metadata import STDERR_SUFFIX, VALIDATION_RESULTS, name_task, write_card_metadata
 from smoltrain.export.markdown_text import escape_markdown, fence_code, quote_code
 from smoltrain.export.marker import ExportSource
 from smoltrain.files import read_jsonl
 from smoltrain.inference.load import LoadedModel
 from smoltrain.model.build import count_parameters
-from smoltrain.model.hf_format import SMOLTRAIN
+from smoltrain.model.hf_config import SMOLTRAIN
 from smoltrain.redact import redact_text, redact_url
 
 MIN_TRANSFORMERS_VERSION = "4.46"  # the lowest version that loads an export and generates with it, of each class
@@ -44,11 +42,11 @@ def build_model_card(
     class_name = hf_config["architectures"][0]
     name = source.run
     last: dict[str, Any] = {}
-    tasks: TaskResults = {}
+    evaluation: Evaluation | None = None
     if loaded.config is not None and loaded.step is not None:
         last = read_last_metrics(loaded.folder / "metrics.jsonl", loaded.step)
-        tasks = read_task_results(loaded.folder, loaded.step)
-    front = write_card_metadata(name, hf_config["model_type"], about, loaded.config, last, tasks)
+        evaluation = read_evaluation(loaded.folder, loaded.step)
+    front = write_card_metadata(name, hf_config["model_type"], about, loaded.config, last, evaluation)
     made_by = "trained with" if loaded.config else "converted by"
     sections = [
         f"---\n{front}\n---",
@@ -59,7 +57,7 @@ def build_model_card(
     ]
     if loaded.config is not None and loaded.step is not None:
         sections += _describe_training(loaded.config, loaded.step, source, last, has_curve=has_curve)
-        sections += _describe_results(last, tasks)
+        sections += _describe_results(last, evaluation)
         sections += _describe_samples(loaded.folder / "samples.jsonl", loaded.step)
     sections += [
         f"## How to load it\n\nWith transformers {MIN_TRANSFORMERS_VERSION} or newer:",
@@ -76,22 +74,6 @@ def read_last_metrics(file: Path, step: int) -> dict[str, Any]:
         if line["step"] <= step:
             last |= line
     return last
-
-
-def read_task_results(run: Path, step: int) -> TaskResults:
-    """Metrics by task that `smoltrain eval` has measured at this very step. Errors: UserError for a damaged file."""
-    file = evaluation_file(run, step)
-    if not file.is_file():
-        return {}
-    try:
-        tasks = json.loads(file.read_text(encoding="utf-8"))["tasks"]
-        return {
-            task: {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-            for task, metrics in tasks.items()
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        want = "what `smoltrain eval` wrote; it is written anew if it is deleted"
-        raise UserError(Problem("the evaluations cannot be read", str(error), want, str(file))) from None
 
 
 def _describe_unfinished(source: ExportSource) -> Iterator[str]:
@@ -177,23 +159,30 @@ def _url_part(name: str) -> str:
     return re.sub(r"[^\w./-]", "", name, flags=re.ASCII)
 
 
-def _describe_results(last: dict[str, Any], tasks: TaskResults) -> Iterator[str]:
+def _describe_results(last: dict[str, Any], evaluation: Evaluation | None) -> Iterator[str]:
     rows: list[tuple[str, ...]] = []
     for metric, (_, words) in VALIDATION_RESULTS.items():
         if metric in last:
             rows.append(("held-out documents", words, f"{last[metric]:.4f}"))
-    for task, metrics in tasks.items():
-        for metric, value in metrics.items():
-            if metric.endswith(STDERR_SUFFIX):
-                continue
-            error = metrics.get(metric + STDERR_SUFFIX, math.nan)
-            beside = f" ± {error:.4f}" if math.isfinite(error) else ""
-            rows.append((escape_markdown(task), escape_markdown(metric), f"{value:.4f}{beside}"))
+    if evaluation is not None:
+        rows += _list_task_results(evaluation)
     for metric, words in MEMORISATION.items():
         if metric in last:
             rows.append(("memorisation", words, f"{last[metric]:.1%}"))
     if rows:
         yield f"## Evaluation\n\n{_format_table(('on', 'metric', 'value'), rows)}"
+
+
+def _list_task_results(evaluation: Evaluation) -> Iterator[tuple[str, ...]]:
+    """(task, metric, value with its standard error)."""
+    for task, metrics in evaluation["tasks"].items():
+        name = escape_markdown(name_task(task, evaluation))
+        for metric, value in metrics.items():
+            if metric.endswith(STDERR_SUFFIX):
+                continue
+            error = metrics.get(metric + STDERR_SUFFIX, math.nan)
+            beside = f" ± {error:.4f}" if math.isfinite(error) else ""
+            yield (name, escape_markdown(metric), f"{value:.4f}{beside}")
 
 
 def _describe_samples(file: Path, step: int) -> Iterator[str]:

@@ -72,7 +72,7 @@ def _find_or_make_export(source: str, say: Callable[[str], None]) -> tuple[Path,
     from smoltrain.checkpoint.manifest import find_newest_valid_checkpoint
     from smoltrain.export.export import default_export_folder, export_model
     from smoltrain.export.marker import read_export_marker, read_verified_marker
-    from smoltrain.inference.load import find_run_folder, is_huggingface_folder
+    from smoltrain.inference.find_run import find_run_folder, is_huggingface_folder
 
     if is_huggingface_folder(Path(source)):
         marker = read_verified_marker(Path(source))

@@ -19,11 +19,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from smoltrain.config.schema import GenerationSection
-from smoltrain.data.tokens.prepare import load_prepared_data
+from smoltrain.data.tokens.load_prepared import load_prepared_data
 from smoltrain.errors import TrainingStopped
 from smoltrain.inference.device import move_to_best_device
 from smoltrain.inference.load import LoadedModel
-from smoltrain.model.hf_format import MODELING_FILE
+from smoltrain.model.hf_config import MODELING_FILE
 
 RELOAD_SCRIPT = Path(__file__).parent / "reload.py"
 NUM_CASES, CASE_TOKENS, LONG_CASE_TOKENS = 16, 32, 256

@@ -1,6 +1,5 @@
 """A trained model back on one process and without DeepSpeed: out of a run, a checkpoint or a Hugging Face folder."""
 
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,14 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from smoltrain.checkpoint import identity
-from smoltrain.checkpoint.manifest import (
-    WEIGHTS_FILE,
-    Manifest,
-    find_newest_valid_checkpoint,
-    list_checkpoint_steps,
-    step_folder,
-    verify_checkpoint,
-)
+from smoltrain.checkpoint.manifest import WEIGHTS_FILE, Manifest, step_folder
 from smoltrain.config.config_file import CONFIG_FILE, RUNS_FOLDER, find_config_damage, read_provenance
 from smoltrain.config.load import read_run_config
 from smoltrain.config.schema import Config, GenerationSection, RunSection
@@ -35,13 +27,14 @@ from smoltrain.data.tokenizers.companions import (
 from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE, Tokenizer
 from smoltrain.errors import Problem, UserError, format_value, problem_from_pydantic
 from smoltrain.files import print_warning
+from smoltrain.inference.find_run import find_valid_manifest, is_huggingface_folder, locate_run
 from smoltrain.inference.generate import decode_stream, generate_ids
 from smoltrain.model.build import build_model
-from smoltrain.model.hf_format import Tensors, check_hf_tensors, common_dtype, read_hf_decoder, read_safetensors_file
+from smoltrain.model.hf_format import read_hf_decoder
+from smoltrain.model.hf_weights import Tensors, check_hf_tensors, common_dtype, read_safetensors_file
 from smoltrain.model.interface import LanguageModel
 
 EXPORT_MARKER_FILE = "smoltrain.json"  # in exports that passed: what they are of, and what their files are
-CHECKPOINT_FOLDER_PATTERN = re.compile(r"step-([0-9]{8,})")  # the name of a published checkpoint's folder
 # Our generation section -> the keys of a generation_config.json.
 GENERATION_KEYS = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "max_tokens": "max_new_tokens"}
 
@@ -108,7 +101,7 @@ def load_trained_model(source: str, step: int | None = None, runs: Path = RUNS_F
 
     `source` is a folder, or the name of a run under `runs`; the folder of a checkpoint is that run with its step.
     Errors: UserError for a folder that is neither, a step that has no checkpoint, a checkpoint that does not verify, a
-    class that the decoder cannot be (hf_format.SUPPORTED), and files that do not fit each other.
+    class that the decoder cannot be (hf_config.SUPPORTED), and files that do not fit each other.
     """
     if not is_huggingface_folder(Path(source)):
         return _load_run(source, step, runs)
@@ -164,63 +157,6 @@ def stop_token_ids(tokenizer: Tokenizer, inherited: Mapping[str, Any]) -> list[i
     """The separator, and what a generation_config.json names as the end of a text."""
     theirs = [i for i in eos_token_ids(inherited) if i < tokenizer.num_ids]
     return theirs if tokenizer.separator_id in theirs else [tokenizer.separator_id, *theirs]
-
-
-def is_huggingface_folder(folder: Path) -> bool:
-    """Whether the folder is one of transformers' and no run."""
-    return (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file()
-
-
-def find_run_folder(run: str, runs: Path = RUNS_FOLDER, change: str = "the RUN argument") -> Path:
-    """The folder of a run, which is named by its path or by its name under `runs`. Errors: UserError if it is none."""
-    folder, step = locate_run(run, runs, change)
-    if step is not None:
-        raise UserError(Problem("this is one checkpoint of a run", repr(run), f"the run, {folder}", change))
-    return folder
-
-
-def locate_run(source: str, runs: Path = RUNS_FOLDER, change: str = "the RUN argument") -> tuple[Path, int | None]:
-    """The folder of a run; and, where `source` is the folder of one of its checkpoints, the step of that.
-
-    The checkpoint itself need not be there. Errors: UserError if there is no such run.
-    """
-    for folder in (Path(source), runs / source):
-        if (folder / CONFIG_FILE).is_file():
-            return folder, None
-        for path in (folder, folder.resolve()):  # as it was named, if that says enough
-            step_name = CHECKPOINT_FOLDER_PATTERN.fullmatch(path.name)
-            run = path.parent.parent
-            if step_name and path.parent.name == "checkpoints" and (run / CONFIG_FILE).is_file():
-                return run, int(step_name[1])
-    have = ", ".join(sorted(path.parent.name for path in runs.glob(f"*/{CONFIG_FILE}"))) or "none yet"
-    want = f"the folder of a run or of its checkpoint, a name under {runs}/ ({have}), or a Hugging Face folder"
-    raise UserError(Problem("no such run", repr(source), want, change))
-
-
-def find_valid_manifest(run: Path, step: int | None, change: str, say: Callable[[str], None]) -> Manifest:
-    """The manifest of a run's checkpoint of this step, or of its newest one that verifies.
-
-    Errors: UserError if there is none.
-    """
-    if step is None:
-        newest = find_newest_valid_checkpoint(run / "checkpoints", say)
-        if newest is None:
-            raise UserError(Problem("this run has no checkpoint yet", str(run), "at least one", change))
-        return newest
-    manifest = verify_checkpoint(find_checkpoint_folder(run, step, change))
-    if isinstance(manifest, str):
-        raise UserError(Problem("the checkpoint is not whole", manifest, "the file as it was written", change))
-    return manifest
-
-
-def find_checkpoint_folder(run: Path, step: int, change: str) -> Path:
-    """The folder of a run's checkpoint of this step, unread. Errors: UserError if there is none."""
-    checkpoints = run / "checkpoints"
-    steps = list_checkpoint_steps(checkpoints)
-    if step not in steps:
-        want = f"one of {', '.join(map(str, steps))}" if steps else "a run that has saved one"
-        raise UserError(Problem("no checkpoint of this step", str(step), want, change))
-    return step_folder(checkpoints, step)
 
 
 def _print_to_stderr(text: str) -> None:

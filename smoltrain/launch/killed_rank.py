@@ -1,9 +1,9 @@
 """A rank that the kernel killed for want of memory, told from any other kill -9 by the kernel's own count of kills."""
 
-import resource
 import signal
 import socket
 import sys
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -49,12 +49,16 @@ def describe_kills(before: KillCount, now: KillCount) -> str:
     return f"{now.file}: oom_kill {before.count} -> {now.count}{whose}"
 
 
-def explain_killed_rank(rank: int, num_ranks: int, evidence: str, start: Start, device: torch.device) -> Problem | str:
-    """Write the page of a rank that is gone, show its beginning; the line that says what happened.
+class KilledRank(NamedTuple):
+    """What the kernel's accounts alone tell of a rank that is gone."""
 
-    `evidence` is KillWatch's. What the rank held is known from the kernel's accounts alone, which tell of the largest
-    process of this command.
-    """
+    rank: int
+    evidence: str  # KillWatch's
+    peak_bytes: int  # the largest resident set of its process
+
+
+def explain_killed_rank(killed: KilledRank, num_ranks: int, start: Start, device: torch.device) -> Problem | str:
+    """Write the page of a rank that is gone, show its beginning; the line that says what happened."""
     metrics = start.config.run_folder / "metrics.jsonl"
     step = max((line["step"] for line in files.read_jsonl(metrics)), default=0) if metrics.exists() else 0
     limit = find_rank_limit(num_ranks)
@@ -62,11 +66,11 @@ def explain_killed_rank(rank: int, num_ranks: int, evidence: str, start: Start, 
     beside = own.rss - getattr(own, "shared", 0)  # this process's own pages, in the same cgroup or machine
     limit = MemoryLimit(limit.num_bytes - beside / num_ranks, f"{limit.source}, less what this command itself has")
     failure = MemoryFailure(
-        rank=rank, num_ranks=num_ranks, host=socket.gethostname(),
+        rank=killed.rank, num_ranks=num_ranks, host=socket.gethostname(),
         where=f"after step {step}" if step > start.point.step else f"before step {start.point.step + 1} was done",
-        what=f"the kernel's out-of-memory killer ended it by SIGKILL ({evidence})", limit=limit,
-        held=resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024.0,
-        notes=("what it really held is the largest resident set of all processes that this command has started",),
+        what=f"the kernel's out-of-memory killer ended it by SIGKILL ({killed.evidence})", limit=limit,
+        held=float(killed.peak_bytes),
+        notes=("what it really held is the largest resident set of its process",),
         advice=HOST_MEMORY,
     )  # fmt: skip
     if device.type != "cuda":  # of whose host memory there is no estimate
@@ -74,6 +78,6 @@ def explain_killed_rank(rank: int, num_ranks: int, evidence: str, start: Start, 
     try:
         page = write_page(failure, start.config.run_folder / "logs")
     except OSError as error:
-        return f"rank {rank} {failure.where}: {failure.what}; its page could not be written ({error.strerror})"
+        return f"rank {killed.rank} {failure.where}: {failure.what}; its page could not be written ({error.strerror})"
     print(format_tables(failure), file=sys.stderr, flush=True)
     return describe_failure(failure, page)

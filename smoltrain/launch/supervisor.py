@@ -2,49 +2,30 @@
 
 Where to begin, whether the run may go on and its data are looked at here, once (train/start.py), and handed to the
 ranks. Each phase restores from disk on every rank, so a checkpoint that could not be restored would be found at once.
-No launcher stands between: signals reach all ranks at once, and every exit code is seen.
 """
 
 import contextlib
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from types import FrameType
 
-import psutil
 import torch
 from rich.console import Console
 
 from smoltrain.config.load import load_config, stop_after_phase
 from smoltrain.config.schema import Config, PhaseSection
-from smoltrain.console import TERMINAL_VARIABLE
-from smoltrain.distributed.awake_clock import AwakeClock
-from smoltrain.distributed.rendezvous import RankPlace, open_rendezvous_socket
-from smoltrain.distributed.stop import STOP_SIGNALS, heeded_stop_signals
-from smoltrain.distributed.world import choose_device, environment_without_launcher
+from smoltrain.distributed.world import choose_device
 from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepspeed_text
-from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
-from smoltrain.launch.config_pipe import pack_start
-from smoltrain.launch.killed_rank import KillWatch, explain_killed_rank
-from smoltrain.launch.rank import START_ON_STDIN
-from smoltrain.launch.terminal_loan import TerminalLoan
+from smoltrain.errors import DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
+from smoltrain.launch.rank_processes import RankProcesses
+from smoltrain.launch.signal_forwarder import SignalForwarder, StopRequested
 from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
 from smoltrain.run.screen import Screen
 from smoltrain.run.summary import describe_run
 from smoltrain.schedule import Phase, Plan
-from smoltrain.terminal import clear_live_line, interrupt_live_line, open_console, show_activity
+from smoltrain.terminal import show_activity
 from smoltrain.train.start import Start, begin_run
 
-RANK_COMMAND = [sys.executable, "-u", "-P", "-m", "smoltrain.launch.rank"]  # -P: no module of the current folder
 CPU_RANKS = 2  # on a machine without a GPU: enough to make every collective real
-POLL_S = 0.02  # between two looks at the ranks
-MAX_POLL_GAP_S = 3.0  # between two such looks, if this process was not suspended
-NOTICE_S = 15.0  # for ranks to notice that another one has died; rank.py lets rank 0 speak first, for 5 s
-GRACE_S = 35.0  # from SIGTERM to SIGKILL, to save or to finish an upload
 
 
 def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None, began_at: float | None = None) -> int:
@@ -79,7 +60,7 @@ def supervise_config(
 
 
 def _run_phases(
-    config: Config, words: list[str], num_ranks: int | None, signals: "SignalForwarder", screen: Screen,
+    config: Config, words: list[str], num_ranks: int | None, signals: SignalForwarder, screen: Screen,
     held: contextlib.ExitStack, began_at: float | None,
 ) -> int:  # fmt: skip
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for all phases
@@ -145,7 +126,7 @@ def _format_setting(spec: PhaseSection, name: str) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _launch_ranks(ranks: "RankProcesses", signals: "SignalForwarder") -> int:
+def _launch_ranks(ranks: RankProcesses, signals: SignalForwarder) -> int:
     """One set of ranks from start to end: their exit code, and a word to the user where they could not give one."""
     first = ranks.run(signals)
     screen = Screen()
@@ -171,252 +152,3 @@ def choose_num_ranks(asked: int | None, device: str) -> int:
         want = f"1 to {gpus}, one for each GPU" if gpus else "1 or more"
         raise UserError(Problem("this machine cannot run so many ranks", str(asked), want, "--ranks"))
     return asked
-
-
-class StopRequested(BaseException):
-    """A signal came while there were no ranks to pass it on to."""
-
-
-class SignalForwarder:
-    """The signals that ask this command to stop: the ranks get them, who save; without ranks the command just ends."""
-
-    def __init__(self, terminal: Console | None = None) -> None:
-        """`terminal` is the console of the person who sends them, stdout by default."""
-        self._terminal = terminal
-        self.pending: list[int] | None = None  # for the ranks, while there are any
-        self.ranks_were_started = False  # whether there ever were any
-        self.stop_signal = ""  # the name of the first one, which no phase may begin after
-        self.num_interrupts = 0
-        self.ranks: RankProcesses | None = None  # those that Ctrl-Z stops too
-        self._before = {number: signal.signal(number, self._on_signal) for number in heeded_stop_signals()}
-        if signal.getsignal(signal.SIGTSTP) != signal.SIG_IGN:  # as shells without job control leave it
-            self._before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._on_ctrl_z)
-
-    @property
-    def console(self) -> Console:
-        """Where to say what a signal does."""
-        return self._terminal or open_console()
-
-    def close(self) -> None:
-        """Listen no longer."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        self.num_interrupts += number == signal.SIGINT
-        self.stop_signal = self.stop_signal or signal.Signals(number).name
-        if self.pending is None:
-            raise StopRequested
-        self.pending.append(signal.SIGKILL if self.num_interrupts > 1 else number)  # the second Ctrl-C: leave at once
-
-    def _on_ctrl_z(self, number: int, _frame: FrameType | None) -> None:
-        """The ranks are in sessions of their own, where a terminal's signals do not come."""
-        processes = self.ranks.session_processes() if self.ranks else []
-        _signal_processes(processes, signal.SIGSTOP)
-        clear_live_line(self.console)  # the shell's prompt comes here
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)  # here this process stands still, until `fg` or `bg`
-        signal.signal(number, self._on_ctrl_z)
-        _signal_processes(processes, signal.SIGCONT)
-
-
-@dataclass(frozen=True)
-class RankExit:
-    """How a rank ended: `code` is its exit code, or -N if signal N ended it."""
-
-    rank: int
-    code: int
-    evidence: str = ""  # that the kernel ended it for want of memory
-
-    @property
-    def launch_code(self) -> int:
-        """The exit code (errors.py) of the whole command, if this rank was the first to end without being done."""
-        if -self.code in STOP_SIGNALS:  # see StopFlag: only before the first step, when there is nothing to lose
-            return STOPPED
-        return self.code if self.code in (BAD_INPUT, STOPPED, INTERRUPTED) else FAULT
-
-    def __str__(self) -> str:
-        if self.code >= 0:
-            return f"rank {self.rank} ended with code {self.code}"
-        name = next((known.name for known in signal.Signals if known == -self.code), f"signal {-self.code}")
-        return f"rank {self.rank} was ended by {name}"
-
-
-class RankProcesses:
-    """One launch of the ranks: start, pass signals on, wait, leave nothing behind.
-
-    They train what `start` says, which they read from stdin: recipe and DeepSpeed's JSON may have been edited since the
-    command read them. `words` then only tell who looks at the list of processes what runs. Rank 0 inherits `lock`, the
-    open file by which this run is locked.
-    """
-
-    def __init__(
-        self, words: list[str], count: int, device: str, start: Start | None = None, lock: int | None = None
-    ) -> None:
-        self._input = b"" if start is None else pack_start(start)
-        mark = [] if start is None else [START_ON_STDIN]
-        self._command = [*RANK_COMMAND, *mark, *words]
-        self._inherited = () if lock is None else (lock,)
-        self._env = environment_without_launcher() | {
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "SMOLTRAIN_SUPERVISOR": str(os.getpid()),
-        }
-        if device != "cuda":
-            self._env["DS_ACCELERATOR"] = device
-        self._count = count
-        self._start = start
-        self._device = device
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._terminal: TerminalLoan | None = None
-
-    def run(self, signals: SignalForwarder) -> RankExit | None:
-        """The first rank that ended without being done, None if all were done. Nothing of them is alive afterwards."""
-        signals.pending, signals.ranks_were_started, signals.ranks = [], True, self
-        try:
-            self._start_processes()
-            return self._wait_for_exits(signals.pending, signals.console)
-        finally:
-            self._end_leftovers()
-            signals.pending = signals.ranks = None
-
-    def explain_kill(self, killed: RankExit) -> "Problem | str | RankExit":
-        """The line about a rank that the kernel ended for want of memory, whose page this writes."""
-        if self._start is None:
-            return killed
-        device = torch.device(self._device)
-        return explain_killed_rank(killed.rank, self._count, killed.evidence, self._start, device)
-
-    def session_processes(self) -> list[psutil.Process]:
-        """The living processes of the ranks' sessions: they and whatever they have started."""
-        return _find_session_processes({process.pid for process in self._processes})
-
-    def _start_processes(self) -> None:
-        """A Ctrl-C is held back until all are there; each lets it in when Python could not answer with a traceback."""
-        listener = open_rendezvous_socket(
-            RankPlace(size=self._count, local_size=self._count)
-        )  # so that nobody takes the port
-        terminal = self._terminal = TerminalLoan(f"starting {self._count} rank{'s' * (self._count > 1)}")
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which children inherit
-        try:
-            for rank in map(str, range(self._count)):
-                env = self._env | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(listener.getsockname()[1])}
-                env[TERMINAL_VARIABLE] = str(terminal.inherited)
-                inherited: tuple[int, ...] = (terminal.inherited,)
-                if rank == "0":
-                    env["SMOLTRAIN_LISTENER"] = str(listener.fileno())
-                    inherited += (listener.fileno(), *self._inherited)
-                process = subprocess.Popen(
-                    self._command, env=env, stdin=subprocess.PIPE, start_new_session=True, pass_fds=inherited
-                )
-                self._processes.append(process)
-                assert process.stdin is not None
-                # One that has ended is seen in _wait_for_exits.
-                with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
-                    pipe.write(self._input)
-        finally:
-            listener.close()
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-    def _wait_for_exits(self, pending: list[int], console: Console | None = None) -> RankExit | None:
-        """Until all have ended; after the first that died the others are asked, and at last made, to end too."""
-        running = dict(enumerate(self._processes))
-        first: RankExit | None = None
-        clock = AwakeClock(MAX_POLL_GAP_S)
-        due: list[tuple[float, int]] = []  # when to send which signal
-        kills = KillWatch()
-        while running:
-            time.sleep(POLL_S)
-            if self._terminal:
-                self._terminal.poll()
-            while pending:
-                self._pass_signal_on(pending.pop(0), console or open_console())
-            exits = self._collect_exits(running)
-            if not exits:
-                kills.note_count(clock.now())
-            failed = [rank_exit for rank_exit in exits if rank_exit.code != DONE]
-            if first is None and failed:
-                # Who has lost a dead one says FAULT: the dead one itself tells more.
-                first = min(failed, key=lambda rank_exit: (rank_exit.code == FAULT, rank_exit.code))
-                first = replace(first, evidence=kills.find_evidence(first.code))
-                due = _schedule_signals(first, clock.now())
-            while due and clock.now() >= due[0][0]:
-                _, number = due.pop(0)
-                self._send_signal(number)
-        return first
-
-    def _collect_exits(self, running: "dict[int, subprocess.Popen[bytes]]") -> list[RankExit]:
-        """Those that have ended since the last look; they are taken out of `running`."""
-        exits = []
-        for rank, process in list(running.items()):
-            code = process.poll()
-            if code is not None:
-                exits.append(RankExit(rank, code))
-                del running[rank]
-        return exits
-
-    def _pass_signal_on(self, number: int, console: Console) -> None:
-        """Send it, and say at once that it came: the ranks may be in the middle of a long step."""
-        self._send_signal(number)
-        text = describe_signal(number, has_started=self._terminal is not None and self._terminal.is_taken)
-        interrupt_live_line(text, console)
-
-    def _send_signal(self, number: int) -> None:
-        for process in self._processes:
-            process.send_signal(number)
-
-    def _end_leftovers(self) -> None:
-        """Nothing outlives the launch: what is left in the sessions of the ranks is asked, then made, to end."""
-        clock = AwakeClock(MAX_POLL_GAP_S)
-        left = self.session_processes()
-        asked: set[int] = set()
-        while left:
-            for process in left:
-                with contextlib.suppress(psutil.Error):
-                    if clock.now() > GRACE_S:
-                        process.kill()
-                    elif process.pid not in asked:
-                        asked.add(process.pid)
-                        process.terminate()
-            time.sleep(POLL_S)
-            left = self.session_processes()
-        if self._terminal:
-            self._terminal.close()
-        clear_live_line(open_console())
-
-
-def describe_signal(number: int, *, has_started: bool) -> str:
-    """What a signal that has just been passed on to the ranks will do; `has_started`: they say what they do."""
-    if number == signal.SIGKILL:
-        return "leaving at once"
-    what = "stopping after this step, then saving" if has_started else "stopping; no step has begun"
-    if number == signal.SIGINT:
-        return f"{what}; Ctrl-C again leaves at once"
-    return f"{signal.Signals(number).name}: {what}"
-
-
-def _schedule_signals(first: RankExit, now: float) -> list[tuple[float, int]]:
-    """When to send which signal to the others, who may wait for the one that ended for ever."""
-    if first.launch_code == STOPPED:
-        if first.code == STOPPED:  # by agreement of all
-            return []
-        return [(now, signal.SIGTERM), (now + GRACE_S, signal.SIGKILL)]
-    return [(now + NOTICE_S, signal.SIGTERM), (now + NOTICE_S + GRACE_S, signal.SIGKILL)]
-
-
-def _signal_processes(processes: list[psutil.Process], number: int) -> None:
-    """A signal to those that are still there."""
-    for process in processes:
-        with contextlib.suppress(psutil.Error):
-            process.send_signal(number)
-
-
-def _find_session_processes(sessions: set[int]) -> list[psutil.Process]:
-    """The living processes of these sessions."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found

@@ -14,7 +14,7 @@ from smoltrain.config.load import read_run_config
 from smoltrain.config.schema import Config
 from smoltrain.export.export import export_model
 from smoltrain.files import METRICS_FILE, read_jsonl
-from smoltrain.inference.load import find_run_folder
+from smoltrain.inference.find_run import find_run_folder
 from smoltrain.library.model import Model, load
 from smoltrain.run.plots import draw_run
 from smoltrain.run.run_folder import SAMPLES_FILE

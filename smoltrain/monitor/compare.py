@@ -13,7 +13,7 @@ from smoltrain.config.config_file import CONFIG_FILE
 from smoltrain.config.load import read_run_config
 from smoltrain.config.schema import Config
 from smoltrain.errors import Problem, UserError, format_value
-from smoltrain.inference.load import find_run_folder
+from smoltrain.inference.find_run import find_run_folder
 from smoltrain.monitor.curves import RunCurves, read_run_curves
 from smoltrain.monitor.run_status import RECENT_STEPS, RunStatus, read_run_status
 from smoltrain.run.row_ledger import compare_row_histories, read_row_history

@@ -4,8 +4,11 @@ On a terminal the view is drawn again every second until the run ends, or Ctrl-C
 that is not there yet is waited for. Through a pipe, and with `--once`, it is printed once.
 """
 
+import signal
+import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -33,12 +36,14 @@ def watch_run(source: str, *, once: bool = False) -> None:
         _print_view(console, RunReader(folder))
         return
     watched = WatchedRun(source, console)
+    before = signal.signal(signal.SIGTERM, _leave)
     try:
         with Live(get_renderable=watched.render, console=console, screen=True, auto_refresh=False) as live:
             while not watched.has_ended:
                 live.refresh()
                 time.sleep(LOOK_EVERY_S)
     finally:  # the screen of before is back: what was seen last stays below it
+        signal.signal(signal.SIGTERM, before)
         if watched.reader is not None:
             _print_view(console, watched.reader)
 
@@ -65,6 +70,11 @@ class WatchedRun:
                 return Group(*draw_waiting(self._source, describe_runs_there_are(), width))
             self.reader = RunReader(folder)
         return Group(*_draw_now(self.reader, width, self._console.height, braille=has_braille(self._console)))
+
+
+def _leave(number: int, _frame: FrameType | None) -> None:
+    """End by a signal, but only when the terminal has its own screen back."""
+    sys.exit(128 + number)
 
 
 def find_watched_folder(source: str) -> Path | None:

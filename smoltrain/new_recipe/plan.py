@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from smoltrain.config.schema import DataSection, TokenizerSection
-from smoltrain.data.tokens.prepare import MAX_AUTO_CACHED_MIB
+from smoltrain.data.tokens.plan_preparation import MAX_AUTO_CACHED_MIB
 from smoltrain.errors import Problem, UserError
 from smoltrain.new_recipe import hyperparameters as rules
 from smoltrain.new_recipe.hyperparameters import BatchPlan, Cadences

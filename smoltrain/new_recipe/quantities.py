@@ -4,6 +4,7 @@ import re
 
 from smoltrain.config.schema import TOKEN_UNITS
 from smoltrain.errors import Problem, UserError, format_value
+from smoltrain.estimate.horizon import format_count
 
 COUNT = re.compile(r"(\d[\d_]*(?:\.\d+)?(?:e\d{1,2})?)([KMBT]?)", re.IGNORECASE)
 
@@ -13,18 +14,9 @@ def parse_option_count(text: str, option: str, least: int, most: int) -> int:
     match = COUNT.fullmatch(text.strip())
     number = float(match[1].replace("_", "")) * TOKEN_UNITS[match[2].upper()] if match else 0.0
     if not least <= number <= most:
-        want = f"{abbreviate_count(least)} to {abbreviate_count(most)}, as in 20M, 1.5B or 400_000"
+        want = f"{format_count(least)} to {format_count(most)}, as in 20M, 1.5B or 400_000"
         raise UserError(Problem(f"{option} is not valid", format_value(text), want, option))
     return round(number)
-
-
-def abbreviate_count(number: float) -> str:
-    """In three digits: 1.97M, 400M, 2.7B."""
-    for suffix in ("T", "B", "M", "K"):
-        scaled = number / TOKEN_UNITS[suffix]
-        if scaled >= 0.9995:
-            return f"{scaled:.3g}{suffix}" if scaled < 999.5 else f"{scaled:,.0f}{suffix}"
-    return f"{number:.0f}"
 
 
 def round_down_to_power_of_two(number: float) -> int:

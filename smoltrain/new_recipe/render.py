@@ -4,10 +4,11 @@ import textwrap
 from typing import Any, NamedTuple
 
 from smoltrain.config.yaml_text import dump_yaml
+from smoltrain.estimate.horizon import format_count
 from smoltrain.new_recipe import hyperparameters as rules
 from smoltrain.new_recipe import shape as shapes
 from smoltrain.new_recipe.plan import PLAYS, RecipePlan
-from smoltrain.new_recipe.quantities import abbreviate_count, format_ratio
+from smoltrain.new_recipe.quantities import format_ratio
 from smoltrain.new_recipe.text import SEEN_PER_ID
 
 WIDTH = 100  # columns of a line
@@ -55,7 +56,7 @@ def _head_lines(plan: RecipePlan) -> list[str]:
     error = shape.num_parameters / wish.num_parameters - 1
     where = "the plays of Shakespeare" if wish.path is None else "a text of your own"
     return [
-        f"# {wish.name}: {abbreviate_count(shape.num_parameters)} parameters, {abbreviate_count(batch.tokens)} tokens "
+        f"# {wish.name}: {format_count(shape.num_parameters)} parameters, {format_count(batch.tokens)} tokens "
         f"of {where}; written by `smoltrain new`.",
         f"# Command:        ./train.sh {wish.name}.yaml             (or: smoltrain train {wish.name}.yaml)",
         f"# Parameters:     {shape.num_parameters:,} exactly, {error:+.1%} of the {wish.num_parameters:,} asked for; "
@@ -236,7 +237,7 @@ def describe_horizon(plan: RecipePlan) -> str:
     return (
         f"{rules.MAX_EPOCHS} epochs of the text, more of which teach less and less (Muennighoff et al. 2023); "
         f"compute-optimal would be {rules.TOKENS_PER_PARAMETER} tokens a parameter (Hoffmann et al. 2022), "
-        f"{abbreviate_count(optimal)}"
+        f"{format_count(optimal)}"
     )
 
 

@@ -14,10 +14,11 @@ from smoltrain.errors import Problem, UserError, exception_message, format_value
 from smoltrain.estimate.constants import GIB, DeviceSpec
 from smoltrain.estimate.devices import find_device
 from smoltrain.estimate.fitting import build_fitted_setup, fit_config_to_memory
+from smoltrain.estimate.horizon import format_count
 from smoltrain.estimate.report import Estimate
 from smoltrain.new_recipe.hyperparameters import MAX_EPOCHS, optimal_num_tokens
 from smoltrain.new_recipe.plan import SEPARATOR, RecipePlan, RecipeWish, StudiedText, plan_recipe, study_text
-from smoltrain.new_recipe.quantities import abbreviate_count, format_ratio, parse_option_count, round_to_digits
+from smoltrain.new_recipe.quantities import format_ratio, parse_option_count, round_to_digits
 from smoltrain.new_recipe.render import render_recipe
 from smoltrain.new_recipe.shape import MAX_PARAMETERS, MIN_PARAMETERS
 from smoltrain.redact import redact_url
@@ -55,7 +56,7 @@ def write_new_recipe(
 def describe_new_plan(plan: RecipePlan, estimate: Estimate) -> Iterator[str]:
     """The plan in short, what should be known before it is trained, and the next commands."""
     wish, text, shape, batch = plan.wish, plan.text, plan.text.shape, plan.batch
-    count = abbreviate_count
+    count = format_count
     name = f"{wish.name}.yaml"
     about = "" if text.sample.is_whole else "about "
     hours = batch.steps * estimate.speed.step_s / 3600

@@ -15,7 +15,7 @@ from smoltrain.estimate.fitting import build_fitted_setup, find_least_recomputat
 from smoltrain.estimate.horizon import resolve_config
 from smoltrain.estimate.measure import measurement_overrides, train_measured
 from smoltrain.estimate.training_setup import DeviceKind, TrainingSetup
-from smoltrain.inference.load import find_run_folder
+from smoltrain.inference.find_run import find_run_folder
 from smoltrain.profiling.report import (
     Profile,
     build_operator_table,

@@ -29,7 +29,7 @@ from smoltrain.run.track import SAMPLE_KEYS, read_choices
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 from smoltrain.schedule import Plan
 
-# A line of a rank's log, as track.open_rank_log has it; the other lines of a text (a sample) have no time in front.
+# A line of a rank's log, as rank_log.open_rank_log has it; the other lines of a text (a sample) have no time in front.
 LOG_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d),\d+ smoltrain (\w+) (.*)")
 MAX_WARNINGS = 200  # different ones that are kept
 MAX_BAD_RECORDS = 20  # that are shown

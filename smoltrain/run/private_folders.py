@@ -9,7 +9,7 @@ from pathlib import Path
 
 from smoltrain import files
 from smoltrain.config.schema import Config
-from smoltrain.data.tokens.prepare import read_run_index, run_tokens_folder
+from smoltrain.data.tokens.load_prepared import read_run_index, run_tokens_folder
 from smoltrain.distributed.file_transfer import copy_file
 from smoltrain.distributed.world import World
 from smoltrain.errors import Problem, UserError, mark_as_everyones

@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from smoltrain.estimate.horizon import format_count
 from smoltrain.terminal import (
     Column,
     LiveLine,
@@ -189,7 +190,7 @@ def format_step_line(
     if "speed/mfu" in metrics:
         columns.append(Column(f"  MFU {metrics['speed/mfu']:.1%}", 5))
     if "data/tokens" in metrics:
-        columns.append(Column(f"  {_shorten_count(metrics['data/tokens'])} tokens", 7))
+        columns.append(Column(f"  {format_count(metrics['data/tokens'])} tokens", 7))
     columns += [
         Column(f"  mem {metrics['memory/peak_gib']:.2f} GiB", 8),
         Column(f"  wait {metrics['speed/data_wait_share']:.1%}", 9),
@@ -244,11 +245,3 @@ def _format_duration(seconds: float | None) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def _shorten_count(number: float) -> str:
-    """1.2M for 1,234,567."""
-    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"

@@ -3,17 +3,15 @@
 Without one every machine would write its part of a checkpoint where no other can read it.
 """
 
+import functools
 import os
 import secrets
-import time
 from pathlib import Path
 
+from smoltrain.checkpoint.written_files import find_lasting_fault
 from smoltrain.config.schema import Config
 from smoltrain.distributed.world import World
 from smoltrain.errors import Problem, UserError, mark_as_everyones
-
-PATIENCE_S = 30.0  # for a network file system that remembers a folder for a while (man 5 nfs: acdirmin)
-POLL_S = 0.5
 
 
 def check_shared_folder(config: Config, world: World) -> None:
@@ -43,7 +41,8 @@ def find_unseen_folders(folders: list[Path], world: World) -> dict[str, str]:
     """
     marks = world.run_on_first_rank(lambda: _write_marks(folders))
     try:
-        unseen = world.gather(_find_unseen(marks, PATIENCE_S))
+        looks = [functools.partial(_find_unseen, path, text) for path, text in marks.items()]
+        unseen = world.gather(find_lasting_fault(looks))
     finally:
         for path in marks if world.is_first else ():
             path.unlink(missing_ok=True)
@@ -70,18 +69,12 @@ def _write_marks(folders: list[Path]) -> dict[Path, str]:
     return marks
 
 
-def _find_unseen(marks: dict[Path, str], patience_s: float) -> str | None:
-    """The first folder whose mark this rank cannot read; None if it sees all of them. Waits a while for each."""
-    deadline = time.monotonic() + patience_s
-    for path, expected in marks.items():
-        while True:
-            try:
-                os.listdir(path.parent)  # noqa: PTH208 - which lets a network file system ask its server again
-                if path.read_text(encoding="ascii") == expected:
-                    break
-            except (OSError, ValueError):
-                pass
-            if time.monotonic() >= deadline:
-                return str(path.parent)
-            time.sleep(POLL_S)
-    return None
+def _find_unseen(path: Path, expected: str) -> str | None:
+    """The folder of a mark that this rank cannot read; None if it can."""
+    try:
+        os.listdir(path.parent)  # noqa: PTH208 - which lets a network file system ask its server again
+        if path.read_text(encoding="ascii") == expected:
+            return None
+    except (OSError, ValueError):
+        pass
+    return str(path.parent)

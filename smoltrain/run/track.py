@@ -5,14 +5,12 @@ Rank 0 writes; the trackers of the other ranks take the same calls and keep sile
 
 import contextlib
 import json
-import logging
 import math
 import os
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from smoltrain import files
 from smoltrain.config.schema import Config
@@ -23,6 +21,8 @@ from smoltrain.errors import DONE, FAULT, exception_message
 from smoltrain.files import METRICS_FILE
 from smoltrain.redact import redact_text
 from smoltrain.run.guarded_sink import open_guarded_sinks
+from smoltrain.run.rank_log import open_rank_log
+from smoltrain.run.reopen_records import reopen_jsonl
 from smoltrain.run.run_ending import EndingKind, remove_ending, write_ending
 from smoltrain.run.run_folder import SAMPLES_FILE, RunFolder
 from smoltrain.run.screen import (
@@ -122,12 +122,12 @@ class Tracker:
         self._screen = Screen()
         self._time_left = TimeLeft(config, last_step, restarts="SMOLTRAIN_SUPERVISOR" in os.environ)
         undone = folder.path / UNDONE_METRICS_FILE
-        self._metrics, past = _reopen_jsonl(folder.path / METRICS_FILE, first_step, self.say, undone=undone)
+        self._metrics, past = reopen_jsonl(folder.path / METRICS_FILE, first_step, self.say, undone=undone)
         for line in past:
             self._time_left.add_past(line.value)
             if VALIDATION_LOSS in line.value:
                 self._losses[line.value["step"]] = line.value[VALIDATION_LOSS]
-        self._samples, lines = _reopen_jsonl(folder.path / SAMPLES_FILE, first_step, self.say, keys=SAMPLE_KEYS)
+        self._samples, lines = reopen_jsonl(folder.path / SAMPLES_FILE, first_step, self.say, keys=SAMPLE_KEYS)
         self._sample_table = [[line.value[key] for key in SAMPLE_KEYS] for line in lines]
         self._sinks.append(WandbRun(config, folder, first_step, self.say, derived or {}))
         self._sinks += open_guarded_sinks(config, folder, first_step, self.say, derived or {})
@@ -298,66 +298,9 @@ class Tracker:
             handler.flush()
 
 
-def _reopen_jsonl(
-    path: Path, step: int, say: Callable[[str], None], *, keys: Sequence[str] = ("step",), undone: Path | None = None
-) -> tuple[TextIO, list[files.JsonLine]]:
-    """Open a .jsonl for appending after `step`: (the file, the lines that it keeps).
-
-    Lines of later steps, which an interrupted run wrote, are cut off, as those steps are done again; they are appended
-    to `undone`, if that is given. Damaged lines are set aside in a file of their own, which is said.
-    """
-    kept: list[files.JsonLine] = []
-    later: list[files.JsonLine] = []
-    damaged: list[files.JsonLine] = []
-    for line in files.read_jsonl_lines(path, keys):
-        if line.fault:
-            damaged.append(line)
-        elif line.value["step"] <= step:
-            kept.append(line)
-        else:
-            later.append(line)
-    if undone:
-        _append_lines(undone, later)
-    if damaged:
-        aside = path.with_suffix(".damaged")
-        _append_lines(aside, damaged)
-        say(f"WARNING: {files.describe_damaged_lines(path, damaged)}; set aside in {aside}")
-    files.keep_jsonl_lines(path, kept)  # last: a crash before leaves every line where it was
-    return path.open("a", encoding="utf-8"), kept
-
-
-def _append_lines(path: Path, lines: list[files.JsonLine]) -> None:
-    if lines:
-        with path.open("ab") as file:
-            file.writelines(line.raw for line in lines)
-
-
 def read_choices(path: Path) -> dict[str, str]:
     """What an earlier phase has shown of what it chose, by name; {} if nobody can say."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
-
-
-class RankLogHandler(logging.FileHandler):
-    """Writes logs/rankN.log, until the log of another start is opened."""
-
-
-def open_rank_log(path: Path) -> logging.Logger:
-    """Open logs/rankN.log: what this rank says, and what DeepSpeed logs on it, which leaves the console."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    logging.raiseExceptions = False  # a full disk must not cover the console with tracebacks
-    handler = RankLogHandler(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
-    log = logging.getLogger("smoltrain")
-    log.setLevel(logging.INFO)
-    log.propagate = False
-    for logger in (log, logging.getLogger("DeepSpeed")):
-        for old in list(logger.handlers):
-            if isinstance(old, logging.FileHandler) or getattr(old, "stream", None) in (sys.stdout, sys.stderr):
-                logger.removeHandler(old)
-            if isinstance(old, RankLogHandler):
-                old.close()
-        logger.addHandler(handler)
-    return log

@@ -16,8 +16,9 @@ from smoltrain.data.tokenizers.companions import (
 )
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.errors import Problem, UserError, format_value
-from smoltrain.inference.load import has_same_tokenizer, is_huggingface_folder, load_trained_model, locate_run
-from smoltrain.model.hf_format import check_hf_tensors, read_hf_weights
+from smoltrain.inference.find_run import is_huggingface_folder, locate_run
+from smoltrain.inference.load import has_same_tokenizer, load_trained_model
+from smoltrain.model.hf_weights import check_hf_tensors, read_hf_weights
 from smoltrain.model.interface import LanguageModel
 from smoltrain.model.transformers_model import HuggingFaceModel
 

@@ -22,9 +22,10 @@ from smoltrain.errors import TrainingStopped, UserError
 from smoltrain.kernels.compile import build_headers_in_background
 from smoltrain.model.build import build_model
 from smoltrain.run.private_folders import find_unseen_ranks
+from smoltrain.run.rank_log import open_rank_log
 from smoltrain.run.row_ledger import LEDGER_FILE, RowLedger
 from smoltrain.run.run_folder import RunFolder, accumulation_steps, write_run_folder
-from smoltrain.run.track import Tracker, open_rank_log
+from smoltrain.run.track import Tracker
 from smoltrain.schedule import Plan
 from smoltrain.train.callbacks import StepCallback
 from smoltrain.train.derived_facts import derive_facts

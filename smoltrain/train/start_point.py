@@ -19,7 +19,7 @@ from smoltrain.config.schema import Config
 from smoltrain.data.tokens.prepare import copy_prepared_data
 from smoltrain.errors import Problem, UserError
 from smoltrain.files import METRICS_FILE
-from smoltrain.inference.load import find_valid_manifest, is_huggingface_folder, locate_run
+from smoltrain.inference.find_run import find_valid_manifest, is_huggingface_folder, locate_run
 from smoltrain.run.row_ledger import LEDGER_FILE
 from smoltrain.run.run_folder import SPIKES_FILE
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE

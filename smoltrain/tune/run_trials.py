@@ -19,7 +19,8 @@ from smoltrain.config.schema import Config
 from smoltrain.console import write_console_to
 from smoltrain.data.documents.listing import list_all_sources
 from smoltrain.data.tokens.index import data_index_file
-from smoltrain.data.tokens.prepare import choose_data_mode, copy_prepared_data
+from smoltrain.data.tokens.plan_preparation import choose_data_mode
+from smoltrain.data.tokens.prepare import copy_prepared_data
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, TrainingStopped
 from smoltrain.launch.supervisor import supervise_config
 from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder

@@ -34,7 +34,8 @@ from smoltrain.config.schema import MODEL_SECTIONS, Config, MixedSource, PhaseSe
 from smoltrain.errors import UserError
 from smoltrain.inference.load import load_trained_model
 from smoltrain.run import run_folder
-from smoltrain.run.verify import _find_lost_checkpoints, inspect_checkpoint, open_run_reference
+from smoltrain.run.inspect_checkpoint import inspect_checkpoint, open_run_reference
+from smoltrain.run.verify import _find_lost_checkpoints
 from smoltrain.train.start_point import StartPoint, find_start_point
 from tests import folders, tiny
 

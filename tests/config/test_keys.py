@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from smoltrain.config.keys import (
     expand_override,
     find_full_keys,
-    find_meant_keys,
     list_keys,
     list_sections,
     read_key_options,
@@ -217,21 +216,6 @@ def test_what_to_want_instead(key: str, value: object, want: str | None):
 )
 def test_a_model_of_transformers_has_its_shape_in_its_config(key: str, want: str):
     assert suggest_key(key, LLAMA, "2") == want
-
-
-@pytest.mark.parametrize(
-    ("word", "keys"),
-    [
-        ("lr", ["phases.*.lr"]),
-        ("run.seed", ["run.seed"]),
-        ("learning_rate", ["phases.*.lr"]),
-        ("batch_size", ["batch.micro_batch", "batch.rows_per_step"]),
-        ("hiden_size", ["model.hidden_size"]),
-        ("zzz", []),
-    ],
-)
-def test_the_keys_of_the_schema_that_a_word_means(word: str, keys: list[str]):
-    assert find_meant_keys(word) == keys
 
 
 @pytest.mark.parametrize(

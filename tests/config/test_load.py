@@ -163,73 +163,6 @@ def test_an_override_that_fits_nowhere(override: str, message: str):
 # --- what does not fit
 
 
-@pytest.mark.parametrize(
-    ("override", "key", "want"),
-    [
-        ("mdoel.norm=rmsnorm", "mdoel", "'model'"),
-        ("model.hiden_size=3", "model.hiden_size", "'hidden_size'"),
-        ("phases.main.warm_up_steps=3", "phases.main.warm_up_steps", "'warmup_steps'"),
-        ("tokenizer.sep=x", "tokenizer.sep", "'separator'"),
-        ("track.zzz=3", "track.zzz", "one of gradients_every, print_every"),
-    ],
-)
-def test_an_unknown_key_is_met_with_the_nearest(override: str, key: str, want: str):
-    found = problem(override)
-    assert found.what == f"unknown key {key}"
-    assert found.want.startswith(want)
-    assert found.change == f"{key} on the command line"
-
-
-@pytest.mark.parametrize(
-    ("override", "want"),
-    [
-        ("batch.micro_batch=0", "'auto' or greater than 0"),
-        ("batch.micro_batch=many", "'auto' or a whole number"),
-        ("batch.micro_batch=1.5", "'auto' or a whole number"),
-        ("batch.micro_batch=true", "'auto' or a whole number"),
-        ("batch.micro_batch=null", "'auto' or a whole number"),
-        ("batch.sequence_length=1.5", "a whole number"),
-        ("batch.sequence_length=true", "a whole number"),
-        ("phases.main.lr=fast", "a number"),
-        ("phases.main.lr=-1", "greater than 0"),
-        ("phases.main.lr=inf", "a finite number"),
-        ("phases.main.lr=nan", "a finite number"),
-        ("generation.top_p=1.1", "less than or equal to 1"),
-        ("model.dropout=1", "less than 1"),
-        ("model.norm=batchnorm", "'rmsnorm' or 'layernorm'"),
-        ("model.tie_word_embeddings=perhaps", "true or false"),
-        ("engine.gradient_checkpointing=some", "'auto', 'none', 'selective' or 'full' or a whole number"),
-        ("run.name=../elsewhere", "a plain name, as in main-2"),
-        ("run.name=[a]", "text"),
-        ("phases.main.name='a b'", "a plain name, as in main-2"),
-        ("sample.prompts=hello", "a list, as in [a, b]"),
-        ("phases=3", "a list, as in [a, b]"),
-        ("phases=[3]", "a section of `key: value` lines"),
-        ("engine=fast", "a section of `key: value` lines"),
-        ("run=null", "a section of `key: value` lines"),
-    ],
-)
-def test_a_value_that_does_not_fit_is_one_problem(override: str, want: str):
-    found = problem(override)
-    assert found.what.endswith(" is not valid")
-    assert found.want == want
-
-
-def test_a_missing_value(tmp_path: Path):
-    found = problem(recipe=written(tmp_path, EXAMPLE_TEXT.replace("  hidden_size: 192\n", "")))
-    assert (
-        str(found) == "model.hidden_size is missing: saw nothing, want a value; change model.hidden_size in mine.yaml"
-    )
-
-
-def test_a_problem_names_the_place_its_value_came_from(tmp_path: Path):
-    recipe = written(tmp_path, EXAMPLE_TEXT.replace("hidden_size: 192", "hidden_size: 0"))
-    assert problem(recipe=recipe).change == "model.hidden_size in mine.yaml"
-    assert problem("model.hidden_size=-1", recipe=recipe).change == "model.hidden_size on the command line"
-    assert problem("phases.main.final_lr=1").change == "phases.main.final_lr on the command line"
-    assert problem("phases.main.lr=3e-4").change == "phases.main.final_lr in example.yaml"
-
-
 def test_every_problem_is_reported_at_once(tmp_path: Path):
     recipe = written(tmp_path, EXAMPLE_TEXT.replace("micro_batch: 4", "micro_batch: 0") + "x: 1\n")
     overrides = ("hello", "phases.mian.lr=1", "model.hiden_size=3", "phases.main.lr=fast", "model.mlp=relu")
@@ -299,52 +232,6 @@ def test_a_runs_own_config_without_steps_is_damaged(tmp_path: Path):
         (tmp_path / "c.yaml").write_text(text.replace("  steps: 50\n  tokens: null\n", there))
         with pytest.raises(UserError, match=r"phases\.continuation\.steps is missing: saw nothing.* in c\.yaml"):
             read_run_config(tmp_path / "c.yaml")
-
-
-# --- what is said in one of several ways
-
-
-@pytest.mark.parametrize(
-    ("overrides", "main", "continuation"),
-    [
-        (["phases.main.tokens=400M"], {"tokens": 400_000_000}, {"steps": 50}),
-        (["phases.main.epochs=0.5", "phases.continuation.tokens=9"], {"epochs": 0.5}, {"tokens": 9}),
-        (["phases.main.tokens=9", "phases.main.tokens=null", "phases.main.steps=70"], {"steps": 70}, {"steps": 50}),
-        (["phases.main.steps=null", "phases.main.tokens=9"], {"tokens": 9}, {"steps": 50}),
-        (["phases.main.tokens=null"], {"steps": 500}, {"steps": 50}),
-    ],
-)
-def test_a_length_on_the_command_line_takes_the_place_of_the_recipes(
-    overrides: list[str], main: dict[str, float], continuation: dict[str, float]
-):
-    assert [phase.horizon for phase in load_config(EXAMPLE, overrides).phases] == [main, continuation]
-
-
-def test_a_recipe_in_tokens_may_be_given_steps(tmp_path: Path):
-    recipe = written(tmp_path, EXAMPLE_TEXT.replace("steps: 500\n", "tokens: 1.5B\n"))
-    assert load_config(recipe).phases[0].horizon == {"tokens": 1_500_000_000}
-    assert load_config(recipe, ["phases.main.steps=30"]).phases[0].horizon == {"steps": 30}
-    text = config_to_yaml(load_config(recipe))
-    assert load_config(written(tmp_path, text, "again.yaml")) == load_config(recipe).model_copy(
-        update={"run": load_config(written(tmp_path, text, "again.yaml")).run}
-    )
-
-
-def test_a_length_is_given_once():
-    keys = "phases.main.steps or phases.main.tokens or phases.main.epochs on the command line"
-    both = problem("phases.main.tokens=400M", "phases.main.steps=500")
-    assert str(both) == (
-        "phases.main is not given its length exactly once: saw steps=500, tokens=4e+08, want one of steps, tokens and "
-        f"epochs; change {keys}"
-    )
-    assert problem("phases.main.steps=null").saw == "none of them"
-
-
-def test_rows_on_the_command_line_take_the_place_of_the_recipes():
-    batch = load_config(EXAMPLE, ["batch.rows_per_step=64"]).batch
-    assert (batch.rows_per_step, batch.accumulation) == (64, None)
-    batch = load_config("smollm2-135m", ["batch.accumulation=3"]).batch
-    assert (batch.rows_per_step, batch.accumulation) == (None, 3)
 
 
 @pytest.mark.parametrize(
@@ -417,12 +304,3 @@ def test_a_wrong_value_does_not_hide_a_broken_rule():
 )
 def test_the_first_word_is_the_recipe_unless_it_is_an_override(words: list[str], recipe: str, overrides: list[str]):
     assert split_recipe_words(words) == (recipe, overrides)
-
-
-def test_an_optimizer_on_the_command_line_drops_what_only_the_recipes_own_understood() -> None:
-    assert load_config("quickstart").optimizer.momentum == 0.85
-    optimizer = load_config("quickstart", ["optimizer=adamw"]).optimizer
-    assert (optimizer.kind, optimizer.momentum) == ("adamw", 0.95)
-    assert load_config("quickstart", ["optimizer=muon"]).optimizer.momentum == 0.85
-    with pytest.raises(UserError, match="momentum is of muon alone"):
-        load_config("quickstart", ["optimizer=adamw", "optimizer.momentum=0.85"])

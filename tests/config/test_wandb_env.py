@@ -18,7 +18,7 @@ from smoltrain.config.wandb_env import (
     read_wandb_environment,
 )
 from smoltrain.run.track import Tracker
-from smoltrain.run.wandb_run import resolve_wandb_mode
+from smoltrain.run.wandb_connection import resolve_wandb_mode
 from tests import tiny
 
 KEY = "k" * 40

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from smoltrain.distributed import cpu_cores
+from smoltrain.distributed import cgroups, cpu_cores
+from smoltrain.distributed.cgroups import CgroupPlaces
 from smoltrain.distributed.cpu_cores import Core, CpuShare, assign_cores
 from smoltrain.distributed.world import _find_cpu_share, _gather_cores_of_this_machine
 from smoltrain.errors import UserError
+from tests.distributed.test_cgroups import write_groups
 from tests.ranks import world
 
 ONE_SOCKET: list[Core] = [(0,), (1,), (2,), (3,)]
@@ -29,6 +31,7 @@ def machine(
         (topology / "thread_siblings_list").write_text(text + "\n")
         (topology / "physical_package_id").write_text(f"{(sockets or {}).get(cpu, 0)}\n")
     monkeypatch.setattr(cpu_cores, "CPUS", folder)
+    monkeypatch.setattr(cgroups, "PLACES", CgroupPlaces(folder, folder / "none"))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(siblings))
 
 
@@ -60,9 +63,9 @@ def test_a_container_has_the_cores_that_its_quota_pays_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, num: int
 ) -> None:
     machine(tmp_path, monkeypatch, {cpu: str(cpu) for cpu in range(4)})
-    monkeypatch.setattr(cpu_cores, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cgroups, "PLACES", write_groups(tmp_path, "0::/slurm/job_7\n", {}))
     assert cpu_cores.num_cores() == 4, "there is no such file outside a container"
-    cpu_cores.QUOTA.write_text(quota)
+    write_groups(tmp_path, "0::/slurm/job_7\n", {"slurm/job_7/cpu.max": "max 100000", "slurm/cpu.max": quota})
     assert cpu_cores.num_cores() == num
 
 
@@ -98,8 +101,7 @@ def test_who_is_not_bound_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("four_cores")
 def test_a_quota_leaves_fewer_threads_than_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_cores, "QUOTA", tmp_path / "cpu.max")
-    cpu_cores.QUOTA.write_text("200000 100000")
+    monkeypatch.setattr(cgroups, "PLACES", write_groups(tmp_path, "0::/\n", {"cpu.max": "200000 100000"}))
     assert assign_cores([ONE_SOCKET] * 2, 0) == CpuShare(1, frozenset({0, 1}), "bound to 2 cores of its own")
 
 

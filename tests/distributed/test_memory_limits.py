@@ -9,15 +9,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from smoltrain.distributed import memory_limits
-from smoltrain.distributed.cgroups import CgroupPlaces
-from smoltrain.distributed.memory_limits import (
-    KillCount,
-    find_cgroup_files,
-    find_rank_limit,
-    find_shared_limit,
-    read_kill_count,
-)
+from smoltrain.distributed import cgroups, memory_limits
+from smoltrain.distributed.cgroups import CgroupPlaces, find_cgroup_files
+from smoltrain.distributed.memory_limits import KillCount, find_rank_limit, find_shared_limit, read_kill_count
 
 GIB = 2**30
 
@@ -25,7 +19,7 @@ GIB = 2**30
 @pytest.fixture
 def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine of 64 GiB whose files lie in a folder."""
-    monkeypatch.setattr(memory_limits, "PLACES", CgroupPlaces(tmp_path / "sys", tmp_path / "cgroup"))
+    monkeypatch.setattr(cgroups, "PLACES", CgroupPlaces(tmp_path / "sys", tmp_path / "cgroup"))
     monkeypatch.setattr(memory_limits, "VMSTAT", tmp_path / "vmstat")
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64 * GIB))
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

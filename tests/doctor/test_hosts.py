@@ -24,10 +24,10 @@ pytestmark = [
 def check_with(words: list[str], faults: dict[str, Any]) -> int:
     """A rank of check-hosts; rank 1's machine has other packages and another time, where the faults say so."""
     from smoltrain import cli
+    from smoltrain.checkpoint import written_files
     from smoltrain.doctor import hosts, links
-    from smoltrain.run import shared_folder
 
-    shared_folder.PATIENCE_S = 1.0
+    written_files.PATIENCE_S = 1.0
     hosts.LIMIT_S = faults.get("limit_s", hosts.LIMIT_S)
     if os.environ["RANK"] == "1":
         sys.path[:0] = faults.get("path", [])

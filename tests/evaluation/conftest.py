@@ -1,25 +1,14 @@
 """A run and its export, which the tests of this folder share and leave as they are."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from smoltrain.export import export
 from smoltrain.inference.load import LoadedModel, load_trained_model
-from tests import folders
+from tests.shared_run import one_thread, run
 
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread() -> Iterator[None]:
-    with folders.one_thread():
-        yield
-
-
-@pytest.fixture(scope="package")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama-shaped run with checkpoints 8 and 12, in bf16; it was trained in rows of 16 tokens, of 64."""
-    return folders.run(tmp_path_factory.mktemp("evaluation"))
+__all__ = ["one_thread", "run"]
 
 
 @pytest.fixture(scope="package")

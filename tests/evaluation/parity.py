@@ -117,7 +117,7 @@ def measure_sentences(ours: Any, theirs: Any) -> tuple[float, float]:
 
 def write_page() -> None:
     """Make a run and its export, compare, and write the page."""
-    from smoltrain.evaluation.harness import HarnessModel
+    from smoltrain.evaluation.harness_model import HarnessModel
     from smoltrain.evaluation.judge import LoadedJudge
     from smoltrain.export.export import export_model
     from smoltrain.inference.load import load_trained_model

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from smoltrain.errors import UserError
-from smoltrain.evaluation.results import Evaluation, TaskDetails, evaluation_file, read_evaluations, write_evaluation
+from smoltrain.evaluation.results import (
+    Evaluation,
+    TaskDetails,
+    evaluation_file,
+    read_evaluation,
+    read_evaluations,
+    write_evaluation,
+)
 
 DETAILS = TaskDetails(
     num_fewshot=0, limit=None, documents=64, task_version="1.0", versions={"lm_eval": "0.4.13"}, device="cpu",
@@ -30,7 +37,14 @@ def test_tasks_of_a_step_come_together_and_the_newest_counts(tmp_path: Path) -> 
     assert json.loads(path.read_text())["tasks"]["arc"] == {"acc": 0.75, "acc_stderr": 0.01}
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"step": 3}', '{"step": "3", "tasks": {}}'])
+NOT_EVALUATIONS = (
+    "{", "[]", '{"step": 3}', '{"step": "3", "tasks": {}}', '{"step": 3, "tasks": [1]}',
+    '{"step": 3, "tasks": {"arc": 0.5}}', '{"step": 3, "tasks": {"arc": {"acc": "0.5"}}}',
+    '{"step": 3, "tasks": {}, "details": {"arc": 10}}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NOT_EVALUATIONS)
 def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     path = evaluation_file(tmp_path, 3)
     path.parent.mkdir()
@@ -39,3 +53,4 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
         read_evaluations(tmp_path)
     with pytest.raises(UserError, match=r"step-3\.json"):
         write_evaluation(tmp_path, evaluation(3, arc=0.5))
+    assert read_evaluation(tmp_path, 4) is None

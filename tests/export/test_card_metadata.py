@@ -10,18 +10,20 @@ from smoltrain.config.hub_licenses import HUB_LICENSES
 from smoltrain.config.load import override_export
 from smoltrain.config.schema import ExportSection
 from smoltrain.errors import UserError
+from smoltrain.evaluation.results import Evaluation
 from smoltrain.export.card_metadata import write_card_metadata
 
 
 def test_what_is_not_known_is_left_out():
-    text = write_card_metadata("mine", "llama", ExportSection(), None, {}, {})
+    text = write_card_metadata("mine", "llama", ExportSection(), None, {}, None)
     data = ModelCard(f"---\n{text}\n---\n").data.to_dict()
     assert data.keys() == {"library_name", "pipeline_tag", "tags"}
 
 
 def test_what_is_not_a_number_is_no_result():
     last = {"validation/loss_nats_per_token": math.nan, "validation/perplexity": math.inf}
-    text = write_card_metadata("mine", "llama", ExportSection(), None, last, {"task": {"acc": math.nan}})
+    evaluation = Evaluation(step=1, tasks={"task": {"acc": math.nan}}, details={})
+    text = write_card_metadata("mine", "llama", ExportSection(), None, last, evaluation)
     assert "model-index" not in text
 
 
@@ -45,6 +47,6 @@ def test_every_licence_of_the_list_is_a_word_that_yaml_keeps():
     assert len(set(HUB_LICENSES)) == len(HUB_LICENSES) > 60
     for name in HUB_LICENSES:
         given = "Mine" if name == "other" else None
-        text = write_card_metadata("m", "llama", ExportSection(license=name, license_name=given), None, {}, {})
+        text = write_card_metadata("m", "llama", ExportSection(license=name, license_name=given), None, {}, None)
         card: Any = ModelCard(f"---\n{text}\n---\n")
         assert card.data.license == name

@@ -17,7 +17,7 @@ from smoltrain.errors import Problem, TrainingStopped, UserError
 from smoltrain.export import export
 from smoltrain.export.marker import read_verified_marker
 from smoltrain.inference.load import load_trained_model
-from smoltrain.model import hf_format
+from smoltrain.model import hf_config, hf_format
 from tests import folders, tiny
 
 SYSTEM_4 = ("model.positions=learned", "model.num_key_value_heads=4")
@@ -125,7 +125,7 @@ def test_our_own_class_goes_through_the_fresh_process(tmp_path: Path):
     made, told = folders.run(tmp_path, *SYSTEM_4), []
     folder = export.export_model(str(made), say=told.append)
     assert ": SmoltrainForCausalLM, " in told[0]
-    assert (folder / "modeling_smoltrain.py").read_bytes() == hf_format.MODELING_FILE.read_bytes()
+    assert (folder / "modeling_smoltrain.py").read_bytes() == hf_config.MODELING_FILE.read_bytes()
     assert "from_pretrained(folder, trust_remote_code=True)" in (folder / "README.md").read_text()
     assert load_trained_model(str(folder)).model.section == load_trained_model(str(made)).model.section
 

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from smoltrain import __version__
 from smoltrain.config.load import RECIPES_FOLDER, load_config
 from smoltrain.config.schema import Config, DataSection, ExportSection
-from smoltrain.errors import UserError
+from smoltrain.evaluation.results import Evaluation, TaskDetails, write_evaluation
 from smoltrain.export import export
 from smoltrain.export.marker import ExportSource
 from smoltrain.export.model_card import (
@@ -20,10 +20,10 @@ from smoltrain.export.model_card import (
     _training_facts,
     build_model_card,
     read_last_metrics,
-    read_task_results,
 )
 from smoltrain.inference.load import load_trained_model
 from tests import folders, tiny
+from tests.evaluation.test_results import DETAILS
 from tests.test_redact import AMZ, SECRET
 from tests.tiny import enter_run_folder
 
@@ -127,9 +127,14 @@ def told_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (run / "plots").mkdir()
     (run / "plots" / "loss.png").write_bytes(b"PNG")
-    (run / "evaluations").mkdir()
     tasks = {"arc|easy": {"acc": 0.25, "acc_stderr": 0.01, "acc_norm": 0.5}}
-    (run / "evaluations" / "step-12.json").write_text(json.dumps({"step": 12, "tasks": tasks}))
+    tasks |= {"mmlu": {"acc": 0.5}, "piqa": {"acc": 0.75}}
+    measured: dict[str, TaskDetails] = {
+        "arc|easy": {**DETAILS, "limit": 10, "documents": 10},
+        "mmlu": {**DETAILS, "limit": 10, "documents": 0},
+        "piqa": {**DETAILS, "limit": 100, "documents": 64},  # all that it has
+    }
+    write_evaluation(run, Evaluation(step=12, tasks=tasks, details=measured))
     return run
 
 
@@ -151,12 +156,18 @@ def test_the_hubs_own_parser_reads_the_metadata_and_writes_it_alike(told_card: s
     assert card.data.model_name == "quickstart"
     found = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results or []}
     held_out = "documents held out of the training data"
-    assert found == {(held_out, "loss"): 7.0, ("arc|easy", "acc"): 0.25, ("arc|easy", "acc_norm"): 0.5}
+    part = "arc|easy, first 10 documents"
+    group = "mmlu, first 10 documents of each of its tasks"
+    assert found == {
+        (held_out, "loss"): 7.0, (part, "acc"): 0.25, (part, "acc_norm"): 0.5, (group, "acc"): 0.5,
+        ("piqa", "acc"): 0.75,
+    }  # fmt: skip
     assert card.content == told_card
 
 
 def test_results_samples_and_curve_stand_in_the_card(told_card: str):
-    assert r"| arc\|easy | acc | 0.2500 ± 0.0100 |" in told_card
+    assert r"| arc\|easy, first 10 documents | acc | 0.2500 ± 0.0100 |" in told_card
+    assert "| piqa | acc | 0.7500 |" in told_card
     assert "![Training and validation loss over the steps of the run](loss.png)" in told_card
     assert f"\n`````text\nThe {SAMPLE}\n`````\n" in told_card, "a fence that nothing in the sample can close"
     assert "\nolder\n" not in told_card
@@ -175,14 +186,6 @@ def test_the_card_of_another_step_has_no_results_of_this_one(told_run: Path):
     assert "loss.png" not in card
     assert "\nolder\n" in card, "the samples of step 6"
     assert "license" not in ModelCard(card).data.to_dict()
-
-
-def test_a_damaged_file_of_evaluations_is_a_readable_fault(tmp_path: Path):
-    (tmp_path / "evaluations").mkdir()
-    (tmp_path / "evaluations" / "step-3.json").write_text('{"tasks": [1]}')
-    with pytest.raises(UserError, match="the evaluations cannot be read"):
-        read_task_results(tmp_path, 3)
-    assert read_task_results(tmp_path, 4) == {}
 
 
 def test_the_datasets_are_those_of_the_hub_that_a_phase_has_trained_on(tmp_path: Path):

@@ -10,7 +10,8 @@ from torch import Tensor
 from smoltrain.config.schema import GenerationSection, ModelSection
 from smoltrain.export.modeling_smoltrain import SmoltrainConfig, SmoltrainForCausalLM
 from smoltrain.inference.generate import generate_ids
-from smoltrain.model.hf_format import MODELING_FILE, SMOLTRAIN, convert_to_hf_tensors, hf_class_name
+from smoltrain.model.hf_config import MODELING_FILE, SMOLTRAIN, hf_class_name
+from smoltrain.model.hf_format import convert_to_hf_tensors
 from tests import folders
 from tests.model.test_hf_format import CASES, SYSTEM_4, ids, section
 

@@ -18,9 +18,10 @@ from smoltrain.config.schema import GenerationSection, ModelSection
 from smoltrain.data.tokenizers.companions import eos_token_ids, read_generation_config
 from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE
 from smoltrain.errors import UserError
-from smoltrain.inference.load import find_run_folder, is_huggingface_folder, load_trained_model, locate_run
+from smoltrain.inference.find_run import find_run_folder, is_huggingface_folder, locate_run
+from smoltrain.inference.load import load_trained_model
 from smoltrain.model.decoder import Decoder
-from smoltrain.model.hf_format import parse_hf_config
+from smoltrain.model.hf_config import parse_hf_config
 from tests import folders, tiny
 
 

@@ -12,7 +12,8 @@ import psutil
 import pytest
 
 from smoltrain.distributed import memory_limits
-from smoltrain.distributed.memory_limits import KillCount, find_cgroup_files
+from smoltrain.distributed.cgroups import find_cgroup_files
+from smoltrain.distributed.memory_limits import KillCount
 from smoltrain.errors import FAULT
 from smoltrain.launch.killed_rank import KillWatch, describe_kills
 from tests import launches, tiny
@@ -70,9 +71,9 @@ def small_cgroup() -> Iterator[Path]:
 
 def supervise_inside(cgroup: Path, python: str, words: list[str]) -> int:
     """`smoltrain train` in that cgroup, whose rank is started for real: a preloaded one would be a child of another."""
-    from smoltrain.launch import supervisor
+    from smoltrain.launch import rank_processes, supervisor
 
-    supervisor.RANK_COMMAND[0] = python
+    rank_processes.RANK_COMMAND[0] = python
     (cgroup / "cgroup.procs").write_text(str(os.getpid()))
     return supervisor.supervise_run("quickstart", words, 1)
 

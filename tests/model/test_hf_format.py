@@ -1,7 +1,7 @@
 """What transformers reads is the decoder, both ways, and what the decoder cannot be is refused in a line."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTN
 
 from smoltrain.config.schema import ModelSection
 from smoltrain.errors import UserError
-from smoltrain.model.hf_format import (
-    GPT2,
-    LLAMA,
-    NEOX,
-    SMOLTRAIN,
-    SUPPORTED,
-    WEIGHT_INDEX,
-    hf_class_name,
-    read_hf_decoder,
-)
+from smoltrain.model.hf_config import GPT2, LLAMA, NEOX, SMOLTRAIN, hf_class_name
+from smoltrain.model.hf_format import read_hf_decoder
+from smoltrain.model.hf_weights import WEIGHT_INDEX
 from tests import folders
 
 SHAPE: dict[str, Any] = {
@@ -172,76 +165,6 @@ def test_a_model_that_transformers_made(tmp_path: Path, case: str):
 
 
 # --- what is refused
-
-Change = Callable[[dict[str, Any]], Any]
-KNOWN, MISTRAL = SUPPORTED, ["MistralForCausalLM"]
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
-REFUSED: list[tuple[str, Change, str]] = [
-    ("llama", lambda c: c.update(architectures=MISTRAL), f"saw MistralForCausalLM, want one of {KNOWN}"),
-    ("llama", lambda c: c.pop("architectures"), "class is not supported: saw None"),
-    ("llama", lambda c: c.update(rope_parameters=LLAMA3), "scaling is not supported: saw 'llama3'"),
-    ("llama", lambda c: c.update(rope_parameters=None, rope_scaling={"type": "linear"}), "supported: saw 'linear'"),
-    ("llama", lambda c: c.update(hidden_act="gelu"), "hidden_act is not supported: saw 'gelu', want swish or silu"),
-    ("llama", lambda c: c.update(head_dim=16), "the heads do not fit the width: saw .*head_dim 16"),
-    ("llama", lambda c: c.update(num_key_value_heads=3), "the heads do not fit the width"),
-    ("llama", lambda c: c.update(quantization_config={"bits": 4}), "quantized weights are not supported"),
-    ("llama", lambda c: c.pop("hidden_size"), "hidden_size is missing"),
-    ("llama", lambda c: c.update(vocab_size="many"), "vocab_size is not valid: saw 'many', want a whole number"),
-    ("llama", lambda c: c.update(vocab_size=300), r"another vocabulary: saw \(320, 32\), want \(300, 32\)"),
-    ("llama", lambda c: c.update(tie_word_embeddings=False), "a tensor is missing: saw no lm_head.weight"),
-    ("llama", lambda c: c.update(mlp_bias=True), "a tensor is missing: saw no model.layers.0.mlp"),
-    ("llama", lambda c: c.update(num_hidden_layers=1), "a tensor is unknown: saw model.layers.1"),
-    ("gpt2", lambda c: c.update(activation_function="gelu"), "activation_function is not supported: saw 'gelu'"),
-    ("gpt2", lambda c: c.update(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is not supp"),
-    ("neox", lambda c: c.update(use_parallel_residual=True), "use_parallel_residual is not supported: saw True"),
-    ("neox", lambda c: (c.pop("rope_parameters"), c.update(rotary_pct=0.25)), "rotary_pct is not supported: saw 0.25"),
-    ("neox", lambda c: (c.pop("rope_parameters"), c.pop("rotary_pct")), "rotary_pct is not supported: saw 0.25"),
-    ("neox", lambda c: c.pop("hidden_act"), "hidden_act is not supported: saw 'gelu'"),
-    ("system-4", lambda c: c.update(positions="alibi"), "positions is not valid"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("case", "change", "message"), REFUSED)
-def test_a_config_that_the_decoder_cannot_be(tmp_path: Path, case: str, change: Change, message: str):
-    folders.hub(tmp_path, section(CASES[case][1]))
-    about = json.loads((tmp_path / "config.json").read_text())
-    change(about)
-    (tmp_path / "config.json").write_text(json.dumps(about))
-    with pytest.raises(UserError, match=message) as error:
-        read_hf_decoder(tmp_path)
-    assert all(len(str(problem).splitlines()) == 1 for problem in error.value.problems)
-    assert str(tmp_path) in str(error.value)
-
-
-def cut(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-100])
-
-
-def shards(folder: Path, index: object) -> None:
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
-    (folder / WEIGHT_INDEX).write_text(json.dumps(index))
-
-
-DAMAGED: list[tuple[Callable[[Path], Any], str]] = [
-    (lambda f: cut(f / "model.safetensors"), "the weights cannot be read"),
-    (lambda f: (f / "model.safetensors").write_bytes(b"no tensors at all"), "the weights cannot be read"),
-    (lambda f: (f / "model.safetensors").write_bytes(b""), "the weights cannot be read"),
-    (lambda f: (f / "model.safetensors").unlink(), "has no weights: saw neither of the two, want model.safetensors or"),
-    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "saw pytorch_model.bin, a pickle, which co"),
-    (lambda f: shards(f, {"weight_map": {"a": "../model.safetensors"}}), "the index of the weights is damaged"),
-    (lambda f: shards(f, ["a"]), "index.json cannot be read: saw it holds a list"),
-    (lambda f: shards(f, {"weight_map": {"a": "model-00002.safetensors"}}), "the weights cannot be read"),
-    (lambda f: (f / "config.json").write_text("{"), "config.json cannot be read"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("damage", "message"), DAMAGED)
-def test_a_folder_that_is_not_whole(tmp_path: Path, damage: Callable[[Path], Any], message: str):
-    folders.hub(tmp_path, section(GQA))
-    damage(tmp_path)
-    with pytest.raises(UserError, match=message) as error:
-        read_hf_decoder(tmp_path)
-    assert len(str(error.value).splitlines()) == 1
 
 
 def test_tensors_that_are_not_what_they_seem(tmp_path: Path):

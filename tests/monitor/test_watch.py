@@ -1,6 +1,9 @@
 """`smoltrain watch` where it is printed once; a live one is in tests/whole_runs/test_monitor.py."""
 
 import io
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,33 @@ def test_a_run_is_found_by_name_and_by_folder(tmp_path: Path) -> None:
     assert find_watched_folder("quickstart") == Path("runs/quickstart")
     assert find_watched_folder(str(run)) == run
     assert find_watched_folder("mine") is None
+
+
+def test_a_terminal_gets_its_screen_back_where_the_view_is_ended_by_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = io.StringIO()
+    terminal = Console(file=seen, width=80, height=24, force_terminal=True, _environ={"TERM": "xterm"})
+    monkeypatch.setattr(watch, "open_console", lambda: terminal)
+    looks: list[float] = []
+
+    def ask_to_end(seconds: float) -> None:
+        assert not looks, "nobody listens"
+        looks.append(seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(time, "sleep", ask_to_end)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # where nobody listens the test is not killed
+    try:
+        with pytest.raises(SystemExit) as left:
+            watch_run("quickstart")
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left.value.code == 143
+    drawn, _, after = seen.getvalue().rpartition("\x1b[?1049l")
+    assert "\x1b[?1049h" in drawn
+    assert "\x1b[?25h" in drawn[-20:] + after, "the cursor is back"
 
 
 def test_a_live_view_waits_for_its_run_and_ends_with_it(tmp_path: Path) -> None:

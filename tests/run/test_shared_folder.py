@@ -37,8 +37,12 @@ def test_every_folder_of_the_run_that_is_there_gets_a_mark(tmp_path: Path, monke
     (config.run_folder / "checkpoints").mkdir(parents=True)
     marks = shared_folder._write_marks([config.run.folder, config.run_folder, config.run_folder / "none"])
     assert [path.parent for path in marks] == [config.run.folder, config.run_folder]
-    assert shared_folder._find_unseen(marks, 0) is None
+
+    def unseen() -> list[str | None]:
+        return [shared_folder._find_unseen(path, text) for path, text in marks.items()]
+
+    assert unseen() == [None, None]
     list(marks)[1].write_text("another")
-    assert shared_folder._find_unseen(marks, 0) == str(config.run_folder)
+    assert unseen() == [None, str(config.run_folder)]
     next(iter(marks)).unlink()
-    assert shared_folder._find_unseen(marks, 0) == str(config.run.folder)
+    assert unseen() == [str(config.run.folder), str(config.run_folder)]

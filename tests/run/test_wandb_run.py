@@ -17,9 +17,10 @@ import psutil
 import pytest
 
 from smoltrain.engine.layer_gradients import LayerGradient
-from smoltrain.run import wandb_run
+from smoltrain.run import wandb_connection, wandb_uploads
 from smoltrain.run.sink import HISTOGRAM_PREFIX
 from smoltrain.run.track import Tracker
+from smoltrain.timeout import call_with_timeout
 from tests import launches, tiny, wandb_files
 from tests.wandb_server import WandbServer
 
@@ -39,7 +40,7 @@ def end_of_process() -> None:
     import wandb
 
     with contextlib.suppress(Exception):
-        wandb_run.call_with_timeout(wandb.teardown, 10)
+        call_with_timeout(wandb.teardown, 10)
     for process in psutil.Process().children():
         if "wandb-core" in process.name():
             process.kill()
@@ -51,7 +52,7 @@ def end_of_process() -> None:
 def server(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WandbServer]:
     monkeypatch.setattr(subprocess.Popen, "__del__", lambda _: None)  # wandb does not wait for its own process
     end_of_process()  # of another test
-    monkeypatch.setattr(wandb_run, "FINISH_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(wandb_connection, "FINISH_TIMEOUT_S", 3.0)
     with WandbServer() as opened:
         for name, value in opened.environment().items():
             monkeypatch.setenv(name, value)
@@ -429,7 +430,7 @@ def test_the_code_is_an_artifact_where_the_recipe_asks(home: Path, monkeypatch: 
     package.mkdir()
     (package / "model.py").write_text("x = 1\n", encoding="utf-8")
     (package / "notes.txt").write_text("no code\n", encoding="utf-8")
-    monkeypatch.setattr(wandb_run, "PACKAGE_FOLDER", package)
+    monkeypatch.setattr(wandb_uploads, "PACKAGE_FOLDER", package)
     found: list[list[str]] = []
     for asked in ("false", "true"):
         tracker = opened(home, "track.wandb=offline", f"track.wandb_code={asked}", name=asked)

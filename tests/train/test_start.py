@@ -12,8 +12,8 @@ import torch
 
 from smoltrain.config.load import load_config, stop_after_phase
 from smoltrain.config.schema import Config
-from smoltrain.data.tokens import prepare
-from smoltrain.data.tokens.prepare import load_prepared_data
+from smoltrain.data.tokens import plan_preparation
+from smoltrain.data.tokens.load_prepared import load_prepared_data
 from smoltrain.errors import DONE, UserError
 from smoltrain.train.start import begin_run
 from tests import folders, launches, tiny
@@ -175,7 +175,7 @@ def test_data_that_grew_are_refused_or_leave_the_plan_as_it_was(tmp_path: Path) 
 
 
 def test_a_stream_that_nobody_asked_for_leaves_no_data_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "MAX_AUTO_CACHED_MIB", -1)
+    monkeypatch.setattr(plan_preparation, "MAX_AUTO_CACHED_MIB", -1)
     config = tiny.load(tmp_path, *EPOCHS)
     with pytest.raises(UserError, match=r"phases\.main\.epochs=0\.1 are: saw a stream, which has no last row"):
         begin_run(config, 1, CPU)

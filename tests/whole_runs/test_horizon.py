@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from smoltrain.data.tokens.prepare import load_prepared_data
+from smoltrain.data.tokens.load_prepared import load_prepared_data
 from smoltrain.errors import DONE
 from tests import launches, preloaded, tiny
 

@@ -30,9 +30,7 @@ def train_impatiently(words: list[str]) -> int:
     """A rank that does not wait long for a network file system."""
     from smoltrain.checkpoint import written_files
     from smoltrain.launch.rank import run_rank
-    from smoltrain.run import shared_folder
 
-    shared_folder.PATIENCE_S = 1.0
     written_files.PATIENCE_S = 1.0
     return run_rank(["quickstart", *words])
 

@@ -31,7 +31,7 @@ CHILD = """
 import math, os, sys, torch
 from smoltrain.launch import rank
 from smoltrain.config.load import load_config
-from smoltrain.data.tokens.prepare import load_prepared_data
+from smoltrain.data.tokens.load_prepared import load_prepared_data
 from smoltrain.engine.engine import Engine
 from smoltrain.train.spikes import Rewind
 from smoltrain.engine.adamw import AdamW

@@ -17,7 +17,7 @@ from smoltrain.export import export, verify
 from smoltrain.export.model_card import MIN_TRANSFORMERS_VERSION
 from smoltrain.export.verify import verify_export
 from smoltrain.inference.load import load_trained_model
-from smoltrain.model.hf_format import MODELING_FILE
+from smoltrain.model.hf_config import MODELING_FILE
 from tests import folders
 from tests.data.tokenizers.test_companions import TALK, continued
 from tests.export.test_export import OTHERS, SYSTEM_4

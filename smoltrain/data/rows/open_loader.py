@@ -7,7 +7,7 @@ from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.rows.loader import Loader, StepLayout
 from smoltrain.data.rows.row_source import CachedRowSource, RowSource, StreamedRowSource
 from smoltrain.data.rows.streams import StreamedSource
-from smoltrain.data.tokens.prepare import load_prepared_data
+from smoltrain.data.tokens.load_prepared import load_prepared_data
 
 
 def open_loader(config: Config, rank: int, world_size: int, *, rows_per_step: int, accumulation: int) -> Loader:

@@ -8,61 +8,42 @@ exists only beside whole files: a preparation that was killed goes on with what 
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import filelock
-import numpy as np
 
 from smoltrain import files
 from smoltrain.config.schema import Config
 from smoltrain.data.documents.bad_records import summarise_bad_records, write_bad_record_log
-from smoltrain.data.documents.check_files import check_enough_documents, check_source_files
-from smoltrain.data.documents.listing import SourceListing, list_all_sources
+from smoltrain.data.documents.check_files import check_enough_documents
+from smoltrain.data.documents.listing import SourceListing
 from smoltrain.data.order import apportion_by_weight, largest_num_streams
-from smoltrain.data.tokenizers import by_name
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.data.tokenizers.train_bpe import check_bpe_separator, train_bpe_tokenizer
 from smoltrain.data.tokens import tokenise
-from smoltrain.data.tokens.check_fit import check_enough_rows, check_stream_count, check_vocab_size
-from smoltrain.data.tokens.check_tokens import (
-    find_damaged_files,
-    find_damaged_tokenizer_files,
-    recorded_token_files,
-    repair_tokenizer,
-    repair_tokens,
-)
+from smoltrain.data.tokens.check_fit import check_enough_rows, check_stream_count
+from smoltrain.data.tokens.check_tokens import repair_tokenizer, repair_tokens
 from smoltrain.data.tokens.fingerprints import (
     changed_data_error,
     describe_fingerprint_changes,
     fingerprint_differences,
-    make_fingerprint,
     only_documents_changed,
     remake_fingerprint,
 )
-from smoltrain.data.tokens.index import (
-    INDEX_FORMAT,
-    WHAT_WAS_PREPARED,
-    DataIndex,
-    IndexSource,
-    data_index_file,
-    read_data_index,
-    write_data_index,
+from smoltrain.data.tokens.index import DataIndex, data_index_file, read_data_index, write_data_index
+from smoltrain.data.tokens.load_prepared import (
+    load_prepared_data,
+    load_run_tokenizer,
+    read_run_index,
+    run_tokens_folder,
 )
-from smoltrain.data.tokens.packing import token_dtype
+from smoltrain.data.tokens.plan_preparation import Preparation, plan_preparation
 from smoltrain.data.tokens.prepared import PreparedData
-from smoltrain.data.tokens.token_files import MappedTokens
-from smoltrain.data.tokens.tokenise_validation import shards_from_json, shards_to_json, tokenise_held_out
+from smoltrain.data.tokens.tokenise_validation import shards_to_json, tokenise_held_out
 from smoltrain.errors import Problem, UserError, format_value
 from smoltrain.terminal import print_text
-
-MAX_AUTO_CACHED_MIB = 256  # of local files, up to which they are cached of themselves
 
 
 def prepare_run_data(
@@ -81,7 +62,7 @@ def prepare_run_data(
     rows_per_step = rows_per_step or config.batch.rows(1)
     if data_index_file(config.run_folder).exists():
         return _check_prepared_data(config, rows_per_step, world_size)
-    plan = _plan_preparation(config, rows_per_step, world_size, ahead=ahead)
+    plan = plan_preparation(config, rows_per_step, world_size, ahead=ahead)
     if plan.mode == "stream":
         _prepare_stream(plan)
     elif config.data.cache is None:
@@ -92,72 +73,6 @@ def prepare_run_data(
     for line in prepared.warnings(config.model.vocab_size):
         print_text(f"WARNING: {line}")
     return prepared
-
-
-def load_prepared_data(config: Config) -> PreparedData:
-    """What `prepare_run_data` made.
-
-    Errors: UserError if there is nothing, or a file has another size, or the tokenizer another digest.
-    """
-    index = read_run_index(config)
-    tokenizer = _load_run_tokenizer(config, config.run_folder / "tokenizer", index)
-    home = run_tokens_folder(config, index)
-    train, validation, shards = [], [], []
-    for part in config.data.parts:
-        source = index.sources[part.name]
-        folder, names = home / part.name, source.shard_names or ()
-        validation.append(MappedTokens.open(folder, source.validation, names))
-        if source.train is not None:
-            train.append(MappedTokens.open(folder, source.train, names))
-        if source.shards is not None:
-            shards.append(shards_from_json(source.shards, part))
-    return PreparedData(
-        tokenizer, config.tokenizer.name, index.mode, index.why, np.dtype(index.dtype), tuple(train),
-        tuple(validation), tuple(shards), index.streams, index,
-    )  # fmt: skip
-
-
-def read_run_index(config: Config) -> DataIndex:
-    """The run's index, its sources in the config's order.
-
-    Errors: those of read_data_index; UserError for other sources.
-    """
-    index = read_data_index(data_index_file(config.run_folder))
-    names = [part.name for part in config.data.parts]
-    if set(names) != set(index.sources):
-        what, want = f"the run {config.run.name!r} was prepared from other sources", ", ".join(index.sources)
-        raise UserError(Problem(what, ", ".join(names), want, "data.sources, or run.name"))
-    index.sources = {name: index.sources[name] for name in names}
-    return index
-
-
-def run_tokens_folder(config: Config, index: DataIndex) -> Path:
-    """Where the tokens of a run are. Errors: UserError if they are in a cache that the config does not name."""
-    if index.cache is None:
-        return config.run_folder / "data"
-    if config.data.cache is None:
-        want = f"the folder that holds {index.cache}"
-        raise UserError(Problem("the tokens of the run are in a cache", "data.cache=null", want, "data.cache"))
-    cache = config.data.cache.expanduser()
-    return files.resolve_inside(cache, index.cache, str(data_index_file(config.run_folder))) / "data"
-
-
-def inspect_prepared_data(config: Config) -> tuple[str, list[str]]:
-    """What was checked of a run's tokens and tokenizer, in words, and what is wrong with them; nothing is mended.
-
-    Errors: UserError if there are none, or another data.cache than theirs.
-    """
-    index = read_run_index(config)
-    home, records = run_tokens_folder(config, index), recorded_token_files(index.sources)
-    folder = config.run_folder / "tokenizer"
-    damaged = find_damaged_files(home, records) | find_damaged_tokenizer_files(folder, index)
-    faults = [f"{name}: {fault}" for name, fault in damaged.items()]
-    try:
-        _load_run_tokenizer(config, folder, index)
-    except UserError as error:
-        faults += [str(problem) for problem in error.problems]
-    size = sum(made.bytes for made in records.values()) / 2**20
-    return f"{len(records)} files of tokens ({size:,.1f} MiB) and the tokenizer are as they were written", faults
 
 
 def copy_prepared_data(source: Path, target: Path) -> None:
@@ -177,7 +92,7 @@ def _check_prepared_data(config: Config, rows_per_step: int, world_size: int) ->
     index = read_run_index(config)
     listed = _compare_fingerprints(config, index)
     repair_tokenizer(config.run_folder / "tokenizer", index, config.tokenizer)
-    tokenizer = _load_run_tokenizer(config, config.run_folder / "tokenizer", index)
+    tokenizer = load_run_tokenizer(config, config.run_folder / "tokenizer", index)
     home = run_tokens_folder(config, index)
     with _lock_folder(home.parent) if index.cache is not None else contextlib.nullcontext():
         repair_tokens(config, index, home, listed, tokenizer)
@@ -186,16 +101,6 @@ def _check_prepared_data(config: Config, rows_per_step: int, world_size: int) ->
         check_stream_count(config, prepared.streams, rows_per_step, world_size)
     check_enough_rows(prepared.index, config, rows_per_step)
     return prepared
-
-
-def _load_run_tokenizer(config: Config, folder: Path, index: DataIndex) -> Tokenizer:
-    """The tokenizer beside an index. Errors: UserError if it is another one than its ids were made with."""
-    pad = index.fingerprint.pad  # not the config's: _compare_fingerprints compares the two and shows both
-    tokenizer = Tokenizer.from_folder(folder, config.tokenizer.separator, pad)
-    own = (tokenizer.fingerprint(), tokenizer.separator_id, token_dtype(tokenizer).name)
-    if own != (index.tokenizer_sha256, index.separator_id, index.dtype):
-        raise UserError(Problem("the run's tokenizer has changed", "another one", WHAT_WAS_PREPARED, str(folder)))
-    return tokenizer
 
 
 def _compare_fingerprints(config: Config, index: DataIndex) -> dict[str, SourceListing]:
@@ -231,97 +136,14 @@ def _compare_fingerprints(config: Config, index: DataIndex) -> dict[str, SourceL
 # ---- the first start
 
 
-@dataclass(frozen=True)
-class _Preparation:
-    """What is known of a new run's data before anything slow is done."""
-
-    config: Config
-    rows_per_step: int
-    world_size: int
-    given: Tokenizer | None  # None: a BPE is to be trained
-    listed: dict[str, SourceListing]
-    mode: str
-    mode_reason: str
-    fingerprint: dict[str, Any]
-
-    @property
-    def not_read(self) -> dict[str, int]:
-        """How many files that lie among the sources are not read, by kind."""
-        return dict(sum((Counter(listing.unread) for listing in self.listed.values()), Counter[str]()))
-
-    def get_tokenizer(self) -> Tokenizer:
-        """The one that was given, or one trained on the first documents."""
-        mib = _local_mib(self.listed)
-        is_small = mib <= MAX_AUTO_CACHED_MIB
-        return self.given or train_bpe_tokenizer(self.config, self.listed, num_bytes=mib * 2**20, small=is_small)
-
-    def make_index(self, tokenizer: Tokenizer, num_streams: int, sources: dict[str, IndexSource]) -> DataIndex:
-        """All but the files of the tokenizer. Errors: UserError for too few rows."""
-        index = DataIndex.model_validate(
-            {
-                "format": INDEX_FORMAT,
-                "mode": self.mode,
-                "why": self.mode_reason,
-                "fingerprint": self.fingerprint,
-                "tokenizer_sha256": tokenizer.fingerprint(),
-                "separator_id": tokenizer.separator_id,
-                "dtype": token_dtype(tokenizer).name,
-                "streams": num_streams,
-                "sources": sources,
-                "not_read": self.not_read,
-            }
-        )
-        check_enough_rows(index, self.config, self.rows_per_step)
-        return index
-
-
-def _plan_preparation(config: Config, rows_per_step: int, world_size: int, *, ahead: bool) -> _Preparation:
-    """Errors: UserError for a tokenizer that does not fit, and files that cannot be read."""
-    section = config.tokenizer
-    check_bpe_separator(section)
-    given = None if section.name == "bpe" else by_name.load_named_tokenizer(section)
-    num_ids = given.num_ids if given else (section.vocab_size or 0) + (section.pad is not None)
-    check_vocab_size(num_ids, config)  # a BPE: before training it
-    listed = list_all_sources(config)
-    for line in check_source_files(listed, config.data):
-        print(f"data: {line}", flush=True)
-    mode, mode_reason = choose_data_mode(config, listed)
-    if ahead and config.data.mode == "auto" and mode == "stream":
-        mode, mode_reason = "cached", "it was prepared ahead"
-    fingerprint = make_fingerprint(config, given, mode, listed)
-    return _Preparation(config, rows_per_step, world_size, given, listed, mode, mode_reason, fingerprint)
-
-
-def choose_data_mode(config: Config, listed: dict[str, SourceListing]) -> tuple[str, str]:
-    """The mode of a new run, and why."""
-    data = config.data
-    if data.mode != "auto":
-        return data.mode, f"data.mode={data.mode}"
-    if data.cache is not None:
-        return "cached", "data.cache names a folder"
-    remote = [name for name, listing in listed.items() if not all(shard.is_local for shard in listing.all_shards)]
-    if remote:
-        return "stream", f"{', '.join(remote)} {'is' if len(remote) == 1 else 'are'} not on this machine"
-    mib = math.ceil(_local_mib(listed))
-    if mib <= MAX_AUTO_CACHED_MIB:
-        return "cached", f"{mib:,} MiB of local files, at most {MAX_AUTO_CACHED_MIB} are cached"
-    return "stream", f"{mib:,} MiB of local files, only up to {MAX_AUTO_CACHED_MIB} are cached"
-
-
-def _local_mib(listed: dict[str, SourceListing]) -> float:
-    """Size of all sources on this machine; infinite if any is elsewhere."""
-    shards = [shard for listing in listed.values() for shard in listing.all_shards]
-    return sum(shard.size or 0 for shard in shards) / 2**20 if all(shard.is_local for shard in shards) else math.inf
-
-
-def _prepare_cached(plan: _Preparation, home: Path) -> None:
+def _prepare_cached(plan: Preparation, home: Path) -> None:
     """HOME/tokenizer, HOME/data and their index."""
     tokenizer = plan.get_tokenizer()
     sources = tokenise.tokenise_sources(plan.config, tokenizer, plan.listed, plan.fingerprint, home / "data")
     _write_tokenizer_and_index(home, tokenizer, plan.make_index(tokenizer, 1, sources))
 
 
-def _prepare_shared(plan: _Preparation, cache: Path) -> None:
+def _prepare_shared(plan: Preparation, cache: Path) -> None:
     """The same in data.cache, where it may stand already or be in the making; the run's own index refers to it."""
     config = plan.config
     fingerprint = json.dumps(plan.fingerprint, sort_keys=True)
@@ -341,7 +163,7 @@ def _prepare_shared(plan: _Preparation, cache: Path) -> None:
             raise UserError(Problem("the cache holds other data", format_value(made), want, str(home)))
         if stood:
             repair_tokenizer(home / "tokenizer", index, config.tokenizer)
-        tokenizer = _load_run_tokenizer(config, home / "tokenizer", index)
+        tokenizer = load_run_tokenizer(config, home / "tokenizer", index)
         if stood:
             repair_tokens(config, index, home / "data", plan.listed, tokenizer)
     check_enough_rows(index, config, plan.rows_per_step)
@@ -350,7 +172,7 @@ def _prepare_shared(plan: _Preparation, cache: Path) -> None:
     _write_tokenizer_and_index(config.run_folder, plan.given or tokenizer, own)
 
 
-def _prepare_stream(plan: _Preparation) -> None:
+def _prepare_stream(plan: Preparation) -> None:
     """RUN/tokenizer, the validation side in RUN/data, and their index."""
     config, data = plan.config, plan.config.data
     folder = config.run_folder / "data"

@@ -14,7 +14,7 @@ from smoltrain.cli.models import generate_command
 from smoltrain.config.load import read_run_config
 from smoltrain.data.tokenizers.companions import read_companions, unsupported_generation_settings
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.data.tokens.prepare import load_prepared_data
+from smoltrain.data.tokens.load_prepared import load_prepared_data
 from smoltrain.errors import UserError
 from smoltrain.export import export
 from smoltrain.inference.load import LoadedModel, load_trained_model

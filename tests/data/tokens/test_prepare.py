@@ -1,6 +1,5 @@
 """Which mode and why, what is made once in either, what is kept from the first start, and what runs share."""
 
-import importlib
 import json
 import os
 import shutil
@@ -21,13 +20,13 @@ from smoltrain.data.documents.listing import SourceListing
 from smoltrain.data.documents.shard import Shard
 from smoltrain.data.tokenizers import train_bpe as train_bpe_module
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
+from smoltrain.data.tokens import plan_preparation
 from smoltrain.data.tokens import tokenise as tokenise_module
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import UserError
 from tests import tiny
 from tests.data.tokens.test_tokenise import contents, make, problem, snapshot
 
-module = importlib.import_module("smoltrain.data.tokens.prepare")
 T = 16
 
 
@@ -85,7 +84,7 @@ def test_small_local_files_are_cached_and_the_reason_is_said(root: Path, monkeyp
     prepared = prepare_run_data(config(root, "auto"))
     assert (prepared.mode, prepared.mode_reason) == ("cached", "1 MiB of local files, at most 256 are cached")
     assert prepared.describe().startswith("cached, as 1 MiB of local files, at most 256 are cached; ")
-    monkeypatch.setattr(module, "MAX_AUTO_CACHED_MIB", 0)
+    monkeypatch.setattr(plan_preparation, "MAX_AUTO_CACHED_MIB", 0)
     prepared = prepare_run_data(config(root, "auto", run__name="other"))
     assert (prepared.mode, prepared.mode_reason) == ("stream", "1 MiB of local files, only up to 0 are cached")
 
@@ -93,14 +92,14 @@ def test_small_local_files_are_cached_and_the_reason_is_said(root: Path, monkeyp
 def test_what_is_not_on_this_machine_is_streamed(root: Path):
     local, remote = (Shard("a.txt", url, 5, "etag 1") for url in ("/a.txt", "https://server/a.txt"))
     auto = config(root, "auto")
-    assert module.choose_data_mode(auto, {"data": SourceListing((local, remote))}) == (
+    assert plan_preparation.choose_data_mode(auto, {"data": SourceListing((local, remote))}) == (
         "stream",
         "data is not on this machine",
     )
-    assert module.choose_data_mode(auto, {"data": SourceListing((local,), (remote,))})[0] == "stream"
-    assert module.choose_data_mode(auto, {"data": SourceListing((local,))})[0] == "cached"
+    assert plan_preparation.choose_data_mode(auto, {"data": SourceListing((local,), (remote,))})[0] == "stream"
+    assert plan_preparation.choose_data_mode(auto, {"data": SourceListing((local,))})[0] == "cached"
     shared = config(root, "auto", data__cache=root / "cache")
-    assert module.choose_data_mode(shared, {"data": SourceListing((remote,))}) == (
+    assert plan_preparation.choose_data_mode(shared, {"data": SourceListing((remote,))}) == (
         "cached",
         "data.cache names a folder",
     )
@@ -118,7 +117,7 @@ def test_the_mode_of_the_first_start_is_kept(root: Path, mode: str, other: str):
 
 
 def test_prepared_ahead_all_of_it_is_cached(root: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "MAX_AUTO_CACHED_MIB", 0)
+    monkeypatch.setattr(plan_preparation, "MAX_AUTO_CACHED_MIB", 0)
     prepared = prepare_run_data(config(root, "auto"), ahead=True)
     assert (prepared.mode, prepared.mode_reason) == ("cached", "it was prepared ahead")
     assert prepare_run_data(config(root, "auto")).mode == "cached"
@@ -178,7 +177,7 @@ def test_a_bpe_is_trained_on_the_first_documents_of_each_source(root: Path, monk
     bpe = {"tokenizer__name": "bpe", "tokenizer__vocab_size": 280}
     prepare_run_data(mixed(root, "cached", **bpe))
     assert len(seen) == 5 * 25  # all of them, the held-out ones too
-    monkeypatch.setattr(module, "MAX_AUTO_CACHED_MIB", 0)
+    monkeypatch.setattr(plan_preparation, "MAX_AUTO_CACHED_MIB", 0)
     monkeypatch.setattr(train_bpe_module, "CHARACTERS_TO_TRAIN_ON", 4000)
     prepare_run_data(mixed(root, "stream", run__name="b", **bpe))
     for name, share in (("poems", 3000), ("code", 1000)):

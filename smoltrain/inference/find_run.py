@@ -1,0 +1,74 @@
+"""Which run, checkpoint or Hugging Face folder a word of the command line means."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from smoltrain.checkpoint.manifest import (
+    Manifest,
+    find_newest_valid_checkpoint,
+    list_checkpoint_steps,
+    step_folder,
+    verify_checkpoint,
+)
+from smoltrain.config.config_file import CONFIG_FILE, RUNS_FOLDER
+from smoltrain.errors import Problem, UserError
+
+CHECKPOINT_FOLDER_PATTERN = re.compile(r"step-([0-9]{8,})")  # the name of a published checkpoint's folder
+
+
+def is_huggingface_folder(folder: Path) -> bool:
+    """Whether the folder is one of transformers' and no run."""
+    return (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file()
+
+
+def find_run_folder(run: str, runs: Path = RUNS_FOLDER, change: str = "the RUN argument") -> Path:
+    """The folder of a run, which is named by its path or by its name under `runs`. Errors: UserError if it is none."""
+    folder, step = locate_run(run, runs, change)
+    if step is not None:
+        raise UserError(Problem("this is one checkpoint of a run", repr(run), f"the run, {folder}", change))
+    return folder
+
+
+def locate_run(source: str, runs: Path = RUNS_FOLDER, change: str = "the RUN argument") -> tuple[Path, int | None]:
+    """The folder of a run; and, where `source` is the folder of one of its checkpoints, the step of that.
+
+    The checkpoint itself need not be there. Errors: UserError if there is no such run.
+    """
+    for folder in (Path(source), runs / source):
+        if (folder / CONFIG_FILE).is_file():
+            return folder, None
+        for path in (folder, folder.resolve()):  # as it was named, if that says enough
+            step_name = CHECKPOINT_FOLDER_PATTERN.fullmatch(path.name)
+            run = path.parent.parent
+            if step_name and path.parent.name == "checkpoints" and (run / CONFIG_FILE).is_file():
+                return run, int(step_name[1])
+    have = ", ".join(sorted(path.parent.name for path in runs.glob(f"*/{CONFIG_FILE}"))) or "none yet"
+    want = f"the folder of a run or of its checkpoint, a name under {runs}/ ({have}), or a Hugging Face folder"
+    raise UserError(Problem("no such run", repr(source), want, change))
+
+
+def find_valid_manifest(run: Path, step: int | None, change: str, say: Callable[[str], None]) -> Manifest:
+    """The manifest of a run's checkpoint of this step, or of its newest one that verifies.
+
+    Errors: UserError if there is none.
+    """
+    if step is None:
+        newest = find_newest_valid_checkpoint(run / "checkpoints", say)
+        if newest is None:
+            raise UserError(Problem("this run has no checkpoint yet", str(run), "at least one", change))
+        return newest
+    manifest = verify_checkpoint(find_checkpoint_folder(run, step, change))
+    if isinstance(manifest, str):
+        raise UserError(Problem("the checkpoint is not whole", manifest, "the file as it was written", change))
+    return manifest
+
+
+def find_checkpoint_folder(run: Path, step: int, change: str) -> Path:
+    """The folder of a run's checkpoint of this step, unread. Errors: UserError if there is none."""
+    checkpoints = run / "checkpoints"
+    steps = list_checkpoint_steps(checkpoints)
+    if step not in steps:
+        want = f"one of {', '.join(map(str, steps))}" if steps else "a run that has saved one"
+        raise UserError(Problem("no checkpoint of this step", str(step), want, change))
+    return step_folder(checkpoints, step)
