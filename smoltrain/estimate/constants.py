@@ -99,7 +99,9 @@ OPERATION_S = 8e-6  # an operation that is not compiled, forward with what autog
 COMPILED_KERNEL_S = 5e-6  # a kernel within a compiled region
 COMPILED_REGION_S = 100e-6  # to enter one, forward or backward: its guards, autograd's part
 ZERO3_MODULE_S = 200e-6  # DeepSpeed's hooks around a module with parameters, forward and backward, under ZeRO-3
-MATH_SCORE_BYTES, MATH_OPERATIONS = (20.0, 40.0), (6, 10)
+# Attention by its definition, forward and backward, counted on a CPU: bytes that pass memory for a score in fp32;
+# operations that the host starts.
+MATH_SCORE_BYTES, MATH_OPERATIONS = (32, 28), (18, 15)
 SHORTEST_KERNEL_S = 2e-6  # of the device, from one kernel to the next; a guess
 # Operations of an update, counted on a CPU (docs/results/gpu-path.md): AdamW once a step, compiled or torch's fused;
 # DeepSpeed's, by parameter; what Muon adds, of which tests/train/test_step.py holds 148 in all.

@@ -121,7 +121,7 @@ def build_parts_table(estimate: Estimate) -> Table:
     columns: dict[str, JustifyMethod] = {"memory of a rank": "left", "GiB": "right", "time of a step": "left"}
     columns["s"] = "right"
     if speed.limits:
-        columns["s at its limits"] = "right"
+        columns["at its limits"] = "right"
     table = _make_table(columns)
     for size, took in zip_longest(sizes, times, fillvalue=("",) * 3):
         table.add_row(*size[:2], *took[: len(columns) - 2])

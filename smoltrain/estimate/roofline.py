@@ -16,7 +16,7 @@ from smoltrain.estimate.memory import num_logits_chunks, num_recomputed_blocks
 from smoltrain.estimate.training_setup import TrainingSetup
 
 PROJECTIONS, ATTENTION, MLP, LOSS = "q, k, v, o", "attention", "MLP", "head and loss"
-ELEMENTWISE = "norms, rotary, activation, sums"
+ELEMENTWISE = "norms, rotary, sums"
 EMBEDDING, RECOMPUTED = "embedding", "recomputed"
 # Of what is no product in a block, forward and backward: how often the stream passes memory in norms and residual sums,
 # bytes of each element of queries and keys in rotary positions, passes of the MLP's inside in SwiGLU and GELU; each
@@ -157,14 +157,15 @@ def _product(part: str, setup: TrainingSetup, inputs: int, outputs: int) -> Work
 
 
 def _list_attention(setup: TrainingSetup, device: DeviceSpec, *, backward: bool) -> list[Work]:
-    """Two products forward and five backward over half of the T x T pairs; of `math` four over all, and its scores."""
+    """Two products forward and five backward over half of the T x T pairs; of `math`, in fp32, two and four of all."""
     s, n, T = setup.shape, setup.micro_batch_tokens, setup.length
     pairs = 2 * n * T * s.width  # operations of both forward products over half of them
     rows = setup.weight_bytes * n * 2 * (s.width + s.kv_width)  # q, k, v and the output
     if setup.attention == "math":
         scores = n * s.heads * T * constants.MATH_SCORE_BYTES[backward]
+        operations = pairs * (4 if backward else 2)
         launches = constants.MATH_OPERATIONS[backward]
-        return [Work(ATTENTION, pairs * (4 if backward else 2), rows + scores, launches=launches)]
+        return [Work(ATTENTION, operations, rows + scores, device.fp32_flops / device.half_flops, launches)]
     share = device.reached_attention[backward] / device.reached_matmul
     if not backward:
         return [Work(ATTENTION, pairs, rows, share, launches=1)]

@@ -1,13 +1,16 @@
 """The roofline of a GPU's step against what torch counts of a real decoder on a CPU, and against published runs."""
 
 import dataclasses
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from smoltrain.config.load import load_config
@@ -43,13 +46,12 @@ class Counted(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         is_view = any(result.alias_info and not result.alias_info.is_write for result in func._schema.returns)
-        if is_view or name.startswith(("empty", "new_empty", "_unsafe_view", "detach")):
+        # A clone: torch's attention for CPUs wants other strides than those for GPUs.
+        if is_view or name.startswith(("empty", "new_empty", "_unsafe_view", "detach", "clone")):
             return out
         self.operations += 1
-        # A clone: torch's attention for CPUs wants other strides than those for GPUs.
-        if name not in ("mm", "clone") and "attention" not in name:
-            outputs = out if isinstance(out, tuple) else (out,)
-            tensors = [x for x in (*args, *outputs) if isinstance(x, torch.Tensor) and not x.is_sparse]
+        if name != "mm" and "attention" not in name:
+            tensors = [x for x in tree_leaves((args, out)) if isinstance(x, torch.Tensor) and not x.is_sparse]
             self.elementwise_bytes += sum(x.nbytes for x in tensors)
         return out
 
@@ -63,8 +65,7 @@ def build(words: tuple[str, ...], mode: Any = "none", attention: Any = "sdpa") -
     return lambda: model(ids, ids)
 
 
-@pytest.mark.parametrize("words", [LLAMA, GPT2], ids=["llama", "gpt2"])
-@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+@pytest.mark.parametrize(("mode", "words"), [("none", GPT2), ("none", LLAMA), ("full", LLAMA), ("selective", LLAMA)])
 def test_operations_are_those_that_torch_counts(words: tuple[str, ...], mode: Any):
     words = (*words, "model.num_hidden_layers=2")
     with FlopCounterMode(display=False) as counted:
@@ -104,9 +105,9 @@ def test_operations_and_bytes_of_a_block_that_is_not_compiled(words: tuple[str, 
     for backward in (False, True):
         work = list_block_work(setup, H200, backward=backward)
         one, two = (count[backward] for count in counts)
-        assert sum(part.launches for part in work) == pytest.approx(two.operations - one.operations, rel=0.06)
+        assert sum(part.launches for part in work) == two.operations - one.operations
         moved = sum(part.moved_bytes for part in work if not part.operations and part.part != "attention")
-        assert moved == pytest.approx(two.elementwise_bytes - one.elementwise_bytes, rel=0.06)
+        assert moved == pytest.approx(two.elementwise_bytes - one.elementwise_bytes, rel=0.03)
 
 
 def test_a_kernel_takes_the_longer_of_computing_and_moving():
@@ -128,9 +129,15 @@ def test_smollm2_on_an_h200_is_as_was_worked_out_by_hand():
     speed = estimate_speed(smollm2_at_2048(), H200)
     assert sum(speed.limits.values()) == pytest.approx(0.062, rel=0.1)
     assert speed.step_s == pytest.approx(0.099, rel=0.1)
-    assert speed.mfu == pytest.approx(32768 / speed.step_s * 1_232_000_000 / 989e12, rel=0.01)
-    for part, limit_s in speed.limits.items():
-        assert limit_s <= speed.parts[part] * (1 + 1e-9), part
+    assert speed.mfu == pytest.approx(32768 / speed.step_s * (6 * 134_515_008 + 12 * 30 * 576 * 2048) / 989e12)
+    assert all(limit_s <= speed.parts[part] * (1 + 1e-9) for part, limit_s in speed.limits.items())
+    page = (Path(__file__).parents[2] / "docs" / "estimate.md").read_text(encoding="utf-8")
+    rows = re.findall(r"\| (.+) \| ([\d.]+) \| [\d.-]+ \| ([\d.]+) \| [\d.-]+ \|", page)
+    assert len(rows) == 8
+    for row in rows:
+        parts = {"gradients, update": ("gradients", "update"), "in all": tuple(speed.parts)}.get(row[0], (row[0],))
+        limit_s = sum(speed.limits.get(part, 0.0) for part in parts)
+        assert [f"{1000 * limit_s:.1f}", f"{1000 * sum(speed.parts[part] for part in parts):.1f}"] == [*row[1:]], row[0]
 
 
 @pytest.mark.parametrize(("name", "mfu"), [("llm.c on 8 x H100", 0.41), ("llm-foundry on 8 x A100", 0.448)])
@@ -147,7 +154,7 @@ def test_published_runs_of_this_size(name: str, mfu: float):
         speed = estimate_speed(dataclasses.replace(setup, length=1024, micro_batch=64), GPUS["h100"])
     else:
         speed = estimate_speed(dataclasses.replace(setup, loss="plain", compiled_blocks=False), GPUS["a100-80"])
-    assert speed.mfu == pytest.approx(mfu, rel=0.15)
+    assert speed.mfu == pytest.approx(mfu, rel=0.1)
 
 
 def test_a_small_model_waits_for_the_host():
@@ -183,7 +190,7 @@ def test_choices_change_the_parts_that_they_are_about():
     now = estimate_speed(setup, H200)
     parts = {name: estimate_speed(other, H200).parts for name, other in changed.items()}
     differ = {name: {part for part in other if other[part] != now.parts[part]} for name, other in parts.items()}
-    elementwise = "norms, rotary, activation, sums"
+    elementwise = "norms, rotary, sums"
     assert differ["eager"] == {elementwise}
     assert differ["whole"] == set()
     assert differ["joint"] == {"q, k, v, o", "MLP", elementwise}
