@@ -112,19 +112,18 @@ def build_parts_table(estimate: Estimate) -> Table:
     memory, speed = estimate.memory, estimate.speed
     sizes = [(label, f"{memory[part] / GIB:.2f}") for part, label in PART_LABELS.items() if memory[part] > 0]
     sizes.append(("in all", f"{memory.total / GIB:.2f}"))
-    digits = 4 if speed.limits else 3  # a GPU's steps are shorter
-    times: list[tuple[str, ...]] = []
-    for part, seconds in speed.parts.items():
-        if seconds > 0:
-            times.append((part, f"{seconds:.{digits}f}", f"{speed.limits.get(part, 0.0):.{digits}f}"))
-    times.append(("in all", f"{speed.step_s:.{digits}f}", f"{sum(speed.limits.values()):.{digits}f}"))
     columns: dict[str, JustifyMethod] = {"memory of a rank": "left", "GiB": "right", "time of a step": "left"}
-    columns["s"] = "right"
-    if speed.limits:
-        columns["at its limits"] = "right"
+    times: list[tuple[str, ...]] = []
+    for part, seconds in [*speed.parts.items(), ("in all", speed.step_s)]:
+        limit_s = sum(speed.limits.values()) if part == "in all" else speed.limits.get(part, 0.0)
+        if seconds > 0:  # of a GPU in ms
+            times.append(
+                (part, f"{1000 * seconds:.2f}", f"{1000 * limit_s:.2f}") if speed.limits else (part, f"{seconds:.3f}")
+            )
+    columns |= {"ms": "right", "at its limits": "right"} if speed.limits else {"s": "right"}
     table = _make_table(columns)
-    for size, took in zip_longest(sizes, times, fillvalue=("",) * 3):
-        table.add_row(*size[:2], *took[: len(columns) - 2])
+    for size, took in zip_longest(sizes, times, fillvalue=("", "")):
+        table.add_row(*size, *took)
     return table
 
 
@@ -137,15 +136,15 @@ def speed_summary(estimate: Estimate) -> Iterator[str]:
     at_limits = setup.step_tokens / sum(speed.limits.values())
     mfu_at_limits = model_flops_utilization(setup, at_limits, peak)
     yield (
-        f"a {device.name}, of which none was measured: {speed.tokens_per_s / setup.world:,.0f} tokens/s are expected, "
-        f"{speed.mfu:.1%} MFU of its data sheet's {peak / TERA:g} TFLOP/s; "
+        f"{device.name}, of which none was measured: {speed.tokens_per_s / setup.world:,.0f} tokens/s a rank are "
+        f"expected, {speed.mfu:.1%} MFU of its data sheet's {peak / TERA:g} TFLOP/s; "
         f"at its limits {at_limits / setup.world:,.0f}, {mfu_at_limits:.1%}"
     )
     waiting_s = speed.parts[WAITING]
-    waits = "the step waits for the host: take a larger batch.micro_batch" if waiting_s else "the host keeps up"
+    waits = "the step waits for it: take a larger batch.micro_batch" if waiting_s else "the step does not wait for it"
     yield (
-        f"a step computes {speed.step_s - waiting_s:.4f} s; its host starts {speed.host.launches:,.0f} operations in "
-        f"{speed.host.seconds:.4f} s: {waits}"
+        f"a step computes {1000 * (speed.step_s - waiting_s):.2f} ms; its host starts {speed.host.launches:,.0f} "
+        f"operations in {1000 * speed.host.seconds:.2f} ms: {waits}"
     )
 
 

@@ -5,7 +5,7 @@ Waterman, Patterson 2009). Operations are those of matrix products alone. Bytes 
 compiled passes memory once per operation, which a test counts; what is compiled as often as inputs and results of a
 fused loop do. Dropout is left out.
 
-Legend: as memory.py, L blocks, K width of the keys.
+Legend: c bytes of a weight, n tokens of a micro-batch, T of a row.
 """
 
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ ANGLE_OPERATIONS = 9  # the cosines and sines of rotary positions, once a forwar
 
 
 @dataclass(frozen=True)
-class Work:
+class KernelWork:
     """Kernels of one kind and direction, of one block or of what is around the blocks."""
 
     part: str
@@ -59,9 +59,9 @@ class HostTime:
     seconds: float
 
 
-def list_work(setup: TrainingSetup, device: DeviceSpec) -> list[Work]:
+def list_work(setup: TrainingSetup, device: DeviceSpec) -> list[KernelWork]:
     """Of one micro-batch, forward and backward."""
-    layers, recomputed = setup.shape.layers, num_recomputed_blocks(setup)
+    layers = setup.shape.layers
     forward = list_block_work(setup, device, backward=False)
     again = list(forward)
     if setup.recompute == "selective":  # keeps what products and attention gave
@@ -69,18 +69,19 @@ def list_work(setup: TrainingSetup, device: DeviceSpec) -> list[Work]:
     elif not setup.compiled_blocks:  # ends when all is there that backward needs: the last product's result is not
         again.remove(_list_products(setup)[-1])
     work = [replace(one, times=layers) for one in forward]
-    work.extend(replace(one, part=RECOMPUTED, times=recomputed) for one in again)
+    work.extend(replace(one, part=RECOMPUTED, times=num_recomputed_blocks(setup)) for one in again)
     work.extend(replace(one, times=layers) for one in list_block_work(setup, device, backward=True))
     return [*work, *list_work_around_blocks(setup)]
 
 
-def list_block_work(setup: TrainingSetup, device: DeviceSpec, *, backward: bool) -> list[Work]:
+def list_block_work(setup: TrainingSetup, device: DeviceSpec, *, backward: bool) -> list[KernelWork]:
     """Of one block in one direction.
 
     A product computes as much for the gradient of its input as for that of its weight. What several products read has
     the sum of their gradients, in a pass each where it is not compiled.
     """
-    s, is_compiled = setup.shape, setup.compiled_blocks
+    s = setup.shape
+    is_compiled = setup.compiled_blocks
     tensor = setup.weight_bytes * setup.micro_batch_tokens  # bytes by width
     stream, rotary, swiglu, gelu = ELEMENTWISE_COSTS[is_compiled][backward]
     activation = swiglu if s.gated else gelu
@@ -91,11 +92,11 @@ def list_block_work(setup: TrainingSetup, device: DeviceSpec, *, backward: bool)
         moved += setup.micro_batch_tokens * (s.width + s.kv_width) * rotary[0]
         launches += rotary[1]
     work = [*_list_products(setup) * (1 + backward), *_list_attention(setup, device, backward=backward)]
-    work.append(Work(ELEMENTWISE, moved_bytes=moved, launches=launches))
+    work.append(KernelWork(ELEMENTWISE, moved_bytes=moved, launches=launches))
     return [replace(one, is_compiled=is_compiled) for one in work]
 
 
-def list_work_around_blocks(setup: TrainingSetup) -> list[Work]:
+def list_work_around_blocks(setup: TrainingSetup) -> list[KernelWork]:
     """Embedding, last norm, head and loss, both ways; gradients of a tied table are added up."""
     s, c, n = setup.shape, setup.weight_bytes, setup.micro_batch_tokens
     table = s.vocabulary * s.width
@@ -106,14 +107,14 @@ def list_work_around_blocks(setup: TrainingSetup) -> list[Work]:
         moved += table * (2 * SUM_BYTES * (chunks - 1) + SUM_BYTES + c) + 2 * c * n * s.width
     products = 4 if setup.loss == "recomputed" else 3
     return [
-        Work(EMBEDDING, moved_bytes=c * (4 * n * s.width + (4 if s.tied else 1) * table), launches=4 + s.tied),
-        Work(ELEMENTWISE, moved_bytes=5 * c * n * s.width, launches=2 + ANGLE_OPERATIONS * s.rotary),
+        KernelWork(EMBEDDING, moved_bytes=c * (4 * n * s.width + (4 if s.tied else 1) * table), launches=4 + s.tied),
+        KernelWork(ELEMENTWISE, moved_bytes=5 * c * n * s.width, launches=2 + ANGLE_OPERATIONS * s.rotary),
         replace(_product(LOSS, setup, s.width, s.vocabulary), times=products, launches=0),
-        Work(LOSS, moved_bytes=moved, launches=operations * chunks + 6),
+        KernelWork(LOSS, moved_bytes=moved, launches=operations * chunks + 6),
     ]
 
 
-def estimate_host_time(setup: TrainingSetup, work: list[Work], own_s: float) -> HostTime:
+def estimate_host_time(setup: TrainingSetup, work: list[KernelWork], own_s: float) -> HostTime:
     """Of a step: to start all this for each micro-batch, hooks and the update; `own_s` for what is no kernel's."""
     s = setup.shape
     tensors = len(s.hidden_matrices) + 2 * s.layers + 1 + (1 if s.tied else 2) + (not s.rotary)  # biases aside
@@ -136,27 +137,29 @@ def estimate_host_time(setup: TrainingSetup, work: list[Work], own_s: float) -> 
     return HostTime(eager + compiled, seconds)
 
 
-def _list_products(setup: TrainingSetup) -> list[Work]:
+def _list_products(setup: TrainingSetup) -> list[KernelWork]:
     """Of a block forward."""
     s = setup.shape
     gates = 1 + s.gated
-    q, k = _product(PROJECTIONS, setup, s.width, s.width), _product(PROJECTIONS, setup, s.width, s.kv_width)
-    up, down = _product(MLP, setup, s.width, s.inner), _product(MLP, setup, s.inner, s.width)
+    q = _product(PROJECTIONS, setup, s.width, s.width)  # and o
+    down = _product(MLP, setup, s.inner, s.width)
     if setup.fused_projections:
         joint = _product(PROJECTIONS, setup, s.width, s.width + 2 * s.kv_width)
         return [joint, q, _product(MLP, setup, s.width, gates * s.inner), down]
+    k = _product(PROJECTIONS, setup, s.width, s.kv_width)  # and v
+    up = _product(MLP, setup, s.width, s.inner)
     return [q, q, k, k, *[up] * gates, down]
 
 
-def _product(part: str, setup: TrainingSetup, inputs: int, outputs: int) -> Work:
+def _product(part: str, setup: TrainingSetup, inputs: int, outputs: int) -> KernelWork:
     """n x inputs by inputs x outputs."""
     n = setup.micro_batch_tokens
     moved = setup.weight_bytes * (n * inputs + inputs * outputs + n * outputs)
     share = 1 / (1 + GPU_NARROW_SIDE * (1 / n + 1 / inputs + 1 / outputs))
-    return Work(part, 2 * n * inputs * outputs, moved, share, launches=1)
+    return KernelWork(part, 2 * n * inputs * outputs, moved, share, launches=1)
 
 
-def _list_attention(setup: TrainingSetup, device: DeviceSpec, *, backward: bool) -> list[Work]:
+def _list_attention(setup: TrainingSetup, device: DeviceSpec, *, backward: bool) -> list[KernelWork]:
     """Two products forward and five backward over half of the T x T pairs; of `math`, in fp32, two and four of all."""
     s, n, T = setup.shape, setup.micro_batch_tokens, setup.length
     pairs = 2 * n * T * s.width  # operations of both forward products over half of them
@@ -164,11 +167,11 @@ def _list_attention(setup: TrainingSetup, device: DeviceSpec, *, backward: bool)
     if setup.attention == "math":
         scores = n * s.heads * T * constants.MATH_SCORE_BYTES[backward]
         operations = pairs * (4 if backward else 2)
-        launches = constants.MATH_OPERATIONS[backward]
-        return [Work(ATTENTION, operations, rows + scores, device.fp32_flops / device.half_flops, launches)]
+        share = device.fp32_flops / device.peak_flops(setup.precision)
+        return [KernelWork(ATTENTION, operations, rows + scores, share, launches=constants.MATH_OPERATIONS[backward])]
     share = device.reached_attention[backward] / device.reached_matmul
     if not backward:
-        return [Work(ATTENTION, pairs, rows, share, launches=1)]
+        return [KernelWork(ATTENTION, pairs, rows, share, launches=1)]
     # Before it a kernel of its own sums output times gradient, which the host does not start by itself.
-    before = Work(ATTENTION, moved_bytes=2 * setup.weight_bytes * n * s.width)
-    return [before, Work(ATTENTION, 2.5 * pairs, 2 * rows, share, launches=1)]
+    before = KernelWork(ATTENTION, moved_bytes=2 * setup.weight_bytes * n * s.width)
+    return [before, KernelWork(ATTENTION, 2.5 * pairs, 2 * rows, share, launches=1)]

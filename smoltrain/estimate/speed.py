@@ -36,7 +36,7 @@ from smoltrain.estimate.orthogonalization import (
     orthogonalization_sent_bytes,
     orthogonalization_traffic_bytes,
 )
-from smoltrain.estimate.roofline import HostTime, Work, estimate_host_time, list_work
+from smoltrain.estimate.roofline import HostTime, KernelWork, estimate_host_time, list_work
 from smoltrain.estimate.traffic import list_collectives, list_number_exchanges, overlapped_seconds
 from smoltrain.estimate.training_setup import TrainingSetup, model_shape
 from smoltrain.model.flops import flops_per_token
@@ -85,7 +85,7 @@ def estimate_speed(
 
 
 def _gpu_seconds(
-    setup: TrainingSetup, work: list[Work], device: DeviceSpec, rates: EfficiencyRates, network: Network, *,
+    setup: TrainingSetup, work: list[KernelWork], device: DeviceSpec, rates: EfficiencyRates, network: Network, *,
     at_limits: bool = False,
 ) -> dict[str, float]:  # fmt: skip
     """Of the device, by part: what it is expected to take, or what it takes at its limits."""

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from smoltrain.config.load import load_config
 from smoltrain.estimate.constants import GPUS
-from smoltrain.estimate.roofline import Work, list_block_work, list_work
+from smoltrain.estimate.roofline import KernelWork, list_block_work, list_work
 from smoltrain.estimate.speed import WAITING, estimate_speed
 from smoltrain.estimate.training_setup import TrainingSetup
 from smoltrain.kernels.attention import AttentionKernel
@@ -111,9 +111,9 @@ def test_operations_and_bytes_of_a_block_that_is_not_compiled(words: tuple[str, 
 
 
 def test_a_kernel_takes_the_longer_of_computing_and_moving():
-    moving = Work("", operations=1e9, moved_bytes=4e9, share=0.5)
-    computing = Work("", operations=800e12, moved_bytes=4e9, share=0.5, times=3)
-    tiny = Work("", moved_bytes=1, launches=5)
+    moving = KernelWork("", operations=1e9, moved_bytes=4e9, share=0.5)
+    computing = KernelWork("", operations=800e12, moved_bytes=4e9, share=0.5, times=3)
+    tiny = KernelWork("", moved_bytes=1, launches=5)
     seconds = [one.seconds(800e12, 4e12, at_limits=False) for one in (moving, computing, tiny)]
     assert seconds == pytest.approx([1e-3, 6.0, 10e-6]), "a kernel takes 2 us at least"
     limits = [one.seconds(800e12, 4e12, at_limits=True) for one in (moving, computing, tiny)]
