@@ -2,8 +2,8 @@
 
 A kernel takes as long as its operations at the peak or its bytes at the memory's speed, whichever is longer (Williams,
 Waterman, Patterson 2009). Operations are those of matrix products alone. Bytes outside of products: what is not
-compiled passes memory once per operation, which a test counts; what is compiled as often as inputs and results of a
-fused loop do. Dropout is left out.
+compiled passes memory once per operation, which a test counts; what is compiled once per fused loop. Dropout is left
+out.
 
 Legend: c bytes of a weight, n tokens of a micro-batch, T of a row.
 """
@@ -20,8 +20,8 @@ ELEMENTWISE = "norms, rotary, sums"
 EMBEDDING, RECOMPUTED = "embedding", "recomputed"
 # Of what is no product in a block, forward and backward: how often the stream passes memory in norms and residual sums,
 # bytes of each element of queries and keys in rotary positions, passes of the MLP's inside in SwiGLU and GELU; each
-# with the operations that the host starts. Not compiled; and compiled, as read in inductor's code for a CPU (torch 2.13),
-# but for its rotary positions, which go through fp32, and one operation more for a sum over rows.
+# with the operations that the host starts. Not compiled; and compiled, as read in inductor's code for a CPU (torch
+# 2.13), but for rotary positions, which it passes through fp32, and with one operation more for sums over rows.
 ELEMENTWISE_COSTS = {
     False: (((10, 4), (38, 16), (5, 2), (2, 1)), ((12, 4), (48, 26), (9, 3), (3, 1))),
     True: (((9, 3), (4, 2), (3, 1), (2, 1)), ((16, 4), (4, 2), (5, 1), (3, 1))),
