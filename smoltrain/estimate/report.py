@@ -15,7 +15,8 @@ from smoltrain.estimate.constants import GIB, SPARE_SHARE, TERA, DeviceSpec, Eff
 from smoltrain.estimate.fitting import list_recompute_modes, settle_reduction
 from smoltrain.estimate.horizon import count_epoch_tokens, format_count, read_index
 from smoltrain.estimate.memory import PART_LABELS, MemoryEstimate, estimate_memory
-from smoltrain.estimate.speed import WAITING, SpeedEstimate, estimate_speed, model_flops_utilization
+from smoltrain.estimate.roofline import WAITING
+from smoltrain.estimate.speed import SpeedEstimate, estimate_speed, model_flops_utilization
 from smoltrain.estimate.training_setup import Recompute, TrainingSetup
 from smoltrain.schedule import Plan
 

@@ -18,6 +18,7 @@ from smoltrain.estimate.training_setup import TrainingSetup
 PROJECTIONS, ATTENTION, MLP, LOSS = "q, k, v, o", "attention", "MLP", "head and loss"
 ELEMENTWISE = "norms, rotary, sums"
 EMBEDDING, RECOMPUTED = "embedding", "recomputed"
+WAITING = "waiting for the host"  # what of a step is no device's work
 # Of what is no product in a block, forward and backward: how often the stream passes memory in norms and residual sums,
 # bytes of each element of queries and keys in rotary positions, passes of the MLP's inside in SwiGLU and GELU; each
 # with the operations that the host starts. Not compiled; and compiled, as read in inductor's code for a CPU (torch

@@ -36,12 +36,10 @@ from smoltrain.estimate.orthogonalization import (
     orthogonalization_sent_bytes,
     orthogonalization_traffic_bytes,
 )
-from smoltrain.estimate.roofline import HostTime, KernelWork, estimate_host_time, list_work
+from smoltrain.estimate.roofline import WAITING, HostTime, KernelWork, estimate_host_time, list_work
 from smoltrain.estimate.traffic import list_collectives, list_number_exchanges, overlapped_seconds
 from smoltrain.estimate.training_setup import TrainingSetup, model_shape
 from smoltrain.model.flops import flops_per_token
-
-WAITING = "waiting for the host"  # a part of a GPU's step
 
 
 @dataclass(frozen=True)

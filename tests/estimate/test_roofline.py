@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from smoltrain.config.load import load_config
 from smoltrain.estimate.constants import GPUS
-from smoltrain.estimate.roofline import KernelWork, list_block_work, list_work
-from smoltrain.estimate.speed import WAITING, estimate_speed
+from smoltrain.estimate.roofline import WAITING, KernelWork, list_block_work, list_work
+from smoltrain.estimate.speed import estimate_speed
 from smoltrain.estimate.training_setup import TrainingSetup
 from smoltrain.kernels.attention import AttentionKernel
 from smoltrain.kernels.loss import LossKernel
