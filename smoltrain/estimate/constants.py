@@ -104,8 +104,8 @@ ZERO3_MODULE_S = 200e-6  # DeepSpeed's hooks around a module with parameters, fo
 MATH_SCORE_BYTES, MATH_OPERATIONS = (32, 28), (18, 15)
 SHORTEST_KERNEL_S = 2e-6  # of the device, from one kernel to the next; a guess
 # Operations of an update, counted on a CPU (docs/results/gpu-path.md): AdamW once a step, compiled or torch's fused;
-# DeepSpeed's, by parameter; what Muon adds, of which tests/train/test_step.py holds 148 in all.
-COMPILED_UPDATE_OPERATIONS, FUSED_UPDATE_OPERATIONS, MUON_OPERATIONS = 22, 38, 110
+# what Muon adds for twelve blocks; DeepSpeed's, by parameter.
+COMPILED_UPDATE_OPERATIONS, FUSED_UPDATE_OPERATIONS, MUON_OPERATIONS = 22, 38, 80
 DEEPSPEED_UPDATE_OPERATIONS, DEEPSPEED_HOOK_OPERATIONS = 631 / 272, 3  # of each parameter: an update, a backward
 
 SUM_BYTES = 4  # of each parameter's sum of gradients: fp32

@@ -17,7 +17,7 @@ from smoltrain.config.load import load_config
 from smoltrain.estimate.constants import GPUS
 from smoltrain.estimate.roofline import WAITING, KernelWork, list_block_work, list_work
 from smoltrain.estimate.speed import estimate_speed
-from smoltrain.estimate.training_setup import TrainingSetup
+from smoltrain.estimate.training_setup import TrainingSetup, build_training_setup
 from smoltrain.kernels.attention import AttentionKernel
 from smoltrain.kernels.loss import LossKernel
 from smoltrain.model import decoder, layers
@@ -158,8 +158,9 @@ def test_published_runs_of_this_size(name: str, mfu: float):
 
 
 def test_a_small_model_waits_for_the_host():
-    quickstart = make_setup("batch.micro_batch=4", "optimizer=muon", device="cuda")
+    quickstart = build_training_setup(load_config("quickstart", []), world=1, device="cuda")
     speed = estimate_speed(quickstart, H200)
+    assert speed.step_s == pytest.approx(0.0094, abs=0.0001)
     assert speed.host is not None
     assert speed.parts[WAITING] > 0.8 * speed.step_s
     assert speed.step_s == pytest.approx(speed.host.seconds)
