@@ -1,6 +1,5 @@
 """Every number of the estimate that no formula gives, in one place: its unit, and where it comes from."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,6 +18,8 @@ class DeviceSpec:
     fp32_flops: float  # the same in torch's default of fp32, which is no TF32
     bandwidth: float  # bytes per second of its memory
     link: float  # bytes per second to the other ranks of the node, each direction
+    reached_matmul: float = 0.8  # share of half_flops that the best product reaches
+    reached_attention: tuple[float, float] = (0.4, 0.35)  # the same of its best attention kernel, forward and backward
 
     def peak_flops(self, precision: str) -> float:
         """Operations per second of a matmul in this precision, at the peak."""
@@ -26,15 +27,20 @@ class DeviceSpec:
 
 
 # The vendor's data sheets (NVIDIA H200, H100 SXM, A100 SXM, L4; GeForce RTX 4090): dense, without sparsity.
+# reached_matmul: H100, H200 0.80 and A100 0.86 in Bekman's ml-engineering (its table of maximum achievable matmul
+# FLOPS); of the others a guess. reached_attention: causal, T 2,048, heads 64 wide. On a Hopper 370 and 290 TFLOP/s by
+# FlashAttention 3, 4 or cuDNN, by version 2 a third less; on the others by version 2. Guesses, below what the figures
+# of Shah et al. 2024 and Dao 2023 show for long rows.
+HOPPER_ATTENTION, AMPERE_ATTENTION = (370 / 989, 290 / 989), (0.45, 0.38)
 GPUS = {
     device.name: device
     for device in (
-        DeviceSpec("h200", "cuda", 141 * GB, 989 * TERA, 67 * TERA, 4800 * GB, 450 * GB),
-        DeviceSpec("h100", "cuda", 80 * GB, 989 * TERA, 67 * TERA, 3350 * GB, 450 * GB),
-        DeviceSpec("a100-80", "cuda", 80 * GB, 312 * TERA, 19.5 * TERA, 2039 * GB, 300 * GB),
-        DeviceSpec("a100-40", "cuda", 40 * GB, 312 * TERA, 19.5 * TERA, 1555 * GB, 300 * GB),
-        DeviceSpec("l4", "cuda", 24 * GB, 121 * TERA, 30.3 * TERA, 300 * GB, 32 * GB),
-        DeviceSpec("4090", "cuda", 24 * GB, 165 * TERA, 82.6 * TERA, 1008 * GB, 32 * GB),
+        DeviceSpec("h200", "cuda", 141 * GB, 989 * TERA, 67 * TERA, 4800 * GB, 450 * GB, 0.80, HOPPER_ATTENTION),
+        DeviceSpec("h100", "cuda", 80 * GB, 989 * TERA, 67 * TERA, 3350 * GB, 450 * GB, 0.80, HOPPER_ATTENTION),
+        DeviceSpec("a100-80", "cuda", 80 * GB, 312 * TERA, 19.5 * TERA, 2039 * GB, 300 * GB, 0.86, AMPERE_ATTENTION),
+        DeviceSpec("a100-40", "cuda", 40 * GB, 312 * TERA, 19.5 * TERA, 1555 * GB, 300 * GB, 0.86, AMPERE_ATTENTION),
+        DeviceSpec("l4", "cuda", 24 * GB, 121 * TERA, 30.3 * TERA, 300 * GB, 32 * GB, 0.80, AMPERE_ATTENTION),
+        DeviceSpec("4090", "cuda", 24 * GB, 165 * TERA, 82.6 * TERA, 1008 * GB, 32 * GB, 0.80, AMPERE_ATTENTION),
     )
 }
 
@@ -53,16 +59,11 @@ GPU_OF_CUDA_NAME = {
 
 @dataclass(frozen=True)
 class EfficiencyRates:
-    """Which share of its peaks a device reaches; and what a step or a block costs at least."""
+    """Which share of its peaks a device reaches; and what a step costs at least."""
 
-    matmul: float  # of the matmul peak
-    attention: Mapping[str, float]  # of the matmul peak, by kernel
     bandwidth: float  # of the memory's
     link: float  # of the link's within a node
-    activation_passes: float  # how often what a block keeps is read or written, forward and backward
-    launch_s: float  # of one block forward and backward, seconds that the host needs to start its kernels
-    eager_launch_s: float  # the same of a block that is not compiled
-    step_s: float  # reductions of counts, the optimizer's own work on the host, logs
+    step_s: float  # of the host: reductions of counts, the optimizer's own work, logs
     newton_schulz: float  # of the matmul peak, in Muon's iterations
     network: float  # of the link's between nodes
     correction: float = 1.0  # of all seconds, from --measure
@@ -74,20 +75,38 @@ class EfficiencyRates:
 
 EFFICIENCY = {
     # network: headers of Ethernet, IP and TCP leave 0.94 at an MTU of 1,500; the rest of it is a guess.
-    # Published runs of small models (llm.c, llm-foundry: 41 and 45 % MFU), not our own; newton_schulz is a guess.
-    "cuda": EfficiencyRates(
-        matmul=0.62, attention={"flash-attn": 0.45, "sdpa": 0.45, "math": 0.05}, bandwidth=0.8, link=0.6,
-        activation_passes=5.0, launch_s=0.8e-3, eager_launch_s=0.8e-3, step_s=5e-3, newton_schulz=0.4,
-        network=0.9,
-    ),
+    # bandwidth is 0.8 of GPU_REACHED_BANDWIDTH, a guess; so are newton_schulz and step_s.
+    "cuda": EfficiencyRates(bandwidth=0.72, link=0.6, step_s=5e-3, newton_schulz=0.4, network=0.9),
     # Eight shapes of 2 to 30 blocks on two cores (docs/performance.md); newton_schulz, in fp32, of seven shapes of
     # matrices, 192 x 576 to 1024 x 2816, on one core: 0.67 to 0.78.
-    "cpu": EfficiencyRates(
-        matmul=0.92, attention={"blocked": 0.24, "sdpa": 0.11, "math": 0.08}, bandwidth=0.9, link=0.4,
-        activation_passes=4.5, launch_s=1e-3, eager_launch_s=6e-3, step_s=20e-3, newton_schulz=0.75,
-        network=0.9,
-    ),
-}  # fmt: skip
+    "cpu": EfficiencyRates(bandwidth=0.9, link=0.4, step_s=20e-3, newton_schulz=0.75, network=0.9),
+}
+
+# How a CPU computes, from the same eight shapes.
+CPU_MATMUL = 0.92  # share of the matmul peak
+CPU_ATTENTION = {"blocked": 0.24, "sdpa": 0.11, "math": 0.08}  # of the matmul peak
+CPU_ACTIVATION_PASSES = 4.5  # how often what a block keeps is read or written, forward and backward
+CPU_BLOCK_S = 1e-3  # seconds that a block needs, forward and backward, to start its operations
+CPU_EAGER_BLOCK_S = 6e-3  # the same where it is not compiled
+
+# How a GPU computes. None was measured.
+GPU_REACHED_BANDWIDTH = 0.9  # share of its memory's data sheet that a copy reaches; on an H200 4.3 of 4.8 TB/s
+# A product of n x k and k x m reaches 1 / (1 + GPU_NARROW_SIDE (1/n + 1/k + 1/m)) of the best one: a guess, within a
+# tenth of others that were made shape by shape for SmolLM2-135M, from 0.40 of 576 x 192 to 0.78 of 576 x 49152.
+GPU_NARROW_SIDE = 200
+# Seconds of the host, guesses: 4 us were measured for an operation from Python without autograd; 5 to 25 are told.
+OPERATION_S = 8e-6  # an operation that is not compiled, forward with what autograd notes of it, or backward
+COMPILED_KERNEL_S = 5e-6  # a kernel within a compiled region
+COMPILED_REGION_S = 100e-6  # to enter one, forward or backward: its guards, autograd's part
+ZERO3_MODULE_S = 200e-6  # DeepSpeed's hooks around a module with parameters, forward and backward, under ZeRO-3
+# Attention by its definition, forward and backward, counted on a CPU: bytes that pass memory for a score in fp32;
+# operations that the host starts.
+MATH_SCORE_BYTES, MATH_OPERATIONS = (32, 28), (18, 15)
+SHORTEST_KERNEL_S = 2e-6  # of the device, from one kernel to the next; a guess
+# Operations of an update, counted on a CPU (docs/results/gpu-path.md): AdamW once a step, compiled or torch's fused;
+# what Muon adds for twelve blocks; DeepSpeed's, by parameter.
+COMPILED_UPDATE_OPERATIONS, FUSED_UPDATE_OPERATIONS, MUON_OPERATIONS = 22, 38, 80
+DEEPSPEED_UPDATE_OPERATIONS, DEEPSPEED_HOOK_OPERATIONS = 631 / 272, 3  # of each parameter: an update, a backward
 
 SUM_BYTES = 4  # of each parameter's sum of gradients: fp32
 # DeepSpeed's defaults of zero_optimization, in elements.

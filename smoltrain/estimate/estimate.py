@@ -24,6 +24,7 @@ from smoltrain.estimate.report import (
     estimate_alternatives,
     plan_summary,
     setup_summary,
+    speed_summary,
     write_advice,
 )
 from smoltrain.estimate.scaling import Scaling, estimate_scaling
@@ -92,7 +93,7 @@ def _print_one_world(
     print_text(setup_summary(estimate, config), console)
     console.print(build_parts_table(estimate))
     console.print(build_alternatives_table(alternatives, estimate.setup))
-    for line in (plan_summary(estimate, config), *write_advice(estimate, alternatives)):
+    for line in (*speed_summary(estimate), plan_summary(estimate, config), *write_advice(estimate, alternatives)):
         print_text(line, console)
     return estimate.rates
 

@@ -8,6 +8,7 @@ Legend, as factors of bytes: N parameters of the model, W ranks, P = N / W, c by
 DeepSpeed's bucket, D width, H heads, I width inside the MLP, V vocabulary, T tokens of a row, n of a micro-batch.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -220,7 +221,6 @@ def loss_bytes(setup: TrainingSetup) -> tuple[float, float]:
     plain: the logits cnV, in fp32, their log-softmax, and the gradients of both: 12nV at the fullest, 4nV kept.
     fused, liger: a chunk of logits, the gradient of the hidden states cnD and of the table, 4VD in fp32 where chunks
     are added up; scaled by the incoming gradient they are copied. recomputed: a chunk as plain, nothing kept but cnD.
-    A chunk on a GPU is taken to be that of 64 GiB of memory; with more memory it is larger, by a 256th of that.
     """
     c, n, V = setup.weight_bytes, setup.micro_batch_tokens, setup.shape.vocabulary
     if setup.loss == "plain":
@@ -228,9 +228,21 @@ def loss_bytes(setup: TrainingSetup) -> tuple[float, float]:
     logits = c * n * V
     table = V * setup.shape.width
     hidden = c * n * setup.shape.width
-    budget = LIGER_CHUNKS * hidden if setup.loss == "liger" else CHUNK_BYTES.get(setup.device, LARGE_CHUNK_BYTES)
-    chunk = min(logits, budget)
+    chunk = min(logits, _chunk_budget_bytes(setup))
     if setup.loss == "recomputed":
         return 0.0, chunk * (12 + c) / c + c * table
     kept = hidden + (4 if chunk < logits else c) * table
     return kept, max(kept + chunk, kept + hidden + c * table)
+
+
+def num_logits_chunks(setup: TrainingSetup) -> int:
+    """Pieces in which a micro-batch's logits exist."""
+    logits = setup.weight_bytes * setup.micro_batch_tokens * setup.shape.vocabulary
+    return 1 if setup.loss == "plain" else math.ceil(logits / _chunk_budget_bytes(setup))
+
+
+def _chunk_budget_bytes(setup: TrainingSetup) -> float:
+    """Of logits at a time. On a GPU as with 64 GiB of memory; with more it is a 256th of that."""
+    if setup.loss == "liger":
+        return LIGER_CHUNKS * setup.weight_bytes * setup.micro_batch_tokens * setup.shape.width
+    return CHUNK_BYTES.get(setup.device, LARGE_CHUNK_BYTES)

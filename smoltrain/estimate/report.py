@@ -11,11 +11,12 @@ from rich.table import Table
 from smoltrain.config.schema import Config
 from smoltrain.engine.optimizer import checkpoint_bytes
 from smoltrain.estimate.collectives import Network
-from smoltrain.estimate.constants import GIB, SPARE_SHARE, DeviceSpec, EfficiencyRates
+from smoltrain.estimate.constants import GIB, SPARE_SHARE, TERA, DeviceSpec, EfficiencyRates
 from smoltrain.estimate.fitting import list_recompute_modes, settle_reduction
 from smoltrain.estimate.horizon import count_epoch_tokens, format_count, read_index
 from smoltrain.estimate.memory import PART_LABELS, MemoryEstimate, estimate_memory
-from smoltrain.estimate.speed import SpeedEstimate, estimate_speed
+from smoltrain.estimate.roofline import WAITING
+from smoltrain.estimate.speed import SpeedEstimate, estimate_speed, model_flops_utilization
 from smoltrain.estimate.training_setup import Recompute, TrainingSetup
 from smoltrain.schedule import Plan
 
@@ -112,12 +113,40 @@ def build_parts_table(estimate: Estimate) -> Table:
     memory, speed = estimate.memory, estimate.speed
     sizes = [(label, f"{memory[part] / GIB:.2f}") for part, label in PART_LABELS.items() if memory[part] > 0]
     sizes.append(("in all", f"{memory.total / GIB:.2f}"))
-    times = [(part, f"{seconds:.3f}") for part, seconds in speed.parts.items() if seconds > 0]
-    times.append(("in all", f"{speed.step_s:.3f}"))
-    table = _make_table({"memory of a rank": "left", "GiB": "right", "time of a step": "left", "s": "right"})
+    columns: dict[str, JustifyMethod] = {"memory of a rank": "left", "GiB": "right", "time of a step": "left"}
+    times: list[tuple[str, ...]] = []
+    for part, seconds in [*speed.parts.items(), ("in all", speed.step_s)]:
+        limit_s = sum(speed.limits.values()) if part == "in all" else speed.limits.get(part, 0.0)
+        if seconds > 0:  # of a GPU in ms
+            times.append(
+                (part, f"{1000 * seconds:.2f}", f"{1000 * limit_s:.2f}") if speed.limits else (part, f"{seconds:.3f}")
+            )
+    columns |= {"ms": "right", "at its limits": "right"} if speed.limits else {"s": "right"}
+    table = _make_table(columns)
     for size, took in zip_longest(sizes, times, fillvalue=("", "")):
         table.add_row(*size, *took)
     return table
+
+
+def speed_summary(estimate: Estimate) -> Iterator[str]:
+    """What a GPU does against its limits and its data sheet, and who waits for whom; nothing of a CPU."""
+    setup, device, speed = estimate.setup, estimate.device, estimate.speed
+    if speed.host is None:
+        return
+    peak = device.peak_flops(setup.precision)
+    at_limits = setup.step_tokens / sum(speed.limits.values())
+    mfu_at_limits = model_flops_utilization(setup, at_limits, peak)
+    yield (
+        f"{device.name}, of which none was measured: {speed.tokens_per_s / setup.world:,.0f} tokens/s a rank are "
+        f"expected, {speed.mfu:.1%} MFU of its data sheet's {peak / TERA:g} TFLOP/s; "
+        f"at its limits {at_limits / setup.world:,.0f}, {mfu_at_limits:.1%}"
+    )
+    waiting_s = speed.parts[WAITING]
+    waits = "the step waits for it: take a larger batch.micro_batch" if waiting_s else "the step does not wait for it"
+    yield (
+        f"a step computes {1000 * (speed.step_s - waiting_s):.2f} ms; its host starts {speed.host.launches:,.0f} "
+        f"operations in {1000 * speed.host.seconds:.2f} ms: {waits}"
+    )
 
 
 def build_alternatives_table(alternatives: Alternatives, setup: TrainingSetup) -> Table:

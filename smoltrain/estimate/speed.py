@@ -1,5 +1,8 @@
 """Seconds of a step, by part: what there is to compute and to move, over what a device does of it per second.
 
+A GPU's micro-batch is that of roofline.py. Its host starts the kernels while it computes, and reads the numbers of a
+step during the next one, so that a step takes as long as the slower of the two.
+
 A matmul of n tokens with p parameters takes 2np operations forward and 4np backward (Kaplan et al. 2020, section 2.1).
 What is recomputed comes on top, but is not counted in MFU = tokens/s x (6N + 12 L D T) / peak (Chowdhery et al. 2022,
 appendix B), so that MFU is comparable.
@@ -8,13 +11,23 @@ Legend: as memory.py, L blocks. `recomputed` is the share of the blocks that run
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from smoltrain.config.schema import Config
 from smoltrain.estimate.collectives import Network, exchange_seconds
-from smoltrain.estimate.constants import EFFICIENCY, DeviceSpec, EfficiencyRates
+from smoltrain.estimate.constants import (
+    CPU_ACTIVATION_PASSES,
+    CPU_ATTENTION,
+    CPU_BLOCK_S,
+    CPU_EAGER_BLOCK_S,
+    CPU_MATMUL,
+    EFFICIENCY,
+    GPU_REACHED_BANDWIDTH,
+    DeviceSpec,
+    EfficiencyRates,
+)
 from smoltrain.estimate.memory import block_activation_bytes, keeps_probabilities, num_recomputed_blocks
 from smoltrain.estimate.network import build_network, host_network
 from smoltrain.estimate.orthogonalization import (
@@ -23,6 +36,7 @@ from smoltrain.estimate.orthogonalization import (
     orthogonalization_sent_bytes,
     orthogonalization_traffic_bytes,
 )
+from smoltrain.estimate.roofline import WAITING, HostTime, KernelWork, estimate_host_time, list_work
 from smoltrain.estimate.traffic import list_collectives, list_number_exchanges, overlapped_seconds
 from smoltrain.estimate.training_setup import TrainingSetup, model_shape
 from smoltrain.model.flops import flops_per_token
@@ -35,6 +49,8 @@ class SpeedEstimate:
     parts: Mapping[str, float]
     tokens_per_s: float
     mfu: float
+    limits: Mapping[str, float] = field(default_factory=dict)  # of the parts, at a GPU's limits and without its host
+    host: HostTime | None = None  # of a GPU
 
     @property
     def step_s(self) -> float:
@@ -48,37 +64,79 @@ def estimate_speed(
     """The estimate on this device, by its usual rates and nodes or by others."""
     rates = rates or EFFICIENCY[device.kind]
     network = network or build_network(device, rates, setup.world)
+    host: HostTime | None = None
+    limits: dict[str, float] = {}
+    if setup.device == "cuda":
+        work = list_work(setup, device)
+        seconds = _gpu_seconds(setup, work, device, rates, network)
+        at_best = replace(rates, bandwidth=GPU_REACHED_BANDWIDTH, newton_schulz=device.reached_matmul)
+        limits = _gpu_seconds(setup, work, device, at_best, network, at_limits=True)
+        host = estimate_host_time(setup, work, own_s=rates.step_s)
+        seconds[WAITING] = max(0.0, host.seconds - sum(seconds.values()))
+        host = replace(host, seconds=rates.correction * host.seconds)
+    else:
+        seconds = _cpu_seconds(setup, device, rates, network)
+    parts = {part: rates.correction * took for part, took in seconds.items()}
+    tokens_per_s = setup.step_tokens / sum(parts.values())
+    mfu = model_flops_utilization(setup, tokens_per_s, device.peak_flops(setup.precision))
+    return SpeedEstimate(parts, tokens_per_s, mfu, limits, host)
+
+
+def _gpu_seconds(
+    setup: TrainingSetup, work: list[KernelWork], device: DeviceSpec, rates: EfficiencyRates, network: Network, *,
+    at_limits: bool = False,
+) -> dict[str, float]:  # fmt: skip
+    """Of the device, by part: what it is expected to take, or what it takes at its limits."""
+    flops = device.peak_flops(setup.precision) * device.reached_matmul
+    bandwidth = device.bandwidth * rates.bandwidth
+    parts: dict[str, float] = {}
+    for one in work:
+        took_s = setup.accumulation * one.seconds(flops, bandwidth, at_limits=at_limits)
+        parts[one.part] = parts.get(one.part, 0.0) + took_s
+    reduction_s = communication_seconds(setup, network, backward_s=sum(parts.values()) * 2 / 3)
+    return {**parts, **_seconds_of_update(setup, device, rates, network), "reduction": reduction_s}
+
+
+def _cpu_seconds(
+    setup: TrainingSetup, device: DeviceSpec, rates: EfficiencyRates, network: Network
+) -> dict[str, float]:
+    """By part; a CPU is its own host."""
     layers = setup.shape.layers
     peak = device.peak_flops(setup.precision)
     bandwidth = device.bandwidth * rates.bandwidth
     recomputed = num_recomputed_blocks(setup) / layers
     recomputed_matmuls = 0 if setup.recompute == "selective" else recomputed
-    attention_rate = rates.attention.get(setup.attention, min(rates.attention.values()))
-    launch_s = rates.launch_s if setup.compiled_blocks else rates.eager_launch_s
-    passes = rates.activation_passes * (1 + recomputed / 3)
+    attention_rate = CPU_ATTENTION.get(setup.attention, min(CPU_ATTENTION.values()))
+    launch_s = CPU_BLOCK_S if setup.compiled_blocks else CPU_EAGER_BLOCK_S
+    passes = CPU_ACTIVATION_PASSES * (1 + recomputed / 3)
     activations = passes * setup.micro_batch_tokens * block_activation_bytes(setup) * layers
 
-    matmuls = matmul_operations(setup, recomputed_matmuls) / (peak * rates.matmul)
+    matmuls = matmul_operations(setup, recomputed_matmuls) / (peak * CPU_MATMUL)
     attention = attention_operations(setup, recomputed_matmuls) / (peak * attention_rate)
     elementwise = activations / bandwidth + logit_bytes(setup) / bandwidth
     launches = launch_s * layers * (1 + recomputed / 3)
-    on_device = matmuls + attention + elementwise
-    # A GPU computes while the host starts its next kernels; a CPU is its own host.
-    computing = max(on_device, launches) if setup.device == "cuda" else on_device + launches
-    seconds = {
+    computing = matmuls + attention + elementwise + launches
+    return {
         "matmuls": setup.accumulation * matmuls,
         "attention": setup.accumulation * attention,
         "elementwise": setup.accumulation * elementwise,
-        "launches": setup.accumulation * (computing - matmuls - attention - elementwise),
-        "gradients": setup.accumulation * gradient_bytes(setup) / bandwidth,
-        "update": update_bytes(setup) / bandwidth,
-        "orthogonalisation": orthogonalization_seconds(setup, device, rates, network),
+        "launches": setup.accumulation * launches,
+        **_seconds_of_update(setup, device, rates, network),
         "reduction": communication_seconds(setup, network, backward_s=setup.accumulation * computing * 2 / 3),
         "host": rates.step_s,
     }
-    parts = {part: rates.correction * took for part, took in seconds.items()}
-    tokens_per_s = setup.step_tokens / sum(parts.values())
-    return SpeedEstimate(parts, tokens_per_s, model_flops_utilization(setup, tokens_per_s, peak))
+
+
+def _seconds_of_update(
+    setup: TrainingSetup, device: DeviceSpec, rates: EfficiencyRates, network: Network
+) -> dict[str, float]:
+    """Of the sums of gradients and of what is done with them."""
+    bandwidth = device.bandwidth * rates.bandwidth
+    return {
+        "gradients": setup.accumulation * gradient_bytes(setup) / bandwidth,
+        "update": update_bytes(setup) / bandwidth,
+        "orthogonalisation": orthogonalization_seconds(setup, device, rates, network),
+    }
 
 
 def communication_seconds(setup: TrainingSetup, network: Network, backward_s: float) -> float:

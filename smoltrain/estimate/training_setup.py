@@ -76,6 +76,8 @@ class TrainingSetup:
     attention: str = "sdpa"
     loss: str = "fused"
     compiled_blocks: bool = False
+    compiled_whole: bool = False  # whether the compiled blocks are one region
+    fused_projections: bool = False  # whether q, k, v are one product, and gate and up
     compiled_update: bool = True
     once_per_step: bool = True  # gradients are reduced once a step; else after each micro-batch
     reduce_gradients: str = "auto"  # what of the two is asked for: auto, step or micro_batch
@@ -178,6 +180,7 @@ def build_training_setup(
         recompute="none" if recompute == "auto" else recompute,
         attention=computing.attention.name if computing.attention else "sdpa", loss=computing.loss.name,
         compiled_blocks=computing.compiles and isinstance(config.model, ModelSection),
+        compiled_whole=computing.compile_region == "model", fused_projections=computing.fused_projections,
         compiled_update=computing.compiles,
         once_per_step=choose_reduction(ds_config, device=device, requested=requested).once_per_step,
         reduce_gradients=requested,

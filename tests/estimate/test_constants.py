@@ -2,7 +2,7 @@
 
 import pytest
 
-from smoltrain.estimate.constants import BUSY_TOKENS, EFFICIENCY, GPUS
+from smoltrain.estimate.constants import BUSY_TOKENS, EFFICIENCY, GPU_REACHED_BANDWIDTH, GPUS
 from smoltrain.estimate.memory import estimate_memory
 from smoltrain.estimate.speed import estimate_speed
 from tests.estimate.setups import SMOL, make_setup
@@ -11,8 +11,10 @@ from tests.estimate.setups import SMOL, make_setup
 def test_every_kind_of_device_has_its_constants():
     assert EFFICIENCY.keys() == BUSY_TOKENS.keys() == {"cuda", "cpu"}
     for rates in EFFICIENCY.values():
-        assert all(0 < share < 1 for share in (rates.matmul, rates.bandwidth, rates.link, *rates.attention.values()))
+        assert all(0 < share < 1 for share in (rates.bandwidth, rates.link, rates.newton_schulz, rates.network))
+    assert EFFICIENCY["cuda"].bandwidth < GPU_REACHED_BANDWIDTH < 1
     for name, gpu in GPUS.items():
+        assert 0 < gpu.reached_attention[1] < gpu.reached_attention[0] < gpu.reached_matmul < 1
         assert (gpu.name, gpu.kind) == (name, "cuda")
         assert gpu.peak_flops("bf16") == gpu.peak_flops("fp16") == gpu.half_flops > gpu.peak_flops("fp32")
 

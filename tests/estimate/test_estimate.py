@@ -24,9 +24,10 @@ def test_the_verb_tells_parts_alternatives_and_advice(capsys: pytest.CaptureFixt
     assert not run(SMOL, *words, "--world", "8", "--device", "h200")
     out = capsys.readouterr().out
     assert "134,515,008 parameters on 8 x h200, ZeRO-2, bf16" in out
-    for word in (*PART_LABELS.values(), "matmuls", "in all", "every 2.", "2*", "checkpoints of"):
+    for word in (*PART_LABELS.values(), "q, k, v, o", "at its limits", "in all", "every 2.", "2*", "checkpoints of"):
         if word not in ("the update's temporaries", "a checkpoint in the making"):
             assert word in out, word
+    assert "MFU of its data sheet's 989 TFLOP/s; at its limits" in " ".join(out.split())
     assert "ZeRO-2 is" in out
     assert "the fastest that fits" in out
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from smoltrain.checkpoint.retention import steps_to_keep
 from smoltrain.config.load import load_config
 from smoltrain.estimate.constants import GPUS
-from smoltrain.estimate.report import Estimate, estimate_alternatives, max_num_checkpoints
+from smoltrain.estimate.report import Estimate, estimate_alternatives, max_num_checkpoints, speed_summary
 from smoltrain.estimate.training_setup import build_training_setup
 from smoltrain.schedule import Plan
 
@@ -40,3 +40,16 @@ def test_as_many_checkpoints_as_retention_keeps(every: int, keep_last: int, keep
             most = max(most, len(there))
             there = steps_to_keep(dict.fromkeys(there), plan, settings.checkpoint)
     assert most <= max_num_checkpoints(plan, settings) <= most + 2
+
+
+def test_who_waits_for_whom_is_said_of_a_gpu():
+    words = ["batch.sequence_length=2048", "batch.micro_batch=16"]
+    large, small = (
+        " ".join(
+            speed_summary(Estimate(build_training_setup(load_config(*recipe), world=1, device="cuda"), GPUS["h100"]))
+        )
+        for recipe in (("smollm2-135m", words), ("quickstart", []))
+    )
+    assert "none was measured" in large
+    assert "the step does not wait for it" in large
+    assert "the step waits for it: take a larger batch.micro_batch" in small
