@@ -57,7 +57,8 @@ class OncePerStep:
         self._clip = clip
         self._compiles = compiles
         self._in_one_pass = compiles and kind.has_one_pass_update
-        self.decides_on_device = self._in_one_pass or kind.masks_own_step(self._zero_optimizer.optimizer)
+        self._masks = self._in_one_pass or kind.masks_own_step(self._zero_optimizer.optimizer)
+        self.host_wait = None if self._masks else f"the step of {type(kind).__name__} that runs here cannot be masked"
         self._weights: list[SharedTensor] = []  # by parameter group
         self._sums: list[SharedTensor] = []
         self._sum_of: dict[torch.Tensor, torch.Tensor] = {}  # parameter -> its view of the sums
@@ -156,7 +157,7 @@ class OncePerStep:
         if is_allowed is not None:
             moves = moves & is_allowed
         outcome = StepOutcome(moves, norm)
-        if not self.decides_on_device and not moves:
+        if not self._masks and not moves:
             self._discard_gradients()
             return outcome
         verdict = torch.stack((clipping_factor(norm, self._clip), moves.double())).float()
@@ -195,12 +196,12 @@ class OncePerStep:
         master = self._zero_optimizer.single_partition_of_fp32_groups[group]
         optimizer = self._zero_optimizer.optimizer
         wide = gradient.float()
-        is_clipped = self._clip > 0 and (self.decides_on_device or bool(scale < 1))  # the host does not ask a GPU
+        is_clipped = self._clip > 0 and (self._masks or bool(scale < 1))  # the host does not ask a GPU
         master.grad = wide.mul_(scale) if is_clipped else wide
-        if self.decides_on_device:
+        if self._masks:
             optimizer.found_inf = 1 - moves
         self._zero_optimizer._optimizer_step(group)
-        if self.decides_on_device:
+        if self._masks:
             del optimizer.found_inf
         master.grad = None
         weights.copy_(master)
