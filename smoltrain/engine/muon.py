@@ -57,20 +57,20 @@ class MuonOptimizer(torch.optim.AdamW):
         """
         assert closure is None
         groups = self.param_groups
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        moves = None if found_inf is None else found_inf == 0
         for group in groups:
             if group["hidden"]:
-                self._update_matrices(group, moves)
+                self._update_matrices(group)
         self.param_groups = [group for group in groups if not group["hidden"]]
         try:
             super().step()
         finally:
             self.param_groups = groups
 
-    def _update_matrices(self, group: dict[str, Any], moves: Tensor | None) -> None:
-        """torch's operations on all tensors of a group, each a pass over memory. `moves`: None where it is so."""
+    def _update_matrices(self, group: dict[str, Any]) -> None:
+        """torch's operations on all tensors of a group, each a pass over memory."""
         momentum = group["momentum"]
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        moves = None if found_inf is None else found_inf == 0
         weights = group["params"]
         if weights and weights[0] not in self._exchanges:  # else all ranks must agree on what is updated
             weights = [weight for weight in weights if weight.grad is not None]
