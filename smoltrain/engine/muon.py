@@ -62,7 +62,8 @@ class MuonOptimizer(torch.optim.AdamW):
                 self._update_matrices(group)
         self.param_groups = [group for group in groups if not group["hidden"]]
         try:
-            super().step()
+            if self.param_groups:  # of none at all torch says on a GPU that all are for CUDA graphs
+                super().step()
         finally:
             self.param_groups = groups
 
