@@ -20,7 +20,7 @@ from smoltrain.engine.step_method import StepOutcome
 class DeepSpeedSteps:
     """A StepMethod, as it stands for BF16_Optimizer, and the base of the others."""
 
-    host_wait = "DeepSpeed asks it for the norm of the gradient"
+    host_wait: str | None = "DeepSpeed asks it for the norm of the gradient"
 
     def __init__(self, deepspeed_engine: Any, reason: str) -> None:
         """`reason`: why DeepSpeed reduces, and not OncePerStep."""

@@ -7,6 +7,8 @@ The state is elementwise: one number for each weight, the momentum, wherever ZeR
 needs whole matrices, and matrix_exchange.py gets them. The arithmetic is that of torch.optim.Muon(nesterov=True,
 adjust_lr_fn="match_rms_adamw"): tests/engine/test_muon.py compares the two.
 """
+# pyright: reportPrivateImportUsage=false
+# torch's operations on lists of tensors (_foreach), which are few kernels on a GPU, are not exported.
 
 import functools
 import math
@@ -116,7 +118,7 @@ class MuonOptimizer(torch.optim.AdamW):
         def make_updates(matrices: list[Tensor]) -> list[Tensor]:
             results = orthogonalize(matrices, steps)
             scales = [UPDATE_RMS * math.sqrt(max(result.shape)) for result in results]
-            torch._foreach_mul_(results, scales)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(results, scales)
             return results
 
         exchange = self._exchanges.get(weights[0])

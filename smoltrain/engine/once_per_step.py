@@ -58,7 +58,9 @@ class OncePerStep:
         self._compiles = compiles
         self._in_one_pass = compiles and kind.has_one_pass_update
         self._masks = self._in_one_pass or kind.masks_own_step(self._zero_optimizer.optimizer)
-        self.host_wait = None if self._masks else f"the step of {type(kind).__name__} that runs here cannot be masked"
+        self.host_wait: str | None = None
+        if not self._masks:
+            self.host_wait = f"the step of {type(kind).__name__} that runs here cannot be masked"
         self._weights: list[SharedTensor] = []  # by parameter group
         self._sums: list[SharedTensor] = []
         self._sum_of: dict[torch.Tensor, torch.Tensor] = {}  # parameter -> its view of the sums

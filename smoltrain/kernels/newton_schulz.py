@@ -105,7 +105,7 @@ def _orthogonalize_stacks(matrices: Sequence[Tensor], steps: int, dtype: torch.d
     return [results[place] for place in range(len(matrices))]
 
 
-def _orthogonalize_stack(matrices: Sequence[Tensor], steps: int, dtype: torch.dtype) -> list[Tensor]:
+def _orthogonalize_stack(matrices: list[Tensor], steps: int, dtype: torch.dtype) -> list[Tensor]:
     """Of the same two sides, the wide ones first; a tall one is iterated as its transpose."""
     a, b, c = COEFFICIENTS
     m, n = sorted(matrices[0].shape)
