@@ -16,8 +16,11 @@ from smoltrain.kernels.compile import CompilableFunction
 from smoltrain.kernels.device_numbers import ReturningNumbers
 
 READS = ("aten::_local_scalar_dense", "aten::equal", "aten::is_nonzero")
-# They change no memory of the device, or (lift_fresh, of torch.tensor) are the host's.
-NO_KERNELS = ("aten::lift_fresh", "aten::empty", "aten::new_empty", "aten::empty_like", "aten::_unsafe_view", *READS)
+# They change no memory of the device, or (lift_fresh, of torch.tensor; the profiler's) are the host's.
+NO_KERNELS = (
+    "aten::lift_fresh", "aten::empty", "aten::new_empty", "aten::empty_like", "aten::_unsafe_view",
+    "profiler::_record_function_enter_new", "profiler::_record_function_exit", *READS,
+)  # fmt: skip
 
 
 class DeviceOps(TorchDispatchMode):

@@ -20,7 +20,7 @@ from smoltrain.engine.step_method import StepOutcome
 class DeepSpeedSteps:
     """A StepMethod, as it stands for BF16_Optimizer, and the base of the others."""
 
-    decides_on_device = False  # DeepSpeed asks the device for the norm, and the host goes by it
+    host_wait: str | None = "DeepSpeed asks it for the norm of the gradient"
 
     def __init__(self, deepspeed_engine: Any, reason: str) -> None:
         """`reason`: why DeepSpeed reduces, and not OncePerStep."""

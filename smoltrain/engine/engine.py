@@ -175,7 +175,12 @@ class Engine:
     @property
     def decides_on_device(self) -> bool:
         """Whether `start_update` asks the device for nothing, so that the host may read its outcome later."""
-        return self._steps.decides_on_device
+        return self._steps.host_wait is None
+
+    @property
+    def host_wait(self) -> str | None:
+        """Why the host must wait for the device before each update; None: it does not."""
+        return self._steps.host_wait
 
     def reduce(self) -> torch.Tensor:
         """Reduce the gradients, after the last backward; the squared L2 norm of this rank's part of them. Collective.

@@ -98,7 +98,8 @@ class MatrixExchange:
         # Every rank must know whether any two exchange something: a collective takes all of them.
         self._gathers = any(plan.lacks_elements(name) for name in plan.shapes)
         self._returns = plan.has_foreign_slices
-        self._owned = plan.owned_by(self._rank)
+        # Those of the same sides follow each other: as many as can be are multiplied at once.
+        self._owned = sorted(plan.owned_by(self._rank), key=lambda name: sorted(plan.shapes[name]))
         self._to_owner = [plan.slices_to_owner(self._rank, owner) for owner in ranks]
         self._from_holder = [plan.slices_to_owner(sender, self._rank) for sender in ranks]
         self._to_holder = [plan.slices_from_owner(self._rank, receiver) for receiver in ranks]

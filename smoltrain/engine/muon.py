@@ -7,6 +7,8 @@ The state is elementwise: one number for each weight, the momentum, wherever ZeR
 needs whole matrices, and matrix_exchange.py gets them. The arithmetic is that of torch.optim.Muon(nesterov=True,
 adjust_lr_fn="match_rms_adamw"): tests/engine/test_muon.py compares the two.
 """
+# pyright: reportPrivateImportUsage=false
+# torch's operations on lists of tensors (_foreach), which are few kernels on a GPU, are not exported.
 
 import functools
 import math
@@ -50,7 +52,11 @@ class MuonOptimizer(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        """Update what has a gradient. Collective where the matrices are bound to an exchange of several ranks."""
+        """Update what has a gradient, which is gone then. Collective where matrices are bound to several ranks.
+
+        As with torch's fused optimizers nothing moves where `self.found_inf`, if there is one, is 1: a number on the
+        device, of which the host knows nothing.
+        """
         assert closure is None
         groups = self.param_groups
         for group in groups:
@@ -58,28 +64,45 @@ class MuonOptimizer(torch.optim.AdamW):
                 self._update_matrices(group)
         self.param_groups = [group for group in groups if not group["hidden"]]
         try:
-            super().step()
+            if self.param_groups:  # of none at all torch says on a GPU that all are for CUDA graphs
+                super().step()
         finally:
             self.param_groups = groups
 
     def _update_matrices(self, group: dict[str, Any]) -> None:
-        """torch's operations on each tensor of a group, each a pass over memory."""
+        """torch's operations on all tensors of a group, each a pass over memory."""
         momentum = group["momentum"]
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        moves = None if found_inf is None else found_inf == 0
         weights = group["params"]
         if weights and weights[0] not in self._exchanges:  # else all ranks must agree on what is updated
             weights = [weight for weight in weights if weight.grad is not None]
         if not weights:
             return
+        buffers = [self.momentum_buffer(weight) for weight in weights]
         updates: list[Tensor] = []
         for weight in weights:
             gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            buffer = self.momentum_buffer(weight)
-            buffer.lerp_(gradient, 1 - momentum)
-            updates.append(gradient.lerp(buffer, momentum).contiguous())
+            updates.append(gradient.contiguous())
+        if moves is None:
+            torch._foreach_lerp_(buffers, updates, 1 - momentum)
+            torch._foreach_lerp_(updates, buffers, momentum)
+        else:
+            blends = torch._foreach_lerp(buffers, updates, 1 - momentum)
+            torch._foreach_lerp_(updates, blends, momentum)
+            replace_where(moves, buffers, blends)
+            del blends  # its memory is what the orthogonalisation takes
+
         self.orthogonalize_updates(group, weights, updates)
-        for weight, update in zip(weights, updates, strict=True):
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(update, alpha=-group["lr"])
+
+        kept = 1 - group["lr"] * group["weight_decay"]
+        if moves is None:
+            torch._foreach_mul_(weights, kept)
+            torch._foreach_add_(weights, updates, alpha=-group["lr"])
+        else:
+            moved = torch._foreach_mul(weights, kept)
+            torch._foreach_add_(moved, updates, alpha=-group["lr"])
+            replace_where(moves, weights, moved)
 
     def momentum_buffer(self, weight: Tensor) -> Tensor:
         """The state of a tensor: zeros before the first update."""
@@ -95,13 +118,19 @@ class MuonOptimizer(torch.optim.AdamW):
         def make_updates(matrices: list[Tensor]) -> list[Tensor]:
             results = orthogonalize(matrices, steps)
             scales = [UPDATE_RMS * math.sqrt(max(result.shape)) for result in results]
-            torch._foreach_mul_(results, scales)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_mul_(results, scales)
             return results
 
         exchange = self._exchanges.get(weights[0])
         if exchange is None:
             exchange = MatrixExchange(plan_whole_matrices(updates, 1, steps))
         exchange.replace_matrices([update.view(-1) for update in updates], make_updates)
+
+
+def replace_where(moves: Tensor, tensors: Sequence[Tensor], numbers: Sequence[Tensor]) -> None:
+    """Put `numbers` in the place of the tensors where `moves`, a bool scalar, is true; else they keep every bit."""
+    for tensor, new in zip(tensors, numbers, strict=True):
+        torch.where(moves, new, tensor, out=tensor)
 
 
 def plan_whole_matrices(matrices: Sequence[Tensor], num_ranks: int, steps: int) -> MatrixPlan:
@@ -162,10 +191,6 @@ class Muon(AdamW):
         lr = group["lr"]
         numbers = torch.cat((verdict, send_numbers((1 - lr * group["weight_decay"], lr), master.device)))
         apply_update.compiled(master, weights, update, numbers)
-
-    def masks_own_step(self, optimizer: torch.optim.Optimizer) -> bool:  # noqa: ARG002
-        """Only AdamW's part could."""
-        return False
 
 
 @functools.partial(CompilableFunction, any_length=True)

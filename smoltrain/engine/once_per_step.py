@@ -57,7 +57,10 @@ class OncePerStep:
         self._clip = clip
         self._compiles = compiles
         self._in_one_pass = compiles and kind.has_one_pass_update
-        self.decides_on_device = self._in_one_pass or kind.masks_own_step(self._zero_optimizer.optimizer)
+        self._masks = self._in_one_pass or kind.masks_own_step(self._zero_optimizer.optimizer)
+        self.host_wait: str | None = None
+        if not self._masks:
+            self.host_wait = f"the step of {type(kind).__name__} that runs here cannot be masked"
         self._weights: list[SharedTensor] = []  # by parameter group
         self._sums: list[SharedTensor] = []
         self._sum_of: dict[torch.Tensor, torch.Tensor] = {}  # parameter -> its view of the sums
@@ -156,18 +159,22 @@ class OncePerStep:
         if is_allowed is not None:
             moves = moves & is_allowed
         outcome = StepOutcome(moves, norm)
-        if not self.decides_on_device and not moves:
+        if not self._masks and not moves:
             self._discard_gradients()
             return outcome
         verdict = torch.stack((clipping_factor(norm, self._clip), moves.double())).float()
+        optimizer = self._zero_optimizer.optimizer
+        if self._masks and not self._in_one_pass:
+            optimizer.found_inf = 1 - verdict[1]  # as torch.amp.GradScaler tells it
         for group, gradient in enumerate(self._reduce_scatter()):
             flat = self._weights[group]
             weights = flat.own[flat.part]
             if self._in_one_pass:
                 self._update_in_one_pass(group, weights, gradient, verdict)
             else:
-                self._update_in_passes(group, weights, gradient, verdict)
+                self._update_in_passes(group, weights, gradient, verdict[0])
             flat.all_gather()
+        optimizer.found_inf = None
         self._zero_optimizer._lazy_init_hp_params_optimizer_state()
         self._discard_gradients()
         return outcome
@@ -187,21 +194,13 @@ class OncePerStep:
         optimizer = self._zero_optimizer.optimizer
         self._kind.update_in_one_pass(optimizer, optimizer.param_groups[group], master, weights, gradient, verdict)
 
-    def _update_in_passes(
-        self, group: int, weights: torch.Tensor, gradient: torch.Tensor, verdict: torch.Tensor
-    ) -> None:
+    def _update_in_passes(self, group: int, weights: torch.Tensor, gradient: torch.Tensor, scale: torch.Tensor) -> None:
         """Scale the gradient, torch's own step, and the cast: each a pass over memory."""
-        scale, moves = verdict.unbind()
         master = self._zero_optimizer.single_partition_of_fp32_groups[group]
-        optimizer = self._zero_optimizer.optimizer
         wide = gradient.float()
-        is_clipped = self._clip > 0 and (self.decides_on_device or bool(scale < 1))  # the host does not ask a GPU
+        is_clipped = self._clip > 0 and (self._masks or bool(scale < 1))  # the host does not ask a GPU
         master.grad = wide.mul_(scale) if is_clipped else wide
-        if self.decides_on_device:
-            optimizer.found_inf = 1 - moves
         self._zero_optimizer._optimizer_step(group)
-        if self.decides_on_device:
-            del optimizer.found_inf
         master.grad = None
         weights.copy_(master)
 

@@ -15,7 +15,7 @@ from smoltrain.data.rows.batch import Batch
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What becomes of a step: scalars, which are on the device where the step `decides_on_device`."""
+    """What becomes of a step: scalars, which are on the device where the host need not wait for them."""
 
     applied: Tensor  # bool; False: it was not allowed, or the gradient is not finite, and no rank has moved a weight
     gradient_norm: Tensor  # fp64, global L2 norm before clipping, finite or not
@@ -32,8 +32,8 @@ class StepMethod(Protocol):
     Of each update the host is to call `finish_update`, when it knows the outcome.
     """
 
-    decides_on_device: bool
-    """Whether `update` asks the device for nothing, so that the host may read its outcome later."""
+    host_wait: str | None
+    """Why the host must wait for the device in `update`; None: it asks for nothing, and may read the outcome later."""
 
     @property
     def reduction(self) -> str:

@@ -20,7 +20,8 @@ def orthogonalization_temporary_bytes(setup: TrainingSetup) -> float:
     """Of a rank, at the fullest; 0 where nothing is orthogonalised."""
     if not setup.newton_schulz_steps:
         return 0.0
-    return _update_bytes(setup) + _exchange_buffer_bytes(setup) + _iteration_bytes(setup)
+    at_once = _exchange_buffer_bytes(setup) + _iteration_bytes(setup)
+    return _update_bytes(setup) + max(at_once, _masked_bytes(setup))
 
 
 def orthogonalization_operations(setup: TrainingSetup) -> float:
@@ -61,9 +62,21 @@ def iteration_dtype(setup: TrainingSetup) -> torch.dtype:
 
 
 def _update_bytes(setup: TrainingSetup) -> float:
-    """The updates of all matrices of a rank, 4h, where they do not take the place of the gradients' sums in fp32."""
-    in_place = setup.once_per_step and setup.compiled_update and setup.gradient_sum_bytes == FP32_BYTES
+    """The updates of all matrices of a rank, 4h, where they do not take the place of the gradients' sums in fp32.
+
+    DeepSpeed makes a flat copy of its gradients for an update.
+    """
+    in_place = setup.once_per_step and setup.gradient_sum_bytes == FP32_BYTES
     return 0.0 if in_place else FP32_BYTES * _held_elements(setup)
+
+
+def _masked_bytes(setup: TrainingSetup) -> float:
+    """What takes the old numbers' place if the update is allowed: of momentum, then of masters. 4h on a GPU.
+
+    A compiled loop needs none, and a host that waits for the verdict does not either.
+    """
+    masks = setup.once_per_step and not setup.compiled_update and setup.device == "cuda"
+    return FP32_BYTES * _held_elements(setup) if masks else 0.0
 
 
 def _exchange_buffer_bytes(setup: TrainingSetup) -> float:
@@ -83,8 +96,8 @@ def _iteration_bytes(setup: TrainingSetup) -> float:
     """The results, of as many matrices as are worked on at once, and what the iterations themselves allocate.
 
     On a CPU for one matrix after the other: X, b mn, and four squares, b mm, for each m that there is. On a GPU for all
-    of one shape: their stack in fp32, 4s, which is there until the result, as large, takes its place; X in fp32 and in
-    b; then X before and after an iteration with two squares.
+    of the same two sides: X in b beside their stack in fp32, 4s, and later beside the result; between them X before and
+    after an iteration with two squares.
     """
     b = iteration_dtype(setup).itemsize
     matrices = setup.shape.hidden_matrices
@@ -96,7 +109,7 @@ def _iteration_bytes(setup: TrainingSetup) -> float:
     m, n = sorted(max(matrices, key=lambda sides: sides[0] * sides[1]))
     stack = min(at_once, sum(rows * columns for rows, columns in matrices if sorted((rows, columns)) == [m, n]))
     squares = stack * m / n
-    return results + max((FP32_BYTES + b) * stack, 2 * b * (stack + squares))
+    return results - FP32_BYTES * stack + max((FP32_BYTES + b) * stack, 2 * b * (stack + squares))
 
 
 def _held_elements(setup: TrainingSetup) -> float:

@@ -90,34 +90,43 @@ def newton_schulz_flops(rows: int, columns: int, steps: int, dtype: torch.dtype 
 
 
 def _orthogonalize_stacks(matrices: Sequence[Tensor], steps: int, dtype: torch.dtype) -> list[Tensor]:
-    """By the definition, equal shapes in one product: few launches."""
-    places_by_shape: dict[torch.Size, list[int]] = {}
+    """By the definition, matrices of the same two sides in one product, whichever is the longer: few launches."""
+    places_by_sides: dict[tuple[int, ...], list[int]] = {}
     for place, matrix in enumerate(matrices):
-        places_by_shape.setdefault(matrix.shape, []).append(place)
-    results = {}
-    for shape, places in places_by_shape.items():
-        num_at_once = max(1, STACKED_ELEMENTS // shape.numel())
+        places_by_sides.setdefault(tuple(sorted(matrix.shape)), []).append(place)
+    results: dict[int, Tensor] = {}
+    for (m, n), places in places_by_sides.items():
+        places.sort(key=lambda place: matrices[place].size(0))  # the wide ones first
+        num_at_once = max(1, STACKED_ELEMENTS // (m * n))
         for start in range(0, len(places), num_at_once):
             chosen = places[start : start + num_at_once]
-            stack = _orthogonalize_stack(torch.stack([matrices[place] for place in chosen]), steps, dtype)
-            results.update(zip(chosen, stack.unbind(), strict=True))
+            stack = _orthogonalize_stack([matrices[place] for place in chosen], steps, dtype)
+            results.update(zip(chosen, stack, strict=True))
     return [results[place] for place in range(len(matrices))]
 
 
-def _orthogonalize_stack(stack: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+def _orthogonalize_stack(matrices: list[Tensor], steps: int, dtype: torch.dtype) -> list[Tensor]:
+    """Of the same two sides, the wide ones first; a tall one is iterated as its transpose."""
     a, b, c = COEFFICIENTS
-    is_tall = stack.size(1) > stack.size(2)
-    norms = torch.linalg.vector_norm(stack, dim=(1, 2), keepdim=True)
-    X = (stack / norms.clamp(min=SMALLEST_NORM)).to(dtype)
-    if is_tall:
-        X = X.mT
+    m, n = sorted(matrices[0].shape)
+    wide = [matrix for matrix in matrices if matrix.size(0) == m]
+    tall = matrices[len(wide) :]
+    X = matrices[0].new_empty(len(matrices), m, n, dtype=dtype)
+    for several, place in ((wide, X[: len(wide)]), (tall, X[len(wide) :].mT)):
+        if several:
+            stack = torch.stack(several)
+            norms = torch.linalg.vector_norm(stack, dim=(1, 2), keepdim=True)
+            torch.div(stack, norms.clamp_(min=SMALLEST_NORM), out=place)  # rounded on its way
+            del stack
     for _ in range(steps):
         G = torch.bmm(X, X.mT)
         W = torch.baddbmm(G, G, G, beta=b, alpha=c)
         X = torch.baddbmm(X, W, X, beta=a)
-    if is_tall:
-        X = X.mT
-    return X.float().contiguous()
+    results: list[Tensor] = []
+    for place in (X[: len(wide)], X[len(wide) :].mT):
+        if len(place):
+            results += torch.empty(place.shape, device=X.device).copy_(place).unbind()
+    return results
 
 
 def _orthogonalize_one(matrix: Tensor, steps: int, buffers: list[Tensor]) -> Tensor:

@@ -42,6 +42,9 @@ def say_start(
     tracker.say_choice("gradients", engine.gradient_reduction_summary)
     tracker.say_choice("engine", f"DeepSpeed ZeRO-{engine.stage}, from {config.engine.ds_config}")
     tracker.say_choice("optimizer", describe_optimizer(engine.optimizer_summary, config.optimizer, world.device))
+    waiting = describe_host_wait(engine.host_wait, world.device)
+    if waiting:
+        tracker.say_choice("update", waiting)
     tracker.say_choice("parameters", f"{settings.num_parameters:,}")
     tracker.say_choice("rows per step", _describe_rows_per_step(loader))
     tracker.say_choice("tokenizer", loader.prepared.describe_tokenizer())
@@ -128,6 +131,13 @@ def describe_optimizer(summary: str, section: OptimizerSection, device: torch.de
     if section.embedding_lr_factor != 1:
         facts.append(f"embeddings and head at {section.embedding_lr_factor:g} x lr")
     return "; ".join(facts)
+
+
+def describe_host_wait(reason: str | None, device: torch.device) -> str | None:
+    """That the host waits in each step, if it does: a CPU is its own host."""
+    if reason is None or device.type == "cpu":
+        return None
+    return f"the host waits for the GPU before each update: {reason}"
 
 
 def describe_completion(plan: Plan, done: int) -> str:

@@ -16,6 +16,7 @@ from smoltrain.engine.muon import MuonOptimizer
 from smoltrain.engine.optimizer import set_hyperparameters
 from smoltrain.errors import UserError
 from tests import tiny
+from tests.device_ops import DeviceOps
 from tests.engine import test_deepspeed_steps as steps
 from tests.engine import test_shards as shards
 from tests.engine.test_engine import PLAN, STEPS, engine_losses, furthest, plain_losses
@@ -302,6 +303,28 @@ def test_models_of_transformers_train_with_it(tmp_path: Path, ranks: Any, model:
     prepare_run_data(settings)
     for losses, _, _ in ranks(2).run(engine_losses, settings, "fp32", STEPS):
         assert losses[-1] < losses[0] - 0.4
+
+
+# ---- on a GPU
+
+
+def kernels_of_orthogonalization(num_layers: int) -> int:
+    """For the matrices of SmolLM2-135M, of which only the shapes are there."""
+    layer = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+    updates = [torch.empty(shape, device="meta") for shape in layer * num_layers]
+    matrices = [torch.nn.Parameter(update) for update in updates]
+    group = {"params": matrices, "decays": True, "hidden": True, "momentum": 0.9, "newton_schulz_steps": 5}
+    optimizer = MuonOptimizer([group], OptimizerSection(kind="muon"), fused=False)
+    with DeviceOps() as counted:
+        optimizer.orthogonalize_updates(group, matrices, updates)
+    return counted.num_kernels
+
+
+def test_matrices_of_the_same_sides_are_multiplied_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three pairs of sides, 15 products and a few operations more for each, and 7 batches of memory for 210 of them."""
+    monkeypatch.setattr("smoltrain.kernels.newton_schulz.choose_dtype", lambda _: (torch.bfloat16, "as on a GPU"))
+    assert kernels_of_orthogonalization(1) <= 67
+    assert kernels_of_orthogonalization(30) <= 224
 
 
 # ---- what is refused

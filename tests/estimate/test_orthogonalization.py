@@ -104,6 +104,23 @@ def test_in_one_pass_the_updates_lie_where_the_gradients_were(monkeypatch: pytes
     assert largest_allocation(in_place) == pytest.approx(estimated, rel=0.05)
 
 
+@pytest.mark.parametrize("batch", [2**24, 2**18], ids=["all at once", "few at once"])
+def test_temporaries_of_a_masked_step_are_those_of_a_gpu(monkeypatch: pytest.MonkeyPatch, batch: int):
+    """Its order of computing, in fp32, in which a CPU makes no casts of its own. Of few at once the mask is most."""
+    monkeypatch.setattr("smoltrain.engine.matrix_exchange.BATCH_ELEMENTS", batch)
+    monkeypatch.setattr("smoltrain.estimate.orthogonalization.BATCH_ELEMENTS", batch)
+    monkeypatch.setattr("smoltrain.estimate.orthogonalization.iteration_dtype", lambda _: torch.float32)
+    stacks = newton_schulz._orthogonalize_stacks
+    monkeypatch.setattr("smoltrain.engine.muon.orthogonalize", lambda some, steps: stacks(some, steps, torch.float32))
+    words = (*SMALL, *MUON)
+    optimizer: Any = trained_once(load_config("quickstart", words))
+    optimizer.param_groups = [group for group in optimizer.param_groups if group["hidden"]]
+    optimizer.found_inf = torch.zeros(())
+    case = make_setup(*words, compiled_update=False, precision="fp32")
+    estimated = orthogonalization_temporary_bytes(dataclasses.replace(case, device="cuda"))
+    assert largest_allocation(optimizer.step) == pytest.approx(estimated, rel=0.05)
+
+
 def sent_elements(config: Config, stage: int, world: int) -> list[int]:
     """By rank, what it sends in an update as the exchange plans it."""
     hidden = split_parameters(build_model(config.model, device="meta")).hidden

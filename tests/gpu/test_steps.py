@@ -56,9 +56,10 @@ def losses_of_steps(settings: Config, compiles: bool, late: bool) -> list[float]
     return [result.metrics["train/loss_nats_per_token"] for result in results]
 
 
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
 @pytest.mark.parametrize("compiles", [False, True])
-def test_a_step_waits_for_nothing(tmp_path: Path, ranks: Any, compiles: bool) -> None:
-    settings = tiny.load(tmp_path, "track.gradients_every=0")
+def test_a_step_waits_for_nothing(tmp_path: Path, ranks: Any, compiles: bool, kind: str) -> None:
+    settings = tiny.load(tmp_path, "track.gradients_every=0", f"optimizer.kind={kind}")
     prepare_run_data(settings)
     [late] = ranks(1).run(losses_of_steps, settings, compiles, True)
     [at_once] = ranks(1).run(losses_of_steps, settings, compiles, False)

@@ -8,6 +8,7 @@ import torch
 
 from smoltrain.config.schema import EvaluateSection, OptimizerSection
 from smoltrain.distributed.cpu_cores import CpuShare
+from smoltrain.engine.deepspeed_steps import DeepSpeedSteps
 from smoltrain.kernels.compile import note_compiled
 from smoltrain.model.interface import ComputeOptions
 from smoltrain.schedule import Plan
@@ -16,6 +17,7 @@ from smoltrain.train.describe import (
     describe_compiled_code,
     describe_completion,
     describe_device,
+    describe_host_wait,
     describe_optimizer,
     name_compiled_code,
     warn_of_unknown_memorisation,
@@ -74,6 +76,14 @@ def test_the_optimizer_is_told_with_how_muon_computes(
 ) -> None:
     monkeypatch.setattr(describe, "choose_dtype", lambda device: (torch.bfloat16, "bf16, as asked"))
     assert describe_optimizer("SPLIT", OptimizerSection(**section), torch.device("cpu")) == words
+
+
+def test_a_wait_for_a_gpu_is_told_and_a_cpu_has_none() -> None:
+    gpu = torch.device("cuda")
+    told = describe_host_wait(DeepSpeedSteps.host_wait, gpu)
+    assert told == "the host waits for the GPU before each update: DeepSpeed asks it for the norm of the gradient"
+    assert describe_host_wait(DeepSpeedSteps.host_wait, torch.device("cpu")) is None
+    assert describe_host_wait(None, gpu) is None
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def steps_with(
     here = world()
     if late:
         with pytest.MonkeyPatch.context() as patch:
-            wrapped = masked_engine(settings, "fused", patch)
+            wrapped = masked_engine(settings, "own step", patch)
     else:
         wrapped = build_engine(fresh_model(settings), settings, here, precision=precision, accumulation=2)
     loader = loader_of(settings, here.rank, here.size)

@@ -24,9 +24,10 @@ PLAN = (
 )  # fmt: skip
 NAN_AT, HIGH_AT = 35, 58  # the steps that first meet the poison, with the seeds below
 NAN, HIGH = "run.seed=3", "run.seed=12"
+MUON = "optimizer.kind=muon"  # whose tables and vectors are AdamW's
 # One rank, with what a bad document would do to the forward of a larger model: no number for those micro-batches that
-# hold it. "killed" dies in the moment between the journal and the restart. "fused" has torch's fused AdamW, by which an
-# update can be masked; "late" too, and it reads of each update when the next step is under way, as on a GPU.
+# hold it. "killed" dies in the moment between the journal and the restart. "masked" has the optimizer that a GPU has,
+# whose update is masked; "late" too, and it reads of each update when the next step is under way, as on a GPU.
 CHILD = """
 import math, os, sys, torch
 from smoltrain.launch import rank
@@ -34,7 +35,7 @@ from smoltrain.config.load import load_config
 from smoltrain.data.tokens.load_prepared import load_prepared_data
 from smoltrain.engine.engine import Engine
 from smoltrain.train.spikes import Rewind
-from smoltrain.engine.adamw import AdamW
+from smoltrain.engine.muon import Muon
 from smoltrain.train import open_session
 kind, mark, *words = sys.argv[1:]
 kind = kind.split()
@@ -45,16 +46,13 @@ def poisoned(self, batch):
         ids.append(torch.tensor(load_prepared_data(load_config(words[0], words[1:])).tokenizer.encode(mark)))
     return forward(self, batch) * (math.nan if torch.isin(batch.ids_BT, ids[0]).any() else 1.0)
 
-def build_fused(self, groups, section, device):
-    betas = (section.beta1, section.beta2)
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=section.eps, fused=True)
-
 if "clean" not in kind:
     Engine.forward = poisoned
 if "killed" in kind:
     Rewind.__init__ = lambda *_: os._exit(9)
-if "fused" in kind or "late" in kind:
-    AdamW.build = build_fused
+if "masked" in kind or "late" in kind:
+    build = Muon.build
+    Muon.build = lambda self, groups, section, device: build(self, groups, section, torch.device("cuda"))
 if "late" in kind:
     Session = open_session.Session
     open_session.Session = lambda *parts, **more: Session(*parts, **{**more, "reads_late": True})
@@ -167,11 +165,11 @@ def test_a_host_that_reads_late_rewinds_is_killed_and_resumes_to_the_same_bits(t
     """Each checkpoint is of a settled step, whatever is unread between two of them."""
     at_once = tmp_path / "at_once"
     late = tmp_path / "late"
-    code, said = train(at_once, "fused nan", NAN)
+    code, said = train(at_once, "masked nan", NAN, MUON)
     assert code == 0, said
-    code, said = train(late, "late killed", NAN)
+    code, said = train(late, "late killed", NAN, MUON)
     assert code == 9, said
-    code, said = train(late, "late nan", NAN)
+    code, said = train(late, "late nan", NAN, MUON)
     assert code == 0, said
     assert "restored step 30 on 1 ranks" in said
     assert_same(late, at_once)
