@@ -1,4 +1,4 @@
-"""One rank of a training run: under `smoltrain train`, `deepspeed launch/train.py RECIPE ...`, torchrun, srun or none."""
+"""One rank of a training run: under `smoltrain train`, `deepspeed launch/train.py ...`, torchrun, srun or none."""
 
 import signal
 

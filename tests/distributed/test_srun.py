@@ -80,9 +80,7 @@ def test_gpus_that_no_task_takes_are_named_once() -> None:
     assert describe_idle_gpus(ONE_TASK | {"SLURM_GPUS_ON_NODE": "8"}) is not None
     assert describe_idle_gpus(FIRST | {"SLURM_GPUS_ON_NODE": "2"}) is None
     assert describe_idle_gpus(LAST | {"SLURM_GPUS_ON_NODE": "8"}) is None, "task 0 has said it"
-    assert describe_idle_gpus(FIRST | {"SLURM_GPUS_ON_NODE": "8", "RANK": "3"}) is None, (
-        "torchrun's takes one too"
-    )
+    assert describe_idle_gpus(FIRST | {"SLURM_GPUS_ON_NODE": "8", "RANK": "3"}) is None, "torchrun's takes one too"
 
 
 ADOPT = """
