@@ -6,12 +6,17 @@ tests/whole_runs/test_real_slurm.py asks a real one.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from smoltrain import cli
+from smoltrain.distributed import srun
 from smoltrain.distributed.rendezvous import RankPlace, parse_rank_place
 from smoltrain.distributed.srun import describe_idle_gpus, find_first_host, find_srun_variables
+from smoltrain.errors import BAD_INPUT
+from smoltrain.launch.rank import run_rank
 from tests.terminals import TerminalSession
 
 # Of `sbatch --nodes=2 --ntasks-per-node=2`: what the batch script has, and what a step in it adds.
@@ -99,3 +104,22 @@ def test_whoever_sits_at_a_terminal_is_no_rank(tmp_path: Path) -> None:
     shell = ["/bin/sh", "-c", '"$@" </dev/null >/dev/null 2>&1', "sh", *program]
     assert TerminalSession(shell, tmp_path, 80, 24, **LAST).finish() == 0
     assert (tmp_path / "rank").read_text() == "none"
+
+
+def run_check_hosts(words: list[str]) -> int:
+    try:
+        cli.main(["check-hosts", *words])
+    except SystemExit as left:
+        return int(left.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("start", [run_rank, run_check_hosts])
+def test_training_and_check_hosts_need_no_launcher_under_srun(
+    start: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ | LAST | {"SLURM_PROCID": "2", "SLURM_LOCALID": "0"})
+    monkeypatch.setattr(srun, "has_terminal", lambda: False)
+    assert start(["quickstart", "model.hidden_size=33"]) == BAD_INPUT
+    assert "the heads do not divide the width: saw 33" in capsys.readouterr().err, "the first rank of n1 says it"
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("2", "4")

@@ -79,7 +79,7 @@ class Job:
 
 def write_srun_script(folder: Path) -> Path:
     """The script that docs/clusters.md shows, with the programs of these tests and its user's recipe."""
-    (shown,) = re.findall(r"^```bash\n(#!/usr/bin/env bash\n.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (shown,) = re.findall(r"^```text\n(#!/usr/bin/env bash\n.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     script = folder / "job.sbatch"
     script.write_text(shown.replace(".venv/bin", str(launches.BIN)).replace("smollm2-124m", '"$@"'))
     return script
