@@ -9,6 +9,10 @@ import re
 import sys
 from collections.abc import Mapping
 
+STEP_VARIABLES = {  # all of them are there in a task of srun; containers may hide some
+    "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NUM_NODES", "SLURM_STEP_NODELIST",
+    "SLURM_STEP_TASKS_PER_NODE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURMD_NODENAME",
+}  # fmt: skip
 FIRST_PORT, NUM_PORTS = 20000, 10000  # below those that Linux gives out by itself (man 7 ip, ip_local_port_range)
 PORTS_BETWEEN_STEPS = 1000  # steps of one job may run at once, and so may jobs whose numbers are next to each other
 
@@ -58,7 +62,7 @@ def is_srun_task(environment: Mapping[str, str]) -> bool:
     `sbatch` hands on what an earlier step has left in the shell where it was called. It does not fit what slurmd then
     says of the batch script: the tasks of its step on this node (SLURM_GTIDS), and the name of its node 0.
     """
-    if "RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment:
+    if "RANK" in environment or not environment.keys() >= STEP_VARIABLES:
         return False
     tasks = environment.get("SLURM_GTIDS")  # MPI programs may want it unset
     if tasks is not None and len(tasks.split(",")) != count_tasks_of_node(environment):
@@ -83,11 +87,11 @@ def find_first_host(nodes: str) -> str:
 
 def describe_idle_gpus(environment: Mapping[str, str]) -> str | None:
     """A warning where a node has more GPUs than tasks, of which each is a rank and takes one; task 0 says it."""
-    gpus = int(environment.get("SLURM_GPUS_ON_NODE", "0"))
-    if not is_srun_task(environment) or environment["SLURM_PROCID"] != "0":
+    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
+    if not is_srun_task(environment) or environment["SLURM_PROCID"] != "0" or not gpus.isdecimal():
         return None
     tasks = count_tasks_of_node(environment)
-    if gpus <= tasks:
+    if int(gpus) <= tasks:
         return None
     node = environment["SLURMD_NODENAME"]
     return (

@@ -64,6 +64,7 @@ def test_a_task_of_srun_is_a_rank(environment: dict[str, str], expected: RankPla
         STEP,  # a batch script that was submitted in a step with two tasks on a node
         STEP | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)", "SLURM_STEP_NODELIST": "n[7-9,12]"},  # of another job's nodes
         LAST | {"RANK": "0"},  # torchrun's, which srun has started
+        {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"},  # what a container has left of them
     ],
 )  # fmt: skip
 def test_what_srun_has_not_started_as_one_of_several_is_no_rank_of_its(environment: dict[str, str]) -> None:
