@@ -7,13 +7,30 @@ torchrun itself ends with 1 whatever its ranks have said, so that SLURM and Kube
 stands in torch/distributed/launcher/api.py, launch_agent.
 """
 
+import signal
 import sys
+from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import api as torch_agent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
+from smoltrain.distributed.stop import STOP_SIGNALS
 from smoltrain.errors import DONE, FAULT, STOPPED
+
+raise_signal_exception = torch_agent._terminate_process_handler
+
+
+def heed_first_signal(number: int, frame: FrameType | None) -> None:
+    """Torch's own handler of signals, once: SLURM preempts with two SIGTERM at once.
+
+    A second exception would end the wait for the ranks that the first one has begun, or be printed as a traceback by
+    the logging that it falls into.
+    """
+    for known in STOP_SIGNALS:
+        signal.signal(known, signal.SIG_IGN)
+    raise_signal_exception(number, frame)
 
 
 def choose_exit_code(failed: ChildFailedError) -> int:
@@ -34,6 +51,7 @@ def run_torchrun(words: list[str]) -> int:
     A signal to torchrun itself is passed on to its ranks, which it awaits without hearing their exit codes: that is 75
     too. If they could not save, which they say, the next start goes on from the checkpoint before.
     """
+    torch_agent._terminate_process_handler = heed_first_signal
     try:
         main(words)
     except SignalException as stopped:

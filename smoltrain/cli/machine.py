@@ -49,8 +49,10 @@ def check_hosts_command(
     Names the machine that is not as the others.
     """
     from smoltrain.config.load import load_config, split_recipe_words
+    from smoltrain.distributed.srun import adopt_srun_variables
     from smoltrain.launch.rank import say_error, say_lost_connection
 
+    adopt_srun_variables()
     words = [word for word in (recipe, *(overrides or [])) if word is not None]
     try:
         from smoltrain.doctor.hosts import examine_hosts

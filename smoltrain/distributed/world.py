@@ -174,7 +174,9 @@ class World:
         return result
 
 
-def choose_device(asked: Literal["auto", "cuda", "cpu", "mps"] = "auto", local_rank: int = 0) -> torch.device:
+def choose_device(
+    asked: Literal["auto", "cuda", "cpu", "mps"] = "auto", local_rank: int = 0, local_size: int = 1
+) -> torch.device:
     """The device of a rank; auto takes CUDA if there is any, else the CPU. Errors: UserError for one it lacks."""
     cuda = torch.cuda.is_available()
     there = {"auto": True, "cpu": True, "cuda": cuda, "mps": torch.backends.mps.is_available()}
@@ -183,6 +185,10 @@ def choose_device(asked: Literal["auto", "cuda", "cpu", "mps"] = "auto", local_r
         raise UserError(Problem("this machine has no such device", asked, f"one of {have}", "engine.device"))
     if asked == "auto":
         asked = "cuda" if cuda else "cpu"
+    if asked == "cuda" and local_size > torch.cuda.device_count():  # each rank says so, before any waits for another
+        saw = f"{local_size} ranks on a machine, {torch.cuda.device_count()} GPUs that each of them may use"
+        change = "the number of ranks; under srun, --gpus-per-node in the place of --gpus-per-task"
+        raise UserError(Problem("a rank would have no GPU", saw, "a GPU for each", change))
     return torch.device(asked, local_rank) if asked == "cuda" else torch.device(asked)
 
 
@@ -196,7 +202,7 @@ def open_world(
     Errors: UserError for a device that this machine does not have, or an environment that makes no sense.
     """
     here = parse_rank_place(os.environ)
-    own = choose_device(device, here.local_rank)
+    own = choose_device(device, here.local_rank, here.local_size if here.is_local_told else 1)
     store, port = _open_store(here)
     facts = gather_facts(store, here, port)
     machines = number_machines(facts)

@@ -1,4 +1,4 @@
-"""One rank of a training run: under `smoltrain train`, `deepspeed launch/train.py RECIPE ...`, torchrun or python."""
+"""One rank of a training run: under `smoltrain train`, `deepspeed launch/train.py ...`, torchrun, srun or none."""
 
 import signal
 
@@ -21,6 +21,7 @@ from smoltrain.config.load import load_config, split_recipe_words
 from smoltrain.config.schema import Config
 from smoltrain.console import guard_console
 from smoltrain.distributed.peers import find_peer_watch, leave_peers
+from smoltrain.distributed.srun import adopt_srun_variables
 from smoltrain.errors import (
     BAD_INPUT,
     FAULT,
@@ -49,6 +50,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def run_rank(words: list[str]) -> int:
     """Train what the command line says; returns the exit code."""
     began_at = time.time()
+    adopt_srun_variables()
     os.environ.update(choose_waiting())  # read when torch is imported
     words = [word for word in words if not word.startswith(LOCAL_RANK_OPTIONS)]
     try:

@@ -196,7 +196,11 @@ def test_devices(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(UserError, match=r"no such device: saw cuda, want one of auto, cpu, mps; change engine\.device"):
         choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_device("auto", 3) == torch.device("cuda", 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert choose_device("auto", 3, 4) == torch.device("cuda", 3)
+    with pytest.raises(UserError, match="no GPU: saw 5 ranks on a machine, 4 GPUs that each of them may use, want a"):
+        choose_device("auto", 0, 5)
+    assert choose_device("cpu", 0, 5).type == "cpu"
 
 
 @pytest.mark.parametrize(("device", "backend"), [(torch.device("cuda", 0), "nccl"), (torch.device("cpu"), "gloo")])

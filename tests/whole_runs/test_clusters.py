@@ -17,6 +17,8 @@ import pytest
 import yaml
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.launcher import runner
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import api as torch_agent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import get_args_parser
 
@@ -40,6 +42,15 @@ CHECKED_KEYS = """accessModes action apiVersion backoffLimit claimName clusterIP
     onExitCodes onPodConditions operator parallelism persistentVolumeClaim podFailurePolicy publishNotReadyAddresses
     requests resources restartPolicy rules selector spec status storage subdomain template
     terminationGracePeriodSeconds type value values volumeMounts volumes workingDir batch.kubernetes.io/job-name"""
+
+
+def load_torchrun_script() -> Any:
+    spec = importlib.util.spec_from_file_location("torchrun_script", LAUNCH / "torchrun.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 def read_command(words: list[str]) -> Namespace:
@@ -153,16 +164,37 @@ def test_in_a_pod_the_first_process_is_known_as_the_launcher(monkeypatch: pytest
     ],
 )
 def test_torchrun_ends_with_the_code_of_the_rank_that_failed_first(codes: tuple[int, ...], expected: int) -> None:
-    spec = importlib.util.spec_from_file_location("torchrun_script", LAUNCH / "torchrun.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     failures = {}
     for rank, code in reversed(list(enumerate(codes))):
         failures[rank] = ProcessFailure(local_rank=rank, pid=rank, exitcode=code, error_file="<NONE>")
         failures[rank].timestamp = rank
-    assert script.choose_exit_code(ChildFailedError("train", failures)) == expected
+    assert load_torchrun_script().choose_exit_code(ChildFailedError("train", failures)) == expected
+
+
+def test_torchrun_heeds_the_first_of_two_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SLURM preempts with two SIGTERM at once; the handler is the one that torch registers."""
+    monkeypatch.setattr(torch_agent, "_terminate_process_handler", torch_agent._terminate_process_handler)
+    script = load_torchrun_script()
+    heard: list[str] = []
+
+    def hear_two(_words: list[str]) -> None:
+        signal.signal(signal.SIGTERM, torch_agent._terminate_process_handler)
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except SignalException as first:
+            heard.append(first.sigval.name)
+            signal.raise_signal(signal.SIGTERM)
+            heard.append("has awaited the ranks")
+            raise
+
+    monkeypatch.setattr(script, "main", hear_two)
+    before = {number: signal.getsignal(number) for number in stop.STOP_SIGNALS}
+    try:
+        assert script.run_torchrun([]) == STOPPED
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert heard == ["SIGTERM", "has awaited the ranks"]
 
 
 @pytest.mark.slow

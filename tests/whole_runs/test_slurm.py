@@ -1,6 +1,6 @@
 """launch/slurm.sbatch and launch/torchrun.py for real, on two CPU ranks: only srun and scontrol are stand-ins.
 
-What SLURM itself does is not tried here, nor are several nodes: docs/results/hosts.md tells how a real one took them.
+What SLURM itself does, and several nodes, are tried in test_real_slurm.py.
 """
 
 import os
