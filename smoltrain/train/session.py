@@ -1,6 +1,7 @@
 """All that is open while a run trains: rows, model, engine, records, checkpoints; and what the loop does with them."""
 
 import functools
+import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -21,7 +22,13 @@ from smoltrain.kernels.compile import note_compiled
 from smoltrain.model.interface import ComputeOptions
 from smoltrain.run.row_ledger import RowLedger
 from smoltrain.run.run_folder import RunFolder
-from smoltrain.run.run_warnings import copying_warning, memorisation_warning, slow_data_warning
+from smoltrain.run.run_warnings import (
+    communication_share,
+    copying_warning,
+    memorisation_warning,
+    slow_data_warning,
+    slow_network_warning,
+)
 from smoltrain.run.track import Tracker
 from smoltrain.schedule import Plan
 from smoltrain.train.callbacks import CallbackFailed, StepCallback, run_callbacks
@@ -69,6 +76,7 @@ class Session:
     start_was_logged: bool = False  # how long this start took, which its first line tells
     callbacks: Sequence[StepCallback] = ()
     tasks: "HarnessTasks | None" = None  # of the recipe, on rank 0
+    communication_s: float = math.nan  # in which this rank was in collectives, in the last step that was measured
     reads_late: bool = False  # what became of an update: when the next step's passes are under way (step.py)
 
     def is_anything_due(self, step: int) -> bool:
@@ -92,6 +100,7 @@ class Session:
         if len(self.recent) == self.recent.maxlen:
             wait_share = mean(recent.metrics["speed/data_wait_share"] for recent in self.recent)
             self.tracker.warn_once("slow data", slow_data_warning(wait_share))
+            self.tracker.warn_once("slow network", self._warn_of_network())
         self.tracker.log_step(step, last_step, self.plan.phase(step).name, metrics)
         for note in self.loader.health.take_notes():
             self.tracker.say(note)
@@ -191,6 +200,13 @@ class Session:
         """Write down how long it took to leave the loop, if anything was done in it."""
         if self.start_was_logged:
             self.tracker.log_metrics(step, {"speed/closing_s": closing_s})
+
+    def _warn_of_network(self) -> str | None:
+        metrics = [recent.metrics for recent in self.recent]
+        return slow_network_warning(
+            communication_share(metrics), metrics[-1].get("speed/communication_mb", 0.0),
+            each_micro_batch=self.config.engine.reduce_gradients == "micro_batch", num_machines=self.world.num_machines,
+        )  # fmt: skip
 
     def _measure_start(self, work_s: float) -> dict[str, float]:
         """Seconds from the command's start to the first thing that is logged, which took `work_s`; {} afterwards."""

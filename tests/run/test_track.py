@@ -131,6 +131,7 @@ def test_tokens_and_rates_add_up(story: Story) -> None:
         assert line["data/epochs"] == pytest.approx(step * epochs[0])
         assert line["speed/tokens_per_s"] * line["speed/step_s"] == pytest.approx(per_step)
         assert 0 <= line["speed/data_wait_share"] <= 1
+        assert not {"speed/communication_mb", "speed/communication_s", "speed/rank_wait_s"} & line.keys(), "one rank"
         assert 0.05 < line["memory/peak_gib"] < 16
         assert line["train/skipped_updates"] == 0
 
