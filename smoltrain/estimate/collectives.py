@@ -90,7 +90,7 @@ def all_reduce_seconds(num_bytes: float, world: int, network: Network) -> float:
 
 
 def exchange_seconds(sent_bytes: float, world: int, network: Network, calls: int) -> float:
-    """For every rank to send so many bytes to others, in so many all-to-alls: at the worst, all of it leaves the node."""
+    """For every rank to send so many bytes to others, in so many all-to-alls: at the worst, all to other nodes."""
     if world == 1 or not sent_bytes:
         return 0.0
     seconds = sent_bytes / network.within.bytes_per_s
