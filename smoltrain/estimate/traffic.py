@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from smoltrain.distributed.communication import CollectiveKind, choose_reduce_scatter, sent_bytes
 from smoltrain.engine.reduction import gradient_dtypes
 from smoltrain.estimate.collectives import Network, all_reduce_seconds, ring_seconds
-from smoltrain.estimate.constants import DEFAULT_PERSISTENCE_THRESHOLD, DEFAULT_REUSE_DISTANCE
+from smoltrain.estimate.constants import DEFAULT_PERSISTENCE_THRESHOLD, DEFAULT_REUSE_DISTANCE, SUM_BYTES
 from smoltrain.estimate.training_setup import TrainingSetup
 from smoltrain.kernels.precision import DTYPES
 
@@ -47,21 +47,23 @@ class Collective:
 def list_collectives(setup: TrainingSetup, *, shared_memory: bool = False) -> list[Collective]:
     """Those of a step; `shared_memory`: the ranks of a CPU read each other's tensors (engine/shared_tensor.py)."""
     N, A = setup.shape.parameters, setup.accumulation
-    weights = N * setup.weight_bytes
     buckets = max(1, -(-N // setup.bucket))
     scatter = choose_reduce_scatter(setup.device)
+    groups = _list_parameter_groups(setup)
+    weights = [Collective("weights", "all-gather", size * setup.weight_bytes, 1) for size in groups]
     if setup.once_per_step:
         kind = "reduce-scatter" if shared_memory else scatter
-        groups = _list_parameter_groups(setup)
         gradients = [Collective("gradients", kind, size * setup.gradient_sum_bytes, 1) for size in groups]
-        return [*gradients, *(Collective("weights", "all-gather", size * setup.weight_bytes, 1) for size in groups)]
+        return [*gradients, *weights]
     reduced = N * DTYPES[gradient_dtypes(setup.ds_config).reduction].itemsize
     if setup.stage == 0:
         return [Collective("gradients", "all-reduce", reduced, 1, buckets)]
     if setup.stage < 3:
         repetitions = A if setup.stage == 2 else 1
-        gradients = Collective("gradients", "all-reduce", reduced, repetitions, buckets)
-        return [gradients, Collective("weights", "all-gather", weights, 1)]
+        gradients = [Collective("gradients", "all-reduce", reduced, repetitions, buckets)]
+        if setup.stage == 2 or setup.precision != "bf16":  # DeepSpeedZeroOptimizer: get_grad_norm_direct of each group
+            gradients.append(Collective("norms", "all-reduce", SUM_BYTES * len(groups), 1, len(groups)))
+        return [*gradients, *weights]
     return [Collective("gradients", scatter, reduced, A, buckets), *_list_zero3_gathers(setup)]
 
 
