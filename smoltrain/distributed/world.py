@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as torch_dist
 
+from smoltrain.distributed.communication import CollectiveKind, CommunicationMeter, choose_reduce_scatter
 from smoltrain.distributed.cpu_cores import Core, CpuShare, assign_cores, usable_cores
 from smoltrain.distributed.machines import name_machines, number_machines
 from smoltrain.distributed.meeting import (
@@ -55,6 +56,7 @@ class World:
     store: Any = None  # where the ranks have met
     machines: tuple[int, ...] = (0,)  # the machine of each rank, by number
     hosts: tuple[str, ...] = ("this machine",)  # the name of each rank's machine
+    meter: CommunicationMeter = field(default_factory=CommunicationMeter)  # of the collectives of `device`
     _works: Iterator[int] = field(default_factory=itertools.count)  # numbers the calls of run_on_first_rank
 
     @property
@@ -92,27 +94,36 @@ class World:
         if self.size == 1:
             return own.view(1, len(own))
         everyones = own.new_empty(self.size * len(own))
-        _all_gather(everyones, own)
+        self.all_gather(everyones, own)
         return everyones.view(self.size, len(own))
 
     def _all_reduce(self, values: tuple[Any, ...], dtype: torch.dtype, op: Any) -> list[Any]:
         tensor = torch.tensor(values, dtype=dtype)
-        torch_dist.all_reduce(tensor, op=op, group=self.group)
+        is_of_device = self.group is None
+        with self._measure("all-reduce", tensor.nbytes) if is_of_device else contextlib.nullcontext():
+            torch_dist.all_reduce(tensor, op=op, group=self.group)
         return tensor.tolist()
+
+    def _measure(self, kind: CollectiveKind, num_bytes: int) -> contextlib.AbstractContextManager[None]:
+        return self.meter.measure(kind, num_bytes, self.size)
 
     def reduce_scatter(self, part: torch.Tensor, whole: torch.Tensor) -> None:
         """Add up every rank's `whole` (flat) into `part`: what is this rank's of it, by rank order."""
-        _reduce_scatter(part, whole)
+        with self._measure(choose_reduce_scatter(self.device.type), whole.nbytes):
+            _reduce_scatter(part, whole)
 
     def all_gather(self, whole: torch.Tensor, part: torch.Tensor) -> None:
         """Put every rank's `part` into `whole` (flat) by rank order."""
-        _all_gather(whole, part)
+        with self._measure("all-gather", whole.nbytes):
+            _all_gather(whole, part)
 
     def all_to_all(
         self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
     ) -> None:
         """Send to each rank its elements of `sent` (flat), and put those of each into `received`, by rank order."""
-        torch_dist.all_to_all_single(received, sent, received_sizes, sent_sizes)
+        to_others = sum(sent_sizes) - sent_sizes[self.rank]
+        with self._measure("all-to-all", to_others * sent.element_size()):
+            torch_dist.all_to_all_single(received, sent, received_sizes, sent_sizes)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""

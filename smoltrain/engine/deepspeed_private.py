@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from smoltrain.distributed.communication import CollectiveKind, choose_reduce_scatter
 from smoltrain.distributed.stop import DEEPSPEED_LAUNCHER
+from smoltrain.distributed.world import World
 from smoltrain.engine import reshard
 from smoltrain.errors import Problem, UserError
 from smoltrain.files import first_line
@@ -60,12 +62,29 @@ _ZERO3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 _BF16 = "deepspeed.runtime.bf16_optimizer:BF16_Optimizer"
 _FRAGMENT = "deepspeed.utils.tensor_fragment"
 
+# By their names in DeepSpeed; None: a reduce-scatter, which is another kind on another device.
+COLLECTIVES: dict[str, CollectiveKind | None] = {
+    "all_reduce": "all-reduce",
+    "all_reduce_coalesced": "all-reduce",
+    "inference_all_reduce": "all-reduce",
+    "all_gather": "all-gather",
+    "all_gather_into_tensor": "all-gather",
+    "all_gather_coalesced": "all-gather",
+    "reduce_scatter": None,
+    "reduce_scatter_tensor": None,
+    "broadcast": "broadcast",
+    "reduce": "reduce",
+}
+
 # Owner -> names. A module or a class has the name; a function uses it in its code, as the name of what it calls, sets
 # or reads, or as a word of text: of attributes that `__init__` sets nothing else is known before there is an object.
 PRIVATE_NAMES = {
     # A C++ build of a minute that only CPU inference uses is put aside.
     "deepspeed.comm.torch": "build_shm_op",
     "deepspeed.comm.torch:TorchBackend.__init__": "build_shm_op",
+    # The object through which all of its collectives go.
+    "deepspeed.comm.comm": "cdb",
+    "deepspeed.comm.torch:TorchBackend": " ".join(COLLECTIVES),
     # Files: our own access to them, and what they are called.
     _ENGINE: "_get_all_ckpt_names _get_zero_param_shapes _copy_recovery_script",
     f"{_ENGINE}._save_zero_checkpoint": "_copy_recovery_script checkpoint_engine optimizer_state_dict",
@@ -181,6 +200,18 @@ def refuse_what_deepspeed_refuses(ds_config: str) -> Iterator[None]:
     except pydantic.ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise UserError(problem(saw=f"{error.title}: {', '.join(faults)}")) from None
+
+
+def meter_collectives(world: World) -> None:
+    """Have the collectives of DeepSpeed counted by the world's meter too, once DeepSpeed has joined its group.
+
+    Its own logger of them (comms_logger) would wait for the device after each, and keep a list that grows for ever.
+    """
+    backend = importlib.import_module("deepspeed.comm.comm").cdb
+    for name, kind in COLLECTIVES.items():
+        collective = functools.partial(getattr(type(backend), name), backend)  # an earlier engine's meter is replaced
+        kind_here = kind or choose_reduce_scatter(world.device.type)
+        setattr(backend, name, world.meter.metered(collective, kind_here, backend.get_world_size))
 
 
 def close_deepspeed() -> None:

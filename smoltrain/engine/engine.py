@@ -16,6 +16,7 @@ from smoltrain.engine.deepspeed_private import (
     ZERO_SUPPORTED_OPTIMIZERS,
     DeepSpeedZeroOptimizer,
     deepspeed,
+    meter_collectives,
     refuse_what_deepspeed_refuses,
 )
 from smoltrain.engine.deepspeed_steps import choose_deepspeed_steps
@@ -72,6 +73,7 @@ def build_engine(
         deepspeed_engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=tree, dist_init_required=False
         )
+    meter_collectives(world)
     apart = find_layers_apart(model)
     if apart is not None:
         saw = f"under engine.ds_config={config.engine.ds_config} the weights of {apart} do not lie side by side"

@@ -129,6 +129,8 @@ class NodeSpec:
 
 # NCCL's src/graph/tuning.cc, Ring/Simple, seconds: baseLat, and hwLat of NVLINK, PCI and NET.
 NCCL_CALL_S, NVLINK_HOP_S, PCIE_HOP_S, NET_HOP_S = 8.4e-6, 3.4e-6, 5.7e-6, 9.6e-6
+GLOO_HOP_LATENCIES = 2  # gloo/transport/tcp/pair.cc; measured as 2.1 over links of 10 ms
+GLOO_SEGMENT_BYTES = MIB  # gloo/allreduce.h: kMaxSegmentSize
 ETHERNET_HOP_S = 50e-6  # of TCP through two kernels and a switch: a guess
 GBIT = 1e9 / 8
 NODES = {

@@ -54,14 +54,14 @@ def build_network(device: DeviceSpec, rates: EfficiencyRates, world: int, wish: 
         within=replace(within, bytes_per_s=within.bytes_per_s * rates.link),
         between=replace(between, bytes_per_s=between.bytes_per_s * rates.network),
         call_s=0.0 if is_cpu else NCCL_CALL_S,
-        has_trees=not is_cpu,
+        backend="gloo" if is_cpu else "nccl",
     )
 
 
 def host_network(network: Network) -> Network:
     """The same for numbers of the hosts, which gloo sums up in a ring over TCP."""
     between = replace(network.between, latency_s=max(network.between.latency_s, ETHERNET_HOP_S))
-    return replace(network, between=between, call_s=0.0, has_trees=False)
+    return replace(network, between=between, call_s=0.0, backend="gloo")
 
 
 def describe_network(device: DeviceSpec, network: Network, world: int, wish: NetworkWish) -> str:

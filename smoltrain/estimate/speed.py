@@ -41,6 +41,8 @@ from smoltrain.estimate.traffic import list_collectives, list_number_exchanges, 
 from smoltrain.estimate.training_setup import TrainingSetup, model_shape
 from smoltrain.model.flops import flops_per_token
 
+MATRIX_EXCHANGES = 2  # all-to-alls of an update: matrices to their owners, and back (engine/matrix_exchange.py)
+
 
 @dataclass(frozen=True)
 class SpeedEstimate:
@@ -163,7 +165,8 @@ def orthogonalization_seconds(
     peak = device.fp32_flops if dtype == torch.float32 else device.half_flops
     computing = orthogonalization_operations(setup) / (peak * rates.newton_schulz)
     moving = orthogonalization_traffic_bytes(setup) / (device.bandwidth * rates.bandwidth)
-    return computing + moving + exchange_seconds(orthogonalization_sent_bytes(setup), setup.world, network)
+    sent = orthogonalization_sent_bytes(setup)
+    return computing + moving + exchange_seconds(sent, setup.world, network, MATRIX_EXCHANGES)
 
 
 def model_flops_utilization(setup: TrainingSetup, tokens_per_s: float, peak: float) -> float:

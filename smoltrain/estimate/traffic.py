@@ -8,15 +8,14 @@ Legend: N parameters, W ranks, A micro-batches of a rank and step, c bytes of a 
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
+from smoltrain.distributed.communication import CollectiveKind, choose_reduce_scatter, sent_bytes
 from smoltrain.engine.reduction import gradient_dtypes
 from smoltrain.estimate.collectives import Network, all_reduce_seconds, ring_seconds
-from smoltrain.estimate.constants import DEFAULT_PERSISTENCE_THRESHOLD, DEFAULT_REUSE_DISTANCE
+from smoltrain.estimate.constants import DEFAULT_PERSISTENCE_THRESHOLD, DEFAULT_REUSE_DISTANCE, SUM_BYTES
 from smoltrain.estimate.training_setup import TrainingSetup
 from smoltrain.kernels.precision import DTYPES
 
-CollectiveKind = Literal["reduce-scatter", "all-gather", "all-reduce"]
 STEP_NUMBERS_BYTES = 64  # losses, counts and flags of a step (train/step.py, train/taken_rows.py): latency is all
 
 
@@ -41,30 +40,43 @@ class Collective:
         return self.repetitions * self.calls * call_s
 
     def sent_bytes(self, world: int) -> float:
-        """By one rank in a step: x (W - 1) / W, of an all-reduce twice that."""
-        rounds = 2 if self.kind == "all-reduce" else 1
-        return rounds * self.repetitions * self.num_bytes * (world - 1) / world
+        """By one rank in a step."""
+        return self.repetitions * sent_bytes(self.kind, self.num_bytes, world)
 
 
 def list_collectives(setup: TrainingSetup, *, shared_memory: bool = False) -> list[Collective]:
     """Those of a step; `shared_memory`: the ranks of a CPU read each other's tensors (engine/shared_tensor.py)."""
     N, A = setup.shape.parameters, setup.accumulation
-    weights = N * setup.weight_bytes
     buckets = max(1, -(-N // setup.bucket))
-    scatter: CollectiveKind = "reduce-scatter"
-    if setup.device == "cpu" and not (shared_memory and setup.once_per_step):
-        scatter = "all-reduce"
+    scatter = choose_reduce_scatter(setup.device)
+    groups = _list_parameter_groups(setup)
+    weights = [Collective("weights", "all-gather", size * setup.weight_bytes, 1) for size in groups]
     if setup.once_per_step:
-        gradients = Collective("gradients", scatter, N * setup.gradient_sum_bytes, 1)
-        return [gradients, Collective("weights", "all-gather", weights, 1)]
+        kind = "reduce-scatter" if shared_memory else scatter
+        gradients = [Collective("gradients", kind, size * setup.gradient_sum_bytes, 1) for size in groups]
+        return [*gradients, *weights]
     reduced = N * DTYPES[gradient_dtypes(setup.ds_config).reduction].itemsize
     if setup.stage == 0:
         return [Collective("gradients", "all-reduce", reduced, 1, buckets)]
     if setup.stage < 3:
         repetitions = A if setup.stage == 2 else 1
-        gradients = Collective("gradients", "all-reduce", reduced, repetitions, buckets)
-        return [gradients, Collective("weights", "all-gather", weights, 1)]
+        gradients = [Collective("gradients", "all-reduce", reduced, repetitions, buckets)]
+        if setup.stage == 2 or setup.precision != "bf16":  # DeepSpeedZeroOptimizer: get_grad_norm_direct of each group
+            gradients.append(Collective("norms", "all-reduce", SUM_BYTES * len(groups), 1, len(groups)))
+        return [*gradients, *weights]
     return [Collective("gradients", scatter, reduced, A, buckets), *_list_zero3_gathers(setup)]
+
+
+def _list_parameter_groups(setup: TrainingSetup) -> list[int]:
+    """Elements of the optimizer's groups, each of which is exchanged by itself: matrices, and vectors, which do not
+    decay (engine/optimizer.py); Muon's tables have another learning rate than its hidden matrices."""
+    shape = setup.shape
+    tables = shape.vocabulary * shape.width * (1 if shape.tied else 2)
+    vectors = shape.parameters - shape.hidden_parameters - tables
+    sizes = [shape.hidden_parameters + tables, vectors]
+    if setup.newton_schulz_steps:
+        sizes = [shape.hidden_parameters, tables, vectors]
+    return [size for size in sizes if size > 0]
 
 
 def _list_zero3_gathers(setup: TrainingSetup) -> list[Collective]:

@@ -1,5 +1,8 @@
 """Warnings that a run's own numbers give: one line of advice each, None if there is nothing to warn of."""
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 from smoltrain.evaluation.memorisation import HELD_OUT, KIND_NAMES, RECALLED, WRITTEN, Memorisation
 
 # A gap between training and validation loss that is no memorisation: held-out documents that no row repeats were up to
@@ -10,6 +13,7 @@ MIN_GAP_SHARE = 0.15
 # not together, is known to about a tenth.
 MIN_COPIED_BEYOND = 0.1
 SLOW_DATA_SHARE = 0.05  # of a step
+SLOW_NETWORK_SHARE = 0.3  # of a step: a network that took no time would make it 1.4 times as fast
 
 
 def memorisation_warning(train_loss: float, validation_loss: float, epochs: float) -> str | None:
@@ -59,4 +63,32 @@ def slow_data_warning(wait_share: float) -> str | None:
     return (
         f"WARNING: {wait_share:.0%} of the step is spent waiting for data; prepare them ahead with `smoltrain prepare "
         "data`, or give each rank more CPU cores, a faster disk or network, or larger shards"
+    )
+
+
+def communication_share(steps: Iterable[Mapping[str, Any]]) -> float:
+    """Of the time of these steps, that in which no rank waited for another but all for the network; 0 for one rank.
+
+    A step's line has the seconds of the step before, so that the share is that of many steps, not of one.
+    """
+    told = [metrics for metrics in steps if "speed/communication_s" in metrics]
+    if not told:
+        return 0.0
+    waited_s = sum(metrics["speed/communication_s"] for metrics in told)
+    return waited_s / sum(metrics["speed/step_s"] for metrics in told)
+
+
+def slow_network_warning(share: float, sent_mb: float, *, each_micro_batch: bool, num_machines: int) -> str | None:
+    """One line with advice where steps wait for the network, by `communication_share`.
+
+    `sent_mb`: by a rank in a step. `each_micro_batch`: whether the recipe asks for gradients to be reduced so often.
+    """
+    if share <= SLOW_NETWORK_SHARE:
+        return None
+    way = "try engine.reduce_gradients=step, " if each_micro_batch else ""
+    link = ", or a faster link (`smoltrain check-hosts` measures it)" if num_machines > 1 else ""
+    return (
+        f"WARNING: {share:.0%} of the step is spent in communication between ranks, of which each sends "
+        f"{sent_mb:,.1f} MB; {way}more rows per step and rank (batch.rows_per_step, batch.accumulation), fewer "
+        f"ranks{link}"
     )

@@ -18,6 +18,7 @@ from smoltrain.config.config_file import CONFIG_FILE
 from smoltrain.config.load import read_run_config
 from smoltrain.errors import Problem, UserError
 from smoltrain.files import METRICS_FILE, read_jsonl
+from smoltrain.run.run_warnings import SLOW_NETWORK_SHARE, communication_share
 from smoltrain.run.time_left import (
     CLOSING_S,
     EVALUATION_S,
@@ -45,7 +46,7 @@ PARTS = {
 }
 SUMMED_UP = {
     "step", "time_s", *PARTS.values(), VALIDATION_LOSS, "validation/bits_per_byte", "speed/tokens_per_s", "speed/mfu",
-    "data/epochs", "train/skipped_updates",
+    "data/epochs", "train/skipped_updates", "speed/communication_s", "speed/communication_mb",
 }  # fmt: skip
 REPEATED = "steps done again"
 OTHER = "other"  # looking at gradients, logs, publishing between steps
@@ -82,6 +83,8 @@ class RunSummary:
     mfu: float | None  # over the time of the steps that have it
     num_epochs: float | None  # None where the data have no number of rows
     num_skipped: int  # updates
+    network_share: float  # of the steps' time; 0 on one rank
+    sent_mb: float  # by a rank in a step, the last one
     times: RunTimes | None  # None of an older run, which did not write them down
 
 
@@ -118,6 +121,8 @@ def summarise_lines(plan: Plan, folder: Path, lines: list[dict[str, Any]]) -> Ru
         mfu=sum(line["speed/mfu"] * line[STEP_S] for line in with_mfu) / mfu_s if mfu_s else None,
         num_epochs=last.get("data/epochs"),
         num_skipped=last.get("train/skipped_updates", 0),
+        network_share=communication_share(steps),
+        sent_mb=last.get("speed/communication_mb", 0.0),
         times=_add_up_times(lines, undone),
     )
 
@@ -195,6 +200,8 @@ def format_summary(summary: RunSummary) -> list[str]:
     rows.append(("tokens", f"{summary.num_tokens:,} in {summary.num_steps:,} steps{epochs}"))
     if summary.step_s:
         rows += _describe_speed(summary)
+    if summary.network_share:
+        rows += _describe_network(summary)
     if summary.num_skipped:
         rows.append(("skipped updates", f"{summary.num_skipped:,}"))
     rows.append(("time", _describe_time(summary)))
@@ -231,6 +238,15 @@ def _describe_speed(summary: RunSummary) -> list[tuple[str, str]]:
     if summary.times and summary.times.wall_s:
         text += f", {summary.times.num_tokens / summary.times.wall_s:,.0f} over all the time"
     return [("tokens/s", text), *([("MFU", f"{summary.mfu:.1%} in the steps")] if summary.mfu is not None else [])]
+
+
+def _describe_network(summary: RunSummary) -> list[tuple[str, str]]:
+    """(label, text) of what communication took, with a warning where that is much."""
+    sent = f"{summary.sent_mb:,.1f} MB sent by a rank in a step"
+    rows = [("communication", f"{summary.network_share:.1%} of the steps, {sent}")]
+    if summary.network_share > SLOW_NETWORK_SHARE:
+        rows.append(("  WARNING", "much: more rows per step, or see `smoltrain check-hosts`"))
+    return rows
 
 
 def _describe_time(summary: RunSummary) -> str:

@@ -5,7 +5,13 @@ from statistics import mean
 
 from smoltrain.evaluation.memorisation import find_reason_unknown
 from smoltrain.kernels.compile import note_compiled
-from smoltrain.run.run_warnings import copying_warning, memorisation_warning, slow_data_warning
+from smoltrain.run.run_warnings import (
+    communication_share,
+    copying_warning,
+    memorisation_warning,
+    slow_data_warning,
+    slow_network_warning,
+)
 from smoltrain.train.callbacks import CallbackFailed, run_callbacks
 from smoltrain.train.evaluate import evaluate_loss
 from smoltrain.train.evaluate_tasks import evaluate_run_tasks
@@ -37,6 +43,7 @@ def record(session: Session, step: int, result: StepResult) -> None:
     if len(session.recent) == session.recent.maxlen:
         wait_share = mean(recent.metrics["speed/data_wait_share"] for recent in session.recent)
         session.tracker.warn_once("slow data", slow_data_warning(wait_share))
+        session.tracker.warn_once("slow network", _warn_of_network(session))
     session.tracker.log_step(step, last_step, session.plan.phase(step).name, metrics)
     for note in session.loader.health.take_notes():
         session.tracker.say(note)
@@ -139,6 +146,15 @@ def record_closing(session: Session, step: int, closing_s: float) -> None:
     """Write down how long it took to leave the loop, if anything was done in it."""
     if session.start_was_logged:
         session.tracker.log_metrics(step, {"speed/closing_s": closing_s})
+
+
+def _warn_of_network(session: Session) -> str | None:
+    metrics = [recent.metrics for recent in session.recent]
+    return slow_network_warning(
+        communication_share(metrics), metrics[-1].get("speed/communication_mb", 0.0),
+        each_micro_batch=session.config.engine.reduce_gradients == "micro_batch",
+        num_machines=session.world.num_machines,
+    )  # fmt: skip
 
 
 def _measure_start(session: Session, work_s: float) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """All that is open while a run trains: rows, model, engine, records, checkpoints. open_session.py opens it."""
 
 import functools
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ class Session:
     start_was_logged: bool = False  # how long this start took, which its first line tells
     callbacks: Sequence[StepCallback] = ()
     tasks: "HarnessTasks | None" = None  # of the recipe, on rank 0
+    communication_s: float = math.nan  # in which this rank was in collectives, in the last step that was measured
     reads_late: bool = False  # what became of an update: when the next step's passes are under way (step.py)
 
     @functools.cached_property

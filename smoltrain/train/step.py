@@ -19,6 +19,7 @@ skipped: they count as the next try of the same step. So late or at once, every 
 settled state (an evaluation, a checkpoint, a callback) has its step read at once.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from smoltrain.distributed.communication import StepCommunication
 from smoltrain.engine.layer_gradients import summarize_layer_gradients
 from smoltrain.kernels.device_numbers import DeviceMoment, ReturningNumbers, send_numbers
 from smoltrain.train import bad_steps
@@ -101,12 +103,15 @@ def _start_passes(step: int, session: Session, tries: Tries) -> PassesUnderWay |
     if session.plan.resets_optimizer(step):  # a phase's first step: the one before it was awaited, and is saved
         session.engine.reset_optimizer()
     loader.set_source_mix(session.plan.mix(step))
+    take_moment = functools.partial(DeviceMoment, session.world.device)
     while True:
-        began = DeviceMoment(session.world.device)
+        began = take_moment()
+        communication = StepCommunication(take_moment)
+        session.world.meter.record_into(communication)
         taken = take_rows_together(session)
         if isinstance(taken, StopRequest):
             return taken
-        rows_came = DeviceMoment(session.world.device)
+        rows_came = take_moment()
         tries.digests.append(taken.totals.digests)
         if not session.guard.is_row_skipped(loader.rows_consumed):
             break
@@ -119,7 +124,8 @@ def _start_passes(step: int, session: Session, tries: Tries) -> PassesUnderWay |
         session.watchdog.mark("backward")
         # The engine's mean over ranks makes it the global mean.
         session.engine.backward(loss * (session.world.size / taken.totals.num_targets))
-    return PassesUnderWay(taken, losses, began, rows_came)
+    session.world.meter.record_into(None)
+    return PassesUnderWay(taken, losses, began, rows_came, communication)
 
 
 def start_update(step: int, passes: PassesUnderWay, session: Session, tries: Tries) -> UnreadUpdate:
@@ -128,9 +134,12 @@ def start_update(step: int, passes: PassesUnderWay, session: Session, tries: Tri
     loader = session.loader
     plan = session.plan
     taken = passes.taken
+    meter = session.world.meter
     session.watchdog.mark("reduction")
+    meter.record_into(passes.communication)
     squared_norm = engine.reduce()
-    from_host = send_numbers((taken.waited_s, peak_memory_gib(session.world)), squared_norm.device, torch.float64)
+    own = (taken.waited_s, peak_memory_gib(session.world), session.communication_s)
+    from_host = send_numbers(own, squared_norm.device, torch.float64)
     from_device = torch.stack((torch.stack(passes.losses).sum(), squared_norm))
     everyones = session.world.gather_numbers(torch.cat((from_device, from_host)))  # as RankNumbers
     loss_sum, squared_norm, *_ = everyones.sum(0).unbind()
@@ -138,12 +147,14 @@ def start_update(step: int, passes: PassesUnderWay, session: Session, tries: Tri
     largest = min(session.guard.largest_sound_loss(), LARGEST_FLOAT)
     is_sound = (mean_loss <= largest) & (mean_loss >= -LARGEST_FLOAT)  # not of nan
 
+    meter.record_into(None)
     before_inspection = DeviceMoment(session.world.device)
     session.watchdog.mark("gradients")
     inspects = plan.is_due(step, session.config.track.gradients_every)
     layer_gradients = summarize_layer_gradients(engine.gradients) if inspects else {}
-    meter = engine.watch_update() if inspects else None
+    update_meter = engine.watch_update() if inspects else None
     inspected = (before_inspection, DeviceMoment(session.world.device))
+    meter.record_into(passes.communication)
 
     session.watchdog.mark("update")
     outcome = engine.start_update(
@@ -153,7 +164,8 @@ def start_update(step: int, passes: PassesUnderWay, session: Session, tries: Tri
     verdict = torch.stack((mean_loss, outcome.gradient_norm.to(on_device), outcome.applied.to(on_device).double()))
     numbers = ReturningNumbers(torch.cat((everyones.flatten(), verdict)))
     ended = DeviceMoment(session.world.device)
-    layer_weights = meter.measure() if meter else {}
+    meter.record_into(None)
+    layer_weights = update_meter.measure() if update_meter else {}
     mix_begins = loader.mix_begins
     describe_rows = loader.hold_rows()
     loader.mark_consumed(taken.totals)
@@ -176,6 +188,7 @@ def _finish_update(update: UnreadUpdate, session: Session, tries: Tries) -> Step
         session.guard.record_loss(mean_loss, update.rows_consumed)
         digests = tries.take_first(update.num_tries)
         metrics = measure_step(update, mean_loss, ranks, session)
+        session.communication_s = update.passes.communication.seconds()
         return StepResult(
             digests, metrics=metrics, layer_gradients=update.layer_gradients, layer_weights=update.layer_weights,
             num_skipped=update.num_tries - 1,

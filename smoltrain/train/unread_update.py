@@ -1,12 +1,15 @@
 """An update that the device was given, before the host has read what became of it; and the metrics of its step then."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 
 from smoltrain.data.rows.row_contents import RowContents
+from smoltrain.distributed.communication import StepCommunication
 from smoltrain.distributed.memory_limits import read_peak_resident_bytes
 from smoltrain.distributed.world import World
 from smoltrain.engine.layer_gradients import LayerGradient
@@ -23,6 +26,7 @@ class RankNumbers(NamedTuple):
     squared_norm: float  # of its part of the gradient; 0 where DeepSpeed takes the norm
     waited_s: float  # for rows
     peak_gib: float  # memory so far
+    communication_s: float  # in collectives, of the last step that was measured; nan before there was one
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class PassesUnderWay:
     losses: list[torch.Tensor]  # of each micro-batch, summed over its tokens
     began: DeviceMoment
     rows_came: DeviceMoment
+    communication: StepCommunication
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,25 @@ def measure_step(update: UnreadUpdate, mean_loss: float, ranks: list[RankNumbers
         "speed/step_s": step_s,
         "speed/steps_per_s": 1 / step_s,
         "speed/data_wait_share": waited_s / step_s,
+        **_measure_communication(passes.communication, ranks),
         "memory/peak_gib": max(peak_memory_gib(session.world), *(rank.peak_gib for rank in ranks)),
     }
+
+
+def _measure_communication(communication: StepCommunication, ranks: list[RankNumbers]) -> dict[str, float]:
+    """Bytes of this step, seconds of the one before: a step's last collectives come after its exchange of numbers.
+
+    Whoever comes last to a collective waits for nobody, so that the rank with the fewest seconds tells those of the
+    network; what others wait beyond it they wait for slower ranks.
+    """
+    if len(ranks) == 1:
+        return {}
+    metrics = {"speed/communication_mb": communication.sent_bytes / 1e6}
+    seconds = [rank.communication_s for rank in ranks]
+    if not math.isnan(sum(seconds)):
+        metrics["speed/communication_s"] = min(seconds)
+        metrics["speed/rank_wait_s"] = fmean(seconds) - min(seconds)
+    return metrics
 
 
 def peak_memory_gib(world: World) -> float:

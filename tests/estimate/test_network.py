@@ -54,4 +54,4 @@ def test_what_is_asked_for_takes_the_place_of_what_is_usual():
     assert "8 ranks a node (assumed)" in says
     assert "between" not in says, "of one node"
     hosts = host_network(network)
-    assert (hosts.has_trees, hosts.between.latency_s) == (False, 50e-6), "gloo: rings over TCP"
+    assert (hosts.backend, hosts.between.latency_s) == ("gloo", 50e-6), "gloo: rings over TCP"

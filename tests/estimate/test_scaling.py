@@ -38,9 +38,9 @@ def test_what_is_no_world(text: str):
 def test_bytes_over_a_link_are_what_hand_computes():
     """135 million parameters, reduced once a step on two nodes of 8: 6 bytes each over a link that is all there is."""
     setup = make_setup("engine.reduce_gradients=step", recipe=SMOL, world=16, device="cuda")
-    network = Network(8, within=Link(1e30, 0.0), between=Link(1e9, 0.0), has_trees=False)
+    network = Network(8, within=Link(1e30, 0.0), between=Link(1e9, 0.0))
     seconds = communication_seconds(setup, network, backward_s=0.0)
-    tcp_hops_s = 2 * 50e-6  # of the hosts' numbers, around the ring and again
+    tcp_hops_s = 2 * 2 * 50e-6  # of the hosts' numbers, around the ring and again, two latencies each
     assert seconds == pytest.approx(6 * 134_515_008 * 15 / 16 / 1e9 + tcp_hops_s, rel=1e-6)
 
 

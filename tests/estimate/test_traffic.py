@@ -12,6 +12,7 @@ from smoltrain.config.load import DS_CONFIGS_FOLDER
 from smoltrain.estimate.traffic import list_collectives, overlapped_seconds, sent_bytes_per_step
 from smoltrain.estimate.training_setup import TrainingSetup
 from tests import tiny
+from tests.collective_bytes import CollectiveBytes
 from tests.engines import ROWS, Odd, T, V
 from tests.estimate.setups import SMOL, make_setup
 from tests.ranks import world
@@ -82,21 +83,12 @@ def test_overlap_is_only_where_the_engine_overlaps():
 def count_collectives(folder: Path, by: str) -> dict[str, int]:
     """Bytes of each kind of collective that the third step of an engine calls; runs on every rank."""
     import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
 
     from smoltrain.data.rows.batch import Batch
     from smoltrain.engine import shared_tensor
     from smoltrain.engine.engine import build_engine
 
-    class CountBytes(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "c10d":
-                tensors = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
-                counted[str(func).split(".")[1]] += max(tensor.nbytes for tensor in tensors)
-            return func(*args, **(kwargs or {}))
-
-    counted: Counter[str] = Counter()
+    counts = CollectiveBytes()
     settings = tiny.load(folder, f"engine.ds_config={folder / 'ds.json'}", "engine.precision=bf16",
         f"engine.reduce_gradients={by}", "batch.micro_batch=1", "track.gradients_every=0")  # fmt: skip
     accumulation = ROWS // world().size
@@ -104,12 +96,12 @@ def count_collectives(folder: Path, by: str) -> dict[str, int]:
         patch.setattr(shared_tensor, "_reserve_shared_memory", lambda _: None)  # as on two machines
         engine = build_engine(Odd(), settings, world(), precision="bf16", accumulation=accumulation)
         for step in range(3):  # ZeRO-3 knows the order of its modules after a step
-            with CountBytes() if step == 2 else torch.enable_grad():
+            with counts if step == 2 else torch.enable_grad():
                 ids = torch.randint(V, (ROWS, T + 1), generator=torch.Generator().manual_seed(step))
                 for row in ids[world().rank :: world().size]:
                     engine.backward(engine.forward(Batch(row[None].int())) / (ROWS * T))
                 engine.update(lr=1e-2, weight_decay=0.1)
-    return dict(counted)
+    return dict(counts.whole)
 
 
 @pytest.mark.slow

@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoltrain.evaluation.memorisation import Memorisation, NgramCount
-from smoltrain.run.run_warnings import copying_warning, memorisation_warning, slow_data_warning
+from smoltrain.run.run_warnings import (
+    communication_share,
+    copying_warning,
+    memorisation_warning,
+    slow_data_warning,
+    slow_network_warning,
+)
 
 LOSSES = st.floats(0, 20)
 
@@ -89,3 +95,20 @@ def test_waiting_for_data_is_told_past_a_twentieth():
     line = slow_data_warning(0.051)
     assert line
     assert line.startswith("WARNING: 5% of the step is spent waiting for data; prepare them ahead")
+
+
+def test_waiting_for_the_network_is_told_past_three_tenths_with_what_to_change():
+    steps = [{"speed/step_s": 9.0}, *[{"speed/step_s": 1.0, "speed/communication_s": told} for told in (0.2, 0.6)]]
+    assert communication_share(steps) == pytest.approx(0.4), "of the steps that tell it: the first of a start does not"
+    assert communication_share([{"speed/step_s": 1.0}]) == 0, "one rank"
+    assert slow_network_warning(0.3, 12.6, each_micro_batch=True, num_machines=2) is None
+    line = slow_network_warning(0.4, 12.6, each_micro_batch=True, num_machines=2)
+    assert line == (
+        "WARNING: 40% of the step is spent in communication between ranks, of which each sends 12.6 MB; try "
+        "engine.reduce_gradients=step, more rows per step and rank (batch.rows_per_step, batch.accumulation), fewer "
+        "ranks, or a faster link (`smoltrain check-hosts` measures it)"
+    )
+    here = slow_network_warning(0.4, 12.6, each_micro_batch=False, num_machines=1)
+    assert here
+    assert "reduce_gradients" not in here
+    assert "check-hosts" not in here

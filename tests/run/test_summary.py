@@ -67,6 +67,21 @@ def test_measuring_memorisation_is_a_part_of_its_own(tmp_path: Path, plan: Plan)
     assert (summary.times.parts["memorisation"], summary.times.parts["other"]) == pytest.approx((0.25, 0.25))
 
 
+def test_communication_is_told_of_several_ranks_and_warned_of_where_it_is_much(tmp_path: Path, plan: Plan) -> None:
+    def rows(communication_s: float) -> list[str]:
+        told = {"speed/communication_s": communication_s, "speed/communication_mb": 12.62}
+        lines = [ONE_START[0], *[line | told for line in ONE_START[1:3]], *ONE_START[3:]]
+        summary = summarise_run(plan, write(tmp_path / "run", lines))
+        return [row for row in format_summary(summary) if row.startswith(("  communication", "    WARNING"))]
+
+    assert rows(0.6) == ["  communication      20.0% of the steps, 12.6 MB sent by a rank in a step"]
+    assert rows(1.2) == [
+        "  communication      40.0% of the steps, 12.6 MB sent by a rank in a step",
+        "    WARNING          much: more rows per step, or see `smoltrain check-hosts`",
+    ]
+    assert not rows(0.0)
+
+
 def test_the_parts_add_up_to_the_wall_clock(tmp_path: Path, plan: Plan) -> None:
     summary = summarise_run(plan, write(tmp_path / "run", ONE_START))
     assert summary.times

@@ -81,10 +81,13 @@ def test_wandb_itself_says_nothing(story: Story) -> None:
         assert "wandb: " not in output.stdout + output.stderr
 
 
+OF_SEVERAL_RANKS = {"speed/communication_mb", "speed/communication_s", "speed/rank_wait_s"}  # tests/train/test_step.py
 # Of what is measured besides where a recipe asks for it: tests/train/test_evaluate_tasks.py, test_memorise.py there.
-ELSEWHERE = {"speed/task_evaluation_s", "speed/memorisation_s"} | {
-    name for name in METRICS if name.startswith("memorisation/")
-}
+ELSEWHERE = (
+    {"speed/task_evaluation_s", "speed/memorisation_s"}
+    | OF_SEVERAL_RANKS
+    | {name for name in METRICS if name.startswith("memorisation/")}
+)
 
 
 def test_every_listed_name_is_logged_and_no_other(story: Story) -> None:

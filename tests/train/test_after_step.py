@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from smoltrain.config.load import load_config
@@ -93,3 +94,33 @@ def start_by_the_clock() -> list[dict[str, float]]:
 
 def test_a_start_lasts_from_the_command_to_the_first_thing_that_is_done(ranks: Any) -> None:
     assert ranks(1).run(start_by_the_clock) == [[{"speed/start_s": 106.0}, {}]]
+
+
+def warnings_of_steps(folder: Any, communication_s: list[float]) -> list[tuple[int, str]]:
+    """(step, line) of what is warned of in steps of a second, of which so much is communication."""
+    from collections import deque
+
+    from smoltrain.train.step_result import StepResult
+    from tests.sessions import bare_session
+
+    warned: list[tuple[int, str]] = []
+    session = bare_session(tiny.load(folder), None, None)
+    session.start = SimpleNamespace(last_step=len(communication_s))
+    session.start_was_logged = True
+    session.loader = SimpleNamespace(health=SimpleNamespace(take_notes=list))
+    session.recent = deque(maxlen=3)
+    for step, seconds in enumerate(communication_s, start=1):
+        session.tracker = SimpleNamespace(
+            warn_once=lambda _, line, step=step: warned.append((step, line)) if line else None, log_step=lambda *_: None
+        )
+        numbers = {"speed/step_s": 1.0, "speed/data_wait_share": 0.0, "speed/communication_mb": 7.0}
+        session.record(step, StepResult(np.empty(0, np.uint64), metrics=numbers | {"speed/communication_s": seconds}))
+    return warned
+
+
+def test_a_network_is_warned_of_when_a_window_of_steps_has_waited_for_it(tmp_path: Any, ranks: Any) -> None:
+    [warned] = ranks(1).run(warnings_of_steps, tmp_path, [0.8, 0.0, 0.0, 0.0, 0.0, 0.8])
+    assert [step for step, _ in warned] == [], "the mean of three steps is what counts"
+    [warned] = ranks(1).run(warnings_of_steps, tmp_path, [0.9, 0.9, 0.1, 0.1, 0.1])
+    assert [step for step, _ in warned] == [3, 4], "the first that is known of three steps"
+    assert warned[0][1].startswith("WARNING: 63% of the step is spent in communication between ranks, of which each se")

@@ -16,6 +16,7 @@ from smoltrain.run.run_folder import SPIKES_FILE
 from smoltrain.schedule import Plan
 from smoltrain.train.spikes import read_spikes
 from tests import tiny
+from tests.collective_bytes import CollectiveBytes
 from tests.engines import fresh_model, loader_of, masked_engine, whole_state
 from tests.ranks import world
 from tests.sessions import bare_session, train_steps
@@ -228,13 +229,19 @@ def test_a_stop_never_waits_for_data(tmp_path: Path, ranks: Any) -> None:
 # ---- how often the ranks talk
 
 
-def host_collectives(settings: Config, several_hosts: bool) -> dict[str, Any]:
-    """How often host numbers were exchanged in a step, by method of World; barriers of shared memory apart."""
+def host_collectives(settings: Config, several_hosts: bool) -> tuple[dict[str, int], float, dict[str, Any]]:
+    """(how often host numbers were exchanged in a step, bytes that this rank sent in it, its metrics).
+
+    By method of World; barriers of shared memory apart. Rank r is said to be in collectives for 1 + 2r seconds a step.
+    """
+    from smoltrain.distributed.communication import StepCommunication
     from smoltrain.distributed.world import World
     from smoltrain.engine import shared_tensor
 
     counts: Counter[str] = Counter()
+    handed_over = CollectiveBytes()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StepCommunication, "seconds", lambda _: 1.0 + 2 * world().rank)
         if several_hosts:
             patch.setattr(shared_tensor, "_map_shared_memory", lambda *_: [])
         wrapped, here = engine_for(settings, settings.engine.precision), world()
@@ -256,23 +263,28 @@ def host_collectives(settings: Config, several_hosts: bool) -> dict[str, Any]:
                 return real(*args, **more)
 
             patch.setattr(World, name, counted)
-        train_steps(range(3, 4), session)  # in which nothing is due
+        with handed_over:
+            [result] = train_steps(range(3, 4), session)  # in which nothing is due
     counts["sum_ints"] -= counts["barrier"]  # which is one
-    return dict(counts)
+    return {name: num for name, num in counts.items() if num}, handed_over.sent(2), result.metrics
 
 
 @pytest.mark.parametrize(("stage", "precision", "reduce"), BOTH_WAYS)
-def test_ranks_exchange_host_numbers_twice_a_step(
+def test_ranks_exchange_host_numbers_twice_a_step_and_all_that_is_sent_is_counted(
     tmp_path: Path, ranks: Any, stage: int, precision: str, reduce: str
 ) -> None:
     words = (f"engine.ds_config=zero{stage}", f"engine.precision={precision}", f"engine.reduce_gradients={reduce}")
     settings = prepared(tmp_path, *words)
-    for counts in ranks(2).run(host_collectives, settings, True):
-        assert {name: num for name, num in counts.items() if num} == {"sum_ints": 1, "gather_numbers": 1}
+    for counts, sent, metrics in ranks(2).run(host_collectives, settings, True):
+        assert counts == {"sum_ints": 1, "gather_numbers": 1}
+        assert metrics["speed/communication_mb"] == sent / 1e6 > 0, "bytes as torch dispatches them, DeepSpeed's too"
+        assert metrics["speed/communication_s"] == 1.0, "the rank that was there shortest"
+        assert metrics["speed/rank_wait_s"] == (1.0 + 3.0) / 2 - 1.0
     if reduce == "step":
-        for counts in ranks(2).run(host_collectives, settings, False):
+        for counts, sent, metrics in ranks(2).run(host_collectives, settings, False):
             barriers = counts.pop("barrier")
-            assert {name: num for name, num in counts.items() if num} == {"sum_ints": 1, "gather_numbers": 1}
+            assert counts == {"sum_ints": 1, "gather_numbers": 1}
+            assert metrics["speed/communication_mb"] == sent / 1e6 < 0.01, "shared memory sends nothing"
             assert barriers <= 4, "on one machine, around the reads of two parameter groups in shared memory"
 
 
