@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from smoltrain.config.load import _collect_problems, config_to_yaml, load_config, read_run_config
+from smoltrain.config.load import config_to_yaml, load_config, read_run_config
+from smoltrain.config.load_problems import collect_problems
 from smoltrain.config.schema import MAX_INT, MAX_SEED, Config
 from smoltrain.config.yaml_text import apply_override, read_yaml
 from smoltrain.errors import Problem, UserError
@@ -41,7 +42,7 @@ def test_each_value_of_each_key_is_a_config_or_readable_lines(values: dict[str, 
         try:
             settings = Config.model_validate(mine)
         except ValidationError as error:
-            for line in map(str, _collect_problems(error, mine, Path("x.yaml"), [f"{key}={value}"]).values()):
+            for line in map(str, collect_problems(error, mine, Path("x.yaml"), [f"{key}={value}"]).values()):
                 assert line.isprintable(), "one line, that no terminal obeys"
                 assert len(line) < 3000
                 assert "Value error" not in line
