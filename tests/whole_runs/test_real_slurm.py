@@ -107,7 +107,9 @@ def test_who_is_a_rank_of_srun(slurm: Slurm, tmp_path: Path) -> None:
     assert said("srun", "--nodes=1", "--ntasks=2", str(probe)) == ["0 2 0 127.0.0.1", "1 2 1 127.0.0.1"]
     assert said("srun", "--ntasks=1", str(probe)) == nobody
     assert said("salloc", *layout, "sh", "-c", str(probe)) == nobody, "SLURM_NTASKS and so on, but no step"
-    assert said("script", "-qec", f"srun {' '.join(layout)} --pty {probe}", "/dev/null") == nobody
+    shell = f"srun {' '.join(layout)} --pty sh -c '{probe} >{tmp_path}/shell.$SLURM_PROCID'"
+    said("script", "-qec", shell, "/dev/null")  # srun makes a terminal only where it has one itself
+    assert (tmp_path / "shell.0").read_text().splitlines() == nobody, "task 0 alone has the terminal"
 
     nested = f"[ $SLURM_PROCID != 0 ] || sbatch --wait --output={tmp_path}/nested --wrap {probe}"
     said("srun", *layout, "sh", "-c", nested)
