@@ -112,12 +112,8 @@ def _orthogonalize_stack(matrices: list[Tensor], steps: int, dtype: torch.dtype)
     wide = [matrix for matrix in matrices if matrix.size(0) == m]
     tall = matrices[len(wide) :]
     X = matrices[0].new_empty(len(matrices), m, n, dtype=dtype)
-    for several, place in ((wide, X[: len(wide)]), (tall, X[len(wide) :].mT)):
-        if several:
-            stack = torch.stack(several)
-            norms = torch.linalg.vector_norm(stack, dim=(1, 2), keepdim=True)
-            torch.div(stack, norms.clamp_(min=SMALLEST_NORM), out=place)  # rounded on its way
-            del stack
+    _stack_normalized(wide, X[: len(wide)])
+    _stack_normalized(tall, X[len(wide) :].mT)
     for _ in range(steps):
         G = torch.bmm(X, X.mT)
         W = torch.baddbmm(G, G, G, beta=b, alpha=c)
@@ -127,6 +123,14 @@ def _orthogonalize_stack(matrices: list[Tensor], steps: int, dtype: torch.dtype)
         if len(place):
             results += torch.empty(place.shape, device=X.device).copy_(place).unbind()
     return results
+
+
+def _stack_normalized(matrices: list[Tensor], out: Tensor) -> None:
+    """Each over its norm, rounded to the dtype of `out` on its way."""
+    if matrices:
+        stack = torch.stack(matrices)
+        norms = torch.linalg.vector_norm(stack, dim=(1, 2), keepdim=True)
+        torch.div(stack, norms.clamp_(min=SMALLEST_NORM), out=out)
 
 
 def _orthogonalize_one(matrix: Tensor, steps: int, buffers: list[Tensor]) -> Tensor:
