@@ -60,6 +60,7 @@ def step_with_a_bad_gradient(settings: Config, precision: str) -> dict[str, Any]
     [first] = train_steps(range(1, 2), bare_session(settings, wrapped, loader))
     return {
         "reduction": wrapped.reduction,
+        "host wait": wrapped.host_wait,
         "skipped": first.num_skipped,
         "rows": loader.rows_consumed,
         "norm": first.metrics["train/grad_norm_before_clipping"],
@@ -76,6 +77,10 @@ def test_a_non_finite_gradient_is_skipped_and_counted_never_as_a_step(
     settings = prepared(tmp_path, *words)
     for seen in ranks(2).run(step_with_a_bad_gradient, settings, precision):
         assert ("DeepSpeed" in seen["reduction"]) == (reduce == "micro_batch"), seen["reduction"]
+        waits_for_deepspeed = seen["host wait"] == "DeepSpeed asks it for the norm of the gradient"
+        assert waits_for_deepspeed == (reduce == "micro_batch")
+        if reduce == "step":
+            assert seen["host wait"] == "the step of AdamW that runs here cannot be masked", "torch's plain one"
         assert seen["skipped"] == 1
         assert seen["rows"] == 2 * 8, "the spoilt rows are spent, the step took the next ones"
         assert math.isfinite(seen["norm"])
