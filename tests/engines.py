@@ -32,7 +32,7 @@ def fresh_model(settings: Config) -> Any:
 
 def masked_engine(settings: Config, masked_by: str, patch: pytest.MonkeyPatch) -> Any:
     """An engine whose update is masked by compiled loops (one pass), or by the step that runs on a GPU (own step)."""
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
     from smoltrain.engine.optimizer import OPTIMIZERS
 
     if masked_by == "own step":  # whose AdamW is torch's fused one, which a CPU has too
@@ -92,7 +92,7 @@ def refuse(engine: Any) -> float:
 
 
 def engine_of(settings: Config, seed: int) -> Any:
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
 
     torch.manual_seed(seed)
     accumulation = ROWS // world().size

@@ -86,6 +86,7 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         "torch's own, and one pass that is compared with it",
         "tests/engine/test_optimizer.py, tests/engine/test_once_per_step.py",
     ),
+    "smoltrain.engine.build_engine": ("makes what is tested", "tests/engine/test_engine.py, tests/engine/test_reduction.py"),
     "smoltrain.engine.master_weights": (
         "where the masters lie, for Muon and for the norms of layers",
         "tests/engine/test_muon.py, tests/engine/test_layer_weights.py",

@@ -17,7 +17,8 @@ from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.distributed.cpu_cores import bind_to_cpus
 from smoltrain.distributed.stop import StopFlag
 from smoltrain.distributed.world import World
-from smoltrain.engine.engine import Engine, build_engine
+from smoltrain.engine.build_engine import build_engine
+from smoltrain.engine.engine import Engine
 from smoltrain.errors import TrainingStopped, UserError
 from smoltrain.kernels.compile import build_headers_in_background
 from smoltrain.model.build import build_model

@@ -21,7 +21,7 @@ FACTS: dict[str, Any] = {
 
 def trained(settings: Config, steps: int) -> tuple[Any, Any, Plan]:
     """An engine and its loader after some steps, on this rank; 8 rows per step on one rank or two."""
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
 
     here, plan, accumulation = world(), Plan(settings.phases), 4 // world().size
     torch.manual_seed(here.rank)

@@ -19,7 +19,7 @@ def trained(settings: Config, compiles: bool) -> tuple[list[float], dict[str, to
     """(losses, weights, graphs) of four steps; runs on every rank. Traced as ever, run by torch's own kernels."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
     from smoltrain.model.decoder import _run_blocks_and_norm
 
     counter = CompileCounterWithBackend("aot_eager")

@@ -34,7 +34,7 @@ def settings_of(folder: Path, stage: int, precision: str, by: str) -> Config:
 
 
 def engine_of(settings: Config) -> Any:
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
 
     torch.manual_seed(1)
     accumulation = ROWS // world().size

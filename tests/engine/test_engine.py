@@ -28,7 +28,7 @@ def engine_losses(
     settings: Config, precision: str, steps: int
 ) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """(losses, gradient norms, weights) of `steps` real training steps; runs on every rank."""
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
 
     here = world()
     wrapped = build_engine(fresh_model(settings), settings, here, precision=precision, accumulation=2)
@@ -159,7 +159,7 @@ def test_bf16_with_fp32_accumulation_equals_plain_torch(
 
 def run_of(settings: Config) -> tuple[Any, Loader]:
     """An engine, and the loader of the same rows on any number of ranks."""
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
 
     here, accumulation = world(), ROWS // world().size
     precision = settings.engine.precision
@@ -259,6 +259,6 @@ def test_a_config_that_deepspeed_refuses_is_one_readable_line(
 
 
 def build(settings: Config) -> None:
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
 
     build_engine(fresh_model(settings), settings, world(), precision="bf16", accumulation=2)

@@ -20,7 +20,7 @@ from tests.sessions import bare_session, train_steps
 
 def trained(settings: Config, fused: bool) -> tuple[list[float], dict[str, Any], int]:
     """(losses, the whole state of the optimizer, matrix products of a micro-batch); runs on every rank."""
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
 
     torch.manual_seed(settings.run.seed)
     recompute: Any = settings.engine.gradient_checkpointing

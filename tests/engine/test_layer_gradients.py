@@ -181,7 +181,7 @@ def fresh_model(settings: Config) -> Any:
 
 def engine_norms(settings: Config) -> tuple[dict[str, float], dict[str, int], float]:
     """(norm per layer, histogram's count per layer, DeepSpeed's own norm) of one step; runs on every rank."""
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
 
     here = world()
     wrapped = build_engine(fresh_model(settings), settings, here, precision="fp32", accumulation=ACCUMULATION)

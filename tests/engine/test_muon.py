@@ -267,7 +267,7 @@ def test_the_momentum_is_of_gradients_without_the_loss_scale(tmp_path: Path, ran
 
 def compiled_losses(settings: Config) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Twelve steps with passes that torch.compile has made; runs on every rank."""
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
 
     here = world()
     with newton_schulz_in_fp32():

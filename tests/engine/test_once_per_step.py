@@ -26,7 +26,7 @@ def settings_of(folder: Path, *options: str) -> Config:
 
 
 def wrap(settings: Config, compiles: bool = False) -> Any:
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
 
     precision, accumulation = settings.engine.precision, settings.batch.accumulation or 1
     return build_engine(
@@ -193,7 +193,7 @@ class Unused(torch.nn.Module):
 
 def without_the_second(settings: Config) -> list[float]:
     """Gradient norms of the second layer: reached, not reached, reached; runs on every rank."""
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
 
     net = Unused()
     wrapped = build_engine(net, settings, world(), precision="fp32", accumulation=1)

@@ -105,8 +105,8 @@ def test_on_a_gpu_it_is_once_per_step_wherever_the_sums_fit() -> None:
 
 def is_zero_optimizer(settings: Config) -> tuple[bool, str]:
     """(whether DeepSpeed took the class that OncePerStep works on, the engine's line); runs on every rank."""
+    from smoltrain.engine.build_engine import build_engine
     from smoltrain.engine.deepspeed_private import DeepSpeedZeroOptimizer
-    from smoltrain.engine.engine import build_engine
 
     precision = settings.engine.precision
     engine = build_engine(Odd(), settings, world(), precision=precision, accumulation=2)

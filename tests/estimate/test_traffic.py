@@ -86,7 +86,7 @@ def count_collectives(folder: Path, by: str) -> dict[str, int]:
 
     from smoltrain.data.rows.batch import Batch
     from smoltrain.engine import shared_tensor
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
 
     counts = CollectiveBytes()
     settings = tiny.load(folder, f"engine.ds_config={folder / 'ds.json'}", "engine.precision=bf16",

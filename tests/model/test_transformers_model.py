@@ -380,7 +380,7 @@ def test_zero_2_trains_it_as_plain_torch_does(tmp_path: Path, ranks: Any, monkey
 
 def dtypes(settings: Any) -> tuple[set[torch.dtype], set[torch.dtype]]:
     """Of the parameters and of the buffers behind a bf16 engine; runs on every rank."""
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
 
     wrapped = build_engine(build_model(settings.model), settings, world(), precision="bf16", accumulation=2)
     return {p.dtype for p in wrapped.module.parameters()}, {b.dtype for b in wrapped.module.buffers()}

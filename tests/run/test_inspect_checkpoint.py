@@ -36,7 +36,7 @@ def test_the_loss_is_that_of_the_run_in_fp32_too_and_with_a_document_mask(tmp_pa
 
 def save_one(settings: Config, precision: str, wandb_id: str, identity: RunIdentity) -> None:
     """On every rank: one step and its checkpoint."""
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
 
     here, plan, accumulation = world(), Plan(settings.phases), 4 // world().size
     wrapped = build_engine(fresh_model(settings), settings, here, precision=precision, accumulation=accumulation)

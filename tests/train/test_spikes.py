@@ -195,7 +195,7 @@ def steps_with(
 
     `late`: as on a GPU, where the host reads of an update when the next step is under way.
     """
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
     from smoltrain.train import step
 
     here = world()

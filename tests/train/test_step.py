@@ -30,7 +30,7 @@ BOTH_WAYS = [
 
 
 def engine_for(settings: Config, precision: str) -> Any:
-    from smoltrain.engine.engine import build_engine
+    from smoltrain.engine.build_engine import build_engine
 
     return build_engine(fresh_model(settings), settings, world(), precision=precision, accumulation=2)
 
