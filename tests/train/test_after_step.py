@@ -100,6 +100,7 @@ def warnings_of_steps(folder: Any, communication_s: list[float]) -> list[tuple[i
     """(step, line) of what is warned of in steps of a second, of which so much is communication."""
     from collections import deque
 
+    from smoltrain.train.after_step import record
     from smoltrain.train.step_result import StepResult
     from tests.sessions import bare_session
 
@@ -114,7 +115,7 @@ def warnings_of_steps(folder: Any, communication_s: list[float]) -> list[tuple[i
             warn_once=lambda _, line, step=step: warned.append((step, line)) if line else None, log_step=lambda *_: None
         )
         numbers = {"speed/step_s": 1.0, "speed/data_wait_share": 0.0, "speed/communication_mb": 7.0}
-        session.record(step, StepResult(np.empty(0, np.uint64), metrics=numbers | {"speed/communication_s": seconds}))
+        record(session, step, StepResult(np.empty(0, np.uint64), metrics=numbers | {"speed/communication_s": seconds}))
     return warned
 
 
