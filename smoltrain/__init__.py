@@ -79,7 +79,7 @@ def _import_room(module: str) -> ModuleType:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])
 
 
 class _TrainRoom(ModuleType):
@@ -94,6 +94,7 @@ class _TrainRoom(ModuleType):
         documents: Iterable[str] | None = None,
         model: "nn.Module | Callable[[], nn.Module] | None" = None,
     ) -> "Run":
+        """Train a config, or go on where its run folder stands: help("smoltrain.library.training.train") says how."""
         function = _import_room("library.training").train
         return function(config, ranks=ranks, callbacks=callbacks, documents=documents, model=model)
 

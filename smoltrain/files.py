@@ -4,6 +4,7 @@ A write is atomic by a rename: a reader, or a crash, sees either the old file or
 where tensors are written or read: whoever only looks at a run's records does not wait for it.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -81,10 +82,18 @@ def resolve_inside(folder: Path, name: str, change: str) -> Path:
 
 
 def write_text_file(path: Path, text: str) -> None:
-    """Replace a whole file so that a reader, or a crash, sees either the old or the new one."""
+    """Replace a whole file so that a reader, or a crash, sees either the old or the new one.
+
+    Errors: OSError, after which nothing is left of the new one.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    commit_file(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        commit_file(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def commit_file(written: Path, final: Path) -> None:

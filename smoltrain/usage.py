@@ -39,7 +39,8 @@ def describe_wrong_call(error: Any) -> Problem:
 def describe_unknown_verb(word: str, verbs: list[str], command: str) -> Problem:
     """The first word is no verb of `command`."""
     change = f"the command line; {command} --help lists them"
-    return Problem(f"{command} has no such verb", repr(word), suggest_choice(word, verbs), change)
+    want = f"--{word}" if word in ("help", "version") else suggest_choice(word, verbs)
+    return Problem(f"{command} has no such verb", repr(word), want, change)
 
 
 def _suggest_option(word: str, options: Iterable[str]) -> str:

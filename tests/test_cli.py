@@ -300,7 +300,7 @@ def test_the_summary_of_a_run_is_read_from_its_folder(run: Run, tmp_path: Path):
     assert (code, err) == (0, "")
     assert out.startswith("done: 9 of 550 steps\n")
     assert "\n  time               10.0 s in 1 start\n" in out
-    assert out.endswith("the other 541 steps: the same command, without run.stop_after\n")
+    assert out.endswith("next:\n  to go on with the other 541 steps: the same command\n")
     assert run("summary", "yours")[0] == 2
 
 

@@ -34,6 +34,7 @@ def test_an_interrupted_write_leaves_what_was_there(
     with pytest.raises(OSError, match="No space left"):
         files.write_text_file(path, "the new text")
     assert (path.read_text(encoding="utf-8") if path.exists() else None) == old
+    assert [p.name for p in tmp_path.iterdir()] == ["file"] * (old is not None), "nor anything beside it"
     monkeypatch.undo()
     files.write_text_file(path, "the new text")
     assert path.read_text(encoding="utf-8") == "the new text"

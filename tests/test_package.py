@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import pydoc
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 def test_every_name_of_all_is_there_and_documented(name: str) -> None:
     value = getattr(smoltrain, name)
     assert inspect.getdoc(value)
-    assert name in dir(smoltrain)
+    assert set(dir(smoltrain)) == {*smoltrain.__all__, "__version__"}, "what a notebook completes"
     if inspect.isclass(value):
         members = [getattr(value, member) for member in vars(value) if not member.startswith(("_", "model_"))]
         assert all(inspect.getdoc(member) for member in members)
@@ -31,6 +32,8 @@ def test_a_name_that_is_none_is_said_so() -> None:
 
 def test_train_is_the_function_although_a_folder_has_its_name() -> None:
     assert sys.modules["smoltrain.train"] is smoltrain.train
+    assert 'help("smoltrain.library.training.train")' in str(inspect.getdoc(smoltrain.train))
+    assert "callbacks: Each is called after every step" in pydoc.render_doc("smoltrain.library.training.train")
     called = inspect.signature(smoltrain.train)
     assert list(called.parameters) == list(inspect.signature(train).parameters)
     defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}

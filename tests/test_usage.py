@@ -58,3 +58,4 @@ def test_an_option_without_its_value_and_one_with_a_value_too_many():
 def test_a_wrong_verb():
     line = "tool has no such verb: saw 'mkae', want 'make' (the nearest valid one); change the command line; "
     assert str(describe_unknown_verb("mkae", ["make", "break"], "tool")) == line + "tool --help lists them"
+    assert describe_unknown_verb("help", ["heal"], "tool").want == "--help", "as `git help` is typed"

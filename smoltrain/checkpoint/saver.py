@@ -247,16 +247,22 @@ def _write_rank_files(folder: Path, tensors: dict[str, Any], weights: dict[str, 
     }
 
 
+def check_free_space(run: Path, needed: int) -> None:
+    """Errors: UserError if the disk of a run's folder cannot hold a checkpoint of `needed` bytes."""
+    free = shutil.disk_usage(run).free
+    if free < needed + SPARE_BYTES:
+        checkpoints = run / "checkpoints"
+        left = describe_last_checkpoint(checkpoints)
+        want = f"{(needed + SPARE_BYTES) / 2**20:,.0f} MiB for the next checkpoint; {left}"
+        raise UserError(Problem("the disk is nearly full", f"{free / 2**20:,.0f} MiB free", want, str(checkpoints)))
+
+
 def _prepare_folder(checkpoints: Path, temporary: Path, needed: int) -> None:
     """Make the temporary folder. Errors: UserError if the disk cannot hold `needed` bytes, or cannot be written."""
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         delete_path(temporary)
-        free = shutil.disk_usage(checkpoints).free
-        if free < needed + SPARE_BYTES:
-            left = describe_last_checkpoint(checkpoints)
-            want = f"{(needed + SPARE_BYTES) / 2**20:,.0f} MiB for the next checkpoint; {left}"
-            raise UserError(Problem("the disk is nearly full", f"{free / 2**20:,.0f} MiB free", want, str(checkpoints)))
+        check_free_space(checkpoints.parent, needed)
         temporary.mkdir()
     except OSError as error:
         what = "checkpoints cannot be written there"

@@ -24,11 +24,11 @@ def prepare_tokenizer_command(
 @prepare.command("data", cls=OverridesCommand, epilog="Example: smoltrain prepare data quickstart data.cache=tokens")
 def prepare_data_command(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Tokenise a run's data ahead, once; goes on where it was stopped. Unless data.mode says stream, all of them."""
-    from smoltrain.config.load import load_config
+    from smoltrain.config.load_to_train import load_config_to_train
     from smoltrain.data.tokens.load_prepared import run_tokens_folder
     from smoltrain.data.tokens.prepare import prepare_run_data
 
-    settings = load_config(recipe, overrides or [])
+    settings = load_config_to_train(recipe, overrides or [])
     prepared = prepare_run_data(settings, ahead=True)
     print(prepared.describe_tokenizer())
     print(prepared.describe())

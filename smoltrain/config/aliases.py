@@ -195,6 +195,7 @@ ALIAS_TABLE = (
         "ranks world world_size nproc nproc_per_node n_gpu n_gpus num_gpus num_devices num_processes gpus devices ngpu",
         f"{NO_KEY}: --ranks {{value}} of `smoltrain train` (under torchrun --nproc-per-node)",
     ),
+    ("help", f"{NO_KEY}: `smoltrain train --help` tells of the command, `smoltrain explain` of the keys"),
     ("local_rank node_rank nnodes num_nodes master_port", f"{NO_KEY}: the launcher says it (torchrun, deepspeed)"),
     ("do_train do_eval eval_only", f"{NO_KEY}: `smoltrain train` trains, and evaluates every evaluate.every steps"),
     ("push_to_hub hub_model_id", f"{NO_KEY}: `smoltrain push RUN OWNER/NAME`, afterwards"),
@@ -206,7 +207,7 @@ ALIASES = {word: answer for words, answer in ALIAS_TABLE for word in words.split
 SWITCH_WORDS = (
     "bf16 fp16 fp32 half torch_compile use_compile compile_model streaming use_cpu no_cuda use_liger_kernel use_wandb",
     "wandb_log enable_wandb flash_attn use_flash_attn use_flash_attention use_gradient_checkpointing do_train do_eval",
-    "use_muon nesterov use_nesterov muon_nesterov",
+    "use_muon nesterov use_nesterov muon_nesterov help",
     "eval_only auto_resume resume overwrite overwrite_output_dir load_best_model_at_end push_to_hub early_stopping",
 )
 SWITCHES = frozenset(word for words in SWITCH_WORDS for word in words.split())

@@ -145,9 +145,14 @@ def read_key_options(words: list[str], own_options: Mapping[str, bool] = {}) -> 
                 found += leading
         else:
             *parents, last = option.removeprefix("--").split(".")
-            key = ".".join([*parents, last.replace("-", "_")])
-            if not equals:
-                value = _take_value(key, rest, own_options)
+            last = last.replace("-", "_")
+            negated = last.removeprefix("no_")
+            if not equals and negated != last and bool in _annotations(negated):  # as argparse's BooleanOptionalAction
+                last = negated
+                value = "false"
+            elif not equals:
+                value = _take_value(last, rest, own_options, option)
+            key = ".".join([*parents, last])
             (found if has_plain_word else leading).append(f"{key}={value}")
     return [*found, *([] if has_plain_word else leading), *rest]
 
@@ -161,17 +166,23 @@ def _is_misspelt_option(option: str, own_options: Mapping[str, bool]) -> bool:
     return bool(difflib.get_close_matches(name, known, n=1, cutoff=NEAR))
 
 
-def _take_value(key: str, rest: list[str], own_options: Mapping[str, bool]) -> str:
-    """The value of `--key`, taken from the words behind it. Errors: UserError if there is none and it needs one."""
-    last = key.rpartition(".")[2]
-    annotations = [field.annotation for name, field in _list_fields() if name == last]
+def _annotations(last: str) -> list[Any]:
+    """The types of all keys that end so."""
+    return [field.annotation for name, field in _list_fields() if name == last]
+
+
+def _take_value(last: str, rest: list[str], own_options: Mapping[str, bool], option: str) -> str:
+    """The value of an option, taken from the words behind it. Errors: UserError if there is none and it needs one.
+
+    `last` is the last part of its key.
+    """
+    annotations = _annotations(last)
     is_switch = last in SWITCHES or bool in annotations
     has_word = bool(rest) and not (rest[0].startswith("--") or rest[0] in own_options or OVERRIDE.match(rest[0]))
     if has_word and (not is_switch or rest[0].lower() in YES_WORDS):
         return rest.pop(0)
     is_known = last in ALIASES or bool(annotations)
     if is_known and not is_switch and "Literal" not in str(annotations):  # whose choices the next error lists
-        option = f"--{key}"
         raise UserError(Problem(f"{option} has no value", "nothing behind it", f"{option}=VALUE", "the command line"))
     return "true"
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from smoltrain.config.config_file import CONFIG_FILE, RUNS_FOLDER
 from smoltrain.config.keys import expand_override, find_full_keys, suggest_key
 from smoltrain.config.load_problems import collect_problems, locate_key
 from smoltrain.config.older_keys import update_sections
@@ -27,6 +28,8 @@ from smoltrain.redact import redact_tree
 RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"  # inside the package, so that a wheel has them too
 DS_CONFIGS_FOLDER = Path(__file__).parents[1] / "ds_configs"
 DEFAULT_RECIPE = "quickstart"  # of commands that name none
+YAML_SUFFIXES = (".yaml", ".yml")  # of a recipe's file
+RECIPE_WORDS = ("config", "config_file", "recipe", "yaml")  # by which other trainers take theirs
 
 
 def list_recipes() -> dict[str, Path]:
@@ -66,6 +69,8 @@ def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any]
     provenance = values.pop("provenance", None)  # a run's own config.yaml is a recipe too
     if provenance:
         update_sections(values)
+        if isinstance(values.get("run"), dict):
+            values["run"].pop("stop_after", None)  # the phase that its newest start was in: said of that start alone
     _apply_wandb_environment(values)
     problems: list[Problem] = []
     given = overrides
@@ -73,7 +78,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any]
     for short in given:
         override = expand_override(short, values)
         overrides.append(override)
-        problem = _find_ambiguity(override, values) or apply_override(values, override)
+        problem = _find_misplaced_recipe(short) or _find_ambiguity(override, values) or apply_override(values, override)
         if problem:
             problems.append(problem)
     drop_replaced_keys(values, overrides)
@@ -123,8 +128,8 @@ def redacted_config(config: Config) -> dict[str, Any]:
     return values | {"data": redact_tree(values["data"])}
 
 
-def stop_after_phase(config: Config, phase: str) -> Config:
-    """The same, to be trained up to the end of this phase."""
+def stop_after_phase(config: Config, phase: str | None) -> Config:
+    """The same, to be trained up to the end of this phase; None is the last one."""
     return config.model_copy(update={"run": config.run.model_copy(update={"stop_after": phase})})
 
 
@@ -178,11 +183,15 @@ def _find_recipe(recipe: str) -> Path:
     if recipe in shipped:
         return shipped[recipe]
     path = Path(recipe)
-    if path.suffix in (".yaml", ".yml"):
+    if path.suffix in YAML_SUFFIXES:
         if path.exists():
             return path
         raise UserError(Problem("the recipe file is missing", str(path), "an existing YAML file", "the first argument"))
     want = f"{suggest_choice(recipe, shipped)}, or a path to a .yaml file"
+    for there in (Path(f"{recipe}.yaml"), path / CONFIG_FILE, RUNS_FOLDER / path / CONFIG_FILE):
+        if there.is_file():
+            want = f"the path to its file, {there}"
+            break
     raise UserError(Problem("no such recipe", repr(recipe), want, "the first argument"))
 
 
@@ -199,6 +208,14 @@ def _problems_without_overrides(
         known_whats = {problem.what for problem in known}
         return [problem for problem in error.problems if problem.what not in known_whats]
     return []
+
+
+def _find_misplaced_recipe(word: str) -> Problem | None:
+    """What is wrong with `--config mine.yaml`, as others take a recipe: run.recipe would be its name, and no more."""
+    key, _, text = word.partition("=")
+    if key not in RECIPE_WORDS or not text.endswith(YAML_SUFFIXES):
+        return None
+    return Problem("the recipe is not given by a key", f"{key}={text}", f"{text} as the first word", "the command line")
 
 
 def _find_ambiguity(override: str, values: dict[str, Any]) -> Problem | None:

@@ -3,7 +3,7 @@
 import json
 import numbers
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,14 @@ def format_overrides(overrides: Sequence[str] | Mapping[str, Any], sections: Map
 
     Errors: UserError for a key that is no text, and a value that no recipe can hold.
     """
-    if isinstance(overrides, str):
+    if isinstance(overrides, str) or not isinstance(overrides, Iterable):
         raise UserError(Problem("overrides are not a list", format_value(overrides), "a list or mapping", "overrides"))
     if not isinstance(overrides, Mapping):
-        return [*overrides, *_format_tree(sections, "")]
+        words = list(overrides)
+        for word in words:
+            if not isinstance(word, str):
+                raise UserError(Problem("an override is no text", format_value(word), "section.key=value", "overrides"))
+        return [*words, *_format_tree(sections, "")]
     return [*_format_tree(overrides, ""), *_format_tree(sections, "")]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from smoltrain.errors import Problem, UserError
 from smoltrain.evaluation.judge import LoadedJudge
 from smoltrain.evaluation.results import Evaluation, TaskDetails, write_evaluation
+from smoltrain.files import describe_error
 from smoltrain.inference.device import move_to_best_device
 from smoltrain.inference.load import LoadedModel, load_trained_model
 from smoltrain.terminal import show_activity
@@ -26,7 +27,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class ModelEvaluation:
-    """What came of it, and where it stands; None for a Hugging Face folder, which is left as it is."""
+    """What came of it, and where it stands; None for a Hugging Face folder, which is left as it is, or if it cannot."""
 
     evaluation: Evaluation
     file: Path | None
@@ -59,7 +60,14 @@ def evaluate_model(
         for name in results.metrics
     }  # fmt: skip
     evaluation = Evaluation(step=loaded.step or 0, tasks=results.metrics, details=details)
-    file = None if loaded.step is None else write_evaluation(loaded.folder, evaluation)
+    if loaded.step is None:
+        return ModelEvaluation(evaluation, None, results.notes)
+    try:
+        file = write_evaluation(loaded.folder, evaluation)
+    except (OSError, UserError) as error:  # the numbers, which took a while, are printed all the same
+        reason = describe_error(error) if isinstance(error, OSError) else str(error)
+        lost = f"WARNING: these numbers are not kept in the run's folder: {reason}"
+        return ModelEvaluation(evaluation, None, (*results.notes, lost))
     return ModelEvaluation(evaluation, file, results.notes)
 
 

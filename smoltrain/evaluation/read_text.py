@@ -25,7 +25,8 @@ def read_file_documents(path: Path, text_field: str) -> Iterator[Iterator[str]]:
     Errors: UserError for a file that cannot be read, and for a record or a byte that is no text: nothing is left out.
     """
     if not path.is_file():
-        raise UserError(Problem("there is no such file", str(path), "a file of text", "the FILE argument"))
+        what = "this is no file" if path.exists() else "there is no such file"
+        raise UserError(Problem(what, str(path), "a file of text", "the FILE argument"))
     shard = Shard(path.name, str(path), path.stat().st_size, "")
     if not has_fields(path.name):
         yield _read_pieces(shard)

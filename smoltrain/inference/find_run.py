@@ -12,7 +12,7 @@ from smoltrain.checkpoint.manifest import (
     verify_checkpoint,
 )
 from smoltrain.config.config_file import CONFIG_FILE, RUNS_FOLDER
-from smoltrain.errors import Problem, UserError
+from smoltrain.errors import Problem, UserError, format_value
 
 CHECKPOINT_FOLDER_PATTERN = re.compile(r"step-([0-9]{8,})")  # the name of a published checkpoint's folder
 
@@ -70,5 +70,5 @@ def find_checkpoint_folder(run: Path, step: int, change: str) -> Path:
     steps = list_checkpoint_steps(checkpoints)
     if step not in steps:
         want = f"one of {', '.join(map(str, steps))}" if steps else "a run that has saved one"
-        raise UserError(Problem("no checkpoint of this step", str(step), want, change))
+        raise UserError(Problem("no checkpoint of this step", format_value(step), want, change))
     return step_folder(checkpoints, step)

@@ -3,6 +3,7 @@
 Legend: B batch (1 here), T tokens, V vocabulary.
 """
 
+import numbers
 import secrets
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from smoltrain.config.schema import MAX_SEED, GenerationSection
-from smoltrain.errors import Problem, TrainingStopped, UserError
+from smoltrain.errors import Problem, TrainingStopped, UserError, format_value
 from smoltrain.model.interface import LanguageModel
 
 MAX_DRAWN_SEED = 999_999  # short enough to be typed again
@@ -23,9 +24,9 @@ def draw_seed() -> int:
 
 
 def check_seed(seed: int, change: str = "the seed") -> None:
-    """Errors: UserError for one out of range."""
-    if not 0 <= seed <= MAX_SEED:
-        raise UserError(Problem("the seed is out of range", str(seed), f"0 to {MAX_SEED}", change))
+    """Errors: UserError for one out of range, and for what is no whole number."""
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed <= MAX_SEED:
+        raise UserError(Problem("the seed is out of range", format_value(seed), f"0 to {MAX_SEED}", change))
 
 
 def sample_token(logits_V: Tensor, settings: GenerationSection, greedy: bool, generator: torch.Generator) -> int:

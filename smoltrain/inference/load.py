@@ -91,8 +91,8 @@ class LoadedModel:
 
 
 def check_prompt_is_text(prompt: str) -> None:
-    """Errors: UserError for a prompt with surrogates, which is how Python reads bytes that are no UTF-8."""
-    if any("\ud800" <= character <= "\udfff" for character in prompt):
+    """Errors: UserError for a prompt with surrogates, which is how Python reads bytes that are no UTF-8; for no str."""
+    if not isinstance(prompt, str) or any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UserError(Problem("the prompt is not text", format_value(prompt), "text in UTF-8", "the prompt"))
 
 

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from smoltrain.config.keys import read_key_options
-from smoltrain.config.load import load_config, split_recipe_words
+from smoltrain.config.load import split_recipe_words
+from smoltrain.config.load_to_train import load_config_to_train
 from smoltrain.config.schema import Config
 from smoltrain.console import guard_console
 from smoltrain.distributed.peers import find_peer_watch, leave_peers
@@ -135,7 +136,7 @@ def read_words(words: list[str]) -> "tuple[Config, Start | None]":
 
         start = unpack_start(sys.stdin.buffer)
         return start.config, start
-    return load_config(*split_recipe_words(read_key_options(words))), None
+    return load_config_to_train(*split_recipe_words(read_key_options(words))), None
 
 
 def keep_freed_memory() -> None:

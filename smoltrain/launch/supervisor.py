@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from rich.console import Console
 
-from smoltrain.config.load import load_config, stop_after_phase
+from smoltrain.config.load import stop_after_phase
+from smoltrain.config.load_to_train import load_config_to_train
 from smoltrain.config.schema import Config, PhaseSection
 from smoltrain.distributed.world import choose_device
 from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepspeed_text
@@ -34,7 +35,7 @@ def supervise_run(recipe: str, overrides: list[str], ranks: int | None = None, b
     The command began at `began_at` (seconds since 1970), now by default.
     Errors: UserError before any process starts, for whatever can be known by then.
     """
-    return supervise_config(lambda: load_config(recipe, overrides), [recipe, *overrides], ranks, began_at)
+    return supervise_config(lambda: load_config_to_train(recipe, overrides), [recipe, *overrides], ranks, began_at)
 
 
 def supervise_config(

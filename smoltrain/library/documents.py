@@ -7,10 +7,11 @@ import contextlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from smoltrain.config.rules import find_contradictions
 from smoltrain.config.schema import Config, DataSection, SourceSection
-from smoltrain.errors import Problem, UserError, format_value
+from smoltrain.errors import Problem, UserError, abbreviate_list, format_value
 from smoltrain.files import file_sha256
 from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
 
@@ -23,8 +24,7 @@ def write_documents(config: Config, documents: Iterable[str]) -> Config:
     Errors: UserError for what is no text, for no document at all, for documents that are not those of the run's first
     start, and for what does not fit the rest of the config.
     """
-    if isinstance(documents, str):
-        raise UserError(Problem("documents is one text", format_value(documents), "texts, in a list say", "documents"))
+    _check_iterable(documents)
     path = config.run_folder / DOCUMENTS_FILE
     own = {name: getattr(config.data, name) for name in DataSection.model_fields if name not in _source_keys()}
     config = config.model_copy(update={"data": DataSection(path=str(path), **own)})
@@ -37,6 +37,22 @@ def write_documents(config: Config, documents: Iterable[str]) -> Config:
     finally:
         unlock_run_folder(lock)
     return config
+
+
+def _check_iterable(documents: Any) -> None:
+    """Errors: UserError for what is not iterated text by text: a single one, a path, a table that gives its names."""
+    want = "texts, in a list say"
+    if isinstance(documents, str):
+        raise UserError(Problem("documents is one text", format_value(documents), want, "documents"))
+    if not isinstance(documents, Iterable):
+        raise UserError(Problem("documents cannot be iterated", format_value(documents), want, "documents"))
+    keys: Any = getattr(documents, "keys", None)  # of a dict, a DataFrame; a Series has them too, and gives its values
+    if callable(keys):
+        names = list(documents)
+        given: Any = keys()
+        if names == list(given):
+            saw = f"{type(documents).__name__} with {abbreviate_list(list(map(str, names)))}"
+            raise UserError(Problem("documents gives names, not texts", saw, f"{want}, or one column", "documents"))
 
 
 def _source_keys() -> set[str]:

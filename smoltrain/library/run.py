@@ -10,7 +10,7 @@ from torch import nn
 
 from smoltrain.checkpoint.manifest import list_checkpoint_steps
 from smoltrain.config.config_file import CONFIG_FILE
-from smoltrain.config.load import read_run_config
+from smoltrain.config.load import read_run_config, stop_after_phase
 from smoltrain.config.schema import Config
 from smoltrain.export.export import export_model
 from smoltrain.files import METRICS_FILE, read_jsonl
@@ -52,8 +52,8 @@ class Run:
 
     @functools.cached_property
     def config(self) -> Config:
-        """The config of its newest start."""
-        return read_run_config(self.folder / CONFIG_FILE)
+        """The config of its newest start, for all phases of the plan: which one that start was in is not said of it."""
+        return stop_after_phase(read_run_config(self.folder / CONFIG_FILE), None)
 
     @functools.cached_property
     def _plan(self) -> Plan:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import nn
 
 from smoltrain.config.schema import Config, OwnModelSection
-from smoltrain.errors import DONE, INTERRUPTED, STOPPED, Problem, TrainingStopped, UserError
+from smoltrain.errors import DONE, INTERRUPTED, STOPPED, Problem, TrainingStopped, UserError, format_value
 from smoltrain.launch.in_process import train_in_process
 from smoltrain.launch.supervisor import supervise_config
 from smoltrain.library.documents import write_documents
@@ -45,7 +45,7 @@ def train(
         UserError: For what cannot run, before the first step.
         TrainingStopped: When the run itself went wrong.
     """
-    _check_seams(ranks, callbacks, model)
+    _check_seams(config, ranks, callbacks, model)
     if documents is not None:
         config = write_documents(config, documents)
     if model is not None:
@@ -58,8 +58,17 @@ def train(
         return Run(config.run_folder, stop_reason=train_in_process(config, callbacks))
 
 
-def _check_seams(ranks: int | None, callbacks: Sequence[StepCallback], model: object) -> None:
-    """Errors: UserError for what other processes cannot be given."""
+def _check_seams(config: object, ranks: int | None, callbacks: Sequence[StepCallback], model: object) -> None:
+    """Errors: UserError for arguments of another kind, and for what other processes cannot be given."""
+    if not isinstance(config, Config):
+        raise UserError(
+            Problem("this is no config", format_value(config), "what smoltrain.load_config returns", "config")
+        )
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        want = "functions, in a list say"
+        raise UserError(Problem("callbacks are not valid", format_value(callbacks), want, "callbacks"))
+    if model is not None and not callable(model):  # a module is, too
+        raise UserError(Problem("this is no model", format_value(model), "a torch module, or a function", "model"))
     given = {"callbacks": bool(callbacks), "model": model is not None}
     names = [name for name, is_given in given.items() if is_given]
     if ranks is not None and names:

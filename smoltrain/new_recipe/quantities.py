@@ -14,7 +14,7 @@ def parse_option_count(text: str, option: str, least: int, most: int) -> int:
     match = COUNT.fullmatch(text.strip())
     number = float(match[1].replace("_", "")) * TOKEN_UNITS[match[2].upper()] if match else 0.0
     if not least <= number <= most:
-        want = f"{format_count(least)} to {format_count(most)}, as in 20M, 1.5B or 400_000"
+        want = f"{format_count(least)} to {format_count(most)}, as in {format_count(least)} or {least:_}"
         raise UserError(Problem(f"{option} is not valid", format_value(text), want, option))
     return round(number)
 

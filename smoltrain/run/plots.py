@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from smoltrain.errors import Problem, UserError
+from smoltrain.files import describe_error
 from smoltrain.run.axis_ticks import format_ticks, pick_linear_ticks, pick_log_ticks
 from smoltrain.run.run_metrics import RunMetrics, read_run_metrics
 from smoltrain.run.run_title import describe_run_title
@@ -66,7 +68,7 @@ def steps_to_plot(plan: Plan, most: int = 4000) -> list[int]:
 def draw_run(plan: Plan, run: Path) -> list[Path]:
     """Draw a run's metrics.jsonl under run/plots: loss.png, and training.png with every panel; the files written.
 
-    Errors: UserError if the run has not trained a step yet.
+    Errors: UserError if the run has not trained a step yet, or they cannot be written.
     """
     from matplotlib.figure import Figure
 
@@ -87,8 +89,13 @@ def draw_run(plan: Plan, run: Path) -> list[Path]:
             draw(axes, PlacedCurves(metrics, axis))
         _add_token_axis(column[0], axis.ticks_of(*metrics.series("data/tokens"), character=WIDE))
         figure.align_ylabels()
-        _save_figure(figure, column, axis, title, run / "plots" / name)
-        written.append(run / "plots" / name)
+        path = run / "plots" / name
+        try:
+            _save_figure(figure, column, axis, title, path)
+        except OSError as error:  # a full disk, another's folder
+            want = "a folder that can be written"
+            raise UserError(Problem("the curves cannot be written", describe_error(error), want, str(path))) from None
+        written.append(path)
     return written
 
 

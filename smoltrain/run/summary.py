@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from smoltrain.checkpoint.manifest import list_checkpoint_steps
 from smoltrain.config.config_file import CONFIG_FILE
 from smoltrain.config.load import read_run_config
 from smoltrain.errors import Problem, UserError
@@ -190,7 +191,7 @@ def describe_run(plan: Plan, folder: Path) -> str:
     Every line fits 80 columns, as far as the folder's name lets it. Errors: those of `summarise_run`.
     """
     summary = summarise_run(plan, folder)
-    return "\n".join([*format_summary(summary), *_list_next_commands(summary)])
+    return "\n".join([*format_summary(summary), *_list_next_commands(summary, plan)])
 
 
 def format_summary(summary: RunSummary) -> list[str]:
@@ -269,17 +270,21 @@ def format_seconds(seconds: float) -> str:
     return f"{hours:,}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _list_next_commands(summary: RunSummary) -> list[str]:
+def _list_next_commands(summary: RunSummary, plan: Plan) -> list[str]:
     """What to do with a run: commands that a shell can be given as they are, and how it goes on."""
     bin_folder = Path(os.path.relpath(Path(sys.executable).parent))
     command = shlex.quote(str(bin_folder / "smoltrain"))
     folder = shlex.quote(str(summary.folder))
-    lines = ["next:", f"  {command} generate {folder} --prompt 'To be'", f"  {command} export {folder}"]
+    lines = ["next:"]
+    if list_checkpoint_steps(summary.folder / "checkpoints"):
+        lines += [f"  {command} generate {folder} --prompt 'To be'", f"  {command} export {folder}"]
     if list(summary.folder.glob("wandb/offline-run-*")):
         lines.append(f"  {shlex.quote(str(bin_folder / 'wandb'))} sync {folder}/wandb/offline-run-*")
     left = summary.last_step - summary.step
     if left > 0:
-        lines.append(f"  to go on with the other {left:,} steps: the same command, without run.stop_after")
+        is_end = summary.step > 0 and plan.ends_phase(summary.step)
+        stopped = ", without run.stop_after" if is_end else ""  # else a signal or an error ended it
+        lines.append(f"  to go on with the other {left:,} steps: the same command{stopped}")
     else:
         lines.append("  to train longer: one more phase in the recipe, and the same command again")
     return lines

@@ -7,6 +7,7 @@ step's evaluation, samples and checkpoint. It decides nothing: what is due does 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from smoltrain.errors import Problem, UserError, format_value
 from smoltrain.run.track import CUSTOM_PREFIX
 
 # (step, the step's metrics by name) -> metrics of one's own by name, or nothing.
@@ -25,8 +26,24 @@ def run_callbacks(callbacks: Sequence[StepCallback], step: int, metrics: Mapping
     custom: dict[str, float] = {}
     for callback in callbacks:
         try:
-            for name, value in (callback(step, dict(metrics)) or {}).items():
-                custom[CUSTOM_PREFIX + str(name).removeprefix(CUSTOM_PREFIX)] = float(value)
+            custom |= _read_metrics(callback(step, dict(metrics)))
         except Exception as error:
             raise CallbackFailed(f"a callback failed after step {step}") from error
+    return custom
+
+
+def _read_metrics(returned: Any) -> dict[str, float]:
+    """The numbers that a callback returned, as they are logged. Errors: UserError for anything else."""
+    if returned is None or returned is False:  # the latter of `step % 10 == 0 and print(step)`
+        return {}
+    want = "numbers by name, in a dict, or None"
+    if not isinstance(returned, Mapping):
+        raise UserError(Problem("a callback returned no metrics", format_value(returned), want, "callbacks"))
+    custom: dict[str, float] = {}
+    for name, value in returned.items():
+        try:
+            custom[CUSTOM_PREFIX + str(name).removeprefix(CUSTOM_PREFIX)] = float(value)
+        except (TypeError, ValueError, RuntimeError):  # the last is torch's, for a tensor of several numbers
+            saw = f"{name}: {format_value(value)}"
+            raise UserError(Problem("a callback returned no number", saw, want, "callbacks")) from None
     return custom

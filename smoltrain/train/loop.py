@@ -5,7 +5,7 @@ import time
 
 from smoltrain.distributed.stop import StopFlag
 from smoltrain.distributed.world import World
-from smoltrain.errors import DONE, STOPPED
+from smoltrain.errors import DONE, STOPPED, UserError
 from smoltrain.run.plots import draw_run
 from smoltrain.train import after_step
 from smoltrain.train.describe import describe_completion
@@ -66,8 +66,7 @@ def _leave(session: Session, step: int, *, waited_for_data: bool = False) -> int
     with session.tracker.show_activity("saving"):
         session.saver.finish()
     is_last = step == session.start.last_step
-    if is_last and session.world.is_first:
-        draw_run(session.plan, session.folder.path)
+    curves = _draw_curves(session) if is_last and session.world.is_first else ""
     after_step.record_closing(session, step, time.perf_counter() - began_s)
     reason = gather_stop_reason(session.world, session.stop)
     if reason:
@@ -78,9 +77,18 @@ def _leave(session: Session, step: int, *, waited_for_data: bool = False) -> int
         return STOPPED
     completion = describe_completion(session.plan, step)
     session.tracker.record_ending("done", completion)
-    plots = session.folder.path / "plots"
-    session.tracker.say(f"{session.config.run.name}: {completion}; the curves are in {plots}")
+    session.tracker.say(f"{session.config.run.name}: {completion}{curves}")
     return DONE
+
+
+def _draw_curves(session: Session) -> str:
+    """Draw the run, which is saved by now; where, for its last line. What cannot be written is warned of."""
+    try:
+        draw_run(session.plan, session.folder.path)
+    except UserError as error:
+        session.tracker.say(f"WARNING: {error}; `smoltrain plot` draws them at any time")
+        return ""
+    return f"; the curves are in {session.folder.path / 'plots'}"
 
 
 def gather_stop_reason(world: World, stop: StopFlag) -> str | None:

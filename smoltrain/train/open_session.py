@@ -9,7 +9,7 @@ import torch
 
 from smoltrain.checkpoint.manifest import WEIGHTS_FILE
 from smoltrain.checkpoint.restore import restore_checkpoint
-from smoltrain.checkpoint.saver import CheckpointSaver
+from smoltrain.checkpoint.saver import CheckpointSaver, check_free_space
 from smoltrain.config.config_file import CONFIG_FILE
 from smoltrain.config.schema import Config
 from smoltrain.data.rows.loader import Loader
@@ -81,6 +81,9 @@ def open_session(
         if start.point.manifest and start.point.checkpoint:
             seed = config.run.seed
             restore_checkpoint(start.point.checkpoint, start.point.manifest, engine, loader, world, seed=seed)
+
+        if done < start.last_step:  # known now, or when the steps until the first checkpoint would be lost
+            world.run_on_first_rank(lambda: check_free_space(config.run_folder, engine.checkpoint_bytes))
 
         # ---- nothing refuses any more: what the run writes down
         watchdog.mark("records")

@@ -19,7 +19,8 @@ TYPED = {
     "warmup_steps=5": "Trainer", "wandb_project=mine": "nanoGPT", "sequence_length=64": "everybody",
     "temperature=0.7": "everybody", "every=10": "a guess", "name=first": "a guess", "--lr 1e-3": "argparse",
     "--weight-decay=0.01": "argparse", "--seed 7": "argparse", "--phases.main.lr 1e-3": "torchtitan",
-    "--keep-best": "a flag", "--bf16": "Trainer", "phases.lr=1e-3": "a guess", "main.lr=1e-3": "a guess",
+    "--keep-best": "a flag", "--no-keep-best": "argparse", "--bf16": "Trainer",
+    "phases.lr=1e-3": "a guess", "main.lr=1e-3": "a guess",
     "optimizer.lr=1e-3": "torchtitan", "training.steps=100": "torchtitan", "train.max_tokens=3e9": "litgpt",
     "epochs=3": "everybody", "num_train_epochs=3": "Trainer", "max_steps=100": "Trainer", "max_iters=100": "nanoGPT",
     "batch_size=8": "nanoGPT", "per_device_train_batch_size=8": "Trainer", "gradient_accumulation_steps=4": "Trainer",
@@ -43,7 +44,7 @@ TYPED = {
     "dataset_name=roneneldan/TinyStories": "Trainer", "train_file=mine.txt": "Trainer", "nproc_per_node=2": "torchrun",
     "num_gpus=2": "DeepSpeed", "push_to_hub=true": "Trainer", "max_new_tokens=50": "transformers",
     "batch.accumulation=1e1": "a number", "phases.main.steps=10k": "a number", "phases.main.steps=1.5": "a number",
-    "zzz=1": "nobody",
+    "--config mine.yaml": "litgpt", "--help": "everybody", "zzz=1": "nobody",
 }  # fmt: skip
 
 

@@ -66,11 +66,37 @@ def test_a_recipe_may_be_any_yaml_file(tmp_path: Path):
     ("recipe", "message"),
     [
         ("quikstart", "no such recipe: saw 'quikstart', want 'quickstart' (the nearest valid one), or a path to"),
+        ("/dev/stdin", "no such recipe: saw '/dev/stdin', want one of quickstart"),
         ("gone.yaml", "the recipe file is missing: saw gone.yaml, want an existing YAML file"),
     ],
 )
 def test_a_recipe_that_does_not_exist(recipe: str, message: str):
     assert str(problem(recipe=recipe)).startswith(message)
+
+
+@pytest.mark.parametrize("word", ["config=my.yaml", "recipe=/a/my.yml", "config_file=my.yaml"])
+def test_a_recipe_that_is_given_by_a_key_does_not_train_another(word: str) -> None:
+    file = word.partition("=")[2]
+    assert f"the recipe is not given by a key: saw {word}, want {file} as the first word" in str(problem(word))
+    assert load_config(EXAMPLE, ["run.recipe=my.yaml"]).run.recipe == "my.yaml", "the key itself, spelled out"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "file"),
+    [
+        ("tiny", "tiny.yaml"),
+        ("down/tiny", "down/tiny.yaml"),
+        ("runs/a", "runs/a/config.yaml"),
+        ("a", "runs/a/config.yaml"),
+    ],
+)
+def test_a_recipe_without_the_end_of_its_name(
+    recipe: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text("", encoding="utf-8")
+    assert problem(recipe=recipe).want == f"the path to its file, {file}"
 
 
 @pytest.mark.parametrize(

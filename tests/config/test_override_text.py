@@ -47,6 +47,8 @@ def test_none_true_and_paths(tmp_path: Path) -> None:
         ({"sample.prompts": [b"x"]}, "sample.prompts cannot have such a value: saw b'x'"),
         ({1: 2}, "a key is no text: saw 1"),
         ("phases.main.steps=1", "overrides are not a list"),
+        (None, "overrides are not a list"),
+        ([3], "an override is no text: saw 3, want section.key=value"),
         ({"phases.main.stepz": 1}, "unknown key phases.main.stepz"),
     ],
 )

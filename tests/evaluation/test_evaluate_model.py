@@ -78,6 +78,12 @@ def test_the_numbers_are_printed_and_kept(run: Path, exported: Path, capsys: pyt
     assert code == 0, err
     assert json.loads(out)["tasks"].keys() == {"smoltrain_sentences"}
     assert sorted(path.name for path in exported.iterdir() if "eval" in path.name) == []
+    file.write_text("damaged")
+    code, out, err = call(capsys, "eval", run, "--tasks", "smoltrain_sentences", "--limit", 1, "--checkpoint", 8)
+    assert (code, file.read_text()) == (0, "damaged"), err
+    assert out.startswith("smoltrain_sentences  acc ")
+    assert "WARNING: these numbers are not kept in the run's folder: an evaluation cannot be read: " in out
+    file.unlink()
 
 
 def test_perplexity_is_printed_for_each_file_and_for_all(

@@ -71,3 +71,5 @@ def test_what_is_no_text_is_refused(tmp_path: Path, name: str, content: bytes, m
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such file"):
         read(tmp_path / "gone.txt")
+    with pytest.raises(UserError, match="this is no file"):
+        read(tmp_path)

@@ -165,6 +165,7 @@ def test_a_run_whose_tokenizer_was_exchanged(run: Path):
     assert "want at most the model's 320" in problem(run)
     (run / "tokenizer" / TOKENIZER_FILE).unlink()
     assert problem(run).startswith("the tokenizer is missing")
+    assert problem(run).endswith(f"want {TOKENIZER_FILE} as it was written; change the folder {run / 'tokenizer'}")
 
 
 # --- Hugging Face folders

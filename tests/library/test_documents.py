@@ -27,6 +27,17 @@ def test_texts_are_written_as_they_are_and_become_the_data(tmp_path: Path) -> No
     assert path.stat().st_mtime_ns == modified
 
 
+def test_the_column_of_a_table_is_texts_and_the_table_is_names(tmp_path: Path) -> None:
+    import pandas  # which datasets and gradio bring
+
+    table = pandas.DataFrame({"text": ["one", "two"], "url": ["", ""]})
+    with pytest.raises(UserError, match="documents gives names, not texts: saw DataFrame with text, url"):
+        write_documents(load_tiny(tmp_path, "a"), table)
+    assert not (tmp_path / "a").exists()
+    own = write_documents(load_tiny(tmp_path, "a"), table["text"])
+    assert Path(str(own.data.path)).read_text(encoding="utf-8") == '{"text": "one"}\n{"text": "two"}\n'
+
+
 def fail() -> Iterator[str]:
     yield "first"
     raise RuntimeError("of the program")
@@ -37,6 +48,8 @@ def fail() -> Iterator[str]:
     [
         ([], UserError, "there are no documents"),
         ("one text", UserError, "documents is one text"),
+        ({"text": ["a", "b"]}, UserError, "documents gives names, not texts: saw dict with text"),
+        (Path("texts"), UserError, "documents cannot be iterated: saw PosixPath"),
         (["a", 3], UserError, "document 2 is no text: saw int 3"),
         (["a", b"b"], UserError, "document 2 is no text: saw bytes b'b'"),
         (["b", "a"], UserError, "the documents are not those of the run: saw other texts"),

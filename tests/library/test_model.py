@@ -1,6 +1,7 @@
 """smoltrain.load: text as the command writes it, and a loss that a plain loop gives too."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -56,6 +57,16 @@ def test_mistakes_are_the_users_to_read(model: smoltrain.Model, tmp_path: Path) 
         smoltrain.load(tmp_path)
     with pytest.raises(smoltrain.UserError, match="there is no text"):
         model.loss("")
+    wrong: Any
+    for wrong in (None, 5, ["a", "list"], "half a \ud800"):
+        with pytest.raises(smoltrain.UserError, match="the prompt is not text"):
+            model.generate(wrong)
+        with pytest.raises(smoltrain.UserError, match="want a str that UTF-8 can spell; change the text"):
+            model.loss(wrong)
+    with pytest.raises(smoltrain.UserError, match="the seed is out of range: saw 'a'"):
+        model.generate(seed=cast(Any, "a"))
+    with pytest.raises(smoltrain.UserError, match="no checkpoint of this step: saw '2', want one of 2, 3"):
+        smoltrain.load(model._loaded.folder, cast(Any, "2"))
     with pytest.raises(smoltrain.UserError, match=r"generation\.top_p is not valid"):
         model.generate(top_p=2.0)
     with pytest.raises(smoltrain.UserError, match="the prompt is too long"):

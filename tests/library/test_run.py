@@ -1,6 +1,7 @@
 """smoltrain.Run reads what a run has written."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,11 @@ def test_samples_config_and_curves(trained: Trained, monkeypatch: pytest.MonkeyP
 
 def test_a_run_that_has_saved_nothing_is_not_finished(trained: Trained, tmp_path: Path) -> None:
     (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "config.yaml").write_bytes((trained.run.folder / "config.yaml").read_bytes())
+    text = (trained.run.folder / "config.yaml").read_text(encoding="utf-8")
+    text = re.sub(r"stop_after: \w+\n", "stop_after: main\n", text)  # as a run that ended within main has it
+    (tmp_path / "new" / "config.yaml").write_text(text, encoding="utf-8")
+    assert "stop_after: main" in text
+    assert smoltrain.Run(tmp_path / "new").config == trained.run.config, "whatever phase its newest start was in"
     run = smoltrain.Run(tmp_path / "new", stop_reason="SIGINT")
     assert (run.step, run.is_finished, run.metrics()["step"].tolist(), run.samples()) == (0, False, [], [])
     assert repr(run).endswith(": step 0 of 3, stopped by SIGINT>")

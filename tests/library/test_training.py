@@ -51,6 +51,21 @@ def test_what_is_the_programs_own_trains_in_its_process_alone(tmp_path: Path, se
     assert not (tmp_path / "never").exists()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"config": "quickstart"}, "this is no config: saw 'quickstart', want what smoltrain.load_config returns"),
+        ({"callbacks": print}, "callbacks are not valid: saw <built-in function print>, want functions, in a list"),
+        ({"callbacks": [print, None]}, "callbacks are not valid"),
+        ({"model": "gpt2"}, "this is no model: saw 'gpt2', want a torch module, or a function"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused_before_a_step(tmp_path: Path, wrong: Any, said: str) -> None:
+    with pytest.raises(smoltrain.UserError, match=said):
+        smoltrain.train(**({"config": load_tiny(tmp_path, "never")} | wrong))
+    assert not (tmp_path / "never").exists()
+
+
 def test_ranks_are_processes_of_the_supervisor_whose_codes_become_words(
     trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:

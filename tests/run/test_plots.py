@@ -135,6 +135,14 @@ def test_a_run_without_a_step_is_refused(tmp_path: Path):
         draw_run(Plan((MAIN,)), tmp_path)
 
 
+def test_curves_that_cannot_be_written_are_one_line(tmp_path: Path):
+    write_metrics(tmp_path, 4)
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "loss.png").mkdir()
+    with pytest.raises(UserError, match="the curves cannot be written: saw Is a directory: "):
+        draw_run(Plan((MAIN, AFTER)), tmp_path)
+
+
 def test_a_grid_becomes_a_png(tmp_path: Path):
     rates = {1e-3: "1e-3", 2e-3: "2e-3", 4e-3: "4e-3"}
     adamw = GridCurve("kind adamw", [(1e-3, 5.0), (2e-3, 4.5)], [(1e-3, 5.1), (1e-3, 4.9), (2e-3, 4.5)], [4e-3])

@@ -219,6 +219,7 @@ def test_a_run_without_a_step_or_a_validation_has_a_summary(tmp_path: Path, plan
 def test_the_commands_can_be_given_to_a_shell(tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "two words; $HOME", [step_line(12, 1.0)])
     (folder / "wandb" / "offline-run-1").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000012").mkdir(parents=True)
     monkeypatch.setattr("sys.executable", str(tmp_path / "my bin" / "python"))
     monkeypatch.chdir(tmp_path)
     lines = describe_run(plan, folder).split("next:\n")[1].splitlines()
@@ -235,3 +236,10 @@ def test_a_run_that_stopped_after_a_phase_says_how_it_goes_on(tmp_path: Path, pl
     text = describe_run(plan, write(tmp_path / "run", [step_line(8, 1.0)]))
     assert text.endswith("\n  to go on with the other 4 steps: the same command, without run.stop_after")
     assert "sync" not in text
+
+
+def test_a_run_that_ended_within_a_phase_was_not_told_to(tmp_path: Path, plan: Plan) -> None:
+    text = describe_run(plan, write(tmp_path / "run", [step_line(7, 1.0)]))
+    assert text.endswith("\nnext:\n  to go on with the other 5 steps: the same command"), (
+        "there is no checkpoint to use"
+    )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from smoltrain.errors import UserError
 from smoltrain.train import after_step
 from smoltrain.train.callbacks import CallbackFailed, run_callbacks
 from smoltrain.train.step_result import StepResult
@@ -33,11 +34,22 @@ def test_metrics_of_ones_own_are_floats_under_custom() -> None:
     assert {type(value) for value in custom.values()} == {float}
 
 
-@pytest.mark.parametrize("returned", [{"a": "text"}, {"a": None}, 3.0])
-def test_what_is_no_metric_fails_as_an_error_of_its_own_does(returned: Any) -> None:
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ({"a": "text"}, "a callback returned no number: saw a: 'text', want numbers by name"),
+        ({"a": None}, "a callback returned no number: saw a: None"),
+        ({"a": torch.zeros(2)}, "a callback returned no number: saw a: tensor"),
+        (3.0, "a callback returned no metrics: saw 3.0, want numbers by name, in a dict, or None"),
+    ],
+)
+def test_what_is_no_metric_fails_as_an_error_of_its_own_does(returned: Any, said: str) -> None:
     with pytest.raises(CallbackFailed) as caught:
         run_callbacks([lambda step, metrics: returned], 1, {})
-    assert isinstance(caught.value.__cause__, TypeError | ValueError | AttributeError)
+    assert isinstance(caught.value.__cause__, UserError)
+    assert str(caught.value.__cause__).startswith(said)
+    short: Any = lambda step, metrics: step > 1 and print(step)  # noqa: E731
+    assert run_callbacks([short], 1, {}) == {}
 
 
 def test_after_a_failure_the_step_is_saved_before_the_error_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,16 @@ def test_a_stop_saves_the_step_before_and_leaves_at_once(
     assert story.endings == [("stopped", f"after step 5 (SIGTERM){more}")]
 
 
+def test_curves_that_cannot_be_written_end_no_run(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    story = Story(tmp_path)
+    story.world.is_first = True
+    (tmp_path / "metrics.jsonl").write_text('{"step": 12, "train/loss_nats_per_token": 1.0}\n')
+    (tmp_path / "plots").write_text("a file in the place of the folder")
+    assert run(story, monkeypatch) == DONE
+    assert story.said[-2].startswith("WARNING: the curves cannot be written: saw File exists: ")
+    assert story.said[-1] == "quickstart: the plan is complete (12 steps)", "which names no curves"
+
+
 def test_a_stop_before_the_first_step_says_so(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     story = Story(tmp_path, reason="SIGINT")
     assert run(story, monkeypatch, stop_at=1) == STOPPED

@@ -116,6 +116,20 @@ def test_a_disk_that_is_nearly_full_is_told_before_anything_is_written(disk: Pat
     assert not list((run / "checkpoints").glob("*.tmp"))
 
 
+@pytest.mark.slow
+def test_a_disk_without_room_for_a_checkpoint_is_told_before_the_first_step(disk: Path, tmp_path: Path) -> None:
+    with (disk / "filler").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - (32 << 20))
+    life = zygote().train(words(disk), 2, tmp_path / "log")
+    assert life.end() == [BAD_INPUT] * 2
+    assert "the disk is nearly full" in life.text()
+    assert "there is no checkpoint before it" in life.text()
+    run = disk / "runs" / "quickstart"
+    assert not [name for name in ("config.yaml", "metrics.jsonl") if (run / name).exists()]
+    (disk / "filler").unlink()
+    assert zygote().train(words(disk), 2, tmp_path / "log").end() == [0, 0]
+
+
 def reserve(path: Path) -> None:
     """Room for a file to grow by, which nobody else can take; its size stays as it is."""
     keep_size, room = 1, 1 << 20  # of linux/falloc.h

@@ -37,7 +37,7 @@ def load_named_tokenizer(section: TokenizerSection) -> Tokenizer:
         known = suggest_choice(name, TOKENIZER_NAMES)
         want = f"{known}, a folder with {TOKENIZER_FILE}, or OWNER/NAME on the Hugging Face Hub"
         raise UserError(Problem("no such tokenizer", format_value(name), want, "tokenizer.name"))
-    return Tokenizer.from_folder(folder, section.separator, section.pad)
+    return Tokenizer.from_folder(folder, section.separator, section.pad, is_named=True)
 
 
 def is_tokenizer_folder(name: str) -> bool:

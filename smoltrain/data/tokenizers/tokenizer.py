@@ -120,12 +120,15 @@ class Tokenizer:
         self._decodes_bytes = '"ByteLevel"' in json.dumps(definition["decoder"])
 
     @classmethod
-    def from_folder(cls, folder: str | Path, separator: str | int, pad: str | None = None) -> "Tokenizer":
+    def from_folder(
+        cls, folder: str | Path, separator: str | int, pad: str | None = None, *, is_named: bool = False
+    ) -> "Tokenizer":
         """That of FOLDER/tokenizer.json and what stands beside it; the separator may be named by its id.
 
+        `is_named`: the folder is what a person has given as tokenizer.name, not one that a run has written.
         Errors: UserError if it is missing or unreadable, and those of Tokenizer.
         """
-        file = _find_tokenizer_file(str(folder))
+        file = _find_tokenizer_file(str(folder), is_named)
         try:
             inner = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing more precise
@@ -168,7 +171,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special ones, on this thread. Errors: as `encode_batch`."""
-        with _report_unencodable():
+        with _report_unencodable(text):
             encoding = self._text_tokenizer.encode(text, add_special_tokens=False)
         self._check_unknown([encoding.ids])
         return encoding.ids
@@ -190,7 +193,7 @@ class Tokenizer:
         return ids
 
     def _encode_texts(self, tokenizer: tokenizers.Tokenizer, texts: list[str]) -> list[list[int]]:
-        with _report_unencodable():
+        with _report_unencodable(texts):
             encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         ids = [encoding.ids for encoding in encodings]
         self._check_unknown(ids)
@@ -203,7 +206,7 @@ class Tokenizer:
 
     def encode_template(self, text: str) -> list[int]:
         """The ids of what a chat template has written, where a special token that is spelled is meant."""
-        with _report_unencodable():
+        with _report_unencodable(text):
             return self._template_tokenizer.encode(text, add_special_tokens=False).ids
 
     @functools.cached_property
@@ -271,7 +274,7 @@ def _special_token(word: str) -> AddedToken:
     return AddedToken(word, special=True, normalized=False)
 
 
-def _find_tokenizer_file(folder: str) -> Path:
+def _find_tokenizer_file(folder: str, is_named: bool) -> Path:
     """FOLDER/tokenizer.json. Errors: UserError, without opening it, if it is not there or cannot be one."""
     shown = folder if folder.isprintable() and len(folder) <= MAX_SHOWN_CHARACTERS else format_value(folder)
     what = "the tokenizer is missing"
@@ -288,14 +291,20 @@ def _find_tokenizer_file(folder: str) -> Path:
         saw = f"no {TOKENIZER_FILE} in {shown}" if Path(folder).expanduser().is_dir() else f"no folder {shown}"
     except (OSError, ValueError, RuntimeError) as error:  # no permission, too long a name, a NUL in it, ~nobody
         saw = f"{shown}, {error.strerror if isinstance(error, OSError) else error}"
-    raise UserError(Problem(what, saw, f"a folder with {TOKENIZER_FILE}, or 'bpe' to train one", "tokenizer.name"))
+    if is_named:
+        raise UserError(Problem(what, saw, f"a folder with {TOKENIZER_FILE}, or 'bpe' to train one", "tokenizer.name"))
+    raise UserError(Problem(what, saw, f"{TOKENIZER_FILE} as it was written", f"the folder {shown}"))
 
 
 @contextlib.contextmanager
-def _report_unencodable() -> Iterator[None]:
+def _report_unencodable(given: object) -> Iterator[None]:
     """Errors: UserError for whatever the library raises about a text: it has no more precise exception."""
     try:
         yield
+    except TypeError:  # for half a character, too, which UTF-8 cannot spell
+        raise UserError(
+            Problem("this is no text", format_value(given), "a str that UTF-8 can spell", "the text")
+        ) from None
     except Exception as error:
         raise _unencodable_text_error(exception_message(error), "an unknown token") from None
 
