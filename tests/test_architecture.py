@@ -86,7 +86,10 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         "torch's own, and one pass that is compared with it",
         "tests/engine/test_optimizer.py, tests/engine/test_once_per_step.py",
     ),
-    "smoltrain.engine.build_engine": ("makes what is tested", "tests/engine/test_engine.py, tests/engine/test_reduction.py"),
+    "smoltrain.engine.build_engine": (
+        "makes what is tested",
+        "tests/engine/test_engine.py, tests/engine/test_reduction.py",
+    ),
     "smoltrain.engine.master_weights": (
         "where the masters lie, for Muon and for the norms of layers",
         "tests/engine/test_muon.py, tests/engine/test_layer_weights.py",
@@ -123,6 +126,10 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
     "smoltrain.train.session": ("what is open; opened in", "tests/train/test_open_session.py"),
     "smoltrain.train.unread_update": ("numbers of a step", "tests/train/test_step.py"),
     "smoltrain.train.step_result": ("what a step returns", "tests/train/test_step.py, tests/train/test_spikes.py"),
+    "smoltrain.train.assess_failure": (
+        "what the pages of real failures say",
+        "tests/train/test_out_of_memory.py, tests/launch/test_killed_rank.py",
+    ),
     "smoltrain.train.backstop": ("a process beside the watchdog", "tests/train/test_watchdog.py"),
 }
 # Test files below a room that are about more than one module -> what they are about.

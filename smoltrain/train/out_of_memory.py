@@ -5,7 +5,6 @@ import os
 import re
 import sys
 import traceback
-from dataclasses import replace
 
 import psutil
 import torch
@@ -14,13 +13,10 @@ from smoltrain.config.schema import Config
 from smoltrain.distributed.memory_limits import MemoryLimit, find_rank_limit, read_peak_resident_bytes
 from smoltrain.distributed.world import World
 from smoltrain.engine.held_tensors import list_held_tensors, sum_by_part
-from smoltrain.errors import RankTrainingStopped, UserError, exception_message, iterate_causes
+from smoltrain.errors import RankTrainingStopped, exception_message, iterate_causes
 from smoltrain.estimate.constants import CUDA_BASE_BYTES
-from smoltrain.estimate.devices import find_device_of_run
-from smoltrain.estimate.fitting import fit_config_to_memory, settle_reduction
-from smoltrain.estimate.report import Estimate
-from smoltrain.estimate.smaller_settings import find_smaller_settings
-from smoltrain.estimate.training_setup import DeviceKind, Resolved, build_training_setup
+from smoltrain.estimate.training_setup import Resolved
+from smoltrain.train.assess_failure import assess_failure
 from smoltrain.train.memory_page import MemoryFailure, describe_failure, format_gib, format_tables, write_page
 from smoltrain.train.session import Session
 from smoltrain.train.start import Start
@@ -33,9 +29,6 @@ NO_MEMORY = re.compile(
 )
 ASKED = re.compile(r"(?:tried|unable) to allocate ([\d.]+) ?(bytes|[KMGT]iB)", re.IGNORECASE)  # torch's and numpy's
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-NOTHING_FITS = (
-    "no micro-batch, recomputation or ZeRO stage is estimated to fit: a smaller model, shorter rows, or more memory"
-)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -70,7 +63,7 @@ def explain_out_of_memory(
         torch.cuda.empty_cache()
     logs = start.config.run_folder / "logs"
     try:
-        failure = assess_failure(failure, start, world.device, world.local_size, session)
+        failure = assess_failure(failure, start, world.device, world.local_size, session and _find_settings(session))
         page = write_page(failure, logs)
     except (MemoryError, RuntimeError, OSError) as another:  # there is no memory, and perhaps no disk
         plain = f"rank {world.rank} on {failure.host} ran out of memory {failure.where}: {failure.what}"
@@ -120,27 +113,9 @@ def _measure_rank(error: BaseException, start: Start, world: World, session: Ses
     )  # fmt: skip
 
 
-def assess_failure(
-    failure: MemoryFailure, start: Start, device: torch.device, local_size: int, session: Session | None = None
-) -> MemoryFailure:
-    """The same beside the estimate of this run, with the settings that would fit, as far as these can be known."""
-    kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
-    world_size = failure.num_ranks
-    try:
-        spec, speeds = find_device_of_run(device, start.cpu_peak_flops, local_size)
-        spec = replace(spec, memory=failure.limit.num_bytes)
-        resolved: Resolved = {"rows_per_step": start.rows_per_step}
-        if session is not None:
-            config: Config = session.config
-            resolved["precision"] = session.precision
-            if session.computing is not None:
-                resolved["computing"] = session.computing
-        else:
-            config = fit_config_to_memory(start.config, spec.memory, world_size, device=kind, **resolved)
-        setup = settle_reduction(build_training_setup(config, world=world_size, device=kind, **resolved), spec.memory)
-    except UserError as error:
-        return replace(failure, advice=f"a smaller batch.micro_batch or model ({error.problems[0].what})")
-    estimate = Estimate(setup, spec)
-    beyond = max(0.0, failure.needed - estimate.memory.total)
-    settings = find_smaller_settings(estimate, config, spec.memory, beyond)
-    return replace(failure, estimate=estimate, settings=settings, speeds=speeds, advice=NOTHING_FITS)
+def _find_settings(session: Session) -> tuple[Config, Resolved]:
+    """The config that trains, and what its start has chosen."""
+    resolved: Resolved = {"precision": session.precision}
+    if session.computing is not None:
+        resolved["computing"] = session.computing
+    return session.config, resolved
