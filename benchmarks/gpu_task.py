@@ -21,7 +21,7 @@ from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config
 from smoltrain.estimate.constants import GIB
 from smoltrain.estimate.measure import RUN_NAME, measurement_overrides
-from smoltrain.train.callbacks import StepCallback
+from smoltrain.training.callbacks import StepCallback
 
 RECIPE = "smollm2-135m"
 # What of the trainer's own choices stands beside a number, by the names under which a start says them.

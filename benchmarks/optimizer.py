@@ -39,7 +39,7 @@ from smoltrain.kernels.newton_schulz import (
 )
 from smoltrain.kernels.precision import DTYPES
 from smoltrain.model.build import build_model
-from smoltrain.train.resolve_auto import choose_computing
+from smoltrain.training.resolve_auto import choose_computing
 
 MEASURED_TOKENS = 1024  # of a micro-batch at most, unless a row has more
 MEASURED_WEIGHTS = 2**25  # of a pass over memory: more than any cache holds

@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli", "library"),
     ("tune",),
     ("launch", "new_recipe", "profiling"),
-    ("train", "report", "monitor", "doctor"),
+    ("training", "report", "monitor", "doctor"),
     ("export", "run"),
     ("evaluation",),
     ("inference", "explain"),

@@ -14,7 +14,6 @@ Importing it costs nothing: each name is imported when it is first used.
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +22,6 @@ from smoltrain.openmp import choose_waiting
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from smoltrain.config.load import list_recipes as list_recipes
     from smoltrain.config.load import load_config as load_config
     from smoltrain.config.schema import Config as Config
@@ -50,6 +47,7 @@ _HOMES = {
     "list_recipes": "config.load",
     "load": "library.model",
     "load_config": "config.load",
+    "train": "library.training",
 }
 
 
@@ -80,24 +78,3 @@ def _import_room(module: str) -> ModuleType:
 
 def __dir__() -> list[str]:
     return sorted([*__all__, "__version__"])
-
-
-class _TrainRoom(ModuleType):
-    """The package smoltrain.train, which is also what is called: Python names a package after its folder."""
-
-    def __call__(
-        self,
-        config: "Config",
-        *,
-        ranks: int | None = None,
-        callbacks: "Sequence[Callable[[int, dict[str, Any]], Any]]" = (),
-        documents: Iterable[str] | None = None,
-        model: "nn.Module | Callable[[], nn.Module] | None" = None,
-    ) -> "Run":
-        """Train a config, or go on where its run folder stands: help("smoltrain.library.training.train") says how."""
-        function = _import_room("library.training").train
-        return function(config, ranks=ranks, callbacks=callbacks, documents=documents, model=model)
-
-
-importlib.import_module("smoltrain.train")
-sys.modules["smoltrain.train"].__class__ = _TrainRoom

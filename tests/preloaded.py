@@ -107,7 +107,7 @@ def main(address: str) -> None:
     import torch._inductor.compile_fx  # noqa: F401 - the first optimizer step would import it
 
     from smoltrain.inference import load  # noqa: F401
-    from smoltrain.train import run  # noqa: F401
+    from smoltrain.training import run  # noqa: F401
 
     with suppress(ImportError):  # the tests' own, of the functions that they send to ranks; not from another folder
         from tests import engines, sessions  # noqa: F401

@@ -52,8 +52,8 @@ def bare_session(
     journal: Path | None = None, reads_late: bool = False,
 ) -> Any:  # fmt: skip
     """The session of the rank that asks: it trains, evaluates and samples, and writes nothing down."""
-    from smoltrain.train.session import Session
-    from smoltrain.train.spikes import SpikeGuard
+    from smoltrain.training.session import Session
+    from smoltrain.training.spikes import SpikeGuard
 
     nothing = cast(Any, None)
     return Session(
@@ -66,6 +66,6 @@ def bare_session(
 
 def train_steps(steps: range, session: Any) -> list[Any]:
     """The results of these steps, of which none but the last is awaited."""
-    from smoltrain.train import step
+    from smoltrain.training import step
 
     return [result for _, result in step.train_steps(steps, session, lambda _: False)]

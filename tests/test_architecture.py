@@ -120,17 +120,23 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         "tests/run/test_guarded_sink.py, tests/run/test_wandb_run.py",
     ),
     "smoltrain.run.wandb_uploads": ("what WandbRun hands over, tested through it", "tests/run/test_wandb_run.py"),
-    "smoltrain.train.bad_steps": ("what a step does then", "tests/train/test_step.py, tests/train/test_spikes.py"),
-    "smoltrain.train.derived_facts": ("what W&B's files of a real run are asked for", "tests/run/test_track.py"),
-    "smoltrain.train.run_tasks": ("the tasks of a run", "tests/train/test_evaluate_tasks.py"),
-    "smoltrain.train.session": ("what is open; opened in", "tests/train/test_open_session.py"),
-    "smoltrain.train.unread_update": ("numbers of a step", "tests/train/test_step.py"),
-    "smoltrain.train.step_result": ("what a step returns", "tests/train/test_step.py, tests/train/test_spikes.py"),
-    "smoltrain.train.assess_failure": (
-        "what the pages of real failures say",
-        "tests/train/test_out_of_memory.py, tests/launch/test_killed_rank.py",
+    "smoltrain.training.bad_steps": (
+        "what a step does then",
+        "tests/training/test_step.py, tests/training/test_spikes.py",
     ),
-    "smoltrain.train.backstop": ("a process beside the watchdog", "tests/train/test_watchdog.py"),
+    "smoltrain.training.derived_facts": ("what W&B's files of a real run are asked for", "tests/run/test_track.py"),
+    "smoltrain.training.run_tasks": ("the tasks of a run", "tests/training/test_evaluate_tasks.py"),
+    "smoltrain.training.session": ("what is open; opened in", "tests/training/test_open_session.py"),
+    "smoltrain.training.unread_update": ("numbers of a step", "tests/training/test_step.py"),
+    "smoltrain.training.step_result": (
+        "what a step returns",
+        "tests/training/test_step.py, tests/training/test_spikes.py",
+    ),
+    "smoltrain.training.assess_failure": (
+        "what the pages of real failures say",
+        "tests/training/test_out_of_memory.py, tests/launch/test_killed_rank.py",
+    ),
+    "smoltrain.training.backstop": ("a process beside the watchdog", "tests/training/test_watchdog.py"),
 }
 # Test files below a room that are about more than one module -> what they are about.
 NAMED_AFTER_A_TOPIC = {
@@ -288,7 +294,7 @@ def test_only_push_can_write_to_the_hub():
 
 def test_only_the_two_ways_to_start_import_the_loop():
     starts = {"smoltrain.launch.rank", "smoltrain.launch.in_process"}  # a process of its own, and a program's
-    assert {module for module, used in ARROWS.items() if "smoltrain.train.run" in used} == starts
+    assert {module for module, used in ARROWS.items() if "smoltrain.training.run" in used} == starts
 
 
 def test_importing_the_command_is_cheap():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from smoltrain.config.load import load_config
 from smoltrain.doctor.machine import list_machine_checks
-from smoltrain.train.preflight import check_recipe
+from smoltrain.training.preflight import check_recipe
 from tests.doctor_capture import COLUMNS, MISTAKES, PICTURE, draw_terminal
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -18,7 +18,7 @@ from smoltrain.estimate.constants import GIB
 from smoltrain.estimate.memory import estimate_memory
 from smoltrain.estimate.training_setup import build_training_setup
 from smoltrain.new_recipe import hyperparameters, shape, text
-from smoltrain.train import preflight
+from smoltrain.training import preflight
 
 ROOT = Path(__file__).parent.parent
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -67,6 +67,6 @@ def check_hosts_command(
 
 def _check_recipe(config: "Config") -> None:
     """Only when it is asked for: torch may be what is broken."""
-    from smoltrain.train.preflight import check_recipe
+    from smoltrain.training.preflight import check_recipe
 
     check_recipe(config)

@@ -50,7 +50,7 @@ def show_command(
     from smoltrain.config.commented_yaml import config_to_commented_yaml
     from smoltrain.config.load import config_to_yaml, load_config
     from smoltrain.estimate.horizon import resolve_config
-    from smoltrain.train.preflight import check_recipe
+    from smoltrain.training.preflight import check_recipe
 
     words = overrides or []
     picture = next((word for word in words if png and _is_picture(word)), None)

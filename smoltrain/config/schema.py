@@ -434,7 +434,7 @@ class BatchSection(Section):
 
     @property
     def micro_batch_rows(self) -> int:
-        """micro_batch as a number; one row where it is still `auto`, before train/resolve_auto.py has chosen."""
+        """micro_batch as a number; one row where it is still `auto`, before training/resolve_auto.py has chosen."""
         return 1 if self.micro_batch == "auto" else self.micro_batch
 
     def rows(self, world_size: int) -> int:

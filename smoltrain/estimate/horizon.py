@@ -1,7 +1,8 @@
 """How long a plan is: what a recipe says in tokens or epochs, resolved to steps; and every plan in all three.
 
-A run resolves its phases once, at its start (train/start.py), by the rows per step that it began with: the world that
-goes on with it later may be another one. `smoltrain show` and `smoltrain estimate` resolve as a run would that begins.
+A run resolves its phases once, at its start (training/start.py), by the rows per step that it began with: the world
+that goes on with it later may be another one. `smoltrain show` and `smoltrain estimate` resolve as a run would that
+begins.
 """
 
 from pathlib import Path

@@ -16,7 +16,7 @@ from smoltrain.estimate.constants import DEFAULT_PERSISTENCE_THRESHOLD, DEFAULT_
 from smoltrain.estimate.training_setup import TrainingSetup
 from smoltrain.kernels.precision import DTYPES
 
-STEP_NUMBERS_BYTES = 64  # losses, counts and flags of a step (train/step.py, train/taken_rows.py): latency is all
+STEP_NUMBERS_BYTES = 64  # losses, counts and flags of a step (training/step.py, training/taken_rows.py): latency is all
 
 
 @dataclass(frozen=True)

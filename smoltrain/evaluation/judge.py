@@ -1,4 +1,4 @@
-"""Who computes what a task asks of a model: one process here, all ranks of a run in train/evaluate_tasks.py."""
+"""Who computes what a task asks of a model: one process here, all ranks of a run in training/evaluate_tasks.py."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

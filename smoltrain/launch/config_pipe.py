@@ -8,7 +8,7 @@ import pickle
 from typing import BinaryIO
 
 from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepspeed_text
-from smoltrain.train.start import Start
+from smoltrain.training.start import Start
 
 
 def pack_start(start: Start) -> bytes:

@@ -1,6 +1,6 @@
 """A run inside somebody's program, a notebook or a script: one rank, in this process, which goes on afterwards.
 
-The training is that of every rank (train/run.py), and so are the bits. What is different is all around it: mistakes
+The training is that of every rank (training/run.py), and so are the bits. What is different is all around it: mistakes
 and faults are exceptions, an interrupt comes back as the reason of a stop, and the process is given back as it was.
 """
 
@@ -16,9 +16,9 @@ from smoltrain.errors import STOPPED, Problem, UserError
 from smoltrain.launch.notebook_bar import NotebookBar, is_notebook
 from smoltrain.launch.process_state import keep_process_state
 from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
-from smoltrain.train.callbacks import CallbackFailed, StepCallback
-from smoltrain.train.run import run_training
-from smoltrain.train.start import begin_run
+from smoltrain.training.callbacks import CallbackFailed, StepCallback
+from smoltrain.training.run import run_training
+from smoltrain.training.start import begin_run
 
 
 def train_in_process(config: Config, callbacks: Sequence[StepCallback] = ()) -> str | None:

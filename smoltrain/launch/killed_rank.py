@@ -11,9 +11,9 @@ import torch
 from smoltrain import files
 from smoltrain.distributed.memory_limits import KillCount, MemoryLimit, find_rank_limit, read_kill_count
 from smoltrain.errors import Problem
-from smoltrain.train.assess_failure import assess_failure
-from smoltrain.train.memory_page import MemoryFailure, describe_failure, format_tables, write_page
-from smoltrain.train.start import Start
+from smoltrain.training.assess_failure import assess_failure
+from smoltrain.training.memory_page import MemoryFailure, describe_failure, format_tables, write_page
+from smoltrain.training.start import Start
 
 LOOK_S = 5.0  # between two looks at the count; a rank is gone long before the second one after its death
 HOST_MEMORY = "checkpoint.background=false, which keeps no copy of the state in host memory, or more of that memory"

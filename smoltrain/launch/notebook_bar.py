@@ -18,7 +18,7 @@ def is_notebook() -> bool:
 
 
 class NotebookBar:
-    """A callback (train/callbacks.py) that draws how far training is. The front end shows HTML, all others the text."""
+    """A callback (training/callbacks.py) that draws how far training is. The front end shows HTML, others text."""
 
     def __init__(self, first_step: int, last_step: int) -> None:
         """Steps up to `first_step` are done already."""

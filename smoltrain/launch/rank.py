@@ -38,7 +38,7 @@ from smoltrain.openmp import choose_waiting
 from smoltrain.redact import redact_text
 
 if TYPE_CHECKING:
-    from smoltrain.train.start import Start
+    from smoltrain.training.start import Start
 
 START_ON_STDIN = "--start-on-stdin"  # the first word of a supervisor's rank; the others only say in `ps` what runs
 LOCAL_RANK_OPTIONS = ("--local_rank=", "--local-rank=")  # DeepSpeed's launcher and torch.distributed.launch add them
@@ -60,7 +60,9 @@ def run_rank(words: list[str]) -> int:
         if config.engine.device != "auto":
             os.environ["DS_ACCELERATOR"] = config.engine.device  # which DeepSpeed reads when it is imported
         keep_freed_memory()
-        from smoltrain.train.run import run_training  # seconds of imports, which a mistake in the words does not cost
+        from smoltrain.training.run import (
+            run_training,  # seconds of imports, which a mistake in the words does not cost
+        )
 
         code = run_training(config, start, began_at=began_at)
         leave_peers(code)

@@ -28,7 +28,7 @@ from smoltrain.launch.rank import START_ON_STDIN
 from smoltrain.launch.signal_forwarder import SignalForwarder, describe_signal
 from smoltrain.launch.terminal_loan import TerminalLoan
 from smoltrain.terminal import clear_live_line, interrupt_live_line, open_console
-from smoltrain.train.start import Start
+from smoltrain.training.start import Start
 
 RANK_COMMAND = [sys.executable, "-u", "-P", "-m", "smoltrain.launch.rank"]  # -P: no module of the current folder
 POLL_S = 0.02  # between two looks at the ranks

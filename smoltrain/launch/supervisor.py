@@ -1,6 +1,6 @@
 """A fresh set of rank processes for each phase, started and watched here: what `./train.sh` does after set-up.
 
-Where to begin, whether the run may go on and its data are looked at here, once (train/start.py), and handed to the
+Where to begin, whether the run may go on and its data are looked at here, once (training/start.py), and handed to the
 ranks. Each phase restores from disk on every rank, so a checkpoint that could not be restored would be found at once.
 """
 
@@ -24,7 +24,7 @@ from smoltrain.run.screen import Screen
 from smoltrain.run.summary import describe_run
 from smoltrain.schedule import Phase, Plan
 from smoltrain.terminal import show_activity
-from smoltrain.train.start import Start, begin_run
+from smoltrain.training.start import Start, begin_run
 
 CPU_RANKS = 2  # on a machine without a GPU: enough to make every collective real
 

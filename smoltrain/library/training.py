@@ -11,7 +11,7 @@ from smoltrain.launch.supervisor import supervise_config
 from smoltrain.library.documents import write_documents
 from smoltrain.library.run import Run
 from smoltrain.model.own_model import provide_model, use_own_model
-from smoltrain.train.callbacks import StepCallback
+from smoltrain.training.callbacks import StepCallback
 
 
 def train(

@@ -22,7 +22,7 @@ from smoltrain.new_recipe.quantities import format_ratio, parse_option_count, ro
 from smoltrain.new_recipe.render import render_recipe
 from smoltrain.new_recipe.shape import MAX_PARAMETERS, MIN_PARAMETERS
 from smoltrain.redact import redact_url
-from smoltrain.train.preflight import check_recipe
+from smoltrain.training.preflight import check_recipe
 
 MOST_TOKENS = 10**14
 MOST_HOURS = 24 * 365

@@ -25,7 +25,7 @@ from smoltrain.profiling.report import (
 )
 from smoltrain.profiling.trace import find_step_parts, read_trace
 from smoltrain.terminal import open_console, print_text, show_activity
-from smoltrain.train.step_recorder import PROFILE_VARIABLE, ProfileRequest
+from smoltrain.training.step_recorder import PROFILE_VARIABLE, ProfileRequest
 
 WARM_UP = 5  # steps before those that are recorded: the first ones compile, the others tell the time without a profiler
 COMPILING = 2  # of them

@@ -11,7 +11,7 @@ from smoltrain.estimate.training_setup import Recompute
 from smoltrain.profiling.kernel_times import sum_by_kernel
 from smoltrain.profiling.trace import HOST_GAPS, RECOMPUTED, StepParts
 from smoltrain.run.run_warnings import SLOW_DATA_SHARE
-from smoltrain.train.step_recorder import OTHER_RANKS
+from smoltrain.training.step_recorder import OTHER_RANKS
 
 # In the order of a step, with what the reader is told.
 PART_LABELS = {

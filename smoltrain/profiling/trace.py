@@ -1,6 +1,6 @@
 """A Chrome trace of whole steps, cut into parts that add up to them. Pure functions of the trace's events.
 
-The host's time is cut by the ranges that train/step_recorder.py makes: one after the other, with those of layers
+The host's time is cut by the ranges that training/step_recorder.py makes: one after the other, with those of layers
 inside, of which the innermost counts. What is cut further depends on who computes:
 
 on a CPU    the host itself. Where it computes, but no operation of torch runs, Python does: a host gap.
@@ -23,7 +23,7 @@ from typing import Any
 
 from smoltrain.kernels.loss import LOSS_RANGE, RANGE_PREFIX
 from smoltrain.profiling.kernel_times import KernelRun
-from smoltrain.train.step_recorder import OTHER_RANKS
+from smoltrain.training.step_recorder import OTHER_RANKS
 
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCHES = ("cuda_runtime", "cuda_driver")

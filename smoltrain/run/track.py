@@ -83,7 +83,7 @@ METRICS = {
 }
 VALIDATION_LOSS = "validation/loss_nats_per_token"
 SOURCE_TOKENS_PREFIX = "data/tokens_by_source/"  # + source: as data/tokens, of that source alone
-CUSTOM_PREFIX = "custom/"  # + name: what a program's callback returned after the step, see train/callbacks.py
+CUSTOM_PREFIX = "custom/"  # + name: what a program's callback returned after the step, see training/callbacks.py
 GRADIENT_NORM_PREFIX = "gradients/norm_before_clipping/"  # + layer: L2 norm of its gradient, averaged over all ranks
 WEIGHT_NORM_PREFIX = "weights/norm_before_update/"  # + layer: L2 norm of its fp32 master weights, all ranks together
 # + layer: L2 norm of what the update changed of its fp32 master weights (decay and clipping too) over the norm before

@@ -16,7 +16,7 @@ from smoltrain.estimate.horizon import resolve_config
 from smoltrain.launch.supervisor import choose_num_ranks
 from smoltrain.schedule import count_planned_steps
 from smoltrain.terminal import show_activity
-from smoltrain.train.preflight import check_recipe, check_start
+from smoltrain.training.preflight import check_recipe, check_start
 from smoltrain.tune.grid import Axis, GridPoint, describe_point, is_axis_word, list_points, make_axis, make_lr_axis
 from smoltrain.tune.run_trials import find_shared_cache
 from smoltrain.tune.short_plan import scale_phase

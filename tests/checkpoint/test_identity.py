@@ -36,7 +36,7 @@ from smoltrain.inference.load import load_trained_model
 from smoltrain.run import run_folder
 from smoltrain.run.inspect_checkpoint import inspect_checkpoint, open_run_reference
 from smoltrain.run.verify import _find_lost_checkpoints
-from smoltrain.train.start_point import StartPoint, find_start_point
+from smoltrain.training.start_point import StartPoint, find_start_point
 from tests import folders, tiny
 
 # ---- the table

@@ -11,7 +11,7 @@ from smoltrain import cli
 from smoltrain.doctor import child, machine
 from smoltrain.doctor.needs import CPU_RANKS
 from smoltrain.launch import supervisor
-from smoltrain.train.preflight import check_recipe
+from smoltrain.training.preflight import check_recipe
 from tests import preloaded, tiny
 
 WITHOUT_RECIPE = [

@@ -1,4 +1,4 @@
-"""`smoltrain memorisation`: its table, and for whom it has none. Real runs are in tests/train/test_memorise.py."""
+"""`smoltrain memorisation`: its table, and for whom it has none. Real runs are in tests/training/test_memorise.py."""
 
 import re
 import shutil

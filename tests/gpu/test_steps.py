@@ -25,7 +25,7 @@ WARM_STEPS = 2  # in which code is compiled and memory is found
 def losses_of_steps(settings: Config, compiles: bool, late: bool) -> list[float]:
     """Of six steps; late, the host may not wait in any after the first two but where it reads of the last one."""
     from smoltrain.engine.build_engine import build_engine
-    from smoltrain.train import step as step_module
+    from smoltrain.training import step as step_module
 
     torch.cuda.manual_seed(0)
     precision = settings.engine.precision

@@ -8,7 +8,7 @@ import torch
 
 from smoltrain.engine.deepspeed_json import read_deepspeed_text
 from smoltrain.launch.config_pipe import pack_start, unpack_start
-from smoltrain.train.start import begin_run
+from smoltrain.training.start import begin_run
 from tests import tiny
 
 

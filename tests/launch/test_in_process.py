@@ -19,7 +19,7 @@ from smoltrain.errors import DONE, UserError
 from smoltrain.launch import in_process
 from smoltrain.launch.in_process import train_in_process
 from smoltrain.launch.supervisor import supervise_config
-from smoltrain.train import loop
+from smoltrain.training import loop
 from tests import tiny
 
 FEW = (

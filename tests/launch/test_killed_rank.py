@@ -17,7 +17,7 @@ from smoltrain.distributed.memory_limits import KillCount
 from smoltrain.errors import FAULT
 from smoltrain.launch.killed_rank import KillWatch, describe_kills
 from tests import launches, tiny
-from tests.train.test_out_of_memory import TOO_LARGE
+from tests.training.test_out_of_memory import TOO_LARGE
 from tests.zygote import zygote
 
 MIB = 2**20

@@ -19,7 +19,7 @@ from smoltrain.launch.config_pipe import pack_start, unpack_start
 from smoltrain.launch.signal_forwarder import SignalForwarder
 from smoltrain.run.run_lock import lock_run_folder
 from smoltrain.schedule import Plan
-from smoltrain.train.start import Start
+from smoltrain.training.start import Start
 from tests import launches, tiny
 
 LONG = (

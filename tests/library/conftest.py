@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import smoltrain
-from smoltrain.train import loop
+from smoltrain.training import loop
 from tests import tiny
 
 TEXTS = [f"{place} met {other} on the road. " * 20 for place in tiny.PLACES for other in tiny.PLACES[:3]]

@@ -13,7 +13,7 @@ from smoltrain.config.schema import Config
 from smoltrain.model.build import build_model, count_parameters
 from smoltrain.new_recipe import write
 from smoltrain.new_recipe.plan import RecipeWish, StudiedText
-from smoltrain.train.preflight import check_recipe
+from smoltrain.training.preflight import check_recipe
 from tests import launches
 from tests.new_recipe.texts import study_large_text, write_texts
 

@@ -16,7 +16,7 @@ from smoltrain.profiling.report import (
     write_profile_advice,
 )
 from smoltrain.profiling.trace import HOST_GAPS, RECOMPUTED, StepParts
-from smoltrain.train.step_recorder import OTHER_RANKS
+from smoltrain.training.step_recorder import OTHER_RANKS
 
 CONFIG = load_config("quickstart", ["batch.micro_batch=4", "engine.gradient_checkpointing=full"])
 LARGE = [KernelRun("aten::mm", 0.0, 0.001)]

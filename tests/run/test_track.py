@@ -81,8 +81,12 @@ def test_wandb_itself_says_nothing(story: Story) -> None:
         assert "wandb: " not in output.stdout + output.stderr
 
 
-OF_SEVERAL_RANKS = {"speed/communication_mb", "speed/communication_s", "speed/rank_wait_s"}  # tests/train/test_step.py
-# Of what is measured besides where a recipe asks for it: tests/train/test_evaluate_tasks.py, test_memorise.py there.
+OF_SEVERAL_RANKS = {
+    "speed/communication_mb",
+    "speed/communication_s",
+    "speed/rank_wait_s",
+}  # tests/training/test_step.py
+# Of what is measured besides where a recipe asks for it: tests/training/test_evaluate_tasks.py, test_memorise.py there.
 ELSEWHERE = (
     {"speed/task_evaluation_s", "speed/memorisation_s"}
     | OF_SEVERAL_RANKS

@@ -56,7 +56,7 @@ def in_checkpoints(path: Any) -> bool:
 
 def stages() -> dict[str, Stage]:
     from smoltrain.engine.engine import Engine
-    from smoltrain.train import step
+    from smoltrain.training import step
 
     def is_manifest(path: Path, *_: Any, **__: Any) -> bool:
         return path.name.startswith(MANIFEST_FILE)

@@ -31,7 +31,7 @@ def asked_in(place: str) -> None:
     """In a rank: the first time that it comes there, it gets a SIGTERM."""
     from smoltrain.checkpoint.saver import CheckpointSaver
     from smoltrain.run.track import Tracker
-    from smoltrain.train import loop, sample, session
+    from smoltrain.training import loop, sample, session
 
     owner, name = {
         "validation": (session, "evaluate_loss"),

@@ -170,7 +170,7 @@ def train_without_its_text(words: list[str]) -> int:
 
     from smoltrain.errors import Problem, UserError
     from smoltrain.launch.rank import run_rank
-    from smoltrain.train import open_session
+    from smoltrain.training import open_session
 
     def refuse(*_: object, **__: object) -> None:
         raise UserError(Problem("this rank has no text", "nothing", "its part", "data.path"))

@@ -19,7 +19,7 @@ from smoltrain.run.row_ledger import LEDGER_FILE, verify_ledgers
 from smoltrain.run.run_folder import SPIKES_FILE
 from smoltrain.run.track import Tracker
 from smoltrain.run.verify import _find_damaged_records
-from smoltrain.train.spikes import read_spikes
+from smoltrain.training.spikes import read_spikes
 from tests import tiny
 
 BREAKS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines ends a line

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from smoltrain.run.run_folder import SPIKES_FILE
-from smoltrain.train.spikes import read_spikes
+from smoltrain.training.spikes import read_spikes
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -34,9 +34,9 @@ from smoltrain.launch import rank
 from smoltrain.config.load import load_config
 from smoltrain.data.tokens.load_prepared import load_prepared_data
 from smoltrain.engine.engine import Engine
-from smoltrain.train.spikes import Rewind
+from smoltrain.training.spikes import Rewind
 from smoltrain.engine.muon import Muon
-from smoltrain.train import open_session
+from smoltrain.training import open_session
 kind, mark, *words = sys.argv[1:]
 kind = kind.split()
 forward, ids = Engine.forward, []

@@ -26,11 +26,11 @@ import json, sys
 import torch
 from smoltrain.config.load import load_config
 from smoltrain.launch import supervisor
-from smoltrain.train.preflight import check_start
+from smoltrain.training.preflight import check_start
 config = load_config("quickstart", [])
 check_start(config, torch.device("cpu"), 2, config.batch.rows(2))
 before = sorted(sys.modules)
-import smoltrain.train.run
+import smoltrain.training.run
 print(json.dumps([before, sorted(sys.modules)]))
 """
 

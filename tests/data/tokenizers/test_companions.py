@@ -18,7 +18,7 @@ from smoltrain.data.tokens.load_prepared import load_prepared_data
 from smoltrain.errors import UserError
 from smoltrain.export import export
 from smoltrain.inference.load import LoadedModel, load_trained_model
-from smoltrain.train.initial_weights import copy_generation_config
+from smoltrain.training.initial_weights import copy_generation_config
 from tests import folders, tiny
 
 TALK = [{"role": "user", "content": "Who is king?"}, {"role": "bot", "content": "Nobody."}]
