@@ -78,6 +78,18 @@ def format_horizon(horizon: dict[str, int | float]) -> str:
     return ", ".join(f"{format_count(value)} {key}" for key, value in horizon.items())
 
 
+def format_hours(hours: float) -> str:
+    """In the largest unit of which it is more than one: 2.5 days, 14 minutes."""
+    for unit, in_hours in (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60)):
+        if hours > in_hours:
+            return f"{_shorten(hours / in_hours)} {unit}"
+    return f"{_shorten(3600 * hours)} seconds"
+
+
+def _shorten(number: float) -> str:
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}"
+
+
 def format_count(number: float) -> str:
     """Three digits and a unit, as in 327K, 20.5M or 1.5B; a smaller number as it is."""
     for unit, letter in COUNT_UNITS:

@@ -13,7 +13,7 @@ from smoltrain.engine.optimizer import checkpoint_bytes
 from smoltrain.estimate.collectives import Network
 from smoltrain.estimate.constants import GIB, SPARE_SHARE, TERA, DeviceSpec, EfficiencyRates
 from smoltrain.estimate.fitting import list_recompute_modes, settle_reduction
-from smoltrain.estimate.horizon import count_epoch_tokens, format_count, read_index
+from smoltrain.estimate.horizon import count_epoch_tokens, format_count, format_hours, read_index
 from smoltrain.estimate.memory import PART_LABELS, MemoryEstimate, estimate_memory
 from smoltrain.estimate.roofline import WAITING
 from smoltrain.estimate.speed import SpeedEstimate, estimate_speed, model_flops_utilization
@@ -21,6 +21,8 @@ from smoltrain.estimate.training_setup import Recompute, TrainingSetup
 from smoltrain.schedule import Plan
 
 ZERO_STAGES = (0, 1, 2, 3)
+SAME_TIME = 0.0005  # of a step: a difference that would be printed as 0.0 %
+SAME_GIB = 0.005
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,9 @@ def setup_summary(estimate: Estimate, config: Config) -> str:
 
 
 def plan_summary(estimate: Estimate, config: Config) -> str:
-    """Hours and disk of the whole plan."""
+    """Time and disk of the whole plan."""
     plan = Plan(config.phases)
-    hours = plan.last_step * estimate.speed.step_s / 3600
+    duration = format_hours(plan.last_step * estimate.speed.step_s / 3600)
     setup = estimate.setup
     tokens = plan.last_step * setup.step_tokens
     index = read_index(config.run_folder)
@@ -93,7 +95,7 @@ def plan_summary(estimate: Estimate, config: Config) -> str:
     hidden = setup.shape.hidden_parameters
     size = checkpoint_bytes(setup.optimizer, hidden, setup.shape.parameters - hidden, setup.weight_bytes)
     return (
-        f"{plan.last_step:,} steps, {format_count(tokens)} tokens{epochs}: {hours:,.1f} hours without evaluation and "
+        f"{plan.last_step:,} steps, {format_count(tokens)} tokens{epochs}: {duration} without evaluation and "
         f"sampling; on disk at most {count} checkpoints of {size / GIB:.2f} GiB, {count * size / GIB:.1f} GiB"
     )
 
@@ -198,11 +200,13 @@ def _compare_zero_stages(fitting: Alternatives) -> Iterator[str]:
         lower, zero2 = fitting[stage, mode], fitting[2, mode]
         cost = zero2.speed.step_s / lower.speed.step_s - 1
         saved = (lower.memory.total - zero2.memory.total) / GIB
-        slower = f"{abs(cost):.1%} {'slower' if cost >= 0 else 'faster'}"
-        yield (
-            f"ZeRO-2 is {slower} than ZeRO-{stage} and takes {abs(saved):.2f} GiB a rank "
-            f"{'less' if saved >= 0 else 'more'}; a model of this size fits either way, so take the faster"
-        )
+        speed = f"{abs(cost):.1%} {'slower' if cost > 0 else 'faster'} than"
+        if abs(cost) < SAME_TIME:
+            speed = "as fast as"
+        memory = f"{abs(saved):.2f} GiB a rank {'less' if saved > 0 else 'more'}"
+        if abs(saved) < SAME_GIB:
+            memory = "as much memory"
+        yield f"ZeRO-2 is {speed} ZeRO-{stage} and takes {memory}; a model of this size fits either way"
 
 
 def _least_recomputation(fitting: Alternatives, stage: int) -> Recompute | None:

@@ -14,7 +14,7 @@ from smoltrain.errors import Problem, UserError, exception_message, format_value
 from smoltrain.estimate.constants import GIB, DeviceSpec
 from smoltrain.estimate.devices import find_device
 from smoltrain.estimate.fitting import build_fitted_setup, fit_config_to_memory
-from smoltrain.estimate.horizon import format_count
+from smoltrain.estimate.horizon import format_count, format_hours
 from smoltrain.estimate.report import Estimate
 from smoltrain.new_recipe.hyperparameters import MAX_EPOCHS, optimal_num_tokens
 from smoltrain.new_recipe.plan import SEPARATOR, RecipePlan, RecipeWish, StudiedText, plan_recipe, study_text
@@ -77,7 +77,7 @@ def describe_new_plan(plan: RecipePlan, estimate: Estimate) -> Iterator[str]:
         f"{format_ratio(plan.epochs)} epochs"
     )
     yield f"  rate         {plan.lr:g}, {plan.warmup_steps:,} steps of warm-up, cosine"
-    yield f"  {f'{wish.world} x {wish.device}':<12} {_describe_duration(hours)}, {memory} (both estimated)"
+    yield f"  {f'{wish.world} x {wish.device}':<12} {format_hours(hours)}, {memory} (both estimated)"
     for note in (*text.sample.notes, *_list_notes(plan, estimate)):
         yield f"note: {note}"
     yield f"next: smoltrain train {name}"
@@ -100,14 +100,6 @@ def _list_notes(plan: RecipePlan, estimate: Estimate) -> Iterator[str]:
         yield f"{SEPARATOR!r} stands in the files, so it parts documents (data.documents: separator)"
     if text.needs_cached_mode:
         yield "all tokens are made before the first step (data.mode: cached)"
-
-
-def _describe_duration(hours: float) -> str:
-    """In the largest unit of which it is more than one."""
-    for unit, in_hours in (("days", 24.0), ("hours", 1.0), ("minutes", 1 / 60)):
-        if hours > in_hours:
-            return f"{format_ratio(round_to_digits(hours / in_hours, 2))} {unit}"
-    return f"{format_ratio(round_to_digits(3600 * hours, 2))} seconds"
 
 
 # ---- options

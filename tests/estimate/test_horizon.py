@@ -8,7 +8,14 @@ from smoltrain.cli import main
 from smoltrain.config.load import cut_micro_batch, load_config
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import UserError
-from smoltrain.estimate.horizon import count_epoch_tokens, describe_plan, format_count, read_index, resolve_config
+from smoltrain.estimate.horizon import (
+    count_epoch_tokens,
+    describe_plan,
+    format_count,
+    format_hours,
+    read_index,
+    resolve_config,
+)
 from smoltrain.run.run_folder import accumulation_steps
 from smoltrain.schedule import Plan
 from tests import tiny
@@ -134,3 +141,17 @@ def test_show_and_estimate_tell_steps_tokens_and_epochs(tmp_path: Path, capsys: 
     resolved = Plan(resolve_config(config, 4).phases)
     assert f"\n{resolved.last_step:,} steps, {format_count(64 * resolved.last_step)} tokens, 0." in estimate
     assert " epochs: " in estimate
+
+
+@pytest.mark.parametrize(
+    ("hours", "said"),
+    [
+        (2.8 / 3600, "2.8 seconds"),
+        (40 / 3600, "40 seconds"),
+        (0.25, "15 minutes"),
+        (2.5, "2.5 hours"),
+        (9000, "375 days"),
+    ],
+)
+def test_a_duration_is_told_in_the_largest_unit_that_it_has_more_than_one_of(hours: float, said: str):
+    assert format_hours(hours) == said
