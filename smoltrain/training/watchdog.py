@@ -110,7 +110,7 @@ class Watchdog:
 
     def _wait_for_silence(self, pulse: int) -> float:
         """Seconds without a sign of life, when they have become too many; 0 when the watch is closed."""
-        tick_s = min(TICK_S, self._limit_s / 4)
+        tick_s = min(TICK_S, self._limit_s / 12)  # so that a suspension counts as a quarter of the limit at most
         clock = AwakeClock(3 * tick_s)
         seen = self._last
         since = 0.0  # on the clock

@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_said(run: Run, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("tiny", "--params", "20X"), "--params is not valid: saw '20X', want 1M to 20B, as in 20M"),
+        (("tiny", "--params", "20X"), "--params is not valid: saw '20X', want 1M to 20B, as in 1M or 1_000_000"),
         (("tiny", "--params", "0"), "--params is not valid: saw '0'"),
         (("tiny", "--params", "10T"), "--params is not valid: saw '10T'"),
         (("tiny", "--params", "2M", "--tokens", "some"), "--tokens is not valid: saw 'some'"),
