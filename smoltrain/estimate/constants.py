@@ -104,9 +104,12 @@ ZERO3_MODULE_S = 200e-6  # DeepSpeed's hooks around a module with parameters, fo
 MATH_SCORE_BYTES, MATH_OPERATIONS = (32, 28), (18, 15)
 SHORTEST_KERNEL_S = 2e-6  # of the device, from one kernel to the next; a guess
 # Operations of an update, counted on a CPU (docs/results/gpu-path.md): AdamW once a step, compiled or torch's fused;
-# what Muon adds for twelve blocks; DeepSpeed's, by parameter.
-COMPILED_UPDATE_OPERATIONS, FUSED_UPDATE_OPERATIONS, MUON_OPERATIONS = 22, 38, 80
-DEEPSPEED_UPDATE_OPERATIONS, DEEPSPEED_HOOK_OPERATIONS = 631 / 272, 3  # of each parameter: an update, a backward
+# what Muon adds for each stack of matrices; DeepSpeed's, by parameter.
+COMPILED_UPDATE_OPERATIONS = 22
+FUSED_UPDATE_OPERATIONS = 38
+MUON_STACK_OPERATIONS = 25
+DEEPSPEED_UPDATE_OPERATIONS = 631 / 272  # of each parameter
+DEEPSPEED_HOOK_OPERATIONS = 3  # of each parameter, in a backward pass
 
 SUM_BYTES = 4  # of each parameter's sum of gradients: fp32
 # DeepSpeed's defaults of zero_optimization, in elements.

@@ -4,6 +4,9 @@ Legend: H elements of all hidden matrices, of which a rank holds the share h (H 
 one, m the shorter; b bytes of a number in the Newton-Schulz iterations; otherwise as memory.py.
 """
 
+import math
+from collections import Counter
+
 import torch
 
 from smoltrain.engine.matrix_exchange import BATCH_ELEMENTS
@@ -59,6 +62,15 @@ def orthogonalization_sent_bytes(setup: TrainingSetup) -> float:
 def iteration_dtype(setup: TrainingSetup) -> torch.dtype:
     """In which the iterations are computed; every GPU of constants.py computes bf16."""
     return torch.bfloat16 if setup.device == "cuda" else choose_dtype(torch.device(setup.device))[0]
+
+
+def count_stacks(setup: TrainingSetup) -> int:
+    """Of matrices of the same two sides, which a rank's GPU multiplies at once, in an update."""
+    elements: Counter[tuple[int, ...]] = Counter()
+    for sides in setup.shape.hidden_matrices:
+        elements[tuple(sorted(sides))] += math.prod(sides)
+    share = _held_elements(setup) / setup.shape.hidden_parameters
+    return sum(math.ceil(share * size / BATCH_ELEMENTS) for size in elements.values())
 
 
 def _update_bytes(setup: TrainingSetup) -> float:

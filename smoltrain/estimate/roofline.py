@@ -13,11 +13,16 @@ from dataclasses import dataclass, replace
 from smoltrain.estimate import constants
 from smoltrain.estimate.constants import GPU_NARROW_SIDE, SHORTEST_KERNEL_S, SUM_BYTES, DeviceSpec
 from smoltrain.estimate.memory import num_logits_chunks, num_recomputed_blocks
+from smoltrain.estimate.orthogonalization import count_stacks
 from smoltrain.estimate.training_setup import TrainingSetup
 
-PROJECTIONS, ATTENTION, MLP, LOSS = "q, k, v, o", "attention", "MLP", "head and loss"
+PROJECTIONS = "q, k, v, o"
+ATTENTION = "attention"
+MLP = "MLP"
+LOSS = "head and loss"
 ELEMENTWISE = "norms, rotary, sums"
-EMBEDDING, RECOMPUTED = "embedding", "recomputed"
+EMBEDDING = "embedding"
+RECOMPUTED = "recomputed"
 WAITING = "waiting for the host"  # what of a step is no device's work
 # Of what is no product in a block, forward and backward: how often the stream passes memory in norms and residual sums,
 # bytes of each element of queries and keys in rotary positions, passes of the MLP's inside in SwiGLU and GELU; each
@@ -100,7 +105,9 @@ def list_block_work(setup: TrainingSetup, device: DeviceSpec, *, backward: bool)
 
 def list_work_around_blocks(setup: TrainingSetup) -> list[KernelWork]:
     """Embedding, last norm, head and loss, both ways; gradients of a tied table are added up."""
-    s, c, n = setup.shape, setup.weight_bytes, setup.micro_batch_tokens
+    s = setup.shape
+    c = setup.weight_bytes
+    n = setup.micro_batch_tokens
     table = s.vocabulary * s.width
     chunks = num_logits_chunks(setup)
     logit_bytes, operations = LOSS_COSTS["compiled" if setup.loss == "fused" and setup.compiled_blocks else setup.loss]
@@ -126,7 +133,7 @@ def estimate_host_time(setup: TrainingSetup, work: list[KernelWork], own_s: floa
         hooks = tensors * constants.DEEPSPEED_HOOK_OPERATIONS
         update = tensors * constants.DEEPSPEED_UPDATE_OPERATIONS
     if setup.newton_schulz_steps:
-        update += constants.MUON_OPERATIONS
+        update += constants.MUON_STACK_OPERATIONS * count_stacks(setup)
     regions = 0
     if setup.compiled_blocks:  # each entered forward and backward
         regions = 2 if setup.compiled_whole else 2 * s.layers + num_recomputed_blocks(setup)

@@ -16,9 +16,10 @@ from smoltrain.engine.matrix_exchange import plan_matrices
 from smoltrain.engine.muon import plan_whole_matrices
 from smoltrain.engine.optimizer import OPTIMIZERS, build_optimizer, checkpoint_bytes, set_hyperparameters
 from smoltrain.engine.reshard import build_shard_layout
-from smoltrain.estimate.constants import GPUS
+from smoltrain.estimate.constants import GPUS, MUON_STACK_OPERATIONS
 from smoltrain.estimate.memory import estimate_memory
 from smoltrain.estimate.orthogonalization import (
+    count_stacks,
     orthogonalization_operations,
     orthogonalization_sent_bytes,
     orthogonalization_temporary_bytes,
@@ -164,6 +165,13 @@ def test_ranks_share_the_operations():
     )
     three = make_setup(*words, "optimizer.newton_schulz_steps=3", recipe=SMOL, device="cuda")
     assert orthogonalization_operations(three) == 3 / 5 * orthogonalization_operations(gpu)
+
+
+def test_matrices_of_the_same_sides_are_multiplied_at_once():
+    alone, shared = (make_setup(*MUON, recipe=SMOL, device="cuda", world=world) for world in (1, 8))
+    assert (count_stacks(alone), count_stacks(shared)) == (8, 3), "q and o, k and v, the MLP's"
+    counted = 224  # tests/engine/test_muon.py
+    assert count_stacks(alone) * MUON_STACK_OPERATIONS == pytest.approx(counted, rel=0.15)
 
 
 def test_time_and_temporaries_are_of_muon_alone():
