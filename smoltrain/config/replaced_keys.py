@@ -45,7 +45,7 @@ def _drop_recipe_alternatives(values: dict[str, Any], given: set[str]) -> None:
 def _drop_keys_of_other_optimizer(values: dict[str, Any], given: set[str]) -> None:
     """An optimizer on the command line takes the place of the recipe's, with the keys that mean nothing beside it."""
     section = values.get("optimizer")
-    if isinstance(section, dict) and "optimizer.kind" in given and section.get("kind") == "adamw":
+    if isinstance(section, dict) and "optimizer.kind" in given and section.get("kind") != "muon":
         for key in MUON_KEYS:
             if f"optimizer.{key}" not in given:
                 section.pop(key, None)

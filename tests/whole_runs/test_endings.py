@@ -31,10 +31,10 @@ def asked_in(place: str) -> None:
     """In a rank: the first time that it comes there, it gets a SIGTERM."""
     from smoltrain.checkpoint.saver import CheckpointSaver
     from smoltrain.run.track import Tracker
-    from smoltrain.training import loop, sample, session
+    from smoltrain.training import after_step, loop, sample
 
     owner, name = {
-        "validation": (session, "evaluate_loss"),
+        "validation": (after_step, "evaluate_loss"),
         "sampling": (sample, "generate_ids"),
         "saving": (CheckpointSaver, "start_save"),
         "plotting": (loop, "draw_run"),
