@@ -9,6 +9,12 @@ from tests.estimate.test_estimate import run
 from tests.estimate.test_scaling import FIXED, GROWING
 
 PNG = b"\x89PNG"
+PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
+
+
+def read_rows(out: str) -> dict[str, list[str]]:
+    """The table's lines by their number of ranks."""
+    return {line.split()[0]: line.split() for line in out.splitlines() if line[:6].strip().replace(",", "").isdigit()}
 
 
 def test_several_worlds_are_a_table_a_picture_and_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -18,7 +24,7 @@ def test_several_worlds_are_a_table_a_picture_and_sentences(tmp_path: Path, caps
     )
     out = capsys.readouterr().out
     said = " ".join(out.split())
-    rows = {line.split()[0]: line.split() for line in out.splitlines() if line[:6].strip().replace(",", "").isdigit()}
+    rows = read_rows(out)
     assert "…" not in out, "no number is cut"
     assert set(rows) == {"8", "64", "1,024"}
     assert rows["8"][1:3] == ["1", "128"]
@@ -64,3 +70,15 @@ def test_what_cannot_be_is_one_line(words: tuple[str, ...], says: str, capsys: p
     err = capsys.readouterr().err
     assert says in err
     assert err.count("\n") == 1
+
+
+def test_the_page_shows_what_the_verb_prints(capsys: pytest.CaptureFixture[str]):
+    words = ("batch.rows_per_step=4096", "batch.sequence_length=2048", "batch.micro_batch=4")
+    assert not run(SMOL, *words, "--world", "8..1024", "--device", "h100")
+    printed = {ranks: [*row[:2], *row[3:]] for ranks, row in read_rows(capsys.readouterr().out).items()}  # without rows
+    starts = tuple(f"| {ranks} |" for ranks in printed)
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith(starts)]
+    assert len(lines) == 5
+    for line in lines:
+        shown = line.replace(" %", "%").replace("|", " ").split()
+        assert shown == printed[shown[0]]
