@@ -29,7 +29,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("kernels", "config", "distributed"),
     ("files", "console", "terminal", "usage"),
     ("errors",),
-    ("openmp", "redact", "timeout"),
+    ("openmp", "redact", "timeout", "version"),
 )
 # The same inside smoltrain/data: from the top, what is nearer to the model.
 DATA_FLOORS: tuple[tuple[str, ...], ...] = (

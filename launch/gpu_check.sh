@@ -74,7 +74,7 @@ install() { # the wheels into a venv, above the packages of python3; smoltrain a
   # An installation that may be edited, as pip would make it with setuptools and a network.
   echo "$root" >"$site/aa_smoltrain.pth"
   local version
-  version="$(sed -n 's/^__version__ = "\(.*\)"/\1/p' "$root/smoltrain/__init__.py")"
+  version="$(sed -n 's/^VERSION = "\(.*\)"/\1/p' "$root/smoltrain/version.py")"
   mkdir -p "$site/smoltrain-$version.dist-info"
   printf 'Metadata-Version: 2.1\nName: smoltrain\nVersion: %s\n' "$version" >"$site/smoltrain-$version.dist-info/METADATA"
   printf '#!%s\nimport sys\nfrom smoltrain.cli import main\nsys.exit(main())\n' "$venv/bin/python" >"$venv/bin/smoltrain"

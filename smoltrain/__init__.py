@@ -18,8 +18,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from smoltrain.openmp import choose_waiting
+from smoltrain.version import VERSION
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 if TYPE_CHECKING:
     from smoltrain.config.load import list_recipes as list_recipes

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from smoltrain import __version__
 from smoltrain.console import find_stdout_fault, guard_console
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, TrainingStopped, UserError, format_error
 from smoltrain.usage import describe_unknown_verb, describe_wrong_call
+from smoltrain.version import VERSION
 
 # The panels of `smoltrain --help` and their verbs, in order.
 PANELS = {
@@ -93,7 +93,7 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None, name: str | No
 
 def _print_version(asked_for: bool) -> None:
     if asked_for:
-        print(f"smoltrain {__version__}")
+        print(f"smoltrain {VERSION}")
         raise typer.Exit()
 
 

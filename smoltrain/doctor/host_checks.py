@@ -10,7 +10,6 @@ from statistics import median
 import torch
 from torch.cuda import nccl
 
-from smoltrain import __version__
 from smoltrain.config.schema import Config
 from smoltrain.distributed.world import World
 from smoltrain.doctor.check import Finding
@@ -18,6 +17,7 @@ from smoltrain.doctor.exchange import bus_bandwidth, exchange_known_numbers, mea
 from smoltrain.doctor.links import HostLink, find_slow_ranks, measure_clocks, measure_links
 from smoltrain.doctor.software import find_version
 from smoltrain.run.shared_folder import find_unseen_folders
+from smoltrain.version import VERSION
 
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy", "wandb")
 NUMEL_PER_RANK = 2**20  # fp32 numbers that are added up
@@ -70,7 +70,7 @@ def describe_hosts(world: World) -> Finding:
 def collect_versions() -> dict[str, str]:
     """What must be the same on all machines, as ranks on them compute together."""
     versions = {package: find_version(package) or "none" for package in PACKAGES}
-    versions |= {"python": platform.python_version(), "smoltrain": __version__}
+    versions |= {"python": platform.python_version(), "smoltrain": VERSION}
     versions["torch"] = f"{versions['torch']} for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPUs'}"
     if torch.cuda.is_available():
         versions["NCCL"] = ".".join(map(str, nccl.version()))

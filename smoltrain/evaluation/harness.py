@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from smoltrain import __version__
 from smoltrain.errors import Problem, UserError, exception_message, suggest_choice
 from smoltrain.evaluation.judge import Judge
+from smoltrain.version import VERSION
 
 try:
     from datasets import Dataset
@@ -204,7 +204,7 @@ def measure_tasks(tasks: HarnessTasks, judge: Judge, limit: int | None = None) -
 def package_versions() -> dict[str, str]:
     """Of what a result depends on."""
     names = ("lm_eval", "torch", "datasets")
-    return {"smoltrain": __version__, **{name: metadata.version(name) for name in names}}
+    return {"smoltrain": VERSION, **{name: metadata.version(name) for name in names}}
 
 
 def _read_metrics(values: dict[str, Any]) -> dict[str, float]:

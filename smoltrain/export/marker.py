@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from smoltrain import __version__, files
+from smoltrain import files
 from smoltrain.export.verify import ExportComparison
 from smoltrain.inference.load import EXPORT_MARKER_FILE
+from smoltrain.version import VERSION
 
 FORMAT = 1
 MARKER_FIELDS: dict[str, Any] = {  # what must stand in a marker
@@ -42,7 +43,7 @@ def write_export_marker(folder: Path, source: ExportSource, comparison: ExportCo
     """Mark the folder as an export that passed. Whatever is written into it later makes it an unverified one."""
     marker = {
         "format": FORMAT,
-        "smoltrain": __version__,
+        "smoltrain": VERSION,
         **asdict(source),
         "separator": separator,
         "class": comparison.class_name,

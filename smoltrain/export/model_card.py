@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smoltrain import __version__
 from smoltrain.config.schema import Config, DataSection, ExportSection, SourceSection
 from smoltrain.evaluation.results import Evaluation, read_evaluation
 from smoltrain.export.card_metadata import STDERR_SUFFIX, VALIDATION_RESULTS, name_task, write_card_metadata
@@ -17,6 +16,7 @@ from smoltrain.inference.load import LoadedModel
 from smoltrain.model.build import count_parameters
 from smoltrain.model.hf_config import SMOLTRAIN
 from smoltrain.redact import redact_text, redact_url
+from smoltrain.version import VERSION
 
 MIN_TRANSFORMERS_VERSION = "4.46"  # the lowest version that loads an export and generates with it, of each class
 TRAINING_LOSS = "train/loss_nats_per_token"
@@ -52,7 +52,7 @@ def build_model_card(
         f"---\n{front}\n---",
         f"# {escape_markdown(name)}",
         *_describe_unfinished(source),
-        f"A causal language model, {made_by} smoltrain {__version__}.",
+        f"A causal language model, {made_by} smoltrain {VERSION}.",
         _format_table(("", ""), list(_model_facts(loaded, class_name, about).items())),
     ]
     if loaded.config is not None and loaded.step is not None:

@@ -4,7 +4,6 @@ import math
 import time
 from pathlib import Path
 
-from smoltrain import __version__
 from smoltrain.errors import Problem, UserError
 from smoltrain.files import describe_error, write_text_file
 from smoltrain.report.charts import open_charts
@@ -28,6 +27,7 @@ from smoltrain.report.training_sections import (
 from smoltrain.run.axis_ticks import format_number, format_short
 from smoltrain.run.step_axis import StepAxis
 from smoltrain.run.summary import RunSummary, format_seconds
+from smoltrain.version import VERSION
 
 REPORT_FILE = "report.html"
 RECENT_STEPS = 50  # whose mean is the training loss among the headline numbers
@@ -79,7 +79,7 @@ def build_report_page(records: RunRecords, now_s: float) -> Page:
         facts=list_facts(records, summary),
         sections=[section for section in sections if not section.is_empty],
         damage=records.damage,
-        footer=f"Written by smoltrain {__version__} at {format_time(now_s)} UTC. Nothing on this page is loaded from "
+        footer=f"Written by smoltrain {VERSION} at {format_time(now_s)} UTC. Nothing on this page is loaded from "
         "elsewhere. Losses are in nats per token.",
     )
 
