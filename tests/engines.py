@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from smoltrain.checkpoint.manifest import WEIGHTS_FILE
 from smoltrain.config.schema import Config
 from smoltrain.data.rows.batch import Batch
 from smoltrain.data.rows.loader import Loader
@@ -146,4 +148,11 @@ def write_files(wrapped: Any, folder: Path) -> None:
     """What a checkpoint would hold of the engine, without the rest of it."""
     for name, state in wrapped.training_state(folder).items():
         torch.save(state, folder / name)
+    if weights := wrapped.weights(keep=world().is_first):
+        save_file(weights, folder / WEIGHTS_FILE)
     world().barrier()
+
+
+def read_files(wrapped: Any, folder: Path, stage: int) -> None:
+    """Restore what `write_files` wrote under a ZeRO stage."""
+    wrapped.load_shards(folder, stage, load_file(folder / WEIGHTS_FILE))

@@ -18,8 +18,7 @@ ALIGNMENT = 64  # bytes, at which each copy begins
 class HostCopies:
     """Makes the copies of one checkpoint after the other; those of the one before are overwritten.
 
-    A tensor that occurs twice, as tied weights do, and as the weights do that DeepSpeed's files and ours both hold, is
-    copied once.
+    A tensor that occurs twice, as tied weights do, is copied once.
     """
 
     def __init__(self, device: torch.device, pin: Callable[[int], Tensor] | None = None) -> None:

@@ -17,12 +17,13 @@ from smoltrain import files
 from smoltrain.checkpoint.identity import RunIdentity
 from smoltrain.errors import Problem, UserError
 
-MANIFEST_FORMAT = 3
+MANIFEST_FORMAT = 4
+READABLE_FORMATS = (3, 4)  # in 3 DeepSpeed's files held the weights a second time
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "model.safetensors"
 DIGEST_KEY = "manifest_sha256"  # in manifest.json: of everything else in it
 STEP_PREFIX = "step-"
-MODEL_STATES_SUFFIX = "model_states.pt"  # ends the names of the files in which DeepSpeed keeps the weights
+MODEL_STATES_SUFFIX = "model_states.pt"  # ends the names of DeepSpeed's files about the model
 SHARD_NAME = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt$")
 RNG_STATE_NAME = re.compile(r"^rank-(\d+)\.pt$")
 LAST_SAVED_FILE = "saved.json"  # beside checkpoints/: the newest step that was published
@@ -156,8 +157,8 @@ def read_manifest(checkpoint: Path) -> Manifest | str:
     path = checkpoint / MANIFEST_FILE
     try:
         tree = json.loads(files.read_text_file(path))
-        if tree.get("format") != MANIFEST_FORMAT:
-            return f"{path} has format {tree.get('format')}, not {MANIFEST_FORMAT}"
+        if tree.get("format") not in READABLE_FORMATS:
+            return f"{path} has format {tree.get('format')}, not {' or '.join(map(str, READABLE_FORMATS))}"
         if tree.pop(DIGEST_KEY, None) != _manifest_digest(tree):
             return f"{path} is not what was written (its own digest differs)"
         manifest = Manifest(**tree)
@@ -177,7 +178,7 @@ def read_manifest(checkpoint: Path) -> Manifest | str:
 class TrainingFiles(NamedTuple):
     """Names of a checkpoint's files that only training reads."""
 
-    modules: list[str]  # DeepSpeed's copies of the weights
+    modules: list[str]  # what DeepSpeed notes of the model, without its weights
     shards: list[tuple[str, int]]  # of the optimizer state, with their ranks
     rng_states: list[tuple[str, int]]  # random number generators, with their ranks
 

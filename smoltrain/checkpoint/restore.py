@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smoltrain import files
-from smoltrain.checkpoint.manifest import MANIFEST_FILE, Manifest
+from smoltrain.checkpoint.manifest import MANIFEST_FILE, WEIGHTS_FILE, Manifest
 from smoltrain.data.rows.loader import Loader
 from smoltrain.distributed.world import World
 from smoltrain.errors import Problem, UserError
+from smoltrain.model.hf_weights import read_safetensors_file
 
 if TYPE_CHECKING:  # who only reads checkpoints needs no DeepSpeed
     from smoltrain.engine.engine import Engine
@@ -30,7 +31,8 @@ def restore_checkpoint(
         saw = f"no {checkpoint} on rank {ranks_see_it.index(False)}"
         want = "a file system that all nodes share"
         raise UserError(Problem("the checkpoint is not there for every rank", saw, want, "run.folder"))
-    engine.load_shards(checkpoint, manifest.zero_stage)
+    weights = world.run_on_every_rank(lambda: read_safetensors_file(checkpoint / WEIGHTS_FILE))
+    engine.load_shards(checkpoint, manifest.zero_stage, weights)
     loader.load_state(manifest.loader)
     if manifest.world_size == world.size:
         state = world.run_on_every_rank(lambda: files.read_tensors(checkpoint / rng_file_name(world.rank)))

@@ -89,7 +89,7 @@ PRIVATE_NAMES = {
     _ENGINE: "_get_all_ckpt_names _get_zero_param_shapes _copy_recovery_script",
     f"{_ENGINE}._save_zero_checkpoint": "_copy_recovery_script checkpoint_engine optimizer_state_dict",
     f"{_ENGINE}._load_checkpoint": "_get_all_ckpt_names checkpoint_engine",
-    f"{_ENGINE}._common_checkpoint_state": "dp_world_size ds_config param_shapes buffer_names module",
+    f"{_ENGINE}._common_checkpoint_state": "dp_world_size ds_config param_shapes module",
     f"{_ENGINE}.__init__": "global_steps global_samples micro_steps config",
     f"{_ENGINE}._set_distributed_vars": "global_rank",
     f"{_ENGINE}._configure_distributed_model": "dp_world_size",

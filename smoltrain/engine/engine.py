@@ -1,7 +1,7 @@
 """A model that trains: forward, backward, one update, its state in and out. What the loop sees of DeepSpeed."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,22 +176,21 @@ class Engine:
             return {name: copy(tensor) for name, tensor in tensors.items()}
 
     def training_state(self, folder: Path) -> dict[str, Any]:
-        """What this rank must write into `folder`, by relative file name. Collective.
+        """What this rank must write into `folder` beside `weights`, by relative file name. Collective.
 
-        Weights, masters and optimizer state. Makes the folders. The tensors are those in use: whoever keeps
+        Masters and optimizer state. Makes the folders. The tensors are those in use: whoever keeps
         them over the next update copies them.
         """
         with silence_stdout():
             self._deepspeed.save_checkpoint(str(folder), tag=SHARDS_FOLDER, save_latest=False)
         return {str(Path(path).relative_to(folder)): state for path, state in self._shards.take_saved().items()}
 
-    def load_shards(self, folder: Path, written_stage: int) -> None:
+    def load_shards(self, folder: Path, written_stage: int, weights: Mapping[str, torch.Tensor]) -> None:
         """The inverse of `training_state`, from any number of ranks and ZeRO-1, 2 or 3 to any. Collective.
 
-        Masters, optimizer state and an fp16 run's loss scale come from the disk; the compute weights are
-        what this stage and precision make of the masters. The engine may have trained before. Errors:
-        UserError where one of the stages is ZeRO-0, or the optimizer state is of a form that cannot be
-        moved.
+        `weights`: what `weights` gave then. Masters, optimizer state and an fp16 run's loss scale come from the disk;
+        the compute weights are what this stage and precision make of the masters. The engine may have trained before.
+        Errors: UserError where one of the stages is ZeRO-0, or the optimizer state is of a form that cannot be moved.
         """
         if self.stage != written_stage and 0 in (self.stage, written_stage):
             what, saw = f"{folder.name} is a checkpoint of another ZeRO stage", f"ZeRO-{self.stage}"
@@ -200,6 +199,7 @@ class Engine:
         model_states = sorted(str(path) for path in (folder / SHARDS_FOLDER).glob("*model_states.pt"))
         self._deepspeed._get_all_ckpt_names = lambda *_: model_states[:1]  # ZeRO-3 has one per rank, all alike
         self._shards.written_stage = written_stage
+        self._shards.weights = weights
         with silence_stdout():
             path, _ = self._deepspeed.load_checkpoint(str(folder), tag=SHARDS_FOLDER)
             if self.stage in (1, 2):

@@ -46,7 +46,7 @@ def clipping_factor(norm: torch.Tensor, largest_norm: float) -> torch.Tensor:
 def checkpoint_bytes(kind: OptimizerKind, num_hidden: int, num_other: int, weight_bytes: int) -> int:
     """About what one checkpoint takes on disk, for so many weights of hidden matrices and so many others.
 
-    Compute weights twice, for DeepSpeed and as safetensors; fp32 masters and the optimizer's state once.
+    Compute weights, fp32 masters and the optimizer's state.
     """
     num_parameters = num_hidden + num_other
-    return num_parameters * (2 * weight_bytes + FP32_BYTES) + kind.state_bytes(num_hidden, num_other)
+    return num_parameters * (weight_bytes + FP32_BYTES) + kind.state_bytes(num_hidden, num_other)

@@ -1,8 +1,14 @@
-"""DeepSpeed's shards: which files hold them, and how they are written, read and resharded."""
+"""DeepSpeed's shards: which files hold them, and how they are written, read and resharded.
+
+They hold no weights: those lie in model.safetensors beside them, and a second copy would be read by nobody else.
+"""
 
 import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from smoltrain import files
 from smoltrain.distributed.world import World
@@ -28,15 +34,17 @@ class ShardCheckpointEngine(CheckpointEngine):
         self._deepspeed = deepspeed_engine
         self._world = world
         self._saved: dict[str, Any] = {}
-        self.written_stage = 0  # of the checkpoint that is about to be loaded
+        # Of the checkpoint that is about to be loaded.
+        self.written_stage = 0
+        self.weights: Mapping[str, torch.Tensor] = {}
         self._model_facts: dict[str, Any] = {}  # of the model's file: how the optimizer's files are partitioned
 
     def create(self, info: Any) -> None:
         """Nothing to prepare."""
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Keep what DeepSpeed would write now; a thread of checkpoint/saver.py writes it."""
-        self._saved[path] = state_dict
+        """Keep what DeepSpeed would write now, but for the weights; a thread of checkpoint/saver.py writes it."""
+        self._saved[path] = state_dict | {"module": {}} if "module" in state_dict else state_dict
 
     def take_saved(self) -> dict[str, Any]:
         """What was kept, by path; it is forgotten here."""
@@ -55,11 +63,21 @@ class ShardCheckpointEngine(CheckpointEngine):
         state = files.read_tensors(Path(path), ALLOWED_SHARD_CLASSES)
         self._model_facts = {key: state[key] for key in ("dp_world_size", "ds_config", "param_shapes")}
         state["dp_world_size"] = self._deepspeed.dp_world_size  # DeepSpeed would refuse another one
-        if self._deepspeed.zero_optimization_stage() != self.written_stage:
-            # ZeRO-3 keeps no whole weights: Engine.load_shards makes them of the masters.
-            buffers = {name: state["module"][name] for name in state["buffer_names"]}
-            state["module"] = self._deepspeed.module.state_dict() | buffers
+        state["module"] = self._find_module_state()
         return state
+
+    def _find_module_state(self) -> dict[str, torch.Tensor]:
+        """What DeepSpeed loads into the module: a tied weight under each of its names.
+
+        ZeRO-3 keeps no whole weights and makes its parts of the masters: there only buffers are loaded.
+        """
+        module: torch.nn.Module = self._deepspeed.module
+        if self._deepspeed.zero_optimization_stage() == 3:
+            buffers = {name: self.weights[name] for name, _ in module.named_buffers() if name in self.weights}
+            return module.state_dict() | buffers
+        first_names = {id(parameter): name for name, parameter in module.named_parameters()}
+        tensors = module.state_dict(keep_vars=True)
+        return {name: self.weights[first_names.get(id(tensor), name)] for name, tensor in tensors.items()}
 
     def _load_optimizer_state(self, path: Path) -> Any:
         """This rank's part: its own file if nothing has changed, else out of those that hold a piece of it."""

@@ -81,10 +81,10 @@ def estimate_memory(setup: TrainingSetup, base_bytes: float | None = None) -> Me
 
 
 def checkpoint_copy_bytes(setup: TrainingSetup) -> float:
-    """Of host memory on rank 0 while a checkpoint is written: its part of masters and state, the weights twice."""
+    """Of host memory on rank 0 while a checkpoint is written: its part of masters and state, the weights."""
     N = setup.shape.parameters
     states = FP32_BYTES * N + setup.optimizer_state_bytes
-    return states / (setup.world if setup.stage else 1) + 2 * setup.weight_bytes * N
+    return states / (setup.world if setup.stage else 1) + setup.weight_bytes * N
 
 
 def _cpu_fragmentation_bytes(setup: TrainingSetup, on_top: float) -> float:

@@ -131,7 +131,7 @@ def failure_costs(setup: TrainingSetup, node_mtbf_hours: float) -> FailureCosts:
     hidden = setup.shape.hidden_parameters
     other = setup.shape.parameters - hidden
     in_all = checkpoint_bytes(setup.optimizer, hidden, other, setup.weight_bytes)
-    weights = 2 * setup.weight_bytes * setup.shape.parameters
+    weights = setup.weight_bytes * setup.shape.parameters
     copied = weights + (in_all - weights) / (setup.world if setup.stage else 1)
     return FailureCosts(
         node_mtbf_s=node_mtbf_hours * 3600,

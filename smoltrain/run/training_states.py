@@ -1,4 +1,4 @@
-"""What only training reads of a checkpoint: DeepSpeed's copy of the weights, masters, optimizer and random states."""
+"""What only training reads of a checkpoint: masters, optimizer and random states."""
 
 import contextlib
 from collections import defaultdict
@@ -56,16 +56,11 @@ def _collect_file_faults(name: str, faults: list[str]) -> Iterator[None]:
 def _find_module_faults(
     optimizer: OptimizerSection, meta_model: LanguageModel, tree: dict[str, Any], stage: int
 ) -> list[str]:
-    """What is wrong with the weights that DeepSpeed loads, and with the shapes of the optimizer states beside them.
+    """What is wrong with the shapes of the optimizer states, which DeepSpeed notes in its file about the model.
 
-    Under ZeRO-0 the optimizer states are here too, and the weights are their own masters.
+    Under ZeRO-0 the states are here too, and the weights are their own masters.
     """
     faults = _find_non_finite(tree)
-    if stage < 3:  # ZeRO-3 puts empty tensors here
-        faults += _find_shape_mismatches(
-            {name: tuple(x.shape) for name, x in tree["module"].items()},
-            {name: tuple(x.shape) for name, x in meta_model.state_dict().items()},
-        )
     trainable = {name: tuple(p.shape) for name, p in meta_model.named_parameters() if p.requires_grad}
     if stage > 0:
         flat = {name: tuple(shape) for group in tree["param_shapes"] for name, shape in group.items()}

@@ -16,7 +16,7 @@ from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import UserError
 from smoltrain.schedule import Plan
 from tests import tiny
-from tests.engines import ROWS, fresh_model, loader_of, settings_of, whole_state, write_files
+from tests.engines import ROWS, fresh_model, loader_of, read_files, settings_of, whole_state, write_files
 from tests.ranks import world
 from tests.sessions import bare_session, train_steps
 
@@ -188,7 +188,7 @@ def write(settings: Config, folder: Path) -> tuple[dict[str, list[Any]], tuple[l
 def read(settings: Config, folder: Path, stage: int) -> tuple[dict[str, list[Any]], tuple[list[float], list[str]]]:
     """What a fresh engine has after restoring what `stage` wrote, and five steps more."""
     wrapped, loader = run_of(settings)
-    wrapped.load_shards(folder, stage)
+    read_files(wrapped, folder, stage)
     loader.load_state(json.loads((folder / "loader.json").read_text()))
     return whole_state(wrapped), go_on(settings, wrapped, loader, 4, 8)
 

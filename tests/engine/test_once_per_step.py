@@ -14,7 +14,7 @@ from smoltrain.errors import UserError
 from tests import tiny
 from tests.device_ops import DeviceOps
 from tests.engine.test_engine import PLAN
-from tests.engines import fresh_model, loader_of, refuse, write_files
+from tests.engines import fresh_model, loader_of, read_files, refuse, write_files
 from tests.ranks import world
 from tests.sessions import bare_session, train_steps
 
@@ -226,7 +226,7 @@ def read(settings: Config, folder: Path) -> tuple[list[float], dict[str, torch.T
     """Three steps after what was written; runs on every rank."""
     wrapped = wrap(settings)
     loader = loader_of(settings, world().rank, world().size)
-    wrapped.load_shards(folder, 2)
+    read_files(wrapped, folder, 2)
     losses = steps(settings, wrapped, loader, 4, 6)
     return losses, wrapped.weights(keep=True)
 

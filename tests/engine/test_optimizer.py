@@ -82,9 +82,9 @@ def test_the_norm_is_cut_down_to_the_largest_and_never_up() -> None:
 
 
 def test_a_checkpoint_holds_weights_twice_and_masters_and_state_once() -> None:
-    assert checkpoint_bytes(OPTIMIZERS["adamw"], 600, 400, 2) == 1000 * (2 * 2 + 4 + 2 * 4)
+    assert checkpoint_bytes(OPTIMIZERS["adamw"], 600, 400, 2) == 1000 * (2 + 4 + 2 * 4)
     assert OPTIMIZERS["adamw"].traffic_bytes(600, 400) == 28 * 1000
-    assert checkpoint_bytes(OPTIMIZERS["muon"], 600, 400, 2) == 1000 * (2 * 2 + 4) + 600 * 4 + 400 * 8
+    assert checkpoint_bytes(OPTIMIZERS["muon"], 600, 400, 2) == 1000 * (2 + 4) + 600 * 4 + 400 * 8
 
 
 SOUND = torch.tensor([0.5, 1.0])  # verdicts: what the gradient is multiplied by, and whether anything moves

@@ -12,7 +12,7 @@ from smoltrain.config.load import DS_CONFIGS_FOLDER
 from smoltrain.config.schema import Config
 from smoltrain.errors import DONE, STOPPED, UserError
 from tests import launches, tiny
-from tests.engines import engine_of, settings_of, train, whole_state, write_files
+from tests.engines import engine_of, read_files, settings_of, train, whole_state, write_files
 
 
 def write(settings: Config, folder: Path) -> tuple[dict[str, list[Any]], list[float]]:
@@ -28,14 +28,14 @@ def read(settings: Config, folder: Path, stage: int, used: bool = False) -> tupl
     wrapped = engine_of(settings, seed=2)
     if used:
         train(wrapped, 11, 12)
-    wrapped.load_shards(folder, stage)
+    read_files(wrapped, folder, stage)
     return whole_state(wrapped), train(wrapped, 4, 8)
 
 
 def pass_on(settings: Config, came: Path, stage: int, went: Path) -> None:
     """Restore, and write again."""
     wrapped = engine_of(settings, seed=2)
-    wrapped.load_shards(came, stage)
+    read_files(wrapped, came, stage)
     write_files(wrapped, went)
 
 
@@ -67,6 +67,21 @@ def test_two_ranks_and_one_read_each_other(tmp_path: Path, ranks: Any, stage: in
     for old, new in ((2, 1), (1, 2)):
         wrote = ranks(old).run(write, settings, tmp_path / f"{old}")
         assert_same(wrote, ranks(new).run(read, settings, tmp_path / f"{old}", stage), precision)
+
+
+def make_older(folder: Path) -> dict[str, Any]:
+    """Give the model's file what format 3 had there, though other weights; what it had. Runs on a rank."""
+    [file] = (folder / "deepspeed").glob("*model_states.pt")
+    tree = torch.load(file, weights_only=False)
+    torch.save(tree | {"module": {"norm.weight": torch.zeros(3)}}, file)
+    return tree["module"]
+
+
+def test_weights_are_read_from_model_safetensors_alone(tmp_path: Path, ranks: Any) -> None:
+    settings = settings_of(tmp_path, 2, "bf16")
+    wrote = ranks(1).run(write, settings, tmp_path / "old")
+    assert ranks(1).run(make_older, tmp_path / "old") == [{}], "they are not stored twice"
+    assert_same(wrote, ranks(1).run(read, settings, tmp_path / "old", 2), "bf16")
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def test_the_state_is_as_large_as_its_tensors(model: tuple[str, ...], kind: str)
     assert sum(x.nbytes for x in tensors) == case.optimizer_state_bytes
     hidden = case.shape.hidden_parameters
     saved = checkpoint_bytes(case.optimizer, hidden, case.shape.parameters - hidden, 2)
-    assert saved == 8 * case.shape.parameters + case.optimizer_state_bytes
+    assert saved == 6 * case.shape.parameters + case.optimizer_state_bytes
 
 
 def test_muon_needs_one_number_less_for_each_element_of_a_hidden_matrix():

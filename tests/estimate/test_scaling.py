@@ -81,12 +81,12 @@ def test_failures_are_of_several_nodes_alone_and_grow_with_them():
 
 
 def test_what_a_checkpoint_costs_is_what_hand_computes():
-    """ZeRO-2, AdamW, bf16: 12 bytes a parameter shared by the ranks, the weights twice; all of it written."""
+    """ZeRO-2, AdamW, bf16: 12 bytes a parameter shared by the ranks, and the weights; all of it written."""
     costs = failure_costs(make_setup(recipe=SMOL, world=16, device="cuda"), node_mtbf_hours=2.0)
     N = 134_515_008
     assert costs.node_mtbf_s == 7200
-    assert costs.pause_s == pytest.approx(0.2 + N * (4 + 12 / 16) / 10e9)
-    assert costs.publish_s == pytest.approx(N * 16 / 1e9)
+    assert costs.pause_s == pytest.approx(0.2 + N * (2 + 12 / 16) / 10e9)
+    assert costs.publish_s == pytest.approx(N * 14 / 1e9)
 
 
 def test_worlds_that_rows_do_not_divide_are_left_out_with_the_reason():
