@@ -96,6 +96,15 @@ def write_text_file(path: Path, text: str) -> None:
         raise
 
 
+def give_default_mode(path: Path) -> None:
+    """Give a file the permissions that a new one gets in its folder, by umask and access lists."""
+    new = path.with_name(f"{path.name}.mode")
+    new.touch()
+    mode = new.stat().st_mode
+    new.unlink()
+    path.chmod(mode)
+
+
 def commit_file(written: Path, final: Path) -> None:
     """Rename a written file to its final name: after a power cut it is there whole or not at all."""
     fsync_path(written)

@@ -206,3 +206,12 @@ def chat(folder: Path, *, template_file: bool = False, **about: Any) -> dict[str
         json.dumps(CHAT_GENERATION | ends | {"transformers_version": "4.40"})
     )
     return ids
+
+
+def list_closed_files(folder: Path) -> list[str]:
+    """The files of a folder that have other permissions than a new one gets."""
+    new = folder / "new"
+    new.touch()
+    usual = new.stat().st_mode
+    new.unlink()
+    return [path.name for path in folder.rglob("*") if path.is_file() and path.stat().st_mode != usual]

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 
 from smoltrain import files
 from smoltrain.checkpoint.host_copies import HostCopies
@@ -41,6 +40,7 @@ from smoltrain.data.rows.loader import Loader, merge_loader_states
 from smoltrain.distributed.file_transfer import copy_file
 from smoltrain.distributed.world import World
 from smoltrain.errors import Problem, TrainingStopped, UserError
+from smoltrain.model.hf_weights import write_safetensors_file
 from smoltrain.schedule import Plan
 
 if TYPE_CHECKING:  # who only reads checkpoints needs no DeepSpeed
@@ -240,7 +240,7 @@ def _write_rank_files(folder: Path, tensors: dict[str, Any], weights: dict[str, 
     names = list(tensors)
     if weights:
         names.append(WEIGHTS_FILE)
-        save_file(weights, folder / WEIGHTS_FILE)
+        write_safetensors_file(folder / WEIGHTS_FILE, weights)
         files.fsync_path(folder / WEIGHTS_FILE)
     return {
         name: {"bytes": (folder / name).stat().st_size, "sha256": files.file_sha256(folder / name)} for name in names

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from smoltrain import files
 from smoltrain.checkpoint.manifest import MANIFEST_FILE, step_folder
 from smoltrain.config.load import override_export
@@ -21,6 +19,7 @@ from smoltrain.export.verify import NUM_CASES, NUM_GREEDY, ExportComparison, ver
 from smoltrain.inference.load import GENERATION_KEYS, LoadedModel, load_trained_model
 from smoltrain.model import hf_config, hf_format
 from smoltrain.model.build import count_parameters
+from smoltrain.model.hf_weights import write_safetensors_file
 from smoltrain.model.transformers_model import HuggingFaceModel
 from smoltrain.schedule import Plan
 
@@ -150,7 +149,7 @@ def _save_decoder(loaded: LoadedModel, section: ModelSection, folder: Path) -> d
     config = hf_config.make_hf_config(section)
     ours = {name: p.detach().to(loaded.dtype) for name, p in loaded.model.named_parameters()}
     theirs = hf_format.convert_to_hf_tensors(section, ours)
-    save_file(theirs, folder / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors_file(folder / "model.safetensors", theirs)
     if config["architectures"] == [hf_config.SMOLTRAIN]:
         shutil.copy(hf_config.MODELING_FILE, folder)
     return config
@@ -166,6 +165,7 @@ def _save_transformers_model(loaded: LoadedModel, folder: Path) -> dict[str, Any
         if x.is_floating_point():
             state[name] = x.to(loaded.dtype)
     inner.save_pretrained(folder, state_dict=state, max_shard_size="1TB")
+    files.give_default_mode(folder / "model.safetensors")
     config = read_json_object(folder / "config.json")
     return {key: value for key, value in config.items() if value is not None}
 

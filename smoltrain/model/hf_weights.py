@@ -1,4 +1,4 @@
-"""The files of a folder's weights: one model.safetensors or its shards, read whole, and held against what is wanted."""
+"""The files of a folder's weights: one model.safetensors or its shards, written, read whole, and held to a config."""
 
 import functools
 from collections.abc import Iterable
@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from smoltrain.data.tokenizers.companions import read_json_object
 from smoltrain.errors import Problem, UserError, exception_message, format_value
+from smoltrain.files import give_default_mode
 
 Tensors = dict[str, Tensor]
 
@@ -39,6 +40,12 @@ def check_hf_tensors(want: dict[str, torch.Size], have: Tensors, where: Path) ->
             )
     if problems:
         raise UserError(*problems[:5])
+
+
+def write_safetensors_file(file: Path, tensors: Tensors) -> None:
+    """Write a file that transformers reads, too. safetensors 0.8 makes it one that nobody else may read."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    give_default_mode(file)
 
 
 def read_safetensors_file(file: Path) -> Tensors:

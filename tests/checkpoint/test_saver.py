@@ -21,6 +21,7 @@ from smoltrain.checkpoint.manifest import (
 from smoltrain.config.schema import Config
 from smoltrain.errors import TrainingStopped, UserError
 from tests.checkpoint.saving import FACTS, run_steps, save_steps, saver_of, trained
+from tests.folders import list_closed_files
 from tests.ranks import world
 
 
@@ -36,6 +37,7 @@ def test_a_checkpoint_holds_what_its_manifest_says_and_readable_weights(settings
     weights = load_file(folder / "model.safetensors")
     assert weights["embed_tokens.weight"].dtype == torch.bfloat16
     assert not list(folder.parent.glob("*.tmp"))
+    assert list_closed_files(folder) == [], "colleagues read what the umask lets them read"
 
 
 Usage = namedtuple("Usage", "total used free")

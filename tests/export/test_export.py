@@ -37,6 +37,7 @@ def test_the_folder_and_the_line(run: Path, exported: tuple[Path, str]):
     assert folder == run / "export" / "step-00000012"
     assert sorted(p.name for p in folder.iterdir()) == sorted(EXPORT)
     assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name], "nothing is left beside it"
+    assert folders.list_closed_files(folder) == []
     difference = re.fullmatch(
         re.escape(f"export {folder}: LlamaForCausalLM, 28,832 parameters in bfloat16; ")
         + r"transformers alone gives the same logits on 16 prompts \(at most (\S+) apart in fp32\) "
@@ -166,6 +167,7 @@ def test_a_model_of_transformers_is_its_own_class(tmp_path: Path, kind: str):
         names["embed_out.weight"] = names.pop("lm_head.weight")
     assert names.keys() == written.keys()
     assert all(written[name].equal(x) for name, x in names.items())
+    assert folders.list_closed_files(folder) == []
 
 
 @pytest.mark.slow
