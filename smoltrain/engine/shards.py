@@ -44,7 +44,14 @@ class ShardCheckpointEngine(CheckpointEngine):
 
     def save(self, state_dict: Any, path: str) -> None:
         """Keep what DeepSpeed would write now, but for the weights; a thread of checkpoint/saver.py writes it."""
-        self._saved[path] = state_dict | {"module": {}} if "module" in state_dict else state_dict
+        kept = dict(state_dict)
+        if "module" in kept:
+            kept["module"] = {}
+        optimizer = kept.get("optimizer_state_dict", {})
+        if "zero_stage" in optimizer:
+            # Python 3.11.0 to 3.11.3 would write the enum that it is as a call of getattr, which weights_only refuses.
+            kept["optimizer_state_dict"] = optimizer | {"zero_stage": int(optimizer["zero_stage"])}
+        self._saved[path] = kept
 
     def take_saved(self) -> dict[str, Any]:
         """What was kept, by path; it is forgotten here."""
