@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from smoltrain.config.load import override_generation
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.errors import Problem, UserError, format_value
-from smoltrain.evaluation.score import batch_windows, make_windows, score_batch
 from smoltrain.inference.load import LoadedModel, load_trained_model
 from smoltrain.model.interface import LanguageModel
 from smoltrain.model.own_model import provide_model
@@ -86,6 +86,7 @@ class Model:
         seed = self._loaded.seed if seed is None else seed
         return self._loaded.generate_text(prompt, settings, greedy=greedy, seed=seed)
 
+    @torch.no_grad()
     def loss(self, text: str) -> float:
         """Mean loss of a text's tokens, in nats per token: how surprised the model is by it.
 
@@ -98,13 +99,13 @@ class Model:
         new_ids = self.tokenizer.encode(text)
         if not new_ids:
             raise UserError(Problem("there is no text", format_value(text), "at least one token", "the text"))
-        section = self.module.section
-        context = section.max_position_embeddings
-        windows = make_windows([new_ids], self.tokenizer.separator_id, context, stride=context)
-        scores = (
-            score for batch in batch_windows(windows, section.vocab_size) for score in score_batch(self.module, batch)
-        )
-        return -sum(score.log_probability for score in scores) / len(new_ids)
+        ids = torch.tensor([self.tokenizer.separator_id, *new_ids], device=self.module.device)
+        length = self.module.section.max_position_embeddings
+        total = 0.0
+        for first in range(0, len(new_ids), length):
+            stretch = ids[first : first + length + 1]
+            total += float(self.module(stretch[None, :-1], stretch[None, 1:]))
+        return total / len(new_ids)
 
 
 def load(
