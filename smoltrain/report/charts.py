@@ -94,11 +94,11 @@ class Charts:
         return Series(label or name, steps, values * factor, color, **kind)
 
     def draw_name(
-        self, title: str, name: str, color: str = "a", *, factor: float = 1.0, is_log: bool = False,
-        from_zero: bool = False, **kind: bool,
+        self, title: str, name: str, color: str = "a", *, factor: float = 1.0, is_noisy: bool = False,
+        has_dots: bool = False, is_log: bool = False, from_zero: bool = False,
     ) -> LineChart | None:  # fmt: skip
         """One logged name alone, in a small chart."""
-        series = self.series(name, color=color, factor=factor, **kind)
+        series = self.series(name, color=color, factor=factor, is_noisy=is_noisy, has_dots=has_dots)
         return self.draw_lines(title, series, is_log=is_log, from_zero=from_zero)
 
     def draw_lines(
