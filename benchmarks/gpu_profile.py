@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from benchmarks.peak import Peaks, measure_peaks_once
 from benchmarks.roofline import ATTENTION, ELEMENTWISE, PRODUCTS, UPDATE, list_roofline_parts, sum_by_kind
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import ModelSection
-from smoltrain.profiling.kernel_times import GAP_S, KernelRun, find_timeline, sum_by_kernel
+from smoltrain.profiling.kernel_times import KernelRun, sum_by_kernel
 
 NUM_TOP = 20
+GAP_S = 10e-6  # shorter pauses are those between any two kernels
 COPIES = "copies and fills"
 # Of a kernel's name, the first that fits: attention's kernels are products too.
 KINDS = (
@@ -102,6 +104,30 @@ def format_top(times: Sequence[tuple[str, int, float]]) -> list[str]:
         short = name.replace("|", "/")[:100]
         lines.append(f"| `{short}` | {launches:,} | {1000 * seconds:.2f} | {seconds / total_s:.1%} |")
     return lines
+
+
+@dataclass(frozen=True)
+class DeviceTimeline:
+    """What a device did between the first kernel and the last one."""
+
+    span_s: float
+    busy_s: float
+    gaps_s: list[float]  # those longer than GAP_S, the longest first
+
+
+def find_timeline(runs: Sequence[KernelRun]) -> DeviceTimeline:
+    """Kernels of several streams may overlap: what any of them does is no gap."""
+    ordered = sorted(runs, key=lambda run: run.began_s)
+    busy_s = 0.0
+    gaps_s: list[float] = []
+    done_s = ordered[0].began_s
+    for run in ordered:
+        gap_s = run.began_s - done_s
+        if gap_s > GAP_S:
+            gaps_s.append(gap_s)
+        busy_s += max(0.0, run.ended_s - max(run.began_s, done_s))
+        done_s = max(done_s, run.ended_s)
+    return DeviceTimeline(done_s - ordered[0].began_s, busy_s, sorted(gaps_s, reverse=True))
 
 
 def describe_profile(task: GpuTask, section: ModelSection, profiled: Any, step_s: float, peaks: Peaks) -> list[str]:

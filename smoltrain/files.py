@@ -193,6 +193,15 @@ def parse_jsonl(content: bytes, keys: Sequence[str] = ("step",)) -> list[dict[st
     return values
 
 
+@contextlib.contextmanager
+def report_unwritable(what: str, want: str, change: str) -> Iterator[None]:
+    """Errors: UserError in place of an OSError of the block, which writes `what` for the user."""
+    try:
+        yield
+    except OSError as error:  # a full disk, another's folder
+        raise UserError(Problem(f"{what} cannot be written", describe_error(error), want, change)) from None
+
+
 def print_warning(text: str) -> None:
     """Print a warning on stderr."""
     print(f"WARNING: {text}", file=sys.stderr)
@@ -250,6 +259,11 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message; '' if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else ""
+
+
+def exception_title(error: BaseException) -> str:
+    """The first line of an error's message; the name of its class where it says nothing."""
+    return first_line(error) or type(error).__name__
 
 
 def read_tensors(path: Path, allowed: Sequence[type] = ()) -> Any:

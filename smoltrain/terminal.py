@@ -10,7 +10,7 @@ Through a pipe nothing moves, and nothing is cut or wrapped: every text is one w
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TextIO
 
 from rich.cells import cell_len
@@ -22,6 +22,7 @@ from rich.text import Text
 
 REDRAWS_PER_S = 8
 EDGE = 3  # cells that a moving line leaves free, for the ^C that a terminal echoes must not wrap either
+SPINNER_CELLS = 2  # with the space behind it
 WARNING_STYLE = "yellow"
 ERASE_LINE = "\r\x1b[2K"
 SHOW_CURSOR = "\x1b[?25h"
@@ -200,11 +201,17 @@ class ActivityLine:
     def __call__(self, width: int) -> RenderableType:
         """One line of at most so many cells."""
         took_s = time.monotonic() - self._began_s
-        text = Text(f"{self._text} ...{f' {took_s:.0f} s' if took_s >= 2 else ''}", no_wrap=True)
-        text.truncate(max(1, width - 2), overflow="ellipsis")
-        row = Table.grid(padding=(0, 1, 0, 0))
-        row.add_row(self._spinner, text)
-        return row
+        text = f"{self._text} ...{f' {took_s:.0f} s' if took_s >= 2 else ''}"
+        return lay_out_line([self._spinner], text, width - SPINNER_CELLS)
+
+
+def lay_out_line(parts: Sequence[RenderableType], text: str, room: int) -> RenderableType:
+    """A line that moves: a spinner, perhaps a bar, then a text of at most `room` cells."""
+    line = Text(text, no_wrap=True)
+    line.truncate(max(1, room), overflow="ellipsis")
+    row = Table.grid(padding=(0, 1, 0, 0))
+    row.add_row(*parts, line)
+    return row
 
 
 def make_spinner(console: Console) -> Spinner:

@@ -95,7 +95,7 @@ class WandbServer:
 
         self._http = _Http(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}"
-        threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
 
     def environment(self) -> dict[str, str]:
         """What a process needs to log here, with little patience."""

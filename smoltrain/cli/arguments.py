@@ -68,6 +68,19 @@ DefaultRecipeArgument = Annotated[
 ]
 
 
+RanksOption = Annotated[int | None, typer.Option(help="Processes; by default one per GPU, or two on a CPU.")]
+
+
+AtLeastOneRankOption = Annotated[
+    int | None, typer.Option("--ranks", min=1, help="Processes; by default one per GPU, or two on a CPU.")
+]
+
+
+DeviceOption = Annotated[
+    str, typer.Option(help="h200, h100, a100-80, a100-40, l4, 4090, or cpu: this machine, measured.")
+]
+
+
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(

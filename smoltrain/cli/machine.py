@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from smoltrain.cli.app import app
-from smoltrain.cli.arguments import DefaultRecipeArgument, OverridesArgument, OverridesCommand
+from smoltrain.cli.arguments import AtLeastOneRankOption, DefaultRecipeArgument, OverridesArgument, OverridesCommand
 from smoltrain.errors import TrainingStopped, UserError
 
 if TYPE_CHECKING:
@@ -19,9 +19,7 @@ def doctor_command(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="Also look at what this recipe needs.")] = None,
     overrides: OverridesArgument = None,
     *,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Processes; by default one per GPU, or two on a CPU.")
-    ] = None,
+    ranks: AtLeastOneRankOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Look at this machine: what would keep a run from starting or slow it down, and what to do; 1 after a fault.

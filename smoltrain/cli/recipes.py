@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from smoltrain.cli.app import app
-from smoltrain.cli.arguments import OverridesArgument, OverridesCommand, RecipeArgument, complete_key
+from smoltrain.cli.arguments import DeviceOption, OverridesArgument, OverridesCommand, RecipeArgument, complete_key
 from smoltrain.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -78,9 +78,7 @@ def estimate_command(
     world: Annotated[
         str, typer.Option(help="Ranks, each with one device: 8, a range as 8..1024, or a list as 8,12,64.")
     ] = "1",
-    device: Annotated[
-        str, typer.Option(help="h200, h100, a100-80, a100-40, l4, 4090, or cpu: this machine, measured.")
-    ] = "cpu",
+    device: DeviceOption = "cpu",
     ranks_per_node: Annotated[
         int | None, typer.Option(min=1, help="Ranks of a node; by default 8 GPUs, or the fewest CPU ranks.")
     ] = None,

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from smoltrain.cli.app import app
-from smoltrain.cli.arguments import OverridesArgument, OverridesCommand, RunArgument, complete_run
+from smoltrain.cli.arguments import AtLeastOneRankOption, OverridesArgument, OverridesCommand, RunArgument, complete_run
 from smoltrain.errors import FAULT, Problem, UserError
 
 
@@ -142,9 +142,7 @@ def profile_command(
     overrides: OverridesArgument = None,
     *,
     steps: Annotated[int, typer.Option(min=1, max=100, help="How many steps are recorded.")] = 3,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Processes; by default one per GPU, or two on a CPU.")
-    ] = None,
+    ranks: AtLeastOneRankOption = None,
     trace: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Where the trace goes; by default profile-NAME.json.gz.")
     ] = None,

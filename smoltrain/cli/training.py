@@ -7,7 +7,14 @@ from typing import Annotated
 import typer
 
 from smoltrain.cli.app import app
-from smoltrain.cli.arguments import DefaultRecipeArgument, OverridesArgument, OverridesCommand, RecipeArgument
+from smoltrain.cli.arguments import (
+    DefaultRecipeArgument,
+    DeviceOption,
+    OverridesArgument,
+    OverridesCommand,
+    RanksOption,
+    RecipeArgument,
+)
 
 
 @app.command("new", epilog="Example: smoltrain new tiny --params 2M --data texts/")
@@ -19,9 +26,7 @@ def new_command(
         str | None, typer.Option(help="Tokens of the plan: 400M; by default 20 a parameter, at most 4 epochs.")
     ] = None,
     hours: Annotated[float | None, typer.Option(help="Length of the plan on these devices, instead of tokens.")] = None,
-    device: Annotated[
-        str, typer.Option(help="h200, h100, a100-80, a100-40, l4, 4090, or cpu: this machine, measured.")
-    ] = "cpu",
+    device: DeviceOption = "cpu",
     world: Annotated[int | None, typer.Option(help="Ranks, each with one device; by default 1, on a CPU 2.")] = None,
     data: Annotated[
         str | None, typer.Option(metavar="PATH", help="A file, folder, glob or URL; by default Shakespeare's plays.")
@@ -39,9 +44,7 @@ def new_command(
     epilog="Example: smoltrain train quickstart run.name=first phases.main.steps=100 --ranks 2",
 )
 def train_command(
-    recipe: DefaultRecipeArgument = None,
-    overrides: OverridesArgument = None,
-    ranks: Annotated[int | None, typer.Option(help="Processes; by default one per GPU, or two on a CPU.")] = None,
+    recipe: DefaultRecipeArgument = None, overrides: OverridesArgument = None, ranks: RanksOption = None
 ) -> None:
     """Train a recipe, or go on where its run folder stands."""
     began_at = time.time()  # before a second of imports
@@ -74,7 +77,7 @@ def tune_command(
         int | None, typer.Option(min=1, help="Of each run; by default those of the recipe's first phase.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="So many runs of each setting.")] = 1,
-    ranks: Annotated[int | None, typer.Option(help="Processes; by default one per GPU, or two on a CPU.")] = None,
+    ranks: RanksOption = None,
 ) -> None:
     """Compare values of keys by short runs on the same rows: a table, a plot, the best values as overrides."""
     from smoltrain.terminal import show_activity

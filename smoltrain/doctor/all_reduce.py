@@ -49,18 +49,15 @@ def run_two_ranks(device: str, limit_s: float) -> list[ChildResult]:
         port = listener.getsockname()[1]
         processes = []
         for rank in range(RANKS):
-            variables = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
-            variables |= {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-            handles: tuple[int, ...] = ()
+            environment = child_environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+            )  # fmt: skip
+            handles: list[int] = []
             if rank == 0:
-                handles = (listener.fileno(),)
-                variables["SMOLTRAIN_LISTENER"] = str(listener.fileno())
-            processes.append(start_child(["-m", MODULE, device], child_environment(**variables), handles))
+                handles = [listener.fileno()]
+                environment["SMOLTRAIN_LISTENER"] = str(listener.fileno())
+            processes.append(start_child(["-m", MODULE, device], environment, handles))
     results: list[ChildResult] = []
     try:
         for process in processes:

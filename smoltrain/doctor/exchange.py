@@ -6,6 +6,7 @@ import torch
 
 from smoltrain.distributed.world import World
 
+ROUNDS = 20  # of which the fastest counts
 PERIOD = 251  # numbers are small and whole, so that every sum in fp32 is exact
 
 
@@ -34,10 +35,10 @@ def wait_for_device(world: World) -> None:
         torch.cuda.synchronize(world.device)
 
 
-def measure_latency_s(world: World, rounds: int = 20) -> float:
+def measure_latency_s(world: World) -> float:
     """Of a sum of one number over all ranks: the fastest of some. Collective."""
     fastest_s = float("inf")
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         began = time.perf_counter()
         world.sum_ints(1)
         fastest_s = min(fastest_s, time.perf_counter() - began)

@@ -23,8 +23,8 @@ from smoltrain.doctor.host_checks import (
     check_versions,
     describe_hosts,
 )
-from smoltrain.doctor.report import NamedFinding, print_finding, print_verdict
-from smoltrain.errors import DONE, FAULT, UserError
+from smoltrain.doctor.report import NamedFinding, exit_code_of, print_finding, print_verdict
+from smoltrain.errors import FAULT, UserError
 from smoltrain.terminal import open_console
 
 LOST_HOST_S = 15.0  # without a sign of life of a machine
@@ -46,7 +46,7 @@ def examine_hosts(config: Config, *, as_json: bool) -> int:
         if world.is_first and not as_json:
             print_finding(named)
             open_console().file.flush()
-    code = FAULT if any(finding.status == "fault" for _, finding in found) else DONE
+    code = exit_code_of(found)
     if world.is_first:
         print_verdict(found, as_json=as_json)
         sys.stdout.flush()

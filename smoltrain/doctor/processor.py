@@ -53,9 +53,9 @@ class CpuTimes(NamedTuple):
     total: float
 
 
-def read_cpu_times(file: Path = STAT) -> CpuTimes:
+def read_cpu_times() -> CpuTimes:
     """man 5 proc, /proc/stat: user nice system idle iowait irq softirq steal."""
-    numbers = [int(word) / os.sysconf("SC_CLK_TCK") for word in file.read_text().splitlines()[0].split()[1:9]]
+    numbers = [int(word) / os.sysconf("SC_CLK_TCK") for word in STAT.read_text().splitlines()[0].split()[1:9]]
     idle = numbers[3] + numbers[4]
     return CpuTimes(sum(numbers) - idle, numbers[7], sum(numbers))
 

@@ -3,12 +3,12 @@
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from smoltrain.doctor.check import Check, Finding, run_check
 from smoltrain.errors import DONE, FAULT
-from smoltrain.terminal import open_console, print_text, show_activity
+from smoltrain.terminal import print_text, show_activity
 
 STYLES = {"ok": "", "warning": "yellow", "fault": "bold red"}
 STATUS_WIDTH = 8
@@ -34,32 +34,32 @@ def run_and_print_checks(checks: Sequence[Check], *, as_json: bool) -> int:
             finding = run_check(check)
         found.append(NamedFinding(check.name, finding))
         print_finding(found[-1])
-    return print_verdict(found, as_json=as_json)
+    print_verdict(found, as_json=as_json)
+    return exit_code_of(found)
 
 
-def print_verdict(found: Sequence[NamedFinding], *, as_json: bool) -> int:
-    """How many there are of each kind, or all of them as JSON; the exit code."""
+def exit_code_of(found: Sequence[NamedFinding]) -> int:
+    """1 after a fault."""
+    return FAULT if any(finding.status == "fault" for _, finding in found) else DONE
+
+
+def print_verdict(found: Sequence[NamedFinding], *, as_json: bool) -> None:
+    """How many there are of each kind, or all of them as JSON."""
     if as_json:
         print(json.dumps(findings_to_tree(found), indent=2))
     else:
         print_text(count_findings(found))
-    return FAULT if any(finding.status == "fault" for _, finding in found) else DONE
 
 
-def print_finding(named: NamedFinding, write: Callable[..., None] = print_text) -> None:
+def print_finding(named: NamedFinding) -> None:
     """A line of what was seen, and one of what to do about it."""
     finding = named.finding
     indent = STATUS_WIDTH + NAME_WIDTH + 2
-    console = open_console()
     style = STYLES[finding.status]
-    write(
-        f"{finding.status:<{STATUS_WIDTH}} {named.name:<{NAME_WIDTH}} {finding.saw}",
-        console,
-        style=style,
-        indent=indent,
-    )
+    head = f"{finding.status:<{STATUS_WIDTH}} {named.name:<{NAME_WIDTH}}"
+    print_text(f"{head} {finding.saw}", style=style, indent=indent)
     if finding.advice:
-        write(" " * indent + f"-> {finding.advice}", console, style=style, indent=indent + 3)
+        print_text(" " * indent + f"-> {finding.advice}", style=style, indent=indent + 3)
 
 
 def count_findings(found: Sequence[NamedFinding]) -> str:
@@ -78,4 +78,4 @@ def findings_to_tree(found: Sequence[NamedFinding]) -> dict[str, object]:
     findings: list[dict[str, str]] = []
     for name, finding in found:
         findings.append({"check": name, "status": finding.status, "saw": finding.saw, "advice": finding.advice})
-    return {"fault": any(finding.status == "fault" for _, finding in found), "findings": findings}
+    return {"fault": exit_code_of(found) == FAULT, "findings": findings}

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from smoltrain.errors import Problem, UserError, exception_message, suggest_choice
+from smoltrain.errors import Problem, UserError, abbreviate_list, exception_message, suggest_choice
 from smoltrain.evaluation.judge import Judge
 from smoltrain.version import VERSION
 
@@ -144,7 +144,7 @@ def _describe_downloads(manager: TaskManager, name: str) -> list[str]:
     places = sorted(_find_datasets(manager, name))
     if not places:
         return []
-    shown = ", ".join(places[:3]) + (f" and {len(places) - 3:,} more" if len(places) > 3 else "")
+    shown = abbreviate_list(places)
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in OFFLINE_VALUES:
         return [f"{name}: reads {shown} from the cache of the Hugging Face Hub (HF_HUB_OFFLINE is set)"]
     return [f"{name}: reads {shown} of the Hugging Face Hub; what is not in its cache is downloaded now"]

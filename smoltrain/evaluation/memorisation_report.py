@@ -9,7 +9,7 @@ from smoltrain.errors import Problem, UserError
 from smoltrain.evaluation.memorisation import KIND_NAMES, Memorisation, MemorisationProbe, find_reason_unknown
 from smoltrain.inference.device import move_to_best_device
 from smoltrain.inference.draw_texts import draw_texts
-from smoltrain.inference.load import LoadedModel, load_trained_model
+from smoltrain.inference.load import load_trained_model
 
 
 def describe_run_memorisation(
@@ -24,7 +24,7 @@ def describe_run_memorisation(
         want = "a run, whose training tokens are known"
         raise UserError(Problem("nobody knows what this model was trained on", str(source), want, "the RUN argument"))
     config = loaded.config
-    prepared = _load_run_tokens(loaded, config)
+    prepared = _load_run_tokens(config)
     weights = [part.weight for part in config.data.parts]
     probe = MemorisationProbe(prepared, weights, num_texts, config.batch.sequence_length)
     if reason := move_to_best_device(loaded.model).reason:
@@ -42,10 +42,9 @@ def describe_run_memorisation(
     return "\n".join([head, *_format_table(probe.count(probe.search())), searched])
 
 
-def _load_run_tokens(loaded: LoadedModel, config: Config) -> PreparedData:
-    """The tokens of a run, wherever its folder lies now. Errors: UserError if they are streamed, or away."""
-    here = config.run.model_copy(update={"folder": loaded.folder.parent, "name": loaded.folder.name})
-    prepared = load_prepared_data(config.model_copy(update={"run": here}))
+def _load_run_tokens(config: Config) -> PreparedData:
+    """The tokens of a run. Errors: UserError if they are streamed, or away."""
+    prepared = load_prepared_data(config)
     reason = find_reason_unknown(prepared)
     if reason:
         want = "a run that keeps its tokens, as data.mode=cached and `smoltrain prepare data` do"

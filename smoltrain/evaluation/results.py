@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from smoltrain import files
@@ -75,20 +76,7 @@ def _read_file(path: Path) -> Evaluation:
     except (OSError, ValueError, RecursionError) as error:
         problem = Problem("an evaluation cannot be read", exception_message(error), want, str(path))
         raise UserError(problem) from None
-    if not _is_evaluation(value):
-        raise UserError(Problem("this is no evaluation", "other keys", want, str(path)))
-    return Evaluation(step=value["step"], tasks=value["tasks"], details=value.get("details", {}))
-
-
-def _is_evaluation(value: Any) -> bool:
-    """Whether a value out of a file, which may be anybody's, has the form of one; details may be missing."""
-    if not (isinstance(value, dict) and isinstance(value.get("step"), int)):
-        return False
-    tasks = value.get("tasks")
-    details = value.get("details", {})
-    if not (isinstance(tasks, dict) and isinstance(details, dict)):
-        return False
-    for metrics in tasks.values():
-        if not (isinstance(metrics, dict) and all(isinstance(number, int | float) for number in metrics.values())):
-            return False
-    return all(isinstance(part, dict) and part.keys() >= TaskDetails.__required_keys__ for part in details.values())
+    try:
+        return TypeAdapter(Evaluation).validate_python({"details": {}} | value, strict=True)  # details may be missing
+    except (TypeError, ValidationError):
+        raise UserError(Problem("this is no evaluation", "other keys", want, str(path))) from None

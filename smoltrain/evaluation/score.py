@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from smoltrain.errors import TrainingStopped
-from smoltrain.model.interface import LanguageModel
+from smoltrain.model.interface import LanguageModel, eval_mode
 
 MAX_BATCH_TOKENS = 2**14  # of all windows, padded
 MAX_BATCH_LOGITS = 2**26  # of all windows, padded: 256 MiB in fp32; one window may have more
@@ -85,12 +85,8 @@ def score_batch(model: LanguageModel, windows: Sequence[Window]) -> list[Score]:
     """The score of each window, in one forward pass. Errors: TrainingStopped for logits that are not finite."""
     inputs = [torch.tensor(window.ids[:-1]) for window in windows]
     ids_BT = pad_sequence(inputs, batch_first=True)  # with id 0 behind, which a causal model does not see before
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         logits_BTV = model(ids_BT.to(model.device))
-    finally:
-        model.train(training)
     return [_score_window(logits_TV, window) for logits_TV, window in zip(logits_BTV, windows, strict=True)]
 
 

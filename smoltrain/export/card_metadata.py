@@ -1,12 +1,11 @@
 """What the Hub reads of a model card: the YAML in front of it, by which models are found and their results listed."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from smoltrain.config.schema import Config, ExportSection
 from smoltrain.evaluation.results import Evaluation
-from smoltrain.schedule import Plan
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -22,13 +21,9 @@ STDERR_SUFFIX = "_stderr"
 
 
 def write_card_metadata(
-    name: str,
-    model_type: str,
-    about: ExportSection,
-    config: Config | None,
-    last: Mapping[str, Any],
+    name: str, model_type: str, about: ExportSection, config: Config | None, last: Mapping[str, Any],
     evaluation: Evaluation | None,
-) -> str:
+) -> str:  # fmt: skip
     """The YAML of a model's card, without its fences. `last` are the last metrics of the run; nothing is invented."""
     from huggingface_hub import ModelCardData
 
@@ -62,42 +57,34 @@ def _hub_datasets(config: Config | None) -> list[str]:
     """The Hub's names of the data that any phase has trained on."""
     if config is None:
         return []
-    used = {name for phase in Plan(config.phases).phases for name in (phase.spec.mix or {})}
-    takes_all = any(phase.spec.mix is None for phase in Plan(config.phases).phases)
+    used = {name for phase in config.phases for name in (phase.mix or {})}
+    takes_all = any(phase.mix is None for phase in config.phases)
     return [part.hub for part in config.data.parts if part.hub and (takes_all or part.name in used)]
 
 
-def _validation_results(config: Config | None, last: Mapping[str, Any]) -> list["EvalResult"]:
-    from huggingface_hub import EvalResult
-
+def _validation_results(config: Config | None, last: Mapping[str, Any]) -> Iterator["EvalResult"]:
     datasets = _hub_datasets(config)
     is_one = config is not None and len(datasets) == len(config.data.parts) == 1
-    results = []
+    dataset = datasets[0] if is_one else "held-out"
     for metric, (kind, words) in VALIDATION_RESULTS.items():
         if metric in last and math.isfinite(last[metric]):
-            result = EvalResult(
-                task_type=TASK, task_name="Text generation", dataset_type=datasets[0] if is_one else "held-out",
-                dataset_name="documents held out of the training data", metric_type=kind, metric_name=words,
-                metric_value=round(last[metric], 4),
-            )  # fmt: skip
-            results.append(result)
-    return results
+            yield _make_result(dataset, "documents held out of the training data", kind, words, last[metric])
 
 
-def _task_results(evaluation: Evaluation | None) -> list["EvalResult"]:
-    from huggingface_hub import EvalResult
-
-    results: list[EvalResult] = []
+def _task_results(evaluation: Evaluation | None) -> Iterator["EvalResult"]:
     if evaluation is None:
-        return results
+        return
     for task, metrics in evaluation["tasks"].items():
         name = name_task(task, evaluation)
         for metric, value in metrics.items():
-            if metric.endswith(STDERR_SUFFIX) or not math.isfinite(value):
-                continue
-            result = EvalResult(
-                task_type=TASK, task_name="Text generation", dataset_type=task, dataset_name=name, metric_type=metric,
-                metric_name=metric, metric_value=round(value, 4),
-            )  # fmt: skip
-            results.append(result)
-    return results
+            if not metric.endswith(STDERR_SUFFIX) and math.isfinite(value):
+                yield _make_result(task, name, metric, metric, value)
+
+
+def _make_result(dataset: str, dataset_name: str, metric: str, metric_name: str, value: float) -> "EvalResult":
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type=TASK, task_name="Text generation", dataset_type=dataset, dataset_name=dataset_name,
+        metric_type=metric, metric_name=metric_name, metric_value=round(value, 4),
+    )  # fmt: skip

@@ -13,7 +13,7 @@ from smoltrain.config.schema import ExportSection, GenerationSection, ModelSecti
 from smoltrain.data.tokenizers.companions import GENERATION_CONFIG, read_json_object
 from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE
 from smoltrain.errors import Problem, TrainingStopped, UserError
-from smoltrain.export.marker import ExportSource, read_export_marker, write_export_marker
+from smoltrain.export.marker import ExportSource, default_export_folder, read_export_marker, write_export_marker
 from smoltrain.export.model_card import CURVE_FILE, build_model_card
 from smoltrain.export.verify import NUM_CASES, NUM_GREEDY, ExportComparison, verify_export
 from smoltrain.inference.load import GENERATION_KEYS, LoadedModel, load_trained_model
@@ -68,11 +68,6 @@ def identify_export_source(loaded: LoadedModel) -> ExportSource:
     if loaded.config is None or loaded.manifest is None:
         return ExportSource(name, "", None, None)
     return ExportSource(name, loaded.manifest.wandb_id, loaded.step, Plan(loaded.config.phases).last_step)
-
-
-def default_export_folder(run: Path, step: int) -> Path:
-    """RUN/export/step-N."""
-    return run / "export" / f"step-{step:08d}"
 
 
 def _resolve_export_folder(loaded: LoadedModel, source: ExportSource, out: str | Path | None) -> Path:

@@ -1,14 +1,20 @@
-"""The marker of an export (smoltrain.json): what was exported, and the hashes of its files when they were verified."""
+"""The marker of an export (smoltrain.json): what was exported, and the hashes of its files when they were verified.
+
+Nothing here imports torch: what is exported already is uploaded without it.
+"""
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smoltrain import files
-from smoltrain.export.verify import ExportComparison
-from smoltrain.inference.load import EXPORT_MARKER_FILE
+from smoltrain.checkpoint.manifest import step_folder
+from smoltrain.inference.find_run import EXPORT_MARKER_FILE
 from smoltrain.version import VERSION
+
+if TYPE_CHECKING:
+    from smoltrain.export.verify import ExportComparison
 
 FORMAT = 1
 MARKER_FIELDS: dict[str, Any] = {  # what must stand in a marker
@@ -39,7 +45,12 @@ class ExportSource:
         return f"unfinished: step {self.step} of {self.last_step}"
 
 
-def write_export_marker(folder: Path, source: ExportSource, comparison: ExportComparison, separator: str) -> None:
+def default_export_folder(run: Path, step: int) -> Path:
+    """RUN/export/step-N."""
+    return step_folder(run / "export", step)
+
+
+def write_export_marker(folder: Path, source: ExportSource, comparison: "ExportComparison", separator: str) -> None:
     """Mark the folder as an export that passed. Whatever is written into it later makes it an unverified one."""
     marker = {
         "format": FORMAT,

@@ -16,7 +16,7 @@ HUB_TIMEOUT_S = 7.0  # for each address of the Hub, as IPv6 and IPv4; left to it
 NETWORK_LIBRARIES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests")  # which of them, is the client's version
 
 
-def push_to_hub(source: str, repo: str, *, private: bool = True, say: Callable[[str], None] = print) -> str:
+def push_to_hub(source: str, repo: str, *, private: bool = True) -> str:
     """Upload the newest checkpoint of a run, exported now unless it is already, or an export; returns the URL.
 
     `repo` is OWNER/NAME, or NAME for one's own; it is created (private unless told otherwise) if it does not exist.
@@ -25,7 +25,7 @@ def push_to_hub(source: str, repo: str, *, private: bool = True, say: Callable[[
     """
     endpoint, token = _read_hub_settings(repo)
     _check_hub_token(endpoint, token)
-    folder, marker = _find_or_make_export(source, say)
+    folder, marker = _find_or_make_export(source, print)
     step = "" if marker["step"] is None else f", step {marker['step']} of {marker['last_step']}"
     message = f"{marker['run']}{step}, by smoltrain {marker['smoltrain']}"
     return _upload_export(folder, repo, endpoint, token, private, message)
@@ -70,8 +70,7 @@ def _find_or_make_export(source: str, say: Callable[[str], None]) -> tuple[Path,
     It is made now if it is not there yet, or was changed since.
     """
     from smoltrain.checkpoint.manifest import find_newest_valid_checkpoint
-    from smoltrain.export.export import default_export_folder, export_model
-    from smoltrain.export.marker import read_export_marker, read_verified_marker
+    from smoltrain.export.marker import default_export_folder, read_export_marker, read_verified_marker
     from smoltrain.inference.find_run import find_run_folder, is_huggingface_folder
 
     if is_huggingface_folder(Path(source)):
@@ -88,6 +87,8 @@ def _find_or_make_export(source: str, say: Callable[[str], None]) -> tuple[Path,
         if marker is not None and marker["run_id"] == manifest.wandb_id:
             say(f"export {folder} is verified already")
             return folder, marker
+    from smoltrain.export.export import export_model
+
     folder = export_model(source, say=say)  # which says what is missing if there is no checkpoint
     marker = read_export_marker(folder)
     assert marker is not None, "export_model writes one"

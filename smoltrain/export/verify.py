@@ -117,11 +117,10 @@ def _make_text_prompts(loaded: LoadedModel, limit: int, room: int) -> list[Verif
 
 
 def _read_held_out_ids(loaded: LoadedModel) -> list[int]:
-    """The first held-out tokens of a run, wherever its folder lies now; none if its data were deleted."""
+    """The first held-out tokens of a run; none if its data were deleted."""
     if loaded.config is None or not (loaded.folder / "data").is_dir():
         return []
-    run = loaded.config.run.model_copy(update={"folder": loaded.folder.parent, "name": loaded.folder.name})
-    tokens = load_prepared_data(loaded.config.model_copy(update={"run": run})).validation[0]
+    tokens = load_prepared_data(loaded.config).validation[0]
     return tokens.read_rows(np.zeros(1, int), min(len(tokens), NUM_CASES * LONG_CASE_TOKENS))[0].tolist()
 
 

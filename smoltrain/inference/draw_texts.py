@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from smoltrain.errors import TrainingStopped
-from smoltrain.model.interface import LanguageModel
+from smoltrain.model.interface import LanguageModel, eval_mode
 
 
 @torch.no_grad()
@@ -25,10 +25,8 @@ def draw_texts(
     """
     banned = [i for i in banned_ids if i not in stop_ids]
     generator = torch.Generator().manual_seed(seed)
-    training = model.training
-    model.eval()
     drawn = []
-    try:
+    with eval_mode(model):
         cache = model.new_cache(len(prompts_BP), prompts_BP.shape[1] + num_tokens)
         ids = torch.from_numpy(prompts_BP.astype(np.int64)).to(model.device)
         for _ in range(num_tokens):
@@ -40,8 +38,6 @@ def draw_texts(
             new_B = torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)
             drawn.append(new_B[:, 0].numpy())
             ids = new_B.to(model.device)
-    finally:
-        model.train(training)
     return [_cut_at_stop(text, stop_ids) for text in np.stack(drawn, axis=1)]
 
 

@@ -12,8 +12,11 @@ from smoltrain.checkpoint.manifest import (
     verify_checkpoint,
 )
 from smoltrain.config.config_file import CONFIG_FILE, RUNS_FOLDER
+from smoltrain.config.load import read_run_config
+from smoltrain.config.schema import Config
 from smoltrain.errors import Problem, UserError, format_value
 
+EXPORT_MARKER_FILE = "smoltrain.json"  # in exports that passed: what they are of, and what their files are
 CHECKPOINT_FOLDER_PATTERN = re.compile(r"step-([0-9]{8,})")  # the name of a published checkpoint's folder
 
 
@@ -22,11 +25,12 @@ def is_huggingface_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file()
 
 
-def find_run_folder(run: str, runs: Path = RUNS_FOLDER, change: str = "the RUN argument") -> Path:
-    """The folder of a run, which is named by its path or by its name under `runs`. Errors: UserError if it is none."""
-    folder, step = locate_run(run, runs, change)
+def find_run_folder(run: str) -> Path:
+    """The folder of a run, which is named by its path or by its name under runs/. Errors: UserError if it is none."""
+    folder, step = locate_run(run)
     if step is not None:
-        raise UserError(Problem("this is one checkpoint of a run", repr(run), f"the run, {folder}", change))
+        want = f"the run, {folder}"
+        raise UserError(Problem("this is one checkpoint of a run", repr(run), want, "the RUN argument"))
     return folder
 
 
@@ -46,6 +50,13 @@ def locate_run(source: str, runs: Path = RUNS_FOLDER, change: str = "the RUN arg
     have = ", ".join(sorted(path.parent.name for path in runs.glob(f"*/{CONFIG_FILE}"))) or "none yet"
     want = f"the folder of a run or of its checkpoint, a name under {runs}/ ({have}), or a Hugging Face folder"
     raise UserError(Problem("no such run", repr(source), want, change))
+
+
+def read_relocated_config(folder: Path) -> Config:
+    """A run's own config, wherever its folder lies now. Errors: UserError for one that this version cannot read."""
+    config = read_run_config(folder / CONFIG_FILE)
+    here = config.run.model_copy(update={"folder": folder.parent, "name": folder.name})
+    return config.model_copy(update={"run": here})
 
 
 def find_valid_manifest(run: Path, step: int | None, change: str, say: Callable[[str], None]) -> Manifest:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smoltrain.config.schema import MAX_SEED, GenerationSection
 from smoltrain.errors import Problem, TrainingStopped, UserError, format_value
-from smoltrain.model.interface import LanguageModel
+from smoltrain.model.interface import LanguageModel, eval_mode
 
 MAX_DRAWN_SEED = 999_999  # short enough to be typed again
 
@@ -94,13 +94,9 @@ def generate_ids(
 @torch.no_grad()
 def _next_logits(model: LanguageModel, ids: list[int], cache: Any) -> Tensor:
     """Logits [V] behind the ids; a function, so that between two tokens the caller finds its own modes unchanged."""
-    training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         ids_BT = torch.tensor([ids], device=model.device)
         return model(ids_BT, cache=cache, last_only=True)[0, -1]
-    finally:
-        model.train(training)
 
 
 def decode_stream(prompt_ids: list[int], new_ids: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:

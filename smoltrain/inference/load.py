@@ -12,7 +12,6 @@ from pydantic import ValidationError
 from smoltrain.checkpoint import identity
 from smoltrain.checkpoint.manifest import WEIGHTS_FILE, Manifest, step_folder
 from smoltrain.config.config_file import CONFIG_FILE, RUNS_FOLDER, find_config_damage, read_provenance
-from smoltrain.config.load import read_run_config
 from smoltrain.config.schema import Config, GenerationSection, RunSection
 from smoltrain.data.tokenizers.companions import (
     GENERATION_CONFIG,
@@ -27,14 +26,19 @@ from smoltrain.data.tokenizers.companions import (
 from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE, Tokenizer
 from smoltrain.errors import Problem, UserError, format_value, problem_from_pydantic
 from smoltrain.files import print_warning
-from smoltrain.inference.find_run import find_valid_manifest, is_huggingface_folder, locate_run
+from smoltrain.inference.find_run import (
+    EXPORT_MARKER_FILE,
+    find_valid_manifest,
+    is_huggingface_folder,
+    locate_run,
+    read_relocated_config,
+)
 from smoltrain.inference.generate import decode_stream, generate_ids
 from smoltrain.model.build import build_model
 from smoltrain.model.hf_format import read_hf_decoder
 from smoltrain.model.hf_weights import Tensors, check_hf_tensors, common_dtype, read_safetensors_file
 from smoltrain.model.interface import LanguageModel
 
-EXPORT_MARKER_FILE = "smoltrain.json"  # in exports that passed: what they are of, and what their files are
 # Our generation section -> the keys of a generation_config.json.
 GENERATION_KEYS = {"temperature": "temperature", "top_k": "top_k", "top_p": "top_p", "max_tokens": "max_new_tokens"}
 
@@ -51,7 +55,7 @@ class LoadedModel:
     folder: Path  # the run's, or the Hugging Face folder itself
     step: int | None = None  # of the checkpoint; None for a Hugging Face folder, as are the next two
     manifest: Manifest | None = None
-    config: Config | None = None
+    config: Config | None = None  # whose run.folder is where the run lies now
     inherited_generation: Mapping[str, Any] = field(default_factory=dict)  # generation_config.json beside the weights
 
     def generate_text(
@@ -115,7 +119,7 @@ def _load_run(source: str, step: int | None, runs: Path) -> LoadedModel:
     folder, step_of_source = locate_run(source, runs)
     change = "the RUN argument" if step is None else "--checkpoint"
     config_file = folder / CONFIG_FILE
-    config = read_run_config(config_file)
+    config = read_relocated_config(folder)
     manifest = find_valid_manifest(folder, step_of_source if step is None else step, change, _print_to_stderr)
     own = identity.identity_of_run(config, read_provenance(config_file))
     identity.check_checkpoint_identity(manifest.identity, manifest.step, own, config_file)

@@ -15,7 +15,7 @@ from smoltrain.engine.deepspeed_private import choose_accelerator, close_deepspe
 from smoltrain.errors import STOPPED, Problem, UserError
 from smoltrain.launch.notebook_bar import NotebookBar, is_notebook
 from smoltrain.launch.process_state import keep_process_state
-from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
+from smoltrain.run.run_lock import hold_run_lock
 from smoltrain.training.callbacks import CallbackFailed, StepCallback
 from smoltrain.training.run import run_training
 from smoltrain.training.start import begin_run
@@ -32,8 +32,7 @@ def train_in_process(config: Config, callbacks: Sequence[StepCallback] = ()) -> 
     stop = StopFlag(owns_process=False)
     try:
         device = choose_device(config.engine.device)
-        with keep_process_state(device):
-            lock = lock_run_folder(config)
+        with keep_process_state(device), hold_run_lock(config):
             try:
                 choose_accelerator(device.type)
                 start = begin_run(config, 1, device)
@@ -46,7 +45,6 @@ def train_in_process(config: Config, callbacks: Sequence[StepCallback] = ()) -> 
                 gc.collect()  # the engine, whose parts hold each other
                 close_deepspeed()
                 close_world()
-                unlock_run_folder(lock)
     finally:
         stop.close()
     return stop.reason if code == STOPPED else None

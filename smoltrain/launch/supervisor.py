@@ -19,7 +19,7 @@ from smoltrain.engine.deepspeed_json import read_deepspeed_text, remember_deepsp
 from smoltrain.errors import DONE, FAULT, INTERRUPTED, STOPPED, Problem, UserError
 from smoltrain.launch.rank_processes import RankProcesses
 from smoltrain.launch.signal_forwarder import SignalForwarder, StopRequested
-from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
+from smoltrain.run.run_lock import hold_run_lock
 from smoltrain.run.screen import Screen
 from smoltrain.run.summary import describe_run
 from smoltrain.schedule import Phase, Plan
@@ -67,8 +67,7 @@ def _run_phases(
     remember_deepspeed_text(config.engine.ds_config, read_deepspeed_text(config.engine.ds_config))  # for all phases
     device = choose_device(config.engine.device)
     num_ranks = choose_num_ranks(num_ranks, device.type)
-    lock = lock_run_folder(config)  # until this command and the last rank have ended
-    held.callback(unlock_run_folder, lock)
+    lock = held.enter_context(hold_run_lock(config))  # until this command and the last rank have ended
     with show_activity("looking at checkpoints and data"):
         start = begin_run(config, num_ranks, device, say=screen.say, one_phase=True, began_at=began_at)
     plan = start.plan  # in steps, which the recipe may not be: only begin_run resolves it

@@ -13,7 +13,7 @@ from smoltrain.config.rules import find_contradictions
 from smoltrain.config.schema import Config, DataSection, SourceSection
 from smoltrain.errors import Problem, UserError, abbreviate_list, format_value
 from smoltrain.files import file_sha256
-from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
+from smoltrain.run.run_lock import hold_run_lock
 
 DOCUMENTS_FILE = "documents.jsonl"  # in a run's folder
 
@@ -30,12 +30,9 @@ def write_documents(config: Config, documents: Iterable[str]) -> Config:
     config = config.model_copy(update={"data": DataSection(path=str(path), **own)})
     if problems := find_contradictions(config):
         raise UserError(*problems)
-    lock = lock_run_folder(config)
-    try:
+    with hold_run_lock(config):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_once(path, documents)
-    finally:
-        unlock_run_folder(lock)
     return config
 
 

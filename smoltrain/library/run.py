@@ -42,9 +42,7 @@ class Run:
 
     def __init__(self, source: str | Path, *, stop_reason: str | None = None) -> None:
         self.folder: Path = find_run_folder(str(source))
-        self.stop_reason: str | None = (
-            stop_reason  # why `train` returned before the end, as "SIGINT"; None if it did not
-        )
+        self.stop_reason: str | None = stop_reason  # of a `train` that returned before the end, as "SIGINT"
 
     def __repr__(self) -> str:
         stopped = f", stopped by {self.stop_reason}" if self.stop_reason else ""

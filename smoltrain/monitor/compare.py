@@ -95,8 +95,8 @@ def list_results(runs: Sequence[ComparedRun]) -> list[TableRow]:
         _row("steps", runs, lambda run: f"{run.summary.step:,} of {run.summary.last_step:,}"),
         _row("tokens trained on", runs, lambda run: f"{run.summary.num_tokens:,}"),
         _row(f"training loss, mean of the last {RECENT_STEPS} steps", runs, _format_training_loss),
-        _row("validation loss, the last", runs, _format_last_validation),
-        _row("validation loss, the best", runs, _format_best_validation),
+        _row("validation loss, the last", runs, lambda run: _format_validation(run.summary.last_loss)),
+        _row("validation loss, the best", runs, lambda run: _format_validation(run.summary.best_loss)),
     ]
     common = find_common_validation(runs)
     if common is not None:
@@ -176,18 +176,9 @@ def _format_training_loss(run: ComparedRun) -> str:
     return f"{np.mean(losses):.4f}" if len(losses) else NOTHING
 
 
-def _format_last_validation(run: ComparedRun) -> str:
-    if run.summary.last_loss is None:
-        return NOTHING
-    step, loss, _ = run.summary.last_loss
-    return f"{loss:.4f} at {step:,}"
-
-
-def _format_best_validation(run: ComparedRun) -> str:
-    if run.summary.best_loss is None:
-        return NOTHING
-    step, loss = run.summary.best_loss
-    return f"{loss:.4f} at {step:,}"
+def _format_validation(found: tuple[int, float] | tuple[int, float, float] | None) -> str:
+    """Of (step, loss, ...)."""
+    return NOTHING if found is None else f"{found[1]:.4f} at {found[0]:,}"
 
 
 def _format_at(run: ComparedRun, step: int) -> str:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smoltrain.errors import Problem, UserError
-from smoltrain.files import describe_error
+from smoltrain.files import report_unwritable
 from smoltrain.monitor.compare import ComparedRun
 from smoltrain.monitor.curves import average_neighbours
 from smoltrain.run.plots import CURVE_COLORS
@@ -73,8 +72,5 @@ def render_png(runs: Sequence[ComparedRun]) -> bytes:
 
 def write_picture(path: Path, content: bytes, option: str) -> None:
     """Write a file that was asked for. Errors: UserError, blaming `option`, where it cannot be written."""
-    try:
+    with report_unwritable("the comparison", "a file in a folder that is there and may be written", option):
         path.write_bytes(content)
-    except OSError as error:
-        want = "a file in a folder that is there and may be written"
-        raise UserError(Problem("the comparison cannot be written", describe_error(error), want, option)) from None

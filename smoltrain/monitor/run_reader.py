@@ -49,9 +49,7 @@ class RunReader:
         self._config_is_of = 0  # its file's time of modification
         self._metrics = JsonlFollower(folder / METRICS_FILE)
         self._time_left: TimeLeft | None = None
-        self._log_size = -1
-        self._samples_size = -1
-        self._spikes_size = -1
+        self._sizes: dict[Path, int] = {}  # of files, at the last look
 
     @property
     def step(self) -> int:
@@ -134,24 +132,28 @@ class RunReader:
             self._time_left.add(line)
 
     def _read_log(self) -> None:
-        path = self.folder / "logs" / "rank0.log"
-        size = _size_of(path)
-        if size != self._log_size:
-            self._log_size = size
-            self.warnings = WARNING_LINE.findall(read_tail(path, LOG_BYTES).decode(errors="replace"))
+        log = self.folder / "logs" / "rank0.log"
+        if self._has_grown(log):
+            self.warnings = WARNING_LINE.findall(read_tail(log, LOG_BYTES).decode(errors="replace"))
         spikes = self.folder / SPIKES_FILE
-        size = _size_of(spikes)
-        if size != self._spikes_size:
-            self._spikes_size = size
+        if self._has_grown(spikes):
             self.num_spikes = len(files.parse_jsonl(read_tail(spikes, WHOLE_BYTES), ("step", "does")))
 
     def _read_samples(self) -> None:
         path = self.folder / SAMPLES_FILE
-        size = _size_of(path)
-        if size != self._samples_size:
-            self._samples_size = size
+        if self._has_grown(path):
             samples = files.parse_jsonl(read_tail(path, SAMPLE_BYTES), ("step", "prompt", "text"))
             self.sample = samples[-1] if samples else None
+
+    def _has_grown(self, path: Path) -> bool:
+        """Whether a file has another size than at the last look; 0 where there is none."""
+        try:
+            size = path.stat().st_size
+        except OSError:
+            size = 0
+        before = self._sizes.get(path, 0)
+        self._sizes[path] = size
+        return size != before
 
 
 def thin_points(points: list[Point]) -> list[Point]:
@@ -159,11 +161,3 @@ def thin_points(points: list[Point]) -> list[Point]:
     while len(points) > MAX_POINTS:
         points = points[::2]
     return points
-
-
-def _size_of(path: Path) -> int:
-    """The size of a file; 0 where there is none."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0

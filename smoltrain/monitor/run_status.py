@@ -1,5 +1,6 @@
 """The status of a run, and of all runs of a folder. Of long records only the end is read."""
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -45,14 +46,13 @@ class RunStatus:
         """As plain values, NaN as text: JSON has none."""
         values = asdict(self)
         for name, value in values.items():
-            if isinstance(value, float) and not -float("inf") < value < float("inf"):
+            if isinstance(value, float) and not math.isfinite(value):
                 values[name] = str(value)
         return values
 
 
-def read_run_status(folder: Path, now_s: float | None = None) -> RunStatus:
+def read_run_status(folder: Path) -> RunStatus:
     """The status of the run in a folder."""
-    now_s = time.time() if now_s is None else now_s
     path = folder / METRICS_FILE
     plan = read_run_plan(folder)
     trouble = ""
@@ -65,7 +65,7 @@ def read_run_status(folder: Path, now_s: float | None = None) -> RunStatus:
         trouble = f"{path} cannot be read ({files.describe_error(error)})"
     steps = [line for line in lines if TRAINING_LOSS in line]
     newest = lines[-1] if lines else {}
-    found = find_run_state(folder, plan, newest, now_s)
+    found = find_run_state(folder, plan, newest, time.time())
     return RunStatus(
         name=folder.name,
         folder=str(folder),

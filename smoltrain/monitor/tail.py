@@ -1,6 +1,5 @@
 """Records of a run read from their end, however long they are: a run of 100,000 steps has 100 MB of metrics.jsonl."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +62,8 @@ class JsonlFollower:
     its beginning again.
     """
 
-    def __init__(self, path: Path, keys: Sequence[str] = ("step",)) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._keys = keys
         self._inode = 0
         self._offset = 0
 
@@ -91,7 +89,7 @@ class JsonlFollower:
         if status.st_size - start > whole_bytes:
             values += self._sample_pieces(start, status.st_size - whole_bytes, num_pieces, piece_bytes)
             start = status.st_size - whole_bytes
-        return values + files.parse_jsonl(self._read_lines(start, status.st_size), self._keys), begins_anew
+        return values + files.parse_jsonl(self._read_lines(start, status.st_size)), begins_anew
 
     def _read_lines(self, start: int, end: int) -> bytes:
         """The whole lines between two places; the next look begins behind them."""
@@ -105,5 +103,5 @@ class JsonlFollower:
         for number in range(num_pieces):
             place = start + (end - start) * number // num_pieces
             piece = read_piece(self._path, place, min(place + piece_bytes, end))
-            values += files.parse_jsonl(piece, self._keys)
+            values += files.parse_jsonl(piece)
         return values

@@ -10,12 +10,13 @@ from rich.console import Console
 from smoltrain.config.load import list_recipes, load_config
 from smoltrain.config.schema import Config
 from smoltrain.data.documents.file_systems import url_protocol
-from smoltrain.errors import Problem, UserError, exception_message, format_value
+from smoltrain.errors import Problem, UserError, format_value
 from smoltrain.estimate.constants import GIB, DeviceSpec
 from smoltrain.estimate.devices import find_device
 from smoltrain.estimate.fitting import build_fitted_setup, fit_config_to_memory
 from smoltrain.estimate.horizon import format_count, format_hours
 from smoltrain.estimate.report import Estimate
+from smoltrain.files import report_unwritable
 from smoltrain.new_recipe.hyperparameters import MAX_EPOCHS, optimal_num_tokens
 from smoltrain.new_recipe.plan import SEPARATOR, RecipePlan, RecipeWish, StudiedText, plan_recipe, study_text
 from smoltrain.new_recipe.quantities import format_ratio, parse_option_count, round_to_digits
@@ -184,10 +185,5 @@ def _load_text(recipe: str, wish: RecipeWish) -> Config:
 
 def _write_new_file(path: Path, text: str) -> None:
     """Errors: UserError if it exists by now, or cannot be written."""
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise UserError(
-            Problem("the recipe cannot be written", exception_message(error), "a folder to write to", str(path))
-        ) from None
+    with report_unwritable("the recipe", "a folder to write to", str(path)), path.open("x", encoding="utf-8") as file:
+        file.write(text)

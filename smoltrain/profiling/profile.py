@@ -15,6 +15,7 @@ from smoltrain.estimate.fitting import build_fitted_setup, find_least_recomputat
 from smoltrain.estimate.horizon import resolve_config
 from smoltrain.estimate.measure import measurement_overrides, train_measured
 from smoltrain.estimate.training_setup import DeviceKind, TrainingSetup
+from smoltrain.files import report_unwritable
 from smoltrain.inference.find_run import find_run_folder
 from smoltrain.profiling.report import (
     Profile,
@@ -56,11 +57,8 @@ def profile_recipe(source: str, overrides: list[str], *, steps: int, ranks: int 
         words = [*overrides, *measurement_overrides(named, WARM_UP + steps + 1, Path(scratch)), *compiles]
         metrics = train_measured(recipe, words, ranks, Path(scratch), {PROFILE_VARIABLE: request.to_text()})
         parts = find_step_parts(read_trace(recorded))
-        try:
+        with report_unwritable("the trace", "a path that can be", "--trace"):
             trace.write_bytes(recorded.read_bytes())
-        except OSError as error:
-            saw = f"{trace} ({error.strerror})"
-            raise UserError(Problem("the trace cannot be written", saw, "a path that can be", "--trace")) from None
     lines = [line for line in metrics if "speed/step_s" in line]
     plain = [line["speed/step_s"] for line in lines if COMPILING < line["step"] <= WARM_UP]
     profile = Profile(

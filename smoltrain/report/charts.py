@@ -16,6 +16,7 @@ from smoltrain.run.thin_series import smooth_series, thin_series
 BOX = 1000
 SMOOTHED = 200  # values, from which on a running median is drawn too
 MANY_DOTS = 80  # values, above which none has a dot of its own
+HEAT_BINS = 160  # cells of a row at most
 SMALL_HEIGHT = 170  # pixels, of charts that stand two in a row
 MARGIN = 0.05  # of the range of values, above and below
 
@@ -92,6 +93,14 @@ class Charts:
         steps, values = self.metrics.series(name)
         return Series(label or name, steps, values * factor, color, **kind)
 
+    def draw_name(
+        self, title: str, name: str, color: str = "a", *, factor: float = 1.0, is_noisy: bool = False,
+        has_dots: bool = False, is_log: bool = False, from_zero: bool = False,
+    ) -> LineChart | None:  # fmt: skip
+        """One logged name alone, in a small chart."""
+        series = self.series(name, color=color, factor=factor, is_noisy=is_noisy, has_dots=has_dots)
+        return self.draw_lines(title, series, is_log=is_log, from_zero=from_zero)
+
     def draw_lines(
         self, title: str, *series: Series, is_log: bool = False, from_zero: bool = False, height: int = SMALL_HEIGHT,
         token_ticks: Sequence[AxisTick] = (),
@@ -138,7 +147,7 @@ class Charts:
             paths.append(DrawnPath("missing", _dot(missing, np.full(len(missing), 0.02))))
         return paths
 
-    def draw_heat_map(self, title: str, prefix: str, num_levels: int = 10, num_bins: int = 160) -> HeatMap | None:
+    def draw_heat_map(self, title: str, prefix: str, num_levels: int = 10) -> HeatMap | None:
         """A row for each name with this prefix, by the logarithm; where values are many, the largest of a stretch."""
         names = self.metrics.names(prefix)
         columns = {name: self.metrics.series(name) for name in names}
@@ -151,7 +160,7 @@ class Charts:
         num_bad = 0
         for number, (steps, values) in enumerate(columns.values()):
             num_bad += int((~np.isfinite(values)).sum())
-            edges, peaks = _bin_peaks(self.axis, steps, values, num_bins)
+            edges, peaks = _bin_peaks(self.axis, steps, values, HEAT_BINS)
             for left, right, value in zip(edges[:-1], edges[1:], peaks, strict=True):
                 level = _level_of(float(value), low, high, num_levels)
                 cells.setdefault(level, []).append(_cell(left, right, number, len(names)))

@@ -4,8 +4,7 @@ import math
 import time
 from pathlib import Path
 
-from smoltrain.errors import Problem, UserError
-from smoltrain.files import describe_error, write_text_file
+from smoltrain.files import report_unwritable, write_text_file
 from smoltrain.report.charts import open_charts
 from smoltrain.report.page import Fact, Page, render_report_page
 from smoltrain.report.read_run import RunRecords, read_run_records
@@ -41,12 +40,8 @@ def write_run_report(folder: Path, out: Path | None = None) -> Path:
     """
     path = out or folder / REPORT_FILE
     html = render_report_page(build_report_page(read_run_records(folder), time.time()))
-    try:
+    with report_unwritable("the report", "a path that can be", "OUT"):
         write_text_file(path, html)
-    except OSError as error:
-        saw = describe_error(error)
-        problem = Problem("the report cannot be written", saw, "a path that can be", "OUT")
-        raise UserError(problem) from None
     return path
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from smoltrain.report.charts import Charts, HeatMap, LineChart, Series
+from smoltrain.report.charts import Charts, HeatMap, LineChart
 from smoltrain.report.page import PageSection, Share, Table
 from smoltrain.report.read_run import RunRecords
 from smoltrain.run.axis_ticks import format_number
@@ -32,21 +32,16 @@ def make_training_section(records: RunRecords, charts: Charts) -> PageSection:
         height=300,
         token_ticks=tokens,
     )
+    norm = "Gradient norm before clipping"
     small = [
-        charts.draw_lines("Learning rate", charts.series("train/lr", color="d"), from_zero=True),
-        charts.draw_lines(
-            "Gradient norm before clipping",
-            charts.series("train/grad_norm_before_clipping", color="c", is_noisy=True),
-            is_log=True,
-        ),
-        charts.draw_lines(
-            "Validation, bits per byte", charts.series("validation/bits_per_byte", color="b", has_dots=True)
-        ),
-        charts.draw_lines("Weight decay", charts.series("train/weight_decay", color="d"), from_zero=True),
+        charts.draw_name("Learning rate", "train/lr", "d", from_zero=True),
+        charts.draw_name(norm, "train/grad_norm_before_clipping", "c", is_log=True, is_noisy=True),
+        charts.draw_name("Validation, bits per byte", "validation/bits_per_byte", "b", has_dots=True),
+        charts.draw_name("Weight decay", "train/weight_decay", "d", from_zero=True),
     ]
     for name, title in (("train/skipped_updates", "Skipped updates"), ("train/loss_scale", "Loss scale (fp16)")):
         if len(set(charts.metrics.series(name)[1].tolist())) > 1:  # neither says anything where nothing happens
-            small.append(charts.draw_lines(title, charts.series(name, color="d"), from_zero=True))
+            small.append(charts.draw_name(title, name, "d", from_zero=True))
     notes = [] if charts.axis.is_even else ["Short phases are drawn wider than they are."]
     return PageSection("Training", notes, charts.axis.stretches, [loss, *small])
 
@@ -59,19 +54,12 @@ def make_gradients_section(charts: Charts) -> PageSection:
 
 def make_speed_section(records: RunRecords, charts: Charts) -> PageSection:
     """Throughput, MFU, waiting, memory, and where the time went."""
+    waiting = "Waiting for rows, % of a step"
     drawn = [
-        charts.draw_lines(
-            "Tokens per second", charts.series("speed/tokens_per_s", color="a", is_noisy=True), from_zero=True
-        ),
-        charts.draw_lines(
-            "MFU, % of the peak", charts.series("speed/mfu", color="c", factor=100, is_noisy=True), from_zero=True
-        ),
-        charts.draw_lines(
-            "Waiting for rows, % of a step",
-            charts.series("speed/data_wait_share", color="b", factor=100, is_noisy=True),
-            from_zero=True,
-        ),
-        charts.draw_lines("Peak memory, GiB", charts.series("memory/peak_gib", color="e"), from_zero=True),
+        charts.draw_name("Tokens per second", "speed/tokens_per_s", "a", from_zero=True, is_noisy=True),
+        charts.draw_name("MFU, % of the peak", "speed/mfu", "c", factor=100, from_zero=True, is_noisy=True),
+        charts.draw_name(waiting, "speed/data_wait_share", "b", factor=100, from_zero=True, is_noisy=True),
+        charts.draw_name("Peak memory, GiB", "memory/peak_gib", "e", from_zero=True),
     ]
     shares: list[Share] = []
     notes: list[str] = []
@@ -98,8 +86,8 @@ def make_data_section(records: RunRecords, charts: Charts) -> PageSection:
             charts.series("data/unique_rows", "unique", "a"),
             from_zero=True,
         ),
-        charts.draw_lines("Repeat factor, rows over unique rows", charts.series("data/repeat_factor", color="c")),
-        charts.draw_lines("Unique documents", charts.series("data/unique_documents", color="e"), from_zero=True),
+        charts.draw_name("Repeat factor, rows over unique rows", "data/repeat_factor", "c"),
+        charts.draw_name("Unique documents", "data/unique_documents", "e", from_zero=True),
         charts.draw_lines("Tokens by source", *by_source, from_zero=True),
     ]
     tables = [*_list_sources(records), *_list_bad_records(records)]
@@ -153,13 +141,7 @@ def make_family_sections(charts: Charts) -> Iterator[PageSection]:
             if is_by_layer:
                 drawn.append(charts.draw_heat_map(group.rstrip("/"), group))
             else:
-                drawn += [_draw_one(charts, name) for name in names]
+                drawn += [charts.draw_name(name, name, is_noisy=True, has_dots=True) for name in names]
         left_out = len(drawn) - MAX_CHARTS
         notes = [f"{left_out} more are in metrics.jsonl."] if left_out > 0 else []
         yield PageSection(title, notes, charts=drawn[:MAX_CHARTS])
-
-
-def _draw_one(charts: Charts, name: str) -> LineChart | None:
-    steps, values = charts.metrics.series(name)
-    series = Series(name, steps, values, is_noisy=True, has_dots=True)
-    return charts.draw_lines(name, series)

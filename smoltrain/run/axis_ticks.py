@@ -77,6 +77,13 @@ def format_short(value: float) -> str:
     return f"{value:g}"
 
 
+def format_clock(seconds: float) -> str:
+    """A duration as 3:12:07 or 12:07."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
 def drop_crowded(places: Sequence[float], labels: Sequence[str], character: float, keep: Sequence[float]) -> list[bool]:
     """Which of these labels are shown, so that none runs into another: those at the places of `keep` before others.
 

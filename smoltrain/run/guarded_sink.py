@@ -17,7 +17,7 @@ from smoltrain.config.load import redacted_config
 from smoltrain.config.schema import Config
 from smoltrain.engine.layer_gradients import LayerGradient
 from smoltrain.errors import Problem, UserError
-from smoltrain.files import METRICS_FILE
+from smoltrain.files import METRICS_FILE, exception_title
 from smoltrain.run.mlflow_backend import SERVER_VARIABLE, MlflowBackend
 from smoltrain.run.run_folder import RunFolder
 from smoltrain.run.sink import Backend, BackendStart, PublishedModel, drop_texts, read_steps_between
@@ -28,17 +28,16 @@ SINKS_FILE = "sinks.json"  # by sink, the last step that it was given for certai
 OPEN_TIMEOUT_S = 60.0  # to import its package and open its files
 CALL_TIMEOUT_S = 15.0
 FILL_TIMEOUT_S = 120.0  # for the steps that it lacks
-PACKAGES = {"tensorboard": "tensorboard", "mlflow": "mlflow"}  # sink -> what it imports, by the extra of that name
 
 OpenBackend = Callable[[BackendStart], Backend]
+# By the name of the sink, which is that of the package, and of the extra that installs it.
 BACKENDS: dict[str, OpenBackend] = {"tensorboard": TensorBoardBackend, "mlflow": MlflowBackend}
 
 
 def check_sinks(config: Config) -> None:
     """Errors: UserError for a sink whose package is not installed, or that does not know its server."""
     for name in config.track.to:
-        package = PACKAGES.get(name)
-        if package and importlib.util.find_spec(package) is None:
+        if name in BACKENDS and importlib.util.find_spec(name) is None:
             want = f'`pip install -e ".[{name}]"` in a checkout, or `pip install "WHEEL[{name}]"` of a wheel'
             raise UserError(Problem(f"{name} is not installed", f"track.to has {name}", want, "track.to"))
     if "mlflow" in config.track.to and not os.environ.get(SERVER_VARIABLE):
@@ -83,7 +82,7 @@ class GuardedSink:
         try:
             self._backend = call_with_timeout(lambda: open_backend(start), OPEN_TIMEOUT_S)
         except Exception as error:
-            description = f"off, it cannot be opened ({_describe(error)})"
+            description = f"off, it cannot be opened ({exception_title(error)})"
         else:
             description = self._backend.description
             self._kept_step = self._step = self._backend.kept_step
@@ -138,7 +137,9 @@ class GuardedSink:
         except Exception as error:
             self._backend = None
             rest = f"the next start gives it what it lacks, from {METRICS_FILE}"
-            self._say(f"WARNING: {self._name} is dropped at step {step} ({_describe(error)}); training goes on, {rest}")
+            self._say(
+                f"WARNING: {self._name} is dropped at step {step} ({exception_title(error)}); training goes on, {rest}"
+            )
         else:
             self._step = max(step, self._step)
 
@@ -148,7 +149,3 @@ class GuardedSink:
             with contextlib.suppress(OSError):  # a full disk is said by what matters more
                 steps = read_last_steps(self._folder) | {self._name: self._step}
                 files.write_json_file(self._folder / SINKS_FILE, steps)
-
-
-def _describe(error: BaseException) -> str:
-    return files.first_line(error) or type(error).__name__

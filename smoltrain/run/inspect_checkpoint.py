@@ -10,7 +10,7 @@ import torch
 from smoltrain.checkpoint.identity import RunIdentity, check_checkpoint_identity, identity_of_run
 from smoltrain.checkpoint.manifest import Manifest, verify_checkpoint
 from smoltrain.config.config_file import CONFIG_FILE, read_provenance
-from smoltrain.config.load import cut_micro_batch, read_run_config
+from smoltrain.config.load import cut_micro_batch
 from smoltrain.config.schema import Config
 from smoltrain.data.rows.batch import Batch
 from smoltrain.data.rows.loader import Loader
@@ -18,6 +18,7 @@ from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.errors import UserError
 from smoltrain.files import METRICS_FILE
 from smoltrain.inference.device import move_to_best_device
+from smoltrain.inference.find_run import read_relocated_config
 from smoltrain.inference.load import LoadedModel, load_trained_model, read_checkpoint_weights
 from smoltrain.kernels.loss import IGNORE_INDEX
 from smoltrain.kernels.precision import DTYPES
@@ -53,13 +54,6 @@ class RunReference:
     history: RowHistory | None  # of its rows; None without a ledger
     loader: Loader | None  # on one rank
     no_loader_reason: str | None  # why there is none
-
-
-def read_relocated_config(folder: Path) -> Config:
-    """A run's own config, wherever its folder lies now. Errors: UserError for one that this version cannot read."""
-    config = read_run_config(folder / CONFIG_FILE)
-    here = config.run.model_copy(update={"folder": folder.parent, "name": folder.name})
-    return config.model_copy(update={"run": here})
 
 
 def open_run_reference(folder: Path, *, needs_data: bool) -> RunReference:

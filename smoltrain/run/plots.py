@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smoltrain.errors import Problem, UserError
-from smoltrain.files import describe_error
+from smoltrain.files import report_unwritable
 from smoltrain.run.axis_ticks import format_ticks, pick_linear_ticks, pick_log_ticks
 from smoltrain.run.run_metrics import RunMetrics, read_run_metrics
 from smoltrain.run.run_title import describe_run_title
@@ -29,6 +28,7 @@ GREY = "#5f6b76"
 GREEN = "#3c7d4f"
 CURVE_COLORS = (BLUE, ORANGE, GREEN, "#8a4f9e", "#b3323c", "#2f8f8f", "#8a6d1f", GREY)  # of a grid, in turn
 PHASE_COLORS = ("#e6eef7", "#fbeed6", "#e4f2e3", "#f3e6f2")  # one per phase, in turn
+MOST_STEPS = 4000  # of a phase, that a plan's picture shows
 SMOOTHED = 200  # values, from which on a running median is drawn too
 UNEVEN = "short phases are drawn wider"
 
@@ -53,14 +53,14 @@ def draw_plan(plan: Plan, path: Path, title: str = "") -> None:
     _save_figure(figure, [upper, lower], axis, title, path)
 
 
-def steps_to_plot(plan: Plan, most: int = 4000) -> list[int]:
-    """Steps to show, in order: all of a phase, or about `most`, with its ends and those of warm-up and decay."""
+def steps_to_plot(plan: Plan) -> list[int]:
+    """Steps to show, in order: all of a phase, or about MOST_STEPS, with its ends and those of warm-up and decay."""
     steps: set[int] = set()
     for phase in plan.phases:
         inside = range(phase.first, phase.last + 1)
         warm = phase.first + phase.spec.warmup_steps  # the first step after warm-up
         stable = phase.last - phase.spec.decay_steps  # the last step before the decay
-        steps.update(inside[:: max(1, len(inside) // most)], (phase.first, phase.last))
+        steps.update(inside[:: max(1, len(inside) // MOST_STEPS)], (phase.first, phase.last))
         steps.update(step for step in (warm - 1, warm, stable, stable + 1) if step in inside)
     return sorted(steps)
 
@@ -90,11 +90,8 @@ def draw_run(plan: Plan, run: Path) -> list[Path]:
         _add_token_axis(column[0], axis.ticks_of(*metrics.series("data/tokens"), character=WIDE))
         figure.align_ylabels()
         path = run / "plots" / name
-        try:
+        with report_unwritable("the curves", "a folder that can be written", str(path)):
             _save_figure(figure, column, axis, title, path)
-        except OSError as error:  # a full disk, another's folder
-            want = "a folder that can be written"
-            raise UserError(Problem("the curves cannot be written", describe_error(error), want, str(path))) from None
         written.append(path)
     return written
 
@@ -250,8 +247,8 @@ def draw_grid(curves: list[GridCurve], x_label: str, ticks: dict[float, str], ti
     axes = figure.subplots()
     for number, curve in enumerate(curves):
         color = CURVE_COLORS[number % len(CURVE_COLORS)]
-        axes.plot(*_unzip(curve.means), color=color, linewidth=1.8, label=curve.label)
-        axes.plot(*_unzip(curve.points), "o", color=color, markersize=4)
+        axes.plot(*np.reshape(curve.means, (-1, 2)).T, color=color, linewidth=1.8, label=curve.label)
+        axes.plot(*np.reshape(curve.points, (-1, 2)).T, "o", color=color, markersize=4)
         crosses = [0.97 - 0.04 * (number % 4)] * len(curve.diverged)
         axes.plot(
             curve.diverged, crosses, "x", color=color, markersize=8, transform=axes.get_xaxis_transform(), clip_on=False
@@ -271,7 +268,3 @@ def draw_grid(curves: list[GridCurve], x_label: str, ticks: dict[float, str], ti
         axes.legend(handles, labels, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
-
-
-def _unzip(pairs: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in pairs], [y for _, y in pairs]

@@ -6,10 +6,12 @@ killed while its ranks still save leaves the run locked until they have left. No
 time of modification is when the run was last locked.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from smoltrain.config.schema import Config
@@ -86,10 +88,15 @@ def is_run_locked(path: Path) -> bool | None:
     return False
 
 
-def unlock_run_folder(lock: int | None) -> None:
-    """Give the right back, for a process that goes on: unless a rank that inherited the file still holds it."""
-    if lock is not None:
-        os.close(lock)
+@contextlib.contextmanager
+def hold_run_lock(config: Config) -> Iterator[int | None]:
+    """`lock_run_folder` while the block runs, for a process that goes on: a rank that inherited the file keeps it."""
+    lock = lock_run_folder(config)
+    try:
+        yield lock
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -15,15 +15,17 @@ from typing import Any
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from smoltrain.estimate.horizon import format_count
+from smoltrain.run.axis_ticks import format_clock
 from smoltrain.terminal import (
+    SPINNER_CELLS,
     Column,
     LiveLine,
     fit_columns,
     is_terminal,
+    lay_out_line,
     make_spinner,
     open_console,
     print_text,
@@ -140,7 +142,7 @@ class Bar:
 
     def render(self, width: int) -> RenderableType:
         """At most so many cells. What matters least is left out: MFU, tokens/s, loss, what is done; then the bar."""
-        room = width - 2  # for the spinner
+        room = width - SPINNER_CELLS
         columns = [
             Column(f"{self.activity or self.phase:<{ACTIVITY_CELLS}}", 1),
             Column(f"{self.step}/{self.last_step}"),
@@ -149,14 +151,10 @@ class Bar:
         ]
         text = fit_columns(columns, room)
         bar_cells = min(room - cell_len(text) - 1, BAR_CELLS[1])
-        row = Table.grid(padding=(0, 1, 0, 0))
-        cells: list[RenderableType] = [self._spinner]
+        parts: list[RenderableType] = [self._spinner]
         if bar_cells >= BAR_CELLS[0]:
-            cells.append(ProgressBar(total=self.last_step, completed=self.step, width=bar_cells))
-        line = Text(text, no_wrap=True)
-        line.truncate(max(1, room), overflow="ellipsis")
-        row.add_row(*cells, line)
-        return row
+            parts.append(ProgressBar(total=self.last_step, completed=self.step, width=bar_cells))
+        return lay_out_line(parts, text, room)
 
     def _number_columns(self) -> list[Column]:
         metrics = self.metrics or {}
@@ -240,8 +238,4 @@ def cut_sample(text: str, width: int | None, file: str) -> list[str]:
 
 def _format_duration(seconds: float | None) -> str:
     """1:02:03 or 2:03; ? where it is not known."""
-    if seconds is None or not math.isfinite(seconds):
-        return "?"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    return "?" if seconds is None or not math.isfinite(seconds) else format_clock(seconds)

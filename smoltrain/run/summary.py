@@ -19,6 +19,7 @@ from smoltrain.config.config_file import CONFIG_FILE
 from smoltrain.config.load import read_run_config
 from smoltrain.errors import Problem, UserError
 from smoltrain.files import METRICS_FILE, read_jsonl
+from smoltrain.run.axis_ticks import format_clock
 from smoltrain.run.run_warnings import SLOW_NETWORK_SHARE, communication_share
 from smoltrain.run.time_left import (
     CLOSING_S,
@@ -263,11 +264,7 @@ def _describe_time(summary: RunSummary) -> str:
 
 def format_seconds(seconds: float) -> str:
     """3.2 s, 12:07 or 3:12:07."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours:,}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    return f"{seconds:.1f} s" if seconds < 100 else format_clock(seconds)
 
 
 def _list_next_commands(summary: RunSummary, plan: Plan) -> list[str]:

@@ -7,6 +7,8 @@ import itertools
 
 import numpy as np
 
+NUM_MEDIANS = 300
+
 
 def thin_series(places: np.ndarray, values: np.ndarray, num_bins: int = 400) -> tuple[np.ndarray, np.ndarray]:
     """The smallest and the largest finite value in each of so many stretches of the axis: no extreme is lost."""
@@ -22,14 +24,14 @@ def thin_series(places: np.ndarray, values: np.ndarray, num_bins: int = 400) -> 
     return places[order], values[order]
 
 
-def smooth_series(places: np.ndarray, values: np.ndarray, num_points: int = 300) -> tuple[np.ndarray, np.ndarray]:
-    """Running medians of finite values, each over a 50th of them; at most so many, spread over the axis."""
+def smooth_series(places: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Running medians of finite values, each over a 50th of them; at most NUM_MEDIANS, spread over the axis."""
     is_finite = np.isfinite(values)
     places = places[is_finite]
     values = values[is_finite]
     if not len(values):
         return places, values
-    starts = [begin for begin, _ in _cut_into_bins(places, num_points)]
+    starts = [begin for begin, _ in _cut_into_bins(places, NUM_MEDIANS)]
     centres = np.array(sorted({*starts, len(values) - 1}))
     return places[centres], running_median(values, len(values) // 50, centres)
 

@@ -11,8 +11,8 @@ from smoltrain.config.config_file import find_config_damage
 from smoltrain.data.documents.bad_records import BAD_RECORDS_FILE
 from smoltrain.data.tokens.load_prepared import inspect_prepared_data
 from smoltrain.errors import UserError
-from smoltrain.inference.find_run import find_checkpoint_folder, find_run_folder
-from smoltrain.run.inspect_checkpoint import RunReference, inspect_checkpoint, open_run_reference, read_relocated_config
+from smoltrain.inference.find_run import find_checkpoint_folder, find_run_folder, read_relocated_config
+from smoltrain.run.inspect_checkpoint import RunReference, inspect_checkpoint, open_run_reference
 from smoltrain.run.row_ledger import verify_ledgers
 from smoltrain.run.run_folder import SAMPLES_FILE, SPIKES_FILE
 from smoltrain.run.wandb_id import UNDONE_METRICS_FILE

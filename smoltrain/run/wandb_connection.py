@@ -13,10 +13,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from smoltrain import files
 from smoltrain.config.load import redacted_config
 from smoltrain.config.schema import Config
 from smoltrain.config.wandb_env import read_wandb_environment
+from smoltrain.files import exception_title
 from smoltrain.run.wandb_id import WandbIdentity
 from smoltrain.timeout import call_with_timeout
 
@@ -187,4 +187,4 @@ def describe_wandb_error(error: BaseException) -> str:
     if isinstance(error, ValidationError):  # of a setting, whose first line says nothing
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return files.first_line(error) or type(error).__name__
+    return exception_title(error)

@@ -119,9 +119,7 @@ class WandbRun:
             return
         self._run = None
         self._save_identity(open=False)
-        upload_s = (
-            wandb_connection.FINISH_TIMEOUT_S if self._uploads.enabled else 0
-        )  # after a failure nothing is waited for
+        upload_s = wandb_connection.FINISH_TIMEOUT_S if self._uploads.enabled else 0  # after a failure no wait
         try:
             call_with_timeout(lambda: run.finish(exit_code=exit_code), upload_s + self._timeout_s)
             fault = _read_last_error(Path(run.settings.log_internal)) if run.settings.mode == "online" else None

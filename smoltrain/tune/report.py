@@ -179,12 +179,13 @@ def _number(value: float) -> float | None:
 
 def choose_drawn_axis(axes: Sequence[Axis]) -> int:
     """Which axis lies along the picture: a learning rate before other numbers, these before words."""
-    by_rank: list[tuple[int, int]] = []
-    for place, axis in enumerate(axes):
-        is_lr = axis.key.endswith(".lr")
-        rank = 0 if is_lr else 1 if read_numbers(axis.values) else 2
-        by_rank.append((rank, place))
-    return min(by_rank)[1]
+
+    def rank(place: int) -> int:
+        if axes[place].key.endswith(".lr"):
+            return 0
+        return 1 if read_numbers(axes[place].values) else 2
+
+    return min(range(len(axes)), key=rank)
 
 
 def make_curves(report: TuneReport) -> tuple[list[GridCurve], dict[float, str]]:

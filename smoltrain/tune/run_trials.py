@@ -9,11 +9,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 from smoltrain.config.schema import Config
 from smoltrain.console import write_console_to
@@ -22,14 +21,27 @@ from smoltrain.data.tokens.index import data_index_file
 from smoltrain.data.tokens.plan_preparation import choose_data_mode
 from smoltrain.data.tokens.prepare import copy_prepared_data
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, TrainingStopped
+from smoltrain.files import METRICS_FILE
 from smoltrain.launch.supervisor import supervise_config
-from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
+from smoltrain.monitor.tail import find_last_line
+from smoltrain.run.run_lock import hold_run_lock
 from smoltrain.run.summary import format_seconds
-from smoltrain.terminal import Column, LiveLine, fit_columns, make_spinner, open_console, print_text
+from smoltrain.run.time_left import STEP_S
+from smoltrain.terminal import (
+    SPINNER_CELLS,
+    Column,
+    LiveLine,
+    fit_columns,
+    lay_out_line,
+    make_spinner,
+    open_console,
+    print_text,
+)
 from smoltrain.tune.grid import describe_point
-from smoltrain.tune.trials import CACHE_FOLDER, Outcome, Trial, read_last_step, read_outcome, tuning_folder
+from smoltrain.tune.trials import CACHE_FOLDER, Outcome, Trial, read_outcome, tuning_folder
 
 CONSOLE_FILE = "console.log"  # in a run's logs/: what it would have printed
+TAIL_BYTES = 2**15  # of metrics.jsonl, in which its newest step is
 BAR_CELLS = 12
 WIDE_CELLS = 70  # from which on there is room for a bar
 
@@ -114,13 +126,9 @@ def _train_quietly(trial: Trial, place: str, pace: "Pace", ranks: int | None, wo
 def _drop_checkpoints(trial: Trial) -> None:
     """A run that ended needs none, and a grid of them would fill a disk."""
     checkpoints = trial.folder / "checkpoints"
-    if not checkpoints.exists():
-        return
-    lock = lock_run_folder(trial.config)  # its ranks may be leaving, after a kill of the command
-    try:
-        shutil.rmtree(checkpoints)
-    finally:
-        unlock_run_folder(lock)
+    if checkpoints.exists():
+        with hold_run_lock(trial.config):  # its ranks may be leaving, after a kill of the command
+            shutil.rmtree(checkpoints)
 
 
 def _log_of(trial: Trial) -> Path:
@@ -166,7 +174,9 @@ class TrialLine:
 
     def __call__(self, width: int) -> RenderableType:
         """At most so many cells."""
-        metrics = read_last_step(self._trial)
+        metrics: dict[str, Any] = {}
+        with contextlib.suppress(OSError):  # the next look may do better
+            metrics = find_last_line(self._trial.folder / METRICS_FILE, f'"{STEP_S}"'.encode(), TAIL_BYTES) or {}
         step = metrics.get("step", 0)
         how_far = f"step {step}/{self._trial.steps}" if metrics else "starting"
         columns = [Column(self._place), Column(str(self._trial), 1), Column(how_far)]
@@ -175,16 +185,12 @@ class TrialLine:
         left_s = self._pace.estimate_left_s(time.monotonic())
         if left_s is not None:
             columns.append(Column(f"left {format_seconds(left_s)}", 3))
-        row = Table.grid(padding=(0, 1, 0, 0))
-        cells: list[RenderableType] = [self._spinner]
-        room = width - 2
+        parts: list[RenderableType] = [self._spinner]
+        room = width - SPINNER_CELLS
         if width >= WIDE_CELLS:
-            cells.append(ProgressBar(total=self._trial.steps, completed=step, width=BAR_CELLS))
+            parts.append(ProgressBar(total=self._trial.steps, completed=step, width=BAR_CELLS))
             room -= BAR_CELLS + 1
-        text = Text(fit_columns(columns, room), no_wrap=True)
-        text.truncate(max(1, room), overflow="ellipsis")
-        row.add_row(*cells, text)
-        return row
+        return lay_out_line(parts, fit_columns(columns, room), room)
 
 
 def say_outcome(number: int, count: int, trial: Trial, outcome: Outcome, took_s: float | None) -> None:

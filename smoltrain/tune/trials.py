@@ -4,10 +4,8 @@ A run's name has a digest of all that its weights depend on. So the same command
 those that fit, and a run of other steps or another recipe is never taken for one of these.
 """
 
-import contextlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,6 @@ from smoltrain.tune.grid import GridPoint, describe_point, name_run
 
 FOLDER_PREFIX = "tune-"  # of the folder of all runs of a recipe, before its name
 CACHE_FOLDER = "cache"  # in it: tokenizer and tokens, which all runs share
-TAIL_BYTES = 2**15  # of metrics.jsonl, in which its newest step is
 VALIDATIONS = 4  # of a run, for its curve, unless evaluate.every says otherwise; the last one is the result
 # Before the words of the command line, which win: what a run of a grid does without.
 QUIET_WORDS = (
@@ -136,23 +133,6 @@ def _find_fatal_spike(folder: Path) -> int | None:
     """The step of the spike that ended a run; None if none did."""
     spikes = list(files.read_jsonl(folder / SPIKES_FILE, ("step", "does")))
     return spikes[-1]["step"] if spikes and spikes[-1]["does"] == "stop" else None
-
-
-def read_last_step(trial: Trial) -> dict[str, Any]:
-    """The newest line of a run in which there is a step, {} before the first: of the end of its records alone."""
-    try:
-        with (trial.folder / files.METRICS_FILE).open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - TAIL_BYTES))
-            tail = file.read()
-    except OSError:
-        return {}
-    for raw in reversed(tail.split(b"\n")):
-        with contextlib.suppress(ValueError):  # half a line
-            line = json.loads(raw)
-            if STEP_S in line:
-                return line
-    return {}
 
 
 def find_other_rows(trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> list[tuple[Trial, Trial]]:

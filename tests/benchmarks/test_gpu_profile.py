@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 
-from benchmarks.gpu_profile import COPIES, describe_profile, find_kind, list_kernel_runs
+from benchmarks.gpu_profile import COPIES, describe_profile, find_kind, find_timeline, list_kernel_runs
 from benchmarks.gpu_task import FULL, RECIPE
 from benchmarks.peak import Peaks
 from benchmarks.roofline import ATTENTION, ELEMENTWISE, PRODUCTS, UPDATE
 from smoltrain.config.load import load_config
-from smoltrain.profiling.kernel_times import find_timeline, sum_by_kernel
+from smoltrain.profiling.kernel_times import sum_by_kernel
 
 PEAKS = Peaks(790e12, 4.3e12, None, "")
 

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smoltrain.config.load import load_config
 from smoltrain.errors import Problem, TrainingStopped, UserError
-from smoltrain.export import export
-from smoltrain.export.marker import read_verified_marker
-from smoltrain.inference.load import load_trained_model
+from smoltrain.export import export, verify
+from smoltrain.export.marker import default_export_folder, read_verified_marker
+from smoltrain.export.verify import VerificationPrompt
+from smoltrain.inference.load import LoadedModel, load_trained_model
 from smoltrain.model import hf_config, hf_format
 from tests import folders, tiny
 
@@ -93,7 +94,7 @@ def test_an_unfinished_run_says_so(run: Path, tmp_path: Path, believed: None):
     assert told[0].startswith(f"export {folder} (unfinished: step 8 of 12): ")
     assert "**unfinished: step 8 of 12.**" in (folder / "README.md").read_text()
     assert read(folder / "smoltrain.json")["step"] == 8
-    assert export.default_export_folder(run, 8).name == "step-00000008"
+    assert default_export_folder(run, 8).name == "step-00000008"
 
 
 # --- there and back, and again
@@ -186,6 +187,7 @@ def test_a_run_that_was_trained(tmp_path: Path):
 def test_an_export_that_is_not_the_model_is_deleted(
     run: Path, exported: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ):
+    """The logits are those of the folder, but without another process, which imports transformers for seconds."""
     right = hf_format.convert_to_hf_tensors
 
     def flipped(*arguments: Any) -> dict[str, torch.Tensor]:
@@ -193,7 +195,14 @@ def test_an_export_that_is_not_the_model_is_deleted(
         tensors["model.layers.1.mlp.down_proj.weight"][3, 5] *= -1
         return tensors
 
+    def reload(_loaded: LoadedModel, folder: Path, prompts: list[VerificationPrompt], scratch: Path) -> dict[str, Any]:
+        model = load_trained_model(str(folder)).model
+        logits = [model(torch.tensor([prompt.ids]))[0].detach().contiguous() for prompt in prompts]
+        save_file({str(number): logits_TV for number, logits_TV in enumerate(logits)}, scratch / "logits.safetensors")
+        return {"not_loaded": []}
+
     monkeypatch.setattr(hf_format, "convert_to_hf_tensors", flipped)
+    monkeypatch.setattr(verify, "_reload_in_fresh_process", reload)
     before = {p.name: p.read_bytes() for p in exported[0].iterdir()}
     with pytest.raises(TrainingStopped, match=r"the export is not the model: logits differ by up to \S+ on 16 prompts"
                        r", at most 0\.0001 is rounding; the folder was deleted"):  # fmt: skip

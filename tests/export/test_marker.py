@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from smoltrain.export.marker import ExportSource, read_export_marker, read_verified_marker
-from smoltrain.inference.load import EXPORT_MARKER_FILE
+from smoltrain.inference.find_run import EXPORT_MARKER_FILE
 
 WHOLE = {"format": 1, "smoltrain": "0", "run": "a", "run_id": "b", "step": 1, "last_step": None, "files": {}}
 

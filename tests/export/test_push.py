@@ -25,6 +25,7 @@ from smoltrain.errors import BAD_INPUT, UserError, format_error
 from smoltrain.export.push import push_to_hub
 try:
     print(push_to_hub(sys.argv[1], sys.argv[2], private=sys.argv[3] == "private"))
+    print("with torch" if "torch" in sys.modules else "without torch")
 except UserError as error:
     print(format_error(error), file=sys.stderr)
     sys.exit(BAD_INPUT)
@@ -69,7 +70,7 @@ def test_every_byte_arrives(run: Path, hub: Hub, push: Push):
     folder = run / "export" / "step-00000012"
     done = push(run, "me/tiny")
     assert (done.returncode, done.stderr) == (DONE, "")
-    assert done.stdout == f"export {folder} is verified already\n{hub.url}/me/tiny\n"
+    assert done.stdout == f"export {folder} is verified already\n{hub.url}/me/tiny\nwithout torch\n"
     assert hub.repos == {"me/tiny": {p.name: p.read_bytes() for p in folder.iterdir()}}
     assert len(hub.repos["me/tiny"]["model.safetensors"]) > 50_000
     assert set(hub.objects.values()) == {
@@ -80,7 +81,7 @@ def test_every_byte_arrives(run: Path, hub: Hub, push: Push):
 
     again = push(folder, "tiny", private=False)  # an export itself, one's own namespace, a repository that is there
     assert again.returncode == DONE, again.stderr
-    assert again.stdout == f"{hub.url}/me/tiny\n"
+    assert again.stdout == f"{hub.url}/me/tiny\nwithout torch\n"
     assert len(hub.messages) == 2
     assert sum("PUT /objects/" in request for request in hub.requests) == 2, "what is there is not sent again"
 

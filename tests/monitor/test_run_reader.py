@@ -5,7 +5,7 @@ from pathlib import Path
 from smoltrain.monitor import run_reader
 from smoltrain.monitor.chart import Point
 from smoltrain.monitor.run_reader import RunReader, thin_points
-from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
+from smoltrain.run.run_lock import hold_run_lock
 from tests import tiny
 from tests.monitor.records import BEGAN_AT, START_S, STEP_S, make_run, step_line, validation_line, write_lines
 
@@ -40,16 +40,15 @@ def test_a_reader_follows_a_run(tmp_path: Path) -> None:
 
 
 def test_time_left_is_told_of_a_run_that_runs_and_falls_with_the_clock(tmp_path: Path) -> None:
-    lock = lock_run_folder(tiny.load(tmp_path))
-    run = make_run(tmp_path, "evaluate.every=100", "sample.every=100", "checkpoint.every=100")
     now_s = 4_000_000_000.0
-    write_lines(run / "metrics.jsonl", [step_line(step) | {"time_s": now_s} for step in (2, 3)])
-    reader = RunReader(run)
-    reader.refresh(now_s)
-    assert reader.estimate_left_s(now_s) == (12 - 3) * STEP_S
-    assert reader.estimate_left_s(now_s + 5.0) == (12 - 3) * STEP_S - 5.0
-    assert reader.estimate_left_s(now_s + 500.0) == 0.0
-    unlock_run_folder(lock)
+    with hold_run_lock(tiny.load(tmp_path)):
+        run = make_run(tmp_path, "evaluate.every=100", "sample.every=100", "checkpoint.every=100")
+        write_lines(run / "metrics.jsonl", [step_line(step) | {"time_s": now_s} for step in (2, 3)])
+        reader = RunReader(run)
+        reader.refresh(now_s)
+        assert reader.estimate_left_s(now_s) == (12 - 3) * STEP_S
+        assert reader.estimate_left_s(now_s + 5.0) == (12 - 3) * STEP_S - 5.0
+        assert reader.estimate_left_s(now_s + 500.0) == 0.0
     reader.refresh(now_s)
     assert reader.estimate_left_s(now_s) is None
     assert now_s > BEGAN_AT + START_S

@@ -9,7 +9,7 @@ from smoltrain.errors import UserError
 from smoltrain.monitor import run_status
 from smoltrain.monitor.run_status import list_run_folders, read_all_statuses, read_run_status
 from smoltrain.run.run_ending import write_ending
-from smoltrain.run.run_lock import lock_run_folder, unlock_run_folder
+from smoltrain.run.run_lock import hold_run_lock
 from tests import tiny
 from tests.monitor.records import BEGAN_AT, TOKENS, make_run, step_line, validation_line
 
@@ -45,9 +45,8 @@ def test_runs_are_listed_by_state_and_by_their_last_sign(tmp_path: Path) -> None
         write_ending(run, ending, "")  # pyright: ignore[reportArgumentType]
     (tmp_path / "runs" / "no-run").mkdir()
     (tmp_path / "runs" / ".gone.lock").touch()
-    lock = lock_run_folder(tiny.load(tmp_path, "run.name=starting"))
-    listed = [(status.name, status.state) for status in read_all_statuses(tmp_path / "runs")]
-    unlock_run_folder(lock)
+    with hold_run_lock(tiny.load(tmp_path, "run.name=starting")):
+        listed = [(status.name, status.state) for status in read_all_statuses(tmp_path / "runs")]
     assert listed == [("starting", "waiting"), ("broken", "failed"), ("young", "stopped"), ("old", "stopped")]
     assert list_run_folders(tmp_path / "nowhere") == []
     with pytest.raises(UserError, match="the runs cannot be listed"):

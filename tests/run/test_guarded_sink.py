@@ -201,7 +201,9 @@ def test_one_that_was_not_asked_for_before_is_given_the_past(
 def test_a_sink_whose_package_is_missing_is_refused_before_anything_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(guarded_sink.PACKAGES, "tensorboard", "no_such_package_as_this")
-    check_sinks(tiny.load(tmp_path, "track.to=[wandb]"))
+    without = tiny.load(tmp_path, "track.to=[wandb]")
+    asking = tiny.load(tmp_path, "track.to=[wandb,tensorboard]")
+    monkeypatch.setattr(guarded_sink.importlib.util, "find_spec", lambda _: None)
+    check_sinks(without)
     with pytest.raises(UserError, match=r"tensorboard is not installed.*\[tensorboard\]"):
-        check_sinks(tiny.load(tmp_path, "track.to=[wandb,tensorboard]"))
+        check_sinks(asking)

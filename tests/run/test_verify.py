@@ -224,6 +224,10 @@ def test_what_is_wrong_is_named(
     wrong = [line for line in lines if line.startswith(f"{step_8(run)} fails verification: ")]
     assert any(message in line for line in wrong), lines
     assert not any(line.startswith(f"{run}/checkpoints/step-00000004 fails") for line in lines), "the other is sound"
+
+
+def test_one_checkpoint_is_judged_without_the_others(run: Path, verify: Callable[..., Verified]):
+    flip_a_bit(step_8(run))
     assert verify(step_8(run))[0] == FAULT
     assert verify(run / "checkpoints" / "step-00000004")[0] == 0
 

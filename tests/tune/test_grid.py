@@ -69,32 +69,21 @@ def test_a_word_without_a_key_is_no_axis():
     ("key", "reason"),
     [
         ("phases.main.lr", None),
-        ("phases.main.warmup_steps", None),
-        ("phases.main.weight_decay", None),
         ("optimizer.kind", None),
-        ("model.hidden_size", None),
         ("batch.accumulation", None),
         ("init.from", None),
-        ("engine.precision", None),
         ("no.such.key", None),
         ("phases.continuation.lr", "phase main alone is trained"),
-        ("phases.main.steps", "--steps N"),
         ("phases.main.tokens", "--steps N"),
-        ("phases.main.epochs", "--steps N"),
         ("phases.main.name", "--steps N"),
         ("run.seed", "--seeds N"),
-        ("run.name", "where runs live"),
         ("run.folder", "where runs live"),
         ("tokenizer", "could not be compared"),
-        ("tokenizer.vocab_size", "could not be compared"),
-        ("data.path", "could not be compared"),
         ("data.sources.a.path", "could not be compared"),
         ("evaluate.rows", "could not be compared"),
         ("packing.document_mask", "could not be compared"),
         ("batch.sequence_length", "could not be compared"),
         ("checkpoint.every", "nothing that is learned"),
-        ("track.wandb", "nothing that is learned"),
-        ("generation.top_k", "nothing that is learned"),
     ],
 )
 def test_which_keys_may_be_axes(key: str, reason: str | None):
@@ -212,7 +201,8 @@ def test_seeds_count_too():
 # --- names
 
 
-@given(st.text(max_size=300), st.integers(0, 2**63 - 1))
+@settings(max_examples=30)
+@given(st.text(max_size=120), st.integers(0, 2**63 - 1))
 def test_a_name_is_one_that_a_run_may_have(value: str, seed: int):
     point = GridPoint((("data.key", value),), ())
     name = name_run(point, seed, "content")

@@ -199,7 +199,7 @@ def test_the_pace_is_that_of_whole_runs(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("width", [20, 40, 69, 70, 77, 120])
 def test_the_moving_line_fits(trials: list[Trial], width: int):
-    write_lines(trials[0].folder / "metrics.jsonl", step(3))
+    write_lines(trials[0].folder / "metrics.jsonl", step(2), step(3), validation(3, 5.0))
     console = Console(width=width, file=sys.stderr)
     pace = Pace(3)
     pace.add(100.0)

@@ -1,6 +1,5 @@
 """What a run of a grid is made of, its name, and what its records say of how it ended."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,7 @@ import pytest
 from smoltrain import files
 from smoltrain.config.load import load_config
 from smoltrain.tune.grid import GridPoint
-from smoltrain.tune.trials import (
-    QUIET_WORDS,
-    TAIL_BYTES,
-    Outcome,
-    Trial,
-    find_other_rows,
-    make_trial,
-    read_last_step,
-    read_outcome,
-    tuning_folder,
-)
+from smoltrain.tune.trials import QUIET_WORDS, Outcome, Trial, find_other_rows, make_trial, read_outcome, tuning_folder
 
 STEP = {"train/loss_nats_per_token": 5.0, "speed/step_s": 1.0}
 
@@ -112,7 +101,6 @@ def test_whatever_they_do_not_depend_on_is_the_same_run(tmp_path: Path, words: l
 def test_a_run_that_has_not_begun_or_is_half_done_has_no_outcome(tmp_path: Path):
     made = trial(tmp_path)
     assert read_outcome(made) is None
-    assert read_last_step(made) == {}
     write_lines(made.folder / "metrics.jsonl", step(1), validation(2, 5.0), step(3))
     assert read_outcome(made) is None
 
@@ -151,15 +139,6 @@ def test_a_spike_before_the_end_that_was_reached_is_no_end(tmp_path: Path):
     outcome = read_outcome(made)
     assert outcome is not None
     assert (outcome.loss, outcome.diverged_at) == (4.5, None)
-
-
-def test_the_newest_step_is_read_from_the_end(tmp_path: Path):
-    made = trial(tmp_path)
-    long = {"step": 0, "filler": "x" * TAIL_BYTES}
-    write_lines(made.folder / "metrics.jsonl", long, step(1), step(2), validation(2, 5.0))
-    with (made.folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(step(3))[:20])  # half a line
-    assert read_last_step(made)["step"] == 2
 
 
 def test_runs_of_a_seed_are_compared_by_their_ledgers(tmp_path: Path):

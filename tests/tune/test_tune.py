@@ -82,8 +82,9 @@ def test_what_is_said_before_and_after(
 
 
 def test_another_grid_takes_the_runs_that_fit(
-    tmp_path: Path, losses_by_rate: Callable, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, losses_by_rate: Callable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(verb, "draw_grid", lambda *_: None)
     trained = losses_by_rate(lambda lr, seed: 5 - lr)
     tune(tmp_path, "1e-3,2e-3")
     tune(tmp_path, "2e-3,4e-3,8e-3")
