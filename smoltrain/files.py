@@ -235,8 +235,12 @@ def keep_jsonl_lines(path: Path, lines: Iterable[JsonLine]) -> None:
         write_text_file(path, kept.decode())
 
 
-def write_tensors(path: Path, tree: Any) -> None:
-    """Write a torch file that is on the disk afterwards. Errors: OSError, or RuntimeError of torch's own writer."""
+def write_tensors(path: Path, tree: Any, allowed: Sequence[type] = ()) -> None:
+    """Write a torch file that is on the disk afterwards, and that `read_tensors` takes with the same `allowed`.
+
+    Errors: OSError, or RuntimeError of torch's own writer; TypeError for what would be refused when it is read, which
+    depends on the versions of Python and of libraries too.
+    """
     import torch
 
     torch.serialization.set_crc32_options(False)  # 4 of 5 seconds; who writes these files hashes them too
@@ -245,6 +249,10 @@ def write_tensors(path: Path, tree: Any) -> None:
             torch.save(tree, file)
     except RuntimeError as error:  # torch's writer hides the system's own words
         raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    names = {f"{one.__module__}.{one.__qualname__}" for one in allowed}
+    refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(path)) - names
+    if refused:
+        raise TypeError(f"{path} would hold more than tensors: {', '.join(sorted(refused))}")
     fsync_path(path)
 
 

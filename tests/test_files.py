@@ -149,6 +149,16 @@ def test_a_bare_pickle_is_refused_too(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+def test_what_would_be_refused_later_is_not_written(tmp_path: Path) -> None:
+    """As the members of an enum, which some Pythons write as a call of getattr."""
+    tree = {"tensor": torch.ones(2), "object": Plain(7)}
+    files.write_tensors(tmp_path / "good.pt", tree, (Plain,))
+    assert files.read_tensors(tmp_path / "good.pt", (Plain,))["object"].value == 7
+    for value in (Plain(7), Calls(getattr, "x")):
+        with pytest.raises(TypeError, match=r"bad\.pt would hold more than tensors: .*(Plain|getattr)$"):
+            files.write_tensors(tmp_path / "bad.pt", {"object": value})
+
+
 def test_a_class_loads_only_where_it_is_allowed(tmp_path: Path) -> None:
     path = saved(tmp_path, {"object": Plain(7)})
     assert files.read_tensors(path, allowed=(Plain,))["object"].value == 7

@@ -11,7 +11,7 @@ leaves a folder that is called .tmp, and all older checkpoints as they were.
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,7 +105,7 @@ class CheckpointSaver:
         tensors = self._copies.copy_tree(trees)
         weights = engine.weights(keep=self._world.is_first, copy=self._copies.copy_tensor)
         self._copies.wait()  # until here `trees` must be alive: a copy is known by the address of its tensor
-        records = self._thread.submit(_write_rank_files, temporary, tensors, weights)
+        records = self._thread.submit(_write_rank_files, temporary, tensors, weights, engine.checkpoint_classes)
         [pause_s] = self._world.max_floats(time.perf_counter() - began)
         manifest = Manifest(
             format=MANIFEST_FORMAT, step=step, phase=self._plan.phase(step).name, world_size=self._world.size,
@@ -233,10 +233,12 @@ class CheckpointSaver:
         return f"{what}; {left}; mend the cause, then the same command goes on from there"
 
 
-def _write_rank_files(folder: Path, tensors: dict[str, Any], weights: dict[str, torch.Tensor]) -> dict[str, FileRecord]:
-    """Write this rank's files; their sizes and hashes by name. Runs in a thread."""
+def _write_rank_files(
+    folder: Path, tensors: dict[str, Any], weights: dict[str, torch.Tensor], classes: Sequence[type]
+) -> dict[str, FileRecord]:
+    """Write this rank's files, which hold tensors and these classes; sizes and hashes by name. Runs in a thread."""
     for name, tree in tensors.items():
-        files.write_tensors(folder / name, tree)
+        files.write_tensors(folder / name, tree, classes)
     names = list(tensors)
     if weights:
         names.append(WEIGHTS_FILE)

@@ -15,7 +15,7 @@ from smoltrain.engine.layer_weights import UpdateMeter
 from smoltrain.engine.master_weights import MasterWeights
 from smoltrain.engine.optimizer import reset_optimizer_state, set_hyperparameters
 from smoltrain.engine.reduction import GradientDtypes
-from smoltrain.engine.shards import SHARDS_FOLDER, ShardCheckpointEngine
+from smoltrain.engine.shards import ALLOWED_SHARD_CLASSES, SHARDS_FOLDER, ShardCheckpointEngine
 from smoltrain.engine.step_method import StepMethod, StepOutcome
 from smoltrain.errors import Problem, UserError
 
@@ -174,6 +174,11 @@ class Engine:
                 if name not in names:  # a persistent buffer
                     tensors[name] = tensor
             return {name: copy(tensor) for name, tensor in tensors.items()}
+
+    @property
+    def checkpoint_classes(self) -> tuple[type, ...]:
+        """The only classes that `training_state` holds beside tensors, numbers and containers."""
+        return ALLOWED_SHARD_CLASSES
 
     def training_state(self, folder: Path) -> dict[str, Any]:
         """What this rank must write into `folder` beside `weights`, by relative file name. Collective.

@@ -116,6 +116,16 @@ def test_both_ends_train_and_pass_the_tests_of_what_they_compute(tmp_path: Path,
     run(python, ROOT, *words, *suites)
 
 
+@pytest.mark.slow
+def test_the_tested_versions_install_on_the_lowest_python_there_is() -> None:
+    """Debian 12 has Python 3.11.2, and some packages ask for a later 3.11."""
+    [lowest] = re.findall(r"^>=(\d+\.\d+)$", PROJECT["requires-python"])
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--python-version", f"{lowest}.0"]
+    command += ["--extra", "dev", "-c", "constraints.txt", "pyproject.toml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_each_requirement_has_a_lower_bound_and_the_tested_versions_are_above_it() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     tested = dict(line.split("==") for line in lines if "==" in line)
