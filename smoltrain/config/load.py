@@ -42,7 +42,7 @@ def split_recipe_words(words: list[str]) -> tuple[str, list[str]]:
 
     A word is an override if it has `key=` before any slash, or a dash in front; a path may hold an equals sign.
     """
-    if not words or re.match(r"-|[\w.-]+=", words[0]):
+    if not words or re.match(r"-.|[\w.-]+=", words[0]):
         return DEFAULT_RECIPE, words
     return words[0], words[1:]
 
@@ -187,6 +187,9 @@ def _find_recipe(recipe: str) -> Path:
         if path.exists():
             return path
         raise UserError(Problem("the recipe file is missing", str(path), "an existing YAML file", "the first argument"))
+    if recipe in ("-", "/dev/stdin") or path.is_fifo() or path.is_char_device():
+        want = "a .yaml file, which each rank and each later start can read again"
+        raise UserError(Problem("a recipe is not read from a stream", repr(recipe), want, "the first argument"))
     want = f"{suggest_choice(recipe, shipped)}, or a path to a .yaml file"
     for there in (Path(f"{recipe}.yaml"), path / CONFIG_FILE, RUNS_FOLDER / path / CONFIG_FILE):
         if there.is_file():

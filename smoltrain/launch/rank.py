@@ -33,6 +33,7 @@ from smoltrain.errors import (
     exception_message,
     find_origin_of_all,
     format_error,
+    problem_from_system,
 )
 from smoltrain.openmp import choose_waiting
 from smoltrain.redact import redact_text
@@ -72,6 +73,9 @@ def run_rank(words: list[str]) -> int:
     except RuntimeError as error:
         return say_lost_connection(error)
     except BaseException as error:
+        problem = problem_from_system(error) if isinstance(error, OSError) else None
+        if problem is not None:
+            return say_error(RankUserError(problem))
         traceback.print_exc()
         leave_peers(FAULT, f"{type(error).__name__}: {exception_message(error)}")
         return FAULT
