@@ -124,13 +124,22 @@ class SmoltrainAttention(nn.Module):
         return self.o_proj(y_BHTE.transpose(1, 2).flatten(2))
 
 
+def tanh_gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form (Hendrycks & Gimpel 2016)."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"gelu": tanh_gelu}  # of an MLP without a gate
+
+
 class SmoltrainMLP(nn.Module):
-    """SwiGLU (Shazeer 2020), or two layers with GELU in its tanh form: D -> D per token."""
+    """SwiGLU (Shazeer 2020), or two layers with an activation between them: D -> D per token."""
 
     def __init__(self, config: SmoltrainConfig) -> None:
         super().__init__()
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = nn.Linear(D, inner, bias=bias) if config.mlp == "swiglu" else None
+        self.kind = config.mlp
         self.up_proj = nn.Linear(D, inner, bias=bias)
         self.down_proj = nn.Linear(inner, D, bias=bias)
 
@@ -138,7 +147,7 @@ class SmoltrainMLP(nn.Module):
         """Transform each token on its own."""
         up = self.up_proj(x_BTD)
         if self.gate_proj is None:
-            return self.down_proj(F.gelu(up, approximate="tanh"))
+            return self.down_proj(ACTIVATIONS[self.kind](up))
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * up)
 
 
