@@ -155,6 +155,16 @@ def problem_from_system(error: OSError) -> Problem | None:
     return Problem(what, error.strerror or type(error).__name__, want, place)
 
 
+def find_refusal(error: BaseException) -> Problem | None:
+    """The same of any error: one of the system, or one behind which a library hides that the disk is full."""
+    if isinstance(error, OSError):
+        return problem_from_system(error)
+    for cause in iterate_causes(error, implicit=True):
+        if isinstance(cause, OSError) and cause.errno in FULL_DISK_ERRORS:
+            return problem_from_system(cause)
+    return None
+
+
 def format_error(error: UserError | TrainingStopped) -> str:
     """The lines to print on stderr, one per problem."""
     return "\n".join(f"error: {line}" for line in str(error).splitlines())

@@ -32,8 +32,8 @@ from smoltrain.errors import (
     UserError,
     exception_message,
     find_origin_of_all,
+    find_refusal,
     format_error,
-    problem_from_system,
 )
 from smoltrain.openmp import choose_waiting
 from smoltrain.redact import redact_text
@@ -70,12 +70,12 @@ def run_rank(words: list[str]) -> int:
         return code
     except (UserError, TrainingStopped) as error:
         return say_error(error)
-    except RuntimeError as error:
-        return say_lost_connection(error)
     except BaseException as error:
-        problem = problem_from_system(error) if isinstance(error, OSError) else None
-        if problem is not None:
-            return say_error(RankUserError(problem))
+        refusal = find_refusal(error)
+        if refusal is not None:
+            return say_error(RankUserError(refusal))
+        if isinstance(error, RuntimeError):
+            return say_lost_connection(error)
         traceback.print_exc()
         leave_peers(FAULT, f"{type(error).__name__}: {exception_message(error)}")
         return FAULT

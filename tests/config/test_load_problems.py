@@ -81,7 +81,7 @@ def test_an_unknown_key_that_a_run_wrote_is_perhaps_one_of_another_version(tmp_p
     path = written(tmp_path, text + "provenance: {starts: [{git_commit: 1bb77d8}]}\n")
     writer = "; or the smoltrain that wrote the file, git commit 1bb77d8"
     with pytest.raises(UserError) as refused:
-        read_run_config(path)
+        read_run_config(Path(path))
     with pytest.raises(UserError) as also_refused:
         load_config(path, ["run.sed=1"])
     assert [found.want.endswith(writer) for found in refused.value.problems] == [True]
