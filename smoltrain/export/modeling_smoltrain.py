@@ -8,6 +8,8 @@ Legend: B batch, T tokens, S keys (T and what the cache holds), D width of the r
 K key-value heads, E width per head (D / H), V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,12 +126,9 @@ class SmoltrainAttention(nn.Module):
         return self.o_proj(y_BHTE.transpose(1, 2).flatten(2))
 
 
-def tanh_gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form (Hendrycks & Gimpel 2016)."""
-    return F.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS = {"gelu": tanh_gelu}  # of an MLP without a gate
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # of an MLP without a gate
+    "gelu": partial(F.gelu, approximate="tanh")
+}
 
 
 class SmoltrainMLP(nn.Module):

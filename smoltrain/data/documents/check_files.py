@@ -49,12 +49,19 @@ def describe_missing_data(data: DataSection) -> list[str]:
     missing: list[str] = []
     for part in data.parts:
         key = source_config_key(part.name, data)
-        if part.package is not None and find_spec(part.package.partition(".")[0]) is None:
+        if part.package is not None and not _is_installed(part.package):
             missing.append(f"{key}.package {part.package} is not installed")
         for name, path in (("path", part.path), ("validation_path", part.validation_path)):
             if path is not None and url_protocol(path) in (None, "file") and not _is_there(path):
                 missing.append(f"{key}.{name} {path} is not on this machine")
     return missing
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package.partition(".")[0]) is not None  # of a top-level name, without running anything of it
+    except (ImportError, ValueError):
+        return False
 
 
 def _is_there(path: str) -> bool:
