@@ -110,7 +110,7 @@ def describe_vocabulary(vocab_size: int, num_ids: int, unused: UnusedRows | None
         facts.append(f"{unused.num_spare - beyond:,} of ids that the training tokens never have")
     bytes_text = ""
     if unused is not None and unused.num_bytes:
-        bytes_text = f"; {unused.num_bytes:,} stand for single bytes that the text does not have, as any text has ids"
+        bytes_text = f"; {unused.num_bytes:,} are single bytes that the text lacks, there so that any text has ids"
     if facts:
         text = f"{vocab_size:,} rows, {' and '.join(facts)}; a smaller vocabulary is model.vocab_size with a tokenizer"
         return PreflightLine("vocabulary", f"{text} of as few ids{bytes_text}")

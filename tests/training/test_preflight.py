@@ -157,10 +157,10 @@ def test_rows_of_the_vocabulary_that_nobody_reads_are_counted():
     )
     assert describe_vocabulary(320, 300, None).text == f"320 rows, 20 beyond the tokenizer's 300 ids; {smaller}"
     assert describe_vocabulary(320, 320, None).text == "320 rows, as many as ids; model.vocab_size"
-    least = "257 rows, as many as ids; 190 stand for single bytes that the text does not have, as any text has ids"
+    least = "257 rows, as many as ids; 190 are single bytes that the text lacks, there so that any text has ids"
     assert describe_vocabulary(257, 257, UnusedRows(0, 190)).text == f"{least}; model.vocab_size"
     assert describe_vocabulary(320, 320, UnusedRows(7, 190)).text.startswith(
-        f"320 rows, 7 of ids that the training tokens never have; {smaller}; 190 stand for single bytes"
+        f"320 rows, 7 of ids that the training tokens never have; {smaller}; 190 are single bytes"
     )
     assert describe_vocabulary(320, 320, UnusedRows(0, 0)).text == (
         "320 rows, as many as ids, all of them of ids that the training tokens have; model.vocab_size"
@@ -196,7 +196,7 @@ def test_the_numbers_are_those_of_the_prepared_data(tmp_path: Path):
     assert lines["tokens per parameter"].startswith("0.768, as 768 tokens for 1K parameters;")
     num_ids = prepared.tokenizer.num_ids
     assert lines["vocabulary"].startswith(f"330 rows, {330 - num_ids} beyond the tokenizer's {num_ids} ids")
-    assert f"; {unused.num_bytes} stand for single bytes" in lines["vocabulary"]
+    assert f"; {unused.num_bytes} are single bytes" in lines["vocabulary"]
 
 
 def test_a_stream_is_not_counted(tmp_path: Path):
