@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -128,7 +129,8 @@ def test_what_is_no_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     want = "the folder of a run or of its checkpoint, a name under runs/ (quickstart), or a Hugging Face folder"
     assert problem("quikstart") == f"no such run: saw 'quikstart', want {want}; change the RUN argument"
-    (tmp_path / "mine.yaml").write_text((run / "config.yaml").read_text().replace("name: quickstart", "name: mine"))
+    text = (run / "config.yaml").read_text().replace("name: quickstart", "name: mine")
+    (tmp_path / "mine.yaml").write_text(re.sub("  folder: .*", f"  folder: {run.parent}", text))
     want = "a run: `smoltrain train mine.yaml` makes one"
     assert problem("mine.yaml") == f"a recipe is no run: saw 'mine.yaml', want {want}; change the RUN argument"
     shutil.copytree(run, run.parent / "mine")

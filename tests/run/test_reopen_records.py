@@ -34,14 +34,17 @@ def test_steps_that_a_kill_has_lost_are_told_and_those_that_an_error_has_are_not
     killed = opened(tmp_path)
     for step in (1, 2, 3):
         killed.log_metrics(step, {"train/lr": 0.5})
+    killed.close(0)  # which says nothing of how it ended
     capsys.readouterr()
     second = opened(tmp_path)  # as nothing was saved
     assert "WARNING: the start before was killed at step 3, and nothing was saved:" in capsys.readouterr().out
     second.log_metrics(1, {"train/lr": 0.5})
     second.log_metrics(2, {"train/lr": 0.5})
+    second.close(0)
     third = opened(tmp_path, first_step=1)
     assert "killed at step 2, and nothing later than step 1 was saved:" in capsys.readouterr().out
     third.log_metrics(2, {"train/lr": 0.5})
     third.record_ending("failed", "the loss is nan")
-    opened(tmp_path, first_step=1)
+    third.close(1)
+    opened(tmp_path, first_step=1).close(0)
     assert "killed" not in capsys.readouterr().out
