@@ -285,10 +285,10 @@ def test_show_counts_parameters_and_tokens(run: Run):
     assert out.endswith("# 64 rows = 8,192 tokens per step over all ranks\n")
 
 
-def test_show_says_what_a_first_start_would_miss(run: Run, tmp_path: Path):
+def test_show_says_what_a_start_would_miss(run: Run, tmp_path: Path):
     code, out, err = run("show", EXAMPLE, "data.path=texts/*.txt")
     assert (code, err) == (0, "")
-    assert out.endswith("# data.path texts/*.txt is not on this machine: its first start would be refused\n")
+    assert out.endswith("# data.path texts/*.txt is not on this machine: a start here would be refused\n")
     (tmp_path / "texts").mkdir()
     assert "is not on this machine" not in run("show", EXAMPLE, "data.path=texts/*.txt")[1]
     assert "is not on this machine" not in run("show", EXAMPLE, "data.path=s3://bucket/texts")[1]

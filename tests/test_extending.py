@@ -29,8 +29,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the package and of the tests, to be changed."""
-    for name in ("smoltrain", "tests", "docs"):
+    """A copy of the package, of the tests and of what they start, to be changed."""
+    for name in ("smoltrain", "tests", "docs", "launch"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(ROOT / "pyproject.toml", tmp_path)
     return tmp_path

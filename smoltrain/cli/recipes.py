@@ -151,7 +151,7 @@ def _format_config_facts(config: "Config") -> str:
         _describe_horizon(config),
         f"{rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}",
     ]
-    facts += [f"{missing}: its first start would be refused" for missing in describe_missing_data(config.data)]
+    facts += [f"{missing}: a start here would be refused" for missing in describe_missing_data(config.data)]
     return "\n".join(f"# {fact}" for fact in facts)
 
 
