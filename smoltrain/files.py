@@ -87,7 +87,8 @@ def name_file(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # else it is a library's own, which says it in its own words
+            error.filename = error.filename or str(path)
         raise
 
 
