@@ -11,13 +11,15 @@ import signal
 import sys
 from types import FrameType
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing import api as torch_agent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import main
 
 from smoltrain.distributed.stop import STOP_SIGNALS
-from smoltrain.errors import DONE, FAULT, STOPPED
+from smoltrain.errors import BAD_INPUT, DONE, FAULT, STOPPED, Problem, UserError, exception_message, format_error
 
 raise_signal_exception = torch_agent._terminate_process_handler
 
@@ -59,6 +61,13 @@ def run_torchrun(words: list[str]) -> int:
         return STOPPED
     except ChildFailedError as failed:
         return choose_exit_code(failed)
+    except (DistError, RendezvousError) as error:  # before any rank is there, or as the store of a rendezvous is lost
+        is_taken = "EADDRINUSE" in str(error)
+        want = "a port that is free" if is_taken else "a first machine that is there, and that the others reach"
+        options = "--master-port, --master-addr or --rdzv-endpoint"
+        problem = Problem("the machines do not meet", exception_message(error), want, options)
+        print(format_error(UserError(problem)), file=sys.stderr, flush=True)
+        return BAD_INPUT if is_taken else FAULT
     return DONE
 
 

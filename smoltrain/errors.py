@@ -1,6 +1,7 @@
 """The one form in which smoltrain reports a mistake that its user can mend."""
 
 import difflib
+import errno
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ STOPPED = 75  # by a signal, with everything saved
 INTERRUPTED = 130
 
 E = TypeVar("E", bound=Exception)
+FULL_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 MAX_MESSAGE_CHARS = 1000  # characters of a value, or of a list of them, in a message
 
 
@@ -137,6 +139,30 @@ def problem_from_pydantic(key: str, error: Any, change: str) -> Problem:
         case "model_type" | "model_attributes_type":
             want = "a section of `key: value` lines"
     return Problem(f"{key} is not valid", format_value(error["input"]), want, change)
+
+
+def problem_from_system(error: OSError) -> Problem | None:
+    """What the system would not do with a file or a disk, in plain words; None of anything else, a fault of ours."""
+    if error.errno in FULL_DISK_ERRORS:
+        what = "a file cannot be written"
+        want = "some free space" if error.errno == errno.ENOSPC else "some room in this user's quota"
+    elif error.filename is not None and error.strerror:
+        what = "a file or folder cannot be used"
+        want = "one that is there, and that this user may read and write"
+    else:
+        return None
+    place = str(error.filename or "what fills the disk, or where the file goes")
+    return Problem(what, error.strerror or type(error).__name__, want, place)
+
+
+def find_refusal(error: BaseException) -> Problem | None:
+    """The same of any error: one of the system, or one behind which a library hides that the disk is full."""
+    if isinstance(error, OSError):
+        return problem_from_system(error)
+    for cause in iterate_causes(error, implicit=True):
+        if isinstance(cause, OSError) and cause.errno in FULL_DISK_ERRORS:
+            return problem_from_system(cause)
+    return None
 
 
 def format_error(error: UserError | TrainingStopped) -> str:

@@ -81,6 +81,17 @@ def resolve_inside(folder: Path, name: str, change: str) -> Path:
     )
 
 
+@contextlib.contextmanager
+def name_file(path: Path) -> Iterator[None]:
+    """An OSError in the block gets this name if it has none: write(2), which meets a full disk, knows no names."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:  # else it is a library's own, which says it in its own words
+            error.filename = error.filename or str(path)
+        raise
+
+
 def write_text_file(path: Path, text: str) -> None:
     """Replace a whole file so that a reader, or a crash, sees either the old or the new one.
 
@@ -88,8 +99,9 @@ def write_text_file(path: Path, text: str) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        commit_file(temporary, path)
+        with name_file(path):
+            temporary.write_text(text, encoding="utf-8")
+            commit_file(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -1,5 +1,6 @@
 """The command: what each verb prints and calls, and how mistakes end."""
 
+import errno
 import os
 import re
 import subprocess
@@ -161,6 +162,17 @@ def test_each_mistake_in_a_recipe_is_one_line(run: Run):
     )
 
 
+@pytest.mark.parametrize("verb", ["recipes", "explain"])
+def test_a_full_disk_is_one_line_whatever_the_verb(run: Run, verb: str, monkeypatch: pytest.MonkeyPatch):
+    def write_picture(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "loss.png")
+
+    monkeypatch.setattr("smoltrain.config.load.list_recipes", write_picture)
+    monkeypatch.setattr("smoltrain.explain.explain", write_picture)
+    line = "error: a file cannot be written: saw No space left on device, want some free space; change loss.png\n"
+    assert run(verb) == (2, "", line)
+
+
 def test_the_real_command_ends_without_a_traceback():
     ended = subprocess.run([COMMAND, "show", "quikstart"], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (2, "")
@@ -270,6 +282,15 @@ def test_show_counts_parameters_and_tokens(run: Run):
     assert f"# optimizer: adamw for {vocab * width + layers * block + width:,} parameters\n" in out
     _, out, _ = run("show", EXAMPLE, "batch.accumulation=null", "batch.rows_per_step=64")
     assert out.endswith("# 64 rows = 8,192 tokens per step over all ranks\n")
+
+
+def test_show_says_what_a_start_would_miss(run: Run, tmp_path: Path):
+    code, out, err = run("show", EXAMPLE, "data.path=texts/*.txt")
+    assert (code, err) == (0, "")
+    assert out.endswith("# data.path texts/*.txt is not on this machine: a start here would be refused\n")
+    (tmp_path / "texts").mkdir()
+    assert "is not on this machine" not in run("show", EXAMPLE, "data.path=texts/*.txt")[1]
+    assert "is not on this machine" not in run("show", EXAMPLE, "data.path=s3://bucket/texts")[1]
 
 
 def test_show_says_what_muon_updates(run: Run):

@@ -1,5 +1,8 @@
 """The form in which mistakes are reported."""
 
+import errno
+import os
+
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -13,6 +16,7 @@ from smoltrain.errors import (
     format_value,
     iterate_causes,
     problem_from_pydantic,
+    problem_from_system,
     suggest_choice,
 )
 
@@ -99,3 +103,26 @@ def test_the_causes_of_an_error_with_and_without_those_that_were_only_being_hand
         outer = error
     assert [type(cause) for cause in iterate_causes(outer)] == [ValueError, OSError]
     assert [type(cause) for cause in iterate_causes(outer, implicit=True)] == [ValueError, OSError, KeyError]
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "said"),
+    [
+        (
+            errno.ENOSPC,
+            "a.png",
+            "a file cannot be written: saw No space left on device, want some free space; change a",
+        ),
+        (errno.ENOSPC, None, "want some free space; change what fills the disk, or where the file goes"),
+        (errno.EDQUOT, "a.png", "want some room in this user's quota; change a.png"),
+        (errno.EROFS, "a.png", "a file or folder cannot be used: saw Read-only file system, want one that is there"),
+        (errno.ENOENT, "a.png", "saw No such file or directory, want one that is there"),
+    ],
+)
+def test_what_the_system_refuses_is_a_problem(number: int, name: str | None, said: str):
+    assert said in str(problem_from_system(OSError(number, os.strerror(number), name)))
+
+
+@pytest.mark.parametrize("error", [OSError("of a library"), ConnectionError(errno.ECONNRESET, "reset")])
+def test_other_errors_of_the_system_are_faults_of_ours(error: OSError):
+    assert problem_from_system(error) is None

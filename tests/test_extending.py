@@ -29,8 +29,8 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the package and of the tests, to be changed."""
-    for name in ("smoltrain", "tests", "docs"):
+    """A copy of the package, of the tests and of what they start, to be changed."""
+    for name in ("smoltrain", "tests", "docs", "launch"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(ROOT / "pyproject.toml", tmp_path)
     return tmp_path
@@ -96,3 +96,29 @@ def test_an_optimizer(tree: Path):
     train, estimate = commands(title)
     run([sys.executable, "-c", LOAD, *train[1:]], tree)
     assert "GiB" in run([sys.executable, "-m", *estimate], tree)
+
+
+def test_a_metric(tree: Path):
+    title = "A metric"
+    (code,) = fenced(title, "python")
+    with (tree / "tests" / "run" / "test_track.py").open("a", encoding="utf-8") as file:
+        file.write(f"\n\n{code}")
+    apply_diffs(title, tree)
+    words = [sys.executable, "-m", "pytest", "-q", "tests/run/test_track.py", "-k", "targets or listed"]
+    assert "passed" in run(words, tree)
+
+
+def test_an_activation(tree: Path):
+    title = "An activation"
+    layers, exported, schema = fenced(title, "diff")
+    file = "tests/export/test_modeling_smoltrain.py"
+    words = [sys.executable, "-m", "pytest", "-q", file, "-k", "each_mlp"]
+    for diff in (layers, schema):
+        run(["git", "apply", "--recount", "-"], tree, diff)
+    with pytest.raises(AssertionError, match="1 failed, 2 passed"):
+        run(words, tree)  # half of the change
+    run(["git", "apply", "--recount", "-"], tree, exported)
+    assert "3 passed" in run(words, tree)
+    show, train = commands(title)
+    assert "mlp: relu2" in run([sys.executable, "-m", *show], tree)
+    run([sys.executable, "-c", LOAD, *train[1:]], tree)

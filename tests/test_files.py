@@ -222,3 +222,10 @@ def test_only_a_regular_file_is_hashed_or_read(tmp_path: Path) -> None:
         for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
             with pytest.raises(OSError, match="no regular file"):
                 read(path)
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file():
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"), files.name_file(Path("/dev/full")):
+        Path("/dev/full").write_text("x")  # write(2) itself names no file
+    with pytest.raises(FileNotFoundError, match="'/nowhere'"), files.name_file(Path("/dev/full")):
+        Path("/nowhere").read_text()

@@ -9,7 +9,6 @@ leaves a folder that is called .tmp, and all older checkpoints as they were.
 """
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smoltrain import files
+from smoltrain.checkpoint.free_space import check_free_space, is_private, name_machine
 from smoltrain.checkpoint.host_copies import HostCopies
 from smoltrain.checkpoint.identity import RunIdentity
 from smoltrain.checkpoint.manifest import (
@@ -46,7 +46,6 @@ from smoltrain.schedule import Plan
 if TYPE_CHECKING:  # who only reads checkpoints needs no DeepSpeed
     from smoltrain.engine.engine import Engine
 
-SPARE_BYTES = 64 << 20  # left free beside a checkpoint, for logs and W&B
 POLL_S = 5.0  # between two questions to all ranks whether they have written
 
 
@@ -80,7 +79,7 @@ class CheckpointSaver:
         self._pruning: Future[list[str]] | None = None  # on rank 0
         self._reported_leftovers: set[str] = set()  # what could not be deleted is said once
         self._pending: PendingCheckpoint | None = None
-        self._is_private = section.shared == "off" and world.num_machines > 1  # each machine has a folder of its own
+        self._is_private = is_private(world, section)
 
     def start_save(
         self, step: int, engine: "Engine", loader: Loader, *, precision: str, skipped_updates: int, wandb_id: str,
@@ -95,9 +94,11 @@ class CheckpointSaver:
         began = time.perf_counter()
         self.finish()
         temporary = step_folder(self._checkpoints, step).with_suffix(".tmp")
-        self._world.run_on_first_rank(lambda: _prepare_folder(self._checkpoints, temporary, engine.checkpoint_bytes))
+        needed = engine.checkpoint_bytes
+        machine = name_machine(self._world)
+        self._world.run_on_first_rank(lambda: _prepare_folder(self._checkpoints, temporary, needed, machine))
         if self._is_private:
-            share = engine.checkpoint_bytes // self._world.num_machines
+            share = needed // self._world.num_machines
             self._world.run_on_every_rank(lambda: self._prepare_own_folder(temporary, share))
         state = merge_loader_states(self._world.gather(loader.state()))
         trees = engine.training_state(temporary) | {rng_file_name(self._world.rank): capture_rng_state(self._world)}
@@ -202,7 +203,7 @@ class CheckpointSaver:
     def _prepare_own_folder(self, temporary: Path, needed: int) -> None:
         """On a machine that has a folder of its own. Errors: those of `_prepare_folder`."""
         if self._world.is_first_of_machine and not self._world.is_first:
-            _prepare_folder(self._checkpoints, temporary, needed)
+            _prepare_folder(self._checkpoints, temporary, needed, name_machine(self._world))
 
     def _collect_files(self, temporary: Path, everyones: list[dict[str, FileRecord]]) -> list[str | None]:
         """Send to rank 0 what ranks of other machines have written; on rank 0, what could not be taken of each."""
@@ -249,24 +250,14 @@ def _write_rank_files(
     }
 
 
-def check_free_space(run: Path, needed: int) -> None:
-    """Errors: UserError if the disk of a run's folder cannot hold a checkpoint of `needed` bytes."""
-    free = shutil.disk_usage(run).free
-    if free < needed + SPARE_BYTES:
-        checkpoints = run / "checkpoints"
-        left = describe_last_checkpoint(checkpoints)
-        want = f"{(needed + SPARE_BYTES) / 2**20:,.0f} MiB for the next checkpoint; {left}"
-        raise UserError(Problem("the disk is nearly full", f"{free / 2**20:,.0f} MiB free", want, str(checkpoints)))
-
-
-def _prepare_folder(checkpoints: Path, temporary: Path, needed: int) -> None:
+def _prepare_folder(checkpoints: Path, temporary: Path, needed: int, machine: str) -> None:
     """Make the temporary folder. Errors: UserError if the disk cannot hold `needed` bytes, or cannot be written."""
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
         delete_path(temporary)
-        check_free_space(checkpoints.parent, needed)
+        check_free_space(checkpoints.parent, needed, machine)
         temporary.mkdir()
     except OSError as error:
         what = "checkpoints cannot be written there"
         want = f"a folder that this user may write; {describe_last_checkpoint(checkpoints)}"
-        raise UserError(Problem(what, files.describe_error(error), want, str(checkpoints))) from None
+        raise UserError(Problem(what, files.describe_error(error) + machine, want, str(checkpoints))) from None

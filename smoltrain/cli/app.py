@@ -7,7 +7,16 @@ import typer
 from typer.core import TyperGroup
 
 from smoltrain.console import find_stdout_fault, guard_console
-from smoltrain.errors import BAD_INPUT, DONE, FAULT, INTERRUPTED, TrainingStopped, UserError, format_error
+from smoltrain.errors import (
+    BAD_INPUT,
+    DONE,
+    FAULT,
+    INTERRUPTED,
+    TrainingStopped,
+    UserError,
+    format_error,
+    problem_from_system,
+)
 from smoltrain.usage import describe_unknown_verb, describe_wrong_call
 from smoltrain.version import VERSION
 
@@ -83,6 +92,12 @@ def run_app(app: typer.Typer, arguments: list[str] | None = None, name: str | No
         sys.exit(BAD_INPUT)
     except UserError as error:
         print(format_error(error), file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except OSError as error:
+        problem = problem_from_system(error)
+        if problem is None:
+            raise
+        print(format_error(UserError(problem)), file=sys.stderr)
         sys.exit(BAD_INPUT)
     except TrainingStopped as error:
         print(format_error(error), file=sys.stderr)

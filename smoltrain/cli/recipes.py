@@ -135,6 +135,7 @@ def explain_command(
 
 def _format_config_facts(config: "Config") -> str:
     """What follows from a config before any process starts, as YAML comments."""
+    from smoltrain.data.documents.check_files import describe_missing_data
     from smoltrain.engine.optimizer import OPTIMIZERS
     from smoltrain.model.build import build_model, count_parameters
 
@@ -142,12 +143,13 @@ def _format_config_facts(config: "Config") -> str:
     ranks = "over all ranks" if batch.accumulation is None else "on each rank"
     rows = batch.rows(1)
     model = build_model(config.model, device="meta")
-    facts = (
+    facts = [
         f"{count_parameters(model):,} parameters",
         f"optimizer: {OPTIMIZERS[config.optimizer.kind].describe(model)}",
         _describe_horizon(config),
         f"{rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}",
-    )
+    ]
+    facts += [f"{missing}: a start here would be refused" for missing in describe_missing_data(config.data)]
     return "\n".join(f"# {fact}" for fact in facts)
 
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from smoltrain.config.config_file import CONFIG_FILE, RUNS_FOLDER
 from smoltrain.config.keys import expand_override, find_full_keys, suggest_key
-from smoltrain.config.load_problems import collect_problems, locate_key
+from smoltrain.config.load_problems import blame_other_version, collect_problems, locate_key
 from smoltrain.config.older_keys import update_sections
 from smoltrain.config.override_text import format_overrides
 from smoltrain.config.replaced_keys import drop_replaced_keys
@@ -42,7 +42,7 @@ def split_recipe_words(words: list[str]) -> tuple[str, list[str]]:
 
     A word is an override if it has `key=` before any slash, or a dash in front; a path may hold an equals sign.
     """
-    if not words or re.match(r"-|[\w.-]+=", words[0]):
+    if not words or re.match(r"-.|[\w.-]+=", words[0]):
         return DEFAULT_RECIPE, words
     return words[0], words[1:]
 
@@ -90,7 +90,7 @@ def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any]
         config = Config.model_validate(values)
     except ValidationError as error:
         by_key = collect_problems(error, values, path, overrides)
-        problems += by_key.values()
+        problems += blame_other_version(by_key.values(), provenance)
         raise UserError(*problems, *_problems_without_overrides(recipe, overrides, by_key, problems)) from None
     for problem in find_contradictions(config):
         problems.append(replace(problem, change=locate_key(problem.change, path, overrides)))
@@ -102,12 +102,12 @@ def load_config(recipe: str | Path, overrides: Sequence[str] | Mapping[str, Any]
 def read_run_config(path: Path) -> Config:
     """A resolved config.yaml back from a run folder (its `provenance` is not part of the config)."""
     values = read_yaml(path)
-    values.pop("provenance", None)
+    provenance = values.pop("provenance", None)
     update_sections(values)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(*collect_problems(error, values, path).values()) from None
+        raise UserError(*blame_other_version(collect_problems(error, values, path).values(), provenance)) from None
     if not config.phases:
         raise UserError(Problem("there is no phase", "[]", "at least one", f"phases in {path.name}"))
     for phase in config.phases:
@@ -186,7 +186,12 @@ def _find_recipe(recipe: str) -> Path:
     if path.suffix in YAML_SUFFIXES:
         if path.exists():
             return path
-        raise UserError(Problem("the recipe file is missing", str(path), "an existing YAML file", "the first argument"))
+        is_shipped = path.stem in shipped and len(path.parts) == 1
+        want = f"{path.stem!r}, the shipped one, or an existing YAML file" if is_shipped else "an existing YAML file"
+        raise UserError(Problem("the recipe file is missing", str(path), want, "the first argument"))
+    if recipe in ("-", "/dev/stdin") or path.is_fifo() or path.is_char_device():
+        want = "a .yaml file, which each rank and each later start can read again"
+        raise UserError(Problem("a recipe is not read from a stream", repr(recipe), want, "the first argument"))
     want = f"{suggest_choice(recipe, shipped)}, or a path to a .yaml file"
     for there in (Path(f"{recipe}.yaml"), path / CONFIG_FILE, RUNS_FOLDER / path / CONFIG_FILE):
         if there.is_file():

@@ -1,6 +1,7 @@
 """What does not fit a recipe, as problems: wrong values and unknown keys, each with the place that it came from."""
 
 import difflib
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,22 @@ def collect_problems(
             problem = replace(problem, want=f"{problems[key].want} or {problem.want}")
         problems[key] = problem
     return problems
+
+
+def blame_other_version(problems: Iterable[Problem], provenance: object) -> list[Problem]:
+    """The same; unknown keys of a file that a run wrote itself may be those of another version, which is named."""
+    starts = provenance.get("starts") if isinstance(provenance, dict) else None
+    newest = starts[-1] if isinstance(starts, list) and starts else None
+    commit = newest.get("git_commit") if isinstance(newest, dict) else None
+    writer = (
+        f"the smoltrain that wrote the file, git commit {commit}" if commit else "the smoltrain that wrote the file"
+    )
+    named: list[Problem] = []
+    for problem in problems:
+        is_of_file = not problem.change.endswith("on the command line")
+        is_written = bool(provenance) and is_of_file and problem.what.startswith("unknown key")
+        named.append(replace(problem, want=f"{problem.want}; or {writer}") if is_written else problem)
+    return named
 
 
 def _name_key_parts(parts: list[Any], values: Any) -> list[str]:

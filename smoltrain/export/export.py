@@ -80,16 +80,26 @@ def _resolve_export_folder(loaded: LoadedModel, source: ExportSource, out: str |
     else:
         want = "a folder to write to; only runs have one of their own"
         raise UserError(Problem("nothing says where the export goes", "no OUT", want, change))
-    if final.resolve() == loaded.folder.resolve():
+    home = loaded.folder.resolve()
+    if final.resolve() == home:
         raise UserError(Problem("the export would replace its source", str(final), "another folder", change))
     is_empty_folder = final.is_dir() and not any(final.iterdir())
     if final.exists() and not is_empty_folder:
         marker = read_export_marker(final)
-        if marker is None or (marker["run"], marker["run_id"]) != (source.run, source.run_id):
+        if marker is None or not _is_export_of(marker, source, is_within=final.resolve().is_relative_to(home)):
             saw = "files that are no export" if marker is None else f"an export of {marker['run']}"
             want = "a new or empty folder, or an earlier export of this run"
             raise UserError(Problem(f"{final} would be overwritten", saw, want, change))
     return final
+
+
+def _is_export_of(marker: dict[str, Any], source: ExportSource, *, is_within: bool) -> bool:
+    """Whether a marker is one of this source; within a run's own folder by the run's id alone.
+
+    A folder that was copied or renamed holds exports under its name of before.
+    """
+    is_same_run = marker["run_id"] == source.run_id
+    return is_same_run and (marker["run"] == source.run or (is_within and bool(source.run_id)))
 
 
 def _make_export_folder(aside: Path, num_bytes: int) -> None:

@@ -8,6 +8,8 @@ Legend: B batch, T tokens, S keys (T and what the cache holds), D width of the r
 K key-value heads, E width per head (D / H), V vocabulary.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,13 +126,19 @@ class SmoltrainAttention(nn.Module):
         return self.o_proj(y_BHTE.transpose(1, 2).flatten(2))
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # of an MLP without a gate
+    "gelu": partial(F.gelu, approximate="tanh")
+}
+
+
 class SmoltrainMLP(nn.Module):
-    """SwiGLU (Shazeer 2020), or two layers with GELU in its tanh form: D -> D per token."""
+    """SwiGLU (Shazeer 2020), or two layers with an activation between them: D -> D per token."""
 
     def __init__(self, config: SmoltrainConfig) -> None:
         super().__init__()
         D, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
         self.gate_proj = nn.Linear(D, inner, bias=bias) if config.mlp == "swiglu" else None
+        self.kind = config.mlp
         self.up_proj = nn.Linear(D, inner, bias=bias)
         self.down_proj = nn.Linear(inner, D, bias=bias)
 
@@ -138,7 +146,7 @@ class SmoltrainMLP(nn.Module):
         """Transform each token on its own."""
         up = self.up_proj(x_BTD)
         if self.gate_proj is None:
-            return self.down_proj(F.gelu(up, approximate="tanh"))
+            return self.down_proj(ACTIVATIONS[self.kind](up))
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * up)
 
 

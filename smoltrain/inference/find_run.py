@@ -1,6 +1,7 @@
 """Which run, checkpoint or Hugging Face folder a word of the command line means."""
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from smoltrain.checkpoint.manifest import (
     verify_checkpoint,
 )
 from smoltrain.config.config_file import CONFIG_FILE, RUNS_FOLDER
-from smoltrain.config.load import read_run_config
+from smoltrain.config.load import YAML_SUFFIXES, list_recipes, load_config, read_run_config
 from smoltrain.config.schema import Config
 from smoltrain.errors import Problem, UserError, format_value
 
@@ -47,6 +48,9 @@ def locate_run(source: str, runs: Path = RUNS_FOLDER, change: str = "the RUN arg
             run = path.parent.parent
             if step_name and path.parent.name == "checkpoints" and (run / CONFIG_FILE).is_file():
                 return run, int(step_name[1])
+    want = find_run_of_recipe(source)
+    if want is not None:
+        raise UserError(Problem("a recipe is no run", repr(source), want, change))
     have = ", ".join(sorted(path.parent.name for path in runs.glob(f"*/{CONFIG_FILE}"))) or "none yet"
     want = f"the folder of a run or of its checkpoint, a name under {runs}/ ({have}), or a Hugging Face folder"
     raise UserError(Problem("no such run", repr(source), want, change))
@@ -57,6 +61,21 @@ def read_relocated_config(folder: Path) -> Config:
     config = read_run_config(folder / CONFIG_FILE)
     here = config.run.model_copy(update={"folder": folder.parent, "name": folder.name})
     return config.model_copy(update={"run": here})
+
+
+def find_run_of_recipe(source: str) -> str | None:
+    """What to want where a recipe is named in place of a run: the run of it, or how to make one; None for no recipe."""
+    path = Path(source)
+    if path.name == CONFIG_FILE and path.is_file():
+        return f"the run that it lies in, {path.parent}"
+    if not (path.suffix in YAML_SUFFIXES and path.is_file()) and source not in list_recipes():
+        return None
+    make_one = f"a run: `smoltrain train {shlex.quote(source)}` makes one"
+    try:
+        folder = load_config(source).run_folder
+    except UserError:  # which that command says
+        return make_one
+    return f"the run of this recipe, {folder}" if (folder / CONFIG_FILE).is_file() else make_one
 
 
 def find_valid_manifest(run: Path, step: int | None, change: str, say: Callable[[str], None]) -> Manifest:

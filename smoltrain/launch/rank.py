@@ -32,6 +32,7 @@ from smoltrain.errors import (
     UserError,
     exception_message,
     find_origin_of_all,
+    find_refusal,
     format_error,
 )
 from smoltrain.openmp import choose_waiting
@@ -69,9 +70,12 @@ def run_rank(words: list[str]) -> int:
         return code
     except (UserError, TrainingStopped) as error:
         return say_error(error)
-    except RuntimeError as error:
-        return say_lost_connection(error)
     except BaseException as error:
+        refusal = find_refusal(error)
+        if refusal is not None:
+            return say_error(RankUserError(refusal))
+        if isinstance(error, RuntimeError):
+            return say_lost_connection(error)
         traceback.print_exc()
         leave_peers(FAULT, f"{type(error).__name__}: {exception_message(error)}")
         return FAULT

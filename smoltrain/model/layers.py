@@ -103,8 +103,16 @@ class SelfAttention(nn.Module):
         return x.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
 
+def tanh_gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form (Hendrycks & Gimpel 2016)."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS = {"gelu": tanh_gelu}  # by model.mlp; swiglu, which has a gate, is the other kind
+
+
 class FeedForward(nn.Module):
-    """SwiGLU (Shazeer 2020), or two layers with GELU in its tanh form (Hendrycks & Gimpel 2016): D -> D per token."""
+    """SwiGLU (Shazeer 2020), or two layers with an activation between them: D -> D per token."""
 
     def __init__(self, model: ModelSection, *, fused: bool = False) -> None:
         super().__init__()
@@ -112,6 +120,7 @@ class FeedForward(nn.Module):
         inner = model.intermediate_size
         bias = model.mlp_bias
         self.gate_proj = nn.Linear(D, inner, bias=bias) if model.mlp == "swiglu" else None
+        self.kind = model.mlp
         self.up_proj = nn.Linear(D, inner, bias=bias)
         self.down_proj = nn.Linear(inner, D, bias=bias)
         gate = self.gate_proj
@@ -120,7 +129,7 @@ class FeedForward(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         """Transform each token on its own."""
         if self.gate_proj is None:
-            return self.down_proj(F.gelu(self.up_proj(x_BTD), approximate="tanh"))
+            return self.down_proj(ACTIVATIONS[self.kind](self.up_proj(x_BTD)))
         if self.joint_layers:
             gate, up = joint_linear(x_BTD, self.joint_layers[0])
         else:

@@ -16,6 +16,7 @@ from rich.live import Live
 from smoltrain.config.config_file import CONFIG_FILE, RUNS_FOLDER
 from smoltrain.errors import Problem, UserError
 from smoltrain.files import describe_error
+from smoltrain.inference.find_run import find_run_of_recipe
 from smoltrain.monitor.run_reader import RunReader
 from smoltrain.monitor.run_status import list_run_folders
 from smoltrain.monitor.watch_view import draw_view, draw_waiting
@@ -29,10 +30,12 @@ PIPE_LINES = 40
 def watch_run(source: str, *, once: bool = False) -> None:
     """Show a run until it ends, or once. Errors: UserError where it is shown once and is not there."""
     console = open_console()
-    if once or not can_draw(console):
+    is_file = Path(source).is_file()  # nothing that begins to be a run while somebody waits for it
+    if is_file or once or not can_draw(console):
         folder = find_watched_folder(source)
         if folder is None:
-            raise UserError(Problem("no such run", repr(source), describe_runs_there_are(), "the RUN argument"))
+            want = find_run_of_recipe(source) or describe_runs_there_are()
+            raise UserError(Problem("no such run", repr(source), want, "the RUN argument"))
         _print_view(console, RunReader(folder))
         return
     watched = WatchedRun(source, console)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from smoltrain.files import report_unwritable
+from smoltrain.files import name_file, report_unwritable
 from smoltrain.run.axis_ticks import format_ticks, pick_linear_ticks, pick_log_ticks
 from smoltrain.run.run_metrics import RunMetrics, read_run_metrics
 from smoltrain.run.run_title import describe_run_title
@@ -221,7 +221,8 @@ def _save_figure(figure: "Figure", column: Sequence["Axes"], axis: StepAxis, tit
         figure.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", fontsize=11)
     figure.legend(*column[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with name_file(path):
+        figure.savefig(path)
 
 
 @dataclass(frozen=True)
@@ -267,4 +268,5 @@ def draw_grid(curves: list[GridCurve], x_label: str, ticks: dict[float, str], ti
     if any(labels):
         axes.legend(handles, labels, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with name_file(path):
+        figure.savefig(path)

@@ -9,10 +9,10 @@ from smoltrain import files
 
 def reopen_jsonl(
     path: Path, step: int, say: Callable[[str], None], *, keys: Sequence[str] = ("step",), undone: Path | None = None
-) -> tuple[TextIO, list[files.JsonLine]]:
-    """Open a .jsonl for appending after `step`: (the file, the lines that it keeps).
+) -> tuple[TextIO, list[files.JsonLine], list[files.JsonLine]]:
+    """Open a .jsonl for appending after `step`: (the file, the lines that it keeps, those of later steps).
 
-    Lines of later steps, which an interrupted run wrote, are cut off, as those steps are done again; they are appended
+    The latter, which an interrupted run wrote, are cut off, as those steps are done again; they are appended
     to `undone`, if that is given. Damaged lines are set aside in a file of their own, which is said.
     """
     kept: list[files.JsonLine] = []
@@ -32,7 +32,7 @@ def reopen_jsonl(
         _append_lines(aside, damaged)
         say(f"WARNING: {files.describe_damaged_lines(path, damaged)}; set aside in {aside}")
     files.keep_jsonl_lines(path, kept)  # last: a crash before leaves every line where it was
-    return path.open("a", encoding="utf-8"), kept
+    return path.open("a", encoding="utf-8"), kept, later
 
 
 def _append_lines(path: Path, lines: list[files.JsonLine]) -> None:

@@ -92,3 +92,15 @@ def slow_network_warning(share: float, sent_mb: float, *, each_micro_batch: bool
         f"{sent_mb:,.1f} MB; {way}more rows per step and rank (batch.rows_per_step, batch.accumulation), fewer "
         f"ranks{link}"
     )
+
+
+def lost_steps_warning(saved_step: int, reached_step: int) -> str:
+    """One line with advice where a start was killed behind its last checkpoint, as by a time limit that it overran.
+
+    A job that is queued again, and is killed each time before its first checkpoint, would go on like that for ever.
+    """
+    saved = f"nothing later than step {saved_step:,} was saved" if saved_step else "nothing was saved"
+    return (
+        f"WARNING: the start before was killed at step {reached_step:,}, and {saved}: its steps are done again; a "
+        "smaller checkpoint.every, or a signal some minutes before a time limit, loses fewer"
+    )

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -269,14 +270,13 @@ def format_seconds(seconds: float) -> str:
 
 def _list_next_commands(summary: RunSummary, plan: Plan) -> list[str]:
     """What to do with a run: commands that a shell can be given as they are, and how it goes on."""
-    bin_folder = Path(os.path.relpath(Path(sys.executable).parent))
-    command = shlex.quote(str(bin_folder / "smoltrain"))
+    command = _find_program("smoltrain")
     folder = shlex.quote(str(summary.folder))
     lines = ["next:"]
     if list_checkpoint_steps(summary.folder / "checkpoints"):
         lines += [f"  {command} generate {folder} --prompt 'To be'", f"  {command} export {folder}"]
     if list(summary.folder.glob("wandb/offline-run-*")):
-        lines.append(f"  {shlex.quote(str(bin_folder / 'wandb'))} sync {folder}/wandb/offline-run-*")
+        lines.append(f"  {_find_program('wandb')} sync {folder}/wandb/offline-run-*")
     left = summary.last_step - summary.step
     if left > 0:
         is_end = summary.step > 0 and plan.ends_phase(summary.step)
@@ -285,3 +285,10 @@ def _list_next_commands(summary: RunSummary, plan: Plan) -> list[str]:
     else:
         lines.append("  to train longer: one more phase in the recipe, and the same command again")
     return lines
+
+
+def _find_program(name: str) -> str:
+    """How a shell calls a program of this environment: by its name where that is the one that it finds."""
+    path = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    return name if found and Path(found) == path else shlex.quote(os.path.relpath(path))

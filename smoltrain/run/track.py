@@ -23,8 +23,9 @@ from smoltrain.redact import redact_text
 from smoltrain.run.guarded_sink import open_guarded_sinks
 from smoltrain.run.rank_log import open_rank_log
 from smoltrain.run.reopen_records import reopen_jsonl
-from smoltrain.run.run_ending import EndingKind, remove_ending, write_ending
+from smoltrain.run.run_ending import EndingKind, read_ending, remove_ending, write_ending
 from smoltrain.run.run_folder import SAMPLES_FILE, RunFolder
+from smoltrain.run.run_warnings import lost_steps_warning
 from smoltrain.run.screen import (
     Screen,
     cut_sample,
@@ -118,6 +119,7 @@ class Tracker:
         self._losses: dict[int, float] = {}  # of all validations so far, by step
         if not self._is_writer:
             return
+        was_killed = read_ending(self._folder) is None
         remove_ending(self._folder)
         self._choices_file = folder.path / "logs" / "choices.json"
         self._choices: dict[str, str] = {}
@@ -125,12 +127,14 @@ class Tracker:
         self._screen = Screen()
         self._time_left = TimeLeft(config, last_step, restarts="SMOLTRAIN_SUPERVISOR" in os.environ)
         undone = folder.path / UNDONE_METRICS_FILE
-        self._metrics, past = reopen_jsonl(folder.path / METRICS_FILE, first_step, self.say, undone=undone)
+        self._metrics, past, later = reopen_jsonl(folder.path / METRICS_FILE, first_step, self.say, undone=undone)
+        if was_killed and later:
+            self.say(lost_steps_warning(first_step, max(line.value["step"] for line in later)))
         for line in past:
             self._time_left.add_past(line.value)
             if VALIDATION_LOSS in line.value:
                 self._losses[line.value["step"]] = line.value[VALIDATION_LOSS]
-        self._samples, lines = reopen_jsonl(folder.path / SAMPLES_FILE, first_step, self.say, keys=SAMPLE_KEYS)
+        self._samples, lines, _ = reopen_jsonl(folder.path / SAMPLES_FILE, first_step, self.say, keys=SAMPLE_KEYS)
         self._sample_table = [[line.value[key] for key in SAMPLE_KEYS] for line in lines]
         self._sinks.append(WandbRun(config, folder, first_step, self.say, derived or {}))
         self._sinks += open_guarded_sinks(config, folder, first_step, self.say, derived or {})

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from smoltrain.checkpoint.free_space import check_room
 from smoltrain.checkpoint.manifest import WEIGHTS_FILE
 from smoltrain.checkpoint.restore import restore_checkpoint
-from smoltrain.checkpoint.saver import CheckpointSaver, check_free_space
+from smoltrain.checkpoint.saver import CheckpointSaver
 from smoltrain.config.config_file import CONFIG_FILE
 from smoltrain.config.schema import Config
 from smoltrain.data.rows.loader import Loader
@@ -83,7 +84,7 @@ def open_session(
             restore_checkpoint(start.point.checkpoint, start.point.manifest, engine, loader, world, seed=seed)
 
         if done < start.last_step:  # known now, or when the steps until the first checkpoint would be lost
-            world.run_on_first_rank(lambda: check_free_space(config.run_folder, engine.checkpoint_bytes))
+            check_room(config.run_folder, engine.checkpoint_bytes, world, config.checkpoint)
 
         # ---- nothing refuses any more: what the run writes down
         watchdog.mark("records")

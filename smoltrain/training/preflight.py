@@ -9,7 +9,7 @@ import torch
 from smoltrain.config.load import cut_micro_batch
 from smoltrain.config.schema import Config
 from smoltrain.data.tokens.check_fit import check_tokenizer_fits
-from smoltrain.data.tokens.prepared import PreparedData
+from smoltrain.data.tokens.prepared import PreparedData, UnusedRows
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config
 from smoltrain.engine.optimizer import OPTIMIZERS
 from smoltrain.engine.reduction import check_reduction
@@ -102,17 +102,20 @@ def describe_tokens_per_parameter(tokens: int, num_parameters: int, key: str) ->
     return PreflightLine("tokens per parameter", text)
 
 
-def describe_vocabulary(vocab_size: int, num_ids: int, unused: int | None) -> PreflightLine:
-    """Rows of the embedding table that are of no use; `unused` are all that no training token reads, if known."""
+def describe_vocabulary(vocab_size: int, num_ids: int, unused: UnusedRows | None) -> PreflightLine:
+    """Rows of the embedding table that are of no use; `unused` are those that no training token reads, if known."""
     beyond = vocab_size - num_ids
     facts = [f"{beyond:,} beyond the tokenizer's {num_ids:,} ids"] if beyond else []
-    if unused is not None and unused > beyond:
-        facts.append(f"{unused - beyond:,} of ids that the training tokens never have")
+    if unused is not None and unused.num_spare > beyond:
+        facts.append(f"{unused.num_spare - beyond:,} of ids that the training tokens never have")
+    bytes_text = ""
+    if unused is not None and unused.num_bytes:
+        bytes_text = f"; {unused.num_bytes:,} are single bytes that the text lacks, there so that any text has ids"
     if facts:
         text = f"{vocab_size:,} rows, {' and '.join(facts)}; a smaller vocabulary is model.vocab_size with a tokenizer"
-        return PreflightLine("vocabulary", f"{text} of as few ids")
-    known = ", all of them of ids that the training tokens have" if unused is not None else ""
-    return PreflightLine("vocabulary", f"{vocab_size:,} rows, as many as ids{known}; model.vocab_size")
+        return PreflightLine("vocabulary", f"{text} of as few ids{bytes_text}")
+    known = ", all of them of ids that the training tokens have" if unused is not None and not bytes_text else ""
+    return PreflightLine("vocabulary", f"{vocab_size:,} rows, as many as ids{known}{bytes_text}; model.vocab_size")
 
 
 def describe_learning_rate(config: Config, rows_per_step: int) -> PreflightLine:

@@ -125,11 +125,11 @@ def failing_to_write(settings: Config) -> list[str]:
     writer, failed, go = saver_of(settings, plan), threading.Event(), threading.Event()
     write = files.write_tensors
 
-    def slow(path: Path, tree: Any) -> None:
+    def slow(*words: Any) -> None:
         go.wait(60)
-        write(path, tree)
+        write(*words)
 
-    def full(path: Path, _: Any) -> None:
+    def full(path: Path, *_: Any) -> None:
         failed.set()
         raise OSError(28, "No space left on device", str(path))
 

@@ -66,8 +66,9 @@ def test_a_recipe_may_be_any_yaml_file(tmp_path: Path):
     ("recipe", "message"),
     [
         ("quikstart", "no such recipe: saw 'quikstart', want 'quickstart' (the nearest valid one), or a path to"),
-        ("/dev/stdin", "no such recipe: saw '/dev/stdin', want one of quickstart"),
+        ("none/none", "no such recipe: saw 'none/none', want one of quickstart"),
         ("gone.yaml", "the recipe file is missing: saw gone.yaml, want an existing YAML file"),
+        ("quickstart.yaml", "the recipe file is missing: saw quickstart.yaml, want 'quickstart', the shipped one, or"),
     ],
 )
 def test_a_recipe_that_does_not_exist(recipe: str, message: str):
@@ -330,3 +331,9 @@ def test_a_wrong_value_does_not_hide_a_broken_rule():
 )
 def test_the_first_word_is_the_recipe_unless_it_is_an_override(words: list[str], recipe: str, overrides: list[str]):
     assert split_recipe_words(words) == (recipe, overrides)
+
+
+@pytest.mark.parametrize("word", ["-", "/dev/stdin", "/dev/null"])
+def test_a_recipe_is_a_file_and_no_stream(word: str) -> None:
+    assert split_recipe_words([word, "run.seed=1"]) == (word, ["run.seed=1"])
+    assert problem(recipe=word).what == "a recipe is not read from a stream"

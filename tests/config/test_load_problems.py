@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from smoltrain.config.load import config_to_yaml, load_config, read_run_config
+from smoltrain.errors import UserError
 from tests.config.test_load import EXAMPLE_TEXT, problem, written
 
 
@@ -72,3 +74,15 @@ def test_a_problem_names_the_place_its_value_came_from(tmp_path: Path):
     assert problem("model.hidden_size=-1", recipe=recipe).change == "model.hidden_size on the command line"
     assert problem("phases.main.final_lr=1").change == "phases.main.final_lr on the command line"
     assert problem("phases.main.lr=3e-4").change == "phases.main.final_lr in example.yaml"
+
+
+def test_an_unknown_key_that_a_run_wrote_is_perhaps_one_of_another_version(tmp_path: Path):
+    text = config_to_yaml(load_config("quickstart")).replace("engine:", "engine:\n  new: 1", 1)
+    path = written(tmp_path, text + "provenance: {starts: [{git_commit: 1bb77d8}]}\n")
+    writer = "; or the smoltrain that wrote the file, git commit 1bb77d8"
+    with pytest.raises(UserError) as refused:
+        read_run_config(Path(path))
+    with pytest.raises(UserError) as also_refused:
+        load_config(path, ["run.sed=1"])
+    assert [found.want.endswith(writer) for found in refused.value.problems] == [True]
+    assert [found.want.endswith(writer) for found in also_refused.value.problems] == [False, True]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,16 @@ def test_what_is_not_ours_is_not_overwritten(run: Path, occupied: Path, believed
     assert problem(run, occupied).saw == "files that are no export"
     assert "cannot be made" in problem(run, occupied / "thesis.txt" / "deeper").what
     assert problem(run, occupied / "thesis.txt").saw == "files that are no export"
+
+
+def test_an_export_that_was_copied_with_its_run_is_the_copys(
+    run: Path, exported: tuple[Path, str], tmp_path: Path, believed: None
+):
+    place = shutil.copytree(exported[0], tmp_path / "place")
+    copy = shutil.copytree(run, tmp_path / "copy")
+    folder = export.export_model(str(copy), say=lambda line: None)
+    assert (folder.is_relative_to(copy), read(folder / "smoltrain.json")["run"]) == (True, "copy")
+    assert problem(copy, place).saw == f"an export of {run.name}", "out there it is the original's"
 
 
 def test_what_is_ours_is(run: Path, tmp_path: Path, believed: None):

@@ -1,7 +1,7 @@
 """The class that exports carry computes what our decoder does, and is a class of transformers like any other."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -47,6 +47,16 @@ def test_our_own_class_writes_the_same_text(case: str):
     assert together[1, 12:].tolist() == alone[0, 7:].tolist()
     beams = theirs.generate(prompt, num_beams=2, **options)  # reorders the cache
     assert beams.shape == (1, 18)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mlp", get_args(ModelSection.model_fields["mlp"].annotation))
+def test_each_mlp_of_the_schema_is_in_the_class_that_exports_carry(mlp: str):
+    shape = section({**SYSTEM_4, "mlp": mlp})
+    assert hf_class_name(shape) == SMOLTRAIN, "what no class of transformers has"
+    ours = folders.lively(shape)
+    theirs: Any = own_model(shape, dict(ours.named_parameters()))
+    torch.testing.assert_close(theirs(ids()).logits, ours(ids()), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["system-4", "own-gpt2-untied", "own-swiglu-layernorm"])

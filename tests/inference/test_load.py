@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -128,6 +129,14 @@ def test_what_is_no_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     want = "the folder of a run or of its checkpoint, a name under runs/ (quickstart), or a Hugging Face folder"
     assert problem("quikstart") == f"no such run: saw 'quikstart', want {want}; change the RUN argument"
+    text = (run / "config.yaml").read_text().replace("name: quickstart", "name: mine")
+    (tmp_path / "mine.yaml").write_text(re.sub("  folder: .*", f"  folder: {run.parent}", text))
+    want = "a run: `smoltrain train mine.yaml` makes one"
+    assert problem("mine.yaml") == f"a recipe is no run: saw 'mine.yaml', want {want}; change the RUN argument"
+    shutil.copytree(run, run.parent / "mine")
+    assert f"want the run of this recipe, {run.parent / 'mine'};" in problem("mine.yaml")
+    assert f"want the run that it lies in, {run};" in problem(run / "config.yaml")
+    assert "want a run: `smoltrain train shakespeare-80m` makes one;" in problem("shakespeare-80m")
     assert problem(run, 9) == "no checkpoint of this step: saw 9, want one of 8, 12; change --checkpoint"
     shutil.rmtree(run / "checkpoints")
     assert problem(run).startswith("this run has no checkpoint yet")

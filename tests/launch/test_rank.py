@@ -1,5 +1,6 @@
 """launch/train.py under each launcher: the same losses, the same mistakes, the true exit code."""
 
+import errno
 import platform
 import shutil
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from smoltrain.errors import BAD_INPUT, DONE, FAULT, STOPPED, UserError
+from smoltrain.launch import rank
 from smoltrain.launch.rank import read_words
 from tests import launches, tiny
 
@@ -166,3 +168,26 @@ given_back = faults(); keep_freed_memory(); faults(); faults(); print(given_back
     before, after = map(int, subprocess.run(words, capture_output=True, text=True, check=True).stdout.split())
     assert before > 5 * 2 * 2**24 * 4 // (2 << 20), "two tensors of 64 MiB each time, in pages"
     assert after < before / 2, "the heap may still grow once"
+
+
+def lose_the_disk(error: BaseException) -> None:
+    """As a library does that says nothing of it itself."""
+    raise RuntimeError("the compiler failed") from error
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+def test_a_disk_that_is_full_is_no_traceback_of_a_rank(
+    wraps: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "kernel.cpp")
+
+    def read(_words: list[str]) -> None:
+        if wraps:
+            lose_the_disk(full)
+        raise full
+
+    monkeypatch.setattr(rank, "read_words", read)
+    monkeypatch.setattr(rank, "choose_waiting", dict)
+    assert rank.run_rank([]) == BAD_INPUT
+    line = "error: a file cannot be written: saw No space left on device, want some free space; change kernel.cpp\n"
+    assert capsys.readouterr() == ("", line)

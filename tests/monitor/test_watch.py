@@ -35,6 +35,11 @@ def test_once_needs_a_run(tmp_path: Path) -> None:
     make_run(tmp_path)
     with pytest.raises(UserError, match=r"no such run: saw 'mine', want .* a name under runs/ \(quickstart\)"):
         watch_run("mine")
+    (tmp_path / "mine.yaml").write_text("")
+    with pytest.raises(
+        UserError, match=r"no such run: saw 'mine\.yaml', want a run: `smoltrain train mine.yaml` makes"
+    ):
+        watch_run("mine.yaml")
 
 
 def test_a_run_is_found_by_name_and_by_folder(tmp_path: Path) -> None:

@@ -228,6 +228,12 @@ def test_the_commands_can_be_given_to_a_shell(tmp_path: Path, plan: Plan, monkey
         ["my bin/smoltrain", "export", str(folder)],
         ["my bin/wandb", "sync", f"{folder}/wandb/offline-run-*"],
     ]
+    program = tmp_path / "my bin" / "smoltrain"
+    program.parent.mkdir()
+    program.write_text("")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    assert "\n  smoltrain generate " in describe_run(plan, folder), "an environment that is activated"
     assert lines[2].endswith("/wandb/offline-run-*"), "which the shell completes, so it stands outside the quotes"
     assert lines[3] == "  to train longer: one more phase in the recipe, and the same command again"
 

@@ -11,6 +11,7 @@ from smoltrain.cli import app, main
 from smoltrain.config.load import list_recipes, load_config
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.data.tokens.prepared import UnusedRows
 from smoltrain.distributed.world import choose_device
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config
 from smoltrain.errors import UserError
@@ -147,14 +148,21 @@ def test_tokens_per_parameter_are_a_fact():
 
 def test_rows_of_the_vocabulary_that_nobody_reads_are_counted():
     smaller = "a smaller vocabulary is model.vocab_size with a tokenizer of as few ids"
-    assert describe_vocabulary(320, 300, 57) == PreflightLine(
+    assert describe_vocabulary(320, 300, UnusedRows(57, 0)) == PreflightLine(
         "vocabulary",
         f"320 rows, 20 beyond the tokenizer's 300 ids and 37 of ids that the training tokens never have; {smaller}",
     )
-    assert describe_vocabulary(320, 320, 7).text.startswith("320 rows, 7 of ids that the training tokens never have;")
+    assert describe_vocabulary(320, 320, UnusedRows(7, 0)).text.startswith(
+        "320 rows, 7 of ids that the training tokens never have;"
+    )
     assert describe_vocabulary(320, 300, None).text == f"320 rows, 20 beyond the tokenizer's 300 ids; {smaller}"
     assert describe_vocabulary(320, 320, None).text == "320 rows, as many as ids; model.vocab_size"
-    assert describe_vocabulary(320, 320, 0).text == (
+    least = "257 rows, as many as ids; 190 are single bytes that the text lacks, there so that any text has ids"
+    assert describe_vocabulary(257, 257, UnusedRows(0, 190)).text == f"{least}; model.vocab_size"
+    assert describe_vocabulary(320, 320, UnusedRows(7, 190)).text.startswith(
+        f"320 rows, 7 of ids that the training tokens never have; {smaller}; 190 are single bytes"
+    )
+    assert describe_vocabulary(320, 320, UnusedRows(0, 0)).text == (
         "320 rows, as many as ids, all of them of ids that the training tokens have; model.vocab_size"
     )
 
@@ -176,14 +184,19 @@ def test_the_numbers_are_those_of_the_prepared_data(tmp_path: Path):
     config = tiny.load(tmp_path, "model.vocab_size=330")
     prepared = prepare_run_data(config, 4)
     ids = set(prepared.train[0].all().tolist())
-    assert prepared.count_unused_rows(330) == 330 - len(ids) > 10
+    letters = {prepared.tokenizer.encode(letter)[0] for letter in map(chr, range(128))}
+    unused = prepared.count_unused_rows(330)
+    assert unused is not None
+    assert sum(unused) == 330 - len(ids) > 10
+    assert unused.num_bytes == 128 + len(letters - ids), "of no UTF-8, or of ASCII that is not in the text"
     lines = {line.what: line.text for line in describe_preflight(config, prepared, 1000, 4)}
     epoch = (len(prepared.train[0]) - 1) // 16 * 16
     assert list(lines) == ["epochs", "tokens per parameter", "vocabulary", "learning rate"]
     assert f", as 768 tokens of {epoch:,}; phases.main.tokens or phases.continuation.tokens" in lines["epochs"]
     assert lines["tokens per parameter"].startswith("0.768, as 768 tokens for 1K parameters;")
     num_ids = prepared.tokenizer.num_ids
-    assert f"{330 - num_ids} beyond the tokenizer's {num_ids} ids and {num_ids - len(ids)} of" in lines["vocabulary"]
+    assert lines["vocabulary"].startswith(f"330 rows, {330 - num_ids} beyond the tokenizer's {num_ids} ids")
+    assert f"; {unused.num_bytes} are single bytes" in lines["vocabulary"]
 
 
 def test_a_stream_is_not_counted(tmp_path: Path):

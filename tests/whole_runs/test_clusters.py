@@ -17,9 +17,11 @@ import pytest
 import yaml
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.launcher import runner
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing import api as torch_agent
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 from torch.distributed.run import get_args_parser
 
 from smoltrain.config.keys import read_key_options
@@ -169,6 +171,28 @@ def test_torchrun_ends_with_the_code_of_the_rank_that_failed_first(codes: tuple[
         failures[rank] = ProcessFailure(local_rank=rank, pid=rank, exitcode=code, error_file="<NONE>")
         failures[rank].timestamp = rank
     assert load_torchrun_script().choose_exit_code(ChildFailedError("train", failures)) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "want"),
+    [
+        (DistNetworkError("... port: 29500, code: -98, name: EADDRINUSE"), BAD_INPUT, "want a port that is free;"),
+        (RendezvousConnectionError("The connection to the C10d store has failed."), FAULT, "want a first machine that"),
+    ],
+)
+def test_machines_that_do_not_meet_are_one_line(
+    error: Exception, code: int, want: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load_torchrun_script()
+
+    def meet(_words: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(torch_agent, "_terminate_process_handler", torch_agent._terminate_process_handler)
+    monkeypatch.setattr(script, "main", meet)
+    assert script.run_torchrun([]) == code
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: the machines do not meet: saw {error}, {want}")
 
 
 def test_torchrun_heeds_the_first_of_two_signals(monkeypatch: pytest.MonkeyPatch) -> None:

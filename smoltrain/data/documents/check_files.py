@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 from smoltrain.config.schema import DataSection, MixedSource
+from smoltrain.data.documents.file_systems import url_protocol
+from smoltrain.data.documents.folders import first_wildcard
 from smoltrain.data.documents.listing import SourceListing, has_own_validation, source_config_key
 from smoltrain.data.documents.magic_bytes import MAX_POINTER_BYTES, Pointer, detect_pointer
 from smoltrain.data.documents.readers import has_fields, read_head
@@ -36,6 +39,35 @@ def check_source_files(listed: dict[str, SourceListing], data: DataSection) -> l
             where = f"{part.document_separator!r} stands in {abbreviate_list(texts)}"
             lines.append(f"{where}: {key}=separator would cut the documents there")
     return lines
+
+
+def describe_missing_data(data: DataSection) -> list[str]:
+    """The paths on this machine that are not there, and the packages that are not installed, each with its key.
+
+    Nothing is listed: a folder may have a million files. What is elsewhere is not asked for.
+    """
+    missing: list[str] = []
+    for part in data.parts:
+        key = source_config_key(part.name, data)
+        if part.package is not None and not _is_installed(part.package):
+            missing.append(f"{key}.package {part.package} is not installed")
+        for name, path in (("path", part.path), ("validation_path", part.validation_path)):
+            if path is not None and url_protocol(path) in (None, "file") and not _is_there(path):
+                missing.append(f"{key}.{name} {path} is not on this machine")
+    return missing
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package.partition(".")[0]) is not None  # of a top-level name, without running anything of it
+    except (ImportError, ValueError):
+        return False
+
+
+def _is_there(path: str) -> bool:
+    """Whether a path of this machine is; of a glob, the folder that it searches."""
+    parts = Path(path.removeprefix("file://")).expanduser().parts
+    return Path(*parts[: first_wildcard(parts)]).exists()
 
 
 def check_no_pointers(shards: Iterable[Shard], source: str) -> None:

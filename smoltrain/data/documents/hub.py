@@ -6,6 +6,7 @@ files of a dataset has none.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, get_token
@@ -13,7 +14,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNot
 
 from smoltrain.config.schema import SourceSection
 from smoltrain.data.documents.file_systems import get_file_system
-from smoltrain.errors import Problem, UserError, exception_message, suggest_choice
+from smoltrain.errors import Problem, UserError, exception_message, problem_from_system, suggest_choice
+from smoltrain.files import describe_error
 from smoltrain.timeout import call_with_timeout
 
 Answer = TypeVar("Answer")
@@ -66,6 +68,8 @@ def list_dataset_files(source: SourceSection, split: str, commit: str, key: str)
     except UserError:
         raise
     except Exception as error:  # as above
+        if (problem := _find_cache_problem(error)) is not None:
+            raise UserError(problem) from None
         what = f"the dataset {source.hub} cannot be read"
         want = f"a configuration and split that it has, or {OTHER_DATA}"
         raise UserError(Problem(what, exception_message(error), want, change)) from None
@@ -109,7 +113,20 @@ def hub_problem(error: Exception, kind: str, name: str, key: str, way_out: str) 
     if isinstance(error, RepositoryNotFoundError):
         want = f"its exact name (for a private one HF_TOKEN), or {way_out}"
         return Problem(f"the Hub has no {kind} {name}", f"not found, {token}", want, key)
+    if (problem := _find_cache_problem(error)) is not None:
+        return problem
     saw = exception_message(error)
     if has_hub_answered(error):
         return Problem(f"the Hub does not give the {kind} {name}", saw, f"an answer, or {way_out}", key)
     return Problem("the Hugging Face Hub does not answer", saw, f"{constants.ENDPOINT}, or {way_out}", key)
+
+
+def _find_cache_problem(error: Exception) -> Problem | None:
+    """What keeps a download from being written where huggingface_hub keeps it; None where that is not what is wrong."""
+    problem = problem_from_system(error) if isinstance(error, OSError) else None
+    if problem is None:
+        return None
+    change = "HF_HOME, or what fills its disk"
+    return replace(
+        problem, what="the cache of the Hugging Face Hub cannot be used", saw=describe_error(error), change=change
+    )

@@ -1,6 +1,7 @@
 """What a run trains on, once it is prepared: its tokenizer, its tokens, and what can be said of them."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,13 @@ from smoltrain.data.tokens.token_files import MappedTokens, sum_round_trips
 
 MAX_COUNTED_TOKENS = 2**28  # about a second
 COUNTED_AT_ONCE = 2**20
+
+
+class UnusedRows(NamedTuple):
+    """How many rows of a model's table no training token reads."""
+
+    num_spare: int  # a smaller vocabulary could do without them
+    num_bytes: int  # a BPE of the run's own has an id for each of the 256 bytes, however small it is
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ class PreparedData:
         sizes[self.tokenizer.separator_id] = 0
         return sizes
 
-    def count_unused_rows(self, vocab_size: int) -> int | None:
+    def count_unused_rows(self, vocab_size: int) -> UnusedRows | None:
         """Rows of a table of `vocab_size` that no training token reads, and that never learn as an input.
 
         None where the tokens are streamed, or so many that looking at all of them would take long.
@@ -79,7 +87,12 @@ class PreparedData:
         for tokens in self.train:
             for ids in tokens.iterate_views(COUNTED_AT_ONCE):
                 is_used[ids] = True
-        return vocab_size - int(is_used.sum())
+        num_unused = vocab_size - int(is_used.sum())
+        if not self._num_requested_ids:
+            return UnusedRows(num_unused, 0)
+        is_byte = self.tokenizer.bytes_per_id() == 1
+        num_bytes = int((is_byte & ~is_used[: len(is_byte)]).sum())
+        return UnusedRows(num_unused - num_bytes, num_bytes)
 
     def warnings(self, vocab_size: int) -> list[str]:
         """What is wrong with the tokenizer for these texts, and a model of `vocab_size` rows. One line each."""

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smoltrain.data.documents.hub import HUB_ANSWER_TIMEOUT_S
+from smoltrain.data.documents.hub import HUB_ANSWER_TIMEOUT_S, hub_problem
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.prepare import prepare_run_data
@@ -256,6 +256,16 @@ def test_what_the_hub_cannot_give_is_said_in_one_line(said: dict[str, Any], what
     line, _ = said[what]
     assert shown in line
     assert "\n" not in line
+
+
+def test_a_cache_that_cannot_be_written_is_no_silence_of_the_hub():
+    refused = PermissionError(13, "Permission denied", "/ro/hub")
+    line = str(hub_problem(refused, "tokenizer", "me/it", "tokenizer.name", "another"))
+    assert line.startswith(
+        "the cache of the Hugging Face Hub cannot be used: saw Permission denied: /ro/hub, want one "
+    )
+    assert line.endswith("; change HF_HOME, or what fills its disk")
+    assert hub_problem(TimeoutError("late"), "tokenizer", "me/it", "tokenizer.name", "another").saw == "late"
 
 
 def test_an_unreachable_hub_is_given_up_long_before_15_seconds():
