@@ -5,18 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smoltrain.data.tokens import packing
-from smoltrain.data.tokens.packing import append_separator, count_rows, encode_documents
+from smoltrain.data.tokens.packing import count_rows, encode_documents
 from tests.data.worlds import TOKENIZER
 
 LENGTHS = st.integers(1, 12)
 COUNTS = st.integers(0, 100)
-
-
-def test_a_separator_ends_each_document():
-    parts = [append_separator(*part, np.uint16) for part in (([5], None), ([6], 0), ([], 0), ([7], 0))]
-    stream = np.concatenate(parts)
-    assert stream.tolist() == [5, 6, 0, 0, 7, 0]
-    assert stream.dtype == np.uint16
 
 
 def cut(num_tokens: int, length: int) -> np.ndarray:
@@ -51,5 +44,6 @@ def test_the_tokens_do_not_depend_on_how_much_is_tokenised_at_once(texts: list[s
         pieces = [piece for piece in found if piece.about == number]
         ids = np.concatenate([piece.ids for piece in pieces]).tolist()
         assert ids == [*TOKENIZER.encode(text), TOKENIZER.separator_id]
+        assert {piece.ids.dtype.name for piece in pieces} == {"uint16"}
         assert [piece.offset for piece in pieces] == np.cumsum([0, *(len(p.ids) for p in pieces)])[:-1].tolist()
     assert [piece.about for piece in found] == sorted(piece.about for piece in found)
