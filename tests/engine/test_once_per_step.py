@@ -160,7 +160,7 @@ def gradients_while_a_rank_is_slow(settings: Config) -> dict[str, torch.Tensor]:
 
     def slow(self: World) -> None:
         together(self)
-        time.sleep(0.3 * self.rank)
+        time.sleep(0.1 * self.rank)
 
     World.barrier = slow
     try:

@@ -26,6 +26,7 @@ LONG = (
     "phases.main.steps=60",
     "phases.main.warmup_steps=5",
     "checkpoint.every=10",
+    "evaluate.every=32",
     "sample.every=0",
     "model.dropout=0.1",
 )

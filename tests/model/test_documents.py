@@ -36,8 +36,8 @@ LAYOUT = [[20], [1, 1, 7, 11], [13, 6, 1], [1] * 20]
 
 @st.composite
 def layouts(draw: Any) -> Layout:
-    """One to three rows of 1 to 24 tokens, each cut anywhere."""
-    T = draw(st.integers(1, 24))
+    """One to three rows of 1 to 12 tokens, each cut anywhere."""
+    T = draw(st.integers(1, 12))
     rows = draw(st.lists(st.sets(st.integers(1, T)), min_size=1, max_size=3))
     edges = [[0, *sorted(cuts | {T})] for cuts in rows]
     return [[b - a for a, b in pairwise(row)] for row in edges]
@@ -90,7 +90,7 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(layout=layouts(), kv_heads=st.sampled_from([1, 2, 4]))
 def test_every_kernel_is_the_definition_within_each_document(kernel: AttentionKernel, layout: Layout, kv_heads: int):
     B, T = len(layout), sum(layout[0])
@@ -184,10 +184,9 @@ def one_by_one(model: LanguageModel, ids: Tensor, labels: Tensor, layout: Layout
     """The logits, and the summed loss, of all documents, each run alone in a row of its own."""
     logits, loss = [], torch.zeros(())
     for row, lengths in enumerate(layout):
-        documents = zip(ids[row].split(lengths), labels[row].split(lengths), strict=True)
-        pairs = [(model(x[None])[0], model(x[None], y[None])) for x, y in documents]
-        logits.append(torch.cat([x for x, _ in pairs]))
-        loss = loss + sum(x for _, x in pairs)
+        of_row = torch.cat([model(document[None])[0] for document in ids[row].split(lengths)])
+        logits.append(of_row)
+        loss = loss + F.cross_entropy(of_row, labels[row], reduction="sum")  # -100 is no label
     return torch.stack(logits), loss
 
 
@@ -232,7 +231,7 @@ def test_packed_documents_are_those_documents_one_by_one(
 
 
 @pytest.mark.parametrize("shape", [LLAMA, GPT2], ids=["llama", "gpt2"])
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(layout=layouts())
 def test_so_they_are_however_rows_are_cut(shape: dict[str, Any], layout: Layout):
     model = perturbed(shape)

@@ -1,7 +1,7 @@
 """Concatenate and chop: every target once, in order."""
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from smoltrain.data.tokens import packing
@@ -32,7 +32,6 @@ def test_every_target_is_predicted_once_from_the_token_before_it(num_tokens: int
 TEXTS = st.lists(st.text("ab c\u00e9", min_size=1, max_size=30), max_size=12)
 
 
-@settings(deadline=None)
 @given(TEXTS, st.integers(1, 40), st.integers(1, 40))
 def test_the_tokens_do_not_depend_on_how_much_is_tokenised_at_once(texts: list[str], characters: int, longest: int):
     before, packing.ENCODE_CHARACTERS = packing.ENCODE_CHARACTERS, longest  # of a piece
