@@ -18,7 +18,7 @@ from smoltrain.kernels.attention import AttentionKernel, PackedDocuments, causal
 from smoltrain.model import decoder
 from smoltrain.model.decoder import Decoder
 from smoltrain.model.interface import LanguageModel
-from tests.kernels.test_attention import definition, fake_flash
+from tests.kernels.test_attention import assert_same_gradients, definition, fake_flash
 from tests.model.test_decoder import as_llama, llama
 from tests.model.tiny_decoders import GPT2, LLAMA, NEOX, built, gradients, section
 
@@ -108,11 +108,7 @@ def test_every_kernel_is_the_definition_within_each_document(kernel: AttentionKe
             within = (slice(row, row + 1), slice(None), slice(start, start + n))
             want[within] = definition(*(x[within] for x in truth))
             start += n
-    torch.testing.assert_close(out, want, rtol=0, atol=2e-6)
-    out.square().sum().backward()
-    want.square().sum().backward()
-    for a, b in zip(ours, truth, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-5)
+    assert_same_gradients(out, want, ours, truth)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "math"])

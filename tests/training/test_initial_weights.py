@@ -11,9 +11,15 @@ from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.errors import DONE, UserError
 from smoltrain.inference.load import load_trained_model
 from smoltrain.model.build import build_model
+from smoltrain.model.interface import LanguageModel
 from smoltrain.training.initial_weights import load_initial_weights, weight_defining_settings
 from smoltrain.training.start_point import StartPoint, find_start_point
 from tests import folders, launches, tiny
+
+
+def assert_same_weights(fresh: LanguageModel, source: Path | str) -> None:
+    theirs = load_trained_model(str(source)).model.state_dict()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in fresh.state_dict().items())
 
 
 def test_the_weights_of_another_run(tmp_path: Path):
@@ -24,13 +30,11 @@ def test_the_weights_of_another_run(tmp_path: Path):
     tokenizer = Tokenizer.from_folder(made / "tokenizer", config.tokenizer.separator)
     fresh = build_model(config.model)
     load_initial_weights(found.weights_from or "", config, fresh, tokenizer)
-    theirs = load_trained_model(str(made)).model.state_dict()
-    assert all(torch.equal(weight, theirs[name]) for name, weight in fresh.state_dict().items())
+    assert_same_weights(fresh, made)
     at = str(step_folder(made / "checkpoints", 8))
     earlier = find_start_point(tiny.load(tmp_path, "run.name=w", f"init.from={at}"), print)
     load_initial_weights(earlier.weights_from or "", config, fresh, tokenizer)
-    theirs = load_trained_model(at).model.state_dict()
-    assert all(torch.equal(weight, theirs[name]) for name, weight in fresh.state_dict().items())
+    assert_same_weights(fresh, at)
     narrow = tiny.load(tmp_path, "model.intermediate_size=32")
     with pytest.raises(UserError, match=r"of another model: intermediate_size: saw 32, want 64"):
         load_initial_weights(found.weights_from or "", narrow, build_model(narrow.model), tokenizer)
@@ -48,8 +52,7 @@ def test_weights_may_be_trained_otherwise_than_they_were_made(tmp_path: Path):
     fresh = build_model(config.model)
     tokenizer = Tokenizer.from_folder(made / "tokenizer", config.tokenizer.separator)
     load_initial_weights(found.weights_from or "", config, fresh, tokenizer)
-    theirs = load_trained_model(str(made)).model.state_dict()
-    assert all(torch.equal(weight, theirs[name]) for name, weight in fresh.state_dict().items())
+    assert_same_weights(fresh, made)
     for word in ("rope_theta=500", "rms_norm_eps=1e-6", "tie_word_embeddings=false", "positions=learned"):
         other = tiny.load(tmp_path, f"model.{word}")
         with pytest.raises(UserError, match=f"of another model: {word.partition('=')[0]}"):
