@@ -117,7 +117,8 @@ def test_no_private_name_is_touched_that_is_not_in_the_list(private: Any) -> Non
 
 def lose_a_name() -> None:
     """As if DeepSpeed had none of this name, and nothing that asks for it had been imported yet."""
-    del importlib.import_module("deepspeed.comm.torch").build_shm_op
+    module: Any = importlib.import_module("deepspeed.comm.torch")
+    del module.build_shm_op
     for name in [name for name in sys.modules if name.startswith(("smoltrain.engine.", "smoltrain.training."))]:
         del sys.modules[name]
 

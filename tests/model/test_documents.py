@@ -231,7 +231,8 @@ def test_packed_documents_are_those_documents_one_by_one(
 @given(layout=layouts())
 def test_so_they_are_however_rows_are_cut(shape: dict[str, Any], layout: Layout):
     model = perturbed(shape)
-    assert_same(*(run_documents(model, layout, packed=packed) for packed in (True, False)))
+    found = run_documents(model, layout, packed=True)
+    assert_same(found, run_documents(model, layout, packed=False))
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
