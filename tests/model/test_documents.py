@@ -214,6 +214,10 @@ def assert_same(found: Results, expected: Results, atol: float = 1e-5) -> None:
         torch.testing.assert_close(gradient, truth[name], rtol=0, atol=atol, msg=lambda m, name=name: f"{name}: {m}")
 
 
+def assert_packed_is_alone(model: LanguageModel, layout: Layout) -> None:
+    assert_same(run_documents(model, layout, packed=True), run_documents(model, layout, packed=False))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kernel", ["sdpa", "math", "flash2"])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
@@ -230,9 +234,7 @@ def test_packed_documents_are_those_documents_one_by_one(
 @settings(max_examples=25)
 @given(layout=layouts())
 def test_so_they_are_however_rows_are_cut(shape: dict[str, Any], layout: Layout):
-    model = perturbed(shape)
-    found = run_documents(model, layout, packed=True)
-    assert_same(found, run_documents(model, layout, packed=False))
+    assert_packed_is_alone(perturbed(shape), layout)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
