@@ -128,6 +128,7 @@ class OncePerStep:
         self._reduce_scatter()
         for sums in self._sums:
             sums.all_gather()
+        self._world.barrier()  # a rank that began its next backward would write where a slower one still reads
         for name, parameter in self._deepspeed.module.named_parameters():
             yield name, self._sum_of[parameter].float()
 
