@@ -57,7 +57,7 @@ def test_eight_ranks_take_over_from_one_and_hand_over_to_three():
     assert json.loads(state) == json.loads(reference.state())
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(LIVES, st.lists(st.integers(1, 30), min_size=1, max_size=3))
 def test_kills_and_other_worlds_neither_repeat_nor_skip(lives: list[tuple[int, int]], sources: list[int]):
     """Each life runs some steps on its world, takes one more step's rows and is killed before it has used them."""
