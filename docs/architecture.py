@@ -5,6 +5,7 @@ functions, holds the floors, and compares the picture and the list.
 """
 
 import ast
+import functools
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,7 @@ def find_modules(root: Path = ROOT) -> dict[str, Path]:
     return modules
 
 
+@functools.cache  # tests ask some twenty times for those of the whole package
 def read_imports(path: Path) -> set[str]:
     """Full names of what a file imports, in functions too, and what it imports for type checkers alone.
 

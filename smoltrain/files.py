@@ -129,6 +129,12 @@ def write_json_file(path: Path, value: Any) -> None:
     write_text_file(path, json.dumps(value, indent=1) + "\n")
 
 
+def seal_json(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """The tree with the digest of all else that is in it under `key`."""
+    rest = {name: value for name, value in tree.items() if name != key}
+    return rest | {key: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
 @dataclass(frozen=True)
 class JsonLine:
     """A line of a .jsonl, as it stands there."""

@@ -32,6 +32,7 @@ class Hub:
 
     repos: list[Repo]
     asked: list[str] = field(default_factory=list)
+    is_silent: bool = False  # from when it was asked to be: it accepts, and never answers
 
     def __enter__(self) -> Self:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (_Handler,), {"hub": self}))
@@ -59,6 +60,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         path = unquote(urlsplit(self.path).path)
+        if self.hub.is_silent:
+            threading.Event().wait()
+        if path == "/fall-silent":
+            self.hub.is_silent = True
+            self._json({})
+            return
         self.hub.asked.append(f"{self.command} {path}")
         if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(.*))?", path):
             kind, name, rest = found.groups()

@@ -138,10 +138,7 @@ def test_without_a_verb_there_is_help_in_panels(run: Run, monkeypatch: pytest.Mo
         (["recipes", "all"], "smoltrain recipes cannot be called like this: saw too many words: (all)"),
         (["verify", "x", "--forward=yes"], "--forward takes no value"),
         (["demo", "x", "--port"], "--port needs a value"),
-        *(
-            (["demo", "x", "--port", port], f"--port is not valid: saw '{port}'")
-            for port in ("0", "65536", "-1", "http")
-        ),
+        *((["demo", "x", "--port", port], f"--port is not valid: saw '{port}'") for port in ("0", "65536", "http")),
         (["--verison"], "smoltrain has no such option: saw '--verison', want '--version' (the nearest valid one)"),
     ],
 )

@@ -2,9 +2,8 @@
 
 import ast
 import re
+from collections.abc import Callable, Collection
 from pathlib import Path
-
-import pytest
 
 from smoltrain.run.track import METRICS
 
@@ -26,6 +25,12 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+def find_faults(find: Callable[[Path], list[str]], but: Collection[str] = ()) -> dict[str, list[str]]:
+    """What `find` finds on each page on which there is something."""
+    faults = {name_of(page): find(page) for page in PAGES if name_of(page) not in but}
+    return {name: found for name, found in faults.items() if found}
+
+
 def text_of(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
@@ -34,21 +39,27 @@ def without_fences(text: str) -> str:
     return FENCE.sub("", text)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_lines_are_short(page: Path):
+def long_lines(page: Path) -> list[str]:
     """100 columns; a row of a table cannot be wrapped, output is shown as it was, and some words have no gap."""
     text = page.read_text(encoding="utf-8")
     commands = "\n".join(body for _, kind, body in FENCE.findall(text) if kind)
     lines = [line for line in without_fences(text).splitlines() if not line.startswith("|")]
     lines += [] if name_of(page) == "docs/extending.md" else commands.splitlines()  # its code is that of the tree
-    assert [line for line in lines if len(line) > 100 and " " in line.strip()] == []
+    return [line for line in lines if len(line) > 100 and " " in line.strip()]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_lead_to_files(page: Path):
+def test_lines_are_short():
+    assert find_faults(long_lines) == {}
+
+
+def broken_links(page: Path) -> list[str]:
     links = re.findall(r"\]\(([^)\s#]+)[^)]*\)", without_fences(page.read_text(encoding="utf-8")))
     local = [link for link in links if "://" not in link]
-    assert [link for link in local if not (page.parent / link).exists()] == []
+    return [link for link in local if not (page.parent / link).exists()]
+
+
+def test_links_lead_to_files():
+    assert find_faults(broken_links) == {}
 
 
 def missing_places(text: str) -> list[str]:
@@ -75,9 +86,8 @@ def names_in(file: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_places_in_the_code_exist(page: Path):
-    assert missing_places(page.read_text(encoding="utf-8")) == []
+def test_places_in_the_code_exist():
+    assert find_faults(lambda page: missing_places(page.read_text(encoding="utf-8"))) == {}
 
 
 def test_a_place_that_is_gone_is_found():
@@ -108,8 +118,7 @@ def test_the_map_follows_a_row_a_gradient_and_a_checkpoint():
         assert all(re.match(r"\| `[\w/]+\.py: [\w.]+` \| .+ \|$", row) for row in rows)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if name_of(page) not in HISTORY], ids=name_of)
-def test_files_of_the_project_exist(page: Path):
+def missing_files(page: Path) -> list[str]:
     """`smoltrain/run/track.py`, `tests/model/`; under smoltrain/ also without it, as in `run/track.py`."""
     quoted = re.findall(r"`([\w.*/-]+)`", without_fences(page.read_text(encoding="utf-8")))
     folders = {path.name for root in (ROOT, ROOT / "smoltrain") for path in root.iterdir() if path.is_dir()} - {"runs"}
@@ -123,11 +132,14 @@ def test_files_of_the_project_exist(page: Path):
         for path in paths
         if path in METRICS or re.fullmatch(r"data/(\w+/NAME|[\w-]+\.jsonl?)|evaluation/TASK/METRIC|c\d\d_\w+\.py", path)
     }
-    assert sorted(set(paths) - set(known) - others - EXAMPLES) == [], "no metric, and no file of a run or of a trial"
+    return sorted(set(paths) - set(known) - others - EXAMPLES)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if name_of(page) not in HISTORY], ids=name_of)
-def test_tests_that_are_named_exist(page: Path):
+def test_files_of_the_project_exist():
+    assert find_faults(missing_files, HISTORY) == {}, "no metric, and no file of a run or of a trial"
+
+
+def missing_tests(page: Path) -> list[str]:
     """`run/test_track.py::test_a`, below tests/; `::test_b` after it is in the same file."""
     missing, file = [], ""
     for path, name in re.findall(r"([\w/]*test_\w+\.py)?(?:::(test_\w+))?", page.read_text(encoding="utf-8")):
@@ -138,7 +150,11 @@ def test_tests_that_are_named_exist(page: Path):
             missing.append(path)
         elif name and f"def {name}(" not in (ROOT / "tests" / file).read_text(encoding="utf-8"):
             missing.append(f"{file}::{name}")
-    assert missing == []
+    return missing
+
+
+def test_tests_that_are_named_exist():
+    assert find_faults(missing_tests, HISTORY) == {}
 
 
 def test_the_glossary_has_the_words_of_the_field_and_at_most_forty():

@@ -34,13 +34,13 @@ def test_every_answer_fits(width: int):
         assert [line for line in explain(word, width).splitlines() if len(line) > width] == []
 
 
-@pytest.mark.parametrize("section", read_sections())
-def test_a_section_tells_all_its_keys(section: str):
-    words = " ".join(explain(section).split())
-    for key in read_sections()[section].keys:
-        assert key.leaf in words
-        assert key.is_inherited or f"{key.leaf} {key.type}; " in words
-        assert key.is_inherited or key.meaning in words
+def test_a_section_tells_all_its_keys():
+    for name, section in read_sections().items():
+        words = " ".join(explain(name).split())
+        for key in section.keys:
+            assert key.leaf in words
+            assert key.is_inherited or f"{key.leaf} {key.type}; " in words
+            assert key.is_inherited or key.meaning in words
 
 
 def test_a_key_is_told_whole():

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
 
@@ -132,7 +132,6 @@ def plans(draw: st.DrawFn) -> Plan:
     return Plan(tuple(p.model_copy(update={"name": f"p{i}"}) for i, p in enumerate(every)))
 
 
-@settings(deadline=None)
 @given(phases())
 def test_the_rate_stays_between_its_ends_and_never_jumps(phase: PhaseSection):
     assert phase.lr is not None
@@ -149,7 +148,6 @@ def test_the_rate_stays_between_its_ends_and_never_jumps(phase: PhaseSection):
     assert all(abs(b - a) <= steepest + close for a, b in pairwise(lrs))
 
 
-@settings(deadline=None)
 @given(plans(), st.randoms())
 def test_a_plan_is_a_pure_function_of_the_step(plan: Plan, random: Random):
     steps = list(range(1, plan.last_step + 1))
@@ -160,7 +158,6 @@ def test_a_plan_is_a_pure_function_of_the_step(plan: Plan, random: Random):
         assert in_order[n - 1] == (fresh.lr(n), fresh.weight_decay(n), fresh.resets_optimizer(n), fresh.ends_phase(n))
 
 
-@settings(deadline=None)
 @given(plans())
 def test_phases_tile_the_steps(plan: Plan):
     assert plan.phases[0].first == 1
@@ -176,7 +173,6 @@ def test_phases_tile_the_steps(plan: Plan):
         assert {plan.weight_decay(n) for n in inside} == {phase.spec.weight_decay}
 
 
-@settings(deadline=None)
 @given(plans(), st.integers(0, 70))
 def test_due_is_every_nth_step_and_every_end(plan: Plan, every: int):
     ends = {phase.last for phase in plan.phases}
@@ -185,7 +181,6 @@ def test_due_is_every_nth_step_and_every_end(plan: Plan, every: int):
     assert [n for n in steps if plan.is_due(n, every)] == expected
 
 
-@settings(deadline=None)
 @given(plans())
 def test_a_longer_plan_does_not_change_its_past(plan: Plan):
     specs = tuple(phase.spec for phase in plan.phases)

@@ -1,6 +1,5 @@
 """manifest.json: what a checkpoint says of itself, whether its files are that, and the newest one that verifies."""
 
-import hashlib
 import json
 import os
 import re
@@ -159,8 +158,9 @@ def read_manifest(checkpoint: Path) -> Manifest | str:
         tree = json.loads(files.read_text_file(path))
         if tree.get("format") not in READABLE_FORMATS:
             return f"{path} has format {tree.get('format')}, not {' or '.join(map(str, READABLE_FORMATS))}"
-        if tree.pop(DIGEST_KEY, None) != _manifest_digest(tree):
+        if tree != files.seal_json(tree, DIGEST_KEY):
             return f"{path} is not what was written (its own digest differs)"
+        del tree[DIGEST_KEY]
         manifest = Manifest(**tree)
     except ValidationError as error:
         first = error.errors()[0]
@@ -225,9 +225,4 @@ def list_stray_files(checkpoint: Path, manifest: Manifest) -> list[str]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json, sealed with its own digest; it and the folder's names are on the disk afterwards."""
-    tree = asdict(manifest)
-    files.write_json_file(folder / MANIFEST_FILE, tree | {DIGEST_KEY: _manifest_digest(tree)})
-
-
-def _manifest_digest(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    files.write_json_file(folder / MANIFEST_FILE, files.seal_json(asdict(manifest), DIGEST_KEY))

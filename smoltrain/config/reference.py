@@ -164,9 +164,8 @@ def _describe_section(name: str, classes: list[type[Section]]) -> SectionReferen
 
 def _describe_key(key: str, field: FieldInfo, *, is_inherited: bool) -> KeyReference:
     default = REQUIRED if field.is_required() else format_default(field.default)
-    return KeyReference(
-        key, describe_type(field.annotation, field.metadata), default, field.description or "", is_inherited
-    )
+    meaning = " ".join((field.description or "").split())
+    return KeyReference(key, describe_type(field.annotation, field.metadata), default, meaning, is_inherited)
 
 
 def _list_choices(annotation: Any, metadata: list[Any]) -> Iterator[str]:

@@ -49,7 +49,6 @@ class StepCommunication:
 
     take_moment: Callable[[], Moment]
     sent_bytes: float = 0.0
-    num_calls: int = 0
     _spans: list[tuple[Moment, Moment]] = field(default_factory=list)
 
     def seconds(self) -> float:
@@ -82,7 +81,6 @@ class CommunicationMeter:
             yield
             return
         self._step = None  # what a collective calls in its turn is part of it
-        step.num_calls += 1
         step.sent_bytes += sent_bytes(kind, num_bytes, ranks)
         try:
             with step.time():

@@ -9,9 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 from smoltrain.distributed.machines import RankFacts, identify_kernel
-from smoltrain.distributed.network import INTERFACE_VARIABLES, choose_interface, find_own_address, find_source_address
+from smoltrain.distributed.network import (
+    INTERFACE_VARIABLES,
+    choose_interface,
+    find_interface,
+    find_own_address,
+    find_source_address,
+)
 from smoltrain.distributed.peers import PeerWatch, open_peer_watch
-from smoltrain.distributed.rendezvous import RankPlace, loopback_interface
+from smoltrain.distributed.rendezvous import RankPlace
 from smoltrain.errors import Problem, RankUserError, UserError
 
 RENDEZVOUS_TIMEOUT_S = 1800.0  # for all ranks to come
@@ -107,17 +113,14 @@ def set_network_interface(store: Any, here: RankPlace, facts: list[RankFacts], m
     Errors: UserError, the same on every rank, which names each machine that has none.
     """
     if here.size == 1 or len(set(machines)) == 1:
-        name = loopback_interface() if here.is_on_one_machine else None
+        name = find_interface("127.0.0.1") if here.is_on_one_machine else None
         if name:  # what others cannot reach, they cannot attack
             _set_interface_variables(name)
         return
     chosen = choose_interface(facts, machines, here.rank)
     is_first_of_machine = machines.index(machines[here.rank]) == here.rank
     fault = chosen if isinstance(chosen, Problem) and is_first_of_machine else None
-    texts = exchange_texts(store, here, "interface", json.dumps(vars(fault) if fault else None))
-    problems = [Problem(**json.loads(text)) for text in texts if json.loads(text)]
-    if problems:
-        raise UserError(*problems)
+    _raise_everyones(store, here, "interface", fault)
     if isinstance(chosen, tuple):
         name, why = chosen
         _set_interface_variables(name)
@@ -147,12 +150,17 @@ def watch_peers(
                 want="every port open between the machines of a run, which their kernels choose",
                 change="the firewall, or GLOO_SOCKET_IFNAME if this is not the network that they share",
             )
-    texts = exchange_texts(store, here, "connected", json.dumps(vars(fault) if fault else None))
-    problems = [Problem(**json.loads(text)) for text in texts if json.loads(text)]
-    if problems:
-        raise UserError(*problems[:3])
+    _raise_everyones(store, here, "connected", fault, most=3)
     open_peer_watch(watch)
     watch.start()
+
+
+def _raise_everyones(store: Any, here: RankPlace, topic: str, fault: Problem | None, most: int | None = None) -> None:
+    """Errors: UserError, the same on every rank, where any of them has a fault; it names so many at most."""
+    texts = exchange_texts(store, here, topic, json.dumps(vars(fault) if fault else None))
+    problems = [Problem(**json.loads(text)) for text in texts if json.loads(text)]
+    if problems:
+        raise UserError(*problems[:most])
 
 
 def _set_interface_variables(name: str) -> None:

@@ -6,8 +6,6 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import psutil
-
 from smoltrain.errors import Problem, RankUserError
 
 # Prefixes of the variables by which launchers tell ranks who they are: torchrun, deepspeed, mpirun, `smoltrain train`.
@@ -126,11 +124,3 @@ def open_rendezvous_socket(place: RankPlace) -> socket.socket:
                 change="the environment variable MASTER_PORT",
             )
         ) from None
-
-
-def loopback_interface() -> str | None:
-    """The name of the network interface that has 127.0.0.1, if there is one."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address == "127.0.0.1" for address in addresses):
-            return name
-    return None

@@ -12,8 +12,7 @@ from smoltrain.errors import Problem, UserError
 from smoltrain.estimate.collectives import Network
 from smoltrain.estimate.constants import EFFICIENCY, GIB, NODE_MTBF_HOURS, DeviceSpec, EfficiencyRates
 from smoltrain.estimate.devices import find_device
-from smoltrain.estimate.fitting import build_fitted_setup, fit_config_to_memory
-from smoltrain.estimate.horizon import resolve_config
+from smoltrain.estimate.fitting import resolve_and_fit
 from smoltrain.estimate.measure import measure_run
 from smoltrain.estimate.memory import estimate_memory
 from smoltrain.estimate.network import NetworkWish, build_network, describe_network
@@ -83,9 +82,7 @@ def _print_one_world(
     has; both the estimate and what they showed are printed, and the constants are corrected by the difference.
     """
     [world] = wish.worlds
-    config = resolve_config(config, config.batch.rows(world))
-    config = fit_config_to_memory(config, device.memory, world, device=device.kind)
-    setup = build_fitted_setup(config, device.memory, world, device=device.kind)
+    config, setup = resolve_and_fit(config, device, world)
     estimate = Estimate(setup, device, network=network)
     if wish.measured:
         estimate = _correct_by_real_steps(estimate, recipe, overrides, console)
@@ -109,9 +106,8 @@ def _correct_by_real_steps(estimate: Estimate, recipe: str, overrides: list[str]
     if ranks < world:  # this machine has fewer: what is measured is estimated for as many
         device = find_device(device.name, ranks)
         config = load_config(recipe, overrides)
-        config = resolve_config(config, config.batch.rows(ranks))
-        config = fit_config_to_memory(config, device.memory, ranks, device=device.kind)
-        expected = Estimate(build_fitted_setup(config, device.memory, ranks, device=device.kind), device)
+        config, setup = resolve_and_fit(config, device, ranks)
+        expected = Estimate(setup, device)
     setup = replace(expected.setup, saves_midway=False)
     expected = replace(expected, setup=setup, network=None)  # this machine is one node
     as_estimated = [

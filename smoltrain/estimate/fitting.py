@@ -5,7 +5,8 @@ from typing import Unpack
 
 from smoltrain.config.schema import Config
 from smoltrain.engine.reduction import MemoryForSums, ReductionChoice
-from smoltrain.estimate.constants import BUSY_TOKENS, SPARE_SHARE
+from smoltrain.estimate.constants import BUSY_TOKENS, SPARE_SHARE, DeviceSpec
+from smoltrain.estimate.horizon import resolve_config
 from smoltrain.estimate.memory import estimate_memory
 from smoltrain.estimate.training_setup import DeviceKind, Recompute, Resolved, TrainingSetup, build_training_setup
 
@@ -93,6 +94,13 @@ def build_fitted_setup(
 ) -> TrainingSetup:
     """build_training_setup of a config that is fitted to this memory, with its reduction of gradients settled."""
     return settle_reduction(build_training_setup(config, world=world, device=device, **resolved), device_memory_bytes)
+
+
+def resolve_and_fit(config: Config, device: DeviceSpec, world: int) -> tuple[Config, TrainingSetup]:
+    """The config with lengths in steps and a value for what is `auto`, on so many of these devices; and its setup."""
+    config = resolve_config(config, config.batch.rows(world))
+    config = fit_config_to_memory(config, device.memory, world, device=device.kind)
+    return config, build_fitted_setup(config, device.memory, world, device=device.kind)
 
 
 def list_recompute_modes(config: Config, setup: TrainingSetup) -> list[Recompute]:

@@ -124,7 +124,7 @@ def build_parts_table(estimate: Estimate) -> Table:
                 (part, f"{1000 * seconds:.2f}", f"{1000 * limit_s:.2f}") if speed.limits else (part, f"{seconds:.3f}")
             )
     columns |= {"ms": "right", "at its limits": "right"} if speed.limits else {"s": "right"}
-    table = _make_table(columns)
+    table = make_table(columns)
     for size, took in zip_longest(sizes, times, fillvalue=("", "")):
         table.add_row(*size, *took)
     return table
@@ -154,7 +154,7 @@ def speed_summary(estimate: Estimate) -> Iterator[str]:
 def build_alternatives_table(alternatives: Alternatives, setup: TrainingSetup) -> Table:
     """Each alternative in a line; a star is the recipe's own."""
     numbers: dict[str, JustifyMethod] = {"step s": "right", "tokens/s": "right", "MFU": "right"}
-    table = _make_table({"ZeRO": "left", "checkpointing": "left", "GiB": "right", "fits": "left", **numbers})
+    table = make_table({"ZeRO": "left", "checkpointing": "left", "GiB": "right", "fits": "left", **numbers})
     for (stage, mode), estimate in alternatives.items():
         star = "*" if (stage, mode) == (setup.stage, setup.recompute) else ""
         speed = estimate.speed
@@ -214,7 +214,8 @@ def _least_recomputation(fitting: Alternatives, stage: int) -> Recompute | None:
     return next((mode for at_stage, mode in fitting if at_stage == stage), None)
 
 
-def _make_table(columns: Mapping[str, JustifyMethod]) -> Table:
+def make_table(columns: Mapping[str, JustifyMethod]) -> Table:
+    """A table without rows, plain enough for a log: heads, and a line below them."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for head, justify in columns.items():
         table.add_column(head, justify=justify)

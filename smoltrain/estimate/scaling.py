@@ -16,8 +16,7 @@ from smoltrain.estimate.constants import (
     EfficiencyRates,
 )
 from smoltrain.estimate.failures import CheckpointCadence, FailureCosts, choose_cadence
-from smoltrain.estimate.fitting import build_fitted_setup, fit_config_to_memory, fits_memory
-from smoltrain.estimate.horizon import resolve_config
+from smoltrain.estimate.fitting import fits_memory, resolve_and_fit
 from smoltrain.estimate.network import NetworkWish, build_network
 from smoltrain.estimate.speed import SpeedEstimate, estimate_speed
 from smoltrain.estimate.training_setup import TrainingSetup
@@ -105,7 +104,7 @@ def estimate_scaling(
     for world in worlds:
         network = build_network(device, rates, world, wish)
         try:
-            setup = _fit_setup(config, world, device)
+            _, setup = resolve_and_fit(config, device, world)
         except UserError as error:
             problems.extend(error.problems)
             skipped[world] = "; ".join(f"{problem.what}, {problem.saw}" for problem in error.problems)
@@ -139,9 +138,3 @@ def failure_costs(setup: TrainingSetup, node_mtbf_hours: float) -> FailureCosts:
         publish_s=in_all / CHECKPOINT_WRITE,
         restart_s=RESTART_S,
     )
-
-
-def _fit_setup(config: Config, world: int, device: DeviceSpec) -> TrainingSetup:
-    config = resolve_config(config, config.batch.rows(world))
-    config = fit_config_to_memory(config, device.memory, world, device=device.kind)
-    return build_fitted_setup(config, device.memory, world, device=device.kind)

@@ -9,7 +9,7 @@ Legend: N parameters, W ranks, A micro-batches of a rank and step, c bytes of a 
 
 from dataclasses import dataclass
 
-from smoltrain.distributed.communication import CollectiveKind, choose_reduce_scatter, sent_bytes
+from smoltrain.distributed.communication import CollectiveKind, choose_reduce_scatter
 from smoltrain.engine.reduction import gradient_dtypes
 from smoltrain.estimate.collectives import Network, all_reduce_seconds, ring_seconds
 from smoltrain.estimate.constants import DEFAULT_PERSISTENCE_THRESHOLD, DEFAULT_REUSE_DISTANCE, SUM_BYTES
@@ -38,10 +38,6 @@ class Collective:
         else:
             call_s = ring_seconds(bytes_per_call, world, network)
         return self.repetitions * self.calls * call_s
-
-    def sent_bytes(self, world: int) -> float:
-        """By one rank in a step."""
-        return self.repetitions * sent_bytes(self.kind, self.num_bytes, world)
 
 
 def list_collectives(setup: TrainingSetup, *, shared_memory: bool = False) -> list[Collective]:
@@ -108,12 +104,6 @@ def list_number_exchanges() -> list[Collective]:
         Collective("numbers", "all-gather", STEP_NUMBERS_BYTES, 1),
         Collective("host numbers", "all-reduce", STEP_NUMBERS_BYTES, 1, is_of_hosts=True),
     ]
-
-
-def sent_bytes_per_step(setup: TrainingSetup, *, shared_memory: bool = False) -> float:
-    """Sent by one rank for a step's gradients and weights; in shared memory: read."""
-    collectives = list_collectives(setup, shared_memory=shared_memory)
-    return sum(collective.sent_bytes(setup.world) for collective in collectives)
 
 
 def overlapped_seconds(setup: TrainingSetup, reducing_s: float, backward_s: float) -> float:

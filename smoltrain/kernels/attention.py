@@ -109,11 +109,12 @@ def _choose_on_cuda(
         torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0,
         dropout=dropout, head_width=head_width, document_mask=document_mask,
     )  # fmt: skip
+    by_mask = "; a mask keeps documents apart" if document_mask else ""
     if not ranked:
         reason = f"no FlashAttention takes heads {head_width} wide"
         if requested == "flash":
             raise _flash_error(reason)
-        return AttentionKernel("sdpa", f"{reason}; a mask keeps documents apart" if document_mask else reason)
+        return AttentionKernel("sdpa", reason + by_mask)
     cudnn_is_faster = CUDNN in ranked and requested == "auto"
     packages = ranked[: ranked.index(CUDNN)] if cudnn_is_faster else [name for name in ranked if name != CUDNN]
     flash, reason = find_flash_attention(packages, device, dtype, head_width=head_width, document_mask=document_mask)
@@ -125,7 +126,7 @@ def _choose_on_cuda(
         reason = f"{reason}; SDPA asks cuDNN first, which is faster on this GPU than FlashAttention 2"
         return AttentionKernel("sdpa", reason, sdpa_first=SDPBackend.CUDNN_ATTENTION)
     if not document_mask or head_width is None:
-        return AttentionKernel("sdpa", f"{reason}; a mask keeps documents apart" if document_mask else reason)
+        return AttentionKernel("sdpa", reason + by_mask)
     varlen, how = _import_torch_varlen(dropout, head_width)
     operators = (TORCH_VARLEN_OPERATOR,) if varlen is not None else ()
     return AttentionKernel("sdpa", f"{reason}; {how} keeps documents apart", varlen=varlen, operators=operators)

@@ -77,3 +77,8 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def logits_differ(before: Tensor, after: Tensor) -> bool:
+    """Whether they differ by more than rounding."""
+    return bool((before - after).abs().max() > 1e-4 * before.abs().max())

@@ -30,7 +30,7 @@ from smoltrain.config.rules import find_contradictions
 from smoltrain.config.schema import Config, OwnModelSection
 from smoltrain.errors import Problem, UserError
 from smoltrain.kernels.loss import summed_cross_entropy_of_logits
-from smoltrain.model.interface import LanguageModel
+from smoltrain.model.interface import LanguageModel, logits_differ
 
 MODEL_ARGUMENT = "model, the argument of train and load"
 _provided: ContextVar[Callable[[], nn.Module] | None] = ContextVar("own_model", default=None)
@@ -155,7 +155,7 @@ def _check_own_model(model: OwnModel) -> None:
         want = f"logits [B, T, V] = [2, {T}, {section.vocab_size}], V being model.vocab_size"
         raise UserError(Problem(f"{section.class_name} returns no logits", saw, want, MODEL_ARGUMENT))
     before, after = logits_BTV[:, :-1]
-    if bool((before - after).abs().max() > 1e-4 * before.abs().max()):
+    if logits_differ(before, after):
         want = "logits that depend on the tokens before alone"
         saw = "logits that depend on a later token"
         raise UserError(Problem(f"{section.class_name} sees the future", saw, want, MODEL_ARGUMENT))

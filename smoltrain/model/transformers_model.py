@@ -17,12 +17,13 @@ from torch import Tensor
 
 from smoltrain.config.schema import MAX_LAYERS, TransformersSection
 from smoltrain.errors import Problem, UserError, suggest_choice
+from smoltrain.files import first_line
 from smoltrain.kernels.attention import AttentionKernel
 from smoltrain.kernels.document_starts import find_document_starts
 from smoltrain.kernels.flash_attention import FLASH2, FLASH3, FLASH4
 from smoltrain.kernels.loss import summed_cross_entropy_of_logits
 from smoltrain.model import transformers_private as private
-from smoltrain.model.interface import ComputeOptions, LanguageModel
+from smoltrain.model.interface import ComputeOptions, LanguageModel, logits_differ
 
 OLD_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # older names, which transformers still reads
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -229,7 +230,7 @@ def _config_error(section: TransformersSection, config: Any, error: Exception) -
     name = (config if isinstance(config, type) else type(config)).__name__
     field = re.search(r"[Ff]ield '(\w+)'", f"{error} {cause}")
     key = f"model.config.{field[1]}" if field else "model.config"
-    saw = f"{type(cause).__name__}: {_first_line(cause)}"
+    saw = f"{type(cause).__name__}: {first_line(cause)}"
     what = f"transformers refuses this config of {section.model_type}"
     return UserError(Problem(what, saw, f"values that {name} takes", key))
 
@@ -248,7 +249,7 @@ def _check_causality(model: HuggingFaceModel) -> None:
     except Exception as error:
         raise _config_error(model.section, model.inner.config, error) from error
     model.train()
-    if _logits_differ(before, after):
+    if logits_differ(before, after):
         want = "a causal model, which some are with is_decoder: true"
         what = f"{model.section.model_type} sees the future"
         raise UserError(Problem(what, "logits that depend on a later token", want, "model.config"))
@@ -269,20 +270,11 @@ def _check_document_mask(model: HuggingFaceModel) -> None:
         before = model(ids_BT, positions_BT=positions_BT)[in_second_BT]
         after = model(changed_BT, positions_BT=positions_BT)[in_second_BT]
     except Exception as error:
-        raise _document_mask_error(model.section, f"{type(error).__name__}: {_first_line(error)}") from error
+        raise _document_mask_error(model.section, f"{type(error).__name__}: {first_line(error)}") from error
     model.train()
-    if _logits_differ(before, after):
+    if logits_differ(before, after):
         kernel = private.attention_implementation(model.inner)  # on another, it may do
         raise _document_mask_error(model.section, f"logits that depend on the document before, on {kernel}")
-
-
-def _logits_differ(before: Tensor, after: Tensor) -> bool:
-    """Whether they differ by more than rounding."""
-    return bool((before - after).abs().max() > 1e-4 * before.abs().max())
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _document_mask_error(section: TransformersSection, saw: str) -> UserError:
@@ -303,7 +295,7 @@ def _enable_flash_attention(inner: Any, kernel: AttentionKernel) -> None:
     try:
         inner.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
-        raise cannot(_first_line(error)) from error
+        raise cannot(first_line(error)) from error
     if private.attention_implementation(inner) != name:  # some classes only log that they cannot change
         raise cannot(f"it stays with {private.attention_implementation(inner)}")
 
@@ -320,4 +312,4 @@ def _enable_gradient_checkpointing(inner: Any) -> None:
         enable({"use_reentrant": False})
     except ValueError as error:
         what = f"{type(inner).__name__} cannot recompute its blocks"
-        raise UserError(Problem(what, _first_line(error), "none", "engine.gradient_checkpointing")) from error
+        raise UserError(Problem(what, first_line(error), "none", "engine.gradient_checkpointing")) from error

@@ -18,8 +18,7 @@ def evaluate_loss(session: Session, batches: list[Batch], bytes_per_id: torch.Te
     with session.engine.evaluation_mode():
         for batch in batches:
             session.watchdog.mark("evaluation")
-            [num_stops] = session.world.sum_ints(session.stop.is_raised())
-            if num_stops:
+            if session.is_any_to_stop():
                 return None
             loss += float(session.engine.forward(batch))
     labels = torch.cat([batch.labels_BT.flatten() for batch in batches])

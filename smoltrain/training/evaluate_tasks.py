@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smoltrain.data.tokenizers.companions import read_generation_config
 from smoltrain.errors import TrainingStopped, exception_message
 from smoltrain.evaluation.judge import WriteRequest, WritingRules, write_text
 from smoltrain.evaluation.score import Score, Window, plan_batches, score_batch
-from smoltrain.inference.load import stop_token_ids
 from smoltrain.training.session import Session
 
 if TYPE_CHECKING:
@@ -127,10 +125,8 @@ def _write_together(session: Session, requests: Sequence[WriteRequest]) -> list[
     """What the model writes behind each, on every rank the same."""
     config = session.config
     tokenizer = session.loader.prepared.tokenizer
-    inherited = read_generation_config(config.run_folder / "tokenizer")
-    rules = WritingRules(
-        tokenizer, stop_token_ids(tokenizer, inherited), tokenizer.unused_ids(config.model.vocab_size), config.run.seed
-    )
+    banned_ids = tokenizer.unused_ids(config.model.vocab_size)
+    rules = WritingRules(tokenizer, session.stop_ids, banned_ids, config.run.seed)
     texts: list[str] = []
     for request in requests:
         _check_stop(session)
@@ -141,6 +137,5 @@ def _write_together(session: Session, requests: Sequence[WriteRequest]) -> list[
 def _check_stop(session: Session) -> None:
     """Errors: EvaluationStopped on every rank if any is to stop."""
     session.watchdog.mark("evaluation")
-    [num_stops] = session.world.sum_ints(session.stop.is_raised())
-    if num_stops:
+    if session.is_any_to_stop():
         raise EvaluationStopped

@@ -1,9 +1,7 @@
 """How much of what the model writes is copied from the training tokens, measured during training by all ranks."""
 
-from smoltrain.data.tokenizers.companions import read_generation_config
 from smoltrain.evaluation.memorisation import NUM_TEXTS, Memorisation, MemorisationProbe
 from smoltrain.inference.draw_texts import draw_texts
-from smoltrain.inference.load import stop_token_ids
 from smoltrain.training.session import Session
 
 
@@ -17,21 +15,18 @@ def measure_memorisation(session: Session) -> Memorisation | None:
     world = session.world
     prepared = session.loader.prepared
     tokenizer = prepared.tokenizer
-    [num_stops] = world.sum_ints(session.stop.is_raised())
-    if num_stops:
+    if session.is_any_to_stop():
         return None
     weights = [part.weight for part in config.data.parts]
     probe = MemorisationProbe(prepared, weights, NUM_TEXTS, config.batch.sequence_length)
     with session.engine.evaluation_mode():
         own = draw_texts(
             session.engine.module, probe.prompts, probe.num_new_tokens,
-            stop_ids=stop_token_ids(tokenizer, read_generation_config(config.run_folder / "tokenizer")),
-            banned_ids=tokenizer.unused_ids(config.model.vocab_size), seed=config.run.seed,
+            stop_ids=session.stop_ids, banned_ids=tokenizer.unused_ids(config.model.vocab_size), seed=config.run.seed,
             mark=lambda: session.watchdog.mark("memorisation"),
         )  # fmt: skip
     probe.take_texts(world.run_on_first_rank(lambda: own))
-    [num_stops] = world.sum_ints(session.stop.is_raised())
-    if num_stops:
+    if session.is_any_to_stop():
         return None
     session.watchdog.mark("memorisation")
     return probe.count(world.sum_ints(*probe.search(world.rank, world.size)))

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +17,7 @@ from smoltrain.engine.held_tensors import HeldTensors
 from smoltrain.errors import Problem
 from smoltrain.estimate.constants import GIB, SPARE_SHARE
 from smoltrain.estimate.memory import PART_LABELS
-from smoltrain.estimate.report import Estimate
+from smoltrain.estimate.report import Estimate, make_table
 from smoltrain.estimate.smaller_settings import SmallerSetting
 
 NUM_TENSORS = 12  # kinds of tensors that the page lists
@@ -104,10 +103,7 @@ def write_page(failure: MemoryFailure, logs: Path) -> Path:
 
 
 def _build_parts_table(failure: MemoryFailure) -> Table:
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(f"memory of rank {failure.rank}")
-    table.add_column("estimated GiB", justify="right")
-    table.add_column("really GiB", justify="right")
+    table = make_table({f"memory of rank {failure.rank}": "left", "estimated GiB": "right", "really GiB": "right"})
     estimated = failure.estimate.memory if failure.estimate else None
     for part in SEEN_PARTS:
         expected = None if estimated is None else estimated[part]
@@ -145,10 +141,8 @@ def _explain_parts(failure: MemoryFailure) -> Iterator[str]:
 def _build_settings_tables(failure: MemoryFailure) -> Iterator[Table]:
     if not failure.settings:
         return
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("what would fit", overflow="fold")
-    table.add_column("estimated GiB", justify="right")
-    table.add_column("a step", justify="right")
+    table = make_table({"what would fit": "left", "estimated GiB": "right", "a step": "right"})
+    table.columns[0].overflow = "fold"
     for setting in failure.settings:
         table.add_row(" ".join(setting.overrides), _format_cell(setting.memory_bytes), setting.cost)
     yield table
@@ -165,10 +159,9 @@ def _explain_settings(failure: MemoryFailure) -> Iterator[str]:
 
 
 def _build_tensors_table(tensors: Sequence[HeldTensors]) -> Table:
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("largest tensors")
-    for head in ("shape", "dtype", "number", "GiB"):
-        table.add_column(head, justify="right")
+    table = make_table(
+        {"largest tensors": "left", "shape": "right", "dtype": "right", "number": "right", "GiB": "right"}
+    )
     for one in tensors[:NUM_TENSORS]:
         shape = " x ".join(map(str, one.shape)) or "scalar"
         table.add_row(

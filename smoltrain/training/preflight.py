@@ -11,14 +11,12 @@ from smoltrain.config.schema import Config
 from smoltrain.data.tokens.check_fit import check_tokenizer_fits
 from smoltrain.data.tokens.prepared import PreparedData, UnusedRows
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config
-from smoltrain.engine.optimizer import OPTIMIZERS
 from smoltrain.engine.reduction import check_reduction
 from smoltrain.estimate.horizon import count_epoch_tokens, format_count
-from smoltrain.model.build import build_model
 from smoltrain.run.guarded_sink import check_sinks
 from smoltrain.run.run_folder import accumulation_steps
 from smoltrain.schedule import Plan
-from smoltrain.training.resolve_auto import choose_computing
+from smoltrain.training.resolve_auto import build_weightless_model, choose_computing
 from smoltrain.training.run_tasks import check_run_tasks
 
 # Up to here repeated tokens lower the loss about as new ones do, beyond it less and less: Muennighoff et al. 2023.
@@ -39,8 +37,7 @@ def check_recipe(config: Config) -> None:
     precision = config.engine.precision
     known = None if precision == "auto" else precision
     fill_deepspeed_config(config, precision=known, accumulation=config.batch.accumulation, world_size=None)
-    model = build_model(config.model, device="meta", document_mask=config.packing.document_mask)
-    OPTIMIZERS[config.optimizer.kind].parameter_groups(model, config.optimizer)
+    build_weightless_model(config)
     check_tokenizer_fits(config)
 
 

@@ -18,7 +18,7 @@ from smoltrain.estimate.training_setup import DeviceKind, build_training_setup
 from smoltrain.kernels.precision import choose_precision
 from smoltrain.model.build import build_model, count_parameters
 from smoltrain.model.choose_kernels import choose_kernels
-from smoltrain.model.interface import ComputeOptions
+from smoltrain.model.interface import ComputeOptions, LanguageModel
 
 FIT_REASONS = {  # `smoltrain estimate` shows by how much
     "micro-batch": "auto: what keeps a device busy and is estimated to fit",
@@ -38,6 +38,16 @@ class ResolvedSettings:
     reduction: ReductionChoice | None = None  # of gradients; None: it does not depend on memory
 
 
+def build_weightless_model(config: Config) -> LanguageModel:
+    """The model on the meta device, where it takes no memory.
+
+    Errors: UserError for a model that cannot be built, or is not for this optimizer.
+    """
+    model = build_model(config.model, device="meta", document_mask=config.packing.document_mask)
+    OPTIMIZERS[config.optimizer.kind].parameter_groups(model, config.optimizer)
+    return model
+
+
 def choose_computing(
     config: Config, device: torch.device, rows_per_step: int, choice: tuple[str, str] | None = None
 ) -> ResolvedSettings:
@@ -47,10 +57,7 @@ def choose_computing(
     Errors: UserError for what cannot run there, and for a model that is not for this optimizer.
     """
     precision, why = choice or choose_precision(config.engine.precision, device)
-    # On the meta device a model weighs nothing.
-    model = build_model(config.model, device="meta", document_mask=config.packing.document_mask)
-    OPTIMIZERS[config.optimizer.kind].parameter_groups(model, config.optimizer)
-    num_parameters = count_parameters(model)
+    num_parameters = count_parameters(build_weightless_model(config))
     computing, reasons = choose_kernels(
         config, device, precision, num_parameters=num_parameters, rows_per_step=rows_per_step
     )

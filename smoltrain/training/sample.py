@@ -1,8 +1,6 @@
 """What the model writes after the recipe's prompts, during training."""
 
-from smoltrain.data.tokenizers.companions import read_generation_config
 from smoltrain.inference.generate import generate_ids
-from smoltrain.inference.load import stop_token_ids
 from smoltrain.training.session import Session
 
 
@@ -14,17 +12,15 @@ def sample_prompts(session: Session) -> list[tuple[str, str]]:
     config = session.config
     tokenizer = session.loader.prepared.tokenizer
     banned_ids = tokenizer.unused_ids(config.model.vocab_size)
-    stop_ids = stop_token_ids(tokenizer, read_generation_config(config.run_folder / "tokenizer"))
     texts = []
     for prompt in config.sample.prompts:
         session.watchdog.mark("sampling")
-        [num_stops] = session.world.sum_ints(session.stop.is_raised())
-        if num_stops:
+        if session.is_any_to_stop():
             break
         ids = tokenizer.encode(prompt) or [tokenizer.separator_id]
         with session.engine.evaluation_mode():
             new_ids = generate_ids(
-                session.engine.module, ids, config.generation, stop_ids=stop_ids, banned_ids=banned_ids,
+                session.engine.module, ids, config.generation, stop_ids=session.stop_ids, banned_ids=banned_ids,
                 seed=config.run.seed,
             )  # fmt: skip
             texts.append((prompt, tokenizer.decode(list(new_ids))))

@@ -12,9 +12,11 @@ import torch
 from smoltrain.checkpoint.saver import CheckpointSaver
 from smoltrain.config.schema import Config
 from smoltrain.data.rows.loader import Loader
+from smoltrain.data.tokenizers.companions import read_generation_config
 from smoltrain.distributed.stop import StopFlag
 from smoltrain.distributed.world import World
 from smoltrain.engine.engine import Engine
+from smoltrain.inference.load import stop_token_ids
 from smoltrain.model.interface import ComputeOptions
 from smoltrain.run.row_ledger import RowLedger
 from smoltrain.run.run_folder import RunFolder
@@ -63,6 +65,16 @@ class Session:
     tasks: "HarnessTasks | None" = None  # of the recipe, on rank 0
     communication_s: float = math.nan  # in which this rank was in collectives, in the last step that was measured
     reads_late: bool = False  # what became of an update: when the next step's passes are under way (step.py)
+
+    def is_any_to_stop(self) -> bool:
+        """Whether any rank is to stop. Collective."""
+        return self.world.sum_ints(self.stop.is_raised()) != [0]
+
+    @functools.cached_property
+    def stop_ids(self) -> list[int]:
+        """The ids that end a text which the model writes."""
+        inherited = read_generation_config(self.config.run_folder / "tokenizer")
+        return stop_token_ids(self.loader.prepared.tokenizer, inherited)
 
     @functools.cached_property
     def bytes_per_id(self) -> torch.Tensor:

@@ -256,7 +256,7 @@ def test_a_file_of_nothing_but_unknown_keys_is_answered_soon(tmp_path: Path):
     assert lines[77].startswith("unknown key lr77: saw 'lr77', want a key of a recipe; change lr77 in mine.yaml")
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(key=st.text(st.sampled_from("abelnrst_.-*[]{}\n '\"é0"), max_size=12), value=st.text(max_size=5))
 def test_whatever_is_typed_is_taken_or_refused_in_lines(key: str, value: str):
     try:

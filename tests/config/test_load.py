@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from smoltrain.config.load import (
@@ -221,7 +221,6 @@ def test_a_resolved_config_reads_back_equal(tmp_path: Path, name: str):
     assert read_run_config(tmp_path / "config.yaml") == resolved
 
 
-@settings(deadline=None)
 @given(
     prompts=st.lists(st.text(st.characters(exclude_categories=["Cs"]))),
     separator=st.sampled_from(["off", "null", "~", "", "1e5", "0x10", "2024-01-01", "a: b", "# c", "[SEP]", "*x", "é"]),

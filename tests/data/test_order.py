@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from smoltrain.data import order
@@ -28,7 +28,6 @@ WEIGHTS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6).map(tuple)
 # --- shuffles ---
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**70), st.integers(0, 5), st.integers(1, 300), st.sampled_from([0, MAX_SORTED]))
 def test_a_shuffle_is_a_permutation(seed: int, epoch: int, num: int, most: int):
     before, order.MAX_SORTED = order.MAX_SORTED, most  # both ways to make one

@@ -3,7 +3,6 @@
 import ast
 import importlib
 import inspect
-import subprocess
 import sys
 from pathlib import Path
 from types import CodeType, SimpleNamespace
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from smoltrain.errors import BAD_INPUT, UserError
+from tests.zygote import zygote
 
 ENGINE = Path(__file__).parents[2] / "smoltrain" / "engine"
 
@@ -115,18 +115,20 @@ def test_no_private_name_is_touched_that_is_not_in_the_list(private: Any) -> Non
     assert touched <= listed
 
 
+def lose_a_name() -> None:
+    """As if DeepSpeed had none of this name, and nothing that asks for it had been imported yet."""
+    module: Any = importlib.import_module("deepspeed.comm.torch")
+    del module.build_shm_op
+    for name in [name for name in sys.modules if name.startswith(("smoltrain.engine.", "smoltrain.training."))]:
+        del sys.modules[name]
+
+
 def test_the_command_says_it_without_a_traceback(tmp_path: Path) -> None:
-    script = (
-        "import importlib, sys\n"
-        "del importlib.import_module('deepspeed.comm.torch').build_shm_op\n"
-        "from smoltrain.launch.rank import run_rank\n"
-        f"sys.exit(run_rank(['quickstart', 'run.folder={tmp_path}']))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == BAD_INPUT, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    life = zygote().train([f"run.folder={tmp_path}"], 1, tmp_path / "log", lose_a_name)
+    assert life.end() == [BAD_INPUT], life.text()
+    (line,) = [line for line in life.text().splitlines() if line.startswith("error:")]
     assert line.startswith("error: DeepSpeed 0.19.8 is not the one that smoltrain knows: saw no build_shm_op in")
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in life.text()
 
 
 def test_a_process_may_train_on_another_device_than_before(private: Any, monkeypatch: pytest.MonkeyPatch) -> None:

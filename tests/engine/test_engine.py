@@ -2,8 +2,10 @@
 from what another number of ranks wrote under another ZeRO stage.
 """
 
+import functools
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,11 @@ STEPS = 20
 PLAN = ("phases.main.steps=20", "phases.main.warmup_steps=5", "phases.main.weight_decay=0.1")
 
 
-def engine_losses(
-    settings: Config, precision: str, steps: int
-) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """(losses, gradient norms, weights) of `steps` real training steps; runs on every rank."""
+Numbers = tuple[list[float], list[float], dict[str, torch.Tensor]]  # losses, gradient norms, weights
+
+
+def engine_losses(settings: Config, precision: str, steps: int) -> Numbers:
+    """Those of `steps` real training steps; runs on every rank."""
     from smoltrain.engine.build_engine import build_engine
 
     here = world()
@@ -65,7 +68,7 @@ def plain_groups(
     return [(muon, True, 1.0), (adamw(tables), True, section.embedding_lr_factor), (adamw(vectors), False, 1.0)]
 
 
-def plain_losses(settings: Config, bf16: bool, size: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+def plain_losses(settings: Config, bf16: bool, size: int) -> Numbers:
     """The same by hand: bf16 weights under fp32 masters (or fp32 alone), fp32 accumulation, clipping, AdamW."""
     net = fresh_model(settings)
     if bf16:
@@ -113,6 +116,15 @@ def plain_losses(settings: Config, bf16: bool, size: int) -> tuple[list[float], 
     return losses, norms, {name: p.detach() for name, p in parameters.items()}
 
 
+@functools.cache
+def plain_run(size: int, *options: str) -> Numbers:
+    """plain_losses of the tiny run under these options. How DeepSpeed is to reduce means nothing to it."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = tiny.load(Path(folder), *PLAN, *options)
+        prepare_run_data(settings)
+        return plain_losses(settings, bf16=settings.engine.precision == "bf16", size=size)
+
+
 def furthest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     assert ours.keys() == theirs.keys()
     return max(float((ours[name].float() - theirs[name].float()).abs().max()) for name in ours)
@@ -122,10 +134,10 @@ def furthest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     ("stage", "reduce"), [(0, "auto"), (1, "step"), (1, "micro_batch"), (2, "step"), (2, "micro_batch"), (3, "auto")]
 )
 def test_fp32_equals_plain_torch_at_every_zero_stage(tmp_path: Path, ranks: Any, stage: int, reduce: str) -> None:
-    options = (f"engine.ds_config=zero{stage}", "engine.precision=fp32", f"engine.reduce_gradients={reduce}")
-    settings = tiny.load(tmp_path, *PLAN, *options)
+    ways = (f"engine.ds_config=zero{stage}", f"engine.reduce_gradients={reduce}")
+    settings = tiny.load(tmp_path, *PLAN, "engine.precision=fp32", *ways)
     prepare_run_data(settings)
-    expected, expected_norms, expected_weights = plain_losses(settings, bf16=False, size=2)
+    expected, expected_norms, expected_weights = plain_run(2, "engine.precision=fp32")
     for losses, norms, weights in ranks(2).run(engine_losses, settings, "fp32", STEPS):
         assert losses == pytest.approx(expected, abs=1e-6)
         assert norms == pytest.approx(expected_norms, rel=1e-5)
@@ -142,10 +154,11 @@ def test_fp32_equals_plain_torch_at_every_zero_stage(tmp_path: Path, ranks: Any,
 def test_bf16_with_fp32_accumulation_equals_plain_torch(
     tmp_path: Path, ranks: Any, stage: int, reduce: str, clipping: float, tolerance: float
 ) -> None:
-    options = (f"engine.ds_config=zero{stage}", "engine.precision=bf16", f"optimizer.gradient_clipping={clipping}")
-    settings = tiny.load(tmp_path, *PLAN, *options, f"engine.reduce_gradients={reduce}")
+    options = ("engine.precision=bf16", f"optimizer.gradient_clipping={clipping}")
+    ways = (f"engine.ds_config=zero{stage}", f"engine.reduce_gradients={reduce}")
+    settings = tiny.load(tmp_path, *PLAN, *options, *ways)
     prepare_run_data(settings)
-    expected, expected_norms, expected_weights = plain_losses(settings, bf16=True, size=2)
+    expected, expected_norms, expected_weights = plain_run(2, *options)
     for losses, norms, weights in ranks(2).run(engine_losses, settings, "bf16", STEPS):
         assert losses == pytest.approx(expected, rel=tolerance)
         assert norms == pytest.approx(expected_norms, rel=max(tolerance, 1e-6) * 50)

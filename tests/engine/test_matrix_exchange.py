@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from smoltrain.config.load import load_config
@@ -98,7 +98,6 @@ def fill(layout: ShardLayout, matrices: dict[str, torch.Tensor]) -> list[list[to
 sides_of_matrices = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=6)
 
 
-@settings(deadline=None)
 @given(shapes=sides_of_matrices, stage=st.sampled_from([2, 3]), size=st.integers(1, 9), data=st.data())
 def test_each_matrix_is_worked_on_whole_and_put_back(
     shapes: list[tuple[int, int]], stage: int, size: int, data: st.DataObject

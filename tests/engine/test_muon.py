@@ -19,7 +19,7 @@ from tests import tiny
 from tests.device_ops import DeviceOps
 from tests.engine import test_deepspeed_steps as steps
 from tests.engine import test_shards as shards
-from tests.engine.test_engine import PLAN, STEPS, engine_losses, furthest, plain_losses
+from tests.engine.test_engine import PLAN, STEPS, Numbers, engine_losses, furthest, plain_run
 from tests.engines import engine_of, fresh_model, loader_of, settings_of, train, whole_state
 from tests.ranks import world
 from tests.sessions import bare_session, train_steps
@@ -54,7 +54,7 @@ def newton_schulz_in_fp32() -> Iterator[None]:
         yield
 
 
-def muon_losses(settings: Config, precision: str) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+def muon_losses(settings: Config, precision: str) -> Numbers:
     """See engine_losses; runs on every rank."""
     with newton_schulz_in_fp32():
         return engine_losses(settings, precision, STEPS)
@@ -71,11 +71,11 @@ CASES = [
 def test_fp32_equals_plain_torch_at_every_zero_stage(
     tmp_path: Path, ranks: Any, stage: int, reduce: str, size: int
 ) -> None:
-    options = (f"engine.ds_config=zero{stage}", "engine.precision=fp32", f"engine.reduce_gradients={reduce}")
-    settings = tiny.load(tmp_path, *PLAN, *options, *MUON)
+    ways = (f"engine.ds_config=zero{stage}", f"engine.reduce_gradients={reduce}")
+    settings = tiny.load(tmp_path, *PLAN, "engine.precision=fp32", *ways, *MUON)
     prepare_run_data(settings)
     with newton_schulz_in_fp32():
-        expected, expected_norms, expected_weights = plain_losses(settings, bf16=False, size=size)
+        expected, expected_norms, expected_weights = plain_run(size, "engine.precision=fp32", *MUON)
     for losses, norms, weights in ranks(size).run(muon_losses, settings, "fp32"):
         assert losses == pytest.approx(expected, abs=1e-6)
         assert norms == pytest.approx(expected_norms, rel=1e-5)
@@ -97,11 +97,12 @@ def test_bf16_with_fp32_accumulation_equals_plain_torch(
     tmp_path: Path, ranks: Any, stage: int, reduce: str, clipping: float
 ) -> None:
     """As AdamW's proof. The last bit of a master is another, as torch multiplies by rate and scale at once."""
-    options = (f"engine.ds_config=zero{stage}", "engine.precision=bf16", f"optimizer.gradient_clipping={clipping}")
-    settings = tiny.load(tmp_path, *PLAN, *options, f"engine.reduce_gradients={reduce}", *MUON)
+    options = ("engine.precision=bf16", f"optimizer.gradient_clipping={clipping}", *MUON)
+    ways = (f"engine.ds_config=zero{stage}", f"engine.reduce_gradients={reduce}")
+    settings = tiny.load(tmp_path, *PLAN, *options, *ways)
     prepare_run_data(settings)
     with newton_schulz_in_fp32():
-        expected, expected_norms, expected_weights = plain_losses(settings, bf16=True, size=2)
+        expected, expected_norms, expected_weights = plain_run(2, *options)
     for losses, norms, weights in ranks(2).run(muon_losses, settings, "bf16"):
         assert losses == pytest.approx(expected, rel=5e-4)
         assert norms == pytest.approx(expected_norms, rel=2.5e-2)
@@ -285,7 +286,7 @@ def test_compiled_passes_equal_plain_torch(tmp_path: Path, ranks: Any, size: int
     settings = tiny.load(tmp_path, *PLAN, "engine.precision=fp32", "engine.reduce_gradients=step", *MUON)
     prepare_run_data(settings)
     with newton_schulz_in_fp32():
-        expected, _, expected_weights = plain_losses(settings, bf16=False, size=size)
+        expected, _, expected_weights = plain_run(size, "engine.precision=fp32", *MUON)
     for losses, weights in ranks(size).run(compiled_losses, settings):
         assert losses == pytest.approx(expected, abs=1e-6)
         assert furthest(weights, expected_weights) < 1e-5

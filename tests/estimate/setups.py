@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 from smoltrain.config.load import load_config
+from smoltrain.distributed.communication import sent_bytes
+from smoltrain.estimate.traffic import list_collectives
 from smoltrain.estimate.training_setup import TrainingSetup, build_training_setup
 
 SMOL = "smollm2-135m"
@@ -19,3 +21,9 @@ def make_setup(
     defaults = QUICKSTART if recipe == "quickstart" else ()
     case = build_training_setup(load_config(recipe, [*defaults, *words]), world=world, device=device)
     return dataclasses.replace(case, **changes)
+
+
+def sent_bytes_per_step(setup: TrainingSetup, *, shared_memory: bool = False) -> float:
+    """By one rank, for a step's gradients and weights; in shared memory: read."""
+    listed = list_collectives(setup, shared_memory=shared_memory)
+    return sum(one.repetitions * sent_bytes(one.kind, one.num_bytes, setup.world) for one in listed)

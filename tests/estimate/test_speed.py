@@ -6,8 +6,7 @@ import pytest
 
 from smoltrain.estimate.constants import GPUS
 from smoltrain.estimate.speed import attention_operations, estimate_speed, matmul_operations, model_flops_utilization
-from smoltrain.estimate.traffic import sent_bytes_per_step
-from tests.estimate.setups import SMOL, make_setup
+from tests.estimate.setups import SMOL, make_setup, sent_bytes_per_step
 
 
 def test_mfu_is_that_of_llm_foundry():

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from smoltrain.config.load import DS_CONFIGS_FOLDER
-from smoltrain.estimate.traffic import list_collectives, overlapped_seconds, sent_bytes_per_step
+from smoltrain.estimate.traffic import list_collectives, overlapped_seconds
 from smoltrain.estimate.training_setup import TrainingSetup
 from tests import tiny
 from tests.collective_bytes import CollectiveBytes
 from tests.engines import ROWS, Odd, T, V
-from tests.estimate.setups import SMOL, make_setup
+from tests.estimate.setups import SMOL, make_setup, sent_bytes_per_step
 from tests.ranks import world
 
 

@@ -4,6 +4,7 @@ import functools
 import inspect
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +54,15 @@ def fake_flash(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, causal: 
     return definition(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
 
+def assert_same_gradients(out: Tensor, want: Tensor, ours: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
+    """Two outputs, and what the sums of their squares make of the inputs of each, agree."""
+    torch.testing.assert_close(out, want, rtol=0, atol=2e-6)
+    out.square().sum().backward()
+    want.square().sum().backward()
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-5)
+
+
 FLASH2 = AttentionKernel("flash-attn", "test", fake_flash)
 FLASH3_BETA = AttentionKernel(
     "flash-attn", "test", lambda *args, **options: (fake_flash(*args, **options), "log-sum-exp")
@@ -70,11 +80,7 @@ def test_every_kernel_is_the_definition(kernel: AttentionKernel, kv_heads: int, 
     ours, truth = qkv(queries, keys, kv_heads), qkv(queries, keys, kv_heads)
     out, want = causal_attention(*ours, kernel), definition(*truth)
     assert out.shape == (2, 4, queries, 8)
-    torch.testing.assert_close(out, want, rtol=0, atol=2e-6)
-    out.square().sum().backward()
-    want.square().sum().backward()
-    for a, b in zip(ours, truth, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-5)
+    assert_same_gradients(out, want, ours, truth)
 
 
 @pytest.mark.parametrize(("name", "fused"), [("sdpa", True), ("math", False)])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,7 +24,6 @@ def positions_of(begins: list[list[bool]]) -> Tensor:
     return torch.tensor(rows)
 
 
-@settings(deadline=None)
 @given(
     st.integers(1, 40).flatmap(
         lambda T: st.lists(st.lists(st.booleans(), min_size=T, max_size=T), min_size=1, max_size=5)

@@ -26,6 +26,7 @@ LONG = (
     "phases.main.steps=60",
     "phases.main.warmup_steps=5",
     "checkpoint.every=10",
+    "evaluate.every=32",
     "sample.every=0",
     "model.dropout=0.1",
 )
@@ -288,11 +289,19 @@ def test_a_later_phase_says_what_is_new_in_it(tmp_path: Path) -> None:
     [
         (["modell.hidden_size=3"], "unknown key modell"),
         (["data.path=nowhere.txt"], "the data are missing"),
-        (["model.vocab_size=300"], "model.vocab_size"),
         (["batch.micro_batch=999"], "rows"),
-        (["engine.ds_config=zero9"], "no such DeepSpeed config: saw 'zero9'"),
-        (["batch.accumulation=null", "batch.rows_per_step=9"], "9 rows per step do not divide evenly: saw 2 ranks"),
-        (["--ranks", "0"], "this machine cannot run so many ranks: saw 0, want 1 or more; change --ranks"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (["model.vocab_size=300"], "model.vocab_size"),
+                (["engine.ds_config=zero9"], "no such DeepSpeed config: saw 'zero9'"),
+                (
+                    ["batch.accumulation=null", "batch.rows_per_step=9"],
+                    "9 rows per step do not divide evenly: saw 2 ranks",
+                ),
+                (["--ranks", "0"], "this machine cannot run so many ranks: saw 0, want 1 or more; change --ranks"),
+            )
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_starts_no_process(tmp_path: Path, change: list[str], message: str) -> None:

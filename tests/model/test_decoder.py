@@ -27,6 +27,7 @@ from tests.model.tiny_decoders import (
     loss_and_gradients,
     section,
 )
+from tests.models import assert_cache_changes_nothing
 
 # Our names and layouts -> those of transformers. Each map is linear, so it carries weights and gradients alike.
 
@@ -231,13 +232,7 @@ def test_no_token_sees_a_later_one(shape: dict[str, Any]):
 def test_the_cache_changes_nothing(shape: dict[str, Any], kernel: Literal["sdpa", "math"], pieces: list[int]):
     model = built(section(shape, initializer_range=0.15), attention=AttentionKernel(kernel, "test")).eval()
     ids, _ = batch()
-    cache = model.new_cache(2, 20)
-    with torch.no_grad():
-        logits = torch.cat([model(piece, cache=cache) for piece in ids.split(pieces, dim=1)], 1)
-        torch.testing.assert_close(logits, model(ids), rtol=0, atol=1e-5)
-        last = model(ids[:, :9], cache=(again := model.new_cache(2, 20)), last_only=True)
-        torch.testing.assert_close(last, logits[:, 8:9], rtol=0, atol=1e-5)
-    assert (cache.length, again.length) == (20, 9)
+    assert_cache_changes_nothing(model, ids, pieces)
 
 
 @pytest.mark.skipif(

@@ -30,7 +30,7 @@ from smoltrain.model.transformers_model import HuggingFaceModel
 from tests import tiny
 from tests.engine import test_engine
 from tests.engine.test_engine import engine_losses, furthest, plain_losses
-from tests.models import build_with
+from tests.models import assert_cache_changes_nothing, build_with
 from tests.ranks import world
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.15}
@@ -223,13 +223,7 @@ def test_a_row_is_one_text_to_the_model_and_neither_mask_nor_cache_is_passed(tra
 def test_the_cache_changes_nothing(model_type: str, pieces: list[int]):
     shape = SHAPE if model_type == "openai-gpt" else {}
     model, ids = built(model_type, **shape).eval(), text()[:, :20]
-    cache = model.new_cache(2, 20)
-    with torch.no_grad():
-        logits = torch.cat([model(piece, cache=cache) for piece in ids.split(pieces, dim=1)], 1)
-        torch.testing.assert_close(logits, model(ids), rtol=0, atol=1e-5)
-        last = model(ids[:, :9], cache=(again := model.new_cache(2, 20)), last_only=True)
-        torch.testing.assert_close(last, logits[:, 8:9], rtol=0, atol=1e-5)
-    assert (cache.length, again.length) == (20, 9)
+    assert_cache_changes_nothing(model, ids, pieces)
 
 
 @pytest.mark.parametrize("model_type", SHAPES)

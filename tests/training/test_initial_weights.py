@@ -11,35 +11,31 @@ from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.errors import DONE, UserError
 from smoltrain.inference.load import load_trained_model
 from smoltrain.model.build import build_model
+from smoltrain.model.interface import LanguageModel
 from smoltrain.training.initial_weights import load_initial_weights, weight_defining_settings
 from smoltrain.training.start_point import StartPoint, find_start_point
 from tests import folders, launches, tiny
 
 
-@pytest.fixture(scope="module")
-def main(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose run `quickstart` has finished its main phase of 8 steps."""
-    folder = tmp_path_factory.mktemp("weights")
-    done = tiny.train(folder, "run.stop_after=main")
-    assert done.returncode == DONE, done.stderr
-    return folder
+def assert_same_weights(fresh: LanguageModel, source: Path | str) -> None:
+    theirs = load_trained_model(str(source)).model.state_dict()
+    assert all(torch.equal(weight, theirs[name]) for name, weight in fresh.state_dict().items())
 
 
-def test_the_weights_of_another_run(main: Path):
-    found = find_start_point(tiny.load(main, "run.name=w", f"init.from={main / 'runs' / 'quickstart'}"), print)
+def test_the_weights_of_another_run(tmp_path: Path):
+    made = folders.run(tmp_path)
+    found = find_start_point(tiny.load(tmp_path, "run.name=w", f"init.from={made}"), print)
     assert (found.step, found.manifest) == (0, None)
-    config = tiny.load(main)
-    tokenizer = Tokenizer.from_folder(main / "runs" / "quickstart" / "tokenizer", config.tokenizer.separator)
+    config = tiny.load(tmp_path)
+    tokenizer = Tokenizer.from_folder(made / "tokenizer", config.tokenizer.separator)
     fresh = build_model(config.model)
     load_initial_weights(found.weights_from or "", config, fresh, tokenizer)
-    theirs = load_trained_model(str(main / "runs" / "quickstart")).model.state_dict()
-    assert all(torch.equal(weight, theirs[name]) for name, weight in fresh.state_dict().items())
-    at = str(step_folder(main / "runs" / "quickstart" / "checkpoints", 8))
-    earlier = find_start_point(tiny.load(main, "run.name=w", f"init.from={at}"), print)
+    assert_same_weights(fresh, made)
+    at = str(step_folder(made / "checkpoints", 8))
+    earlier = find_start_point(tiny.load(tmp_path, "run.name=w", f"init.from={at}"), print)
     load_initial_weights(earlier.weights_from or "", config, fresh, tokenizer)
-    theirs = load_trained_model(at).model.state_dict()
-    assert all(torch.equal(weight, theirs[name]) for name, weight in fresh.state_dict().items())
-    narrow = tiny.load(main, "model.intermediate_size=32")
+    assert_same_weights(fresh, at)
+    narrow = tiny.load(tmp_path, "model.intermediate_size=32")
     with pytest.raises(UserError, match=r"of another model: intermediate_size: saw 32, want 64"):
         load_initial_weights(found.weights_from or "", narrow, build_model(narrow.model), tokenizer)
     other = Tokenizer.train_bpe(["other words"], 300, config.tokenizer.separator)
@@ -56,8 +52,7 @@ def test_weights_may_be_trained_otherwise_than_they_were_made(tmp_path: Path):
     fresh = build_model(config.model)
     tokenizer = Tokenizer.from_folder(made / "tokenizer", config.tokenizer.separator)
     load_initial_weights(found.weights_from or "", config, fresh, tokenizer)
-    theirs = load_trained_model(str(made)).model.state_dict()
-    assert all(torch.equal(weight, theirs[name]) for name, weight in fresh.state_dict().items())
+    assert_same_weights(fresh, made)
     for word in ("rope_theta=500", "rms_norm_eps=1e-6", "tie_word_embeddings=false", "positions=learned"):
         other = tiny.load(tmp_path, f"model.{word}")
         with pytest.raises(UserError, match=f"of another model: {word.partition('=')[0]}"):
@@ -80,15 +75,16 @@ def test_every_key_of_a_model_is_of_its_weights_or_of_their_training():
 
 
 @pytest.mark.slow
-def test_a_run_that_begins_with_weights_learns_from_step_one(main: Path):
-    path = main / "runs" / "quickstart" / "tokenizer"
+def test_a_run_that_begins_with_weights_learns_from_step_one(tmp_path: Path):
+    assert tiny.train(tmp_path, "run.stop_after=main").returncode == DONE
+    path = tmp_path / "runs" / "quickstart" / "tokenizer"
     words = [f"tokenizer.name={path}", "tokenizer.vocab_size=null", "phases.main.steps=2", "phases.main.warmup_steps=1"]
     words += ["phases.main.lr=1e-5", "phases.main.final_lr=1e-5", "run.stop_after=main", "init.from=quickstart"]
-    done = tiny.train(main, "run.name=tuned", *words)
+    done = tiny.train(tmp_path, "run.name=tuned", *words)
     assert done.returncode == DONE, done.stderr
     assert "the weights are those of quickstart" in done.stdout
-    first = launches.losses(main / "runs" / "tuned")
-    before = launches.losses(main / "runs" / "quickstart")
+    first = launches.losses(tmp_path / "runs" / "tuned")
+    before = launches.losses(tmp_path / "runs" / "quickstart")
     assert list(first) == [1, 2]
     assert first[1] < before[1] - 0.1, "it begins where the other run ended"
 

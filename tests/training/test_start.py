@@ -51,8 +51,8 @@ def test_a_start_can_be_handed_to_other_processes(tmp_path: Path) -> None:
 
 
 def test_a_start_of_a_run_that_is_done_has_no_work(tmp_path: Path) -> None:
-    assert tiny.train(tmp_path, "run.stop_after=main").returncode == DONE
     settings = tiny.load(tmp_path, "run.stop_after=main")
+    folders.run_of(settings, (8,), states=True)
     done = begin_run(settings, 1, CPU, one_phase=True)
     assert (done.point.step, done.last_step, done.has_work) == (8, 8, False)
     more = begin_run(tiny.load(tmp_path), 1, CPU, data_ready=True)

@@ -1,5 +1,7 @@
 """A hang ends by itself, with the rank, the place and the stacks named; whatever shows signs of life goes on."""
 
+import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -11,68 +13,49 @@ from pathlib import Path
 import psutil
 import pytest
 
-from smoltrain.distributed.world import free_port
+from smoltrain.distributed.world import open_world
 from smoltrain.errors import FAULT
-from smoltrain.training.watchdog import HangReport, describe_hang
-from tests import launches
+from smoltrain.training import watchdog
+from smoltrain.training.watchdog import HangReport, Watchdog, describe_hang
+from tests.zygote import zygote
 
 # ---- two real ranks, one of which hangs outside of the reduction that the other waits in
 
-RANK = """
-import contextlib, ctypes, os, signal, sys, time
-from pathlib import Path
-from smoltrain.distributed.world import open_world
-from smoltrain.training import watchdog
-watchdog.BACKSTOP_S = 1.0
-world = open_world("cpu")
-dog = watchdog.Watchdog(Path(sys.argv[1]), world.rank, world.size, limit_s=1.5)
-
-def hang():
-    {hang}
-
-with contextlib.closing(dog):
-    for step in (1, 2, 3):
-        dog.begin_step(step)
-        dog.mark("data")
-        if step == 3 and world.rank == 1:
-            hang()
-        dog.mark("reduction")
-        world.barrier()
-"""
 HANGS = {
-    "waits": "time.sleep(600)",
-    "holds the interpreter's lock": "ctypes.PyDLL(None).sleep(600)",
-    "is stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
+    "waits": lambda: time.sleep(600),
+    "holds the interpreter's lock": lambda: ctypes.PyDLL(None).sleep(600),
+    "is stopped": lambda: os.kill(os.getpid(), signal.SIGSTOP),
 }
 
 
-def start_ranks(code: str, folder: Path) -> list[subprocess.Popen[str]]:
-    """Both ranks, without a launcher that would end one for the other."""
-    port = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(folder)], stderr=subprocess.PIPE, text=True,
-            env=launches.environment() | port | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+def train_until_it_hangs(logs: Path, how: str) -> None:
+    """What each rank does."""
+    watchdog.BACKSTOP_S = 1.0
+    watchdog.LAST_WORD_S = 1.0
+    world = open_world("cpu")
+    with contextlib.closing(Watchdog(logs, world.rank, world.size, limit_s=1.5)) as dog:
+        for step in (1, 2, 3):
+            dog.begin_step(step)
+            dog.mark("data")
+            if step == 3 and world.rank == 1:
+                HANGS[how]()
+            dog.mark("reduction")
+            world.barrier()
 
 
 @pytest.mark.parametrize("how", ["waits", *(pytest.param(how, marks=pytest.mark.slow) for how in [*HANGS][1:])])
 def test_a_rank_that_hangs_is_named_and_both_leave(tmp_path: Path, how: str) -> None:
     logs = tmp_path / "logs"
-    ranks = start_ranks(RANK.format(hang=HANGS[how]), logs)
+    ranks = zygote().fork(2, tmp_path / "log", train_until_it_hangs, logs, how)
     try:
-        said = ranks[0].communicate(timeout=60)[1]
+        states = ranks.wait(lambda states: states[0] == FAULT)
         if how == "is stopped":
-            assert ranks[1].poll() is None
-            ranks[1].kill()
-        told = ranks[1].communicate(timeout=60)[1]
+            assert states[1] == "stopped"
+            ranks.kill(1)
+        ended = ranks.end()
     finally:
-        for process in ranks:
-            process.kill()
-    assert ranks[0].returncode == FAULT
-    assert said.count("\n") == 1, said
+        ranks.kill()
+    [said] = [line for line in ranks.text().splitlines() if line.startswith("error: no sign of life ")]
     assert f"the stacks are in {logs}/hang-rank*.txt" in said
     waiting = (logs / "hang-rank0.txt").read_text()
     assert "step: 3\n" in waiting
@@ -84,18 +67,18 @@ def test_a_rank_that_hangs_is_named_and_both_leave(tmp_path: Path, how: str) -> 
         assert not (logs / "hang-rank1.txt").exists()
     else:
         assert re.match(
-            r"error: no sign of life for \d s: rank 1 stands in 'data' of step 3, at \S+:11 \(hang\); ", said
+            r"error: no sign of life for \d s: rank 1 stands in 'data' of step 3, at \S+:\d+ \(<lambda>\); ", said
         )
         hanging = (logs / "hang-rank1.txt").read_text()
         assert "rank: 1 of 2" in hanging
-        assert "in hang" in hanging, "the stack"
-        assert told == "", "one line for both"
+        assert "in train_until_it_hangs" in hanging, "the stack"
+        assert ranks.text() == f"{said}\n", "one line for both"
+        assert ended == [FAULT, FAULT]
     if how == "holds the interpreter's lock":
-        assert re.match(r"error: process \d+ hangs in native code for 2 s and is ended; its stacks:\n", told)
-        assert "in hang" in told, "the stack, on the console"
-        assert ranks[1].returncode == -signal.SIGABRT
-    if how == "waits":
-        assert ranks[1].returncode == FAULT
+        told = "error: process \\d+ hangs in native code for 2 s and is ended; its stacks:\n"
+        assert re.search(told, ranks.text())
+        assert "in train_until_it_hangs" in ranks.text(), "the stack, on the console"
+        assert ended == [FAULT, -signal.SIGABRT]
 
 
 # ---- one rank
@@ -109,14 +92,14 @@ def run(code: str, logs: Path) -> subprocess.CompletedProcess[str]:
 
 def test_signs_of_life_keep_it_quiet_and_close_ends_it(tmp_path: Path) -> None:
     code = """
-dog = Watchdog(Path(sys.argv[1]), 0, 1, limit_s=1.0)
-time.sleep(1.5)  # nothing has begun
+dog = Watchdog(Path(sys.argv[1]), 0, 1, limit_s=0.6)
+time.sleep(0.9)  # nothing has begun
 dog.begin_step(1)
-for _ in range(15):
-    time.sleep(0.1)
+for _ in range(18):
+    time.sleep(0.05)
     dog.mark("data")
 dog.close()
-time.sleep(1.5)
+time.sleep(0.9)
 print("done")
 """
     ended = run(code, tmp_path / "logs")
@@ -128,7 +111,7 @@ print("done")
 def test_while_a_rank_is_suspended_no_time_passes(tmp_path: Path, all_are: bool) -> None:
     code = """
 watchdog.BACKSTOP_S = 0.2
-dog = watchdog.Watchdog(Path(sys.argv[1]), 0, 1, limit_s=3)  # of which one second is its own, another a busy machine's
+dog = watchdog.Watchdog(Path(sys.argv[1]), 0, 1, limit_s=2)  # half a second of it is its own, another a busy machine's
 dog.begin_step(1)
 time.sleep(0.2)
 print("begun", flush=True)
@@ -145,7 +128,7 @@ print("done", flush=True)
     suspended = [rank, beside] if all_are else [rank]
     for one in suspended:
         one.suspend()
-    time.sleep(4.5)
+    time.sleep(3)
     for one in suspended:
         one.resume()
     assert process.communicate(timeout=30)[0] == "done\n"
@@ -153,10 +136,10 @@ print("done", flush=True)
     assert not beside.is_running(), "it ends with the watch"
 
 
-@pytest.mark.parametrize(("limit_s", "code"), [(0, 0), (0.5, FAULT)])
-def test_a_limit_of_0_is_none(tmp_path: Path, limit_s: float, code: int) -> None:
-    begun = f"dog = Watchdog(Path(sys.argv[1]), 0, 1, limit_s={limit_s}); dog.begin_step(1); time.sleep(2); dog.close()"
-    assert run(begun, tmp_path).returncode == code
+@pytest.mark.parametrize(("limit_s", "waits_s", "code"), [(0, 1, 0), (0.5, 60, FAULT)])
+def test_a_limit_of_0_is_none(tmp_path: Path, limit_s: float, waits_s: float, code: int) -> None:
+    begun = f"dog = Watchdog(Path(sys.argv[1]), 0, 1, limit_s={limit_s}); dog.begin_step(1); time.sleep({waits_s}); "
+    assert run(f"{begun}dog.close()", tmp_path).returncode == code
 
 
 def test_the_report_of_an_earlier_life_is_not_taken_for_one_of_this(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from smoltrain import files
 from smoltrain.checkpoint.manifest import (
+    DIGEST_KEY,
     MANIFEST_FILE,
     Manifest,
     find_newest_valid_checkpoint,
@@ -151,10 +152,7 @@ def edited(run: Path, change: Callable[[dict[str, Any]], object], seal: bool = F
     tree = json.loads(path.read_text(encoding="utf-8"))
     change(tree)
     if seal:
-        from smoltrain.checkpoint.manifest import DIGEST_KEY, _manifest_digest
-
-        tree.pop(DIGEST_KEY, None)
-        tree[DIGEST_KEY] = _manifest_digest(tree)
+        tree = files.seal_json(tree, DIGEST_KEY)
     path.write_text(json.dumps(tree), encoding="utf-8")
 
 

@@ -74,9 +74,9 @@ def is_missing_file(error: BaseException) -> bool:
     status = http_status(error)
     if status is not None:
         return status in (404, 410)
-    # fsspec's http raises FileNotFoundError for a server that does not answer too: its cause tells which it was.
-    *_, cause = iterate_causes(error)
-    unanswered = isinstance(cause, (OSError, aiohttp.ClientError)) and not isinstance(cause, FileNotFoundError)
+    # fsspec's http raises FileNotFoundError for a server that does not answer too: its causes tell which it was.
+    causes = [cause for cause in iterate_causes(error) if not isinstance(cause, FileNotFoundError)]
+    unanswered = any(isinstance(cause, (OSError, aiohttp.ClientError)) for cause in causes)
     return isinstance(error, FileNotFoundError) and not unanswered
 
 

@@ -1,7 +1,7 @@
 """How much of a text its ids say: what comes back when they are decoded, and how many bytes they stand for."""
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from smoltrain.data.tokenizers.encode_pieces import TokenPiece
@@ -64,8 +64,3 @@ def lost_bytes(text: str, decoded: str) -> int:
     """Bytes (UTF-8) of characters that are more often in a text than in what came back, wherever they stand."""
     missing = Counter(text) - Counter(decoded)
     return sum(len(character.encode()) * count for character, count in missing.items())
-
-
-def round_trip_to_json(counts: RoundTripCounts) -> dict[str, int]:
-    """As an index holds them."""
-    return asdict(counts)

@@ -4,7 +4,6 @@ It is written last, sealed with its own digest, so that it exists only beside wh
 believed before it was checked: types, names that would lead out of its folder, sizes that contradict each other.
 """
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -173,20 +172,14 @@ def read_data_index(file: Path) -> DataIndex:
     if contradiction:
         raise _damaged_index_error(file, contradiction)
     is_sealed = INDEX_DIGEST_KEY in tree or index.tokenizer_files is not None  # older ones are not
-    if is_sealed and tree.get(INDEX_DIGEST_KEY) != digest_index(tree):
+    if is_sealed and tree != files.seal_json(tree, INDEX_DIGEST_KEY):
         raise _damaged_index_error(file, "another digest than that of its content")
     return index
 
 
 def write_data_index(file: Path, tree: dict[str, Any]) -> None:
     """Replace the index by `tree`, sealed; a reader, or a crash, sees either the old or the new one."""
-    files.write_json_file(file, tree | {INDEX_DIGEST_KEY: digest_index(tree)})
-
-
-def digest_index(tree: dict[str, Any]) -> str:
-    """SHA-256 (hex) of an index without its digest."""
-    rest = {key: value for key, value in tree.items() if key != INDEX_DIGEST_KEY}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    files.write_json_file(file, files.seal_json(tree, INDEX_DIGEST_KEY))
 
 
 def check_part_record(tree: Any, number: int, itemsize: int) -> PartRecord | None:
@@ -195,7 +188,7 @@ def check_part_record(tree: Any, number: int, itemsize: int) -> PartRecord | Non
         record = PartRecord.model_validate(tree)
     except ValidationError:
         return None
-    if tree.get(INDEX_DIGEST_KEY) != digest_index(tree):
+    if tree != files.seal_json(tree, INDEX_DIGEST_KEY):
         return None
     for name, side in record.sides.items():
         sizes = {IDS: side.tokens * itemsize} | dict.fromkeys((STARTS, HASHES, ADDRESSES), side.documents * 8)

@@ -44,14 +44,9 @@ def encode_documents(
         texts = [piece.text for piece in batch]
         is_continuation = [not piece.begins for piece in batch]
         for piece, ids in zip(batch, tokenizer.encode_batch(texts, is_continuation), strict=True):
-            tokens = append_separator(ids, tokenizer.separator_id if piece.ends else None, dtype)
+            tokens = np.asarray([*ids, tokenizer.separator_id] if piece.ends else ids, dtype)
             yield TokenPiece(piece.about, offset, tokens, piece.text)
             offset = 0 if piece.ends else offset + len(tokens)
-
-
-def append_separator(ids: list[int], separator_id: int | None, dtype: DTypeLike) -> np.ndarray:
-    """A document's part of the stream: its ids and the separator. Of a part that does not end it (None): its ids."""
-    return np.asarray(ids if separator_id is None else [*ids, separator_id], dtype)
 
 
 def count_rows(num_tokens: int, sequence_length: int) -> int:

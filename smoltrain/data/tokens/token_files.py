@@ -7,6 +7,7 @@ disk.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from smoltrain import files
 from smoltrain.data.documents.records import Document
 from smoltrain.data.documents.shard import Shard
 from smoltrain.data.tokenizers.encode_pieces import TokenPiece
-from smoltrain.data.tokenizers.round_trip import RoundTripCounter, RoundTripCounts, round_trip_to_json
+from smoltrain.data.tokenizers.round_trip import RoundTripCounter, RoundTripCounts
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.index import (
     ADDRESSES,
@@ -240,7 +241,7 @@ def sum_round_trips(sides: Iterable[PartSide]) -> RoundTripCounts:
 
 
 def _to_index(counts: RoundTripCounts) -> IndexRoundTrip:
-    return IndexRoundTrip(**round_trip_to_json(counts))
+    return IndexRoundTrip(**asdict(counts))
 
 
 class _PartialFile:

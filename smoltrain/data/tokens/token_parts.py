@@ -24,7 +24,7 @@ from smoltrain.data.documents.reader_health import ReaderHealth
 from smoltrain.data.documents.records import BadRecord, Document
 from smoltrain.data.documents.shard import Shard
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.data.tokens.index import INDEX_DIGEST_KEY, SIDES, PartRecord, check_part_record, digest_index
+from smoltrain.data.tokens.index import INDEX_DIGEST_KEY, SIDES, PartRecord, check_part_record
 from smoltrain.data.tokens.packing import encode_documents, token_dtype
 from smoltrain.data.tokens.token_files import TokenWriter, content_hash, pack_address
 
@@ -108,8 +108,7 @@ class TokeniseJob:
         num_empty = int(counts[PartCount.EMPTY])
         entries: list[Any] = [asdict(entry) for entry in bad]
         record = PartRecord(made_of=part.made_of, train=train, validation=validation, bad=entries, empty=num_empty)
-        tree = record.to_json()
-        files.write_json_file(part.record_file, tree | {INDEX_DIGEST_KEY: digest_index(tree)})
+        files.write_json_file(part.record_file, files.seal_json(record.to_json(), INDEX_DIGEST_KEY))
         counts[PartCount.BYTES] = part.size
 
     def count_records(self, source: str) -> np.ndarray:

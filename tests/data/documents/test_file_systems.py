@@ -1,11 +1,12 @@
 """File systems behind URLs that lack a package, or do not answer."""
 
+import asyncio
 import sys
 
 import pytest
 
 from smoltrain.data.documents import file_systems
-from smoltrain.data.documents.file_systems import HTTP_STALL_S
+from smoltrain.data.documents.file_systems import HTTP_STALL_S, is_missing_file
 from tests.data.documents.files import at, problem
 from tests.faulty_server import FaultyServer
 
@@ -24,3 +25,13 @@ def test_over_http_a_silent_server_is_noticed(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(file_systems, "HTTP_STALL_S", 0.05)
     with FaultyServer({"a.txt": b"hello"}, {"stall": 1.0}) as server:
         assert "saw no answer within 0.05 s" in problem(at(server.url("a.txt")))
+
+
+def test_a_file_is_not_missing_where_nobody_answered():
+    """As aiohttp chains them when its time is up: a cancellation is behind the timeout."""
+    late = TimeoutError()
+    late.__cause__ = asyncio.CancelledError()
+    gone = FileNotFoundError("http://host/a.txt")
+    assert is_missing_file(gone)
+    gone.__cause__ = late
+    assert not is_missing_file(gone)

@@ -12,7 +12,7 @@ from smoltrain.data.documents.records import BadRecord, Document
 from tests.data.documents.reading import MIB, TEXT, problem, records, texts
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     parts=st.lists(TEXT, max_size=8),
     separator=st.sampled_from(["<|endoftext|>", "\n", "aba", "ä"]),

@@ -47,7 +47,7 @@ def check_slice(name: str, raw: bytes, first: int, stride: int, **more: Any) -> 
     assert records(name, raw, first=first, stride=stride, **more) == expected
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(file=FILES, suffix=st.sampled_from(["", ".gz", ".zst", ".ZST"]), **SLICES,
        documents=st.sampled_from(["file", "blank_lines", "separator"]), block=st.integers(1, 40))  # fmt: skip
 def test_a_slice_is_that_of_all_records(
@@ -61,7 +61,7 @@ def test_a_slice_is_that_of_all_records(
         assert repr(records(name, raw, documents=documents)).replace(name, file[0]) == repr(plain)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rows=st.lists(st.one_of(TEXT, st.none()), max_size=300), group=st.integers(1, 200), **SLICES,
        kind=st.sampled_from(KINDS))  # fmt: skip
 def test_a_slice_of_parquet_is_that_of_its_rows(

@@ -57,7 +57,7 @@ def test_eight_ranks_take_over_from_one_and_hand_over_to_three():
     assert json.loads(state) == json.loads(reference.state())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=25)
 @given(LIVES, st.lists(st.integers(1, 30), min_size=1, max_size=3))
 def test_kills_and_other_worlds_neither_repeat_nor_skip(lives: list[tuple[int, int]], sources: list[int]):
     """Each life runs some steps on its world, takes one more step's rows and is killed before it has used them."""
@@ -130,7 +130,7 @@ def test_sources_share_the_rows_by_weight_and_the_mix_may_change():
     assert np.abs(loader.source_rows.sum() - loader.rows_consumed) == 0
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.sampled_from(WORLDS), st.integers(0, 4), st.sampled_from([None, "a", "b"])), min_size=1))
 def test_a_change_of_mix_survives_kills_and_other_worlds(lives: list[tuple[int, int, str | None]]):
     mixes = {None: None, "a": {"s0": 1.0, "s1": 2.0}, "b": {"s1": 1.0}}
@@ -247,7 +247,6 @@ def valid_rows(batches: list[Any]) -> list[int]:
 
 
 @given(st.sampled_from(SHAPES), st.integers(1, 30))
-@settings(deadline=None)
 def test_validation_is_the_same_rows_on_any_world_in_equal_numbers_of_batches(shape: tuple[int, int], rows: int):
     world, micro_batch = shape
     dealt = [loader.validation_batches(rows) for loader in World(cached(31), world, micro_batch=micro_batch).ranks]

@@ -10,7 +10,7 @@ from tests.data.rows.test_row_contents import SHARDS, V
 from tests.data.worlds import WORLDS, B, T, World, cached, section, streamed, write
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(B, 40), st.sampled_from(WORLDS))
 def test_an_epoch_holds_each_row_once(num_rows: int, world: int):
     ranks = World(cached(num_rows), world)

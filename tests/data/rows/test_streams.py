@@ -80,7 +80,7 @@ def test_the_sequence_is_its_definition(make: Make, num_shards: int, num_documen
     ranks.close()
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(LIVES, st.sampled_from([((12, 5),), ((3, 20),), ((13, 3), (2, 20))]), st.sampled_from([12, 6]))
 def test_kills_and_other_worlds_neither_repeat_nor_skip(
     make: Make, lives: list[tuple[int, int]], shapes: tuple[tuple[int, int], ...], num_streams: int

@@ -86,7 +86,7 @@ def test_gpt2_has_the_ids_of_tiktoken(openai: tiktoken.Encoding):
     assert ours.encode("Hello world") == [15496, 995]
     assert (ours.separator_id, ours.num_ids) == (openai.eot_token, openai.n_vocab) == (50256, 50257)
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(ANY_TEXT)
     def equal(text: str) -> None:
         ids = openai.encode(text, disallowed_special=())
@@ -143,7 +143,7 @@ def test_smollm2_is_made_anew_and_has_the_ids_of_transformers_own_reading(
     assert ours._inner.get_vocab(with_added_tokens=True) == theirs.get_vocab()
     theirs.backend_tokenizer.encode_special_tokens = True  # text is only text, as in ours
 
-    @settings(max_examples=300, deadline=None)
+    @settings(max_examples=300)
     @given(ANY_TEXT.filter(lambda text: not any(c.isnumeric() for c in text)))
     def equal(text: str) -> None:
         assert ours.encode(text) == theirs.backend_tokenizer.encode(text, add_special_tokens=False).ids

@@ -118,7 +118,7 @@ def test_a_restart_leaves_out_what_is_held_out_now(root: Path, monkeypatch: pyte
     assert prepared.train[0].all().tolist() == prepare_run_data(fresh).train[0].all().tolist()
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(st.lists(st.integers(0, 6), min_size=1, max_size=5), min_size=1, max_size=3),
     own=st.none() | st.integers(0, 6),

@@ -61,7 +61,7 @@ def test_validation_sees_shards_all_over_the_source(root: Path):
     assert sorted(found) == sorted(texts(root / "source", held=True))  # the source ends; each of them once
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.integers(0, 5), max_size=20))
 def test_documents_in_turn_are_all_documents(sizes: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     def documents(shard: Shard, *_: Any, **__: Any) -> Any:
