@@ -47,7 +47,7 @@ class StepProfiler:
         if self._on_cuda:
             activities.append(ProfilerActivity.CUDA)
         self._after = after
-        self.profile = profile(activities=activities)
+        self.profile = profile(activities=activities, acc_events=True)  # without it torch 2.11 warns at every start
 
     def __call__(self, step: int, _metrics: dict) -> None:
         """Called by the trainer behind each step."""

@@ -28,8 +28,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Workers (-n 2 --dist loadfile) take files in the order below; xdist's own puts files of few tests last."""
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's `&` leaves it; then Ctrl-C would be untested
+    _heed_keyboard()
+
+
+def _heed_keyboard() -> None:
+    """A shell's `&` leaves Ctrl-C and its kin ignored, which programs inherit: tests would signal nobody, and pass."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGQUIT) == signal.SIG_IGN:
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -55,8 +55,6 @@ def environment() -> dict[str, str]:
 
 def start(launcher: str, words: list[str], log: Path, programs: Path = BIN) -> subprocess.Popen[Any]:
     """Start a run in the background, its output in `log`."""
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell's `&` leaves it, and children would inherit
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     line = [*command(launcher, programs), "quickstart", *words]
     with log.open("ab") as out:
         return subprocess.Popen(

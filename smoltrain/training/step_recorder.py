@@ -54,7 +54,7 @@ class RecordingWatchdog(Watchdog):
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        self._profile = profile(activities=activities)
+        self._profile = profile(activities=activities, acc_events=True)  # without it torch 2.11 warns at every start
 
     def begin_step(self, step: int) -> None:
         """As any watchdog; the profiler starts and stops here."""

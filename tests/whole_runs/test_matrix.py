@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from smoltrain.errors import STOPPED
+from smoltrain.errors import DONE, STOPPED
 from tests import launches, tiny
 from tests.whole_runs.test_signals import SHAPE, STEPS, VICTIMS, assert_same, finished, victim_of
 
@@ -92,6 +92,8 @@ def test_a_signal_to_each_process_of_each_way_to_start_loses_nothing(
         if number in ASKS and victim in ("rank", "smoltrain"):
             assert code == (1 if launcher == "torchrun" else STOPPED)
             assert "the same command goes on from there" in (tmp_path / "log").read_text()
+        elif victim in ("rank", "smoltrain"):
+            assert code != DONE, "nobody was disturbed"
     whole = ended(tmp_path, words, launcher)
     assert_same(whole, undisturbed[1 if launcher == "python" else 2])
     assert max(launches.losses(whole)) == STEPS + 4

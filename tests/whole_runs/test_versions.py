@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tomllib
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ ENDS = {  # Python, and what is asked for beside the project
     "a GPU machine's": ("3.12", ("torch==2.11.0", "transformers==5.17.0")),
     "newest": ("3.13", ()),
 }
+SUITES = ("kernels", "model", "engine", "training")  # folders of tests/
 
 
 def lower_bounds(requirements: list[str]) -> dict[str, str]:
@@ -84,16 +86,23 @@ def assert_trains(python: Path, folder: Path, ranks: int) -> None:
     assert (folder / "runs/quickstart/plots/training.png").stat().st_size > 10_000
 
 
+@pytest.fixture
+def environment(tmp_path: Path) -> Iterator[Path]:
+    """Where a test makes its environment; pytest would keep gigabytes for three runs."""
+    folder = tmp_path / "environment"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)  # a test that was skipped has made none
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_the_lowest_versions_of_all_but_torch_train_and_export(tmp_path: Path) -> None:
-    folder = tmp_path / "environment"
-    venv.create(folder, with_pip=False)
-    python = folder / "bin" / "python"
+def test_the_lowest_versions_of_all_but_torch_train_and_export(tmp_path: Path, environment: Path) -> None:
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
     bounds = lower_bounds(PROJECT["dependencies"])
     lowest = {name: version for name, version in bounds.items() if name not in BORROWED}
     install(python, *LOWEST, *(line for line in PROJECT["dependencies"] if not line.startswith(BORROWED)))
-    (site,) = folder.glob("lib/*/site-packages")
+    (site,) = environment.glob("lib/*/site-packages")
     (site / "libraries.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")  # comes last on the path
     versions = json.loads(run(python, tmp_path, "-c", VERSIONS, *lowest))
     for name, version in versions.items():
@@ -104,16 +113,20 @@ def test_the_lowest_versions_of_all_but_torch_train_and_export(tmp_path: Path) -
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("end", ENDS)
-def test_both_ends_train_and_pass_the_tests_of_what_they_compute(tmp_path: Path, end: str) -> None:
+def test_both_ends_train_and_pass_the_tests_of_what_they_compute(tmp_path: Path, environment: Path, end: str) -> None:
     version, asked = ENDS[end]
-    folder = tmp_path / "environment"
-    subprocess.run([find_python(version), "-m", "venv", "--without-pip", folder], check=True)
-    python = folder / "bin" / "python"
+    subprocess.run([find_python(version), "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / "bin" / "python"
     install(python, f"{ROOT}[dev]", *asked)
     assert_trains(python, tmp_path, ranks=2)
-    suites = [str(ROOT / "tests" / name) for name in ("kernels", "model", "engine", "train")]
+    suites = [str(ROOT / "tests" / name) for name in SUITES]
     words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow and not long and not gpu"]
-    run(python, ROOT, *words, *suites)
+    print(end, run(python, ROOT, *words, *suites).splitlines()[-1])
+
+
+def test_the_suites_that_both_ends_run_are_there() -> None:
+    for name in SUITES:
+        assert list((ROOT / "tests" / name).glob("test_*.py")), name
 
 
 @pytest.mark.slow
