@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from smoltrain.config.load import load_config
-from smoltrain.data.tokens.packing import count_rows, row
+from smoltrain.data.tokens.packing import count_rows
 from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.data.tokens.token_files import MappedTokens
 from smoltrain.inference.generate import generate_ids
 from smoltrain.model.build import build_model
 
@@ -17,13 +18,14 @@ prepared = prepare_run_data(recipe, rows_per_step=16)
 T = recipe.batch.sequence_length
 
 
-def rows(tokens: np.ndarray, indices: np.ndarray) -> torch.Tensor:
+def rows(tokens: MappedTokens, indices: np.ndarray) -> torch.Tensor:
     """Rows of T + 1 ids, int64 [len(indices), T + 1]."""
-    return torch.tensor(np.stack([row(tokens, int(i), T) for i in indices]).astype(np.int64))
+    return torch.tensor(tokens.read_rows(indices.astype(np.int64) * T, T + 1).astype(np.int64))
 
 
-train = prepared.train
-held_out = rows(prepared.validation, np.linspace(0, count_rows(len(prepared.validation), T) - 1, 32))
+[train] = prepared.train  # of the recipe's one source
+[validation] = prepared.validation
+held_out = rows(validation, np.linspace(0, count_rows(len(validation), T) - 1, 32))
 for name, shift in (("its own token (labels not shifted)", 0), ("the next token (labels shifted)", 1)):
     torch.manual_seed(0)
     draws = np.random.default_rng(0)
@@ -44,5 +46,5 @@ for name, shift in (("its own token (labels not shifted)", 0), ("the next token 
                 own, following = (decoder(ids, held_out[:, s : s + T].contiguous()) / ids.numel() for s in (0, 1))
             print(f"  {step:4d}   {loss.item():13.4f}   {own.item():19.4f}   {following.item():20.4f}", flush=True)
     prompt = prepared.tokenizer.encode("**ROMEO**  \nWhat")
-    text = prepared.tokenizer.decode(list(generate_ids(decoder, prompt, recipe.generation, stop_id=None, greedy=True)))
+    text = prepared.tokenizer.decode(list(generate_ids(decoder, prompt, recipe.generation, greedy=True)))
     print(f"  greedy continuation of '**ROMEO** What': {text[:120]!r}")
