@@ -39,5 +39,5 @@ def test_the_import_is_cheap() -> None:
     script = "import json, sys, smoltrain; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = set(json.loads(done.stdout))
-    assert {name for name in loaded if name.startswith("smoltrain.")} == {"smoltrain.openmp"}
+    assert {name for name in loaded if name.startswith("smoltrain.")} == {"smoltrain.openmp", "smoltrain.version"}
     assert not loaded & {"torch", "numpy", "pydantic", "rich", "yaml"}

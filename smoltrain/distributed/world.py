@@ -232,7 +232,10 @@ def open_world(
     if own.type == "cuda":
         torch.cuda.set_device(own)
     world = World(here.rank, here.size, here.local_rank, 1, own, store=store, machines=machines, hosts=hosts)
-    return _open_group(world)
+    world = _open_group(world)
+    # Else DeepSpeed starts `numactl` at each reduction of ZeRO-3 on a CPU, to count what the launcher did not tell it.
+    os.environ.setdefault("LOCAL_SIZE", str(world.local_size))
+    return world
 
 
 def _open_group(world: World) -> World:

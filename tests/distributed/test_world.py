@@ -167,18 +167,20 @@ def start(code: str, **extra: str) -> subprocess.Popen[str]:
 
 
 WORLD_OF_ONE = """
+import os
 from smoltrain.distributed.world import open_world
 here = open_world()
 here.barrier()
 print(here.rank, here.size, here.local_rank, here.local_size, here.is_first)
 print(here.sum_ints(5, 6), here.sum_floats(0.5), here.max_floats(2.0), here.gather("x"))
 print(here.run_on_first_rank(lambda: 7))
+print(os.environ["LOCAL_SIZE"])  # DeepSpeed asks `numactl` otherwise
 """
 
 
 def test_a_bare_python_is_a_world_of_one() -> None:
     out, err = start(WORLD_OF_ONE).communicate(timeout=60)
-    assert out.splitlines() == ["0 1 0 1 True", "[5, 6] [0.5] [2.0] ['x']", "7"], err
+    assert out.splitlines() == ["0 1 0 1 True", "[5, 6] [0.5] [2.0] ['x']", "7", "1"], err
 
 
 def test_a_free_port_can_be_listened_on() -> None:

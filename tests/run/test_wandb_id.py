@@ -142,9 +142,9 @@ def test_a_change_that_was_seen_before_a_kill_is_not_forgotten(tmp_path: Path) -
         assert choose_wandb_identity(back, at(run), 6).id == f"{ID}-2"
 
 
-def test_where_two_plans_part() -> None:
+def test_where_two_plans_part(tmp_path: Path) -> None:
     def plan(*words: str) -> Plan:
-        return Plan(tiny.load(Path("/tmp"), *words).phases)
+        return Plan(tiny.load(tmp_path, *words).phases)
 
     usual = plan()
     assert first_differing_step(usual, usual, 0) is None
