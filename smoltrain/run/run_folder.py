@@ -263,7 +263,9 @@ def find_git_commit(folder: Path) -> str:
     """
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        # `status` writes down what it has found, under a lock that would stay if this process were killed meanwhile.
+        command = ["git", "--no-optional-locks", *words]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         is_tracked = bool(git("ls-files", "."))

@@ -1,5 +1,6 @@
 """A run's folder knows its run: what may change between two starts, what may not, and who started it."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -473,5 +474,10 @@ def test_the_commit_is_that_of_the_sources_own_checkout(tmp_path: Path) -> None:
     git("add", ".")
     git("commit", "-qm", "ours")
     assert find_git_commit(sources) == git("rev-parse", "HEAD")
+    index = tmp_path / ".git" / "index"
+    before = index.read_bytes()
+    os.utime(sources / "cli.py", (1, 1))  # which `git status` would write down
+    assert find_git_commit(sources) == git("rev-parse", "HEAD")
+    assert index.read_bytes() == before, "a start that is killed must leave no lock in the user's repository"
     (sources / "cli.py").write_text("two")
     assert find_git_commit(sources) == git("rev-parse", "HEAD") + "+"

@@ -121,7 +121,8 @@ def test_a_resume_sets_a_damaged_line_aside_and_says_so(
     said = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
     assert [line["step"] for line in files.read_jsonl(metrics)] == [1]
     assert metrics.with_name("metrics.damaged").read_bytes() == damaged + b"\n"
-    assert len(said) == 1
+    assert len(said) == 2
+    assert said[1].startswith("WARNING: the start before was killed at step 3, and nothing later than step 2 was saved")
     assert said[0].startswith(f"WARNING: {metrics}, line 2 is damaged (")
 
 
