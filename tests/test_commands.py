@@ -280,7 +280,7 @@ def mask(line: str) -> str:
     for start in OF_THE_MACHINE:
         if line.startswith(start):
             return start.strip()
-    line = re.sub(r"(\.venv|\S*)/bin/", "BIN/", line)
+    line = re.sub(r"(\.venv|\S*)/bin/", "", line)  # which is left out where the environment is activated
     line = TIME.sub("N", NUMBER.sub("N", line))
     if found := re.match(
         r"step +N/N \S+ +loss N|validation at step N loss N| +validation loss +N", line.replace(":", "")
