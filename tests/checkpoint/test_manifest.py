@@ -2,12 +2,19 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from smoltrain.checkpoint.manifest import find_newest_valid_checkpoint, step_folder, verify_checkpoint
+from smoltrain.checkpoint.manifest import (
+    Manifest,
+    find_newest_valid_checkpoint,
+    step_folder,
+    verify_checkpoint,
+    write_manifest,
+)
 from smoltrain.errors import UserError
 
 
@@ -58,6 +65,14 @@ def test_a_manifest_of_another_format_is_not_read(two_checkpoints: Path) -> None
     path = step_folder(two_checkpoints, 6) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
     assert "format 99" in str(verify_checkpoint(path.parent))
+
+
+def test_a_manifest_of_the_format_before_is_read(two_checkpoints: Path) -> None:
+    folder = step_folder(two_checkpoints, 6)
+    manifest = verify_checkpoint(folder)
+    assert isinstance(manifest, Manifest)
+    write_manifest(folder, replace(manifest, format=3))
+    assert verify_checkpoint(folder) == replace(manifest, format=3)
 
 
 def test_a_folder_that_cannot_be_looked_at_is_not_an_empty_one(tmp_path: Path) -> None:
