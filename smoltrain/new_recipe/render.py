@@ -3,13 +3,15 @@
 import textwrap
 from typing import Any, NamedTuple
 
+from smoltrain.config.schema import DataSection
 from smoltrain.config.yaml_text import dump_yaml
 from smoltrain.estimate.horizon import format_count
 from smoltrain.new_recipe import hyperparameters as rules
 from smoltrain.new_recipe import shape as shapes
-from smoltrain.new_recipe.plan import PLAYS, RecipePlan
+from smoltrain.new_recipe.plan import RecipePlan
 from smoltrain.new_recipe.quantities import format_ratio
 from smoltrain.new_recipe.text import SEEN_PER_ID
+from smoltrain.new_recipe.wish import RecipeWish
 
 WIDTH = 100  # columns of a line
 SECTION_INDENT = "  "
@@ -54,7 +56,7 @@ def render_recipe(plan: RecipePlan) -> str:
 def _head_lines(plan: RecipePlan) -> list[str]:
     wish, shape, batch = plan.wish, plan.text.shape, plan.batch
     error = shape.num_parameters / wish.num_parameters - 1
-    where = "the plays of Shakespeare" if wish.path is None else "a text of your own"
+    where = _name_text(wish)
     return [
         f"# {wish.name}: {format_count(shape.num_parameters)} parameters, {format_count(batch.tokens)} tokens "
         f"of {where}; written by `smoltrain new`.",
@@ -68,6 +70,12 @@ def _head_lines(plan: RecipePlan) -> list[str]:
         "# Expected loss:  not measured. Nothing was tuned on this text: the rules that stand beside the values are",
         "# starting points. What is not written here is the default: smoltrain show prints every value.",
     ]
+
+
+def _name_text(wish: RecipeWish) -> str:
+    if wish.data.hub is not None:
+        return f"the Hub's {wish.data.hub}"
+    return "a text of your own" if wish.has_own_text else "the plays of Shakespeare"
 
 
 def _model_entries(plan: RecipePlan) -> list[Entry]:
@@ -138,26 +146,43 @@ def _data_entries(plan: RecipePlan) -> list[Entry]:
         f"{'' if sample.is_whole else 'about '}{text.vocabulary.text_tokens:,.0f} tokens in {sample.num_files:,} "
         f"file{'s' * (sample.num_files > 1)}"
     )
-    if plan.wish.path is None:
-        entries = [
-            Entry("package", PLAYS.package, f"the plays of Shakespeare, as no --data was given: {amount}"),
-            Entry("pattern", PLAYS.pattern, ""),
-        ]
-    else:
-        entries = [
-            Entry("path", plan.wish.path, f"as given with --data, from the root so that any folder will do: {amount}")
-        ]
+    entries = _source_entries(plan.wish, amount)
     if sample.parts_documents:
         entries.append(Entry("documents", "separator", "the separator stands in the files, so it parts documents"))
     if text.needs_cached_mode:
         entries.append(Entry("mode", "cached", "each file is one document, and they are too few to be streamed"))
-    entries.append(
-        Entry(
-            "validation_share", text.validation_share,
-            f"of the documents, held out: about {text.held_out_tokens:,.0f} tokens to validate on",
-        )
-    )  # fmt: skip
+    held_out = f"about {text.held_out_tokens:,.0f} tokens to validate on"
+    if text.validation_share is None:
+        entries.append(_own_validation_entry(plan.wish.data, held_out))
+    else:
+        entries.append(Entry("validation_share", text.validation_share, f"of the documents, held out: {held_out}"))
     return entries
+
+
+def _source_entries(wish: RecipeWish, amount: str) -> list[Entry]:
+    data = wish.data
+    if not wish.has_own_text:
+        return [
+            Entry("package", data.package, f"the plays of Shakespeare, as no --data was given: {amount}"),
+            Entry("pattern", data.pattern, ""),
+        ]
+    if data.hub is not None:
+        entries = [Entry("hub", data.hub, f"as given with --hub: {amount}")]
+    else:
+        entries = [
+            Entry("path", data.path, f"as given with --data, from the root so that any folder will do: {amount}")
+        ]
+    if data.hub_config is not None:
+        entries.append(Entry("hub_config", data.hub_config, "as given with --hub-config"))
+    if "text_field" in data.model_fields_set:
+        entries.append(Entry("text_field", data.text_field, "as given with --text-field"))
+    return entries
+
+
+def _own_validation_entry(data: DataSection, held_out: str) -> Entry:
+    if data.validation_split is not None:
+        return Entry("validation_split", data.validation_split, f"as given with --validation: {held_out}")
+    return Entry("validation_path", data.validation_path, f"as given with --validation, from the root: {held_out}")
 
 
 def _batch_entries(plan: RecipePlan) -> list[Entry]:
@@ -258,8 +283,8 @@ def _generation_entries(plan: RecipePlan) -> list[Entry]:
 
 
 def _sample_entries(plan: RecipePlan) -> list[Entry]:
-    prompts = ["**ROMEO**  \n", "**KING HENRY**  \n"] if plan.wish.path is None else [""]
-    source = "how speeches begin in the plays" if plan.wish.path is None else "empty: the model begins a document"
+    prompts = ["**ROMEO**  \n", "**KING HENRY**  \n"] if not plan.wish.has_own_text else [""]
+    source = "how speeches begin in the plays" if not plan.wish.has_own_text else "empty: the model begins a document"
     return [
         Entry("every", plan.cadences.sample, f"steps: about {rules.NUM_SAMPLES} times, if there are so many"),
         Entry("prompts", prompts, source),

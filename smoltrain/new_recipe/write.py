@@ -1,16 +1,13 @@
 """The verb `smoltrain new`: plans a recipe, writes NAME.yaml, and says what it will take."""
 
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 
-from smoltrain.config.load import list_recipes, load_config
+from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config
-from smoltrain.data.documents.file_systems import url_protocol
-from smoltrain.errors import Problem, UserError, format_value
 from smoltrain.estimate.constants import GIB, DeviceSpec
 from smoltrain.estimate.devices import find_device
 from smoltrain.estimate.fitting import build_fitted_setup, fit_config_to_memory
@@ -18,26 +15,19 @@ from smoltrain.estimate.horizon import format_count, format_hours
 from smoltrain.estimate.report import Estimate
 from smoltrain.files import report_unwritable
 from smoltrain.new_recipe.hyperparameters import MAX_EPOCHS, optimal_num_tokens
-from smoltrain.new_recipe.plan import SEPARATOR, RecipePlan, RecipeWish, StudiedText, plan_recipe, study_text
-from smoltrain.new_recipe.quantities import format_ratio, parse_option_count, round_to_digits
+from smoltrain.new_recipe.plan import SEPARATOR, RecipePlan, StudiedText, plan_recipe, study_text
+from smoltrain.new_recipe.quantities import format_ratio, round_to_digits
 from smoltrain.new_recipe.render import render_recipe
-from smoltrain.new_recipe.shape import MAX_PARAMETERS, MIN_PARAMETERS
-from smoltrain.redact import redact_url
+from smoltrain.new_recipe.wish import RecipeWish
 from smoltrain.training.preflight import check_recipe
 
-MOST_TOKENS = 10**14
-MOST_HOURS = 24 * 365
-MAX_WORLD = 4096
 TRAINED_SHARE = 0.95  # of --hours; the rest is for starting, evaluating, sampling and saving
 FEW_TOKENS_PER_PARAMETER = 1.0
 MOST_ROUNDS = 8  # until tokens and speed agree
 
 
-def write_new_recipe(
-    name: str, params: str, *, tokens: str | None, hours: float | None, device: str, world: int | None, data: str | None
-) -> None:
-    """Write NAME.yaml here and print the plan. Errors: UserError for any of the options, and for the text."""
-    wish = _check_options(name, params, tokens=tokens, hours=hours, device=device, world=world, data=data)
+def write_new_recipe(wish: RecipeWish) -> None:
+    """Write NAME.yaml here and print the plan. Errors: UserError for the device and the text."""
     path = Path(f"{wish.name}.yaml")
     console = Console(stderr=True)
     with console.status(f"what {wish.device} can do ..."):  # on terminals alone
@@ -87,7 +77,7 @@ def describe_new_plan(plan: RecipePlan, estimate: Estimate) -> Iterator[str]:
 
 def _list_notes(plan: RecipePlan, estimate: Estimate) -> Iterator[str]:
     wish, text = plan.wish, plan.text
-    if wish.path is None:
+    if not wish.has_own_text:
         yield "no --data was given, so it trains on the plays of Shakespeare"
     if plan.epochs > MAX_EPOCHS * 1.05:
         yield f"a text read more than {MAX_EPOCHS} times teaches less and less (Muennighoff et al. 2023)"
@@ -101,52 +91,6 @@ def _list_notes(plan: RecipePlan, estimate: Estimate) -> Iterator[str]:
         yield f"{SEPARATOR!r} stands in the files, so it parts documents (data.documents: separator)"
     if text.needs_cached_mode:
         yield "all tokens are made before the first step (data.mode: cached)"
-
-
-# ---- options
-
-
-def _check_options(
-    name: str, params: str, *, tokens: str | None, hours: float | None, device: str, world: int | None, data: str | None
-) -> RecipeWish:
-    """Errors: UserError for what cannot be, before anything slow is done."""
-    if not re.fullmatch(r"\w[\w.-]{0,99}", name) or name.endswith((".yaml", ".yml")):
-        want = "letters, digits, -, _ and . alone, as in tiny; NAME.yaml is written"
-        raise UserError(Problem("the recipe's name is not valid", format_value(name), want, "NAME"))
-    if name in list_recipes():
-        what, want = "a shipped recipe has this name, and its run folder", "another name"
-        raise UserError(Problem(what, repr(name), want, "NAME"))
-    path = Path(f"{name}.yaml")
-    if path.exists() or path.is_symlink():
-        raise UserError(Problem("the file exists", str(path), "a name without a file", "NAME"))
-    if tokens is not None and hours is not None:
-        what, saw = "the plan's length is given twice", f"--tokens {tokens} and --hours {hours:g}"
-        raise UserError(Problem(what, saw, "one of the two", "--tokens or --hours"))
-    if hours is not None and not 0 < hours <= MOST_HOURS:
-        raise UserError(
-            Problem("--hours is not valid", f"{hours:g}", f"more than 0, at most {MOST_HOURS:,}", "--hours")
-        )
-    if world is not None and not 1 <= world <= MAX_WORLD:
-        raise UserError(Problem("--world is not valid", str(world), f"1 to {MAX_WORLD:,}", "--world"))
-    return RecipeWish(
-        name=name,
-        num_parameters=parse_option_count(params, "--params", MIN_PARAMETERS, MAX_PARAMETERS),
-        tokens=None if tokens is None else parse_option_count(tokens, "--tokens", 1, MOST_TOKENS),
-        hours=hours,
-        device=device,
-        world=world or (2 if device == "cpu" else 1),  # on a CPU `smoltrain train` starts two ranks
-        path=None if data is None else _absolute_path(data),
-    )
-
-
-def _absolute_path(path: str) -> str:
-    """So that the recipe can be trained from any folder. Errors: UserError for a URL with a secret in it."""
-    if redact_url(path) != path:
-        what, want = "the recipe would hold the secret of a URL", "the URL without it, here"
-        raise UserError(Problem(what, path, want, "--data; and data.path=URL when it is trained"))
-    if path == "":
-        raise UserError(Problem("--data is empty", "''", "a file, folder, glob or URL", "--data"))
-    return path if url_protocol(path) is not None else str(Path(path).expanduser().absolute())
 
 
 # ---- the plan

@@ -2,10 +2,13 @@
 
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from smoltrain.config.load import load_config
+from smoltrain.config.schema import DataSection
 from smoltrain.config.yaml_text import read_yaml
 from smoltrain.new_recipe import render
 from smoltrain.new_recipe.hyperparameters import optimal_num_tokens
@@ -64,3 +67,16 @@ def test_the_plays_are_named_where_no_text_was_given():
 def test_each_reason_of_a_vocabulary_has_words():
     entries = render._tokenizer_entries(make_plan(135_000_000))
     assert "21 %" in entries[1].source
+
+
+def test_each_option_of_the_text_becomes_its_key(tmp_path: Path):
+    hub = DataSection(hub="me/texts", hub_config="en", text_field="body", validation_split="test")
+    own = DataSection(path="/texts", validation_path="s3://bucket/valid.txt")
+    for data in (hub, own):
+        wish = replace(make_wish(2_000_000), data=data)
+        text = replace(study_large_text(wish), validation_share=None)
+        file = tmp_path / "tiny.yaml"
+        file.write_text(render_recipe(plan_recipe(wish, text, 4e7)))
+        assert read_yaml(file)["data"] == {key: getattr(data, key) for key in data.model_fields_set}
+        assert load_config(str(file)).data == data
+    assert "# as given with --validation, from the root: about 12,500,000,000 tokens" in file.read_text()

@@ -1,7 +1,7 @@
-"""What is found out about a text: its amount, the vocabulary that it can teach, what is held out of it."""
+"""The vocabulary that a text can teach, and what is held out of it."""
 
-import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,87 +9,16 @@ import pytest
 from smoltrain.config.schema import DataSection
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
-from smoltrain.errors import UserError
 from smoltrain.new_recipe import text as texts
-from smoltrain.new_recipe.text import (
-    FittedVocabulary,
-    choose_validation_share,
-    fit_vocabulary,
-    largest_by_zipf,
-    sample_text,
-)
+from smoltrain.new_recipe.sample import TextSample, sample_text
+from smoltrain.new_recipe.text import FittedVocabulary, choose_validation_share, fit_vocabulary, largest_by_zipf
 from tests.new_recipe.texts import write_texts
 
 SEPARATOR = "<|endoftext|>"
 
 
-def sample(path: Path) -> texts.TextSample:
+def sample(path: Path) -> TextSample:
     return sample_text(DataSection(path=str(path)))
-
-
-def test_a_small_text_is_read_whole(tmp_path: Path):
-    folder = write_texts(tmp_path / "texts")
-    found = sample(folder)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    assert found.is_whole
-    assert (found.num_bytes, found.total_bytes, found.num_files, len(found.documents)) == (size, size, 20, 20)
-    assert found == sample(folder), "equal files, equal answers"
-
-
-@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
-def test_the_amount_of_a_large_text_is_estimated_from_a_sample(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
-):
-    monkeypatch.setattr(texts, "SAMPLE_BYTES", 60_000)
-    monkeypatch.setattr(texts, "SHARD_BYTES", 15_000)
-    whole = [path.read_text() for path in sorted(write_texts(tmp_path / "own", 30, 100).iterdir())]
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    for i in range(10):
-        records = [json.dumps({"id": 0, "text": f"{i} {text[:500]}"}) for text in whole for _ in range(10)]
-        content = ("\n".join(whole) if suffix == "txt" else "\n".join(records)).encode()
-        (folder / f"{i}.{suffix}").write_bytes(content)
-    found = sample(folder)
-    assert not found.is_whole
-    assert found.num_bytes <= 60_000 + 15_500
-    size = 10 * (len("\n".join(whole)) if suffix == "txt" else 300 * 502)
-    assert found.total_bytes == pytest.approx(size, rel=0.02)
-
-
-def test_where_the_separator_stands_it_parts_documents(tmp_path: Path):
-    path = tmp_path / "stories.txt"
-    path.write_text(f"once upon a time\n{SEPARATOR}\nand then\n{SEPARATOR}\nthe end\n")
-    found = sample(path)
-    assert found.parts_documents
-    assert found.notes == (), "what is done already is no advice"
-    assert [document.text for document in found.documents] == ["once upon a time", "and then", "the end"]
-
-
-def test_a_separator_in_one_of_many_texts_is_prose(tmp_path: Path):
-    folder = write_texts(tmp_path / "texts", 3)
-    (folder / "about.txt").write_text(f"a separator is spelled {SEPARATOR}, as here\n")
-    found = sample(folder)
-    assert not found.parts_documents
-    assert found.notes == (
-        f"{SEPARATOR!r} stands in about.txt: data.documents=separator would cut the documents there",
-    )
-
-
-@pytest.mark.parametrize(
-    ("files", "says"),
-    [
-        ({}, "no file matches: saw nothing at"),
-        ({"a.txt": "", "b.txt": ""}, "the data hold no text: saw none in 2 files, want at least one document"),
-        ({"a.csv": "1,2"}, "no file to read at"),
-    ],
-)
-def test_a_folder_without_text_is_refused(tmp_path: Path, files: dict[str, str], says: str):
-    for name, content in files.items():
-        (tmp_path / name).write_text(content)
-    with pytest.raises(UserError) as error:
-        sample(tmp_path)
-    assert says in str(error.value)
-    assert str(error.value).endswith("change --data")
 
 
 # --- the vocabulary
@@ -116,7 +45,7 @@ def test_the_smallest_of_the_limits_counts(tmp_path: Path):
     found = sample(write_texts(tmp_path / "texts"))
     by_text = fit_vocabulary(found, 49152, SEPARATOR)
     assert (by_text.size, by_text.reason) == (257, "the text"), "its 30,000 tokens can teach no merge"
-    many = texts.replace(found, total_bytes=1e12, is_whole=False)
+    many = replace(found, total_bytes=1e12, is_whole=False)
     by_model = fit_vocabulary(many, 1000, SEPARATOR)
     assert (by_model.size, by_model.reason) == (960, "the model")
     assert by_model.text_tokens == pytest.approx(1e12 / by_model.bytes_per_token)

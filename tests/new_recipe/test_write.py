@@ -1,5 +1,7 @@
 """The verb: a recipe that loads, checks and says the truth of itself, for each size; mistakes in one line."""
 
+import json
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -9,12 +11,14 @@ import pytest
 
 from smoltrain.cli import main
 from smoltrain.config.load import load_config
-from smoltrain.config.schema import Config
+from smoltrain.config.schema import Config, DataSection
 from smoltrain.model.build import build_model, count_parameters
 from smoltrain.new_recipe import write
-from smoltrain.new_recipe.plan import RecipeWish, StudiedText
+from smoltrain.new_recipe.plan import StudiedText
+from smoltrain.new_recipe.wish import RecipeWish
 from smoltrain.training.preflight import check_recipe
 from tests import launches
+from tests.hub import Hub, Repo
 from tests.new_recipe.texts import study_large_text, write_texts
 
 Run = Callable[..., tuple[int | str | None, str, str]]
@@ -144,6 +148,17 @@ def test_what_does_not_fit_is_said(run: Run, monkeypatch: pytest.MonkeyPatch):
         (("tiny", "--params", "2M", "--data", ""), "--data is empty"),
         (("tiny", "--params", "2M", "--data", "https://a.b/c.txt?sig=SECRET"), "would hold the secret of a URL"),
         (("tiny", "--params", "2M", "--data", "empty"), "no file matches"),
+        (("tiny", "--params", "2M", "--hub", "me/" + 300 * "a"), "data.hub is not valid: saw"),
+        (("tiny", "--params", "2M", "--data", "texts", "--hub", "me/it"), "the text is given twice: saw --data texts"),
+        (("tiny", "--params", "2M", "--hub", ""), "--hub is empty: saw '', want OWNER/NAME of a dataset; change --hub"),
+        (("tiny", "--params", "2M", "--data", "texts", "--hub-config", "en"), "--hub-config says of which text?: saw"),
+        (("tiny", "--params", "2M", "--text-field", "body"), "want --data or --hub beside it; change --data or --hub"),
+        (("tiny", "--params", "2M", "--validation", "texts"), "--validation says of which text?"),
+        (("tiny", "--params", "2M", "--data", "texts", "--validation", "nowhere"), "change --validation"),
+        (
+            ("tiny", "--params", "2M", "--data", "texts", "--validation", "https://a.b/c.txt?sig=SECRET"),
+            "; change --validation; and data.validation_path=URL when it is trained",
+        ),
         (("tiny", "--params", "2M", "--data", "texts", "--world", "4096"), "the text is too short to train on"),
     ],
 )
@@ -177,6 +192,41 @@ def test_a_device_that_there_is_not(run: Run):
     code, _, err = run("tiny", "--params", "2M", device="h1000")
     assert code == 2
     assert "no such device: saw 'h1000', want 'h100' (the nearest valid one); change --device" in err
+
+
+# --- from the Hub
+
+
+@pytest.mark.slow  # the clients of the Hub read its address when they are imported, so in a process of their own
+def test_a_dataset_of_the_hub(tmp_path: Path):
+    stories = [f"Story {i} is about the number {i * i}, and nobody knows why. " * (i % 7 + 3) for i in range(2000)]
+    files = {"train-0.jsonl": to_jsonl(stories), "validation.jsonl": to_jsonl(stories[:50])}
+    with Hub([Repo("me/stories", files, kind="datasets")]) as hub:
+        own = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        environment = own | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "cache")}
+        words = ["new", "tiny", "--params", "2M", "--hub", "me/stories", "--text-field", "story", "--device", "h100"]
+
+        def run(*more: str) -> subprocess.CompletedProcess[str]:
+            command = [str(launches.BIN / "smoltrain"), *words, *more]
+            return subprocess.run(
+                command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+            )
+
+        refused = run("--validation", "valid")
+        done = run("--validation", "validation")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        "error: the dataset me/stories has no such split: saw 'valid', want 'validation' (the nearest valid one); "
+        "change --hub, --hub-config or --validation\n"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    data = load_config(str(tmp_path / "tiny.yaml")).data
+    assert data == DataSection(hub="me/stories", text_field="story", validation_split="validation")
+    assert "tokens of the Hub's me/stories" in (tmp_path / "tiny.yaml").read_text()
+
+
+def to_jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"story": text}) + "\n" for text in texts).encode()
 
 
 # --- trained as written

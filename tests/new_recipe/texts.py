@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
-from smoltrain.new_recipe.plan import RecipeWish, StudiedText
+from smoltrain.config.schema import DataSection
+from smoltrain.new_recipe.plan import StudiedText
+from smoltrain.new_recipe.sample import TextSample
 from smoltrain.new_recipe.shape import choose_decoder_shape, largest_table
-from smoltrain.new_recipe.text import MOST_IDS, FittedVocabulary, TextSample
+from smoltrain.new_recipe.text import MOST_IDS, FittedVocabulary
+from smoltrain.new_recipe.wish import PLAYS, RecipeWish
 
 TEXT = "the king and his daughter went down to the river where a boat lay in the reeds and nobody spoke of it"
 WORDS = TEXT.split()
@@ -28,7 +31,7 @@ def study_large_text(wish: RecipeWish) -> StudiedText:
     size = min(MOST_IDS, largest_table(wish.num_parameters)) // 64 * 64
     sample = TextSample(
         documents=(), total_bytes=1e13, is_whole=False, num_files=1000, file_bytes=1e13, notes=(),
-        parts_documents=False, all_fields=True,
+        parts_documents=False, all_fields=True, held_out_bytes=None,
     )  # fmt: skip
     vocabulary = FittedVocabulary(size, "the model", bytes_per_token=4.0, text_tokens=2.5e12)
     shape = choose_decoder_shape(wish.num_parameters, size)
@@ -37,4 +40,5 @@ def study_large_text(wish: RecipeWish) -> StudiedText:
 
 def make_wish(params: int, *, tokens: int | None = None, world: int = 1, path: str | None = "/texts") -> RecipeWish:
     """A wish without hours."""
-    return RecipeWish("tiny", params, tokens, None, "h100", world, path)
+    data = PLAYS if path is None else DataSection(path=path)
+    return RecipeWish("tiny", params, tokens, None, "h100", world, data)

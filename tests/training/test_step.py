@@ -15,6 +15,7 @@ from smoltrain.errors import TrainingStopped
 from smoltrain.run.run_folder import SPIKES_FILE
 from smoltrain.schedule import Plan
 from smoltrain.training.spikes import read_spikes
+from smoltrain.training.taken_rows import WAIT_S
 from tests import tiny
 from tests.collective_bytes import CollectiveBytes
 from tests.engines import fresh_model, loader_of, masked_engine, whole_state
@@ -198,24 +199,32 @@ def test_rows_that_were_spent_before_a_stop_are_not_lost_to_the_ledger(tmp_path:
 
 def stop_while_data_are_out_of_reach(settings: Config, asked: int) -> dict[str, Any]:
     """A step whose rows never come on any rank, and a stop on rank 1 alone at the so manieth time it is asked for."""
-    wrapped, here, times = engine_for(settings, "fp32"), world(), []
+    wrapped, here = engine_for(settings, "fp32"), world()
     loader = loader_of(settings, here.rank, here.size)
     before = wrapped.weights(keep=True)
+    looks_s: list[float] = []
+    looks_when_stopped: list[int] = []
+    questions = 0
 
     def never(timeout_s: float) -> bool:
+        looks_s.append(timeout_s)
         time.sleep(timeout_s)
         return False
 
     def is_asked() -> bool:
-        times.append(time.monotonic())
-        return here.rank == 1 and len(times) >= asked
+        nonlocal questions
+        questions += 1
+        if here.rank == 0 or questions < asked:
+            return False
+        looks_when_stopped.append(len(looks_s))
+        return True
 
     loader.wait_until_ready = never
     session = bare_session(settings, wrapped, loader, stop=is_asked)
-    began = time.monotonic()
     [result] = train_steps(range(1, 2), session)
     return {
-        "seconds": time.monotonic() - began, "stopped": result.stopped, "waited": result.waited_for_data,
+        "looks_s": looks_s, "looks_when_stopped": looks_when_stopped,
+        "stopped": result.stopped, "waited": result.waited_for_data,
         "unmoved": all(torch.equal(w, before[name]) for name, w in wrapped.weights(keep=True).items()),
     }  # fmt: skip
 
@@ -223,12 +232,13 @@ def stop_while_data_are_out_of_reach(settings: Config, asked: int) -> dict[str, 
 def test_a_stop_never_waits_for_data(tmp_path: Path, ranks: Any) -> None:
     """Neither one that was there before the step, nor one that comes to a single rank while all of them wait."""
     settings = prepared(tmp_path)
-    for seen in ranks(2).run(stop_while_data_are_out_of_reach, settings, 1):
-        assert (seen["stopped"], seen["unmoved"], seen["waited"]) == (True, True, False)
-        assert seen["seconds"] < 1.0 + 1.0, "the other rank looks for WAIT_S at most"
-    for seen in ranks(2).run(stop_while_data_are_out_of_reach, settings, 9):
-        assert (seen["stopped"], seen["unmoved"], seen["waited"]) == (True, True, True)
-        assert seen["seconds"] < 1.0 + 1.0 + 1.0
+    for asked in (1, 9):
+        other, stopping = ranks(2).run(stop_while_data_are_out_of_reach, settings, asked)
+        for seen in (other, stopping):
+            assert (seen["stopped"], seen["unmoved"], seen["waited"]) == (True, True, asked == 9)
+        assert set(stopping["looks_when_stopped"]) == {len(stopping["looks_s"])}, "it does not look again"
+        if asked == 1:
+            assert sum(other["looks_s"]) <= WAIT_S, "once, until the ranks tell each other how they stand"
 
 
 # ---- how often the ranks talk

@@ -56,6 +56,11 @@ def read_parquet_records(
         raise BrokenFile(Problem(what, exception_message(error), want, shard.place)) from None
 
 
+def count_parquet_rows(file: BinaryIO) -> int:
+    """Those of all row groups, as the file's footer tells. The file stays open."""
+    return int(pq.read_metadata(file).num_rows)
+
+
 def _check_text_column(schema: pa.Schema, text_field: str, place: str) -> None:
     """Errors: UserError unless exactly one column has that name, and holds text."""
     change = f"data.text_field, or {place}"

@@ -16,7 +16,7 @@ from smoltrain.config.schema import SourceSection
 from smoltrain.data.documents.decompress import COMPRESSIONS, open_decompressed
 from smoltrain.data.documents.magic_bytes import MAX_POINTER_BYTES, detect_pointer
 from smoltrain.data.documents.read_jsonl import read_jsonl_records
-from smoltrain.data.documents.read_parquet import read_parquet_records
+from smoltrain.data.documents.read_parquet import count_parquet_rows, read_parquet_records
 from smoltrain.data.documents.read_text import read_text_records
 from smoltrain.data.documents.records import BadRecord, EmptyFileError, Record
 from smoltrain.data.documents.shard import Shard, open_shard, report_unreadable
@@ -33,6 +33,7 @@ class Format:
 
     read: Reader
     has_fields: bool  # a document is the text_field of a record; else it is the file, or a part of it
+    count: Callable[[BinaryIO], int] | None = None  # how many records there are, where the file itself says so
     may_be_compressed: bool = True  # a suffix of COMPRESSIONS may stand behind its own
 
 
@@ -42,7 +43,9 @@ FORMATS: dict[str, Format] = {
     ".jsonl": Format(read_jsonl_records, has_fields=True),
     ".json": Format(read_jsonl_records, has_fields=True),
     ".ndjson": Format(read_jsonl_records, has_fields=True),
-    ".parquet": Format(read_parquet_records, has_fields=True, may_be_compressed=False),  # it compresses its own columns
+    ".parquet": Format(  # it compresses its own columns
+        read_parquet_records, has_fields=True, count=count_parquet_rows, may_be_compressed=False
+    ),
 }
 
 
@@ -63,6 +66,12 @@ def has_fields(name: str) -> bool:
     """Whether the records of a file of that name have fields, one of which is the text."""
     found = find_format(name)
     return found is not None and found.has_fields
+
+
+def count_records(shard: Shard, file: BinaryIO) -> int | None:
+    """How many records an open file has; None where only who reads all of it knows."""
+    found = find_format(shard.name)
+    return found.count(file) if found is not None and found.count is not None else None
 
 
 def strip_compression(name: str) -> str:

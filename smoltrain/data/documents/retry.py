@@ -94,8 +94,7 @@ def read_records_with_retry(
         return
 
     def open_remote(shard: Shard) -> BinaryIO:
-        transport = _Backoff(shard, data.patience_s, health)  # for bytes that do not arrive
-        return io.BufferedReader(_RemoteFile(shard, transport, health), BLOCK)
+        return open_with_retry(shard, data, health)
 
     content = _Backoff(shard, data.patience_s, health)  # for bytes that arrive, and make no sense
     while True:
@@ -111,6 +110,14 @@ def read_records_with_retry(
             content.wait_or_raise(error, time.monotonic())
         finally:
             records.close()
+
+
+def open_with_retry(shard: Shard, data: DataSection, health: ReaderHealth) -> BinaryIO:
+    """As `open_shard`; bytes that do not arrive over a network are asked for again, for up to data.patience_s."""
+    if shard.is_local:
+        return open_shard(shard)
+    backoff = _Backoff(shard, data.patience_s, health)
+    return io.BufferedReader(_RemoteFile(shard, backoff, health), BLOCK)
 
 
 @contextlib.contextmanager
