@@ -22,7 +22,7 @@ from smoltrain.errors import Problem, UserError
 from smoltrain.new_recipe.wish import option_of_key
 
 SAMPLE_BYTES = 8 * 2**20  # of text
-SHARD_BYTES = 2**20  # of text out of one file, unless all files are read whole
+SHARD_BYTES = 2**20  # of text out of one of many files
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,14 @@ class _Sample:
 
 
 def _read_sample(part: MixedSource, data: DataSection, shards: Sequence[Shard], option: str) -> _Sample:
-    """Documents up to SAMPLE_BYTES, of each file at most about SHARD_BYTES, unless all files are read whole.
+    """Documents up to SAMPLE_BYTES, of each of many files at most about SHARD_BYTES, unless all are read whole.
 
     Files are taken in an order that has nothing to do with their names' order, so that the sample is like the whole.
     Errors: UserError if a file cannot be read, or no file holds any text; it is to be changed at the option.
     """
     file_bytes = _count_file_bytes(shards)
-    most = math.inf if file_bytes <= SAMPLE_BYTES else SHARD_BYTES
+    of_each = max(SHARD_BYTES, SAMPLE_BYTES // len(shards))
+    most = math.inf if file_bytes <= SAMPLE_BYTES else of_each
     documents: list[Document] = []
     text_bytes = 0
     read_bytes = 0.0  # of the files

@@ -258,17 +258,20 @@ class _PartialFile:
 
     def write(self, array: np.ndarray | np.generic) -> None:
         raw = array.tobytes()
-        self._file.write(raw)
+        with files.name_file(self._final):
+            self._file.write(raw)
         self._sha256.update(raw)
         self.size += len(raw)
 
     def commit(self) -> dict[str, IndexFile]:
-        self._file.close()
-        files.commit_file(self._partial, self._final)
+        with files.name_file(self._final):
+            self._file.close()  # which writes what is buffered
+            files.commit_file(self._partial, self._final)
         return {self._final.name: IndexFile(bytes=self.size, sha256=self._sha256.hexdigest())}
 
     def discard(self) -> None:
-        self._file.close()
+        with files.name_file(self._final):
+            self._file.close()
         self._partial.unlink(missing_ok=True)
 
 
