@@ -32,10 +32,16 @@ class MeasuredRun:
 
 
 def measurement_overrides(config: Config, steps: int, folder: Path) -> list[str]:
-    """Overrides by which its recipe trains so many steps of its first phase in a folder, and does nothing beside."""
+    """Overrides by which its recipe trains so many steps of its first phase in a folder, and does nothing beside.
+
+    From fresh weights: a run that goes on from another one would begin behind these steps. They come behind the words
+    of a command line, which may give the phase another length in tokens or epochs.
+    """
     phase = config.phases[0]
     return [
         f"run.name={RUN_NAME}", f"run.folder={folder}", f"run.stop_after={phase.name}",
+        "init.from=null", "init.load=weights",
+        f"phases.{phase.name}.tokens=null", f"phases.{phase.name}.epochs=null",
         f"phases.{phase.name}.steps={steps}", f"phases.{phase.name}.warmup_steps=0",
         f"phases.{phase.name}.decay_steps={steps if phase.decay_steps else 0}", "evaluate.every=0",
         "evaluate.tasks_every=0", "evaluate.memorisation_every=0", "sample.every=0", "checkpoint.every=0",

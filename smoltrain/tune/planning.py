@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
+from smoltrain.checkpoint.manifest import step_folder
 from smoltrain.config.keys import find_full_keys
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import MAX_SEED, Config, PhaseSection
 from smoltrain.distributed.world import choose_device
 from smoltrain.errors import Problem, UserError
 from smoltrain.estimate.horizon import resolve_config
+from smoltrain.inference.find_run import is_huggingface_folder, locate_run
 from smoltrain.launch.supervisor import choose_num_ranks
 from smoltrain.schedule import count_planned_steps
 from smoltrain.terminal import show_activity
@@ -42,9 +44,9 @@ class Tuning:
     scales_final_lr: bool
 
     @property
-    def steps(self) -> int:
-        """Of each run."""
-        return self.trials[0].steps
+    def steps(self) -> tuple[int, ...]:
+        """Of the runs, the fewest first: several where a phase in tokens meets settings that differ in their rows."""
+        return tuple(sorted({trial.steps for trial in self.trials}))
 
     @property
     def folder(self) -> Path:
@@ -57,7 +59,7 @@ def plan_tuning(
 ) -> Tuning:
     """Read and check everything. Errors: UserError."""
     base_words = [word for word in words if not is_axis_word(word)]
-    base = load_config(recipe, [*QUIET_WORDS, *base_words])
+    base = _name_source_folder(load_config(recipe, [*QUIET_WORDS, *base_words]))
     first = base.phases[0]
     axes = _read_axes([word for word in words if is_axis_word(word)], lr, base)
     points = list_points(axes, num_seeds)
@@ -111,12 +113,30 @@ def _load_points(recipe: str, base_words: list[str], points: Sequence[GridPoint]
     problems: dict[str, Problem] = {}
     for point in points:
         try:
-            configs.append(load_config(recipe, [*QUIET_WORDS, *base_words, *point.words]))
+            configs.append(_name_source_folder(load_config(recipe, [*QUIET_WORDS, *base_words, *point.words])))
         except UserError as error:
             problems |= {f"{problem.what} {problem.saw}": problem for problem in error.problems}
     if problems:
         raise UserError(*problems.values())
     return configs
+
+
+def _name_source_folder(config: Config) -> Config:
+    """The config with a run in init.from as its folder: from where the runs of a grid live, its name means none.
+
+    Errors: UserError for a run that is not there, and for one that is to be gone on with behind its last step.
+    """
+    source = config.init.source
+    if source is None:
+        return config
+    if config.init.load == "all":
+        want = "weights, or no init.from"
+        raise UserError(Problem("the runs of a grid begin at their first step", "init.load=all", want, "init.load"))
+    if is_huggingface_folder(Path(source)):
+        return config
+    run, step = locate_run(source, config.run.folder, "init.from")
+    folder = run if step is None else step_folder(run / "checkpoints", step)
+    return config.model_copy(update={"init": config.init.model_copy(update={"source": str(folder)})})
 
 
 def _expand_keys(words: Sequence[str], base: Config) -> list[str]:

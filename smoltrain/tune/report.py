@@ -26,7 +26,8 @@ class TuneReport:
 
     axes: tuple[Axis, ...]
     seeds: tuple[int, ...]
-    steps: int  # of each run
+    steps: tuple[int, ...]  # of the runs, the fewest first
+    phase_steps: int  # that the recipe's own rows make of what each run trains
     planned_steps: int | None  # of the recipe's whole plan; None where nobody has counted them
     settings: list[Setting]  # sorted
     comparisons: list[Comparison]  # of the others with the first of these
@@ -50,24 +51,29 @@ def build_settings_table(report: TuneReport) -> Table:
     table.add_column("loss", justify="right")
     if len(report.seeds) > 1:
         table.add_column("spread", justify="right")
+    if len(report.steps) > 1:
+        table.add_column("steps", justify="right")
     table.add_column("tokens/s", justify="right")
     for setting in report.settings:
         values = [value for _, value in setting.point.settings]
         if setting.point == report.recipes_own:
             values[-1] += " *"
-        table.add_row(*values, *_format_numbers(setting, len(report.seeds)))
+        table.add_row(*values, *_format_numbers(setting, report))
     return table
 
 
-def _format_numbers(setting: Setting, num_seeds: int) -> list[str]:
+def _format_numbers(setting: Setting, report: TuneReport) -> list[str]:
+    num_seeds = len(report.seeds)
     loss = f"{setting.loss:.4f}"
     if setting.diverged_at:
         loss = _describe_divergence(setting, num_seeds)
     speed = "" if math.isnan(setting.tokens_per_s) else f"{setting.tokens_per_s:,.0f}"
-    if num_seeds == 1:
-        return [loss, speed]
-    spread = "" if setting.spread is None or setting.diverged_at else f"{setting.spread:.4f}"
-    return [loss, spread, speed]
+    cells = [loss]
+    if num_seeds > 1:
+        cells.append("" if setting.spread is None or setting.diverged_at else f"{setting.spread:.4f}")
+    if len(report.steps) > 1:
+        cells.append(f"{setting.steps:,}")
+    return [*cells, speed]
 
 
 def _describe_divergence(setting: Setting, num_seeds: int) -> str:
@@ -78,12 +84,18 @@ def _describe_divergence(setting: Setting, num_seeds: int) -> str:
 
 def describe_loss_column(report: TuneReport) -> str:
     """What stands in the table."""
-    text = f"validation loss after {report.steps:,} steps, nats per token; the best first"
+    text = f"validation loss after {format_steps(report.steps)}, nats per token; the best first"
     if len(report.seeds) > 1:
         text += f"; mean of {len(report.seeds)} seeds, and the largest less the smallest of them"
     if report.recipes_own:
         text += "; * is the recipe as it stands"
     return text
+
+
+def format_steps(steps: Sequence[int]) -> str:
+    """100 steps, or 50 to 100 steps: of the runs, the fewest first."""
+    fewest = "" if len(steps) == 1 else f"{steps[0]:,} to "
+    return f"{fewest}{steps[-1]:,} steps"
 
 
 def list_verdicts(report: TuneReport) -> Iterator[str]:
@@ -98,11 +110,11 @@ def list_verdicts(report: TuneReport) -> Iterator[str]:
     for edge in report.edges:
         yield _describe_edge(edge)
     yield from _describe_certainty(report.comparisons)
-    if is_much_shorter(report.steps, report.planned_steps):
-        share = report.steps / (report.planned_steps or 1)
+    if is_much_shorter(report.phase_steps, report.planned_steps):
+        share = report.phase_steps / (report.planned_steps or 1)
         yield (
-            f"WARNING: {report.steps:,} steps are {share:.0%} of the plan's {report.planned_steps:,}, and the best "
-            "rate depends on how long a run is: that of a longer one is lower as a rule (Bjorck et al. 2024)"
+            f"WARNING: {report.phase_steps:,} steps are {share:.0%} of the plan's {report.planned_steps:,}, and the "
+            "best rate depends on how long a run is: that of a longer one is lower as a rule (Bjorck et al. 2024)"
         )
     tuned = {axis.key.rpartition(".")[2] for axis in report.axes if axis.key.startswith("phases.")}
     for phase in report.later_phases:
@@ -157,10 +169,11 @@ def report_to_json(report: TuneReport) -> dict[str, Any]:
                 "losses": {str(seed): loss for seed, loss in setting.losses.items()},
                 "diverged_at": {str(seed): step for seed, step in setting.diverged_at.items()},
                 "tokens_per_s": _number(setting.tokens_per_s),
+                "steps": setting.steps,
             }
         )
     return {
-        "steps": report.steps,
+        "steps": report.steps[0] if len(report.steps) == 1 else None,
         "planned_steps": report.planned_steps,
         "seeds": list(report.seeds),
         "best": list(report.best.point.words) if report.best else None,

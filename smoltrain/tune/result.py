@@ -22,6 +22,7 @@ class Setting:
     losses: dict[int, float]  # by seed, of the runs that did not diverge
     diverged_at: dict[int, int]  # by seed, the step
     tokens_per_s: float  # mean of the runs; NaN where no step was trained
+    steps: int  # of each of its runs
 
     @property
     def loss(self) -> float:

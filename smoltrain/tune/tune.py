@@ -24,6 +24,7 @@ from smoltrain.tune.report import (
     build_settings_table,
     choose_drawn_axis,
     describe_loss_column,
+    format_steps,
     list_verdicts,
     make_curves,
     report_to_json,
@@ -68,8 +69,12 @@ def say_plan(tuning: Tuning) -> None:
     done = f", {num_done} of them trained before" if num_done else ""
     screen.say_choice("runs", f"{' x '.join(factors)} = {len(tuning.trials)}, one after another{done}")
     others = tuple(phase.name for phase in tuning.base.phases[1:])
-    short_phase = tuning.trials[0].config.phases[0]
-    screen.say_choice("plan of each", describe_short_plan(tuning.phase, short_phase, others))
+    if len(tuning.steps) > 1:
+        told = f"{format_steps(tuning.steps)} of phase {tuning.phase.name}, as many tokens in each run"
+        screen.say_choice("plans", told + (f"; without {', '.join(others)}" if others else ""))
+    else:
+        short_phase = tuning.trials[0].config.phases[0]
+        screen.say_choice("plan of each", describe_short_plan(tuning.phase, short_phase, others))
     if tuning.scales_final_lr:
         screen.say_choice("final_lr", "moves with --lr, so that the schedule keeps its shape")
     if left:
@@ -83,9 +88,9 @@ def _estimate_time(left: Sequence[Trial], tuning: Tuning) -> str:
     """How long the steps of these runs will take together, in words: as long as those of runs that are done, if any."""
     runs = f"{len(left)} run{'s' * (len(left) > 1)}"
     ranks = f"{tuning.num_ranks} rank{'s' * (tuning.num_ranks > 1)}"
-    measured = _measure_step_s(tuning)
+    measured = _measure_token_s(tuning)
     if measured is not None:
-        total_s = len(left) * tuning.steps * measured
+        total_s = sum(trial.steps * _count_step_tokens(trial, tuning) for trial in left) * measured
         return f"about {format_seconds(total_s)} for the steps of {runs} (as those before), and the starts"
     name = "cpu"
     if tuning.device.type != "cpu":
@@ -104,15 +109,17 @@ def _estimate_time(left: Sequence[Trial], tuning: Tuning) -> str:
     return f"about {format_seconds(total_s)} for the steps of {runs} on {ranks} (estimated), and the starts"
 
 
-def _measure_step_s(tuning: Tuning) -> float | None:
-    """Mean seconds of a step of the runs that are done; None if there are none."""
-    seconds: list[float] = []
-    for trial in tuning.trials:
-        outcome = read_outcome(trial)
-        if outcome is not None and outcome.tokens_per_s > 0:
-            batch = trial.config.batch
-            seconds.append(batch.rows(tuning.num_ranks) * batch.sequence_length / outcome.tokens_per_s)
+def _measure_token_s(tuning: Tuning) -> float | None:
+    """Mean seconds of a target in the runs that are done, whose steps may have other rows; None if there are none."""
+    speeds = [outcome.tokens_per_s for outcome in map(read_outcome, tuning.trials) if outcome is not None]
+    seconds = [1 / speed for speed in speeds if speed > 0]  # not of nan
     return mean(seconds) if seconds else None
+
+
+def _count_step_tokens(trial: Trial, tuning: Tuning) -> int:
+    """Targets of a step, all ranks."""
+    batch = trial.config.batch
+    return batch.rows(tuning.num_ranks) * batch.sequence_length
 
 
 # ---- after
@@ -134,9 +141,10 @@ def make_report(tuning: Tuning, outcomes: Sequence[Outcome]) -> TuneReport:
 
     edges = [] if settings[0].diverged_at else find_edges(settings[0].point, tuning.axes, is_valid)
     return TuneReport(
-        axes=tuning.axes, seeds=tuning.seeds, steps=tuning.steps, planned_steps=tuning.planned_steps, settings=settings,
-        comparisons=compare_with_best(settings), edges=edges, recipes_own=tuning.recipes_own,
-        later_phases=tuning.base.phases[1:], rows_note=_describe_rows(tuning, outcomes),
+        axes=tuning.axes, seeds=tuning.seeds, steps=tuning.steps,
+        phase_steps=tuning.steps[0] if len(tuning.steps) == 1 else tuning.phase.num_steps,
+        planned_steps=tuning.planned_steps, settings=settings, comparisons=compare_with_best(settings), edges=edges,
+        recipes_own=tuning.recipes_own, later_phases=tuning.base.phases[1:], rows_note=_describe_rows(tuning, outcomes),
     )  # fmt: skip
 
 
@@ -150,7 +158,7 @@ def gather_settings(trials: Sequence[Trial], outcomes: Sequence[Outcome]) -> lis
         losses = {trial.seed: outcome.loss for trial, outcome in runs if outcome.diverged_at is None}
         diverged = {trial.seed: outcome.diverged_at for trial, outcome in runs if outcome.diverged_at is not None}
         speed = sum(outcome.tokens_per_s for _, outcome in runs) / len(runs)
-        settings.append(Setting(point, losses, diverged, speed))
+        settings.append(Setting(point, losses, diverged, speed, runs[0][0].steps))
     return settings
 
 
@@ -158,6 +166,9 @@ def _describe_rows(tuning: Tuning, outcomes: Sequence[Outcome]) -> str:
     """Whether the runs of a seed trained on the same rows, by their ledgers."""
     if len(tuning.rows_per_step) > 1:
         counts = " to ".join(f"{count:,}" for count in (min(tuning.rows_per_step), max(tuning.rows_per_step)))
+        if len(tuning.steps) > 1:
+            steps = format_steps(tuning.steps)
+            return f"a step has {counts} rows, so the losses are after equal tokens, up to a step, in {steps}"
         return f"WARNING: a step has {counts} rows, so the losses are after equal steps, not after equal tokens"
     pairs = find_other_rows(tuning.trials, outcomes)
     if pairs:
@@ -167,7 +178,8 @@ def _describe_rows(tuning: Tuning, outcomes: Sequence[Outcome]) -> str:
             f"{one.folder} and {other.folder}; have the data changed meanwhile?"
         )
     [rows] = tuning.rows_per_step
-    return f"all runs of a seed trained on the same {rows * tuning.steps:,} rows in the same order (by their ledgers)"
+    [steps] = tuning.steps
+    return f"all runs of a seed trained on the same {rows * steps:,} rows in the same order (by their ledgers)"
 
 
 def say_report(report: TuneReport) -> None:
@@ -190,6 +202,6 @@ def write_report(tuning: Tuning, report: TuneReport) -> list[Path]:
     files.write_json_file(tuning.folder / RESULTS_FILE, tree)
     curves, ticks = make_curves(report)
     axis = tuning.axes[choose_drawn_axis(tuning.axes)]
-    title = f"{tuning.base.run.name}, {tuning.steps:,} steps"
+    title = f"{tuning.base.run.name}, {format_steps(tuning.steps)}"
     draw_grid(curves, axis.key, ticks, title, tuning.folder / PICTURE_FILE)
     return [tuning.folder / RESULTS_FILE, tuning.folder / PICTURE_FILE]

@@ -30,3 +30,19 @@ def test_what_is_measured_is_one_phase_and_nothing_beside(tmp_path: Path):
     assert (measured.run.stop_after, measured.phases[0].steps) == (config.phases[0].name, 20)
     assert (measured.evaluate.every, measured.sample.every, measured.checkpoint.every) == (0, 0, 0)
     assert (measured.track.gradients_every, measured.track.to) == (0, ())
+
+
+@pytest.mark.parametrize("length", ["phases.main.tokens=1000000", "phases.main.epochs=2", "phases.main.steps=70"])
+def test_another_length_of_the_phase_on_the_command_line_gives_way(tmp_path: Path, length: str):
+    config = load_config("quickstart", [length])
+    measured = load_config("quickstart", [length, *measurement_overrides(config, 20, tmp_path)])
+    assert measured.phases[0].horizon == {"steps": 20}
+
+
+@pytest.mark.parametrize("load", ["weights", "all"])
+def test_what_is_measured_begins_with_fresh_weights(tmp_path: Path, load: str):
+    """By its name a run is not found from the temporary folder, and one that is gone on with has done these steps."""
+    words = ["init.from=another", f"init.load={load}"]
+    config = load_config("quickstart", words)
+    measured = load_config("quickstart", [*words, *measurement_overrides(config, 20, tmp_path)])
+    assert (measured.init.source, measured.init.load) == (None, "weights")

@@ -33,7 +33,7 @@ def test_the_grid_of_all_axes_with_each_seed(tmp_path: Path):
     assert third.phases[0].lr == 1e-3
     assert third.phases[0].final_lr == pytest.approx(1e-3 * 5e-4 / 3e-3, rel=1e-5)
     assert (third.phases[0].steps, third.phases[0].warmup_steps) == (6, 2)  # of 8 and 2
-    assert (tuning.planned_steps, tuning.rows_per_step, tuning.steps) == (12, {4}, 6)
+    assert (tuning.planned_steps, tuning.rows_per_step, tuning.steps) == (12, {4}, (6,))
     assert len({trial.folder for trial in tuning.trials}) == 8
     assert not (tmp_path / "runs").exists(), "nothing is written"
 
@@ -83,7 +83,24 @@ def test_tokens_are_shared_where_they_are_cached(tmp_path: Path):
 
 
 def test_settings_may_differ_in_the_rows_of_a_step(tmp_path: Path):
-    assert plan(tmp_path, "batch.accumulation=1,2", lr=None).rows_per_step == {2, 4}
+    tuning = plan(tmp_path, "batch.accumulation=1,2", lr=None)
+    assert (tuning.rows_per_step, tuning.steps) == ({2, 4}, (6,))
+    tokens = ("phases.main.steps=null", "phases.main.tokens=1000")  # of 2 or 4 rows x 16 tokens
+    tuning = plan(tmp_path, *tokens, "batch.accumulation=1,2", lr=None, steps=None)
+    assert (tuning.rows_per_step, tuning.steps, tuning.phase.steps) == ({2, 4}, (16, 32), 16)
+
+
+def test_the_weights_to_begin_with_are_named_by_their_folder(tmp_path: Path):
+    """The runs of a grid live in a folder of their own, in which the name of a run means none."""
+    tiny.enter_run_folder(tiny.load(tmp_path, "run.name=first"), 1, 0)
+    for source in ("first", "first/checkpoints/step-00000007"):
+        tuning = plan(tmp_path, f"init.from={source}")
+        assert {trial.config.init.source for trial in tuning.trials} == {str(tmp_path / "runs" / source)}
+        assert tuning.recipes_own == tuning.trials[1].point
+    with pytest.raises(UserError, match=r"no such run: saw 'second', want .*first.*; change init.from"):
+        plan(tmp_path, "init.from=first,second", lr=None)
+    with pytest.raises(UserError, match=r"the runs of a grid begin at their first step: saw init.load=all"):
+        plan(tmp_path, "init.from=first", "init.load=all")
 
 
 @pytest.mark.parametrize(

@@ -27,15 +27,15 @@ CONTINUATION = PhaseSection(name="continuation", steps=50, lr=2e-4)
 
 def setting(kind: str, lr: str, *losses: float, diverged: dict[int, int] | None = None) -> Setting:
     point = GridPoint((("optimizer.kind", kind), ("phases.main.lr", lr)), (f"optimizer.kind={kind}", f"lr={lr}"))
-    return Setting(point, dict(enumerate(losses, 5)), diverged or {}, 1234.5)
+    return Setting(point, dict(enumerate(losses, 5)), diverged or {}, 1234.5, 100)
 
 
 def report(*settings: Setting, seeds: int = 2, **more: Any) -> TuneReport:
     rows = sort_settings(settings)
     values: dict[str, Any] = {
-        "axes": (KIND, LR), "seeds": tuple(range(5, 5 + seeds)), "steps": 100, "planned_steps": 150, "settings": rows,
-        "comparisons": compare_with_best(rows), "edges": [], "recipes_own": None, "later_phases": (),
-        "rows_note": "the same rows",
+        "axes": (KIND, LR), "seeds": tuple(range(5, 5 + seeds)), "steps": (100,), "phase_steps": 100,
+        "planned_steps": 150, "settings": rows, "comparisons": compare_with_best(rows), "edges": [],
+        "recipes_own": None, "later_phases": (), "rows_note": "the same rows",
     }  # fmt: skip
     return TuneReport(**values | more)
 
@@ -182,6 +182,6 @@ def test_there_is_a_curve_for_each_combination_of_the_other_axes():
 
 def test_words_lie_along_the_picture_in_order():
     point = GridPoint((("optimizer.kind", "muon"),), ())
-    told = report(Setting(point, {5: 4.5}, {}, 1.0), axes=(KIND,), seeds=1)
+    told = report(Setting(point, {5: 4.5}, {}, 1.0, 100), axes=(KIND,), seeds=1)
     assert make_curves(told)[1] == {0.0: "adamw", 1.0: "muon"}
     assert make_curves(told)[0][0].means == [(1.0, 4.5)]

@@ -20,7 +20,7 @@ from smoltrain.tune.result import (
 
 def setting(value: str, *losses: float, diverged: dict[int, int] | None = None) -> Setting:
     point = GridPoint((("phases.main.lr", value),), (f"phases.main.lr={value}",))
-    return Setting(point, dict(enumerate(losses)), diverged or {}, 100.0)
+    return Setting(point, dict(enumerate(losses)), diverged or {}, 100.0, 30)
 
 
 def values(settings: list[Setting]) -> list[str]:

@@ -126,6 +126,36 @@ def test_rows_that_differ_are_warned_of(
     assert "WARNING: a step has 2 to 4 rows, so the losses are after equal steps" in capsys.readouterr().out
 
 
+def test_a_phase_in_tokens_has_other_steps_where_the_rows_differ(
+    tmp_path: Path, losses_by_rate: Callable, capsys: pytest.CaptureFixture[str]
+):
+    losses_by_rate(lambda lr, seed: 5.0)
+    tokens = ("phases.main.steps=null", "phases.main.tokens=1000")  # of 2 or 4 rows x 16 tokens
+    tune(tmp_path, "3e-3", *tokens, "batch.accumulation=1,2", steps=None)
+    out = capsys.readouterr().out
+    assert (
+        "plans                  16 to 32 steps of phase main, as many tokens in each run; without continuation" in out
+    )
+    assert "validation loss after 16 to 32 steps, nats per token" in out
+    assert "\na step has 2 to 4 rows, so the losses are after equal tokens, up to a step, in 16 to 32 steps\n" in out
+    assert "equal steps" not in out
+    tree = json.loads((tmp_path / "runs" / "tune-quickstart" / "results.json").read_text())
+    assert (tree["steps"], sorted(row["steps"] for row in tree["settings"])) == (None, [16, 32])
+
+
+def test_the_time_that_is_left_is_that_of_the_tokens(
+    tmp_path: Path, losses_by_rate: Callable, capsys: pytest.CaptureFixture[str]
+):
+    trained = losses_by_rate(lambda lr, seed: 5.0)
+    tune(tmp_path, "1e-3", "batch.accumulation=2,4")
+    for config in trained:
+        write_lines(config.run_folder / "metrics.jsonl", step(8, tokens_per_s=1.0), validation(8, 5.0))
+    capsys.readouterr()
+    tune(tmp_path, "1e-3", "batch.accumulation=2,4,8")
+    # 8 steps of 16 rows x 16 targets, one a second
+    assert "about 34:08 for the steps of 1 run (as those before), and the starts" in capsys.readouterr().out
+
+
 # --- a real grid, interrupted and killed
 
 STEPS = 120
