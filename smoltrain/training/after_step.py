@@ -34,7 +34,6 @@ def is_anything_due(session: Session, step: int) -> bool:
 
 def record(session: Session, step: int, result: StepResult) -> None:
     """Write down what a step did: metrics, warnings, what the loader met."""
-    session.num_skipped += result.num_skipped
     session.validation_loss = None
     session.recent.append(result)
     last_step = session.start.last_step
@@ -69,8 +68,9 @@ def call_callbacks(session: Session, step: int, result: StepResult) -> None:
 
 
 def record_rows(session: Session, result: StepResult) -> None:
-    """Write the rows of a step into the ledger, also those that a step which was stopped has consumed."""
+    """Write the rows of a step into the ledger, and count its skips; also those of a step which was stopped."""
     session.watchdog.mark("records")
+    session.num_skipped += result.num_skipped
     if session.ledger:
         session.ledger.append(result.digests)
 

@@ -83,7 +83,10 @@ def train_steps(
             else:
                 yield unread.step, result
         if isinstance(passes, StopRequest):
-            yield step, StepResult(_join_digests(tries.digests), stopped=True, waited_for_data=passes.waited_for_data)
+            yield step, StepResult(
+                _join_digests(tries.digests), stopped=True, waited_for_data=passes.waited_for_data,
+                num_skipped=len(tries.digests),
+            )  # fmt: skip
             return
         unread = start_update(step, passes, session, tries)
         if session.reads_late and step != steps[-1] and not is_awaited(step):

@@ -169,7 +169,7 @@ def test_a_step_marks_where_it_is(tmp_path: Path, ranks: Any) -> None:
 def stopped_after_a_skip(settings: Config) -> dict[str, Any]:
     """A first step whose rows are passed over, and then a stop while the next rows do not come."""
     from smoltrain.config.schema import SpikesSection
-    from smoltrain.training import taken_rows
+    from smoltrain.training import after_step, taken_rows
     from smoltrain.training.spikes import SpikeGuard
 
     wrapped, here = engine_for(settings, "fp32"), world()
@@ -184,16 +184,19 @@ def stopped_after_a_skip(settings: Config) -> dict[str, Any]:
         [result] = train_steps(range(1, 2), session)
     finally:
         taken_rows.WAIT_S = wait_s
+    after_step.record_rows(session, result)
     return {
         "stopped": result.stopped, "digests": result.digests.tolist(), "wanted": digests.tolist(),
-        "rows": loader.rows_consumed,
+        "rows": loader.rows_consumed, "skipped": session.num_skipped,
     }  # fmt: skip
 
 
-def test_rows_that_were_spent_before_a_stop_are_not_lost_to_the_ledger(tmp_path: Path, ranks: Any) -> None:
+def test_rows_that_were_spent_before_a_stop_are_not_lost_to_the_ledger_or_the_count_of_skips(
+    tmp_path: Path, ranks: Any
+) -> None:
     for seen in ranks(2).run(stopped_after_a_skip, prepared(tmp_path)):
         assert seen["stopped"]
-        assert seen["rows"] == 8
+        assert (seen["rows"], seen["skipped"]) == (8, 1)
         assert seen["digests"] == seen["wanted"]
 
 
