@@ -1,5 +1,6 @@
 """What a recipe will take of this machine, by smoltrain's own estimate."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,13 +34,12 @@ def estimate_needs(config: Config, ranks: int, gpu_bytes: float | None) -> RunNe
 
     device: Literal["cpu", "cuda"] = "cpu" if gpu_bytes is None else "cuda"
     memory = find_shared_limit().num_bytes / ranks if gpu_bytes is None else gpu_bytes
+    count = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
+    with contextlib.suppress(UserError):  # epochs of data that are not prepared yet
+        config = resolve_config(config, config.batch.rows(ranks))
+        count = max_num_checkpoints(Plan(config.phases), config)
     fitted = fit_config_to_memory(config, memory, ranks, device=device)
     setup = build_fitted_setup(fitted, memory, ranks, device=device)
     hidden = setup.shape.hidden_parameters
     size = checkpoint_bytes(setup.optimizer, hidden, setup.shape.parameters - hidden, setup.weight_bytes)
-    try:
-        resolved = resolve_config(config, config.batch.rows(ranks))
-        count = max_num_checkpoints(Plan(resolved.phases), resolved)
-    except UserError:  # epochs of data that are not prepared yet
-        count = config.checkpoint.keep_last + config.checkpoint.keep_best + 1
     return RunNeeds(ranks, device, estimate_memory(setup).total, memory, size, count)

@@ -19,7 +19,7 @@ from smoltrain.kernels.precision import DTYPES, choose_precision
 from smoltrain.model.build import build_model, count_parameters
 from smoltrain.model.choose_kernels import choose_kernels
 from smoltrain.model.interface import ComputeOptions
-from smoltrain.schedule import Plan
+from smoltrain.schedule import Plan, count_planned_steps
 
 DeviceKind = Literal["cuda", "cpu"]
 Recompute = Literal["none", "selective", "full"] | int  # as engine.gradient_checkpointing
@@ -238,7 +238,9 @@ def _assume_precision(requested: str, device: DeviceKind) -> str:
 
 
 def _saves_midway(config: Config) -> bool:
-    """Whether a checkpoint is due before the last step."""
+    """Whether a checkpoint is due before the last step; taken for granted where nobody has counted the steps."""
+    if count_planned_steps(config.phases) is None:
+        return True
     plan = Plan(config.phases)
     first_saves = [phase.last for phase in plan.phases]
     if config.checkpoint.every:

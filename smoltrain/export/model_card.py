@@ -26,6 +26,7 @@ MEMORISATION = {
     "memorisation/recalled_share_of_13_grams": "the same after training prompts",
     "memorisation/held_out_share_of_13_grams": "the same of held-out text itself",
 }
+MEASURED_PREFIXES = ("validation/", "memorisation/")  # of the weights of one step: they say nothing of later ones
 CURVE_FILE = "loss.png"
 NUM_SAMPLES = 3
 MAX_SAMPLE_CHARACTERS = 600
@@ -68,11 +69,14 @@ def build_model_card(
 
 
 def read_last_metrics(file: Path, step: int) -> dict[str, Any]:
-    """The last value of each metric at or before `step`; {} without the file."""
+    """The last value of each metric at or before `step`, of evaluations at this very one; {} without the file."""
     last: dict[str, Any] = {}
     for line in read_jsonl(file):
         if line["step"] <= step:
-            last |= line
+            is_of_step = line["step"] == step
+            last |= {
+                name: value for name, value in line.items() if is_of_step or not name.startswith(MEASURED_PREFIXES)
+            }
     return last
 
 

@@ -120,9 +120,9 @@ def list_facts(records: RunRecords, summary: RunSummary) -> list[Fact]:
         )
     if summary.mfu is not None:
         facts.append(Fact("MFU", f"{summary.mfu:.1%}", "in the steps"))
-    memory = records.metrics.last("memory/peak_gib")
-    if memory is not None:
-        facts.append(Fact("Peak memory", f"{memory:.2f} GiB", "of the largest rank"))
+    _, peaks = records.metrics.series("memory/peak_gib")  # each start's processes have their own
+    if len(peaks):
+        facts.append(Fact("Peak memory", f"{peaks.max():.2f} GiB", "of the largest rank"))
     repeat = records.metrics.last("data/repeat_factor")
     if repeat is not None:
         facts.append(Fact("Repeat factor", f"{repeat:.2f}", "rows over unique rows"))

@@ -72,7 +72,7 @@ def format_number(value: float | None, digits: int = 4) -> str:
 def format_short(value: float) -> str:
     """A count in three digits: 614k, 2.52M."""
     for unit, suffix in SUFFIXES:
-        if abs(value) >= unit:
+        if abs(value) >= 0.9995 * unit:  # which three digits round up to it
             return f"{value / unit:.3g}{suffix}"
     return f"{value:g}"
 

@@ -18,6 +18,7 @@ SAMPLING_S = "speed/sampling_s"
 MEMORISATION_S = "speed/memorisation_s"
 PAUSE_S = "speed/checkpoint_pause_s"
 START_S = "speed/start_s"
+PREPARATION_S = "speed/preparation_s"  # of it; a command that goes on with its next phase has its data
 CLOSING_S = "speed/closing_s"  # plots, and the checkpoint that is being written
 OTHERS = (EVALUATION_S, TASK_EVALUATION_S, SAMPLING_S, MEMORISATION_S, PAUSE_S, START_S, CLOSING_S)
 
@@ -41,7 +42,8 @@ class TimeLeft:
         """Learn from what an earlier start of the run logged: not from its steps, which other devices may have done."""
         for name in OTHERS:
             if name in metrics:
-                self._others[name].append(metrics[name])
+                left_out_s = metrics.get(PREPARATION_S, 0.0) if name == START_S else 0.0
+                self._others[name].append(metrics[name] - left_out_s)
 
     def add(self, metrics: Mapping[str, Any]) -> None:
         """Learn from what was just logged."""

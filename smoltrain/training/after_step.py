@@ -158,10 +158,14 @@ def _warn_of_network(session: Session) -> str | None:
 
 
 def _measure_start(session: Session, work_s: float) -> dict[str, float]:
-    """Seconds from the command's start to the first thing that is logged, which took `work_s`; {} afterwards."""
+    """Seconds from the command's start to the first thing that is logged, which took `work_s`, and those for the data.
+
+    {} afterwards.
+    """
     if session.start_was_logged:
         return {}
     session.start_was_logged = True
     if session.compiled_code and session.world.is_first:
         note_compiled(session.compiled_code)
-    return {"speed/start_s": max(0.0, time.time() - session.start.began_at - work_s)}
+    start_s = max(0.0, time.time() - session.start.began_at - work_s)
+    return {"speed/start_s": start_s, "speed/preparation_s": min(session.start.preparation_s, start_s)}

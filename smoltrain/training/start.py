@@ -46,6 +46,7 @@ class Start:
     notes: tuple[str, ...]  # what was seen on the way, for the person who watches
     began_at: float  # when the command began, or went on to this phase: seconds since 1970
     cpu_peak_flops: float | None  # as estimate.devices.measure_cpu_peak says; None on a GPU
+    preparation_s: float  # since then in which data were found, tokenised and checked
     command_end: int  # the last step of the command, which may go on after this start with another phase
     notes_were_said: bool = False
     choices_were_said: bool = False  # by an earlier start of the same command
@@ -104,12 +105,14 @@ def begin_run(
     if num_training < num_ranks:
         note(describe_idle_ranks(rows_per_step, num_training, num_ranks))
         num_ranks = num_training
+    began_to_prepare_s = time.perf_counter()
     home = _find_counted_run(requested, point) if asks_for_epochs(requested) else None
     if asks_for_epochs(requested) and home is None:
         config = _prepare_and_resolve(requested, rows_per_step, num_ranks, device)
         data_ready = True
     else:
         config = resolve_config(requested, rows_per_step, home)
+    preparation_s = time.perf_counter() - began_to_prepare_s
     plan = Plan(config.phases)
     last_step = plan.last_step_until(config.run.stop_after)
     if one_phase:
@@ -120,15 +123,17 @@ def begin_run(
     if not data_ready:
         if point.step < last_step:
             check_start(config, device, num_ranks, rows_per_step)
+        began_to_prepare_s = time.perf_counter()
         copy_ancestor_data(config, point)
         prepare_run_data(config, rows_per_step, num_ranks)
+        preparation_s += time.perf_counter() - began_to_prepare_s
     missing = is_validation_missing(config, point, last_step)
     cpu_peak_flops = before.cpu_peak_flops if before else None
     if cpu_peak_flops is None and device.type == "cpu" and point.step < last_step:
         cpu_peak_flops = measure_cpu_peak(choose_precision(config.engine.precision, device)[0])
     return Start(
         requested, config, point, num_ranks, record, missing, tuple(notes), began_at, cpu_peak_flops,
-        command_end=before.command_end if before else last_step,
+        preparation_s, command_end=before.command_end if before else last_step,
         notes_were_said=say is not None, choices_were_said=before is not None,
     )  # fmt: skip
 

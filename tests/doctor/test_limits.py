@@ -77,6 +77,15 @@ def test_the_estimate_is_of_the_ranks_and_checkpoints_of_the_recipe(tmp_path: Pa
     assert estimate_needs(config, 1, 8 * GIB).device == "cuda"
 
 
+def test_the_estimate_is_of_phases_in_tokens_and_of_epochs_that_nobody_has_counted_too(tmp_path: Path) -> None:
+    in_tokens = tiny.load(tmp_path, "phases.main.steps=null", "phases.main.tokens=1024")  # 8 steps of 8 rows of 16
+    in_steps = estimate_needs(tiny.load(tmp_path), 2, None)
+    assert estimate_needs(in_tokens, 2, None) == in_steps
+    in_epochs = estimate_needs(tiny.load(tmp_path, "phases.main.steps=null", "phases.main.epochs=2"), 2, None)
+    assert in_epochs.num_checkpoints == 3, "2 that are kept, and the one that is written before another goes"
+    assert in_epochs.memory_bytes >= in_steps.memory_bytes, "of a plan that may be long enough to be compiled"
+
+
 def with_shared_memory(folder: Path, options: str, num_gpus: int) -> Finding:
     mount_tmpfs(folder, options)
     return check_shared_memory(num_gpus, folder)

@@ -21,6 +21,7 @@ from smoltrain.export.model_card import (
     build_model_card,
     read_last_metrics,
 )
+from smoltrain.files import format_json_line
 from smoltrain.inference.load import load_trained_model
 from tests import folders, tiny
 from tests.evaluation.test_results import DETAILS
@@ -110,6 +111,18 @@ def test_metrics_of_later_steps_are_not_the_cards(run: Path, tmp_path: Path):
     cut.write_text('{"step": 1, "train/loss_nats_per_token": 5}\n{"step": 2, "train/lo')
     assert read_last_metrics(cut, 8)["step"] == 1
     assert read_last_metrics(tmp_path / "none.jsonl", 8) == {}
+
+
+def test_an_evaluation_of_an_earlier_step_is_none_of_these_weights(tmp_path: Path):
+    file = tmp_path / "metrics.jsonl"
+    lines = (
+        {"step": 4, "validation/loss_nats_per_token": 5.0, "memorisation/share_of_13_grams": 0.5},
+        {"step": 4, "data/repeat_factor": 1.25},
+        {"step": 6, "train/loss_nats_per_token": 6.0},
+    )
+    file.write_text("".join(map(format_json_line, lines)))
+    assert read_last_metrics(file, 4)["validation/loss_nats_per_token"] == 5.0
+    assert {*read_last_metrics(file, 6)} == {"step", "train/loss_nats_per_token", "data/repeat_factor"}
 
 
 # --- what the Hub reads

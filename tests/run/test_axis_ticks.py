@@ -59,6 +59,7 @@ def test_numbers_in_a_text():
         "3.964", "12,346", "1.6e-5", "0", "nan", "-inf", "-",
     ]  # fmt: skip
     assert [format_short(value) for value in (950, 614_400, 2_524_416, 3e12)] == ["950", "614k", "2.52M", "3T"]
+    assert [format_short(value) for value in (999, 999_499, 999_500, 999_936)] == ["999", "999k", "1M", "1M"]
 
 
 def test_of_labels_that_run_into_each_other_those_to_keep_stay():

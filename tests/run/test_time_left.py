@@ -50,6 +50,12 @@ def test_new_processes_for_a_phase_take_the_time_of_a_start(config: Config) -> N
         assert [left.estimate_s(step) for step in (2, 8, 9)] == expected
 
 
+def test_data_are_prepared_before_the_first_phase_alone(config: Config) -> None:
+    left = TimeLeft(config, 12, restarts=True)
+    left.add({"speed/step_s": 1.0, "speed/start_s": 3630.0, "speed/preparation_s": 3600.0})
+    assert left.estimate_s(2) == 10 + 30
+
+
 def test_one_slow_step_moves_nothing_and_old_ones_are_forgotten(config: Config) -> None:
     left = TimeLeft(config, 12)
     for seconds in (2.0, 2.0, 900.0, 2.0, 2.5):

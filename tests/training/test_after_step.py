@@ -48,7 +48,7 @@ def durations_of_a_session() -> list[dict[str, Any]]:
 
     logged: list[dict[str, Any]] = []
     session = bare_session(load_config("quickstart"), None, None)
-    session.start = SimpleNamespace(began_at=time.time() - 100.0)
+    session.start = SimpleNamespace(began_at=time.time() - 100.0, preparation_s=50.0)
     session.loader = SimpleNamespace(
         validation_batches=lambda rows: [], prepared=SimpleNamespace(bytes_per_id=lambda: np.zeros(1))
     )
@@ -72,7 +72,8 @@ def test_durations_are_those_of_the_slowest_rank_and_a_start_is_told_once(ranks:
     everyones = ranks(2).run(durations_of_a_session)
     for logged in everyones:
         assert [sorted(line) for line in logged] == [
-            ["speed/evaluation_s", "speed/start_s"], ["speed/evaluation_s"], ["speed/sampling_s"], ["speed/closing_s"],
+            ["speed/evaluation_s", "speed/preparation_s", "speed/start_s"],
+            ["speed/evaluation_s"], ["speed/sampling_s"], ["speed/closing_s"],
         ]  # fmt: skip
         assert all(line["speed/evaluation_s"] >= 0.2 for line in logged[:2])
         assert logged[2]["speed/sampling_s"] >= 0.2
@@ -86,14 +87,14 @@ def start_by_the_clock() -> list[dict[str, float]]:
     from tests.sessions import bare_session
 
     session = bare_session(load_config("quickstart"), None, None)
-    session.start = SimpleNamespace(began_at=1000.0)
+    session.start = SimpleNamespace(began_at=1000.0, preparation_s=60.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(after_step.time, "time", lambda: 1110.0)
         return [after_step._measure_start(session, 4.0), after_step._measure_start(session, 4.0)]
 
 
 def test_a_start_lasts_from_the_command_to_the_first_thing_that_is_done(ranks: Any) -> None:
-    assert ranks(1).run(start_by_the_clock) == [[{"speed/start_s": 106.0}, {}]]
+    assert ranks(1).run(start_by_the_clock) == [[{"speed/start_s": 106.0, "speed/preparation_s": 60.0}, {}]]
 
 
 def warnings_of_steps(folder: Any, communication_s: list[float]) -> list[tuple[int, str]]:

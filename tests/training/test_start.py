@@ -15,6 +15,7 @@ from smoltrain.config.schema import Config
 from smoltrain.data.tokens import plan_preparation
 from smoltrain.data.tokens.load_prepared import load_prepared_data
 from smoltrain.errors import DONE, UserError
+from smoltrain.training import start as start_module
 from smoltrain.training.start import begin_run
 from tests import folders, launches, tiny
 
@@ -42,6 +43,20 @@ def test_a_start_ends_with_the_first_phase_that_is_not_done(tmp_path: Path) -> N
     whole = begin_run(settings, 2, CPU)
     assert (whole.config, whole.last_step) == (settings, 12)
     assert not (settings.run_folder / "config.yaml").exists(), "a rank writes it, once nothing refuses any more"
+
+
+def test_what_the_data_take_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock_s = [0.0]
+
+    def prepare(*_: object) -> None:
+        clock_s[0] += 3600.0
+
+    monkeypatch.setattr(start_module, "prepare_run_data", prepare)
+    monkeypatch.setattr(start_module, "measure_cpu_peak", lambda _: 1.0)
+    monkeypatch.setattr(start_module.time, "perf_counter", lambda: clock_s[0])
+    settings = tiny.load(tmp_path)
+    seconds = [begin_run(settings, 1, CPU, data_ready=ready).preparation_s for ready in (False, True)]
+    assert seconds == [3600.0, 0.0]
 
 
 def test_a_start_can_be_handed_to_other_processes(tmp_path: Path) -> None:
