@@ -111,12 +111,13 @@ def describe_phase_changes(plan: Plan, phase: Phase) -> str:
     if number == 0:
         return ""
     before = plan.phases[number - 1].spec
-    told = ("schedule", "lr", "weight_decay", "mix")
-    changes = [
-        f"{name} {_format_setting(before, name)} -> {_format_setting(phase.spec, name)}"
-        for name in told
-        if getattr(before, name) != getattr(phase.spec, name)
-    ]
+    continues = phase.spec.schedule == "continue"
+    changes: list[str] = []
+    for name in ("schedule", "lr", "weight_decay", "mix"):
+        if name == "lr" and continues:  # which has no rate of its own
+            changes.append(f"lr {plan.lr(phase.first):g} to its end")
+        elif getattr(before, name) != getattr(phase.spec, name):
+            changes.append(f"{name} {_format_setting(before, name)} -> {_format_setting(phase.spec, name)}")
     if phase.spec.optimizer_state == "reset":
         changes.append("the optimizer's state begins at zero")
     return ", ".join(changes)

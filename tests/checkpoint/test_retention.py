@@ -1,6 +1,7 @@
 """Which checkpoints stay, and that the others go without harm."""
 
 import errno
+import math
 import shutil
 from pathlib import Path
 from typing import Any

@@ -55,7 +55,7 @@ def test_a_config_that_was_taken_out_of_its_run_is_a_recipe_like_any_other(run: 
     assert load_config_to_train("quickstart", []).run_folder == Path("runs/quickstart")
 
 
-@pytest.mark.parametrize("section", ["", "run:\n", "run: {seed: 3}\n"])
+@pytest.mark.parametrize("section", ["", "run: {seed: 3}\n"])
 def test_somebodys_own_recipe_may_have_that_name_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str
 ) -> None:

@@ -293,6 +293,11 @@ def test_a_later_phase_says_what_is_new_in_it(tmp_path: Path) -> None:
     assert supervisor.describe_phase_changes(plan, plan.phases[1]) == (
         "schedule cosine -> linear, lr 0.003 -> 0.0003, the optimizer's state begins at zero"
     )
+    continues = ("phases.continuation.schedule=continue", "phases.continuation.lr=null")
+    plan = Plan(tiny.load(tmp_path, *continues, "phases.main.warmup_steps=0", "phases.main.schedule=linear").phases)
+    assert supervisor.describe_phase_changes(plan, plan.phases[1]) == (
+        "schedule linear -> continue, lr 0.0008125 to its end, weight_decay 0.1 -> 0.02"
+    )
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def test_mlflow_has_one_run_with_each_step_once(tmp_path: Path, client: Any) -> 
     assert "  parameters: 7\n" in (files / "config.yaml").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_copied_folder_has_a_run_of_its_own_and_a_moved_one_its_old(tmp_path: Path, client: Any) -> None:
     def train(name: str, first_step: int) -> None:
         settings = tiny.load(tmp_path, "track.to=[mlflow]", f"run.name={name}")
