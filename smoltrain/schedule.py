@@ -82,6 +82,15 @@ class Plan:
         return every > 0 and (step % every == 0 or self.ends_phase(step))
 
 
+def describe_completion(plan: Plan, done: int, until: int | None = None) -> str:
+    """What is complete after so many steps: the plan, or the phase that ends at step `until`, by default at `done`."""
+    if done >= plan.last_step:
+        return f"the plan is complete ({plan.last_step} steps)"
+    end = done if until is None else until
+    beyond = f", and the run is at step {done}" if done > end else ""
+    return f"phase {plan.phase(end).name} is complete (step {end} of {plan.last_step}){beyond}"
+
+
 # --- how long each phase is
 
 

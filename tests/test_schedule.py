@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 
 from smoltrain.config.schema import MAX_INT, MAX_TOKENS, PhaseSection
 from smoltrain.errors import UserError
-from smoltrain.schedule import SCHEDULES, Plan, count_planned_steps, resolve_horizons, scheduled_lr
+from smoltrain.schedule import SCHEDULES, Plan, count_planned_steps, describe_completion, resolve_horizons, scheduled_lr
 
 
 def rates(plan: Plan) -> list[float]:
@@ -33,6 +33,16 @@ def walked(optimizer: torch.optim.Optimizer, scheduler: LRScheduler, steps: int)
 
 def sgd(lr: float) -> torch.optim.Optimizer:
     return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+def test_what_is_complete_is_a_phase_or_the_plan():
+    phases = (PhaseSection(name="main", steps=8, lr=1e-3), PhaseSection(name="end", steps=4, schedule="continue"))
+    plan = Plan(phases)
+    assert describe_completion(plan, 8) == "phase main is complete (step 8 of 12)"
+    assert describe_completion(plan, 8, until=8) == "phase main is complete (step 8 of 12)"
+    beyond = "phase main is complete (step 8 of 12), and the run is at step 9"
+    assert describe_completion(plan, 9, until=8) == beyond, "phase end is not"
+    assert describe_completion(plan, 12, until=8) == "the plan is complete (12 steps)"
 
 
 def test_a_plan_is_made_of_steps_alone():

@@ -1,5 +1,6 @@
 """Which checkpoints are kept, and how one is deleted without ever looking like a damaged one."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -13,13 +14,14 @@ from smoltrain.schedule import Plan
 def steps_to_keep(losses: Mapping[int, float | None], plan: Plan, section: CheckpointSection) -> set[int]:
     """The steps to keep, of those that have a checkpoint, with their validation losses (nats per token, or None).
 
-    The newest `keep_last`, the ends of phases, the multiples of `keep_every`, and the best if `keep_best`.
+    The newest `keep_last`, the ends of phases, the multiples of `keep_every`, and the best if `keep_best`: the lowest
+    finite loss, as for whoever logs it (min would take a nan that comes first).
     """
     keep = set(sorted(losses)[-section.keep_last :])
     keep |= losses.keys() & {phase.last for phase in plan.phases}
     if section.keep_every:
         keep |= {step for step in losses if step % section.keep_every == 0}
-    measured = {step: loss for step, loss in losses.items() if loss is not None}
+    measured = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
     if section.keep_best and measured:
         keep.add(min(measured, key=lambda step: (measured[step], step)))
     return keep

@@ -22,7 +22,7 @@ def load_config_to_train(recipe: str, overrides: Sequence[str]) -> Config:
     home = path.resolve().parent
     if path.name != CONFIG_FILE or not (home / "checkpoints").is_dir():
         return config
-    written = read_yaml(path)["run"]
+    written = read_yaml(path).get("run", {})  # none in somebody's own recipe of that name
     is_as_written = (str(config.run.folder), config.run.name) == (written.get("folder"), written.get("name"))
     if is_as_written and config.run_folder.resolve() != home:
         here = f"run.folder={shlex.quote(str(path.parent.parent))} run.name={shlex.quote(home.name)}"

@@ -22,7 +22,7 @@ from smoltrain.launch.signal_forwarder import SignalForwarder, StopRequested
 from smoltrain.run.run_lock import hold_run_lock
 from smoltrain.run.screen import Screen
 from smoltrain.run.summary import describe_run
-from smoltrain.schedule import Phase, Plan
+from smoltrain.schedule import Phase, Plan, describe_completion
 from smoltrain.terminal import show_activity
 from smoltrain.training.start import Start, begin_run
 
@@ -73,7 +73,8 @@ def _run_phases(
     plan = start.plan  # in steps, which the recipe may not be: only begin_run resolves it
     last_step = plan.last_step_until(config.run.stop_after)
     if not start.has_work:
-        screen.say(f"{config.run.name}: the plan is complete at step {start.point.step}; nothing to do")
+        complete = describe_completion(plan, start.point.step, last_step)
+        screen.say(f"{config.run.name}: {complete}; nothing to do")
         return DONE
     first_phase = plan.phase(start.last_step)
     for phase in plan.phases:
@@ -110,12 +111,13 @@ def describe_phase_changes(plan: Plan, phase: Phase) -> str:
     if number == 0:
         return ""
     before = plan.phases[number - 1].spec
-    told = ("schedule", "lr", "weight_decay", "mix")
-    changes = [
-        f"{name} {_format_setting(before, name)} -> {_format_setting(phase.spec, name)}"
-        for name in told
-        if getattr(before, name) != getattr(phase.spec, name)
-    ]
+    continues = phase.spec.schedule == "continue"
+    changes: list[str] = []
+    for name in ("schedule", "lr", "weight_decay", "mix"):
+        if name == "lr" and continues:  # which has no rate of its own
+            changes.append(f"lr {plan.lr(phase.first):g} to its end")
+        elif getattr(before, name) != getattr(phase.spec, name):
+            changes.append(f"{name} {_format_setting(before, name)} -> {_format_setting(phase.spec, name)}")
     if phase.spec.optimizer_state == "reset":
         changes.append("the optimizer's state begins at zero")
     return ", ".join(changes)

@@ -7,7 +7,7 @@ not given again. Numbers go there in batches, as each is a request that training
 import os
 import time
 from collections.abc import Mapping
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from smoltrain.config.yaml_text import dump_yaml
@@ -17,6 +17,7 @@ from smoltrain.run.sink import BackendStart
 
 SERVER_VARIABLE = "MLFLOW_TRACKING_URI"
 RUN_TAG = "smoltrain.run"  # the id by which a run finds itself at its next start
+FOLDER_TAG = "smoltrain.folder"  # where its folder lay at the newest one: a copy has the same id
 LR = "train/lr"  # of every step: tells how far MLflow has been told
 MAX_BATCH = 500  # numbers of a request; MLflow takes 1,000
 BATCH_S = 10.0  # that a number waits at most, while there are steps
@@ -35,14 +36,17 @@ class MlflowBackend:
         experiment = self._client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
         own_id = start.folder.wandb_id
-        found = self._client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{own_id}'", max_results=1)
+        here = start.folder.path.resolve()
+        runs = self._client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{own_id}'")
+        found = choose_run_of_folder({run.info.run_id: run.data.tags.get(FOLDER_TAG) for run in runs}, here)
         if found:
-            self._run_id = found[0].info.run_id
+            self._run_id = found
             self._client.update_run(self._run_id, status="RUNNING")
+            self._client.set_tag(self._run_id, FOLDER_TAG, str(here))
             history = self._client.get_metric_history(self._run_id, LR)
             self.kept_step = max((metric.step for metric in history), default=0)
         else:
-            tags = {RUN_TAG: own_id}
+            tags = {RUN_TAG: own_id, FOLDER_TAG: str(here)}
             run = self._client.create_run(experiment_id, tags=tags, run_name=start.config.run.name)
             self._run_id = run.info.run_id
             self.kept_step = 0
@@ -82,3 +86,18 @@ class MlflowBackend:
         self.flush()
         status = "FINISHED" if exit_code == DONE else "FAILED"
         self._client.set_terminated(self._run_id, status)
+
+
+def choose_run_of_folder(folders: Mapping[str, str | None], here: Path) -> str | None:
+    """Which of some runs of MLflow is that of the folder `here`: its own, or that of one which has moved; else None.
+
+    `folders` are those that the runs told, by run id; None of a version that told none. A folder that is still there is
+    another one, of which `here` is a copy, or that is a copy itself.
+    """
+    moved: str | None = None
+    for run_id, told in folders.items():
+        if told == str(here):
+            return run_id
+        if told is None or not Path(told).is_dir() or Path(told).samefile(here):
+            moved = moved or run_id
+    return moved

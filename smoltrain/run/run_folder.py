@@ -52,7 +52,7 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class PastRun:
-    """What is written down of the starts before this one: in the run's own config.yaml, or in its ancestor's."""
+    """What a start is held to: the run's own config.yaml, or that of the ancestor whose checkpoint it begins with."""
 
     path: Path  # of that config.yaml
     provenance: dict[str, Any]
@@ -94,7 +94,7 @@ def make_run_record(
     """
     past = _read_past(config, ancestor, manifest)
     _check_against_past(config, world_size, done, past, manifest)
-    provenance = _build_provenance(config, world_size, done, past, asked or {})
+    provenance = _build_provenance(config, world_size, done, past, ancestor, asked or {})
     return RunRecord(provenance, _describe_changes(config.run_folder / CONFIG_FILE, past))
 
 
@@ -114,9 +114,7 @@ def write_run_folder(config: Config, world_size: int, record: RunRecord) -> RunF
 
 def _read_past(config: Config, ancestor: Path | None, manifest: "Manifest | None") -> PastRun | None:
     """What a start is held to; None for a run that begins."""
-    path = config.run_folder / CONFIG_FILE
-    if ancestor and not path.exists():
-        path = ancestor / CONFIG_FILE
+    path = (ancestor or config.run_folder) / CONFIG_FILE
     if path.exists():
         old = read_run_config(path)
         provenance = read_provenance(path)
@@ -176,9 +174,9 @@ def _format_setting(value: Any) -> str:
 
 
 def _build_provenance(
-    config: Config, world_size: int, done: int, past: PastRun | None, asked: Mapping[str, float]
+    config: Config, world_size: int, done: int, past: PastRun | None, ancestor: Path | None, asked: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What config.yaml will say of the run's starts, this one included."""
+    """What config.yaml will say of the run's starts, this one included. Errors: those of `_read_own_provenance`."""
     start: dict[str, Any] = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "from_step": done,
@@ -193,11 +191,33 @@ def _build_provenance(
     elif past:
         start["lost"] = f"{CONFIG_FILE}, before this start"
     rows = past.identity["rows_per_step"] if past else config.batch.rows(world_size)
-    if past is None or past.path.parent != config.run_folder:  # a new run, perhaps with an ancestor
+    own = past.provenance if past else None
+    if past and ancestor:
+        start["from_run"] = past.identity["run_id"]
+        own = _read_own_provenance(config, past)
+    if own is None:
         ids = {"run_id": secrets.token_hex(8), "wandb_id": secrets.token_hex(4)}
         return {"rows_per_step": rows, **ids, "starts": [start]}
-    first, *others = [*past.provenance["starts"], start]
-    return past.provenance | {"rows_per_step": rows, "starts": [first, *others[1 - MAX_STARTS :]]}
+    first, *others = [*own["starts"], start]
+    return own | {"rows_per_step": rows, "starts": [first, *others[1 - MAX_STARTS :]]}
+
+
+def _read_own_provenance(config: Config, ancestor: PastRun) -> dict[str, Any] | None:
+    """That of a run which begins with its ancestor once more, as it ended before a checkpoint of its own.
+
+    None where it begins for the first time. Errors: UserError if it began with something else, whose data it has.
+    """
+    path = config.run_folder / CONFIG_FILE
+    if not path.exists():
+        return None
+    provenance = read_provenance(path)
+    began_with = provenance["starts"][-1].get("from_run") if provenance["starts"] else None
+    if began_with != ancestor.identity["run_id"]:
+        saw = f"run_id {ancestor.identity['run_id']} of {ancestor.path.parent}"
+        want = f"run_id {began_with}, as in {path}" if began_with else f"what {path} says of its first start"
+        change = f"init.from, or run.name; without {config.run_folder} the run begins with this one"
+        raise UserError(Problem("the run, which has no checkpoint yet, began otherwise", saw, want, change))
+    return provenance
 
 
 def _describe_changes(path: Path, past: PastRun | None) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from smoltrain.kernels.compile import compiled_code_folder, is_known_to_compiler
 from smoltrain.kernels.newton_schulz import choose_dtype
 from smoltrain.run.run_folder import RunFolder
 from smoltrain.run.track import Tracker
-from smoltrain.schedule import Plan
 from smoltrain.training.preflight import PreflightLine, describe_preflight
 from smoltrain.training.resolve_auto import ResolvedSettings
 from smoltrain.training.start import Start
@@ -138,13 +137,6 @@ def describe_host_wait(reason: str | None, device: torch.device) -> str | None:
     if reason is None or device.type == "cpu":
         return None
     return f"the host waits for the GPU before each update: {reason}"
-
-
-def describe_completion(plan: Plan, done: int) -> str:
-    """What is complete after so many steps: the plan, or a phase of it."""
-    if done >= plan.last_step:
-        return f"the plan is complete ({plan.last_step} steps)"
-    return f"phase {plan.phase(done).name} is complete (step {done} of {plan.last_step})"
 
 
 def _describe_rows_per_step(loader: Loader) -> str:

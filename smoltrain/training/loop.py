@@ -7,8 +7,8 @@ from smoltrain.distributed.stop import StopFlag
 from smoltrain.distributed.world import World
 from smoltrain.errors import DONE, STOPPED, UserError
 from smoltrain.run.plots import draw_run
+from smoltrain.schedule import describe_completion
 from smoltrain.training import after_step
-from smoltrain.training.describe import describe_completion
 from smoltrain.training.garbage import collect_between_steps
 from smoltrain.training.session import Session
 from smoltrain.training.step import train_steps

@@ -21,8 +21,8 @@ from smoltrain.run.private_folders import spread_run_files
 from smoltrain.run.run_lock import lock_run_folder
 from smoltrain.run.shared_folder import check_shared_folder
 from smoltrain.run.summary import describe_run
+from smoltrain.schedule import describe_completion
 from smoltrain.training.callbacks import StepCallback
-from smoltrain.training.describe import describe_completion
 from smoltrain.training.loop import gather_stop_reason, run_loop
 from smoltrain.training.open_session import open_session
 from smoltrain.training.out_of_memory import explain_out_of_memory, is_out_of_memory
@@ -74,7 +74,8 @@ def _train_to_the_end(
     while True:
         if not start.has_work:
             if world.is_first:
-                print(f"{requested.run.name}: {describe_completion(start.plan, start.point.step)}")
+                complete = describe_completion(start.plan, start.point.step, start.last_step)
+                print(f"{requested.run.name}: {complete}; nothing to do")
             return DONE
         spread_run_files(start.config, start.point.checkpoint, world)
         try:

@@ -65,10 +65,11 @@ def find_start_point(config: Config, say: Callable[[str], None]) -> StartPoint:
                 change=f"{checkpoints} (is a disk missing?), or run.name; without {run} the run begins from scratch",
             )
         )
-    lost_steps = max((line["step"] for line in files.read_jsonl(run / METRICS_FILE, say=say)), default=0)
-    if lost_steps:
-        say(f"no checkpoint was saved before the run ended, so its {lost_steps} steps are done again")
-    return _find_initial_point(config, say)
+    reached_step = max((line["step"] for line in files.read_jsonl(run / METRICS_FILE, say=say)), default=0)
+    point = _find_initial_point(config, say)
+    if reached_step > point.step:
+        say(f"no checkpoint was saved before the run ended, so its {reached_step - point.step} steps are done again")
+    return point
 
 
 def _find_initial_point(config: Config, say: Callable[[str], None]) -> StartPoint:
@@ -106,8 +107,10 @@ def _find_evidence_of_checkpoint(run: Path, last_saved: int) -> str | None:
         return f"{run / METRICS_FILE} tells that one of step {min(saved_steps)} was written"
     config_file = run / CONFIG_FILE
     starts = read_provenance(config_file)["starts"] if config_file.exists() else []
-    first_steps = [start["from_step"] for start in starts if type(start.get("from_step")) is int]
-    if first_steps and max(first_steps) > first_steps[0]:  # the first one may have gone on from another run
+    # The first one may have gone on from another run; later ones, before there was a checkpoint, say so.
+    own = [*starts[:1], *(start for start in starts[1:] if "from_run" not in start)]
+    first_steps = [start["from_step"] for start in own if type(start.get("from_step")) is int]
+    if first_steps and max(first_steps) > first_steps[0]:
         return f"{config_file} tells of a start from step {max(first_steps)}"
     return None
 
@@ -133,16 +136,23 @@ def read_validation_loss(run_folder: Path, step: int) -> float | None:
 
 
 def copy_ancestor_data(config: Config, point: StartPoint) -> None:
-    """Copy the ancestor's tokenizer, tokens, ledger and spikes, once, by one process.
+    """Copy the ancestor's tokenizer, tokens and spikes, once, and its ledger, by one process.
 
-    A position then means the same rows as it did there, and the same ones are passed over.
+    A position then means the same rows as it did there, and the same ones are passed over. The ledger is copied at each
+    start before the run's first checkpoint: the ancestor may have trained on since, and its own rows are undone.
     """
     run = config.run_folder
     ancestor = point.ancestor
-    if ancestor is None or (run / "data" / "index.json").exists():
+    if ancestor is None:
         return
     run.mkdir(parents=True, exist_ok=True)
-    for name in (LEDGER_FILE, SPIKES_FILE):
-        if (ancestor / name).exists():
-            shutil.copy(ancestor / name, run / name)
+    _copy_if_there(ancestor / LEDGER_FILE, run)
+    if (run / "data" / "index.json").exists():
+        return  # and its journal of spikes, to which it may have added its own
+    _copy_if_there(ancestor / SPIKES_FILE, run)
     copy_prepared_data(ancestor, run)  # last: by its index a later start knows that all is there
+
+
+def _copy_if_there(source: Path, folder: Path) -> None:
+    if source.exists():
+        shutil.copy(source, folder / source.name)

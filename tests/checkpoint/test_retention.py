@@ -1,6 +1,7 @@
 """Which checkpoints stay, and that the others go without harm."""
 
 import errno
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,13 @@ def test_the_last_the_ends_of_phases_the_nth_and_the_best_stay(section: dict, ke
 
 def test_without_a_measured_loss_there_is_no_best():
     assert steps_to_keep({2: None, 4: None}, PLAN, CheckpointSection(keep_last=1, keep_best=True)) == {4}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_never_the_best(bad: float):
+    best = CheckpointSection(keep_last=1, keep_best=True)
+    assert steps_to_keep({1: bad, 2: 3.0, 3: 2.0, 5: 4.0}, PLAN, best) == {3, 5}
+    assert steps_to_keep({1: bad, 5: bad}, PLAN, best) == {5}
 
 
 @given(

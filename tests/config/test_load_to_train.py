@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from smoltrain.config.config_file import CONFIG_FILE
-from smoltrain.config.load import config_to_yaml, load_config
+from smoltrain.config.load import config_to_yaml, list_recipes, load_config
 from smoltrain.config.load_to_train import load_config_to_train
 from smoltrain.errors import UserError
 
@@ -53,3 +53,15 @@ def test_a_config_that_was_taken_out_of_its_run_is_a_recipe_like_any_other(run: 
     shutil.copy(run / CONFIG_FILE, CONFIG_FILE)
     assert load_config_to_train(CONFIG_FILE, []).run_folder == run
     assert load_config_to_train("quickstart", []).run_folder == Path("runs/quickstart")
+
+
+@pytest.mark.parametrize("section", ["", "run: {seed: 3}\n"])
+def test_somebodys_own_recipe_may_have_that_name_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("checkpoints").mkdir()
+    text = list_recipes()["quickstart"].read_text(encoding="utf-8")
+    assert "\nrun:" not in text
+    Path(CONFIG_FILE).write_text(text + section, encoding="utf-8")
+    assert load_config_to_train(CONFIG_FILE, []).run_folder == Path("runs/config")

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,7 +72,17 @@ def test_the_same_command_again_says_complete_in_one_line(uninterrupted: Path) -
     assert launches.run("smoltrain", tiny.words(folder, *LONG), folder / "again") == DONE
     said = (folder / "again").read_text().splitlines()
     assert len(said) == 1
-    assert "the plan is complete at step 64" in said[0]
+    assert said[0].endswith("quickstart: the plan is complete (64 steps); nothing to do")
+
+
+def test_what_run_stop_after_leaves_to_do_is_not_called_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = tiny.words(tmp_path, "run.stop_after=main")
+    done = SimpleNamespace(has_work=False, plan=Plan(tiny.load(tmp_path).phases), point=SimpleNamespace(step=8))
+    monkeypatch.setattr(supervisor, "begin_run", lambda *_, **__: done)
+    assert supervisor.supervise_run("quickstart", words) == DONE
+    assert capsys.readouterr().out == "quickstart: phase main is complete (step 8 of 12); nothing to do\n"
 
 
 @pytest.mark.slow
@@ -281,6 +292,11 @@ def test_a_later_phase_says_what_is_new_in_it(tmp_path: Path) -> None:
     assert supervisor.describe_phase_changes(plan, plan.phases[0]) == ""
     assert supervisor.describe_phase_changes(plan, plan.phases[1]) == (
         "schedule cosine -> linear, lr 0.003 -> 0.0003, the optimizer's state begins at zero"
+    )
+    continues = ("phases.continuation.schedule=continue", "phases.continuation.lr=null")
+    plan = Plan(tiny.load(tmp_path, *continues, "phases.main.warmup_steps=0", "phases.main.schedule=linear").phases)
+    assert supervisor.describe_phase_changes(plan, plan.phases[1]) == (
+        "schedule linear -> continue, lr 0.0008125 to its end, weight_decay 0.1 -> 0.02"
     )
 
 

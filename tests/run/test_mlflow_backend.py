@@ -1,5 +1,6 @@
 """A run as MLflow has it: its own client, on files in place of a server."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 
 from smoltrain.errors import UserError
 from smoltrain.run.guarded_sink import check_sinks
+from smoltrain.run.mlflow_backend import choose_run_of_folder
 from smoltrain.run.track import Tracker
 from tests import tiny
 
@@ -46,6 +48,36 @@ def test_mlflow_has_one_run_with_each_step_once(tmp_path: Path, client: Any) -> 
     files = tmp_path / "mlruns" / experiment.experiment_id / run.info.run_id / "artifacts"
     assert (files / "samples" / "step-00000008.txt").read_text(encoding="utf-8") == "a<b>"
     assert "  parameters: 7\n" in (files / "config.yaml").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_copied_folder_has_a_run_of_its_own_and_a_moved_one_its_old(tmp_path: Path, client: Any) -> None:
+    def train(name: str, first_step: int) -> None:
+        settings = tiny.load(tmp_path, "track.to=[mlflow]", f"run.name={name}")
+        tracker = Tracker(settings, tiny.run_folder(settings.run_folder), 0, first_step, 12)
+        tracker.log_metrics(first_step + 1, {"train/lr": 0.5})
+        tracker.close(0)
+
+    runs = tmp_path / "runs"
+    (runs / "first").mkdir(parents=True)
+    train("first", 0)
+    shutil.copytree(runs / "first", runs / "copy")
+    train("copy", 1)
+    train("first", 1)  # which goes on
+    (runs / "copy").rename(runs / "moved")
+    train("moved", 2)
+    experiment = client.get_experiment_by_name("smoltrain")
+    found = {run.info.run_name: run.info.run_id for run in client.search_runs([experiment.experiment_id])}
+    steps = {
+        name: [one.step for one in client.get_metric_history(run_id, "train/lr")] for name, run_id in found.items()
+    }
+    assert steps == {"first": [1, 2], "copy": [1, 2, 3]}, "the copy is told its past"
+
+
+def test_a_run_of_a_version_that_told_no_folder_is_the_one_of_its_id(tmp_path: Path) -> None:
+    assert choose_run_of_folder({"older": None}, tmp_path) == "older"
+    assert choose_run_of_folder({"older": None, "own": str(tmp_path)}, tmp_path) == "own"
+    assert choose_run_of_folder({}, tmp_path) is None
 
 
 def test_without_a_server_it_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

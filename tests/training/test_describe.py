@@ -11,11 +11,9 @@ from smoltrain.distributed.cpu_cores import CpuShare
 from smoltrain.engine.deepspeed_steps import DeepSpeedSteps
 from smoltrain.kernels.compile import note_compiled
 from smoltrain.model.interface import ComputeOptions
-from smoltrain.schedule import Plan
 from smoltrain.training import describe
 from smoltrain.training.describe import (
     describe_compiled_code,
-    describe_completion,
     describe_device,
     describe_host_wait,
     describe_optimizer,
@@ -24,12 +22,6 @@ from smoltrain.training.describe import (
 )
 from smoltrain.training.preflight import PreflightLine
 from tests import tiny
-
-
-def test_what_is_complete_is_a_phase_or_the_plan(tmp_path: Any) -> None:
-    plan = Plan(tiny.load(tmp_path).phases)
-    assert describe_completion(plan, 8) == "phase main is complete (step 8 of 12)"
-    assert describe_completion(plan, 12) == "the plan is complete (12 steps)"
 
 
 def test_a_run_of_streams_says_that_it_cannot_know_what_the_model_copies() -> None:

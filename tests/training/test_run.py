@@ -36,6 +36,7 @@ def story(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         num_ranks=1,
         config=config,
         plan=Plan(config.phases),
+        last_step=12,
         requested=config,
     )
     begun: list[dict[str, Any]] = []
@@ -103,7 +104,11 @@ def test_a_run_without_work_opens_nothing(story: Any, capsys: pytest.CaptureFixt
     story.start.point.step = 12
     assert run.run_training(story.config) == DONE
     assert story.words == ["lock", "begin"]
-    assert "the plan is complete (12 steps)" in capsys.readouterr().out
+    assert "the plan is complete (12 steps); nothing to do" in capsys.readouterr().out
+    story.start.point.step = 10
+    story.start.last_step = 8  # run.stop_after=main, of a run that has gone on since
+    assert run.run_training(story.config) == DONE
+    assert "phase main is complete (step 8 of 12), and the run is at step 10; nothing" in capsys.readouterr().out
 
 
 def test_a_stop_that_comes_while_everything_is_closed_counts(story: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from smoltrain import files
 from smoltrain.config.load import load_config, stop_after_phase
 from smoltrain.config.schema import Config
 from smoltrain.data.tokens import plan_preparation
 from smoltrain.data.tokens.load_prepared import load_prepared_data
 from smoltrain.errors import DONE, UserError
+from smoltrain.run.row_ledger import LEDGER_FILE
+from smoltrain.run.run_folder import SPIKES_FILE, write_run_folder
 from smoltrain.training import start as start_module
-from smoltrain.training.start import begin_run
+from smoltrain.training.start import Start, begin_run
 from tests import folders, launches, tiny
 
 CPU = torch.device("cpu")
@@ -75,6 +78,66 @@ def test_a_start_of_a_run_that_is_done_has_no_work(tmp_path: Path) -> None:
     assert [start["from_step"] for start in more.record.provenance["starts"]] == [0, 8]
     with pytest.raises(UserError, match=r"model\.intermediate_size: 64 in the run, 32 asked"):
         begin_run(tiny.load(tmp_path, "model.intermediate_size=32"), 1, CPU)
+
+
+# ---- all of another run
+
+
+def begin(config: Config) -> tuple[Start, list[str]]:
+    """A start that has got as far as to write config.yaml and its first steps, and was killed then; what it said."""
+    said: list[str] = []
+    start = begin_run(config, 1, CPU, say=said.append)
+    write_run_folder(start.config, 1, start.record)
+    steps = (start.point.step + 1, start.point.step + 2)
+    lines = [{"step": step, "train/loss_nats_per_token": 3.0} for step in steps]
+    (config.run_folder / files.METRICS_FILE).write_text("".join(map(files.format_json_line, lines)))
+    (config.run_folder / LEDGER_FILE).write_bytes(b"its own!")
+    return start, said
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_a_checkpoint_of_its_own_begins_with_all_of_the_other_again(tmp_path: Path) -> None:
+    """As the same run, also if the other one has trained on meanwhile; its rows are those of the other's again."""
+    ancestor = folders.run_of(tiny.load(tmp_path), (8,), states=True)
+    (ancestor / LEDGER_FILE).write_bytes(b"ledger-8")
+    child = tiny.load(tmp_path, "run.name=child", "init.from=quickstart", "init.load=all")
+    first, _ = begin(child)
+    (child.run_folder / SPIKES_FILE).write_text("its own")  # a rewind before the first checkpoint
+    again, said = begin(child)
+    assert said[-1] == "no checkpoint was saved before the run ended, so its 2 steps are done again"
+    assert again.point == first.point
+    ids = [(start.record.provenance["run_id"], start.record.provenance["wandb_id"]) for start in (first, again)]
+    assert ids[0] == ids[1]
+    shutil.rmtree(ancestor)
+    folders.run_of(tiny.load(tmp_path), (8,), states=True)  # another run under the same name
+    with pytest.raises(UserError, match=r"the run, which has no checkpoint yet, began otherwise: saw run_id \w+ of .*"):
+        begin_run(child, 1, CPU)
+
+
+@pytest.mark.slow
+def test_a_run_without_checkpoints_may_begin_with_a_later_step_of_the_other(tmp_path: Path) -> None:
+    ancestor = folders.run_of(tiny.load(tmp_path), states=True)
+    later = ancestor / "checkpoints" / "step-00000012"
+    later.rename(tmp_path / "later")
+    child = tiny.load(tmp_path, "run.name=child", "init.from=quickstart", "init.load=all")
+    begin(child)
+    (tmp_path / "later").rename(later)
+    (ancestor / LEDGER_FILE).write_bytes(b"ledger12")
+    begin(child)
+    start = begin_run(child, 1, CPU)
+    assert [one["from_step"] for one in start.record.provenance["starts"]] == [8, 12, 12]
+    assert (child.run_folder / LEDGER_FILE).read_bytes() == b"ledger12"
+
+
+@pytest.mark.slow
+def test_a_run_that_began_with_nothing_does_not_go_on_from_another(tmp_path: Path) -> None:
+    """Its folder has data of its own, in which the other one's place means nothing."""
+    folders.run_of(tiny.load(tmp_path), (8,), states=True)
+    begin(tiny.load(tmp_path, "run.name=child"))
+    with pytest.raises(
+        UserError, match=r"began otherwise.*want what .* says of its first start; change init\.from, or"
+    ):
+        begin_run(tiny.load(tmp_path, "run.name=child", "init.from=quickstart", "init.load=all"), 1, CPU)
 
 
 # ---- phases in tokens and epochs
