@@ -219,11 +219,24 @@ def test_a_row_is_one_text_to_the_model_and_neither_mask_nor_cache_is_passed(tra
 
 
 @pytest.mark.parametrize("model_type", [*SHAPES, "openai-gpt"])  # the last keeps no keys and values at all
-@pytest.mark.parametrize("pieces", [[1] * 20, [7, 1, 5, 1, 6], [20]], ids=["single", "mixed", "whole"])
+@pytest.mark.parametrize("pieces", [[1] * 20, [7, 1, 5, 1, 6]], ids=["single", "mixed"])
 def test_the_cache_changes_nothing(model_type: str, pieces: list[int]):
     shape = SHAPE if model_type == "openai-gpt" else {}
     model, ids = built(model_type, **shape).eval(), text()[:, :20]
+    assert model.uses_cache == (model_type in SHAPES)
     assert_cache_changes_nothing(model, ids, pieces)
+
+
+CPMANT = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "dim_head": 8, "dim_ff": 48}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shape"), [("jamba", SHAPE | WIDE), ("cpmant", CPMANT)], ids=["it raises", "it forgets"]
+)
+def test_a_cache_that_goes_wrong_is_not_used(model_type: str, shape: dict[str, Any]):
+    model, ids = built(model_type, **shape).eval(), text()[:, :20]
+    assert "past_key_values" in model.forward_arguments
+    assert_cache_changes_nothing(model, ids, [9, 1, 1, 9])
 
 
 @pytest.mark.parametrize("model_type", SHAPES)
