@@ -242,7 +242,7 @@ def _check_causality(model: HuggingFaceModel) -> None:
 
     Trained on, such a model reads its labels, and its loss falls to zero. Errors: UserError.
     """
-    ids_BT = torch.zeros(2, 4, dtype=torch.long)
+    ids_BT = torch.ones(2, 4, dtype=torch.long)  # id 0 is padding to some classes, which sees nothing (cpmant)
     ids_BT[1, -1] = model.section.vocab_size - 1
     model.eval()  # no dropout, so no random number is drawn
     try:
@@ -261,9 +261,9 @@ def _is_cache_right(model: HuggingFaceModel) -> bool:
     """Whether a text has the same logits with the class's own cache, token by token behind a prompt.
 
     Found in transformers 5.23: hybrids of attention and linear attention raise where their layers are all linear, as a
-    few may be (bamba, jamba, qwen3_next), and cpmant forgets what was before. Without its cache a class is slower.
+    few may be (bamba, jamba, qwen3_next). Without its cache a class is slower.
     """
-    ids_BT = torch.zeros(1, 6, dtype=torch.long)
+    ids_BT = torch.ones(1, 6, dtype=torch.long)
     ids_BT[0, ::2] = model.section.vocab_size - 1
     cache = model.new_cache(1, 6)
     model.eval()
@@ -284,7 +284,7 @@ def _check_document_mask(model: HuggingFaceModel) -> None:
     """
     positions_BT = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0, 1, 2]], device=model.device)
     in_second_BT = (positions_BT == 0).cumsum(1) == 2
-    ids_BT = torch.zeros_like(positions_BT)
+    ids_BT = torch.ones_like(positions_BT)
     changed_BT = ids_BT.masked_fill(~in_second_BT, model.section.vocab_size - 1)
     model.eval()
     try:
