@@ -9,7 +9,7 @@ from typing import Any
 
 from smoltrain.errors import Problem, UserError
 from smoltrain.evaluation.judge import LoadedJudge
-from smoltrain.evaluation.results import Evaluation, TaskDetails, write_evaluation
+from smoltrain.evaluation.results import Evaluation, TaskDetails, is_limited, write_evaluation
 from smoltrain.files import describe_error
 from smoltrain.inference.device import move_to_best_device
 from smoltrain.inference.load import LoadedModel, load_trained_model
@@ -85,7 +85,7 @@ def format_metrics(evaluation: Evaluation) -> list[str]:
     for task, metrics in evaluation["tasks"].items():
         details = evaluation["details"][task]
         documents = f"{details['documents']:,} documents" if details["documents"] else "all of its tasks"
-        limited = f", the first of them: --limit {details['limit']}" if details["limit"] else ""
+        limited = f", the first of them: --limit {details['limit']}" if is_limited(details) else ""
         for name, value in metrics.items():
             if name.endswith("_stderr"):
                 continue

@@ -38,6 +38,12 @@ class Evaluation(TypedDict):
     details: dict[str, TaskDetails]
 
 
+def is_limited(details: TaskDetails) -> bool:
+    """Whether a task was, or a task of a group may have been, measured on a part of its documents."""
+    limit = details["limit"]
+    return limit is not None and not 0 < details["documents"] < limit
+
+
 def evaluation_file(run: Path, step: int) -> Path:
     """Where the evaluations of a step stand."""
     return run / EVALUATIONS_FOLDER / f"step-{step}.json"

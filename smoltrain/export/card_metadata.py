@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from smoltrain.config.schema import Config, ExportSection
-from smoltrain.evaluation.results import Evaluation
+from smoltrain.evaluation.results import Evaluation, is_limited
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -45,12 +45,10 @@ def write_card_metadata(
 def name_task(task: str, evaluation: Evaluation) -> str:
     """A task as the card calls it: what was measured on a part of its documents says so."""
     details = evaluation["details"].get(task)
-    limit = details["limit"] if details else None
-    if details is None or limit is None or 0 < details["documents"] < limit:
+    if details is None or not is_limited(details):
         return task
-    if details["documents"]:
-        return f"{task}, first {limit:,} documents"
-    return f"{task}, first {limit:,} documents of each of its tasks"
+    of_each = "" if details["documents"] else " of each of its tasks"
+    return f"{task}, first {details['limit']:,} documents{of_each}"
 
 
 def _hub_datasets(config: Config | None) -> list[str]:

@@ -150,6 +150,9 @@ def _load_huggingface_folder(folder: Path) -> LoadedModel:
     inherited = read_generation_config(folder)
     tokenizer = Tokenizer.from_folder(folder, _find_separator(folder, inherited))
     _check_vocabulary_size(tokenizer, model, folder / TOKENIZER_FILE)
+    if tokenizer.dropped_frame:
+        frame = ", ".join(tokenizer.dropped_frame)
+        _print_to_stderr(f"{folder}: its tokenizer adds {frame} to a text, which is left out here as in training here")
     return LoadedModel(
         model=model.eval(), dtype=common_dtype(weights.values()), tokenizer=tokenizer,
         generation=_read_generation_settings(inherited, folder / GENERATION_CONFIG), seed=RunSection().seed,

@@ -140,7 +140,7 @@ def _check_own_model(model: OwnModel) -> None:
     """Run two short texts that differ in their last token. Errors: UserError for logits or a loss that are none."""
     section = model.section
     T = min(4, section.max_position_embeddings)
-    ids_BT = torch.zeros(2, T, dtype=torch.long)
+    ids_BT = torch.full((2, T), min(1, section.vocab_size - 1))  # many a module masks id 0 as padding
     ids_BT[1, -1] = section.vocab_size - 1
     training = model.training
     model.eval()  # no dropout, so no random number is drawn

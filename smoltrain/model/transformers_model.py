@@ -37,7 +37,7 @@ ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropou
 
 
 class HuggingFaceCache:
-    """The tokens so far, in the cache that the class itself makes; for a class without one, their ids."""
+    """The tokens so far, in the cache that the class itself makes; where that is none or goes wrong, their ids."""
 
     def __init__(self) -> None:
         self.past: Any = None
@@ -54,6 +54,7 @@ class HuggingFaceModel(LanguageModel):
         self._z_loss = z_loss
         self.inner = inner
         self.forward_arguments = set(inspect.signature(inner.forward).parameters)
+        self.uses_cache = "past_key_values" in self.forward_arguments  # whether that cache is used: see _is_cache_right
 
     @property
     def section(self) -> TransformersSection:
@@ -78,17 +79,16 @@ class HuggingFaceModel(LanguageModel):
             options["logits_to_keep"] = 1
         if "use_cache" in self.forward_arguments:
             options["use_cache"] = False
-        class_has_cache = "past_key_values" in self.forward_arguments
         if cache is not None:
             cache.length += T
-            if class_has_cache:
+            if self.uses_cache:
                 options |= {"past_key_values": cache.past, "use_cache": True}
             else:  # state-space and old classes have no such cache: the whole text is run again
                 if cache.ids_BT is not None:
                     ids_BT = torch.cat((cache.ids_BT, ids_BT), dim=1)
                 cache.ids_BT = ids_BT
         out = self.inner(input_ids=ids_BT, return_dict=True, **options)
-        if cache is not None and class_has_cache:
+        if cache is not None and self.uses_cache:
             cache.past = out.past_key_values
         if labels_BT is None:
             return out.logits[:, -1:] if last_only else out.logits[:, -T:]
@@ -134,6 +134,7 @@ def build_transformers_model(
         raise _document_mask_error(section, f"a forward of {model_class.__name__} without position_ids")
     if not on_meta:
         _check_causality(model)
+        model.uses_cache = model.uses_cache and _is_cache_right(model)
     if kernel is not None and uses_flash:
         _enable_flash_attention(inner, kernel)
     if document_mask and not on_meta:
@@ -241,7 +242,7 @@ def _check_causality(model: HuggingFaceModel) -> None:
 
     Trained on, such a model reads its labels, and its loss falls to zero. Errors: UserError.
     """
-    ids_BT = torch.zeros(2, 4, dtype=torch.long)
+    ids_BT = torch.ones(2, 4, dtype=torch.long)  # id 0 is padding to some classes, which sees nothing (cpmant)
     ids_BT[1, -1] = model.section.vocab_size - 1
     model.eval()  # no dropout, so no random number is drawn
     try:
@@ -256,6 +257,26 @@ def _check_causality(model: HuggingFaceModel) -> None:
 
 
 @torch.no_grad()
+def _is_cache_right(model: HuggingFaceModel) -> bool:
+    """Whether a text has the same logits with the class's own cache, token by token behind a prompt.
+
+    Found in transformers 5.23: hybrids of attention and linear attention raise where their layers are all linear, as a
+    few may be (bamba, jamba, qwen3_next). Without its cache a class is slower.
+    """
+    ids_BT = torch.ones(1, 6, dtype=torch.long)
+    ids_BT[0, ::2] = model.section.vocab_size - 1
+    cache = model.new_cache(1, 6)
+    model.eval()
+    try:
+        pieces = [model(piece_BT, cache=cache) for piece_BT in ids_BT.split((3, 1, 1, 1), dim=1)]
+        is_right = not logits_differ(model(ids_BT), torch.cat(pieces, dim=1))
+    except Exception:  # whatever its code raises: the causality check has shown that it runs without
+        is_right = False
+    model.train()
+    return is_right
+
+
+@torch.no_grad()
 def _check_document_mask(model: HuggingFaceModel) -> None:
     """Change the first document of two rows: of the second nothing may move. Errors: UserError.
 
@@ -263,7 +284,7 @@ def _check_document_mask(model: HuggingFaceModel) -> None:
     """
     positions_BT = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 0, 1, 2]], device=model.device)
     in_second_BT = (positions_BT == 0).cumsum(1) == 2
-    ids_BT = torch.zeros_like(positions_BT)
+    ids_BT = torch.ones_like(positions_BT)
     changed_BT = ids_BT.masked_fill(~in_second_BT, model.section.vocab_size - 1)
     model.eval()
     try:

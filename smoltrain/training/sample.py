@@ -1,6 +1,6 @@
 """What the model writes after the recipe's prompts, during training."""
 
-from smoltrain.inference.generate import generate_ids
+from smoltrain.inference.generate import decode_stream, generate_ids
 from smoltrain.training.session import Session
 
 
@@ -23,5 +23,6 @@ def sample_prompts(session: Session) -> list[tuple[str, str]]:
                 session.engine.module, ids, config.generation, stop_ids=session.stop_ids, banned_ids=banned_ids,
                 seed=config.run.seed,
             )  # fmt: skip
-            texts.append((prompt, tokenizer.decode(list(new_ids))))
+            # Behind the prompt: by itself the first word would lose the space that many tokenizers spell with it.
+            texts.append((prompt, "".join(decode_stream(ids, new_ids, tokenizer.decode))))
     return texts

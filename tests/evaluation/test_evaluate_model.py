@@ -33,6 +33,12 @@ def test_a_metric_stands_with_its_error_and_what_it_was_measured_on() -> None:
     ]
 
 
+def test_a_task_that_has_fewer_documents_than_the_limit_was_measured_whole() -> None:
+    details = {"arc": TaskDetails(**DETAILS | {"limit": 1000})}
+    [line] = format_metrics(Evaluation(step=3, tasks={"arc": {"acc": 0.25}}, details=details))
+    assert line == "arc  acc 0.2500  (10 documents, 2-shot)"
+
+
 def test_names_are_read_once_each_and_none_is_refused() -> None:
     assert parse_task_names("arc_easy, piqa,,arc_easy") == ["arc_easy", "piqa"]
     with pytest.raises(UserError, match="there is no task"):

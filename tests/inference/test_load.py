@@ -201,6 +201,16 @@ def test_its_way_to_sample_is_kept(hub: Path):
     assert load_trained_model(str(hub)).generation == GenerationSection(temperature=0, max_tokens=7), "it is greedy"
 
 
+def test_a_bos_that_its_tokenizer_would_add_is_left_out_and_that_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folders.chat(tmp_path / "chat")
+    loaded = load_trained_model(str(tmp_path / "chat"))
+    bos = loaded.tokenizer.token_to_id("<|begin|>")
+    assert bos not in loaded.tokenizer.encode("the king")
+    assert "its tokenizer adds <|begin|> to a text, which is left out here" in capsys.readouterr().err
+
+
 def test_its_special_tokens_may_be_objects(hub: Path):
     edit(hub / "tokenizer_config.json", eos_token={"content": folders.SEPARATOR, "special": True})
     assert load_trained_model(str(hub)).tokenizer.separator == folders.SEPARATOR

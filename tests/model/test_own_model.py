@@ -113,6 +113,15 @@ class SeesAll(Recurrent):
         return super().forward(ids_BT.flip(1)).flip(1)
 
 
+class SeesAllButPadding(Recurrent):
+    """Attention with a mask of padding, and none of what comes later. Of padding alone everything is nan."""
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        x_BTD = self.embed(ids_BT)
+        mask_B1T = torch.zeros(ids_BT.shape).masked_fill(ids_BT == 0, -torch.inf)[:, None]
+        return x_BTD @ self.embed.weight.T + torch.softmax(mask_B1T, -1) @ x_BTD @ self.embed.weight.T
+
+
 class MeanLoss(WithLoss):
     factor = 0.5
 
@@ -123,6 +132,7 @@ class MeanLoss(WithLoss):
         (lambda: Recurrent(VOCAB - 1), "<lambda> does not know every id"),
         (lambda: Recurrent(VOCAB + 1), r"<lambda> returns no logits: saw \[2, 4, 301\]"),
         (SeesAll, "SeesAll sees the future"),
+        (SeesAllButPadding, "SeesAllButPadding sees the future"),
         (MeanLoss, "MeanLoss returns another loss"),
         (lambda: 3, "the model is no torch module: saw int"),
     ],

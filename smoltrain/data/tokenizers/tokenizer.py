@@ -93,8 +93,12 @@ class Tokenizer:
         inner.encode_special_tokens = True
         inner.no_truncation()  # some published files cut at 512 tokens, or pad: both would falsify the data
         inner.no_padding()
+        self.dropped_frame: list[str] = []  # special tokens that the file would add to a text
         if inner.num_special_tokens_to_add(is_pair=False):
             # We never add a BOS; whoever loads the saved file elsewhere shall not show the model one either.
+            framed = inner.encode("")
+            added = zip(framed.tokens, framed.special_tokens_mask, strict=True)
+            self.dropped_frame = [token for token, is_added in added if is_added]
             inner.post_processor = None
         special = special_token_ids(inner)
         if separator not in special:
