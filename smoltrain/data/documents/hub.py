@@ -10,11 +10,11 @@ from dataclasses import replace
 from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
 from smoltrain.config.schema import SourceSection
 from smoltrain.data.documents.file_systems import get_file_system
-from smoltrain.errors import Problem, UserError, exception_message, problem_from_system, suggest_choice
+from smoltrain.errors import Problem, UserError, exception_message, format_value, problem_from_system, suggest_choice
 from smoltrain.files import describe_error
 from smoltrain.timeout import call_with_timeout
 
@@ -44,12 +44,14 @@ def fetch_dataset_commit(data: SourceSection) -> str:
         raise UserError(hub_problem(error, "dataset", name, "data.hub", OTHER_DATA)) from None
 
 
-def list_dataset_files(source: SourceSection, split: str, commit: str, key: str) -> list[tuple[str, str, int]]:
+def list_dataset_files(
+    source: SourceSection, split: str, commit: str, key: str, change: str
+) -> list[tuple[str, str, int]]:
     """The files of the dataset's configuration and split at that commit: path in it, hf:// URL with the commit, bytes.
 
-    No data is downloaded. Errors: UserError if the dataset has no such configuration or split, or cannot be listed.
+    No data is downloaded. `key` is the config's section of the source, `change` its keys that choose the files.
+    Errors: UserError if the dataset has no such configuration or split, or cannot be listed.
     """
-    change = f"{key}.hub, {key}.hub_config or {key}.hub_split"
     try:
         import datasets
     except ImportError:
@@ -113,6 +115,9 @@ def hub_problem(error: Exception, kind: str, name: str, key: str, way_out: str) 
     if isinstance(error, RepositoryNotFoundError):
         want = f"its exact name (for a private one HF_TOKEN), or {way_out}"
         return Problem(f"the Hub has no {kind} {name}", f"not found, {token}", want, key)
+    if isinstance(error, HFValidationError):  # the Hub was not even asked
+        want = f"OWNER/NAME, which is the end of its page's URL, or {way_out}"
+        return Problem(f"no {kind} of the Hub can have this name", format_value(name), want, key)
     if (problem := _find_cache_problem(error)) is not None:
         return problem
     saw = exception_message(error)

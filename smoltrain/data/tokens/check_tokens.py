@@ -151,7 +151,8 @@ def _rebuild_source(
     data, source = config.data, index.sources[part.name]
 
     def list_source(wanted: MixedSource) -> SourceListing:
-        return listed.get(wanted.name) or list_one_source(wanted, config.data)
+        commit = index.fingerprint.sources[wanted.name].get("commit")
+        return listed.get(wanted.name) or list_one_source(wanted, config.data, commit)
 
     if index.mode == "stream":
         made, _ = tokenise_held_out(
