@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from smoltrain.config.schema import SourceSection
 from smoltrain.data.documents.file_systems import get_file_system
@@ -32,6 +33,11 @@ def ask_hub(question: Callable[[], Answer]) -> Answer:
 def fetch_dataset_commit(data: SourceSection) -> str:
     """The commit (sha) at which the dataset stands now. Errors: UserError if there is none that this token may read."""
     name = str(data.hub)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        what, want = "no dataset of the Hub can have this name", "OWNER/NAME, which is the end of its page's URL"
+        raise UserError(Problem(what, format_value(name), want, "data.hub")) from None
     api = HfApi()
 
     def fetch() -> str:
@@ -115,9 +121,6 @@ def hub_problem(error: Exception, kind: str, name: str, key: str, way_out: str) 
     if isinstance(error, RepositoryNotFoundError):
         want = f"its exact name (for a private one HF_TOKEN), or {way_out}"
         return Problem(f"the Hub has no {kind} {name}", f"not found, {token}", want, key)
-    if isinstance(error, HFValidationError):  # the Hub was not even asked
-        want = f"OWNER/NAME, which is the end of its page's URL, or {way_out}"
-        return Problem(f"no {kind} of the Hub can have this name", format_value(name), want, key)
     if (problem := _find_cache_problem(error)) is not None:
         return problem
     saw = exception_message(error)

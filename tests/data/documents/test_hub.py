@@ -267,8 +267,9 @@ def test_a_cache_that_cannot_be_written_is_no_silence_of_the_hub():
 def test_what_cannot_be_a_name_is_no_silence_of_the_hub(name: str):
     with pytest.raises(UserError) as error:
         fetch_dataset_commit(DataSection(hub=name))
-    assert str(error.value).startswith(
-        f"no dataset of the Hub can have this name: saw '{name}', want OWNER/NAME, which is the end of its page's URL"
+    assert str(error.value) == (
+        f"no dataset of the Hub can have this name: saw '{name}', want OWNER/NAME, which is the end of its page's URL; "
+        "change data.hub"
     )
 
 
