@@ -5,6 +5,7 @@ Of a small text all of it is read. Equal files give equal answers.
 
 import contextlib
 import hashlib
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from smoltrain.new_recipe.wish import option_of_key
 
 SAMPLE_BYTES = 8 * 2**20  # of text
 SHARD_BYTES = 2**20  # of text out of one of many files
+GZIP_READ_BYTES = 2**10
 FEWEST_FILES_TO_STREAM = 128  # each a document: one for each of at most 64 streams, whatever share is held out
 
 
@@ -147,7 +149,8 @@ def _read_begin(part: MixedSource, data: DataSection, shard: Shard, most: float)
     opened: list[BinaryIO] = []
 
     def open_and_keep(shard: Shard) -> BinaryIO:
-        opened.append(open_with_retry(shard, data, ReaderHealth()))
+        file = open_with_retry(shard, data, ReaderHealth())
+        opened.append(_ShortReader(file) if shard.name.lower().endswith(".gz") else file)  # pyright: ignore[reportArgumentType]
         return opened[0]
 
     begin = _Begin([], kept_bytes=0, text_bytes=0, share=1.0, is_whole=True)
@@ -169,6 +172,14 @@ def _read_begin(part: MixedSource, data: DataSection, shard: Shard, most: float)
                 begin.is_whole = begin.is_whole and begin.share == 1
                 break
     return begin
+
+
+class _ShortReader(io.BufferedReader):
+    """Gives at most GZIP_READ_BYTES at once: gzip fills up what it has read ahead all the time, with 8 to 128 KiB."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As BufferedReader's, but less."""
+        return super().read(GZIP_READ_BYTES if size is None or size < 0 else min(size, GZIP_READ_BYTES))
 
 
 def _add_document(begin: _Begin, document: Document, most: float) -> None:
