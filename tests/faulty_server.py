@@ -27,6 +27,7 @@ class FaultyServer:
     status: int = 503  # of `unavailable`
     ranges: bool = True  # whether it gives parts of a file
     etags: bool = True
+    content_type: str | None = None  # that it says of every file
     met: Counter[str] = field(default_factory=Counter)
     asked: list[str] = field(default_factory=list)  # METHOD NAME BYTES
 
@@ -94,6 +95,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, raw: bytes, asked: str, fault: str) -> None:
         headers = {"ETag": f'"{hashlib.sha1(raw).hexdigest()}"'} if self.faulty.etags else {}
+        if self.faulty.content_type is not None:
+            headers["Content-Type"] = self.faulty.content_type
         found = re.fullmatch(r"bytes=(\d+)-(\d+)", asked) if self.faulty.ranges else None
         if found is None:
             self._answer(200, raw, headers, fault)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from smoltrain.config.schema import TokenizerSection
-from smoltrain.data.tokens.plan_preparation import MAX_AUTO_CACHED_MIB
 from smoltrain.errors import Problem, UserError
 from smoltrain.new_recipe import hyperparameters as rules
 from smoltrain.new_recipe.hyperparameters import BatchPlan, Cadences
@@ -15,7 +14,6 @@ from smoltrain.new_recipe.wish import RecipeWish
 SEPARATOR = str(TokenizerSection.model_fields["separator"].default)
 HELD_OUT_TOKENS = 65_536  # to validate on: 32 rows of 2,048
 LARGEST_HELD_OUT_SHARE = 0.05  # of a short text
-FEWEST_FILES_TO_STREAM = 65  # each a document: one for each of at most 64 streams, and one held out
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,6 @@ class StudiedText:
         """What is not held out."""
         of_the_text = 0.0 if self.validation_share is None else self.held_out_tokens
         return self.vocabulary.text_tokens - of_the_text
-
-    @property
-    def needs_cached_mode(self) -> bool:
-        """Whether a run would stream these files of text, and could not: they are fewer documents than streams."""
-        is_large = self.sample.file_bytes > MAX_AUTO_CACHED_MIB * 2**20
-        of_files = not self.sample.all_fields and not self.sample.parts_documents
-        return is_large and of_files and self.sample.num_files < FEWEST_FILES_TO_STREAM
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,10 @@ def _data_entries(plan: RecipePlan) -> list[Entry]:
     entries = _source_entries(plan.wish, amount)
     if sample.parts_documents:
         entries.append(Entry("documents", "separator", "the separator stands in the files, so it parts documents"))
-    if text.needs_cached_mode:
-        entries.append(Entry("mode", "cached", "each file is one document, and they are too few to be streamed"))
+    if sample.needs_cached_mode:
+        few = "each file is one document, and they are too few to be streamed"
+        why = "so little text is tokenised before the first step" if sample.is_whole else few
+        entries.append(Entry("mode", "cached", why))
     held_out = f"about {text.held_out_tokens:,.0f} tokens to validate on"
     if text.validation_share is None:
         entries.append(_own_validation_entry(plan.wish.data, held_out))

@@ -72,14 +72,18 @@ def choose_validation_share(
 
 
 def count_held_out_tokens(sample: TextSample, vocabulary: FittedVocabulary, share: float) -> float:
-    """Of a text that was read whole, those of the documents that a run will hold out; of others their expectation.
+    """Those of the documents that a run will hold out, where their names are known; else their expectation.
 
-    Where all documents would be on one side, a run holds out the end of the text.
+    Where all documents would be on one side, a run holds out the end of the text, but not of one that it streams.
     """
-    held_out = [document for document in sample.documents if is_held_out(document.name, share)]
-    if not sample.is_whole or len(held_out) in (0, len(sample.documents)):
+    if sample.document_bytes is None:
         return share * vocabulary.text_tokens
-    return sum(len(document.text.encode()) for document in held_out) / vocabulary.bytes_per_token
+    all_bytes = sum(size for _, size in sample.document_bytes)
+    held_out = sum(size for name, size in sample.document_bytes if is_held_out(name, share))
+    if held_out in (0, all_bytes):
+        holds_out_end = sample.needs_cached_mode or not sample.is_streamed
+        return share * vocabulary.text_tokens if holds_out_end else 0.0
+    return vocabulary.text_tokens * held_out / all_bytes
 
 
 def _count_tokens(tokenizer: Tokenizer, texts: list[str]) -> int:

@@ -143,7 +143,7 @@ def _check_combination(text: TextOptions) -> None:
 OPTIONS = {  # by how the place to change begins, as the rooms below name it; the longer one first
     "data.validation_path": "--validation",
     "data.validation_split": "--validation",
-    "data.hub, ": "--hub, --hub-config or --validation",
+    "data.hub, ": "--hub or --hub-config",
     "data.hub_config": "--hub-config",
     "data.hub": "--hub",
     "data.text_field": "--text-field",

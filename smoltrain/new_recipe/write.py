@@ -58,10 +58,9 @@ def describe_new_plan(plan: RecipePlan, estimate: Estimate) -> Iterator[str]:
         f"  shape        {shape.num_hidden_layers} blocks {shape.hidden_size} wide, {shape.num_attention_heads} heads "
         f"({shape.num_key_value_heads} of keys), {shape.vocab_size:,} ids"
     )
-    yield (
-        f"  text         {about}{count(text.vocabulary.text_tokens)} tokens, {count(text.held_out_tokens)} of them "
-        "held out"
-    )
+    held_out = count(text.held_out_tokens)
+    where = f"{held_out} of them held out" if text.validation_share is not None else f"and {held_out} held out"
+    yield f"  text         {about}{count(text.vocabulary.text_tokens)} tokens, {where}"
     yield f"  plan         {batch.steps:,} steps of {batch.rows_per_step:,} rows x {batch.sequence_length:,} tokens"
     yield (
         f"  tokens       {count(batch.tokens)} = {format_ratio(plan.tokens_per_parameter)} a parameter, "
@@ -89,7 +88,7 @@ def _list_notes(plan: RecipePlan, estimate: Estimate) -> Iterator[str]:
         yield f"it is not estimated to fit {wish.world} x {wish.device}"
     if text.sample.parts_documents:
         yield f"{SEPARATOR!r} stands in the files, so it parts documents (data.documents: separator)"
-    if text.needs_cached_mode:
+    if text.sample.needs_cached_mode:
         yield "all tokens are made before the first step (data.mode: cached)"
 
 

@@ -89,7 +89,7 @@ def find_shared_cache(config: Config) -> Path | None:
     """
     if config.data.cache is not None:
         return config.data.cache
-    mode, _ = choose_data_mode(config, list_all_sources(config))
+    mode, _ = choose_data_mode(config.data, list_all_sources(config))
     return tuning_folder(config) / CACHE_FOLDER if mode == "cached" else None
 
 

@@ -8,7 +8,7 @@ import pytest
 from smoltrain.config.schema import DataSection
 from smoltrain.errors import UserError
 from smoltrain.new_recipe.plan import plan_recipe, study_text
-from tests.new_recipe.texts import make_wish, study_large_text, write_texts
+from tests.new_recipe.texts import make_wish, write_texts
 
 
 def test_the_parts_of_a_plan_fit_each_other(tmp_path: Path):
@@ -42,13 +42,3 @@ def test_a_text_with_files_that_are_held_out_is_trained_on_whole(tmp_path: Path)
     held_out.write_text("the king")
     with pytest.raises(UserError, match=r"too short to validate on: saw .*; change --validation$"):
         plan_recipe(wish, study_text(wish), 1000)
-
-
-@pytest.mark.parametrize(
-    ("files", "mib", "fields", "cached"),
-    [(3, 300, False, True), (3, 200, False, False), (100, 300, False, False), (3, 300, True, False)],
-)
-def test_few_large_files_of_text_are_cached(files: int, mib: int, fields: bool, cached: bool):
-    text = study_large_text(make_wish(20_000_000))
-    sample = replace(text.sample, num_files=files, file_bytes=mib * 2**20, all_fields=fields)
-    assert replace(text, sample=sample).needs_cached_mode == cached

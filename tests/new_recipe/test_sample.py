@@ -1,18 +1,24 @@
 """What is found out about the files of a text, and how much of it there is."""
 
+import gzip
+import io
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from smoltrain.config.schema import DataSection
+from smoltrain.data.documents import decompress
 from smoltrain.errors import UserError
 from smoltrain.new_recipe import sample as samples
 from smoltrain.new_recipe.sample import TextSample, sample_text
-from tests.new_recipe.texts import write_texts
+from tests.faulty_server import FaultyServer
+from tests.new_recipe.texts import make_wish, study_large_text, write_texts
 
 SEPARATOR = "<|endoftext|>"
 
@@ -70,6 +76,45 @@ def test_the_amount_of_large_tables_is_estimated_by_their_rows(
     assert found.total_bytes == pytest.approx(size, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "num_files"), [("txt", 1), ("txt.gz", 1), ("txt", 4), ("jsonl.gz", 4), ("jsonl.zst", 4)]
+)
+def test_what_is_read_ahead_of_the_documents_is_not_counted_as_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, num_files: int
+):
+    """Parts of a text are cut out of blocks, and decompressors give blocks: the file is read before its documents."""
+    monkeypatch.setattr(samples, "SAMPLE_BYTES", 240_000)
+    monkeypatch.setattr(samples, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(decompress, "BLOCK", 200_000)
+    monkeypatch.setattr(io, "DEFAULT_BUFFER_SIZE", 2**17)  # what gzip reads at once from Python 3.12 on
+    rng = random.Random(0)
+    size = 0
+    for i in range(num_files):
+        stories = [rng.randbytes(rng.randint(100, 300)).hex() for _ in range(3000 if num_files == 1 else 1000)]
+        lines = [json.dumps({"text": story}) for story in stories]
+        raw = (f"\n{SEPARATOR}\n".join(stories) if suffix.startswith("txt") else "\n".join(lines)).encode()
+        if suffix.endswith("gz"):
+            raw = gzip.compress(raw, 1)
+        elif suffix.endswith("zst"):
+            raw = zstandard.compress(raw)
+        (tmp_path / f"{i}.{suffix}").write_bytes(raw)
+        size += sum(map(len, stories))
+    found = sample(tmp_path)
+    assert not found.is_whole
+    assert 240_000 <= found.num_bytes < 250_000
+    assert found.total_bytes == pytest.approx(size, rel=0.1)
+
+
+def test_of_many_long_documents_several_are_in_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(samples, "SAMPLE_BYTES", 60_000)
+    monkeypatch.setattr(samples, "SHARD_BYTES", 15_000)
+    for i in range(8):
+        (tmp_path / f"{i}.txt").write_text(f"word{i} " * 12_000)
+    found = sample(tmp_path)
+    assert [len(document.text) for document in found.documents] == [15_000] * 4, "they may be of four languages"
+    assert found.total_bytes == 8 * 72_000
+
+
 def test_a_long_document_is_cut_and_counts_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(samples, "SAMPLE_BYTES", 60_000)
     monkeypatch.setattr(samples, "SHARD_BYTES", 15_000)
@@ -113,6 +158,14 @@ def test_where_the_separator_stands_it_parts_documents(tmp_path: Path):
     assert [document.text for document in found.documents] == ["once upon a time", "and then", "the end"]
 
 
+def test_a_text_behind_a_url_is_parted_too_and_read_while_training():
+    stories = f"once upon a time\n{SEPARATOR}\nand then\n{SEPARATOR}\nthe end\n".encode()
+    with FaultyServer({"stories.txt": stories}) as server:
+        found = sample_text(DataSection(path=server.url("stories.txt")))
+    assert (found.parts_documents, found.is_whole, found.is_streamed) == (True, True, True)
+    assert [document.text for document in found.documents] == ["once upon a time", "and then", "the end"]
+
+
 def test_a_separator_in_one_of_many_texts_is_prose(tmp_path: Path):
     folder = write_texts(tmp_path / "texts", 3)
     (folder / "about.txt").write_text(f"a separator is spelled {SEPARATOR}, as here\n")
@@ -138,3 +191,22 @@ def test_a_folder_without_text_is_refused(tmp_path: Path, files: dict[str, str],
         sample(tmp_path)
     assert says in str(error.value)
     assert str(error.value).endswith("change --data")
+
+
+@pytest.mark.parametrize(
+    ("streamed", "whole", "files", "fields", "cached"),
+    [
+        (True, False, 3, False, True),
+        (False, False, 3, False, False),
+        (True, False, 200, False, False),
+        (True, False, 3, True, False),
+        (True, True, 3, True, True),
+        (False, True, 3, True, False),
+    ],
+)
+def test_what_may_be_too_few_documents_to_be_streamed_is_cached(
+    streamed: bool, whole: bool, files: int, fields: bool, cached: bool
+):
+    large = study_large_text(make_wish(20_000_000)).sample
+    found = replace(large, num_files=files, is_streamed=streamed, is_whole=whole, all_fields=fields)
+    assert found.needs_cached_mode == cached

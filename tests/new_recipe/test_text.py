@@ -9,6 +9,7 @@ import pytest
 from smoltrain.config.schema import DataSection
 from smoltrain.data.documents.held_out import is_held_out
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
+from smoltrain.new_recipe import sample as samples
 from smoltrain.new_recipe import text as texts
 from smoltrain.new_recipe.sample import TextSample, sample_text
 from smoltrain.new_recipe.text import FittedVocabulary, choose_validation_share, fit_vocabulary, largest_by_zipf
@@ -74,7 +75,7 @@ def test_what_is_held_out_is_what_a_run_holds_out(tmp_path: Path):
     held_out = [document for document in found.documents if is_held_out(document.name, 0.1)]
     assert held_out
     expected = sum(len(document.text) for document in held_out) / 2
-    assert texts.count_held_out_tokens(found, vocabulary, 0.1) == expected
+    assert texts.count_held_out_tokens(found, vocabulary, 0.1) == pytest.approx(expected)
 
 
 def test_of_a_single_text_the_end_is_held_out(tmp_path: Path):
@@ -82,3 +83,33 @@ def test_of_a_single_text_the_end_is_held_out(tmp_path: Path):
     found = sample(tmp_path)
     vocabulary = FittedVocabulary(257, "the text", 1.0, 10_000.0)
     assert choose_validation_share(found, vocabulary, 450) == (0.05, 500.0)
+
+
+def test_of_large_files_those_are_held_out_that_a_run_holds_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(samples, "SAMPLE_BYTES", 3000)
+    monkeypatch.setattr(samples, "SHARD_BYTES", 500)
+    found = sample(write_texts(tmp_path / "texts", 20, 10))
+    assert not found.is_whole
+    vocabulary = FittedVocabulary(257, "the text", 1.0, 1000.0)
+    files = sorted((tmp_path / "texts").iterdir())
+    held_out = [path.stat().st_size for path in files if is_held_out(path.name, 0.1)]
+    assert 0 < len(held_out) < 20
+    expected = 1000 * sum(held_out) / sum(path.stat().st_size for path in files)
+    assert texts.count_held_out_tokens(found, vocabulary, 0.1) == pytest.approx(expected)
+    assert expected != pytest.approx(100, rel=0.1), "the share of the documents is not theirs of the text"
+
+
+def test_a_share_that_holds_out_no_document_of_a_streamed_text_is_not_chosen(tmp_path: Path):
+    """A run that streams refuses it; any other one holds out the end of the text."""
+    cached = replace(sample(write_texts(tmp_path / "texts", 3, 3)), is_whole=False)
+    vocabulary = FittedVocabulary(257, "the text", 1.0, 1000.0)
+    names = [f"{number}.txt" for number in range(200)]
+    files = tuple((name, 10) for name in names if not is_held_out(name, 0.01))
+    streamed = replace(cached, is_streamed=True, num_files=200, document_bytes=files)
+    num_held_out = sum(is_held_out(name, 0.02) for name, _ in files)
+    assert num_held_out
+    share, tokens = choose_validation_share(streamed, vocabulary, 1)
+    assert (share, tokens) == (0.02, pytest.approx(1000 * num_held_out / len(files)))
+    none = replace(streamed, document_bytes=(("0.txt", 10),))
+    assert texts.count_held_out_tokens(none, vocabulary, 0.005) == 0
+    assert texts.count_held_out_tokens(replace(none, is_streamed=False), vocabulary, 0.005) == 5

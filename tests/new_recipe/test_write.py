@@ -12,12 +12,14 @@ import pytest
 from smoltrain.cli import main
 from smoltrain.config.load import load_config
 from smoltrain.config.schema import Config, DataSection
+from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.model.build import build_model, count_parameters
 from smoltrain.new_recipe import write
 from smoltrain.new_recipe.plan import StudiedText
 from smoltrain.new_recipe.wish import RecipeWish
 from smoltrain.training.preflight import check_recipe
 from tests import launches
+from tests.faulty_server import FaultyServer
 from tests.hub import Hub, Repo
 from tests.new_recipe.texts import study_large_text, write_texts
 
@@ -105,6 +107,17 @@ def test_stories_in_one_file_are_parted(run: Run, texts: str):
     assert code == 0
     assert load_checked("tiny").data.documents == "separator"
     assert "note: '<|endoftext|>' stands in the files, so it parts documents (data.documents: separator)" in out
+
+
+def test_a_small_text_behind_a_url_is_cached_as_it_would_be_too_few_documents_to_be_streamed(run: Run, texts: str):
+    text = b"".join(path.read_bytes() for path in sorted(Path(texts).iterdir()))
+    with FaultyServer({"input.txt": text}) as server:
+        code, out, _ = run("tiny", "--params", "2M", "--data", server.url("input.txt"))
+        config = load_checked("tiny")
+        prepared = prepare_run_data(config, config.batch.rows_per_step)
+    assert code == 0
+    assert "note: all tokens are made before the first step (data.mode: cached)" in out
+    assert (config.data.mode, prepared.mode) == ("cached", "cached")
 
 
 def test_hours_become_tokens_by_the_estimated_speed(run: Run, monkeypatch: pytest.MonkeyPatch):
@@ -217,11 +230,12 @@ def test_a_dataset_of_the_hub(tmp_path: Path):
     assert refused.returncode == 2
     assert refused.stderr == (
         "error: the dataset me/stories has no such split: saw 'valid', want 'validation' (the nearest valid one); "
-        "change --hub, --hub-config or --validation\n"
+        "change --validation\n"
     )
     assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^  text +\S+ tokens, and \S+ held out$", done.stdout, re.MULTILINE), "they are not of the text"
     data = load_config(str(tmp_path / "tiny.yaml")).data
-    assert data == DataSection(hub="me/stories", text_field="story", validation_split="validation")
+    assert data == DataSection(hub="me/stories", text_field="story", validation_split="validation", mode="cached")
     assert "tokens of the Hub's me/stories" in (tmp_path / "tiny.yaml").read_text()
 
 

@@ -30,8 +30,8 @@ def study_large_text(wish: RecipeWish) -> StudiedText:
     """What study_text would find of ten terabytes of text, which limit nothing."""
     size = min(MOST_IDS, largest_table(wish.num_parameters)) // 64 * 64
     sample = TextSample(
-        documents=(), total_bytes=1e13, is_whole=False, num_files=1000, file_bytes=1e13, notes=(),
-        parts_documents=False, all_fields=True, held_out_bytes=None,
+        documents=(), total_bytes=1e13, is_whole=False, num_files=1000, is_streamed=True, notes=(),
+        parts_documents=False, all_fields=True, document_bytes=None, held_out_bytes=None,
     )  # fmt: skip
     vocabulary = FittedVocabulary(size, "the model", bytes_per_token=4.0, text_tokens=2.5e12)
     shape = choose_decoder_shape(wish.num_parameters, size)

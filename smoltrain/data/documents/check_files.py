@@ -1,9 +1,10 @@
 """What names, sizes and first bytes tell about the files of a new run, before anything slow is done with them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from smoltrain.config.schema import DataSection, MixedSource
 from smoltrain.data.documents.file_systems import url_protocol
@@ -11,7 +12,7 @@ from smoltrain.data.documents.folders import first_wildcard
 from smoltrain.data.documents.listing import SourceListing, has_own_validation, source_config_key
 from smoltrain.data.documents.magic_bytes import MAX_POINTER_BYTES, Pointer, detect_pointer
 from smoltrain.data.documents.readers import has_fields, read_head
-from smoltrain.data.documents.shard import Shard, report_unreadable
+from smoltrain.data.documents.shard import Shard, open_shard, report_unreadable
 from smoltrain.errors import Problem, UserError, abbreviate_list
 
 SEPARATOR_SEARCH_BYTES = 2**20  # of a whole file, in which its separator is looked for
@@ -97,16 +98,23 @@ def find_evaluation_splits(names: Iterable[str]) -> dict[str, list[str]]:
     return evaluation if len(by_split) > 1 else {}
 
 
-def find_files_with_separator(part: MixedSource, shards: Iterable[Shard]) -> list[str]:
+def find_files_with_separator(
+    part: MixedSource, shards: Iterable[Shard], open_remote: Callable[[Shard], BinaryIO] | None = None
+) -> list[str]:
     """The names of files that are to be one document each, and hold the text that parts documents elsewhere.
 
-    Only the first files are looked into.
+    Only the first files are looked into; those that are not on this machine only with what opens them.
     """
     if part.documents != "file":
         return []
-    texts = [shard for shard in shards if shard.is_local and not has_fields(shard.name)]
     separator = part.document_separator.encode()
-    return [shard.name for shard in texts[:SEPARATOR_SEARCH_FILES] if separator in _read_text_head(shard)]
+    texts = [shard for shard in shards if not has_fields(shard.name) and (shard.is_local or open_remote)]
+    found: list[str] = []
+    for shard in texts[:SEPARATOR_SEARCH_FILES]:
+        opener = open_shard if shard.is_local or open_remote is None else open_remote
+        if separator in _read_text_head(shard, opener):
+            found.append(shard.name)
+    return found
 
 
 def check_enough_documents(listed: dict[str, SourceListing], data: DataSection, num_streams: int) -> None:
@@ -156,7 +164,7 @@ def _read_small_file(shard: Shard) -> bytes:
         return Path(shard.url).read_bytes()
 
 
-def _read_text_head(shard: Shard) -> bytes:
+def _read_text_head(shard: Shard, opener: Callable[[Shard], BinaryIO]) -> bytes:
     """The first bytes of what a file of text holds. Errors: UserError if it cannot be read."""
-    with report_unreadable(shard), Path(shard.url).open("rb") as file:
+    with report_unreadable(shard), opener(shard) as file:
         return read_head(shard, file, SEPARATOR_SEARCH_BYTES)

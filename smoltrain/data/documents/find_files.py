@@ -60,7 +60,8 @@ def find_source_files(
         folder = _find_package_folder(package, f"{key}.package")
         return _find_files_below(folder, source.pattern, f"{key}.package or {key}.pattern")
     if split is not None:
-        return _find_hub_files(source, split, commit, key)
+        of_hub = f"{key}.validation_split" if held_out else f"{key}.hub, {key}.hub_config or {key}.hub_split"
+        return _find_hub_files(source, split, commit, key, of_hub)
     return FoundFiles([], {})
 
 
@@ -176,9 +177,13 @@ def _find_remote_files(url: str, protocol: str, pattern: str, option: str) -> Fo
     try:
         if protocol in ("http", "https"):
             name = PurePosixPath(urlsplit(url).path).name
-            match = _RemoteMatch(url, "", {name: (path, system.info(path))})
+            info = system.info(path)
+            _check_no_web_page(info, url, option)
+            match = _RemoteMatch(url, "", {name: (path, info)})
         else:
             match = _match_remote_files(system, path, pattern)
+    except UserError:
+        raise
     except Exception as error:  # of a server, its client, the system: there is no common base
         raise _listing_error(error, url, option) from None
     visible = sorted(name for name in match.files if not any(part.startswith(".") for part in name.split("/")))
@@ -188,6 +193,13 @@ def _find_remote_files(url: str, protocol: str, pattern: str, option: str) -> Fo
         path, info = match.files[name]
         shards.append(Shard(name, system.unstrip_protocol(path), _require_size(info, path), file_version(info)))
     return FoundFiles(shards, unread)
+
+
+def _check_no_web_page(info: FileInfo, url: str, option: str) -> None:
+    """Errors: UserError for a page about a file, as GitHub and the Hub show one: its markup would be trained on."""
+    if info.get("mimetype") == "text/html":
+        what, want = "the URL is that of a web page", "the file's own: /raw/ (GitHub) or /resolve/ (the Hub) for /blob/"
+        raise UserError(Problem(what, url, want, option))
 
 
 def _match_remote_files(system: fsspec.AbstractFileSystem, path: str, pattern: str) -> _RemoteMatch:
@@ -229,15 +241,14 @@ def _require_size(info: FileInfo, path: str) -> int:
 # ---- on the Hub
 
 
-def _find_hub_files(source: SourceSection, split: str, commit: str | None, key: str) -> FoundFiles:
+def _find_hub_files(source: SourceSection, split: str, commit: str | None, key: str, change: str) -> FoundFiles:
     # A second and more that files elsewhere do not need.
     from smoltrain.data.documents.hub import fetch_dataset_commit, list_dataset_files
 
     commit = commit or fetch_dataset_commit(source)
-    files = list_dataset_files(source, split, commit, key)
+    files = list_dataset_files(source, split, commit, key, change)
     unreadable = [name for name, _, _ in files if find_format(name) is None]
     if unreadable:
-        change = f"{key}.hub, {key}.hub_config or {key}.hub_split"
         raise _unsupported_files_error(unreadable, f"the dataset {source.hub}", change)
     shards = [Shard(name, url, size, f"commit {commit}") for name, url, size in files]
     return FoundFiles(sorted(shards, key=lambda shard: shard.name), {})

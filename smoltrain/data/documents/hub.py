@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import TypeVar
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from smoltrain.config.schema import SourceSection
 from smoltrain.data.documents.file_systems import get_file_system
-from smoltrain.errors import Problem, UserError, exception_message, problem_from_system, suggest_choice
+from smoltrain.errors import Problem, UserError, exception_message, format_value, problem_from_system, suggest_choice
 from smoltrain.files import describe_error
 from smoltrain.timeout import call_with_timeout
 
@@ -32,6 +33,11 @@ def ask_hub(question: Callable[[], Answer]) -> Answer:
 def fetch_dataset_commit(data: SourceSection) -> str:
     """The commit (sha) at which the dataset stands now. Errors: UserError if there is none that this token may read."""
     name = str(data.hub)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        what, want = "no dataset of the Hub can have this name", "OWNER/NAME, which is the end of its page's URL"
+        raise UserError(Problem(what, format_value(name), want, "data.hub")) from None
     api = HfApi()
 
     def fetch() -> str:
@@ -44,12 +50,14 @@ def fetch_dataset_commit(data: SourceSection) -> str:
         raise UserError(hub_problem(error, "dataset", name, "data.hub", OTHER_DATA)) from None
 
 
-def list_dataset_files(source: SourceSection, split: str, commit: str, key: str) -> list[tuple[str, str, int]]:
+def list_dataset_files(
+    source: SourceSection, split: str, commit: str, key: str, change: str
+) -> list[tuple[str, str, int]]:
     """The files of the dataset's configuration and split at that commit: path in it, hf:// URL with the commit, bytes.
 
-    No data is downloaded. Errors: UserError if the dataset has no such configuration or split, or cannot be listed.
+    No data is downloaded. `key` is the config's section of the source, `change` its keys that choose the files.
+    Errors: UserError if the dataset has no such configuration or split, or cannot be listed.
     """
-    change = f"{key}.hub, {key}.hub_config or {key}.hub_split"
     try:
         import datasets
     except ImportError:

@@ -38,10 +38,13 @@ def list_all_sources(config: Config) -> dict[str, SourceListing]:
     return exclude_shared_files(listed, config.data)
 
 
-def list_one_source(part: MixedSource, data: DataSection) -> SourceListing:
-    """The files of one source by itself. Errors: those of `find_source_files`."""
+def list_one_source(part: MixedSource, data: DataSection, commit: str | None = None) -> SourceListing:
+    """The files of one source by itself; those of a Hub dataset at that commit, of which None is the newest.
+
+    Errors: those of `find_source_files`.
+    """
     key = source_config_key(part.name, data)
-    train = find_source_files(part, key=key)
+    train = find_source_files(part, key=key, commit=commit)
     commit = hub_commit(train.shards) if part.hub else None
     validation = find_source_files(part, key=key, commit=commit, held_out=True)
     shards, left_out = remove_duplicate_files(train.shards)

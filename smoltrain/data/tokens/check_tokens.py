@@ -151,7 +151,9 @@ def _rebuild_source(
     data, source = config.data, index.sources[part.name]
 
     def list_source(wanted: MixedSource) -> SourceListing:
-        return listed.get(wanted.name) or list_one_source(wanted, config.data)
+        commit = index.fingerprint.sources[wanted.name].get("commit")  # of the first start
+        at = commit if isinstance(commit, str) else None
+        return listed.get(wanted.name) or list_one_source(wanted, config.data, at)
 
     if index.mode == "stream":
         made, _ = tokenise_held_out(

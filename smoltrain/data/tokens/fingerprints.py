@@ -49,9 +49,12 @@ def remake_fingerprint(
             sources[part.name] = _source_settings(part, config.data) | _fingerprint_hub(part, before.get("commit"))
             continue
         try:
-            listed[part.name] = list_one_source(part, config.data)
+            # Files beside a Hub dataset are looked at again; the dataset stays at the commit of the first start.
+            commit = before.get("commit") if part.hub == before.get("hub") else None
+            listed[part.name] = list_one_source(part, config.data, commit)
         except UserError as error:
-            if mode == "stream" or "://" not in f"{part.path}{part.validation_path}":
+            is_remote = part.hub is not None or "://" in f"{part.path}{part.validation_path}"
+            if mode == "stream" or not is_remote:
                 raise
             print(f"data: {error}; the tokens that were made of it stay in use", flush=True)
             sources[part.name] = before

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from smoltrain.config.schema import Config
+from smoltrain.config.schema import Config, DataSection
 from smoltrain.data.documents.check_files import check_source_files
 from smoltrain.data.documents.listing import SourceListing, list_all_sources
 from smoltrain.data.tokenizers import by_name
@@ -73,16 +73,15 @@ def plan_preparation(config: Config, rows_per_step: int, world_size: int, *, ahe
     listed = list_all_sources(config)
     for line in check_source_files(listed, config.data):
         print(f"data: {line}", flush=True)
-    mode, mode_reason = choose_data_mode(config, listed)
+    mode, mode_reason = choose_data_mode(config.data, listed)
     if ahead and config.data.mode == "auto" and mode == "stream":
         mode, mode_reason = "cached", "it was prepared ahead"
     fingerprint = make_fingerprint(config, given, mode, listed)
     return Preparation(config, rows_per_step, world_size, given, listed, mode, mode_reason, fingerprint)
 
 
-def choose_data_mode(config: Config, listed: dict[str, SourceListing]) -> tuple[str, str]:
+def choose_data_mode(data: DataSection, listed: dict[str, SourceListing]) -> tuple[str, str]:
     """The mode of a new run, and why."""
-    data = config.data
     if data.mode != "auto":
         return data.mode, f"data.mode={data.mode}"
     if data.cache is not None:

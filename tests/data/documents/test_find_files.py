@@ -144,6 +144,17 @@ def test_over_http_a_url_is_one_file_with_size_and_etag():
     assert f"{url} cannot be listed: saw " in problem(at(url))
 
 
+def test_a_page_about_a_file_is_not_the_file():
+    with FaultyServer({"blob/main/a.txt": b"<html>"}, content_type="text/html; charset=utf-8") as server:
+        url = server.url("blob/main/a.txt")
+        assert problem(at(url)) == (
+            f"the URL is that of a web page: saw {url}, want the file's own: /raw/ (GitHub) or /resolve/ (the Hub) "
+            "for /blob/; change data.path"
+        )
+        server.content_type = "text/plain"
+        assert [shard.name for shard in list_shards(at(url))] == ["a.txt"]
+
+
 def test_a_server_that_does_not_say_how_long_a_file_is(monkeypatch: pytest.MonkeyPatch):
     system, path = get_file_system("http://127.0.0.1/a.txt")
     monkeypatch.setattr(system, "info", lambda path: {"name": path, "size": None, "type": "file"})

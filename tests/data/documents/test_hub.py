@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from smoltrain.data.documents.hub import HUB_ANSWER_TIMEOUT_S, hub_problem
+from smoltrain.config.schema import DataSection
+from smoltrain.data.documents.hub import HUB_ANSWER_TIMEOUT_S, fetch_dataset_commit, hub_problem
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.errors import UserError
 from tests.data.tokens.test_tokenise import make
 from tests.hub import Hub, Repo
 
@@ -225,9 +227,11 @@ def test_a_tokenizer_comes_from_the_hub(said: dict[str, Any]):
         ("no config", "BuilderConfig 'en' not found. Available: ['default']"),
         (
             "no split",
-            "the dataset me/texts has no such split: saw 'tarin', want 'train' (the nearest valid one); change",
+            "the dataset me/texts has no such split: saw 'tarin', want 'train' (the nearest valid one); change "
+            "data.hub, data.hub_config or data.hub_split",
         ),
         ("no held out", "the dataset me/several has no such split: saw 'test', want"),
+        ("no held out", "; change data.validation_split"),
         ("suffix", "no file to read at the dataset me/several: saw .csv, want .txt or .md or .jsonl or .json or"),
         ("which config", "Please pick one among the available configs: ['en', 'de', 'csv']"),
         ("no field", "the text field is missing: saw 'body', want one of 'n', 'text'"),
@@ -257,6 +261,16 @@ def test_a_cache_that_cannot_be_written_is_no_silence_of_the_hub():
     )
     assert line.endswith("; change HF_HOME, or what fills its disk")
     assert hub_problem(TimeoutError("late"), "tokenizer", "me/it", "tokenizer.name", "another").saw == "late"
+
+
+@pytest.mark.parametrize("name", ["https://huggingface.co/datasets/me/texts", "datasets/me/texts"])
+def test_what_cannot_be_a_name_is_no_silence_of_the_hub(name: str):
+    with pytest.raises(UserError) as error:
+        fetch_dataset_commit(DataSection(hub=name))
+    assert str(error.value) == (
+        f"no dataset of the Hub can have this name: saw '{name}', want OWNER/NAME, which is the end of its page's URL; "
+        "change data.hub"
+    )
 
 
 def test_an_unreachable_hub_is_given_up_long_before_15_seconds():

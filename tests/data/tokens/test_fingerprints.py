@@ -156,6 +156,32 @@ def test_a_resume_asks_no_hub(shard_root: Path, mode: str, monkeypatch: pytest.M
         assert f"saw sources/data/{key.removeprefix('hub_')} = {value}, want sources/data/" in line
 
 
+@pytest.mark.parametrize("mode", ["cached", "stream"])
+def test_a_resume_with_files_that_are_held_out_stays_at_the_commit_of_its_dataset(
+    shard_root: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+):
+    asked = on_hub(shard_root, monkeypatch)
+    held_out = shard_root / "held.jsonl"
+    held_out.write_bytes(sorted((shard_root / "source").iterdir())[0].read_bytes())
+    changes: dict[str, Any] = {"data__path": None, "data__hub": "me/texts", "data__validation_path": str(held_out)}
+    first = prepare_run_data(config(shard_root, mode, **changes))
+    assert prepare_run_data(config(shard_root, mode, **changes)).index == first.index
+    assert asked == [None, "c0ffee"], "the newest commit may be another one by now"
+
+
+@pytest.mark.parametrize("mode", ["cached", "stream"])
+def test_damaged_tokens_of_a_dataset_are_made_anew_of_its_commit(
+    shard_root: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+):
+    asked = on_hub(shard_root, monkeypatch)
+    changes: dict[str, Any] = {"data__path": None, "data__hub": "me/texts"}
+    first = prepare_run_data(config(shard_root, mode, **changes))
+    damaged = next((shard_root / "runs").rglob("validation*.bin"))
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    assert prepare_run_data(config(shard_root, mode, **changes)).index == first.index
+    assert asked == [None, "c0ffee"]
+
+
 def test_a_cached_run_does_without_its_server(shard_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     on_hub(shard_root, monkeypatch)
     changes: dict[str, Any] = {"data__path": "https://server/texts.jsonl"}
@@ -169,6 +195,23 @@ def test_a_cached_run_does_without_its_server(shard_root: Path, monkeypatch: pyt
     assert prepare_run_data(config(shard_root, "cached", **changes)).index == first.index
     assert "no server" in capsys.readouterr().out
     assert "no server" in problem(config(shard_root, "stream", run__name="b", **changes))
+
+
+def test_a_cached_run_with_files_that_are_held_out_does_without_the_hub(
+    shard_root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    on_hub(shard_root, monkeypatch)
+    held_out = shard_root / "held.jsonl"
+    held_out.write_bytes(sorted((shard_root / "source").iterdir())[0].read_bytes())
+    changes: dict[str, Any] = {"data__path": None, "data__hub": "me/texts", "data__validation_path": str(held_out)}
+    first = prepare_run_data(config(shard_root, "cached", **changes))
+
+    def shards(*_: Any, **__: Any) -> list[Shard]:
+        raise UserError(Problem("no Hub", "nothing", "an answer", "it"))
+
+    monkeypatch.setattr(listing, "find_source_files", shards)
+    assert prepare_run_data(config(shard_root, "cached", **changes)).index == first.index
+    assert "the tokens that were made of it stay in use" in capsys.readouterr().out
 
 
 def test_a_fingerprint_of_the_wrong_kind_can_be_shown():

@@ -92,14 +92,14 @@ def test_small_local_files_are_cached_and_the_reason_is_said(root: Path, monkeyp
 def test_what_is_not_on_this_machine_is_streamed(root: Path):
     local, remote = (Shard("a.txt", url, 5, "etag 1") for url in ("/a.txt", "https://server/a.txt"))
     auto = config(root, "auto")
-    assert plan_preparation.choose_data_mode(auto, {"data": SourceListing((local, remote))}) == (
+    assert plan_preparation.choose_data_mode(auto.data, {"data": SourceListing((local, remote))}) == (
         "stream",
         "data is not on this machine",
     )
-    assert plan_preparation.choose_data_mode(auto, {"data": SourceListing((local,), (remote,))})[0] == "stream"
-    assert plan_preparation.choose_data_mode(auto, {"data": SourceListing((local,))})[0] == "cached"
+    assert plan_preparation.choose_data_mode(auto.data, {"data": SourceListing((local,), (remote,))})[0] == "stream"
+    assert plan_preparation.choose_data_mode(auto.data, {"data": SourceListing((local,))})[0] == "cached"
     shared = config(root, "auto", data__cache=root / "cache")
-    assert plan_preparation.choose_data_mode(shared, {"data": SourceListing((remote,))}) == (
+    assert plan_preparation.choose_data_mode(shared.data, {"data": SourceListing((remote,))}) == (
         "cached",
         "data.cache names a folder",
     )
@@ -200,6 +200,9 @@ def on_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     asked: list[str | None] = []
 
     def shards(source: Any, *, key: str, commit: str | None = None, held_out: bool = False) -> list[Shard]:
+        if held_out and source.validation_path:
+            path = Path(source.validation_path)
+            return [Shard(path.name, str(path), path.stat().st_size, "mtime 1")]
         if held_out:
             return []
         asked.append(commit)
