@@ -34,8 +34,9 @@ def test_a_metric_stands_with_its_error_and_what_it_was_measured_on() -> None:
 
 
 def test_a_task_that_has_fewer_documents_than_the_limit_was_measured_whole() -> None:
-    details = {"arc": TaskDetails(**DETAILS | {"limit": 1000})}
-    [line] = format_metrics(Evaluation(step=3, tasks={"arc": {"acc": 0.25}}, details=details))
+    details = DETAILS.copy()
+    details["limit"] = 1000
+    [line] = format_metrics(Evaluation(step=3, tasks={"arc": {"acc": 0.25}}, details={"arc": details}))
     assert line == "arc  acc 0.2500  (10 documents, 2-shot)"
 
 
