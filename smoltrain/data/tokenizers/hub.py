@@ -13,6 +13,8 @@ from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE
 from smoltrain.errors import Problem, UserError, exception_message
 from smoltrain.terminal import show_activity
 
+CLIENT_TIMEOUT_S = 2 * HUB_ANSWER_TIMEOUT_S  # of the client that is left behind when `ask_hub` gives up, and says so
+
 
 def is_hub_repo_name(name: str) -> bool:
     """Whether a name has the form OWNER/NAME, as the Hub allows it: a/.. is a folder."""
@@ -31,11 +33,11 @@ def download_tokenizer(name: str) -> Path:
     way_out = _suggest_tokenizer(name)
     try:
         url = hf_hub_url(name, TOKENIZER_FILE)
-        ask_hub(lambda: get_hf_file_metadata(url, timeout=HUB_ANSWER_TIMEOUT_S))
+        ask_hub(lambda: get_hf_file_metadata(url, timeout=CLIENT_TIMEOUT_S))
         disable_progress_bars()  # which would be drawn over ours
         with show_activity(f"downloading the tokenizer {name}"):
             file = Path(hf_hub_download(name, TOKENIZER_FILE))
-            repository = ask_hub(lambda: HfApi().model_info(name, timeout=HUB_ANSWER_TIMEOUT_S))
+            repository = ask_hub(lambda: HfApi().model_info(name, timeout=CLIENT_TIMEOUT_S))
             for sibling in repository.siblings or ():
                 if is_companion_file(sibling.rfilename):
                     hf_hub_download(name, sibling.rfilename)

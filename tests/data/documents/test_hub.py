@@ -91,7 +91,6 @@ from smoltrain.data.documents import hub
 from smoltrain.data.documents.hub import fetch_dataset_commit
 from smoltrain.data.documents.find_files import find_source_files
 from smoltrain.data.documents.retry import ReaderHealth, read_records_with_retry
-from smoltrain.data.tokenizers import hub as tokenizers_hub
 from smoltrain.data.tokenizers.by_name import load_named_tokenizer
 from smoltrain.errors import UserError
 from smoltrain.config.schema import DataSection, TokenizerSection
@@ -173,7 +172,7 @@ note("suffix", lambda: rows(hub="me/several", hub_config="csv"))
 note("which config", lambda: rows(hub="me/several"))
 
 urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/fall-silent").close()
-hub.HUB_ANSWER_TIMEOUT_S = tokenizers_hub.HUB_ANSWER_TIMEOUT_S = 0.3
+hub.HUB_ANSWER_TIMEOUT_S = 0.3
 note("cached", lambda: tokenizer("me/tokenizer"))
 note("cosmo", lambda: tokenizer("HuggingFaceTB/cosmo2-tokenizer"))
 note("gpt2", lambda: tokenizer("openai-community/gpt2"))
