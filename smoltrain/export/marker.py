@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from smoltrain import files
 from smoltrain.checkpoint.manifest import step_folder
+from smoltrain.evaluation.results import evaluation_file
 from smoltrain.inference.find_run import EXPORT_MARKER_FILE
 from smoltrain.version import VERSION
 
@@ -79,6 +80,12 @@ def read_verified_marker(folder: Path) -> dict[str, Any] | None:
     """The marker if it is valid and every file has the size and SHA-256 that it lists, else None."""
     marker = read_export_marker(folder)
     return marker if marker is not None and marker["files"] == _hash_files(folder) else None
+
+
+def is_card_behind(run: Path, step: int, folder: Path) -> bool:
+    """Whether tasks were measured of a run's step after it was exported, so that its card has not their results."""
+    evaluation = evaluation_file(run, step)
+    return evaluation.exists() and evaluation.stat().st_mtime > (folder / EXPORT_MARKER_FILE).stat().st_mtime
 
 
 def _hash_files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -70,7 +70,7 @@ def _find_or_make_export(source: str, say: Callable[[str], None]) -> tuple[Path,
     It is made now if it is not there yet, or was changed since.
     """
     from smoltrain.checkpoint.manifest import find_newest_valid_checkpoint
-    from smoltrain.export.marker import default_export_folder, read_export_marker, read_verified_marker
+    from smoltrain.export.marker import default_export_folder, is_card_behind, read_export_marker, read_verified_marker
     from smoltrain.inference.find_run import find_run_folder, is_huggingface_folder
 
     if is_huggingface_folder(Path(source)):
@@ -86,6 +86,9 @@ def _find_or_make_export(source: str, say: Callable[[str], None]) -> tuple[Path,
         marker = read_verified_marker(folder)
         if marker is not None and marker["run_id"] == manifest.wandb_id:
             say(f"export {folder} is verified already")
+            if is_card_behind(run, manifest.step, folder):
+                anew = f"`smoltrain export {shlex.quote(source)}` writes it anew"
+                say(f"its card lacks what was measured of step {manifest.step} since: {anew}, with the options it had")
             return folder, marker
     from smoltrain.export.export import export_model
 

@@ -11,9 +11,11 @@ import pytest
 
 from smoltrain.config.schema import ModelSection
 from smoltrain.errors import BAD_INPUT, DONE, UserError
+from smoltrain.evaluation.results import evaluation_file
 from smoltrain.export import export
 from smoltrain.export.push import NETWORK_LIBRARIES, _as_user_errors, _find_or_make_export, _read_hub_settings
 from smoltrain.export.verify import ExportComparison
+from smoltrain.inference.find_run import EXPORT_MARKER_FILE
 from smoltrain.inference.load import load_trained_model
 from tests import folders
 from tests.hub_uploads import TOKEN, Hub, serve
@@ -173,6 +175,22 @@ def test_what_is_no_export(run: Path, tmp_path: Path):
     folders.hub(tmp_path / "hub", section)
     with pytest.raises(UserError, match="the folder is no verified export"):
         _find_or_make_export(str(tmp_path / "hub"), print)
+
+
+def test_a_card_without_what_was_measured_since_is_told(run: Path):
+    folder = run / "export" / "step-00000012"
+    exported_at = (folder / EXPORT_MARKER_FILE).stat().st_mtime
+    file = evaluation_file(run, 12)
+    file.parent.mkdir()
+    file.write_text("{}")
+    told: dict[int, list[str]] = {}
+    for later_s in (-5, 5):
+        os.utime(file, (exported_at + later_s, exported_at + later_s))
+        told[later_s] = []
+        assert _find_or_make_export(str(run), told[later_s].append)[0] == folder
+    file.unlink()
+    assert told[-5] == [f"export {folder} is verified already"]
+    assert told[5][1].startswith("its card lacks what was measured of step 12 since: `smoltrain export ")
 
 
 @pytest.mark.slow
