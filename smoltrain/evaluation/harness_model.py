@@ -90,7 +90,8 @@ class HarnessModel(TemplateLM):
             max_tokens=max_tokens, temperature=settings["temperature"] if settings["do_sample"] else 0.0,
             top_k=int(settings.get("top_k") or 0), top_p=float(settings.get("top_p") or 1.0),
         )  # fmt: skip
-        return WriteRequest(ids[-room:], generation, tuple(settings["until"]))
+        stop_texts = tuple(stop for stop in settings["until"] if stop)  # an empty one would stop before anything
+        return WriteRequest(ids[-room:], generation, stop_texts)
 
     def describe_cuts(self) -> list[str]:
         """Lines on what did not fit the model."""
