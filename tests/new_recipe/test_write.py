@@ -271,4 +271,5 @@ def test_a_new_recipe_trains_as_written(
     assert lines[-1]["step"] == config.phases[0].num_steps
     losses = [line["train/loss_nats_per_token"] for line in lines if "train/loss_nats_per_token" in line]
     assert losses[-1] < losses[0]
-    assert "WARNING" not in log.read_text(), "no row of the table is without an id"
+    warnings = [line for line in log.read_text().splitlines() if "WARNING" in line]
+    assert not [line for line in warnings if "communication" not in line], "a busy machine alone is warned of"
