@@ -4,6 +4,7 @@ Of a small text all of it is read. Equal files give equal answers.
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import math
@@ -212,9 +213,8 @@ def _list_document_bytes(
 def _has_separators(part: MixedSource, data: DataSection, listing: SourceListing) -> bool:
     """Whether the text that parts documents stands in every file of text that is looked into."""
     num_texts = sum(not has_fields(shard.name) for shard in listing.all_shards)
-    found = find_files_with_separator(
-        part, listing.all_shards, open_remote=lambda shard: open_with_retry(shard, data, ReaderHealth())
-    )
+    opener = functools.partial(open_with_retry, data=data, health=ReaderHealth())
+    found = find_files_with_separator(part, listing.all_shards, opener)
     return 0 < min(num_texts, SEPARATOR_SEARCH_FILES) == len(found)
 
 

@@ -99,22 +99,18 @@ def find_evaluation_splits(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def find_files_with_separator(
-    part: MixedSource, shards: Iterable[Shard], open_remote: Callable[[Shard], BinaryIO] | None = None
+    part: MixedSource, shards: Iterable[Shard], opener: Callable[[Shard], BinaryIO] | None = None
 ) -> list[str]:
     """The names of files that are to be one document each, and hold the text that parts documents elsewhere.
 
-    Only the first files are looked into; those that are not on this machine only with what opens them.
+    Only the first files are looked into; without an `opener` only those that lie on this machine.
     """
     if part.documents != "file":
         return []
     separator = part.document_separator.encode()
-    texts = [shard for shard in shards if not has_fields(shard.name) and (shard.is_local or open_remote)]
-    found: list[str] = []
-    for shard in texts[:SEPARATOR_SEARCH_FILES]:
-        opener = open_shard if shard.is_local or open_remote is None else open_remote
-        if separator in _read_text_head(shard, opener):
-            found.append(shard.name)
-    return found
+    texts = [shard for shard in shards if not has_fields(shard.name) and (shard.is_local or opener)]
+    head_opener = opener or open_shard
+    return [shard.name for shard in texts[:SEPARATOR_SEARCH_FILES] if separator in _read_text_head(shard, head_opener)]
 
 
 def check_enough_documents(listed: dict[str, SourceListing], data: DataSection, num_streams: int) -> None:

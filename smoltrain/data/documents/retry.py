@@ -93,12 +93,10 @@ def read_records_with_retry(
             yield from read(first=first)
         return
 
-    def open_remote(shard: Shard) -> BinaryIO:
-        return open_with_retry(shard, data, health)
-
+    opener = functools.partial(open_with_retry, data=data, health=health)
     content = _Backoff(shard, data.patience_s, health)  # for bytes that arrive, and make no sense
     while True:
-        records = read(first=first, opener=open_remote)
+        records = read(first=first, opener=opener)
         try:
             for record in records:
                 first = record.record + stride
