@@ -33,6 +33,7 @@ class Cell:
     peer: str | None = None  # of benchmarks.peers.PEERS
 
 
+WHOLE = ("engine.compile=on", "engine.compile_region=model")
 SHIPPED = Cell("ours, as shipped")
 CELLS = (  # in the order of what one wants to know first; micro-batch 16 and ZeRO-2 are what is shipped
     SHIPPED,
@@ -48,6 +49,9 @@ CELLS = (  # in the order of what one wants to know first; micro-batch 16 and Ze
     Cell("micro-batch 64", ("batch.micro_batch=64",)),
     Cell("compile on", ("engine.compile=on",)),
     Cell("compile off", ("engine.compile=off",)),
+    Cell("one compiled region", WHOLE),
+    Cell("one compiled region, fused projections", (*WHOLE, "engine.fused_projections=true")),
+    Cell("one compiled region, CUDA graphs", (*WHOLE, "engine.cuda_graphs=true")),
     Cell("checkpointing selective", ("engine.gradient_checkpointing=selective",)),
     Cell("checkpointing full", ("engine.gradient_checkpointing=full",)),
     Cell("ZeRO-1", ("engine.ds_config=zero1",)),

@@ -143,6 +143,7 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
 NAMED_AFTER_A_TOPIC = {
     "tests/kernels/test_without_a_gpu.py": "what all kernels together do on a device, proven without one",
     "tests/engine/test_compiled_region.py": "all blocks compiled as one, under every ZeRO stage and way of reducing",
+    "tests/engine/test_cuda_graphs.py": "what a replay overwrites, and who holds on to it",
     "tests/engine/test_fused_projections.py": "q, k, v and gate, up as one product each, under the engine",
     "tests/model/test_documents.py": "document masks of the decoder, through every kernel",
     "tests/model/test_transformers_documents.py": "document masks of transformers' classes",

@@ -45,7 +45,7 @@ KEY_RULE_TABLE = (
     ("batch", FIXED_ROWS, "accumulation rows_per_step"),
     ("batch", ANNOUNCED, "micro_batch"),
     ("engine", ANNOUNCED, "device ds_config precision gradient_checkpointing attention reduce_gradients loss compile"),
-    ("engine", ANNOUNCED, "compile_region fused_projections"),
+    ("engine", ANNOUNCED, "compile_region cuda_graphs fused_projections"),
     ("engine", FREE, "hang_s lost_host_s"),
     ("optimizer", FIXED, "kind momentum newton_schulz_steps embedding_lr_factor"),
     ("optimizer", FIXED, "beta1 beta2 eps gradient_clipping z_loss"),

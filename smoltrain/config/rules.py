@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from smoltrain.config.schema import (
     HORIZON_KEYS,
     Config,
+    EngineSection,
     EvaluateSection,
     ModelSection,
     OptimizerSection,
@@ -24,7 +25,7 @@ def find_contradictions(c: Config) -> list[Problem]:
     """Every rule that the config breaks."""
     match c.model:
         case ModelSection():
-            model = _check_decoder(c.model)
+            model = [*_check_decoder(c.model), *_check_cuda_graphs(c.engine)]
         case TransformersSection():
             model = _check_transformers_model(c.model, c)
         case OwnModelSection():
@@ -48,6 +49,19 @@ def _check_decoder(m: ModelSection) -> Iterator[Problem]:
         yield Problem(what, str(head_width), "an even number", "model.hidden_size")
 
 
+def _check_cuda_graphs(e: EngineSection) -> Iterator[Problem]:
+    if not e.cuda_graphs:
+        return
+    for key, value, want in (
+        ("compile", e.compile, "on"),
+        ("compile_region", e.compile_region, "model"),
+        ("reduce_gradients", "step" if e.reduce_gradients == "auto" else e.reduce_gradients, "step"),
+    ):
+        if value != want:
+            either = f"{want}; or engine.cuda_graphs=false"
+            yield Problem("CUDA graphs need another region or reduction", value, either, f"engine.{key}")
+
+
 def _check_transformers_model(m: TransformersSection, c: Config) -> Iterator[Problem]:
     for key in ("vocab_size", "max_position_embeddings", "model_type"):
         if key in m.config:
@@ -60,6 +74,7 @@ def _check_transformers_model(m: TransformersSection, c: Config) -> Iterator[Pro
         ("loss", "fused", "auto"),
         ("compile", "on", "auto"),
         ("compile_region", "model", "block"),
+        ("cuda_graphs", True, "false"),
         ("fused_projections", True, "false"),
     ):
         if getattr(c.engine, key) == value:
@@ -73,6 +88,7 @@ def _check_own_model_options(c: Config) -> Iterator[Problem]:
         "engine.gradient_checkpointing": (c.engine.gradient_checkpointing, "none"),
         "engine.compile": (c.engine.compile, "auto or off"),
         "engine.compile_region": (c.engine.compile_region, "block"),
+        "engine.cuda_graphs": (str(c.engine.cuda_graphs).lower(), "false"),
         "engine.fused_projections": (str(c.engine.fused_projections).lower(), "false"),
         "engine.attention": (c.engine.attention, "auto"),
         "engine.loss": (c.engine.loss, "auto"),

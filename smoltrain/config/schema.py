@@ -409,6 +409,9 @@ class EngineSection(Section):
     compile_region: Literal["block", "model"] = "block"
     """what torch.compile sees at once: a block, which all blocks share, or all blocks and the last norm (model), which
     takes longer to compile and lets it join what lies between two blocks"""
+    cuda_graphs: bool = False
+    """whether a GPU replays a micro-batch's compiled kernels as recorded CUDA graphs, one launch forward and one
+    backward; needs compile=on, compile_region=model, and gradients that are reduced once per step"""
     fused_projections: bool = False
     """whether q, k and v are one matrix product, and gate and up, over weights that ZeRO-1 and 2 lay side by side;
     weights keep their names"""

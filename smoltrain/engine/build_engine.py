@@ -45,6 +45,11 @@ def build_engine(
     requested = config.engine.reduce_gradients
     check_reduction(tree, requested)
     choice = reduction or choose_reduction(tree, device=world.device.type, requested=requested)
+    if config.engine.cuda_graphs and not choice.once_per_step:
+        # DeepSpeed holds on to gradients between micro-batches, and a replay would overwrite them.
+        want = "gradients that are reduced once per step; or false"
+        change = "engine.cuda_graphs or engine.reduce_gradients"
+        raise UserError(Problem("CUDA graphs cannot be replayed", f"DeepSpeed reduces: {choice.reason}", want, change))
 
     model.to(world.device)
     kind = OPTIMIZERS[config.optimizer.kind]

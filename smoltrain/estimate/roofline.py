@@ -138,6 +138,8 @@ def estimate_host_time(setup: TrainingSetup, work: list[KernelWork], own_s: floa
     if setup.compiled_blocks:  # each entered forward and backward
         regions = 2 if setup.compiled_whole else 2 * s.layers + num_recomputed_blocks(setup)
     compiled = setup.accumulation * sum(one.times * one.launches for one in work if one.is_compiled)
+    if setup.cuda_graphs:
+        compiled = setup.accumulation * regions  # a launch of each
     eager = setup.accumulation * (hooks + sum(one.times * one.launches for one in work if not one.is_compiled)) + update
     seconds = own_s + eager * constants.OPERATION_S + compiled * constants.COMPILED_KERNEL_S
     seconds += setup.accumulation * regions * constants.COMPILED_REGION_S

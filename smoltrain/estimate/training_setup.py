@@ -77,6 +77,7 @@ class TrainingSetup:
     loss: str = "fused"
     compiled_blocks: bool = False
     compiled_whole: bool = False  # whether the compiled blocks are one region
+    cuda_graphs: bool = False  # whether that region is replayed
     fused_projections: bool = False  # whether q, k, v are one product, and gate and up
     compiled_update: bool = True
     once_per_step: bool = True  # gradients are reduced once a step; else after each micro-batch
@@ -180,8 +181,8 @@ def build_training_setup(
         recompute="none" if recompute == "auto" else recompute,
         attention=computing.attention.name if computing.attention else "sdpa", loss=computing.loss.name,
         compiled_blocks=computing.compiles and isinstance(config.model, ModelSection),
-        compiled_whole=computing.compile_region == "model", fused_projections=computing.fused_projections,
-        compiled_update=computing.compiles,
+        compiled_whole=computing.compile_region == "model", cuda_graphs=computing.cuda_graphs,
+        fused_projections=computing.fused_projections, compiled_update=computing.compiles,
         once_per_step=choose_reduction(ds_config, device=device, requested=requested).once_per_step,
         reduce_gradients=requested,
         saves_midway=_saves_midway(config), optimizer=OPTIMIZERS[config.optimizer.kind],

@@ -64,7 +64,7 @@ def missing_for_compile(device_type: str) -> str | None:
     return None
 
 
-def compiler_options(*, any_length: bool = False) -> dict[str, Any]:
+def compiler_options(*, any_length: bool = False, cuda_graphs: bool = False) -> dict[str, Any]:
     """What inductor is told beyond its defaults."""
     # Inductor's own random numbers save a pass over memory on a GPU; on a CPU torch's take half their time.
     options: dict[str, Any] = {"fallback_random": not torch.cuda.is_available()}
@@ -75,6 +75,11 @@ def compiler_options(*, any_length: bool = False) -> dict[str, Any]:
     if any_length:
         # Else the code would be for one thread if the first length that came was a small one.
         options["cpp.dynamic_threads"] = True
+    if cuda_graphs:
+        options["triton.cudagraphs"] = True
+        # Else code that cannot be recorded would be launched as ever, alone or as a part of what is replayed, unsaid.
+        options["triton.cudagraph_or_error"] = True
+        options["graph_partition"] = False
     return options
 
 
@@ -149,12 +154,14 @@ class CompilableFunction(Generic[P, R]):
     It is compiled when it is first called, and anew for each new shape: training has few. With `any_length` one
     compilation serves tensors of every length, and every model: for loops over flat tensors. It is so on a CPU alone;
     on a GPU nobody has measured what that costs. torch keeps what it compiled on disk (compiled_code_folder), so that
-    the next process only loads it.
+    the next process only loads it. With `cuda_graphs` a GPU replays it; what it returned and the gradients of its
+    weights are overwritten then.
     """
 
-    def __init__(self, function: Callable[P, R], *, any_length: bool = False) -> None:
-        self._function = function
+    def __init__(self, function: Callable[P, R], *, any_length: bool = False, cuda_graphs: bool = False) -> None:
+        self.function = function
         self._any_length = any_length
+        self._cuda_graphs = cuda_graphs
 
     @functools.cached_property
     def compiled(self) -> Callable[P, R]:
@@ -163,11 +170,11 @@ class CompilableFunction(Generic[P, R]):
             warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, about torch.jit
             keep_compiled_code()
             any_length = self._any_length and not torch.cuda.is_available()
-            options = compiler_options(any_length=any_length)
-            compiled = torch.compile(self._function, dynamic=any_length, options=options)
+            options = compiler_options(any_length=any_length, cuda_graphs=self._cuda_graphs)
+            compiled = torch.compile(self.function, dynamic=any_length, options=options)
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it
         return compiled
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The function as it was written."""
-        return self._function(*args, **kwargs)
+        return self.function(*args, **kwargs)

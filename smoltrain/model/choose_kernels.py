@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from smoltrain.config.schema import Config, ModelSection, OwnModelSection
+from smoltrain.config.schema import Config, EngineSection, ModelSection, OwnModelSection
+from smoltrain.errors import Problem, UserError
 from smoltrain.kernels.attention import AttentionKernel, choose_attention_kernel
 from smoltrain.kernels.compile import choose_compile
 from smoltrain.kernels.compile_gain import CompileChoice, weigh_compiling
@@ -61,18 +62,25 @@ def choose_kernels(
             loss = LossKernel("liger", ASSUMED)
         else:
             loss = choose_loss_kernel(engine.loss, device, dtype, compiles=compiling.on, z_loss=z_loss)
-    how = "on"
-    if engine.compile_region == "model":
-        how = "on, all blocks as one region"
+    if engine.cuda_graphs and device.type != "cuda":
+        raise UserError(Problem("CUDA graphs need a GPU", f"device {device.type}", "false", "engine.cuda_graphs"))
+    how = _describe_regions(engine) if compiling.on else "off"
     reasons = {
         "attention kernel": f"{attention.name}, {attention.reason}",
         "loss kernel": f"{loss.name}, {loss.reason}",
-        "torch.compile": f"{how if compiling.on else 'off'}, {compiling.reason}",
+        "torch.compile": f"{how}, {compiling.reason}",
     }
     if engine.fused_projections:
         reasons["projections"] = "q, k, v as one product, gate and up as one, as engine.fused_projections asks"
     options = ComputeOptions(
         attention=attention, loss=loss, z_loss=config.optimizer.z_loss,
-        compiles=compiling.on, compile_region=engine.compile_region, fused_projections=engine.fused_projections,
+        compiles=compiling.on, compile_region=engine.compile_region, cuda_graphs=engine.cuda_graphs,
+        fused_projections=engine.fused_projections,
     )  # fmt: skip
     return options, reasons
+
+
+def _describe_regions(engine: EngineSection) -> str:
+    if engine.cuda_graphs:
+        return "on, all blocks as one region, replayed as CUDA graphs"
+    return "on, all blocks as one region" if engine.compile_region == "model" else "on"

@@ -89,7 +89,13 @@ class Decoder(LanguageModel):
         # Compiled in training only: validation and generation have too many shapes.
         compiles = self._computing.compiles and self.training
         if compiles and self._computing.compile_region == "model" and not last_only:
-            x_BTD = _run_blocks_and_norm.compiled(self, x_BTD, rotary, documents)
+            if self._computing.cuda_graphs:
+                # What the last replay left is free: OncePerStep has read its gradients, and the loss is no part of it.
+                torch.compiler.cudagraph_mark_step_begin()
+                run_region = _replay_blocks_and_norm.compiled
+            else:
+                run_region = _run_blocks_and_norm.compiled
+            x_BTD = run_region(self, x_BTD, rotary, documents)
         else:
             run_block = _run_decoder_block.compiled if compiles else _run_decoder_block
             x_BTD = self._run_blocks(run_block, x_BTD, rotary, cache, documents)
@@ -149,6 +155,9 @@ def _run_blocks_and_norm(
 ) -> Tensor:
     """All blocks and the last norm as one piece of code, in which the compiler sees from one block into the next."""
     return decoder.norm(decoder._run_blocks(_run_decoder_block, x_BTD, rotary, None, documents))
+
+
+_replay_blocks_and_norm = CompilableFunction(_run_blocks_and_norm.function, cuda_graphs=True)
 
 
 class _WithoutInit(TorchFunctionMode):

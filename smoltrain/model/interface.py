@@ -33,6 +33,7 @@ class ComputeOptions:
     z_loss: float = 0.0
     compiles: bool = False  # whether torch.compile makes the blocks, in training
     compile_region: Literal["block", "model"] = "block"  # each by itself, or all of them and the last norm together
+    cuda_graphs: bool = False  # whether that one region is replayed as CUDA graphs
     fused_projections: bool = False  # whether q, k and v are one matrix product, and gate and up
 
 

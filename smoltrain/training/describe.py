@@ -91,7 +91,7 @@ def name_compiled_code(settings: ResolvedSettings, loader: Loader, world: World)
         config.model.model_dump(), config.optimizer.kind, settings.precision, kernels, computing.gradient_checkpointing,
         computing.z_loss, loader.layout.micro_batch, loader.layout.accumulation, loader.layout.sequence_length,
         config.packing.document_mask, world.size, world.device.type, world.cpu_share.threads, computing.compile_region,
-        computing.fused_projections,
+        computing.cuda_graphs, computing.fused_projections,
     ]  # fmt: skip
     return json.dumps(facts)
 

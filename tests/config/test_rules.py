@@ -16,6 +16,7 @@ LLAMA = (
     "model={kind: transformers, model_type: llama, vocab_size: 2048, max_position_embeddings: 512, "
     "config: {hidden_size: 192, rms_norm_eps: 1e-5, use_cache: false}}",
 )
+GRAPHS = ("engine.cuda_graphs=true", "engine.compile=on", "engine.compile_region=model")
 MIX = "data={sources: [{name: a, path: one, weight: 1}, {name: b, path: two, weight: 1}]}"
 OWN = "model={kind: own, class_name: Mine, vocab_size: 2048, max_position_embeddings: 512}"
 SPLIT = ("batch.accumulation=null", "batch.rows_per_step=32")
@@ -49,6 +50,10 @@ RULES = [
     ([*LLAMA, "engine.gradient_checkpointing=2"], "a transformers model recomputes", "engine.gradient_checkpointing"),
     ([*LLAMA, "engine.loss=fused"], "a transformers model cannot have", "engine.loss"),
     ([*LLAMA, "engine.compile_region=model"], "a transformers model cannot have", "engine.compile_region"),
+    ([*LLAMA, "engine.cuda_graphs=true"], "a transformers model cannot have", "engine.cuda_graphs"),
+    ([*GRAPHS, "engine.compile=auto"], "CUDA graphs need another", "engine.compile"),
+    ([*GRAPHS, "engine.compile_region=block"], "CUDA graphs need another", "engine.compile_region"),
+    ([*GRAPHS, "engine.reduce_gradients=micro_batch"], "CUDA graphs need another", "engine.reduce_gradients"),
     ([*LLAMA, "engine.fused_projections=true"], "a transformers model cannot have", "engine.fused_projections"),
     (["tokenizer.vocab_size=null"], "tokenizer.vocab_size does not fit", "tokenizer.vocab_size"),
     (["model.vocab_size=2047"], "the embedding table cannot hold", "model.vocab_size"),

@@ -24,7 +24,7 @@ def trained(settings: Config, compiles: bool) -> tuple[list[float], dict[str, to
 
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-    compiled = torch.compile(_run_blocks_and_norm._function, dynamic=False, backend=counter)
+    compiled = torch.compile(_run_blocks_and_norm.function, dynamic=False, backend=counter)
     _run_blocks_and_norm.__dict__["compiled"] = compiled
     try:
         torch.manual_seed(settings.run.seed)

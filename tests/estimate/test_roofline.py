@@ -182,6 +182,7 @@ def test_choices_change_the_parts_that_they_are_about():
     changed = {
         "eager": dataclasses.replace(setup, compiled_blocks=False),
         "whole": dataclasses.replace(setup, compiled_whole=True),
+        "replayed": dataclasses.replace(setup, compiled_whole=True, cuda_graphs=True),
         "joint": dataclasses.replace(setup, fused_projections=True),
         "math": dataclasses.replace(setup, attention="math"),
         "plain": dataclasses.replace(setup, loss="plain"),
@@ -193,14 +194,14 @@ def test_choices_change_the_parts_that_they_are_about():
     differ = {name: {part for part in other if other[part] != now.parts[part]} for name, other in parts.items()}
     elementwise = "norms, rotary, sums"
     assert differ["eager"] == {elementwise}
-    assert differ["whole"] == set()
+    assert differ["whole"] == differ["replayed"] == set()
     assert differ["joint"] == {"q, k, v, o", "MLP", elementwise}
     assert differ["math"] == {"attention"}
     assert differ["plain"] == {"head and loss"}
     assert differ["full"] == differ["every 3."] == {"recomputed"}
     assert parts["full"]["recomputed"] == pytest.approx(3 * parts["every 3."]["recomputed"])
     assert parts["joint"]["MLP"] < now.parts["MLP"]
-    assert host_s(changed["whole"]) < host_s(setup) < host_s(changed["eager"])
+    assert host_s(changed["replayed"]) < host_s(changed["whole"]) < host_s(setup) < host_s(changed["eager"])
     assert host_s(changed["joint"]) < host_s(setup) < host_s(changed["full"])
 
 

@@ -10,6 +10,9 @@ import torch
 
 from smoltrain.config.schema import Config
 from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.kernels.compile import CompilableFunction
+from smoltrain.model.build import build_model
+from smoltrain.model.interface import ComputeOptions
 from tests import tiny
 from tests.engines import fresh_model, loader_of
 from tests.ranks import world
@@ -64,3 +67,37 @@ def test_a_step_waits_for_nothing(tmp_path: Path, ranks: Any, compiles: bool, ki
     [late] = ranks(1).run(losses_of_steps, settings, compiles, True)
     [at_once] = ranks(1).run(losses_of_steps, settings, compiles, False)
     assert late == pytest.approx(at_once, rel=1e-3), "kernels may add up in another order"
+
+
+def trained_with_graphs(
+    settings: Config, accumulation: int, graphs: bool
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Losses of six steps and the weights behind them; the blocks are one compiled region, replayed with `graphs`."""
+    from smoltrain.engine.build_engine import build_engine
+
+    torch.manual_seed(0)
+    computing = ComputeOptions(compiles=True, compile_region="model", cuda_graphs=graphs)
+    model = build_model(settings.model, computing, device=world().device)
+    precision = settings.engine.precision
+    engine = build_engine(model, settings, world(), precision=precision, accumulation=accumulation, compiles=True)
+    session = bare_session(settings, engine, loader_of(settings, 0, 1, accumulation))
+    results = train_steps(range(1, 7), session)
+    weights = {name: weight.cpu() for name, weight in engine.weights(keep=True).items()}
+    return [result.metrics["train/loss_nats_per_token"] for result in results], weights
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_replayed_graphs_train_the_same_bits(tmp_path: Path, ranks: Any, accumulation: int) -> None:
+    settings = tiny.load(tmp_path, "track.gradients_every=2", f"batch.accumulation={accumulation}")
+    prepare_run_data(settings)
+    [(losses, weights)] = ranks(1).run(trained_with_graphs, settings, accumulation, True)
+    [(expected, wanted)] = ranks(1).run(trained_with_graphs, settings, accumulation, False)
+    assert losses == expected
+    assert all(torch.equal(weight, wanted[name]) for name, weight in weights.items())
+
+
+def test_code_that_cannot_be_recorded_is_an_error() -> None:
+    """Left to itself torch would launch each kernel as ever, and log a line."""
+    halves = CompilableFunction(lambda x: 2 * x.cpu(), cuda_graphs=True)
+    with pytest.raises(RuntimeError, match="skipping cudagraphs"):
+        halves.compiled(torch.ones(8, device="cuda"))

@@ -1,6 +1,7 @@
 """Where torch.compile runs, and what a block, a loss and an update are when it does."""
 
 import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from smoltrain.kernels import compile
 from smoltrain.kernels.compile import (
     CompilableFunction,
     compiled_code_folder,
+    compiler_options,
     is_known_to_compiler,
     keep_compiled_code,
     note_compiled,
@@ -177,3 +179,16 @@ assert built() == ahead
     env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_torch_is_asked_for_cuda_graphs_by_options_that_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    inductor: Any = importlib.import_module("torch._inductor.config")
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(torch, "compile", lambda function, **how: asked.update(how["options"]) or function)
+    _ = CompilableFunction(torch.neg, cuda_graphs=True).compiled
+    assert asked == {
+        **compiler_options(), "triton.cudagraphs": True, "triton.cudagraph_or_error": True, "graph_partition": False
+    }  # fmt: skip
+    with inductor.patch(asked):  # which takes no name that it does not know
+        assert inductor.triton.cudagraph_or_error
+    assert not any("graph" in name for name in compiler_options())

@@ -124,6 +124,13 @@ def test_what_cannot_run_on_a_gpu_is_refused_before_there_is_one():
         elsewhere("engine.attention=flash", precision="fp32")
 
 
+def test_cuda_graphs_are_for_a_gpu(tmp_path: Path):
+    graphs = ("engine.cuda_graphs=true", "engine.compile=on", "engine.compile_region=model")
+    assert elsewhere(*graphs).cuda_graphs
+    with pytest.raises(UserError, match="CUDA graphs need a GPU"):
+        chosen(tmp_path, *graphs)
+
+
 def test_a_plan_that_is_too_short_to_compile_for_is_so_elsewhere_too():
     """About 6 x parameters x tokens of the whole plan."""
     one = load_config("quickstart")

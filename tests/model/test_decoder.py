@@ -267,7 +267,7 @@ def test_all_blocks_as_one_region_are_one_graph_and_the_same_numbers(mode: Any, 
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
-    whole = torch.compile(_run_blocks_and_norm._function, dynamic=False, backend=counter)
+    whole = torch.compile(_run_blocks_and_norm.function, dynamic=False, backend=counter)
     monkeypatch.setitem(_run_blocks_and_norm.__dict__, "compiled", whole)
     shape = section(LLAMA, initializer_range=0.1, dropout=0.2, attention_dropout=0.2)
     runs = []
@@ -294,7 +294,7 @@ def test_a_region_keeps_what_its_blocks_would(mode: Any, share: float, monkeypat
     """Bytes that the backward pass of 8 blocks keeps: gradient checkpointing saves as much within one region."""
     kept = []
     for region, function in (("block", _run_decoder_block), ("model", _run_blocks_and_norm)):
-        compiled = torch.compile(function._function, dynamic=False, backend="aot_eager_decomp_partition")
+        compiled = torch.compile(function.function, dynamic=False, backend="aot_eager_decomp_partition")
         monkeypatch.setitem(function.__dict__, "compiled", compiled)
         model = built(
             section(LLAMA, num_hidden_layers=8), compiles=True, compile_region=region, gradient_checkpointing=mode,

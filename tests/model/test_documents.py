@@ -281,7 +281,7 @@ def test_any_number_of_documents_is_one_graph(kernel: Any, region: str, monkeypa
     torch._dynamo.reset()  # the code that other tests in this process have left counts too
     counter = CompileCounter()
     for function in (decoder._run_decoder_block, decoder._run_blocks_and_norm):
-        compiled = torch.compile(function._function, dynamic=False, backend=counter)
+        compiled = torch.compile(function.function, dynamic=False, backend=counter)
         monkeypatch.setitem(function.__dict__, "compiled", compiled)
     by_places = AttentionKernel("sdpa", "", varlen=varlen_traced)
     attention = by_places if kernel == "varlen" else AttentionKernel(kernel, "")
