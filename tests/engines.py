@@ -32,7 +32,7 @@ def fresh_model(settings: Config) -> Any:
     return from_config(settings)
 
 
-def masked_engine(settings: Config, masked_by: str, patch: pytest.MonkeyPatch) -> Any:
+def masked_engine(settings: Config, masked_by: str, patch: pytest.MonkeyPatch, accumulation: int = 2) -> Any:
     """An engine whose update is masked by compiled loops (one pass), or by the step that runs on a GPU (own step)."""
     from smoltrain.engine.build_engine import build_engine
     from smoltrain.engine.optimizer import OPTIMIZERS
@@ -45,7 +45,7 @@ def masked_engine(settings: Config, masked_by: str, patch: pytest.MonkeyPatch) -
     precision = settings.engine.precision
     compiles = masked_by == "one pass"
     model = fresh_model(settings)
-    engine = build_engine(model, settings, world(), precision=precision, accumulation=2, compiles=compiles)
+    engine = build_engine(model, settings, world(), precision=precision, accumulation=accumulation, compiles=compiles)
     assert engine.decides_on_device
     return engine
 

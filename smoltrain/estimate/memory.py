@@ -115,7 +115,9 @@ def _zero_state_bytes(setup: TrainingSetup) -> tuple[Parts, Parts, float]:
     optimizer = FP32_BYTES * P + setup.optimizer_state_bytes / W
     elementwise = N - setup.shape.hidden_parameters if setup.newton_schulz_steps else N
     # torch's fused kernels have none
-    eager_update = 0 if setup.device == "cuda" else setup.optimizer.temporary_bytes * elementwise / W
+    eager_update = 0.0 if setup.device == "cuda" else setup.optimizer.temporary_bytes * elementwise / W
+    if setup.once_per_step and setup.gradient_sum_bytes < SUM_BYTES:
+        eager_update += SUM_BYTES * elementwise / W  # the gradient in fp32, which a compiled update widens as it goes
     orthogonalization = orthogonalization_temporary_bytes(setup)  # before the others are updated, or after it
     eager_update = max(eager_update, orthogonalization)
     if setup.stage == 0:  # fp32 alone, where the weights are the masters

@@ -1,16 +1,19 @@
 """Bytes of each part against what they stand for: tensors that autograd keeps, ZeRO's states, checkpoints."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from smoltrain.config.load import load_config
-from smoltrain.config.schema import ModelSection
+from smoltrain.config.schema import Config, ModelSection
+from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.engine.optimizer import checkpoint_bytes
 from smoltrain.estimate.fitting import RECOMPUTE_MODES
 from smoltrain.estimate.memory import (
+    _zero_state_bytes,
     activation_bytes,
     attention_activation_bytes,
     block_activation_bytes,
@@ -23,7 +26,11 @@ from smoltrain.kernels.attention import AttentionKernel
 from smoltrain.model.build import build_model
 from smoltrain.model.interface import ComputeOptions
 from smoltrain.model.layers import DecoderBlock, compute_rotary_angles
+from tests import tiny
+from tests.engines import loader_of, masked_engine
 from tests.estimate.setups import SMOL, make_setup
+from tests.estimate.test_orthogonalization import largest_allocation
+from tests.sessions import bare_session, train_steps
 
 LLAMA = ("model.hidden_size=64", "model.num_hidden_layers=3", "model.intermediate_size=192")
 GPT = (*LLAMA, "model.norm=layernorm", "model.positions=learned", "model.mlp=gelu", "model.attention_bias=true",
@@ -130,6 +137,38 @@ def test_once_a_step_costs_a_whole_gradient_and_spares_the_casts():
     each = estimate_memory(make_setup(*words, recipe=SMOL, world=8, device="cuda", once_per_step=False))
     assert once["gradients"] == 8 * each["gradients"]
     assert once["reduction"] == 0 < each["reduction"]
+
+
+def allocated_by_an_update(settings: Config) -> int:
+    """Bytes at the fullest moment of the last of two updates by AdamW as a GPU has it, which torch's fused one is."""
+    with pytest.MonkeyPatch.context() as patch:
+        engine = masked_engine(settings, "own step", patch, accumulation=1)
+        update = engine._steps.update
+        fullest: list[int] = []
+
+        def counted(*arguments: Any) -> Any:
+            outcomes = []
+            fullest.append(largest_allocation(lambda: outcomes.append(update(*arguments))))
+            return outcomes[0]
+
+        patch.setattr(engine._steps, "update", counted)
+        train_steps(range(1, 3), bare_session(settings, engine, loader_of(settings, 0, 1, 1)))
+    return fullest[-1]
+
+
+def test_an_update_that_is_not_compiled_widens_a_gradient_in_bf16(tmp_path: Path, ranks: Any):
+    """That of a lone micro-batch on a lone rank, which is never added up."""
+    words = ("engine.precision=bf16", "batch.accumulation=1", "engine.compile=off")
+    settings = tiny.load(tmp_path, *words)
+    prepare_run_data(settings)
+    case = dataclasses.replace(build_training_setup(settings, world=1, device="cpu"), device="cuda")
+    assert case.gradient_sum_bytes == 2
+    assert not case.compiled_update
+    [measured] = ranks(1).run(allocated_by_an_update, settings)
+    assert measured == pytest.approx(4 * case.shape.parameters, rel=0.1)
+    eager, compiled = (_zero_state_bytes(dataclasses.replace(case, compiled_update=on))[2] for on in (False, True))
+    assert eager == 4 * case.shape.parameters
+    assert compiled == 0
 
 
 def test_a_checkpoint_in_the_making_is_a_copy_on_the_host():
