@@ -15,17 +15,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 Rotary = tuple[Tensor, Tensor]
+CACHE_FIELD = "cache" if "cache" in CausalLMOutputWithPast.__annotations__ else "past_key_values"
 
 
 class SmoltrainConfig(PretrainedConfig):
     """The decoder's shape; the names are those of the `model` section of a recipe."""
 
     model_type = "smoltrain"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 # transformers' own way to say it
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 # transformers' own way to say it
 
     def __init__(
         self,
@@ -243,19 +244,27 @@ class SmoltrainForCausalLM(SmoltrainPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        cache: Any = None,
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, V] of ids [B, T] (or of the last `logits_to_keep` ones), as transformers' own classes do it.
 
-        `labels` are the ids themselves: the loss shifts them, and leaves out those that are -100.
+        `labels` are the ids themselves: the loss shifts them, and leaves out those that are -100. `past_key_values` was
+        the name of the `cache` before transformers 5.24, whose `generate` passes it by its new one.
         """
         x_BTD = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache()
-        x_BTD = self.model(x_BTD, attention_mask, position_ids, past_key_values)
+        for name, value in others.items():
+            if isinstance(value, Cache):  # else it would be left out, and a text go on from its last token alone
+                raise TypeError(f"this version of transformers passes its cache as {name!r}, not as 'cache'")
+        if cache is None:
+            cache = past_key_values
+        if cache is None and (self.config.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()
+        x_BTD = self.model(x_BTD, attention_mask, position_ids, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits_BTV = self.lm_head(x_BTD[:, kept])  # -0 keeps all
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits_BTV, labels=labels, vocab_size=self.config.vocab_size, **others)
-        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
+        past = {CACHE_FIELD: cache}
+        return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **past)

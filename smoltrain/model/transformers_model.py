@@ -26,6 +26,7 @@ from smoltrain.model import transformers_private as private
 from smoltrain.model.interface import ComputeOptions, LanguageModel, logits_differ
 
 OLD_ROPE_KEYS = ("rope_theta", "rope_scaling", "partial_rotary_factor")  # older names, which transformers still reads
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # since transformers 5.24, and before it
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 SET_ELSEWHERE = {
     "dtype": "engine.precision",
@@ -54,7 +55,9 @@ class HuggingFaceModel(LanguageModel):
         self._z_loss = z_loss
         self.inner = inner
         self.forward_arguments = set(inspect.signature(inner.forward).parameters)
-        self.uses_cache = "past_key_values" in self.forward_arguments  # whether that cache is used: see _is_cache_right
+        names = [name for name in CACHE_ARGUMENTS if name in self.forward_arguments]
+        self.cache_argument = names[0] if names else None  # also where its cache is not used
+        self.uses_cache = bool(names)  # see _is_cache_right
 
     @property
     def section(self) -> TransformersSection:
@@ -82,14 +85,16 @@ class HuggingFaceModel(LanguageModel):
         if cache is not None:
             cache.length += T
             if self.uses_cache:
-                options |= {"past_key_values": cache.past, "use_cache": True}
+                assert self.cache_argument is not None
+                options |= {self.cache_argument: cache.past, "use_cache": True}
             else:  # state-space and old classes have no such cache: the whole text is run again
                 if cache.ids_BT is not None:
                     ids_BT = torch.cat((cache.ids_BT, ids_BT), dim=1)
                 cache.ids_BT = ids_BT
         out = self.inner(input_ids=ids_BT, return_dict=True, **options)
         if cache is not None and self.uses_cache:
-            cache.past = out.past_key_values
+            assert self.cache_argument is not None
+            cache.past = getattr(out, self.cache_argument)
         if labels_BT is None:
             return out.logits[:, -1:] if last_only else out.logits[:, -T:]
         return summed_cross_entropy_of_logits(out.logits.flatten(0, 1), labels_BT.flatten(), self._z_loss)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from smoltrain.config.schema import GenerationSection, ModelSection
-from smoltrain.export.modeling_smoltrain import SmoltrainConfig, SmoltrainForCausalLM
+from smoltrain.export.modeling_smoltrain import CACHE_FIELD, SmoltrainConfig, SmoltrainForCausalLM
 from smoltrain.inference.generate import generate_ids
 from smoltrain.model.hf_config import MODELING_FILE, SMOLTRAIN, hf_class_name
 from smoltrain.model.hf_format import convert_to_hf_tensors
@@ -86,10 +86,13 @@ def test_our_own_class_is_one_of_transformers():
     whole = model(x)
     torch.testing.assert_close(model(x, logits_to_keep=3).logits, whole.logits[:, -3:])
     torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(x)).logits, whole.logits)
-    assert model(x, use_cache=False).past_key_values is None
-    first = model(x[:, :8])
-    rest = model(x[:, 8:], past_key_values=first.past_key_values)
-    torch.testing.assert_close(rest.logits, whole.logits[:, 8:], rtol=0, atol=1e-5)
+    assert getattr(model(x, use_cache=False), CACHE_FIELD) is None
+    for name in ("past_key_values", "cache"):  # before transformers 5.24, and since
+        cache = getattr(model(x[:, :8]), CACHE_FIELD)
+        rest = model(x[:, 8:], **{name: cache})
+        torch.testing.assert_close(rest.logits, whole.logits[:, 8:], rtol=0, atol=1e-5)
+    with pytest.raises(TypeError, match="passes its cache as 'memory'"):
+        model(x[:, 8:], memory=cache)
     counted = model(x, labels=x, num_items_in_batch=torch.tensor(76)).loss  # as the Trainer asks: 2 x 19 labels, halved
     torch.testing.assert_close(counted * 2, model(x, labels=x).loss)
     rough = model.bfloat16()

@@ -74,7 +74,6 @@ def test_the_check_leaves_weights_modes_and_random_numbers_alone():
         ("mamba", "meta", "a forward of MambaForCausalLM without position_ids"),
         ("openai-gpt", "cpu", "logits that depend on the document before"),  # positions are all that it begins anew
         ("opt", "cpu", "logits that depend on the document before"),
-        ("falcon", "cpu", "logits that depend on the document before"),
         ("jamba", "cpu", "logits that depend on the document before"),  # its attention is masked, its states are not
     ],
 )

@@ -33,7 +33,7 @@ ENDS = {  # Python, and what is asked for beside the project
     "a GPU machine's": ("3.12", ("torch==2.11.0", "transformers==5.17.0")),
     "newest": ("3.13", ()),
 }
-SUITES = ("kernels", "model", "engine", "training")  # folders of tests/
+SUITES = ("kernels", "model", "engine", "training", "export", "inference", "evaluation", "library")  # folders of tests/
 
 
 def lower_bounds(requirements: list[str]) -> dict[str, str]:
