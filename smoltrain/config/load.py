@@ -216,9 +216,13 @@ def _problems_without_overrides(
 
 
 def _find_misplaced_recipe(word: str) -> Problem | None:
-    """What is wrong with `--config mine.yaml`, as others take a recipe: run.recipe would be its name, and no more."""
-    key, _, text = word.partition("=")
-    if key not in RECIPE_WORDS or not text.endswith(YAML_SUFFIXES):
+    """What is wrong with `--config mine.yaml`, as others take a recipe; nor is `recipe` short for run.recipe.
+
+    Another recipe would be trained under the name of the one that was meant.
+    """
+    key, equals, text = word.partition("=")
+    is_named = text.endswith(YAML_SUFFIXES) or text in list_recipes()
+    if not equals or key not in RECIPE_WORDS or not (is_named or key == "recipe"):
         return None
     return Problem("the recipe is not given by a key", f"{key}={text}", f"{text} as the first word", "the command line")
 

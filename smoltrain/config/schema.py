@@ -321,12 +321,13 @@ class DataSection(SourceSection):
     """several sources, each with a name and a weight, instead of one source right here"""
     mode: Literal["auto", "stream", "cached"] = "auto"
     """cached tokenises everything once, before the first step; stream reads while it trains; auto is cached where
-    data.cache is set or the files are local and have at most 256 MiB in all, else stream"""
+    data.cache is set or the files are local and have at most 256 MiB in all, else stream; a run keeps the mode of its
+    first start"""
     cache: Annotated[Path, CheckedPath] | None = None
     """folder of the tokens in cached mode, which several runs may share; null is the run's own"""
     streams: int | None = Field(default=None, gt=0)
     """in stream mode, how many parts the documents are dealt into; it divides the rows of a step, and the number of
-    ranks divides it; null: the largest up to 64 that fits"""
+    ranks divides it; null: the largest up to 64 that fits; a run keeps the number of its first start"""
     shuffle_rows: Rows = Field(default=256, gt=0)
     """in stream mode, how many rows of a stream are shuffled with each other"""
     validation_share: float = Field(default=0.05, gt=0, lt=0.5)
@@ -525,7 +526,8 @@ class EvaluateSection(Section):
     every: Steps = Field(default=0, ge=0)
     """how often the validation loss is measured; 0 never"""
     rows: Rows = Field(default=64, gt=0)
-    """how many rows of validation data, the same ones each time"""
+    """how many rows of validation data at most, the same ones each time; a run that streams keeps as many as its first
+    start held out"""
     tasks: tuple[str, ...] = ()
     """tasks to measure too, as lm-evaluation-harness (the extra `eval`) names them, or smoltrain_sentences"""
     tasks_every: Steps = Field(default=0, ge=0)

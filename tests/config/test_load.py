@@ -75,7 +75,17 @@ def test_a_recipe_that_does_not_exist(recipe: str, message: str):
     assert str(problem(recipe=recipe)).startswith(message)
 
 
-@pytest.mark.parametrize("word", ["config=my.yaml", "recipe=/a/my.yml", "config_file=my.yaml"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "config=my.yaml",
+        "recipe=/a/my.yml",
+        "config_file=my.yaml",
+        "recipe=smollm2-135m",
+        "config=smollm2-135m",
+        "recipe=x",
+    ],
+)
 def test_a_recipe_that_is_given_by_a_key_does_not_train_another(word: str) -> None:
     file = word.partition("=")[2]
     assert f"the recipe is not given by a key: saw {word}, want {file} as the first word" in str(problem(word))
