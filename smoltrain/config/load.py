@@ -188,7 +188,8 @@ def _find_recipe(recipe: str) -> Path:
             return path
         is_shipped = path.stem in shipped and len(path.parts) == 1
         want = f"{path.stem!r}, the shipped one, or an existing YAML file" if is_shipped else "an existing YAML file"
-        raise UserError(Problem("the recipe file is missing", str(path), want, "the first argument"))
+        saw = str(path) if path.is_absolute() else f"{path} in {Path.cwd()}"  # train.sh goes to its own folder
+        raise UserError(Problem("the recipe file is missing", saw, want, "the first argument"))
     if recipe in ("-", "/dev/stdin") or path.is_fifo() or path.is_char_device():
         want = "a .yaml file, which each rank and each later start can read again"
         raise UserError(Problem("a recipe is not read from a stream", repr(recipe), want, "the first argument"))
