@@ -164,7 +164,11 @@ def override_export(section: ExportSection, options: Mapping[str, Any]) -> Expor
         return ExportSection.model_validate(section.model_dump() | given)
     except ValidationError as error:
         problems = [
-            problem_from_pydantic(".".join(["export", *map(str, e["loc"][:1])]), e, "--license, --language")
+            problem_from_pydantic(
+                ".".join(["export", *map(str, e["loc"][:1])]),
+                e,
+                f"--{str(e['loc'][0]).replace('_', '-')}" if e["loc"] else "--license or --license-name",
+            )
             for e in error.errors()
         ]
         raise UserError(*problems) from None

@@ -561,6 +561,12 @@ class SampleSection(Section):
     """texts to go on from, one sample each; an empty one begins a new document"""
 
 
+def _check_language(code: str) -> str:
+    if not re.fullmatch("[a-z]{2,3}|code|multilingual", code):
+        raise ValueError("a code of ISO 639, as en or de; or code, or multilingual")
+    return code
+
+
 class ExportSection(Section):
     """What the model card of an export says that its author alone knows. What is not given here is left out there."""
 
@@ -569,15 +575,20 @@ class ExportSection(Section):
     export.license_name"""
     license_name: str | None = Field(default=None, min_length=1)
     """name of a licence that the Hub does not list; with license: other"""
-    language: tuple[Annotated[str, Field(pattern="^([a-z]{2,3}|code|multilingual)$")], ...] = ()
+    language: tuple[Annotated[str, AfterValidator(_check_language)], ...] = ()
     """languages of the text, as ISO 639 codes: en, de, ...; also code and multilingual"""
 
-    @model_validator(mode="after")
-    def _check_license(self) -> "ExportSection":
-        if self.license is not None and self.license not in HUB_LICENSES:
-            near = difflib.get_close_matches(self.license.lower(), HUB_LICENSES, 3)
+    @field_validator("license", mode="after")
+    @classmethod
+    def _check_license(cls, license: str | None) -> str | None:
+        if license is not None and license not in HUB_LICENSES:
+            near = difflib.get_close_matches(license.lower(), HUB_LICENSES, 3)
             hint = ", ".join(near or ("apache-2.0", "mit"))
             raise ValueError(f"a licence that the Hub lists, as {hint}; or license=other with license_name")
+        return license
+
+    @model_validator(mode="after")
+    def _check_license_name(self) -> "ExportSection":
         if (self.license == "other") != (self.license_name is not None):
             raise ValueError("license_name where license is other, and nowhere else")
         return self
