@@ -10,6 +10,13 @@ from typing import Any
 from smoltrain.errors import Problem, problem_from_pydantic
 
 NEAR_VERB = 0.7  # of difflib's ratio: a slip of the keyboard; below it any word is near to some verb
+NEAR_OPTION = 0.65  # which fewer are to be confused with
+# Options of other verbs and programs -> the one that does this, of a verb that has it.
+OPTIONS_MEANT_BY = {
+    **dict.fromkeys(("ranks", "gpus", "world-size", "nproc"), "--world"),
+    **dict.fromkeys(("length", "max-length", "num-tokens"), "--max-tokens"),
+    "step": "--checkpoint",
+}
 # Words of other programs -> the verbs that do this here.
 VERBS_MEANT_BY = {
     **dict.fromkeys(("resume", "continue", "restart", "start", "pretrain", "finetune", "fit"), ("train",)),
@@ -98,7 +105,10 @@ def _suggest_option(word: str, parameters: Iterable[Any]) -> str:
         return f"{arguments[word.lstrip('-')]} as a plain word, without an option"
     options = {name for parameter in _options(known) for name in parameter.opts}
     by_name = {option.lstrip("-"): option for option in sorted(options) if option.startswith("--")}
-    close = difflib.get_close_matches(word.lstrip("-"), by_name, n=1, cutoff=0.5)
+    meant = OPTIONS_MEANT_BY.get(word.lstrip("-"))
+    if meant in options:
+        return meant
+    close = difflib.get_close_matches(word.lstrip("-"), by_name, n=1, cutoff=NEAR_OPTION)
     return f"{by_name[close[0]]!r} (the nearest valid one)" if close else f"one of {', '.join(by_name.values())}"
 
 

@@ -122,6 +122,10 @@ def test_without_a_verb_there_is_help_in_panels(run: Run, monkeypatch: pytest.Mo
     ("arguments", "line"),
     [
         (["trian"], "smoltrain has no such verb: saw 'trian', want 'train' (the nearest valid one)"),
+        (
+            ["new", "x", "--params", "2M", "--ranks", "2"],
+            "smoltrain new has no such option: saw '--ranks', want --world;",
+        ),
         (["quickstart"], "smoltrain has no such verb: saw 'quickstart', want train quickstart;"),
         (["summary", "gone"], "no such run: saw 'gone', want the folder of a run, or a name under runs/ ("),
         (["verify", "gone"], "no such run: saw 'gone', want the folder of a run or of its checkpoint, or a name under"),

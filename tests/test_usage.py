@@ -40,6 +40,8 @@ CHANGE = "; change the command line; make --help has an example"
             f"make has no such option: saw '--topk', want '--top-k' (the nearest valid one){CHANGE}",
         ),
         (["x", "--zzz"], f"make has no such option: saw '--zzz', want one of --greedy, --help, --top-k{CHANGE}"),
+        (["x", "--greek"], f"make has no such option: saw '--greek', want '--greedy' (the nearest valid one){CHANGE}"),
+        (["x", "--seed"], f"make has no such option: saw '--seed', want one of --greedy, --help, --top-k{CHANGE}"),
         (["x", "-z"], f"make has no such option: saw '-z', want one of --greedy, --help, --top-k{CHANGE}"),
         (["x", "--top-k", "many"], f"--top-k is not valid: saw 'many', want a whole number{CHANGE}"),
         (["x", "--top-k", "0"], f"--top-k is not valid: saw '0', want greater than or equal to 1{CHANGE}"),
