@@ -122,6 +122,14 @@ def test_without_a_verb_there_is_help_in_panels(run: Run, monkeypatch: pytest.Mo
     ("arguments", "line"),
     [
         (["trian"], "smoltrain has no such verb: saw 'trian', want 'train' (the nearest valid one)"),
+        (
+            ["new", "x", "--params", "2M", "--ranks", "2"],
+            "smoltrain new has no such option: saw '--ranks', want --world;",
+        ),
+        (["quickstart"], "smoltrain has no such verb: saw 'quickstart', want train quickstart;"),
+        (["summary", "gone"], "no such run: saw 'gone', want the folder of a run, or a name under runs/ ("),
+        (["verify", "gone"], "no such run: saw 'gone', want the folder of a run or of its checkpoint, or a name under"),
+        (["train", "--recipe", "smollm2-135m"], "the recipe is not given by a key: saw recipe=smollm2-135m, want"),
         (["prepare", "tokeniser"], "smoltrain prepare has no such verb: saw 'tokeniser', want 'tokenizer'"),
         (
             ["show"],
@@ -279,6 +287,13 @@ def test_show_counts_parameters_and_tokens(run: Run):
     assert f"# optimizer: adamw for {vocab * width + layers * block + width:,} parameters\n" in out
     _, out, _ = run("show", EXAMPLE, "batch.accumulation=null", "batch.rows_per_step=64")
     assert out.endswith("# 64 rows = 8,192 tokens per step over all ranks\n")
+
+
+def test_show_says_that_a_share_holds_nothing_out_where_documents_are_named(run: Run, tmp_path: Path):
+    said = "# data.validation_share holds nothing out: the documents to hold out are named\n"
+    (tmp_path / "held.txt").write_text("held out")
+    assert said in run("show", EXAMPLE, f"data.validation_path={tmp_path}/held.txt")[1]
+    assert said not in run("show", EXAMPLE)[1]
 
 
 def test_show_says_what_a_start_would_miss(run: Run, tmp_path: Path):

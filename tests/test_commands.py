@@ -55,7 +55,7 @@ NOT_RUN = {
     "smoltrain tune quickstart optimizer.momentum=0.85,0.95": "eight runs; `tests/tune/test_tune.py` has fewer",
     "smoltrain profile": "real steps; `tests/profiling/test_profile.py` has smaller ones",
     "smoltrain eval": "the extra `eval`; `tests/evaluation/test_evaluate_model.py` has the first of them",
-    "smoltrain train quickstart evaluate.tasks=[smoltrain_sentences]": "as `smoltrain eval`",
+    'smoltrain train quickstart "evaluate.tasks=[smoltrain_sentences]"': "as `smoltrain eval`",
     "smoltrain push": "an account of the Hub; `tests/export/test_push.py` has a Hub of its own",
     "smoltrain demo": "serves until it is stopped; `tests/inference/test_demo.py` clicks in its page",
     "wandb login": "an account of W&B",

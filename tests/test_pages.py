@@ -248,3 +248,14 @@ def test_the_rate_of_another_trainer_is_answered_with_the_one_to_begin_with():
 def test_all_recipes_but_quickstart_say_the_rows_of_a_step_outright():
     assert "as all but `quickstart` do" in " ".join(text_of("clusters").split())
     assert {name for name in list_recipes() if load_config(name).batch.rows_per_step is None} == {"quickstart"}
+
+
+def test_the_phase_by_which_a_run_is_trained_longer_fits_into_what_show_prints(tmp_path: Path):
+    fences = dict(FENCE.findall(section("new-recipe", "Train a finished run longer")))
+    shown = config_to_yaml(load_config("quickstart"))
+    longer = tmp_path / "longer.yaml"
+    longer.write_text(shown.replace("\nevaluate:\n", f"\n{fences['yaml']}evaluate:\n"), encoding="utf-8")
+    assert "smoltrain show quickstart > longer.yaml" in fences["sh"]
+    config = load_config(str(longer))
+    assert [phase.name for phase in config.phases] == ["main", "continuation", "more"]
+    assert config.run_folder == load_config("quickstart").run_folder, "the same run"

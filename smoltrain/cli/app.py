@@ -52,7 +52,10 @@ class VerbGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """Errors: UserError for a word that is no verb; completion, which knows half a word yet, goes on."""
         if not ctx.resilient_parsing and args[0] not in self.commands:
-            raise UserError(describe_unknown_verb(args[0], list(self.commands), ctx.command_path))
+            from smoltrain.config.load import list_recipes
+
+            recipes = list_recipes() if "train" in self.commands else ()
+            raise UserError(describe_unknown_verb(args[0], list(self.commands), ctx.command_path, recipes))
         return super().resolve_command(ctx, args)
 
 

@@ -92,7 +92,9 @@ def perplexity_command(
 def memorisation_command(
     run: RunArgument,
     *,
-    texts: Annotated[int, typer.Option(min=1, max=4096, help="So many texts are drawn.")] = 32,
+    texts: Annotated[
+        int, typer.Option(min=1, max=4096, help="Of each kind: after held-out prompts, after training prompts.")
+    ] = 32,
     checkpoint: CheckpointOption = None,
 ) -> None:
     """Say how much of what a model writes stands in its training tokens, word for word, beside held-out text."""

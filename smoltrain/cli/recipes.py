@@ -136,6 +136,7 @@ def explain_command(
 def _format_config_facts(config: "Config") -> str:
     """What follows from a config before any process starts, as YAML comments."""
     from smoltrain.data.documents.check_files import describe_missing_data
+    from smoltrain.data.documents.listing import has_own_validation
     from smoltrain.engine.optimizer import OPTIMIZERS
     from smoltrain.model.build import build_model, count_parameters
 
@@ -149,6 +150,8 @@ def _format_config_facts(config: "Config") -> str:
         _describe_horizon(config),
         f"{rows:,} rows = {rows * batch.sequence_length:,} tokens per step {ranks}",
     ]
+    if all(has_own_validation(part) for part in config.data.parts):
+        facts.append("data.validation_share holds nothing out: the documents to hold out are named")
     facts += [f"{missing}: a start here would be refused" for missing in describe_missing_data(config.data)]
     return "\n".join(f"# {fact}" for fact in facts)
 

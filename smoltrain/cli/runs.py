@@ -92,7 +92,7 @@ def summary_command(run: RunArgument) -> None:
 def report_command(
     run: RunArgument,
     out: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="Where to write the page; by default RUN/report.html.")
+        Path | None, typer.Argument(metavar="OUT", help="File or folder for the page; by default RUN/report.html.")
     ] = None,
 ) -> None:
     """Write a run as one HTML page: curves, gradients, speed, data, samples, events, config."""

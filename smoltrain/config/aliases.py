@@ -193,7 +193,7 @@ ALIAS_TABLE = (
     # --- what the command, a launcher or another verb does
     (
         "ranks world world_size nproc nproc_per_node n_gpu n_gpus num_gpus num_devices num_processes gpus devices ngpu",
-        f"{NO_KEY}: --ranks {{value}} of `smoltrain train` (under torchrun --nproc-per-node)",
+        f"{NO_KEY}: --ranks {{value}} of `smoltrain train` (under torchrun --nproc-per-node), --world of `estimate`",
     ),
     ("help", f"{NO_KEY}: `smoltrain train --help` tells of the command, `smoltrain explain` of the keys"),
     ("local_rank node_rank nnodes num_nodes master_port", f"{NO_KEY}: the launcher says it (torchrun, deepspeed)"),

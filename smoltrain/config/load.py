@@ -164,7 +164,11 @@ def override_export(section: ExportSection, options: Mapping[str, Any]) -> Expor
         return ExportSection.model_validate(section.model_dump() | given)
     except ValidationError as error:
         problems = [
-            problem_from_pydantic(".".join(["export", *map(str, e["loc"][:1])]), e, "--license, --language")
+            problem_from_pydantic(
+                ".".join(["export", *map(str, e["loc"][:1])]),
+                e,
+                f"--{str(e['loc'][0]).replace('_', '-')}" if e["loc"] else "--license or --license-name",
+            )
             for e in error.errors()
         ]
         raise UserError(*problems) from None
@@ -188,7 +192,8 @@ def _find_recipe(recipe: str) -> Path:
             return path
         is_shipped = path.stem in shipped and len(path.parts) == 1
         want = f"{path.stem!r}, the shipped one, or an existing YAML file" if is_shipped else "an existing YAML file"
-        raise UserError(Problem("the recipe file is missing", str(path), want, "the first argument"))
+        saw = str(path) if path.is_absolute() else f"{path} in {Path.cwd()}"  # train.sh goes to its own folder
+        raise UserError(Problem("the recipe file is missing", saw, want, "the first argument"))
     if recipe in ("-", "/dev/stdin") or path.is_fifo() or path.is_char_device():
         want = "a .yaml file, which each rank and each later start can read again"
         raise UserError(Problem("a recipe is not read from a stream", repr(recipe), want, "the first argument"))
@@ -216,9 +221,13 @@ def _problems_without_overrides(
 
 
 def _find_misplaced_recipe(word: str) -> Problem | None:
-    """What is wrong with `--config mine.yaml`, as others take a recipe: run.recipe would be its name, and no more."""
-    key, _, text = word.partition("=")
-    if key not in RECIPE_WORDS or not text.endswith(YAML_SUFFIXES):
+    """What is wrong with `--config mine.yaml`, as others take a recipe; nor is `recipe` short for run.recipe.
+
+    Another recipe would be trained under the name of the one that was meant.
+    """
+    key, equals, text = word.partition("=")
+    is_named = text.endswith(YAML_SUFFIXES) or text in list_recipes()
+    if not equals or key not in RECIPE_WORDS or not (is_named or key == "recipe"):
         return None
     return Problem("the recipe is not given by a key", f"{key}={text}", f"{text} as the first word", "the command line")
 

@@ -12,6 +12,8 @@ from smoltrain.config.keys import NEAR, NEAR_SIBLING, is_word_of_recipes, list_k
 from smoltrain.errors import Problem, problem_from_pydantic
 
 MAX_ANSWERED_KEYS = 50  # unknown keys for which the one that is meant is looked for, some milliseconds each
+# A section -> the key that a plain value in its place is most likely meant for, as in data=input.txt.
+PLAIN_VALUE_KEYS = {"data": "data.path", "run": "run.name", "init": "init.from"}
 
 
 def locate_key(key: str, path: Path, overrides: list[str] | tuple[str, ...]) -> str:
@@ -42,6 +44,9 @@ def collect_problems(
                 problems[key] = Problem(f"unknown key {key}", repr(names[-1]), "a key of a recipe", change)
             continue
         problem = problem_from_pydantic(key, e, change)
+        if key in PLAIN_VALUE_KEYS and isinstance(e["input"], str):
+            meant = f"{PLAIN_VALUE_KEYS[key]}={e['input']}"
+            problem = replace(problem, want=f"{meant}, or another of its keys, which `smoltrain explain {key}` lists")
         if key in problems:
             problem = replace(problem, want=f"{problems[key].want} or {problem.want}")
         problems[key] = problem

@@ -321,12 +321,13 @@ class DataSection(SourceSection):
     """several sources, each with a name and a weight, instead of one source right here"""
     mode: Literal["auto", "stream", "cached"] = "auto"
     """cached tokenises everything once, before the first step; stream reads while it trains; auto is cached where
-    data.cache is set or the files are local and have at most 256 MiB in all, else stream"""
+    data.cache is set or the files are local and have at most 256 MiB in all, else stream; a run keeps the mode of its
+    first start"""
     cache: Annotated[Path, CheckedPath] | None = None
     """folder of the tokens in cached mode, which several runs may share; null is the run's own"""
     streams: int | None = Field(default=None, gt=0)
     """in stream mode, how many parts the documents are dealt into; it divides the rows of a step, and the number of
-    ranks divides it; null: the largest up to 64 that fits"""
+    ranks divides it; null: the largest up to 64 that fits; a run keeps the number of its first start"""
     shuffle_rows: Rows = Field(default=256, gt=0)
     """in stream mode, how many rows of a stream are shuffled with each other"""
     validation_share: float = Field(default=0.05, gt=0, lt=0.5)
@@ -528,7 +529,8 @@ class EvaluateSection(Section):
     every: Steps = Field(default=0, ge=0)
     """how often the validation loss is measured; 0 never"""
     rows: Rows = Field(default=64, gt=0)
-    """how many rows of validation data, the same ones each time"""
+    """how many rows of validation data at most, the same ones each time; a run that streams keeps as many as its first
+    start held out"""
     tasks: tuple[str, ...] = ()
     """tasks to measure too, as lm-evaluation-harness (the extra `eval`) names them, or smoltrain_sentences"""
     tasks_every: Steps = Field(default=0, ge=0)
@@ -562,6 +564,12 @@ class SampleSection(Section):
     """texts to go on from, one sample each; an empty one begins a new document"""
 
 
+def _check_language(code: str) -> str:
+    if not re.fullmatch("[a-z]{2,3}|code|multilingual", code):
+        raise ValueError("a code of ISO 639, as en or de; or code, or multilingual")
+    return code
+
+
 class ExportSection(Section):
     """What the model card of an export says that its author alone knows. What is not given here is left out there."""
 
@@ -570,15 +578,20 @@ class ExportSection(Section):
     export.license_name"""
     license_name: str | None = Field(default=None, min_length=1)
     """name of a licence that the Hub does not list; with license: other"""
-    language: tuple[Annotated[str, Field(pattern="^([a-z]{2,3}|code|multilingual)$")], ...] = ()
+    language: tuple[Annotated[str, AfterValidator(_check_language)], ...] = ()
     """languages of the text, as ISO 639 codes: en, de, ...; also code and multilingual"""
 
-    @model_validator(mode="after")
-    def _check_license(self) -> "ExportSection":
-        if self.license is not None and self.license not in HUB_LICENSES:
-            near = difflib.get_close_matches(self.license.lower(), HUB_LICENSES, 3)
+    @field_validator("license", mode="after")
+    @classmethod
+    def _check_license(cls, license: str | None) -> str | None:
+        if license is not None and license not in HUB_LICENSES:
+            near = difflib.get_close_matches(license.lower(), HUB_LICENSES, 3)
             hint = ", ".join(near or ("apache-2.0", "mit"))
             raise ValueError(f"a licence that the Hub lists, as {hint}; or license=other with license_name")
+        return license
+
+    @model_validator(mode="after")
+    def _check_license_name(self) -> "ExportSection":
         if (self.license == "other") != (self.license_name is not None):
             raise ValueError("license_name where license is other, and nowhere else")
         return self

@@ -24,14 +24,19 @@ class RunNeeds:
 
 
 def estimate_needs(config: Config, ranks: int, gpu_bytes: float | None) -> RunNeeds:
-    """Of so many ranks, on GPUs of so many bytes; None: on this machine's CPU. Errors: UserError."""
+    """Of so many ranks, on GPUs of so many bytes; None: on this machine's CPU. Errors: UserError.
+
+    Where the rows of a step do not divide among them, a run trains on fewer: these are counted.
+    """
     from smoltrain.engine.optimizer import checkpoint_bytes  # and torch with it
     from smoltrain.estimate.fitting import build_fitted_setup, fit_config_to_memory
     from smoltrain.estimate.horizon import resolve_config
     from smoltrain.estimate.memory import estimate_memory
     from smoltrain.estimate.report import max_num_checkpoints
+    from smoltrain.run.run_folder import choose_training_ranks
     from smoltrain.schedule import Plan
 
+    ranks = choose_training_ranks(config, config.batch.rows(ranks), ranks)
     device: Literal["cpu", "cuda"] = "cpu" if gpu_bytes is None else "cuda"
     memory = find_shared_limit().num_bytes / ranks if gpu_bytes is None else gpu_bytes
     count = config.checkpoint.keep_last + config.checkpoint.keep_best + 1

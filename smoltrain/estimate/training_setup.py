@@ -161,8 +161,10 @@ def build_training_setup(
     micro_batch = config.batch.micro_batch_rows
     if rows % (micro_batch * world):
         saw = f"{rows} rows on {world} ranks x {micro_batch}"
-        want = "a micro-batch that divides a rank's share"
-        raise UserError(Problem("the rows per step do not divide evenly", saw, want, "batch.micro_batch or --world"))
+        want, change = "a micro-batch that divides a rank's share", "batch.micro_batch or the number of ranks"
+        if rows % world:
+            want, change = "a number of ranks that divides the rows", "the number of ranks, or batch.rows_per_step"
+        raise UserError(Problem("the rows per step do not divide evenly", saw, want, change))
     accumulation = rows // (micro_batch * world)
     precision = resolved.get("precision") or _assume_precision(config.engine.precision, device)
     ds_config = fill_deepspeed_config(config, precision=precision, accumulation=accumulation, world_size=world)

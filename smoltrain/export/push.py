@@ -79,7 +79,7 @@ def _find_or_make_export(source: str, say: Callable[[str], None]) -> tuple[Path,
             want = f"a run, or a folder as `smoltrain export {shlex.quote(source)} OUT` writes it"
             raise UserError(Problem("the folder is no verified export", source, want, "the RUN argument"))
         return Path(source), marker
-    run = find_run_folder(source)
+    run = find_run_folder(source, "the folder of a run or of an export")
     manifest = find_newest_valid_checkpoint(run / "checkpoints", say)
     if manifest is not None:
         folder = default_export_folder(run, manifest.step)

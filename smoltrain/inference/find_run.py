@@ -20,25 +20,32 @@ from smoltrain.errors import Problem, UserError, format_value
 EXPORT_MARKER_FILE = "smoltrain.json"  # in exports that passed: what they are of, and what their files are
 CHECKPOINT_FOLDER_PATTERN = re.compile(r"step-([0-9]{8,})")  # the name of a published checkpoint's folder
 
+# What the word for a model may be beside a run's name, for those who take any of it.
+RUN_OR_CHECKPOINT = "the folder of a run or of its checkpoint"
+ANY_MODEL = f"{RUN_OR_CHECKPOINT}, a Hugging Face folder"
+
 
 def is_huggingface_folder(folder: Path) -> bool:
     """Whether the folder is one of transformers' and no run."""
     return (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file()
 
 
-def find_run_folder(run: str) -> Path:
+def find_run_folder(run: str, kinds: str = "the folder of a run") -> Path:
     """The folder of a run, which is named by its path or by its name under runs/. Errors: UserError if it is none."""
-    folder, step = locate_run(run)
+    folder, step = locate_run(run, kinds=kinds)
     if step is not None:
         want = f"the run, {folder}"
         raise UserError(Problem("this is one checkpoint of a run", repr(run), want, "the RUN argument"))
     return folder
 
 
-def locate_run(source: str, runs: Path = RUNS_FOLDER, change: str = "the RUN argument") -> tuple[Path, int | None]:
+def locate_run(
+    source: str, runs: Path = RUNS_FOLDER, change: str = "the RUN argument", kinds: str = RUN_OR_CHECKPOINT
+) -> tuple[Path, int | None]:
     """The folder of a run; and, where `source` is the folder of one of its checkpoints, the step of that.
 
-    The checkpoint itself need not be there. Errors: UserError if there is no such run.
+    The checkpoint itself need not be there. `kinds`: what else than a name under `runs` whoever asks takes.
+    Errors: UserError if there is no such run.
     """
     for folder in (Path(source), runs / source):
         if (folder / CONFIG_FILE).is_file():
@@ -52,7 +59,7 @@ def locate_run(source: str, runs: Path = RUNS_FOLDER, change: str = "the RUN arg
     if want is not None:
         raise UserError(Problem("a recipe is no run", repr(source), want, change))
     have = ", ".join(sorted(path.parent.name for path in runs.glob(f"*/{CONFIG_FILE}"))) or "none yet"
-    want = f"the folder of a run or of its checkpoint, a name under {runs}/ ({have}), or a Hugging Face folder"
+    want = f"{kinds}, or a name under {runs}/ ({have})"
     raise UserError(Problem("no such run", repr(source), want, change))
 
 

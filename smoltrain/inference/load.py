@@ -27,6 +27,7 @@ from smoltrain.data.tokenizers.tokenizer import TOKENIZER_FILE, Tokenizer
 from smoltrain.errors import Problem, UserError, format_value, problem_from_pydantic
 from smoltrain.files import print_warning
 from smoltrain.inference.find_run import (
+    ANY_MODEL,
     EXPORT_MARKER_FILE,
     find_valid_manifest,
     is_huggingface_folder,
@@ -116,7 +117,7 @@ def load_trained_model(source: str, step: int | None = None, runs: Path = RUNS_F
 
 
 def _load_run(source: str, step: int | None, runs: Path) -> LoadedModel:
-    folder, step_of_source = locate_run(source, runs)
+    folder, step_of_source = locate_run(source, runs, kinds=ANY_MODEL)
     change = "the RUN argument" if step is None else "--checkpoint"
     config_file = folder / CONFIG_FILE
     config = read_relocated_config(folder)

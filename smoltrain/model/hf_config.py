@@ -103,6 +103,7 @@ def make_hf_config(section: ModelSection) -> dict[str, Any]:
     config |= {key: values[-1] for key, (_, values) in FIXED_OPTIONS[name].items()}
     if name == GPT2:
         config["embd_pdrop"] = section.dropout
+        config["n_ctx"] = section.max_position_embeddings  # GPT-2's word of before, which llama.cpp still reads
     if name in (LLAMA, NEOX):
         config["rope_parameters"] = {"rope_type": "default", "rope_theta": section.rope_theta}
         # The words of transformers 4, which other engines still read.

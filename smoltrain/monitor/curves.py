@@ -9,10 +9,12 @@ import numpy as np
 
 from smoltrain.files import METRICS_FILE, read_jsonl
 from smoltrain.monitor.run_status import TRAINING_LOSS, VALIDATION_LOSS
-from smoltrain.run.summary import PARTS
+from smoltrain.run.summary import PARTS, order_by_time
 from smoltrain.run.time_left import START_S
+from smoltrain.run.wandb_id import UNDONE_METRICS_FILE
 
 TOKENS = "data/tokens"
+DRAWN = {"step", "time_s", TOKENS, TRAINING_LOSS, VALIDATION_LOSS, *PARTS.values()}
 MAX_POINTS = 200  # of a curve in a picture; more are averaged, so that curves of several runs are told apart
 
 
@@ -22,7 +24,7 @@ class LossCurve:
 
     steps: np.ndarray  # (n,) int64
     tokens: np.ndarray  # (n,) float64, targets up to the step, all ranks
-    hours: np.ndarray  # (n,) float64, of all starts up to the line, nobody's night between two of them
+    hours: np.ndarray  # (n,) float64, of all starts up to the line: steps that were done again too, no night between
     losses: np.ndarray  # (n,) float64
 
     def axis(self, name: str) -> np.ndarray:
@@ -44,10 +46,7 @@ class RunCurves:
 
 
 class _Clock:
-    """Hours of work up to each line: from the beginning of each start to its last line, all starts together.
-
-    Steps that were done again are in other files (run/summary.py); their time is not in it.
-    """
+    """Hours of work up to each line: from the beginning of each start to its last line, all starts together."""
 
     def __init__(self) -> None:
         self._before_s = 0.0  # of the starts before
@@ -55,8 +54,6 @@ class _Clock:
         self._newest_at = 0.0
 
     def hours_after(self, line: Mapping[str, Any]) -> float:
-        if "time_s" not in line:
-            return np.nan
         if START_S in line:
             self._before_s += self._newest_at - self._began_at
             self._began_at = line["time_s"] - sum(line[name] for name in PARTS.values() if name in line)
@@ -67,17 +64,31 @@ class _Clock:
 
 
 def read_run_curves(folder: Path) -> RunCurves:
-    """The losses in a run's metrics.jsonl. Errors: UserError for records that cannot be read at all."""
+    """The losses in a run's metrics.jsonl. Errors: UserError for records that cannot be read at all.
+
+    The clock runs through the steps that were done again, too (metrics.undone.jsonl), as run/summary.py has it.
+    """
     rows: dict[str, list[tuple[float, float, float, float]]] = {TRAINING_LOSS: [], VALIDATION_LOSS: []}
+    lines = [_keep_drawn(line) for line in read_jsonl(folder / METRICS_FILE)]
+    undone = [_keep_drawn(line) for line in read_jsonl(folder / UNDONE_METRICS_FILE)]
     clock = _Clock()
-    tokens = np.nan
-    for line in read_jsonl(folder / METRICS_FILE):
+    hours_of_line: dict[int, float] = {}
+    for line, is_undone in order_by_time(lines, undone):
         hours = clock.hours_after(line)
+        if not is_undone:
+            hours_of_line[id(line)] = hours
+    tokens = np.nan
+    for line in lines:
         tokens = line.get(TOKENS, tokens)
         for name, found in rows.items():
             if name in line:
-                found.append((line["step"], tokens, hours, line[name]))
+                found.append((line["step"], tokens, hours_of_line.get(id(line), np.nan), line[name]))
     return RunCurves(_to_curve(rows[TRAINING_LOSS]), _to_curve(rows[VALIDATION_LOSS]))
+
+
+def _keep_drawn(line: Mapping[str, Any]) -> dict[str, Any]:
+    """What a curve needs of a line, and the seconds by which a start's beginning is known."""
+    return {name: value for name, value in line.items() if name in DRAWN}
 
 
 def _to_curve(rows: list[tuple[float, float, float, float]]) -> LossCurve:

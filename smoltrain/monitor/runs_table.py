@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from rich.cells import cell_len
 from rich.text import Text
 
+from smoltrain.config.config_file import CONFIG_FILE
 from smoltrain.errors import Problem, UserError
 from smoltrain.monitor.run_status import RunStatus, read_all_statuses
 from smoltrain.terminal import is_terminal, open_console, replace_control_characters, wrap_words
@@ -26,6 +28,10 @@ def print_runs(runs: Path, *, is_default: bool, as_json: bool) -> None:
     """Print the table, or JSON. Errors: UserError for a folder that is not there, unless it is the default one."""
     if not runs.is_dir() and not is_default:
         raise UserError(Problem("there is no such folder", str(runs), "a folder of runs", "the FOLDER argument"))
+    if (runs / CONFIG_FILE).is_file():
+        summary = f"`smoltrain summary {shlex.quote(str(runs))}`"
+        want = f"a folder of runs, as {runs.absolute().parent}; {summary} tells of this one"
+        raise UserError(Problem("this is a run", str(runs), want, "the FOLDER argument"))
     statuses = read_all_statuses(runs)
     if as_json:
         print(json.dumps([status.to_json() for status in statuses], indent=1))

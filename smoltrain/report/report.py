@@ -33,12 +33,14 @@ RECENT_STEPS = 50  # whose mean is the training loss among the headline numbers
 
 
 def write_run_report(folder: Path, out: Path | None = None) -> Path:
-    """Write the page, by default to RUN/report.html; where it is.
+    """Write the page, by default to RUN/report.html, into a folder as report.html; where it is.
 
     Errors: UserError for a run without a step, a config or records that cannot be read, and a path that cannot be
     written.
     """
-    path = out or folder / REPORT_FILE
+    path = out or folder
+    if path.is_dir():
+        path = path / REPORT_FILE
     html = render_report_page(build_report_page(read_run_records(folder), time.time()))
     with report_unwritable("the report", "a path that can be", "OUT"):
         write_text_file(path, html)

@@ -260,12 +260,20 @@ def choose_training_ranks(config: Config, rows_per_step: int, num_ranks: int, nu
     return num_ranks
 
 
-def describe_idle_ranks(rows_per_step: int, num_training: int, num_ranks: int) -> str:
-    """A warning for whoever has started more ranks than train."""
+def describe_idle_ranks(rows_per_step: int, num_training: int, num_ranks: int, num_streams: int | None = None) -> str:
+    """A warning for whoever has started more ranks than train; with what would let all train, if something would."""
     idle = num_ranks - num_training
+    what, advice = f"{rows_per_step} rows per step do not divide evenly among {num_ranks} ranks", ""
+    if rows_per_step % num_ranks == 0:
+        share = rows_per_step // num_ranks
+        if num_streams and num_streams % num_ranks:
+            what = f"{num_streams} streams do not divide evenly among {num_ranks} ranks"
+        else:
+            what = f"the {share} rows of each of {num_ranks} ranks are no whole number of micro-batches"
+            advice = f"; with a batch.micro_batch that divides {share} all train"
     return (
-        f"WARNING: {rows_per_step} rows per step do not divide evenly among {num_ranks} ranks: {num_training} "
-        f"train{'s' * (num_training == 1)}, {idle} {'is' if idle == 1 else 'are'} idle"
+        f"WARNING: {what}: {num_training} train{'s' * (num_training == 1)}, {idle} {'is' if idle == 1 else 'are'} "
+        f"idle{advice}"
     )
 
 

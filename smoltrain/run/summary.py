@@ -142,21 +142,26 @@ def _count_tokens(steps: Iterable[Mapping[str, Any]]) -> int:
     return sum(round(line["speed/tokens_per_s"] * line[STEP_S]) for line in steps)
 
 
+def order_by_time(lines: list[dict[str, Any]], undone: list[dict[str, Any]]) -> list[tuple[dict[str, Any], bool]]:
+    """(line, whether its step was done again) of all lines with a time, as they were written.
+
+    A crash while lines were set aside leaves some of them twice: these count once, as of steps that stand.
+    """
+    told = {json.dumps(line): (line, True) for line in undone}
+    told |= {json.dumps(line): (line, False) for line in lines}
+    return sorted((pair for pair in told.values() if "time_s" in pair[0]), key=lambda pair: pair[0]["time_s"])
+
+
 def _add_up_times(lines: list[dict[str, Any]], undone: list[dict[str, Any]]) -> RunTimes | None:
     """Where the time of all starts went that say when they began; None if none does.
 
     What lies before the first of them is of an older version, and is left out.
     """
-    # A crash while lines were set aside leaves some of them twice.
-    told = {
-        json.dumps(line): (line, is_undone) for is_undone, some in ((True, undone), (False, lines)) for line in some
-    }
-    timed = sorted((pair for pair in told.values() if "time_s" in pair[0]), key=lambda pair: pair[0]["time_s"])
     parts = dict.fromkeys((*PARTS, REPEATED, OTHER), 0.0)
     wall_s = began_at = ended_at = 0.0
     num_starts = 0
     kept: list[dict[str, Any]] = []
-    for line, is_undone in timed:
+    for line, is_undone in order_by_time(lines, undone):
         spent = {part: line[name] for part, name in PARTS.items() if name in line}
         if "starting" in spent:
             wall_s += ended_at - began_at

@@ -48,6 +48,9 @@ def say_start(
     tracker.say_choice("rows per step", _describe_rows_per_step(loader))
     tracker.say_choice("tokenizer", loader.prepared.describe_tokenizer())
     tracker.say_choice("data", loader.prepared.describe())
+    few = describe_few_validation_rows(config.evaluate, loader.count_validation_rows(config.evaluate.rows))
+    if few:
+        tracker.say_choice("validation", few)
     warning = warn_of_unknown_memorisation(config.evaluate, loader.prepared)
     if warning:
         tracker.say(warning)
@@ -66,6 +69,13 @@ def say_start(
         tracker.say_choice("changed", "; ".join(folder.changes))
     if start.point.manifest:
         tracker.say(f"restored step {start.point.step} on {world.size} ranks, ledger {loader.ledger[:16]}")
+
+
+def describe_few_validation_rows(section: EvaluateSection, num_rows: int) -> str | None:
+    """How many rows are evaluated, where the held-out text has fewer than are asked for; None if it has enough."""
+    if not section.every or num_rows >= section.rows:
+        return None
+    return f"{num_rows:,} rows, as no more are held out; evaluate.rows asks for {section.rows:,}"
 
 
 def warn_of_unknown_memorisation(section: EvaluateSection, prepared: PreparedData) -> str | None:

@@ -16,7 +16,7 @@ from smoltrain.data.tokenizers.companions import (
 )
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.errors import Problem, UserError, format_value
-from smoltrain.inference.find_run import is_huggingface_folder, locate_run
+from smoltrain.inference.find_run import ANY_MODEL, is_huggingface_folder, locate_run
 from smoltrain.inference.load import has_same_tokenizer, load_trained_model
 from smoltrain.model.hf_weights import check_hf_tensors, read_hf_weights
 from smoltrain.model.interface import LanguageModel
@@ -29,7 +29,7 @@ TRAINING_ONLY_KEYS = re.compile(r"drop|pdrop|initializer|init_std|use_cache")
 def check_source_model(source: str, config: Config) -> None:
     """Compare a run's model with the config's, before anything slow begins. Errors: UserError for another model."""
     if not is_huggingface_folder(Path(source)):
-        run, _ = locate_run(source, config.run.folder, "init.from")
+        run, _ = locate_run(source, config.run.folder, "init.from", ANY_MODEL)
         _check_same_model(config, read_run_config(run / "config.yaml").model)
 
 
@@ -69,7 +69,7 @@ def copy_generation_config(
     is_huggingface = is_huggingface_folder(Path(source))
     folder = Path(source)
     if not is_huggingface:
-        run, _ = locate_run(source, config.run.folder, "init.from")
+        run, _ = locate_run(source, config.run.folder, "init.from", ANY_MODEL)
         folder = run / "tokenizer"
     settings = read_generation_config(folder)
     end_id = tokenizer.token_to_id(read_companions(folder).token_for_role("eos_token"))

@@ -103,7 +103,7 @@ def begin_run(
     num_streams = index.streams if index and index.streams > 1 else None
     num_training = choose_training_ranks(requested, rows_per_step, num_ranks, num_streams)
     if num_training < num_ranks:
-        note(describe_idle_ranks(rows_per_step, num_training, num_ranks))
+        note(describe_idle_ranks(rows_per_step, num_training, num_ranks, num_streams))
         num_ranks = num_training
     began_to_prepare_s = time.perf_counter()
     home = _find_counted_run(requested, point) if asks_for_epochs(requested) else None

@@ -14,7 +14,7 @@ from smoltrain.config.schema import MAX_SEED, Config, PhaseSection
 from smoltrain.distributed.world import choose_device
 from smoltrain.errors import Problem, UserError
 from smoltrain.estimate.horizon import resolve_config
-from smoltrain.inference.find_run import is_huggingface_folder, locate_run
+from smoltrain.inference.find_run import ANY_MODEL, is_huggingface_folder, locate_run
 from smoltrain.launch.supervisor import choose_num_ranks
 from smoltrain.schedule import count_planned_steps
 from smoltrain.terminal import show_activity
@@ -134,7 +134,7 @@ def _name_source_folder(config: Config) -> Config:
         raise UserError(Problem("the runs of a grid begin at their first step", "init.load=all", want, "init.load"))
     if is_huggingface_folder(Path(source)):
         return config
-    run, step = locate_run(source, config.run.folder, "init.from")
+    run, step = locate_run(source, config.run.folder, "init.from", ANY_MODEL)
     folder = run if step is None else step_folder(run / "checkpoints", step)
     return config.model_copy(update={"init": config.init.model_copy(update={"source": str(folder)})})
 

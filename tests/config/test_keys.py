@@ -196,7 +196,11 @@ def test_a_file_spells_its_keys_in_full(tmp_path: Path):
         ("n_layer", "", "model.num_hidden_layers"),
         ("run_name", "two words", "run.name"),
         ("run_name", "x" * 100, "run.name"),
-        ("nproc", None, "no key: --ranks N of `smoltrain train` (under torchrun --nproc-per-node)"),
+        (
+            "nproc",
+            None,
+            "no key: --ranks N of `smoltrain train` (under torchrun --nproc-per-node), --world of `estimate`",
+        ),
         ("zzz", "1", None),
         ("", "1", None),
     ],

@@ -67,15 +67,26 @@ def test_a_recipe_may_be_any_yaml_file(tmp_path: Path):
     [
         ("quikstart", "no such recipe: saw 'quikstart', want 'quickstart' (the nearest valid one), or a path to"),
         ("none/none", "no such recipe: saw 'none/none', want one of quickstart"),
-        ("gone.yaml", "the recipe file is missing: saw gone.yaml, want an existing YAML file"),
-        ("quickstart.yaml", "the recipe file is missing: saw quickstart.yaml, want 'quickstart', the shipped one, or"),
+        ("gone.yaml", f"the recipe file is missing: saw gone.yaml in {Path.cwd()}, want an existing YAML file"),
+        ("/a/gone.yaml", "the recipe file is missing: saw /a/gone.yaml, want an existing YAML file"),
+        ("quickstart.yaml", f"the recipe file is missing: saw quickstart.yaml in {Path.cwd()}, want 'quickstart', the"),
     ],
 )
 def test_a_recipe_that_does_not_exist(recipe: str, message: str):
     assert str(problem(recipe=recipe)).startswith(message)
 
 
-@pytest.mark.parametrize("word", ["config=my.yaml", "recipe=/a/my.yml", "config_file=my.yaml"])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "config=my.yaml",
+        "recipe=/a/my.yml",
+        "config_file=my.yaml",
+        "recipe=smollm2-135m",
+        "config=smollm2-135m",
+        "recipe=x",
+    ],
+)
 def test_a_recipe_that_is_given_by_a_key_does_not_train_another(word: str) -> None:
     file = word.partition("=")[2]
     assert f"the recipe is not given by a key: saw {word}, want {file} as the first word" in str(problem(word))

@@ -48,6 +48,8 @@ def test_an_unknown_key_is_met_with_the_nearest(override: str, key: str, want: s
         ("phases=3", "a list, as in [a, b]"),
         ("phases=[3]", "a section of `key: value` lines"),
         ("run=null", "a section of `key: value` lines"),
+        ("data=a.txt", "data.path=a.txt, or another of its keys, which `smoltrain explain data` lists"),
+        ("run=mine", "run.name=mine, or another of its keys, which `smoltrain explain run` lists"),
     ],
 )
 def test_a_value_that_does_not_fit_is_one_problem(override: str, want: str):

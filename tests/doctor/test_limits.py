@@ -77,6 +77,13 @@ def test_the_estimate_is_of_the_ranks_and_checkpoints_of_the_recipe(tmp_path: Pa
     assert estimate_needs(config, 1, 8 * GIB).device == "cuda"
 
 
+def test_ranks_that_would_be_idle_take_nothing(tmp_path: Path) -> None:
+    """Where the rows of a step do not divide among all GPUs, a run trains on fewer, and is no fault of the machine."""
+    config = tiny.load(tmp_path, "batch.accumulation=null", "batch.rows_per_step=4")
+    assert estimate_needs(config, 3, None) == estimate_needs(config, 2, None)
+    assert estimate_needs(config, 8, None).ranks == 4
+
+
 def test_the_estimate_is_of_phases_in_tokens_and_of_epochs_that_nobody_has_counted_too(tmp_path: Path) -> None:
     in_tokens = tiny.load(tmp_path, "phases.main.steps=null", "phases.main.tokens=1024")  # 8 steps of 8 rows of 16
     in_steps = estimate_needs(tiny.load(tmp_path), 2, None)

@@ -39,7 +39,7 @@ def test_the_verb_tells_parts_alternatives_and_advice(capsys: pytest.CaptureFixt
         (("--device", "l4", "--measure"), "--measure runs on this machine: saw no CUDA device"),
         (
             ("--world", "3", "batch.rows_per_step=8", "batch.accumulation=null", "--device", "l4"),
-            "do not divide evenly",
+            "do not divide evenly: saw 8 rows on 3 ranks x 4, want a number of ranks that divides the rows; change",
         ),
     ],
 )

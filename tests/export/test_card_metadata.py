@@ -29,8 +29,17 @@ def test_what_is_not_a_number_is_no_result():
 
 @pytest.mark.parametrize("name", ["Apache 2.0", "apache2", "proprietary"])
 def test_a_licence_that_the_hub_does_not_list_is_refused_with_one_that_it_does(name: str):
-    with pytest.raises(UserError, match=r"a licence that the Hub lists, as .*(apache-2\.0|mit)"):
+    with pytest.raises(UserError, match=r"a licence that the Hub lists, as .*(apache-2\.0|mit)") as refused:
         override_export(ExportSection(), {"license": name})
+    assert str(refused.value).startswith(f"export.license is not valid: saw {name!r}, want ")
+    assert str(refused.value).endswith("; change --license")
+
+
+def test_a_language_is_a_code():
+    want = "want a code of ISO 639, as en or de; or code, or multilingual; change --language"
+    with pytest.raises(UserError, match=want) as refused:
+        override_export(ExportSection(), {"language": ["en", "english"]})
+    assert "saw 'english'" in str(refused.value)
 
 
 def test_options_take_the_place_of_the_recipes_words():

@@ -127,7 +127,7 @@ def test_the_folder_of_a_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_what_is_no_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    want = "the folder of a run or of its checkpoint, a name under runs/ (quickstart), or a Hugging Face folder"
+    want = "the folder of a run or of its checkpoint, a Hugging Face folder, or a name under runs/ (quickstart)"
     assert problem("quikstart") == f"no such run: saw 'quikstart', want {want}; change the RUN argument"
     text = (run / "config.yaml").read_text().replace("name: quickstart", "name: mine")
     (tmp_path / "mine.yaml").write_text(re.sub("  folder: .*", f"  folder: {run.parent}", text))

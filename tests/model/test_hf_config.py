@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from smoltrain.errors import UserError
 from smoltrain.model.hf_config import SUPPORTED
@@ -39,6 +40,13 @@ REFUSED: list[tuple[str, Change, str]] = [
     ("neox", lambda c: c.pop("hidden_act"), "hidden_act is not supported: saw 'gelu'"),
     ("system-4", lambda c: c.update(positions="alibi"), "positions is not valid"),
 ]  # fmt: skip
+
+
+def test_the_context_of_gpt2_has_its_word_of_before_too(tmp_path: Path):
+    """llama.cpp's converter wants n_ctx in what transformers makes of config.json."""
+    folders.hub(tmp_path, section(CASES["gpt2"][1]))
+    about = AutoConfig.from_pretrained(tmp_path).to_dict()
+    assert about["n_ctx"] == about["n_positions"] > 0
 
 
 @pytest.mark.parametrize(("case", "change", "message"), REFUSED)

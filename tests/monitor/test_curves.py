@@ -5,8 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from smoltrain.config.load import read_run_config
 from smoltrain.monitor.curves import average_neighbours, read_run_curves
-from tests.monitor.records import START_S, STEP_S, TOKENS, make_run, step_line, validation_line
+from smoltrain.run.summary import summarise_run
+from smoltrain.schedule import Plan
+from tests.monitor.records import START_S, STEP_S, TOKENS, make_run, step_line, validation_line, write_lines
 
 
 def test_a_curve_has_three_axes(tmp_path: Path) -> None:
@@ -29,6 +32,26 @@ def test_nobodys_night_between_two_starts_is_an_hour(tmp_path: Path) -> None:
     first_s = START_S + 2 * STEP_S
     assert curves.training.hours[2] * 3600 == pytest.approx(first_s + 20.0 + STEP_S)
     assert curves.training.hours[3] * 3600 == pytest.approx(first_s + 20.0 + 2 * STEP_S)
+
+
+def test_steps_that_were_done_again_took_time_too(tmp_path: Path) -> None:
+    """Killed behind a checkpoint, as within one start after a rewind: as the summary's time of all starts counts it."""
+    night_s = 40_000.0
+    killed = [step_line(step) for step in (1, 2, 3, 4)]
+    again = [step_line(step) for step in (3, 4)]
+    again[0]["speed/start_s"] = 20.0
+    for line in again:
+        line["time_s"] += night_s
+    run = make_run(tmp_path, lines=[*killed[:2], *again])
+    write_lines(run / "metrics.undone.jsonl", killed[2:])
+    hours = read_run_curves(run).training.hours
+    first_s = START_S + 4 * STEP_S
+    assert hours * 3600 == pytest.approx(
+        [START_S + STEP_S, START_S + 2 * STEP_S, first_s + 20.0 + STEP_S, first_s + 20.0 + 2 * STEP_S]
+    )
+    times = summarise_run(Plan(read_run_config(run / "config.yaml").phases), run).times
+    assert times
+    assert hours[-1] * 3600 == pytest.approx(times.wall_s)
 
 
 def test_what_older_versions_did_not_write_is_no_number(tmp_path: Path) -> None:

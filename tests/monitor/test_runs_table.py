@@ -51,6 +51,9 @@ def test_a_folder_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "[]\n"
     with pytest.raises(UserError, match="there is no such folder"):
         print_runs(tmp_path / "runs", is_default=False, as_json=False)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match=f"this is a run: .* want a folder of runs, as {tmp_path.parent};"):
+        print_runs(tmp_path, is_default=False, as_json=False)
 
 
 def test_a_state_is_coloured_and_not_a_name_that_looks_like_one() -> None:

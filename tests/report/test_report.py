@@ -191,6 +191,7 @@ def test_a_run_without_a_step_and_an_out_that_cannot_be_written_are_refused(tmp_
     run = make_run(tmp_path)
     with pytest.raises(UserError, match="the report cannot be written"):
         write_run_report(run, tmp_path / "nowhere" / "report.html")
+    assert write_run_report(run, tmp_path) == tmp_path / "report.html"
     (run / "metrics.jsonl").write_text("")
     with pytest.raises(UserError, match="no step in"):
         write_run_report(run)

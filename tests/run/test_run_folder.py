@@ -18,6 +18,7 @@ from smoltrain.errors import Problem, UserError
 from smoltrain.run.run_folder import (
     accumulation_steps,
     choose_training_ranks,
+    describe_idle_ranks,
     find_git_commit,
     find_rows_per_step,
     make_run_record,
@@ -140,6 +141,23 @@ def test_as_many_ranks_train_as_the_rows_divide_among(
 ) -> None:
     words = (f"batch.rows_per_step={rows}", "batch.accumulation=null", f"batch.micro_batch={micro_batch}")
     assert choose_training_ranks(tiny.load(tmp_path, *words), rows, ranks, streams) == training
+
+
+@pytest.mark.parametrize(
+    ("rows", "training", "ranks", "streams", "said"),
+    [
+        (8, 2, 3, None, "8 rows per step do not divide evenly among 3 ranks: 2 train, 1 is idle"),
+        (100, 20, 26, 20, "100 rows per step do not divide evenly among 26 ranks: 20 train, 6 are idle"),
+        (12, 4, 6, 4, "4 streams do not divide evenly among 6 ranks: 4 train, 2 are idle"),
+        (
+            4, 1, 2, None,
+            "the 2 rows of each of 2 ranks are no whole number of micro-batches: 1 trains, 1 is idle; with a "
+            "batch.micro_batch that divides 2 all train",
+        ),
+    ],
+)  # fmt: skip
+def test_why_ranks_are_idle(rows: int, training: int, ranks: int, streams: int | None, said: str) -> None:
+    assert describe_idle_ranks(rows, training, ranks, streams) == f"WARNING: {said}"
 
 
 def test_what_was_asked_for_is_recorded_beside_the_steps(settings: Config) -> None:

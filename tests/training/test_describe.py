@@ -15,6 +15,7 @@ from smoltrain.training import describe
 from smoltrain.training.describe import (
     describe_compiled_code,
     describe_device,
+    describe_few_validation_rows,
     describe_host_wait,
     describe_optimizer,
     name_compiled_code,
@@ -34,6 +35,14 @@ def test_a_run_of_streams_says_that_it_cannot_know_what_the_model_copies() -> No
     assert warning.endswith("data.mode=cached keeps them")
     assert warn_of_unknown_memorisation(asked, cached) is None
     assert warn_of_unknown_memorisation(EvaluateSection(), streamed) is None
+
+
+def test_fewer_validation_rows_than_are_asked_for_are_told() -> None:
+    asked = EvaluateSection(every=5, rows=64)
+    told = describe_few_validation_rows(asked, 40)
+    assert told == "40 rows, as no more are held out; evaluate.rows asks for 64"
+    assert describe_few_validation_rows(asked, 64) is None
+    assert describe_few_validation_rows(EvaluateSection(rows=64), 40) is None, "nothing is evaluated"
 
 
 @pytest.mark.parametrize(

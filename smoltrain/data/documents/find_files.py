@@ -87,7 +87,9 @@ def _find_local_files(path: Path, pattern: str, option: str, key: str) -> FoundF
         return _find_files_below(path.parent, glob.escape(path.name), option)
     wildcard = first_wildcard(path.parts)
     if wildcard is None:
-        saw = f"{path}, which is no regular file" if path.exists() else str(path)
+        saw = str(path) if path.is_absolute() else f"{path} in {Path.cwd()}"  # train.sh goes to its own folder
+        if path.exists():
+            saw = f"{path}, which is no regular file"
         raise _missing_data_error(printable_name(saw), option)
     return _find_files_below(Path(*path.parts[:wildcard]), "/".join(path.parts[wildcard:]), option)
 

@@ -262,9 +262,7 @@ class Loader:
         """
         layout, T = self.layout, self.layout.sequence_length
         rows = []
-        counts = apportion_by_weight(max(num_rows, len(self.sources)), self._default_weights)
-        for tokens, count in zip(self.prepared.validation, counts, strict=True):
-            chosen = evenly_spaced_rows(count, count_rows(len(tokens), T))
+        for tokens, chosen in zip(self.prepared.validation, self._choose_validation_rows(num_rows), strict=True):
             rows.append(tokens.read_rows(np.array(chosen, np.int64) * T, T + 1))
         ids_BS = np.concatenate(rows)
         num_per_rank = math.ceil(len(ids_BS) / layout.world_size)
@@ -276,6 +274,18 @@ class Loader:
             batch = self._make_batch(filled[start : start + layout.micro_batch])
             batches.append(replace(batch, num_labelled=max(0, len(own) - start)))
         return batches
+
+    def count_validation_rows(self, num_rows: int) -> int:
+        """How many rows `validation_batches` finds where so many are asked for: the held-out text may have fewer."""
+        return sum(map(len, self._choose_validation_rows(num_rows)))
+
+    def _choose_validation_rows(self, num_rows: int) -> list[list[int]]:
+        """Which rows of each source are evaluated."""
+        counts = apportion_by_weight(max(num_rows, len(self.sources)), self._default_weights)
+        chosen: list[list[int]] = []
+        for tokens, count in zip(self.prepared.validation, counts, strict=True):
+            chosen.append(evenly_spaced_rows(count, count_rows(len(tokens), self.layout.sequence_length)))
+        return chosen
 
     def close(self) -> None:
         """No more rows are wanted."""

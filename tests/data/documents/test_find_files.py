@@ -81,7 +81,8 @@ def test_a_package_without_files():
 
 def test_missing_and_empty_places(tmp_path: Path):
     assert problem(at(tmp_path / "none.txt")).endswith("change data.path")
-    assert "the data are missing" in problem(at(tmp_path / "none.txt"))
+    assert f"the data are missing: saw {tmp_path}/none.txt, want" in problem(at(tmp_path / "none.txt"))
+    assert f"the data are missing: saw none.txt in {Path.cwd()}, want" in problem(at(Path("none.txt")))
     assert "no file matches" in problem(at(tmp_path))
     assert "no file matches" in problem(at(tmp_path / "*.txt"))
 

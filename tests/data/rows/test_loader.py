@@ -257,6 +257,13 @@ def test_validation_is_the_same_rows_on_any_world_in_equal_numbers_of_batches(sh
         assert ((batch.labels_BT == -100).all(1) | (batch.labels_BT == batch.ids_BT + 1).all(1)).all()
 
 
+def test_the_rows_that_are_evaluated_are_counted_before():
+    (loader,) = World(cached(31, 31), 1, weights={"s0": 3.0, "s1": 1.0}).ranks
+    for asked in (1, 2, 8, 30, 1000):
+        assert loader.count_validation_rows(asked) == len(valid_rows(loader.validation_batches(asked)))
+    assert loader.count_validation_rows(1000) == 2 * 17, "all that there are"
+
+
 def test_sources_share_the_validation_rows_by_weight():
     (loader,) = World(cached(31, 31), 1, weights={"s0": 3.0, "s1": 1.0}).ranks
     rows = valid_rows(loader.validation_batches(8))

@@ -98,6 +98,14 @@ def test_gpt2_has_the_ids_of_tiktoken(openai: tiktoken.Encoding):
         assert ours.encode(text) == openai.encode(text, disallowed_special=())
 
 
+def test_a_bpe_of_a_run_splits_text_as_gpt2_does():
+    """docs/export.md says so, as llama.cpp must be told."""
+    own = json.loads(Tokenizer.train_bpe(["a text"], 260, SEPARATOR)._inner.to_str())
+    gpt2 = json.loads(made("gpt2")._inner.to_str())
+    assert own["pre_tokenizer"] == gpt2["pre_tokenizer"]
+    assert own["normalizer"] == gpt2["normalizer"] is None
+
+
 def test_tiktoken_by_name_is_the_same_tokenizer(openai: tiktoken.Encoding):
     """Its merges are found again from the ranks; that they come out in OpenAI's order shows in the fingerprint."""
     assert named("tiktoken:gpt2").fingerprint() == made("gpt2").fingerprint()
