@@ -12,6 +12,7 @@ import torch
 
 from smoltrain import files
 from smoltrain.distributed.world import World
+from smoltrain.engine.deepspeed_json import config_precision
 from smoltrain.engine.deepspeed_private import (
     CheckpointEngine,
     DynamicLossScaler,
@@ -21,6 +22,7 @@ from smoltrain.engine.deepspeed_private import (
     fragment_address,
 )
 from smoltrain.engine.reshard import FROZEN_KEY, GAPS_KEY, build_shard_layout, reshard_optimizer_state, source_ranks
+from smoltrain.errors import Problem, UserError
 
 TORCH_SERIALIZATION_CONFIG = importlib.import_module("torch.utils.serialization.config")
 SHARDS_FOLDER = "deepspeed"  # the folder of DeepSpeed's files inside a checkpoint
@@ -71,10 +73,23 @@ class ShardCheckpointEngine(CheckpointEngine):
             return self._load_optimizer_state(Path(path))
         state = files.read_tensors(Path(path), ALLOWED_SHARD_CLASSES)
         self._model_facts = {key: state[key] for key in ("dp_world_size", "ds_config", "param_shapes")}
+        if self.written_stage == 0:
+            self._check_whole_state(Path(path))
         state["dp_world_size"] = self._deepspeed.dp_world_size  # DeepSpeed would refuse another one
         state["module"] = self._find_module_state()
         state[FROZEN_KEY] = None  # of an older checkpoint: the frozen weights of this rank alone
         return state
+
+    def _check_whole_state(self, path: Path) -> None:
+        """ZeRO-0's state, which nobody reshards, is the fp32 weights' own, or in fp16 that of copies with a loss scale.
+
+        Errors: UserError where the one is to be read as the other.
+        """
+        written = config_precision(self._model_facts["ds_config"])
+        now = config_precision(self._deepspeed.config)
+        if "fp16" in (written, now) and written != now:
+            what = f"{path.parent.parent.name} is a ZeRO-0 checkpoint of another precision"
+            raise UserError(Problem(what, saw=now, want=written, change="engine.precision"))
 
     def _find_module_state(self) -> dict[str, torch.Tensor]:
         """What DeepSpeed loads into the module: a tied weight under each of its names.
