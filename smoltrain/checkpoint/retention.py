@@ -4,6 +4,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from smoltrain import files
 from smoltrain.checkpoint.manifest import Manifest, list_checkpoint_steps, read_manifest, step_folder
@@ -11,19 +12,30 @@ from smoltrain.config.schema import CheckpointSection
 from smoltrain.schedule import Plan
 
 
-def steps_to_keep(losses: Mapping[int, float | None], plan: Plan, section: CheckpointSection) -> set[int]:
-    """The steps to keep, of those that have a checkpoint, with their validation losses (nats per token, or None).
+class Validation(NamedTuple):
+    """What a checkpoint's manifest says of the evaluation at its step."""
+
+    loss: float | None  # nats per token; None if there was none
+    rows: int  # evaluate.rows then
+
+
+def steps_to_keep(validations: Mapping[int, Validation], plan: Plan, section: CheckpointSection) -> set[int]:
+    """The steps to keep, of those that have a checkpoint.
 
     The newest `keep_last`, the ends of phases, the multiples of `keep_every`, and the best if `keep_best`: the lowest
-    finite loss, as for whoever logs it (min would take a nan that comes first).
+    finite loss, as for whoever logs it (min would take a nan that comes first). Losses on as many rows are compared
+    with each other alone: where evaluate.rows has changed, the best by either measure stays.
     """
-    keep = set(sorted(losses)[-section.keep_last :])
-    keep |= losses.keys() & {phase.last for phase in plan.phases}
+    keep = set(sorted(validations)[-section.keep_last :])
+    keep |= validations.keys() & {phase.last for phase in plan.phases}
     if section.keep_every:
-        keep |= {step for step in losses if step % section.keep_every == 0}
-    measured = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
-    if section.keep_best and measured:
-        keep.add(min(measured, key=lambda step: (measured[step], step)))
+        keep |= {step for step in validations if step % section.keep_every == 0}
+    best: dict[int, tuple[float, int]] = {}  # rows -> (loss, step)
+    for step, (loss, rows) in validations.items():
+        if loss is not None and math.isfinite(loss):
+            best[rows] = min(best.get(rows, (loss, step)), (loss, step))
+    if section.keep_best:
+        keep |= {step for _, step in best.values()}
     return keep
 
 
@@ -32,13 +44,15 @@ def prune_checkpoints(checkpoints: Path, published: int, plan: Plan, section: Ch
 
     Returns a warning for each that cannot be deleted.
     """
-    losses: dict[int, float | None] = {}
+    validations: dict[int, Validation] = {}
     for step in list_checkpoint_steps(checkpoints):
         folder = step_folder(checkpoints, step)
         if step <= published and folder.is_dir():  # a file of that name is none of ours
             manifest = read_manifest(folder)
-            losses[step] = manifest.validation_loss if isinstance(manifest, Manifest) else None
-    superseded = sorted(losses.keys() - steps_to_keep(losses, plan, section))
+            validations[step] = Validation(None, 0)
+            if isinstance(manifest, Manifest):
+                validations[step] = Validation(manifest.validation_loss, manifest.validation_rows)
+    superseded = sorted(validations.keys() - steps_to_keep(validations, plan, section))
     return _delete_all(delete_checkpoint, [step_folder(checkpoints, step) for step in superseded])
 
 

@@ -8,7 +8,7 @@ import torch
 from smoltrain.config.schema import Config
 from smoltrain.distributed.world import World
 from smoltrain.engine.bind_matrices import bind_matrices
-from smoltrain.engine.deepspeed_json import fill_deepspeed_config
+from smoltrain.engine.deepspeed_json import fill_deepspeed_config, offloads_optimizer
 from smoltrain.engine.deepspeed_private import (
     ZERO_SUPPORTED_OPTIMIZERS,
     DeepSpeedZeroOptimizer,
@@ -57,6 +57,8 @@ def build_engine(
     optimizer = build_optimizer(model, config.optimizer, world.device)
     if type(optimizer) not in ZERO_SUPPORTED_OPTIMIZERS:
         tree["zero_allow_untested_optimizer"] = True
+    if offloads_optimizer(tree):
+        tree.setdefault("zero_force_ds_cpu_optimizer", False)  # else DeepSpeed refuses any optimizer but its own
     with refuse_what_deepspeed_refuses(config.engine.ds_config), silence_stdout(), _default_to_eager_backend():
         deepspeed_engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=tree, dist_init_required=False

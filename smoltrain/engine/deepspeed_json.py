@@ -7,6 +7,7 @@ from typing import Any
 
 from smoltrain.config.load import DS_CONFIGS_FOLDER
 from smoltrain.config.schema import Config
+from smoltrain.engine.deepspeed_features import check_features, check_sections, name_dtypes
 from smoltrain.errors import Problem, UserError, suggest_choice
 
 # The recipe's side of each value that DeepSpeed's JSON must leave "auto" or repeat.
@@ -27,13 +28,18 @@ def fill_deepspeed_config(
     """The dict for deepspeed.initialize. What is None, as long as nobody knows it, is neither filled in nor compared.
 
     Errors: UserError for an unknown file, a value that contradicts the recipe (both named), a section that
-    is none or that the recipe owns, bf16 under ZeRO-0, which DeepSpeed computes with another optimizer
-    (docs/decisions.md), and what muon was not proven with.
+    is none or that the recipe owns, what smoltrain does in another way (deepspeed_features.py), bf16 under
+    ZeRO-0, which DeepSpeed computes with another optimizer (docs/decisions.md), and what muon was not proven with.
     """
     path = _find_deepspeed_json(config.engine.ds_config)
     tree = _parse_deepspeed_json(read_deepspeed_text(config.engine.ds_config), path)
+    problems = check_sections(tree, path)
+    if problems:
+        raise UserError(*problems)
+    name_dtypes(tree)
     problems = _fill_recipe_values(tree, config, precision, accumulation, world_size, path)
     problems += _check_no_owned_sections(tree, path)
+    problems += check_features(tree, path)
     problems += _check_zero_section(tree, config, precision, path)
     problems += _check_muon(tree, config)
     if problems:
@@ -96,8 +102,6 @@ def _check_muon(tree: dict[str, Any], config: Config) -> list[Problem]:
     refused = {
         "zero_optimization.offload_optimizer": isinstance(zero, dict) and offloads_optimizer(tree),
         "zero_optimization.offload_param": isinstance(zero, dict) and bool(zero.get("offload_param")),
-        "zero_optimization.zenflow": isinstance(zero, dict) and bool(zero.get("zenflow")),
-        "torch_autocast": bool(tree.get("torch_autocast")),  # its scaler may step with gradients that are still scaled
     }
     what = "muon does not go with this part of the DeepSpeed config"
     want = "a config without it, as zero1, zero2 and zero3 are; or optimizer.kind=adamw"

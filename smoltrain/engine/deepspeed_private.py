@@ -24,7 +24,7 @@ from smoltrain.distributed.stop import DEEPSPEED_LAUNCHER
 from smoltrain.distributed.world import World
 from smoltrain.engine import reshard
 from smoltrain.errors import Problem, UserError
-from smoltrain.files import first_line
+from smoltrain.files import exception_title, first_line
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns and guesses
@@ -42,7 +42,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS, ZeRORuntimeException
 from deepspeed.utils import safe_get_full_grad
 from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -129,6 +129,7 @@ STATE_KEYS = {
     "OPTIMIZER_STATE_DICT": reshard.OPTIMIZER_KEYS[1],
     "PARAM_ALIGNMENT_PADDINGS": reshard.GAPS_KEY,
     "LOSS_SCALER": reshard.LOSS_SCALER_KEY,
+    "FROZEN_PARAM_FRAGMENTS": reshard.FROZEN_KEY,
 }
 
 
@@ -200,6 +201,8 @@ def refuse_what_deepspeed_refuses(ds_config: str) -> Iterator[None]:
     except pydantic.ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise UserError(problem(saw=f"{error.title}: {', '.join(faults)}")) from None
+    except (AssertionError, NotImplementedError, ValueError, ZeRORuntimeException) as error:  # how most is refused
+        raise UserError(problem(saw=exception_title(error))) from error
 
 
 def meter_collectives(world: World) -> None:

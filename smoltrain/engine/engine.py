@@ -209,6 +209,8 @@ class Engine:
             path, _ = self._deepspeed.load_checkpoint(str(folder), tag=SHARDS_FOLDER)
             if self.stage in (1, 2):
                 self._deepspeed.optimizer.update_lp_params()  # ZeRO-3 does so itself
+        if self.stage == 3:
+            self._shards.load_frozen_weights()
         assert path is not None, f"DeepSpeed found no checkpoint in {folder}, though its manifest verified"
 
 

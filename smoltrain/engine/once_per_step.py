@@ -130,7 +130,8 @@ class OncePerStep:
             sums.all_gather()
         self._world.barrier()  # a rank that began its next backward would write where a slower one still reads
         for name, parameter in self._deepspeed.module.named_parameters():
-            yield name, self._sum_of[parameter].float()
+            if parameter in self._sum_of:  # a frozen one has no gradient
+                yield name, self._sum_of[parameter].float()
 
     def gradient_sums(self) -> list[torch.Tensor]:
         """See StepMethod."""

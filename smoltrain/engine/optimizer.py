@@ -19,7 +19,18 @@ OPTIMIZERS: dict[str, OptimizerKind] = {"adamw": AdamW(), "muon": Muon()}  # by 
 def build_optimizer(model: torch.nn.Module, section: OptimizerSection, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer that the recipe asks for, over all parameters that are trained."""
     kind = OPTIMIZERS[section.kind]
-    return kind.build(kind.parameter_groups(model, section), section, device)
+    optimizer = kind.build(kind.parameter_groups(model, section), section, device)
+    optimizer.register_load_state_dict_pre_hook(_keep_own_settings)
+    return optimizer
+
+
+def _keep_own_settings(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any] | None:
+    """What a checkpoint brings back is the state: a step that is fused on a GPU is not on the CPU that wrote it."""
+    own_groups = optimizer.state_dict()["param_groups"]
+    own_sizes = [len(group["params"]) for group in own_groups]
+    if own_sizes != [len(group["params"]) for group in saved["param_groups"]]:
+        return None  # torch refuses it
+    return saved | {"param_groups": own_groups}
 
 
 def set_hyperparameters(groups: Iterable[dict[str, Any]], *, lr: float, weight_decay: float) -> None:

@@ -23,6 +23,7 @@ MASTER_KEYS = ("single_partition_of_fp32_groups", "fp32_flat_groups")
 OPTIMIZER_KEYS = ("base_optimizer_state", "optimizer_state_dict")
 GAPS_KEY = "param_alignment_paddings"  # of ZeRO-1 and ZeRO-2 with zero_optimization.parameter_alignment
 LOSS_SCALER_KEY = "loss_scaler"  # not of ZeRO-1 in bf16, which DeepSpeed computes with a class of its own
+FROZEN_KEY = "frozen_param_fragments"  # weights that are not trained; under ZeRO-3 each rank's own parts
 ALIGNMENT = 2  # elements; of a part under ZeRO-1 and ZeRO-2
 
 Segment = tuple[tuple[str, int, int], ...]  # parameter, its elements, the gap behind it

@@ -12,14 +12,17 @@ import torch
 
 from smoltrain import files
 from smoltrain.distributed.world import World
+from smoltrain.engine.deepspeed_json import config_precision
 from smoltrain.engine.deepspeed_private import (
     CheckpointEngine,
     DynamicLossScaler,
     LossScaler,
     ZeroStageEnum,
+    deepspeed,
     fragment_address,
 )
-from smoltrain.engine.reshard import GAPS_KEY, build_shard_layout, reshard_optimizer_state, source_ranks
+from smoltrain.engine.reshard import FROZEN_KEY, GAPS_KEY, build_shard_layout, reshard_optimizer_state, source_ranks
+from smoltrain.errors import Problem, UserError
 
 TORCH_SERIALIZATION_CONFIG = importlib.import_module("torch.utils.serialization.config")
 SHARDS_FOLDER = "deepspeed"  # the folder of DeepSpeed's files inside a checkpoint
@@ -47,6 +50,7 @@ class ShardCheckpointEngine(CheckpointEngine):
         kept = dict(state_dict)
         if "module" in kept:
             kept["module"] = {}
+            kept[FROZEN_KEY] = None
         optimizer = kept.get("optimizer_state_dict", {})
         if "zero_stage" in optimizer:
             # Python 3.11.0 to 3.11.3 would write the enum that it is as a call of getattr, which weights_only refuses.
@@ -69,14 +73,29 @@ class ShardCheckpointEngine(CheckpointEngine):
             return self._load_optimizer_state(Path(path))
         state = files.read_tensors(Path(path), ALLOWED_SHARD_CLASSES)
         self._model_facts = {key: state[key] for key in ("dp_world_size", "ds_config", "param_shapes")}
+        if self.written_stage == 0:
+            self._check_whole_state(Path(path))
         state["dp_world_size"] = self._deepspeed.dp_world_size  # DeepSpeed would refuse another one
         state["module"] = self._find_module_state()
+        state[FROZEN_KEY] = None  # of an older checkpoint: the frozen weights of this rank alone
         return state
+
+    def _check_whole_state(self, path: Path) -> None:
+        """ZeRO-0's state, which nobody reshards, is the fp32 weights' own, or in fp16 that of copies with a loss scale.
+
+        Errors: UserError where the one is to be read as the other.
+        """
+        written = config_precision(self._model_facts["ds_config"])
+        now = config_precision(self._deepspeed.config)
+        if "fp16" in (written, now) and written != now:
+            what = f"{path.parent.parent.name} is a ZeRO-0 checkpoint of another precision"
+            raise UserError(Problem(what, saw=now, want=written, change="engine.precision"))
 
     def _find_module_state(self) -> dict[str, torch.Tensor]:
         """What DeepSpeed loads into the module: a tied weight under each of its names.
 
-        ZeRO-3 keeps no whole weights and makes its parts of the masters: there only buffers are loaded.
+        ZeRO-3 keeps no whole weights and makes its parts of the masters: there only buffers are loaded, and
+        `load_frozen_weights` does the rest.
         """
         module: torch.nn.Module = self._deepspeed.module
         if self._deepspeed.zero_optimization_stage() == 3:
@@ -85,6 +104,15 @@ class ShardCheckpointEngine(CheckpointEngine):
         first_names = {id(parameter): name for name, parameter in module.named_parameters()}
         tensors = module.state_dict(keep_vars=True)
         return {name: self.weights[first_names.get(id(tensor), name)] for name, tensor in tensors.items()}
+
+    def load_frozen_weights(self) -> None:
+        """Give ZeRO-3's parts of parameters that are not trained, of which there are no masters. Collective."""
+        module: torch.nn.Module = self._deepspeed.module
+        frozen = {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
+        with deepspeed.zero.GatheredParameters(list(frozen.values()), modifier_rank=0), torch.no_grad():
+            if self._world.is_first:
+                for name, parameter in frozen.items():
+                    parameter.copy_(self.weights[name])
 
     def _load_optimizer_state(self, path: Path) -> Any:
         """This rank's part: its own file if nothing has changed, else out of those that hold a piece of it."""

@@ -3,6 +3,7 @@
 After the first that W&B does not take there are no more: each would be waited for in vain.
 """
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +110,8 @@ class WandbUploads:
         aliases = [f"step-{step}", "latest"]
         if model.ends_phase:
             aliases.append(self._plan.phase(step).name)
-        is_best = model.validation_loss is not None and (best_before is None or model.validation_loss < best_before)
+        loss = math.inf if model.validation_loss is None else model.validation_loss
+        is_best = math.isfinite(loss) and (best_before is None or loss < best_before)  # below a nan no loss ever is
         if is_best:
             aliases.append("best")
         what = f"the model of step {step}"

@@ -11,13 +11,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from smoltrain.checkpoint.manifest import list_checkpoint_steps
-from smoltrain.checkpoint.retention import delete_checkpoint, delete_leftovers, prune_checkpoints, steps_to_keep
+from smoltrain.checkpoint.retention import (
+    Validation,
+    delete_checkpoint,
+    delete_leftovers,
+    prune_checkpoints,
+    steps_to_keep,
+)
 from smoltrain.config.schema import CheckpointSection, Config, PhaseSection
 from smoltrain.schedule import Plan
 from tests.checkpoint.saving import save_steps
 
 PLAN = Plan((PhaseSection(name="main", steps=8, lr=1e-3), PhaseSection(name="more", steps=4, lr=1e-3)))
-LOSSES = {2: 5.0, 4: 3.0, 6: None, 8: 4.0, 10: 4.5}
+
+
+def on_64_rows(losses: dict[int, float | None]) -> dict[int, Validation]:
+    """Steps with their losses, measured on the same rows."""
+    return {step: Validation(loss, 64) for step, loss in losses.items()}
+
+
+LOSSES = on_64_rows({2: 5.0, 4: 3.0, 6: None, 8: 4.0, 10: 4.5})
 
 
 @pytest.mark.parametrize(
@@ -36,14 +49,22 @@ def test_the_last_the_ends_of_phases_the_nth_and_the_best_stay(section: dict, ke
 
 
 def test_without_a_measured_loss_there_is_no_best():
-    assert steps_to_keep({2: None, 4: None}, PLAN, CheckpointSection(keep_last=1, keep_best=True)) == {4}
+    assert steps_to_keep(on_64_rows({2: None, 4: None}), PLAN, CheckpointSection(keep_last=1, keep_best=True)) == {4}
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_is_never_the_best(bad: float):
     best = CheckpointSection(keep_last=1, keep_best=True)
-    assert steps_to_keep({1: bad, 2: 3.0, 3: 2.0, 5: 4.0}, PLAN, best) == {3, 5}
-    assert steps_to_keep({1: bad, 5: bad}, PLAN, best) == {5}
+    assert steps_to_keep(on_64_rows({1: bad, 2: 3.0, 3: 2.0, 5: 4.0}), PLAN, best) == {3, 5}
+    assert steps_to_keep(on_64_rows({1: bad, 5: bad}), PLAN, best) == {5}
+
+
+def test_losses_on_other_rows_are_not_compared():
+    """Of the easy first four rows alone step 1 has the lowest loss, of all 64 step 3, of the 256 since then step 5."""
+    validations = {1: Validation(1.0, 4), 2: Validation(1.5, 4)}
+    validations |= {3: Validation(3.0, 64), 4: Validation(3.2, 64)}
+    validations |= {5: Validation(3.1, 256), 6: Validation(3.4, 256), 7: Validation(None, 256)}
+    assert steps_to_keep(validations, PLAN, CheckpointSection(keep_last=1, keep_best=True)) == {1, 3, 5, 7}
 
 
 @given(
@@ -51,7 +72,7 @@ def test_a_loss_that_is_not_finite_is_never_the_best(bad: float):
     st.integers(1, 4), st.integers(0, 5), st.booleans(),
 )  # fmt: skip
 def test_the_newest_always_stays_and_nothing_is_invented(losses: dict, last: int, every: int, best: bool):
-    kept = steps_to_keep(losses, PLAN, CheckpointSection(keep_last=last, keep_every=every, keep_best=best))
+    kept = steps_to_keep(on_64_rows(losses), PLAN, CheckpointSection(keep_last=last, keep_every=every, keep_best=best))
     assert max(losses) in kept
     assert kept <= losses.keys()
 

@@ -10,7 +10,8 @@ from smoltrain.data.rows.batch import Batch
 from smoltrain.engine.held_tensors import OTHER, HeldTensors, list_held_tensors, sum_by_part
 from tests.engines import ROWS, T, V, engine_of, settings_of, train
 
-N = 147  # parameters of the odd model
+N = 147  # parameters of the odd model that are trained
+W = N + 30  # all of its weights
 PADDING = 1.2  # DeepSpeed pads partitions
 CPU = torch.device("cpu")
 
@@ -27,12 +28,12 @@ def held_between_backward_and_update(folder: Path, stage: int, precision: str, b
 @pytest.mark.parametrize(
     ("stage", "precision", "by", "weights", "gradients", "optimizer"),
     [
-        (0, "fp32", "auto", 4 * N, 4 * N, 8 * N),  # the weights are the masters
-        (1, "bf16", "micro_batch", 2 * N, (4 + 2) * N, 12 * N / 2),
-        (2, "bf16", "step", 2 * N, 4 * N, 12 * N / 2),
-        (2, "bf16", "micro_batch", 2 * N, 4 * N / 2, 12 * N / 2),
+        (0, "fp32", "auto", 4 * W, 4 * N, 8 * N),  # the weights are the masters
+        (1, "bf16", "micro_batch", 2 * W, (4 + 2) * N, 12 * N / 2),
+        (2, "bf16", "step", 2 * W, 4 * N, 12 * N / 2),
+        (2, "bf16", "micro_batch", 2 * W, 4 * N / 2, 12 * N / 2),
         # A part of the weights, and all of them: so small ones stay gathered.
-        (3, "bf16", "auto", 2 * N / 2 + 2 * N, 4 * N / 2, 12 * N / 2),
+        (3, "bf16", "auto", 2 * W / 2 + 2 * W, 4 * N / 2, 12 * N / 2),
     ],
 )
 def test_parts_of_two_ranks(

@@ -53,11 +53,12 @@ def plain(settings: Config) -> list[dict[str, LayerWeight]]:
         ids = rows_of(step)
         (net(ids[:, :-1], ids[:, 1:]) / (ROWS * T)).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), section.gradient_clipping)
-        before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+        trained = {name: parameter for name, parameter in net.named_parameters() if parameter.requires_grad}
+        before = {name: parameter.detach().clone() for name, parameter in trained.items()}
         optimizer.step()
         optimizer.zero_grad()
         layers: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for name, parameter in net.named_parameters():
+        for name, parameter in trained.items():
             pair = (before[name], parameter.detach() - before[name])
             layers.setdefault(layer_name(name), []).append(pair)
         found = {}

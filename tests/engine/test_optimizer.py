@@ -142,3 +142,36 @@ def test_an_update_that_must_not_move_leaves_every_bit(
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     if is_hidden and way == "own step":
         assert all(same_bits(*pair) for pair in zip(without, asked, strict=True)), "a mask changes no number"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_of_a_step_that_was_not_fused_goes_on_in_one_that_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a run that moves from a CPU to a GPU, where alone the step is fused and masks itself."""
+    kind = type(OPTIMIZERS[name])
+    build = kind.build
+    model = model_of()
+    section = OptimizerSection(kind=name)  # pyright: ignore
+    trained = [p for p in model.parameters() if p.requires_grad]
+
+    def step(optimizer: torch.optim.Optimizer) -> None:
+        set_hyperparameters(optimizer.param_groups, lr=0.1, weight_decay=0.0)
+        for p in trained:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    on_cpu = build_optimizer(model, section, torch.device("cpu"))
+    step(on_cpu)
+    saved = on_cpu.state_dict()
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(kind, "build", lambda self, groups, section, _: build(self, groups, section, gpu))
+    on_gpu = build_optimizer(model, section, torch.device("cpu"))
+    on_gpu.load_state_dict(saved)
+    assert all(group["fused"] for group in on_gpu.param_groups)
+    before = [p.detach().clone() for p in trained]
+    on_gpu.found_inf = torch.tensor(1.0)  # pyright: ignore[reportAttributeAccessIssue]
+    step(on_gpu)
+    assert all(torch.equal(p, old) for p, old in zip(trained, before, strict=True))
+    on_gpu.found_inf = torch.tensor(0.0)  # pyright: ignore[reportAttributeAccessIssue]
+    step(on_gpu)
+    assert not any(torch.equal(p, old) for p, old in zip(trained, before, strict=True))
+    assert {float(state["step"]) for state in on_gpu.state.values() if "step" in state} == {2.0}

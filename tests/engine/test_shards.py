@@ -183,6 +183,13 @@ def test_zero_0_neither_reads_the_others_nor_is_read(
         ranks(1).run(read, settings_of(tmp_path, new_stage, "fp32"), tmp_path / "step-00000003", old_stage)
 
 
+def test_zero_0_keeps_its_precision(tmp_path: Path, ranks: Any) -> None:
+    """In fp16 its masters are copies, and there is a loss scale."""
+    ranks(1).run(write, settings_of(tmp_path, 0, "fp32"), tmp_path / "step-00000003")
+    with pytest.raises(UserError, match="is a ZeRO-0 checkpoint of another precision: saw fp16, want fp32"):
+        ranks(1).run(read, settings_of(tmp_path, 0, "fp16"), tmp_path / "step-00000003", 0)
+
+
 # ---- the commands
 
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from smoltrain.checkpoint.retention import steps_to_keep
+from smoltrain.checkpoint.retention import Validation, steps_to_keep
 from smoltrain.config.load import load_config
 from smoltrain.estimate.constants import GPUS
 from smoltrain.estimate.report import Estimate, estimate_alternatives, max_num_checkpoints, speed_summary
@@ -38,7 +38,7 @@ def test_as_many_checkpoints_as_retention_keeps(every: int, keep_last: int, keep
         if plan.is_due(step, every) or plan.ends_phase(step):
             there.add(step)
             most = max(most, len(there))
-            there = steps_to_keep(dict.fromkeys(there), plan, settings.checkpoint)
+            there = steps_to_keep(dict.fromkeys(there, Validation(None, 64)), plan, settings.checkpoint)
     assert most <= max_num_checkpoints(plan, settings) <= most + 2
 
 

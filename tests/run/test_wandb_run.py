@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -445,7 +446,7 @@ def test_the_code_is_an_artifact_where_the_recipe_asks(home: Path, monkeypatch: 
 
 def test_the_best_model_is_known_across_starts(home: Path) -> None:
     aliases: list[set[str]] = []
-    for first_step, losses in ((0, {3: 2.0, 6: 3.0}), (6, {9: 2.5, 12: 1.5})):
+    for first_step, losses in ((0, {2: math.nan, 3: 2.0, 6: 3.0}), (6, {9: 2.5, 12: 1.5})):
         tracker = opened(home, "track.wandb=offline", "track.wandb_model=checkpoint", first_step=first_step)
         run = home / "runs" / "quickstart"
         (run / "tokenizer").mkdir(exist_ok=True)
@@ -458,5 +459,6 @@ def test_the_best_model_is_known_across_starts(home: Path) -> None:
     for path in sorted(home.glob("runs/quickstart/wandb/offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime):
         aliases += [set(artifact["aliases"]) for artifact in wandb_files.read_finished(path).artifacts]
     assert aliases == [
+        {"step-2", "latest"},
         {"step-3", "latest", "best"}, {"step-6", "latest"}, {"step-9", "latest"}, {"step-12", "latest", "best"},
     ]  # fmt: skip

@@ -1,0 +1,99 @@
+"""What of DeepSpeed's JSON is refused: switches that would do nothing here, or make something untrue that a run says.
+
+DeepSpeed would accept each of them, and some of them silently: gradients that are reduced once per step never pass
+through its own forward and step (once_per_step.py).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from smoltrain.errors import Problem
+
+# What is read of these, here or by DeepSpeed, is read of an object.
+SECTIONS = (
+    "data_types", "zero_optimization.offload_optimizer", "zero_optimization.offload_param", "torch_autocast",
+    "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "tensor_parallel", "data_efficiency",
+    "checkpoint",
+)  # fmt: skip
+MAY_BE_NULL = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+
+DTYPE_KEYS = ("data_types.grad_accum_dtype", "communication_data_type")
+DTYPE_NAMES = {
+    "fp32": "fp32", "float32": "fp32", "float": "fp32", "torch.float32": "fp32",
+    "bf16": "bf16", "bfloat16": "bf16", "torch.bfloat16": "bf16",
+    "fp16": "fp16", "float16": "fp16", "half": "fp16", "torch.float16": "fp16",
+}  # fmt: skip
+
+PRECISION = "engine.precision"
+SINKS = "track.to and track.wandb"
+OWN_ROWS = "1: each rank trains on rows of its own"
+FP32_MASTERS = "false: the master weights are fp32"
+WITH_CHECKPOINTS = "cpu: a checkpoint would lack what lies elsewhere"
+
+# Key -> the values that are fine beside its absence, and what is wanted in place of any other.
+REFUSED_FEATURES: dict[str, tuple[tuple[Any, ...], str]] = {
+    "torch_autocast.enabled": ((False,), f"{PRECISION}, by which the run says how it computes"),
+    "flops_profiler.enabled": ((False,), "`smoltrain profile`"),
+    "tensorboard.enabled": ((False,), SINKS),
+    "wandb.enabled": ((False,), SINKS),
+    "csv_monitor.enabled": ((False,), f"{SINKS}, beside RUN/metrics.jsonl"),
+    "comet.enabled": ((False,), SINKS),
+    "data_efficiency.enabled": ((False,), "the keys of the recipe's data section"),
+    "tensor_parallel.autotp_size": ((0, 1), OWN_ROWS),
+    "sequence_parallel_size": ((1,), OWN_ROWS),
+    "bf16.bf16_master_weights_and_grads": ((False,), FP32_MASTERS),
+    "bf16.bf16_optimizer_states": ((False,), "false: the optimizer's state is fp32"),
+    "fp16.fp16_master_weights_and_grads": ((False,), FP32_MASTERS),
+    "zero_optimization.offload_optimizer.device": (("cpu", "none"), WITH_CHECKPOINTS),
+    "zero_optimization.offload_param.device": (("cpu", "none"), WITH_CHECKPOINTS),
+    "zero_optimization.load_from_fp32_weights": ((True,), "true: a resume begins with the fp32 master weights"),
+    "zero_optimization.elastic_checkpoint": ((False,), "false: no run goes on from what DeepSpeed writes then"),
+    "zero_optimization.zenflow": ((), "no such section: it takes an optimizer of DeepSpeed's own"),
+    "checkpoint.load_universal": ((False,), "false: a resume reads the run's own checkpoints"),
+}
+
+
+def check_sections(tree: Mapping[str, Any], path: Path) -> list[Problem]:
+    """Sections of DeepSpeed's JSON that are no objects, and precisions that it does not know."""
+    problems: list[Problem] = []
+    for key in SECTIONS:
+        value = find_value(tree, key, {})
+        if not isinstance(value, dict) and not (value is None and key in MAY_BE_NULL):
+            what = f"{path.name} has a section that is no object"
+            problems.append(Problem(what, f"{key} = {value!r}", '{"key": value, ...}', str(path)))
+    for key in DTYPE_KEYS:
+        value = find_value(tree, key)
+        if value is not None and str(value) not in DTYPE_NAMES:
+            what = f"{path.name} has a precision that DeepSpeed does not know"
+            problems.append(Problem(what, f"{key} = {value!r}", '"fp32", "bf16" or "fp16"', str(path)))
+    return problems
+
+
+def check_features(tree: Mapping[str, Any], path: Path) -> list[Problem]:
+    """What is refused of DeepSpeed's JSON, whose sections are objects."""
+    problems: list[Problem] = []
+    for key, (fine, want) in REFUSED_FEATURES.items():
+        value = find_value(tree, key)
+        if value is not None and value not in fine:
+            what = f"{path.name} asks for what smoltrain does in another way, or not at all"
+            problems.append(Problem(what, f"{key} = {value!r}", want, f"{path}: {key}"))
+    return problems
+
+
+def name_dtypes(tree: dict[str, Any]) -> None:
+    """Write fp32, bf16 and fp16 for the other names that DeepSpeed has for them, in one key and not in the other."""
+    types = tree.get("data_types", {})
+    for section, key in ((types, "grad_accum_dtype"), (tree, "communication_data_type")):
+        if section.get(key) is not None:
+            section[key] = DTYPE_NAMES[str(section[key])]
+
+
+def find_value(tree: Mapping[str, Any], key: str, absent: Any = None) -> Any:
+    """The value at a dotted key; `absent` where it, or a section on the way to it, is not there."""
+    node: Any = tree
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return absent
+        node = node[part]
+    return node
