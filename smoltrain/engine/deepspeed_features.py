@@ -4,6 +4,7 @@ DeepSpeed would accept each of them, and some of them silently: gradients that a
 through its own forward and step (once_per_step.py).
 """
 
+import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,34 @@ REFUSED_FEATURES: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.zenflow": ((), "no such section: it takes an optimizer of DeepSpeed's own"),
     "checkpoint.load_universal": ((False,), "false: a resume reads the run's own checkpoints"),
 }
+
+
+# What DeepSpeed 0.19 reads at the top of its JSON; tests/engine/test_deepspeed_features.py looks into its source.
+TOP_KEYS = (
+    "activation_checkpointing", "aio", "autotuning", "bf16", "bfloat16", "checkpoint", "comet", "comms_logger",
+    "communication_data_type", "compile", "compression_training", "csv_monitor", "data_efficiency", "data_types",
+    "dataloader_drop_last", "datastates_ckpt", "disable_allgather", "disable_python_gc", "dump_state", "elasticity",
+    "expert_parallel", "flops_profiler", "fp16", "gradient_accumulation_steps", "gradient_allreduce_op",
+    "gradient_clipping", "gradient_predivide_factor", "hybrid_engine", "log_level", "managed_gradient_accumulation",
+    "memory_breakdown", "optimizer", "pipeline", "prescale_gradients", "scheduler",
+    "seq_parallel_communication_data_type", "sequence_parallel_size", "steps_per_print", "tensor_parallel",
+    "tensorboard", "timers", "torch_autocast",
+    "train_batch_size", "train_micro_batch_size_per_gpu", "use_data_before_expert_parallelism", "vocabulary_size",
+    "wall_clock_breakdown", "wandb", "weight_quantization", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
+)  # fmt: skip
+NEAR = 0.85  # of difflib's ratio: a slip of the keyboard
+
+
+def check_spelling(tree: Mapping[str, Any], path: Path) -> list[Problem]:
+    """Keys at the top of which DeepSpeed reads none, but a similar one; it would leave them out without a word."""
+    problems: list[Problem] = []
+    for key in tree:
+        near = difflib.get_close_matches(key, TOP_KEYS, n=1, cutoff=NEAR)
+        if key not in TOP_KEYS and near:
+            what = f"{path.name} has a key that DeepSpeed does not read"
+            problems.append(Problem(what, key, near[0], f"{path}: {key}"))
+    return problems
 
 
 def check_sections(tree: Mapping[str, Any], path: Path) -> list[Problem]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from smoltrain.config.load import DS_CONFIGS_FOLDER
 from smoltrain.config.schema import Config
-from smoltrain.engine.deepspeed_features import check_features, check_sections, name_dtypes
+from smoltrain.engine.deepspeed_features import check_features, check_sections, check_spelling, name_dtypes
 from smoltrain.errors import Problem, UserError, suggest_choice
 
 # The recipe's side of each value that DeepSpeed's JSON must leave "auto" or repeat.
@@ -39,6 +39,7 @@ def fill_deepspeed_config(
     name_dtypes(tree)
     problems = _fill_recipe_values(tree, config, precision, accumulation, world_size, path)
     problems += _check_no_owned_sections(tree, path)
+    problems += check_spelling(tree, path)
     problems += check_features(tree, path)
     problems += _check_zero_section(tree, config, precision, path)
     problems += _check_muon(tree, config)

@@ -1,12 +1,14 @@
 """What of DeepSpeed's JSON is refused, in words that say what there is instead."""
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from smoltrain.engine.deepspeed_features import DTYPE_NAMES, REFUSED_FEATURES, SECTIONS, find_value
+from smoltrain.engine.deepspeed_features import DTYPE_NAMES, REFUSED_FEATURES, SECTIONS, TOP_KEYS, find_value
 from smoltrain.engine.deepspeed_json import fill_deepspeed_config
 from smoltrain.engine.reduction import why_not_once_per_step
 from smoltrain.errors import UserError
@@ -74,3 +76,33 @@ def test_a_precision_has_one_name_in_both_keys(tmp_path: Path, key: str) -> None
         with pytest.raises(UserError, match="a precision that DeepSpeed does not know") as refused:
             fill(tmp_path, with_value(key, name))
         assert f"saw {key} = {name!r}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("gradient_cliping", "gradient_clipping"),
+        ("zero_optimisation", "zero_optimization"),
+        ("comms_loger", "comms_logger"),
+    ],
+)
+def test_a_slip_in_a_key_is_told_what_it_is_near_to(tmp_path: Path, key: str, meant: str) -> None:
+    with pytest.raises(UserError, match="a key that DeepSpeed does not read") as refused:
+        fill(tmp_path, with_value(key, 1))
+    assert (refused.value.problems[0].saw, refused.value.problems[0].want) == (key, meant)
+    assert fill(tmp_path, with_value("note", "of another program"))["note"] == "of another program"
+
+
+def test_the_keys_that_are_known_are_those_that_deepspeed_reads() -> None:
+    """Each constant by which its runtime/config.py takes something out of the whole JSON, and each plain name."""
+    spec = importlib.util.find_spec("deepspeed")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    runtime = Path(spec.submodule_search_locations[0]) / "runtime"
+    constants = dict(re.findall(r'^([A-Z_]+) = "(\w+)"$', (runtime / "constants.py").read_text(), re.MULTILINE))
+    source = (runtime / "config.py").read_text()
+    reads = re.findall(r"get_scalar_param\(\s*param_dict, ([A-Z_]+)|param_dict\.get\(([A-Z_]+)", source)
+    names = {constants[name] for pair in reads for name in pair if name in constants}
+    names |= set(re.findall(r"param_dict\.get\([\"'](\w+)", source))
+    assert len(names) >= 20
+    assert names - set(TOP_KEYS) == set()

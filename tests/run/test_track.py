@@ -317,7 +317,7 @@ def test_wandb_has_what_follows_from_the_config(story: Story) -> None:
         assert facts["attention_kernel"]
         assert facts["loss_kernel"]
         assert facts["gradient_reduction"].startswith("once per step")
-        assert facts["versions"]["torch"] == torch.__version__
+        assert torch.__version__.startswith(facts["versions"]["torch"])  # which may have the CUDA version behind it
         assert facts["git_commit"]
         assert offline.job_type == "train"
 
