@@ -83,18 +83,19 @@ class _SourceText:
     shards: tuple[Shard, ...]
     data: DataSection
     health: ReaderHealth
-    num_files_read: int = 0
+    num_opened: int = 0  # files
+    num_finished: int = 0  # files that were read to their end
 
     def read_pieces(self, max_characters: float = math.inf) -> Iterator[str]:
         """All of it, or so many characters out of all of its files."""
-        self.num_files_read = 0
         return read_fair_pieces(self.shards, max_characters, self._read_texts)
 
     def _read_texts(self, shard: Shard) -> Iterator[str]:
-        self.num_files_read += 1
+        self.num_opened += 1
         for record in retry.read_records_with_retry(shard, self.part, data=self.data, health=self.health):
             if isinstance(record, Document):
                 yield record.text
+        self.num_finished += 1
 
 
 def _limit_words(
@@ -112,8 +113,8 @@ def _limit_words(
         progress.counted += len(piece)
         if is_sample:
             sample.append(piece)
-    if is_sample:
-        files = f"{source.num_files_read:,} of its {len(source.shards):,} files"
+    if source.num_finished < len(source.shards):
+        files = f"{source.num_opened:,} of its {len(source.shards):,} files"
         progress.notes.append(f"a sample of {name}: {num_characters:,} characters out of {files}, by their size")
     num_ranks = words.most_ranks(max_distinct_bytes)
     num_kept = 0
