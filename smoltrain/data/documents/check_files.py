@@ -14,6 +14,7 @@ from smoltrain.data.documents.magic_bytes import MAX_POINTER_BYTES, Pointer, det
 from smoltrain.data.documents.readers import format_suffix, has_fields, read_head, strip_compression
 from smoltrain.data.documents.shard import Shard, open_shard, report_unreadable
 from smoltrain.errors import Problem, UserError, abbreviate_list
+from smoltrain.files import expand_home
 
 SEPARATOR_SEARCH_BYTES = 2**20  # of a whole file, in which its separator is looked for
 SEPARATOR_SEARCH_FILES = 20  # files that are looked into
@@ -67,7 +68,7 @@ def _is_installed(package: str) -> bool:
 
 def _is_there(path: str) -> bool:
     """Whether a path of this machine is; of a glob, the folder that it searches."""
-    parts = Path(path.removeprefix("file://")).expanduser().parts
+    parts = expand_home(path.removeprefix("file://")).parts
     return Path(*parts[: first_wildcard(parts)]).exists()
 
 
