@@ -83,6 +83,9 @@ def _resolve_export_folder(loaded: LoadedModel, source: ExportSource, out: str |
         want = "a folder to write to; only runs have one of their own"
         raise UserError(Problem("nothing says where the export goes", "no OUT", want, change))
     home = loaded.folder.resolve()
+    if Path.cwd().is_relative_to(final.resolve()):  # it is renamed into place, so a folder above would leave with it
+        want = "a folder to be made, as ./model"
+        raise UserError(Problem("the export would replace the folder that you are in", str(final), want, change))
     if final.resolve() == home:
         raise UserError(Problem("the export would replace its source", str(final), "another folder", change))
     is_empty_folder = final.is_dir() and not any(final.iterdir())
