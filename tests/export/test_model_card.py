@@ -232,5 +232,6 @@ def test_a_loss_on_files_beside_the_dataset_is_none_on_the_dataset(tmp_path: Pat
     for more, named in (({}, "me/web"), ({"validation_path": "mine.txt"}, "held-out")):
         data = DataSection.model_validate({"hub": "me/web"} | more)
         text = write_card_metadata("m", "llama", ExportSection(), config.model_copy(update={"data": data}), last, None)
-        (result,) = ModelCard(f"---\n{text}\n---\n").data.eval_results or ()
+        card: Any = ModelCard(f"---\n{text}\n---\n")
+        (result,) = card.data.eval_results
         assert result.dataset_type == named
