@@ -191,8 +191,9 @@ def _bos_token_id(loaded: LoadedModel) -> int:
         own = tokenizer.token_to_id(tokenizer.companions.token_for_role("bos_token"))
         return tokenizer.separator_id if own is None else own
     theirs = loaded.inherited_generation.get("bos_token_id")
-    is_id = type(theirs) is int and 0 <= theirs < tokenizer.num_ids
-    return theirs if is_id else tokenizer.separator_id
+    if type(theirs) is int and 0 <= theirs < tokenizer.num_ids:
+        return theirs
+    return tokenizer.separator_id
 
 
 def _replaced_bos_token(loaded: LoadedModel) -> str | None:
