@@ -31,6 +31,11 @@ def user_cache_folder() -> Path:
     return Path(chosen) if chosen else Path.home() / ".cache" / "smoltrain"
 
 
+def expand_home(path: str | Path) -> Path:
+    """The path with the folder of its user in place of ~, which Path.expanduser does too, and raises for ~nobody."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 def fsync_path(path: Path) -> None:
     """Force a file's or folder's content to the disk (man 2 fsync: a new name needs its folder synced too)."""
     handle = os.open(path, os.O_RDONLY)

@@ -106,7 +106,7 @@ def _suggest_option(word: str, parameters: Iterable[Any]) -> str:
     options = {name for parameter in _options(known) for name in parameter.opts}
     by_name = {option.lstrip("-"): option for option in sorted(options) if option.startswith("--")}
     meant = OPTIONS_MEANT_BY.get(word.lstrip("-"))
-    if meant in options:
+    if meant is not None and meant in options:
         return meant
     close = difflib.get_close_matches(word.lstrip("-"), by_name, n=1, cutoff=NEAR_OPTION)
     return f"{by_name[close[0]]!r} (the nearest valid one)" if close else f"one of {', '.join(by_name.values())}"

@@ -77,6 +77,10 @@ TESTED_ELSEWHERE: dict[str, tuple[str, str]] = {
         )
         for module in ("load_prepared", "plan_preparation")
     },
+    "smoltrain.data.tokenizers.hub": (
+        "loads from the small Hub that datasets are loaded from",
+        "tests/data/documents/test_hub.py, tests/data/tokenizers/test_by_name.py",
+    ),
     "smoltrain.doctor.exchange": (
         "what ranks exchange, in checks that are tested",
         "tests/doctor/test_all_reduce.py, tests/doctor/test_hosts.py",

@@ -27,9 +27,11 @@ def prepare_data_command(recipe: RecipeArgument, overrides: OverridesArgument = 
     from smoltrain.config.load_to_train import load_config_to_train
     from smoltrain.data.tokens.load_prepared import run_tokens_folder
     from smoltrain.data.tokens.prepare import prepare_run_data
+    from smoltrain.run.run_lock import hold_run_lock
 
     settings = load_config_to_train(recipe, overrides or [])
-    prepared = prepare_run_data(settings, ahead=True)
+    with hold_run_lock(settings):
+        prepared = prepare_run_data(settings, ahead=True)
     print(prepared.describe_tokenizer())
     print(prepared.describe())
     print(run_tokens_folder(settings, prepared.index))

@@ -323,7 +323,7 @@ class DataSection(SourceSection):
     """cached tokenises everything once, before the first step; stream reads while it trains; auto is cached where
     data.cache is set or the files are local and have at most 256 MiB in all, else stream; a run keeps the mode of its
     first start"""
-    cache: Annotated[Path, CheckedPath] | None = None
+    cache: HomePath | None = None
     """folder of the tokens in cached mode, which several runs may share; null is the run's own"""
     streams: int | None = Field(default=None, gt=0)
     """in stream mode, how many parts the documents are dealt into; it divides the rows of a step, and the number of

@@ -70,8 +70,8 @@ def check_hub(config: Config) -> Finding:
 
 def list_hub_uses(config: Config) -> Iterable[str]:
     """Keys of the recipe that name something on the Hub."""
+    from smoltrain.data.documents.hub import is_hub_repo_name
     from smoltrain.data.tokenizers.by_name import TOKENIZER_NAMES, is_tokenizer_folder
-    from smoltrain.data.tokenizers.hub import is_hub_repo_name
 
     name = config.tokenizer.name
     if name not in TOKENIZER_NAMES and not is_tokenizer_folder(name) and is_hub_repo_name(name):

@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from smoltrain.config.schema import Config, ExportSection
+from smoltrain.config.schema import Config, ExportSection, PhaseSection
 from smoltrain.evaluation.results import Evaluation, is_limited
+from smoltrain.schedule import Plan
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -22,12 +23,15 @@ STDERR_SUFFIX = "_stderr"
 
 def write_card_metadata(
     name: str, model_type: str, about: ExportSection, config: Config | None, last: Mapping[str, Any],
-    evaluation: Evaluation | None,
+    evaluation: Evaluation | None, step: int | None = None,
 ) -> str:  # fmt: skip
-    """The YAML of a model's card, without its fences. `last` are the last metrics of the run; nothing is invented."""
+    """The YAML of a model's card, without its fences; nothing is invented.
+
+    `last` are the last metrics of the run up to `step`, which is that of the weights.
+    """
     from huggingface_hub import ModelCardData
 
-    results = [*_validation_results(config, last), *_task_results(evaluation)]
+    results = [*_validation_results(config, last, step), *_task_results(evaluation)]
     values = {
         "language": list(about.language) or None,
         "license": about.license,
@@ -35,7 +39,7 @@ def write_card_metadata(
         "library_name": "transformers",
         "pipeline_tag": TASK,
         "tags": ["smoltrain", TASK, "pytorch", "safetensors", model_type],
-        "datasets": _hub_datasets(config) or None,
+        "datasets": _hub_datasets(config, step) or None,
     }
     if results:
         values |= {"model_name": name, "eval_results": results}
@@ -51,18 +55,27 @@ def name_task(task: str, evaluation: Evaluation) -> str:
     return f"{task}, first {details['limit']:,} documents{of_each}"
 
 
-def _hub_datasets(config: Config | None) -> list[str]:
-    """The Hub's names of the data that any phase has trained on."""
+def list_begun_phases(config: Config, step: int | None) -> list[PhaseSection]:
+    """Those that the weights of a step have been trained in, be it in a part of one; None is the end of the plan."""
+    return [phase.spec for phase in Plan(config.phases).phases if step is None or phase.first <= step]
+
+
+def _hub_datasets(config: Config | None, step: int | None) -> list[str]:
+    """The Hub's names of the data that any phase has trained on up to a step."""
     if config is None:
         return []
-    used = {name for phase in config.phases for name in (phase.mix or {})}
-    takes_all = any(phase.mix is None for phase in config.phases)
+    phases = list_begun_phases(config, step)
+    used = {name for phase in phases for name in (phase.mix or {})}
+    takes_all = any(phase.mix is None for phase in phases)
     return [part.hub for part in config.data.parts if part.hub and (takes_all or part.name in used)]
 
 
-def _validation_results(config: Config | None, last: Mapping[str, Any]) -> Iterator["EvalResult"]:
-    datasets = _hub_datasets(config)
-    is_one = config is not None and len(datasets) == len(config.data.parts) == 1
+def _validation_results(
+    config: Config | None, last: Mapping[str, Any], step: int | None
+) -> Iterator["EvalResult"]:  # fmt: skip
+    datasets = _hub_datasets(config, step)
+    # Files of validation_path need not be of the dataset.
+    is_one = config is not None and len(datasets) == len(config.data.parts) == 1 and not config.data.validation_path
     dataset = datasets[0] if is_one else "held-out"
     for metric, (kind, words) in VALIDATION_RESULTS.items():
         if metric in last and math.isfinite(last[metric]):

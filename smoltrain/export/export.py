@@ -56,6 +56,8 @@ def export_model(
         shutil.rmtree(aside, ignore_errors=True)
     say(_format_export_line(final, source, comparison, loaded.dtype_name))
     separator = loaded.tokenizer.separator
+    if _replaced_bos_token(loaded) is not None:
+        say(f"documents began behind {separator} in training, so it is the bos_token")
     eos_token = loaded.tokenizer.companions.token_for_role("eos_token")
     if eos_token not in (None, separator):
         say(f"documents ended with {separator} in training; eos_token stays {eos_token}, as it came")
@@ -81,6 +83,9 @@ def _resolve_export_folder(loaded: LoadedModel, source: ExportSource, out: str |
         want = "a folder to write to; only runs have one of their own"
         raise UserError(Problem("nothing says where the export goes", "no OUT", want, change))
     home = loaded.folder.resolve()
+    if Path.cwd().is_relative_to(final.resolve()):  # it is renamed into place, so a folder above would leave with it
+        want = "a folder to be made, as ./model"
+        raise UserError(Problem("the export would replace the folder that you are in", str(final), want, change))
     if final.resolve() == home:
         raise UserError(Problem("the export would replace its source", str(final), "another folder", change))
     is_empty_folder = final.is_dir() and not any(final.iterdir())
@@ -130,7 +135,7 @@ def _write_export_files(loaded: LoadedModel, source: ExportSource, about: Export
     config |= {"dtype": loaded.dtype_name, "torch_dtype": loaded.dtype_name}  # the second is transformers 4's word
     files.write_json_file(folder / "config.json", config)
     files.write_json_file(folder / GENERATION_CONFIG, _build_generation_config(loaded))
-    tokenizer.save(folder, section.max_position_embeddings)
+    tokenizer.save(folder, section.max_position_embeddings, _replaced_bos_token(loaded))
     if loaded.config is None:  # nothing was trained: also its way to frame a text with special tokens stays
         shutil.copy(loaded.folder / TOKENIZER_FILE, folder)
     has_curve = _copy_curve(loaded, folder)
@@ -176,9 +181,32 @@ def _save_transformers_model(loaded: LoadedModel, folder: Path) -> dict[str, Any
 
 
 def _bos_token_id(loaded: LoadedModel) -> int:
-    """The id that begins a text: the tokenizer's own bos_token, else the separator."""
-    bos = loaded.tokenizer.token_to_id(loaded.tokenizer.companions.token_for_role("bos_token"))
-    return loaded.tokenizer.separator_id if bos is None else bos
+    """The id that begins a text: what came with the weights says it.
+
+    Of weights that were trained from scratch it is the separator, whatever the tokenizer calls its bos_token: each
+    document of their rows began behind it, and none behind another.
+    """
+    tokenizer = loaded.tokenizer
+    if loaded.config is None:
+        own = tokenizer.token_to_id(tokenizer.companions.token_for_role("bos_token"))
+        return tokenizer.separator_id if own is None else own
+    theirs = loaded.inherited_generation.get("bos_token_id")
+    if type(theirs) is int and 0 <= theirs < tokenizer.num_ids:
+        return theirs
+    return tokenizer.separator_id
+
+
+def _replaced_bos_token(loaded: LoadedModel) -> str | None:
+    """The separator, where the tokenizer would name another token as what begins a text; None where it need not.
+
+    Programs take bos_token for it, and eos_token where there is none, as lm_eval does before a text's first token.
+    """
+    tokenizer = loaded.tokenizer
+    if loaded.config is None or _bos_token_id(loaded) != tokenizer.separator_id:
+        return None
+    companions = tokenizer.companions
+    begin = companions.token_for_role("bos_token") or companions.token_for_role("eos_token") or tokenizer.separator
+    return None if begin == tokenizer.separator else tokenizer.separator
 
 
 def _build_generation_config(loaded: LoadedModel) -> dict[str, Any]:

@@ -8,7 +8,13 @@ from typing import Any
 
 from smoltrain.config.schema import Config, DataSection, ExportSection, SourceSection
 from smoltrain.evaluation.results import Evaluation, read_evaluation
-from smoltrain.export.card_metadata import STDERR_SUFFIX, VALIDATION_RESULTS, name_task, write_card_metadata
+from smoltrain.export.card_metadata import (
+    STDERR_SUFFIX,
+    VALIDATION_RESULTS,
+    list_begun_phases,
+    name_task,
+    write_card_metadata,
+)
 from smoltrain.export.markdown_text import escape_markdown, fence_code, quote_code
 from smoltrain.export.marker import ExportSource
 from smoltrain.files import read_jsonl
@@ -47,7 +53,7 @@ def build_model_card(
     if loaded.config is not None and loaded.step is not None:
         last = read_last_metrics(loaded.folder / "metrics.jsonl", loaded.step)
         evaluation = read_evaluation(loaded.folder, loaded.step)
-    front = write_card_metadata(name, hf_config["model_type"], about, loaded.config, last, evaluation)
+    front = write_card_metadata(name, hf_config["model_type"], about, loaded.config, last, evaluation, loaded.step)
     made_by = "trained with" if loaded.config else "converted by"
     sections = [
         f"---\n{front}\n---",
@@ -125,7 +131,7 @@ def _training_facts(config: Config, last: dict[str, Any], step: int, last_step: 
     if "data/repeat_factor" in last:
         rows["times that each row was seen"] = f"{last['data/repeat_factor']:.2f}"
     rows["optimizer"] = config.optimizer.kind
-    rates = [phase.lr for phase in config.phases if phase.lr is not None]
+    rates = [phase.lr for phase in list_begun_phases(config, step) if phase.lr is not None]
     if rates:
         rows["peak learning rate"] = f"{max(rates):g}"
     if TRAINING_LOSS in last:

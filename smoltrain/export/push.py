@@ -34,16 +34,12 @@ def push_to_hub(source: str, repo: str, *, private: bool = True) -> str:
 def _read_hub_settings(repo: str) -> tuple[str, str]:
     """(URL, token) of the Hub. Errors: UserError for a bad name, a missing token, or a client that may not go out."""
     from huggingface_hub import constants, get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+
+    from smoltrain.data.documents.hub import hub_name_problem
 
     problems: list[Problem] = []
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        reason = str(error).partition(". ")[0].partition(": '")[0]
-        want = f"OWNER/NAME ({reason})"
-        problems.append(Problem("this is no name of a repository", repr(repo), want, "the REPO argument"))
+    if problem := hub_name_problem(repo, "repository", "the REPO argument"):
+        problems.append(problem)
     token = get_token()
     if not token:
         want = "a token that may write (https://huggingface.co/settings/tokens)"

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from smoltrain.config.schema import GenerationSection
 from smoltrain.data.tokens.load_prepared import load_prepared_data
-from smoltrain.errors import TrainingStopped
+from smoltrain.errors import TrainingStopped, UserError
 from smoltrain.inference.device import move_to_best_device
 from smoltrain.inference.load import LoadedModel
 from smoltrain.model.hf_config import MODELING_FILE
@@ -117,10 +117,13 @@ def _make_text_prompts(loaded: LoadedModel, limit: int, room: int) -> list[Verif
 
 
 def _read_held_out_ids(loaded: LoadedModel) -> list[int]:
-    """The first held-out tokens of a run; none if its data were deleted."""
-    if loaded.config is None or not (loaded.folder / "data").is_dir():
+    """The first held-out tokens of a run; none if its data, or the cache of them, are not here or not whole."""
+    if loaded.config is None:
         return []
-    tokens = load_prepared_data(loaded.config).validation[0]
+    try:
+        tokens = load_prepared_data(loaded.config).validation[0]
+    except UserError:  # of a run that was copied without its data.cache, say: random ids take their place
+        return []
     return tokens.read_rows(np.zeros(1, int), min(len(tokens), NUM_CASES * LONG_CASE_TOKENS))[0].tolist()
 
 

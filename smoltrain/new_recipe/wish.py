@@ -10,6 +10,7 @@ from smoltrain.config.load import list_recipes
 from smoltrain.config.schema import DataSection
 from smoltrain.data.documents.file_systems import url_protocol
 from smoltrain.errors import Problem, UserError, format_value, problem_from_pydantic
+from smoltrain.files import expand_home
 from smoltrain.new_recipe.quantities import parse_option_count
 from smoltrain.new_recipe.shape import MAX_PARAMETERS, MIN_PARAMETERS
 from smoltrain.redact import redact_url
@@ -130,14 +131,16 @@ def _check_combination(text: TextOptions) -> None:
         raise UserError(Problem("the text is given twice", saw, "one of the two", "--data or --hub"))
     of_hub = {"--hub-config": text.hub_config}
     of_own = {"--text-field": text.text_field, "--validation": text.validation}
-    for options, is_there, change in (
-        (of_hub, text.hub is not None, "--hub"),
-        (of_own, text.data is not None or text.hub is not None, "--data or --hub"),
-    ):
+    for options, is_there, what, want, change in (
+        (of_hub, text.hub is not None, "a dataset", "--hub OWNER/NAME", "--hub"),
+        (of_own, text.data is not None or text.hub is not None, "a text", "--data PATH or --hub OWNER/NAME",
+         "--data or --hub"),
+    ):  # fmt: skip
         for option, value in options.items():
             if value is not None and not is_there:
                 saw = f"{option} {redact_url(value)}"
-                raise UserError(Problem(f"{option} says of which text?", saw, f"{change} beside it", change))
+                problem = Problem(f"{option} is about {what} that is not named", saw, f"{want} beside it", change)
+                raise UserError(problem)
 
 
 OPTIONS = {  # by how the place to change begins, as the rooms below name it; the longer one first
@@ -162,4 +165,4 @@ def _absolute_path(path: str, option: str, key: str) -> str:
     if redact_url(path) != path:
         what, want = "the recipe would hold the secret of a URL", "the URL without it, here"
         raise UserError(Problem(what, path, want, f"{option}; and {key}=URL when it is trained"))
-    return path if url_protocol(path) is not None else str(Path(path).expanduser().absolute())
+    return path if url_protocol(path) is not None else str(expand_home(path).absolute())

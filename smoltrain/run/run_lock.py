@@ -1,4 +1,4 @@
-"""One process at a time trains a run: a lock on a file beside its folder, held until the last holder has ended.
+"""One process at a time prepares or trains a run: a lock on a file beside its folder, until the last holder has ended.
 
 The supervisor takes it before it looks at the run, and rank 0 of each phase inherits the open file: a lock of flock(2)
 belongs to the open file description, so it is there until both have closed it, however they end. A supervisor that is
@@ -43,7 +43,7 @@ def lock_run_folder(config: Config, patience_s: float = PATIENCE_S) -> int | Non
                 os.close(descriptor)
                 raise UserError(
                     Problem(
-                        what="another process trains this run",
+                        what="another process trains this run, or prepares its data",
                         saw=str(path),
                         want="one at a time",
                         change="run.name, or end the other one",

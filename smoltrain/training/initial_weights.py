@@ -58,7 +58,7 @@ def load_initial_weights(source: str, config: Config, model: LanguageModel, toke
 def copy_generation_config(
     source: str | None, config: Config, tokenizer: Tokenizer, say: Callable[[str], None]
 ) -> None:
-    """Put beside the run's tokenizer how the authors of the weights sample, with all ids that end a text.
+    """Put beside the run's tokenizer how the authors of the weights sample, with all ids that begin or end a text.
 
     Once, by one process, when a run begins. What another tokenizer's ids mean is not known, so it is left out.
     """
@@ -72,7 +72,11 @@ def copy_generation_config(
         run, _ = locate_run(source, config.run.folder, "init.from", ANY_MODEL)
         folder = run / "tokenizer"
     settings = read_generation_config(folder)
-    end_id = tokenizer.token_to_id(read_companions(folder).token_for_role("eos_token"))
+    companions = read_companions(folder)
+    begin_id = tokenizer.token_to_id(companions.token_for_role("bos_token"))
+    if begin_id is not None and is_huggingface:  # a run's weights had none, unless its own file says so
+        settings.setdefault("bos_token_id", begin_id)
+    end_id = tokenizer.token_to_id(companions.token_for_role("eos_token"))
     if end_id is not None:
         end_ids = list(dict.fromkeys([*eos_token_ids(settings), end_id]))
         settings["eos_token_id"] = end_ids if len(end_ids) > 1 else end_id

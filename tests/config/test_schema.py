@@ -20,7 +20,7 @@ def test_a_config_is_frozen():
         load_config(EXAMPLE).run.seed = 1
 
 
-@pytest.mark.parametrize("key", ["run.folder", "init.from", "engine.ds_config"])
+@pytest.mark.parametrize("key", ["run.folder", "init.from", "engine.ds_config", "data.cache"])
 def test_the_home_folder_is_meant_by_what_a_shell_leaves_of_it(monkeypatch: pytest.MonkeyPatch, key: str):
     monkeypatch.setenv("HOME", "/home/me")
     section, name = key.split(".")

@@ -235,6 +235,16 @@ def test_what_is_not_ours_is_not_overwritten(run: Path, occupied: Path, believed
     assert problem(run, occupied / "thesis.txt").saw == "files that are no export"
 
 
+@pytest.mark.parametrize("out", [".", "", ".."])
+def test_the_folder_that_one_is_in_is_not_replaced(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    with pytest.raises(UserError, match=r"the export would replace the folder that you are in: saw .*change the OUT"):
+        export.export_model(str(run), out)
+
+
 def test_an_export_that_was_copied_with_its_run_is_the_copys(
     run: Path, exported: tuple[Path, str], tmp_path: Path, believed: None
 ):

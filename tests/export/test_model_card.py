@@ -13,6 +13,7 @@ from smoltrain.config.load import RECIPES_FOLDER, load_config
 from smoltrain.config.schema import Config, DataSection, ExportSection
 from smoltrain.evaluation.results import Evaluation, TaskDetails, write_evaluation
 from smoltrain.export import export
+from smoltrain.export.card_metadata import _hub_datasets, write_card_metadata
 from smoltrain.export.marker import ExportSource
 from smoltrain.export.model_card import (
     _describe_source,
@@ -202,12 +203,35 @@ def test_the_card_of_another_step_has_no_results_of_this_one(told_run: Path):
 
 
 def test_the_datasets_are_those_of_the_hub_that_a_phase_has_trained_on(tmp_path: Path):
-    from smoltrain.export.card_metadata import _hub_datasets
-
     config = tiny.load(tmp_path)
     sources = [{"name": name, "weight": 1.0, "hub": f"me/{name}"} for name in ("web", "books")]
     data = DataSection.model_validate({"sources": sources})
     mixed = [phase.model_copy(update={"mix": {"books": 1.0}}) for phase in config.phases]
-    assert _hub_datasets(config.model_copy(update={"data": data})) == ["me/web", "me/books"]
+    assert _hub_datasets(config.model_copy(update={"data": data}), None) == ["me/web", "me/books"]
     own: Config = config.model_copy(update={"data": data, "phases": tuple(mixed)})
-    assert _hub_datasets(own) == ["me/books"]
+    assert _hub_datasets(own, None) == ["me/books"]
+
+
+def test_what_a_later_phase_would_train_on_is_not_told_of_an_earlier_step(tmp_path: Path):
+    config = tiny.load(tmp_path)
+    sources = [{"name": name, "weight": 1.0, "hub": f"me/{name}"} for name in ("web", "books")]
+    data = DataSection.model_validate({"sources": sources})
+    first, *_ = config.phases
+    books = first.model_copy(update={"mix": {"books": 1.0}, "lr": 0.25})
+    both = first.model_copy(update={"name": "both", "lr": 0.5})
+    changing: Config = config.model_copy(update={"data": data, "phases": (books, both)})
+    end = first.num_steps
+    for step, datasets, peak in ((end, ["me/books"], "0.25"), (end + 1, ["me/web", "me/books"], "0.5")):
+        assert _hub_datasets(changing, step) == datasets
+        assert _training_facts(changing, {}, step, 2 * end)["peak learning rate"] == peak
+
+
+def test_a_loss_on_files_beside_the_dataset_is_none_on_the_dataset(tmp_path: Path):
+    config = tiny.load(tmp_path)
+    last = {"validation/loss_nats_per_token": 3.0}
+    for more, named in (({}, "me/web"), ({"validation_path": "mine.txt"}, "held-out")):
+        data = DataSection.model_validate({"hub": "me/web"} | more)
+        text = write_card_metadata("m", "llama", ExportSection(), config.model_copy(update={"data": data}), last, None)
+        card: Any = ModelCard(f"---\n{text}\n---\n")
+        (result,) = card.data.eval_results
+        assert result.dataset_type == named

@@ -81,7 +81,7 @@ def test_every_byte_arrives(run: Path, hub: Hub, push: Push):
     assert hub.private == {"me/tiny": True}
     assert hub.messages == ["quickstart, step 12 of 12, by smoltrain 0.1.0"]
 
-    again = push(folder, "tiny", private=False)  # an export itself, one's own namespace, a repository that is there
+    again = push(folder, "me/tiny", private=False)  # an export itself, a repository that is there
     assert again.returncode == DONE, again.stderr
     assert again.stdout == f"{hub.url}/me/tiny\nwithout torch\n"
     assert len(hub.messages) == 2
@@ -101,7 +101,7 @@ def test_names_and_switches_are_looked_at_first(run: Path, hub: Hub, push: Push)
     assert refused.returncode == BAD_INPUT
     lines = refused.stderr.splitlines()
     assert [line.partition(":")[2].partition(":")[0].strip() for line in lines] == [
-        "this is no name of a repository",
+        "no repository of the Hub can have this name",
         "there is no token for the Hub",
         "the Hub is switched off",
     ]
@@ -111,7 +111,7 @@ def test_names_and_switches_are_looked_at_first(run: Path, hub: Hub, push: Push)
 
 @pytest.mark.parametrize("name", ["me/tiny.git", "me/a--b", "me/ö", "", "/tiny"])
 def test_names_that_the_hub_does_not_take(name: str):
-    with pytest.raises(UserError, match="this is no name of a repository"):
+    with pytest.raises(UserError, match="no repository of the Hub can have this name"):
         _read_hub_settings(name)
 
 

@@ -1,5 +1,6 @@
 """What an export is compared by, and what makes it another model."""
 
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from smoltrain.errors import TrainingStopped
+from smoltrain.data.tokens.load_prepared import load_prepared_data
+from smoltrain.errors import TrainingStopped, UserError
 from smoltrain.export import verify
 from smoltrain.export.verify import (
     VerificationPrompt,
@@ -18,7 +20,8 @@ from smoltrain.export.verify import (
     make_verification_prompts,
     verify_export,
 )
-from smoltrain.inference.load import LoadedModel
+from smoltrain.inference.load import LoadedModel, load_trained_model
+from tests import folders
 
 
 def test_what_transformers_says_is_told(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -58,6 +61,17 @@ def test_cases_fit_the_model(loaded: LoadedModel, room: int, monkeypatch: pytest
         assert cases[7].ids == _read_held_out_ids(loaded)[:32]
     without_data = replace(loaded, folder=Path("nowhere"), config=None)
     assert len(make_verification_prompts(without_data)) == 16
+
+
+def test_a_run_that_was_copied_without_its_cache_is_compared_on_other_prompts(tmp_path: Path):
+    made = load_trained_model(str(folders.run(tmp_path, f"data.cache={tmp_path / 'cache'}")))
+    assert _read_held_out_ids(made)
+    shutil.rmtree(tmp_path / "cache")
+    assert made.config is not None
+    with pytest.raises(UserError, match=r"validation-00000\.bin is missing: saw no such file, want \S+ bytes"):
+        load_prepared_data(made.config)
+    assert _read_held_out_ids(made) == []
+    assert len(make_verification_prompts(made)) == 16
 
 
 def test_tensors_without_a_place_are_a_mismatch(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -19,7 +19,7 @@ def test_a_second_process_is_refused_until_the_first_has_closed_the_lock(tmp_pat
     settings = tiny.load(tmp_path)
     lock = lock_run_folder(settings)
     assert lock is not None
-    with pytest.raises(UserError, match=r"another process trains this run: saw \S+/\.quickstart\.lock"):
+    with pytest.raises(UserError, match=r"or prepares its data: saw \S+/\.quickstart\.lock, want one at a time"):
         lock_run_folder(settings, patience_s=0.1)
     other = lock_run_folder(tiny.load(tmp_path, "run.name=other"))
     assert other is not None, "runs of one folder do not lock each other out"

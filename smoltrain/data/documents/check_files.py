@@ -11,9 +11,10 @@ from smoltrain.data.documents.file_systems import url_protocol
 from smoltrain.data.documents.folders import first_wildcard
 from smoltrain.data.documents.listing import SourceListing, has_own_validation, source_config_key
 from smoltrain.data.documents.magic_bytes import MAX_POINTER_BYTES, Pointer, detect_pointer
-from smoltrain.data.documents.readers import has_fields, read_head
+from smoltrain.data.documents.readers import format_suffix, has_fields, read_head, strip_compression
 from smoltrain.data.documents.shard import Shard, open_shard, report_unreadable
 from smoltrain.errors import Problem, UserError, abbreviate_list
+from smoltrain.files import expand_home
 
 SEPARATOR_SEARCH_BYTES = 2**20  # of a whole file, in which its separator is looked for
 SEPARATOR_SEARCH_FILES = 20  # files that are looked into
@@ -67,7 +68,7 @@ def _is_installed(package: str) -> bool:
 
 def _is_there(path: str) -> bool:
     """Whether a path of this machine is; of a glob, the folder that it searches."""
-    parts = Path(path.removeprefix("file://")).expanduser().parts
+    parts = expand_home(path.removeprefix("file://")).parts
     return Path(*parts[: first_wildcard(parts)]).exists()
 
 
@@ -134,11 +135,12 @@ def check_enough_documents(listed: dict[str, SourceListing], data: DataSection, 
 
 def _guess_split(name: str) -> str | None:
     """The split that a file is of; None where nothing says so. A folder says it by its name, a file by a word in it."""
-    *folders, file = PurePosixPath(name.lower()).parts
-    stem = file.removesuffix("".join(PurePosixPath(file).suffixes[-2:]))
+    *folders, file = PurePosixPath(strip_compression(name.lower())).parts
+    stem = file.removesuffix(format_suffix(file))
     stem = re.sub(r"[-_.]?\d+([-_]of[-_]\d+)?$", "", stem)  # the number of a shard, as in -00000-of-00001
     words = re.split(r"[-_. ]+", stem)
-    telling = {*folders, words[0], words[-1]}
+    dotted = stem.split(".")[-2:]  # as in wiki.valid.tokens
+    telling = {*folders, *dotted, words[0], words[-1]}
     for split, its_words in SPLIT_WORDS.items():
         if not telling.isdisjoint(its_words):
             return split

@@ -27,6 +27,7 @@ from smoltrain.data.documents.folders import first_wildcard, glob_files
 from smoltrain.data.documents.readers import describe_formats, find_format
 from smoltrain.data.documents.shard import Shard, printable_name
 from smoltrain.errors import Problem, UserError, abbreviate_list, exception_message
+from smoltrain.files import expand_home
 from smoltrain.redact import is_redacted
 
 PROTOCOL_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}  # those that need one more package
@@ -73,7 +74,7 @@ def _find_at_path(path: str, pattern: str, option: str, key: str) -> FoundFiles:
     protocol = url_protocol(path)
     if protocol not in (None, "file"):
         return _find_remote_files(path, protocol, pattern, option)
-    return _find_local_files(Path(path.removeprefix("file://")).expanduser(), pattern, option, key)
+    return _find_local_files(expand_home(path.removeprefix("file://")), pattern, option, key)
 
 
 # ---- on this machine

@@ -1,10 +1,11 @@
-"""Read from the Hugging Face Hub: which files a dataset has, and how the Hub is asked. Nothing is written there.
+"""Read from the Hugging Face Hub: its names, which files a dataset has, and how the Hub is asked. Nothing is written.
 
 HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE and the cache work as huggingface_hub documents them. It would try a Hub that is
 out of reach for half a minute, so what is asked first (`ask_hub`) is asked once and with a limit; what then lists the
 files of a dataset has none.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
@@ -30,14 +31,32 @@ def ask_hub(question: Callable[[], Answer]) -> Answer:
     return call_with_timeout(question, HUB_ANSWER_TIMEOUT_S)
 
 
+def is_hub_repo_name(name: str) -> bool:
+    """Whether a name has the form OWNER/NAME, as the Hub allows it: a/.. is a folder, NAME alone a word of ours."""
+    return name.count("/") == 1 and hub_name_problem(name, "repository", "") is None
+
+
+def hub_name_problem(name: str, kind: str, key: str) -> Problem | None:
+    """Why a `kind` (dataset, repository) of the Hub cannot have this name; None if it can.
+
+    A NAME alone is for the Hub to understand: a dataset of before there were owners, or a repository of one's own.
+    """
+    want = "OWNER/NAME, which is the end of its page's URL"
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        reason, *_ = re.split(r"(?<!\.)\. |: '", str(error))  # its first sentence, without the name
+        if name.count("/") <= 1:
+            want = f"OWNER/NAME as the Hub allows it ({reason})"
+        return Problem(f"no {kind} of the Hub can have this name", format_value(name), want, key)
+    return None
+
+
 def fetch_dataset_commit(data: SourceSection) -> str:
     """The commit (sha) at which the dataset stands now. Errors: UserError if there is none that this token may read."""
     name = str(data.hub)
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        what, want = "no dataset of the Hub can have this name", "OWNER/NAME, which is the end of its page's URL"
-        raise UserError(Problem(what, format_value(name), want, "data.hub")) from None
+    if problem := hub_name_problem(name, "dataset", "data.hub"):
+        raise UserError(problem)
     api = HfApi()
 
     def fetch() -> str:

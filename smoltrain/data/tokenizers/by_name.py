@@ -21,7 +21,8 @@ def load_named_tokenizer(section: TokenizerSection) -> Tokenizer:
 
     Errors: UserError if the name has no known form, or what it names cannot be had or read, or lacks the separator.
     """
-    from smoltrain.data.tokenizers.hub import download_tokenizer, is_hub_repo_name  # slow to import
+    from smoltrain.data.documents.hub import is_hub_repo_name  # slow to import
+    from smoltrain.data.tokenizers.hub import download_tokenizer
 
     name = section.name
     folder: str | Path = name

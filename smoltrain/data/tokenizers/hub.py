@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
-from huggingface_hub.utils import disable_progress_bars, validate_repo_id
+from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.utils import disable_progress_bars
 
 from smoltrain.data.documents.hub import HUB_ANSWER_TIMEOUT_S, ask_hub, has_hub_answered, hub_problem
 from smoltrain.data.tokenizers.companions import is_companion_file
@@ -14,15 +14,6 @@ from smoltrain.errors import Problem, UserError, exception_message
 from smoltrain.terminal import show_activity
 
 CLIENT_TIMEOUT_S = 2 * HUB_ANSWER_TIMEOUT_S  # of the client that is left behind when `ask_hub` gives up, and says so
-
-
-def is_hub_repo_name(name: str) -> bool:
-    """Whether a name has the form OWNER/NAME, as the Hub allows it: a/.. is a folder."""
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return name.count("/") == 1
 
 
 def download_tokenizer(name: str) -> Path:

@@ -252,11 +252,12 @@ class Tokenizer:
         """SHA-256 (hex) of the bytes that `save` writes to tokenizer.json."""
         return hashlib.sha256(self._inner.to_str().encode()).hexdigest()
 
-    def save(self, folder: Path, model_max_length: int | None = None) -> None:
+    def save(self, folder: Path, model_max_length: int | None = None, bos_token: str | None = None) -> None:
         """Write tokenizer.json, what transformers' AutoTokenizer.from_pretrained needs beside it for equal ids, and
         what came with it: chat templates and special tokens.
 
-        model_max_length (tokens) is the longest input that transformers lets pass without a warning.
+        model_max_length (tokens) is the longest input that transformers lets pass without a warning. bos_token takes
+        the place of the one that came.
         """
         folder.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {
@@ -268,6 +269,8 @@ class Tokenizer:
         }
         if self.pad is not None:
             config["pad_token"] = self.pad
+        if bos_token is not None:
+            config["bos_token"] = bos_token
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
         (folder / TOKENIZER_FILE).write_text(self._inner.to_str(), encoding="utf-8")

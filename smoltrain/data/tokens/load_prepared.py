@@ -60,8 +60,7 @@ def run_tokens_folder(config: Config, index: DataIndex) -> Path:
     if config.data.cache is None:
         want = f"the folder that holds {index.cache}"
         raise UserError(Problem("the tokens of the run are in a cache", "data.cache=null", want, "data.cache"))
-    cache = config.data.cache.expanduser()
-    return files.resolve_inside(cache, index.cache, str(data_index_file(config.run_folder))) / "data"
+    return files.resolve_inside(config.data.cache, index.cache, str(data_index_file(config.run_folder))) / "data"
 
 
 def inspect_prepared_data(config: Config) -> tuple[str, list[str]]:

@@ -38,7 +38,7 @@ class Preparation:
         return dict(sum((Counter(listing.unread) for listing in self.listed.values()), Counter[str]()))
 
     def get_tokenizer(self) -> Tokenizer:
-        """The one that was given, or one trained on the first documents."""
+        """The one that was given, or one trained on the documents."""
         mib = _local_mib(self.listed)
         is_small = mib <= MAX_AUTO_CACHED_MIB
         return self.given or train_bpe_tokenizer(self.config, self.listed, num_bytes=mib * 2**20, small=is_small)

@@ -68,7 +68,7 @@ def prepare_run_data(
     elif config.data.cache is None:
         _prepare_cached(plan, config.run_folder)
     else:
-        _prepare_shared(plan, config.data.cache.expanduser())
+        _prepare_shared(plan, config.data.cache)
     prepared = load_prepared_data(config)
     for line in prepared.warnings(config.model.vocab_size):
         print_text(f"WARNING: {line}")

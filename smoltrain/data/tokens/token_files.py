@@ -76,13 +76,16 @@ class MappedTokens:
     def open(cls, folder: Path, side: IndexSide, shard_names: Sequence[str] = ()) -> "MappedTokens":
         """One side of a source, as its index says: `side` is what join_token_parts returned.
 
-        Errors: UserError if a file has not the size that it had; what is in it was checked before (check_tokens.py).
+        Errors: UserError if a file is missing or has not the size that it had; what is in it was checked before
+        (check_tokens.py).
         """
         for name, made in side.files.items():
             path = files.resolve_inside(folder.parent, f"{folder.name}/{name}", str(folder.parent))
-            saw = path.stat().st_size if path.is_file() else 0
+            want = f"{made.bytes:,} bytes"
+            if not path.is_file():
+                raise UserError(Problem(f"{name} is missing", "no such file", f"{want}, as prepared", str(folder)))
+            saw = path.stat().st_size
             if saw != made.bytes:
-                want = f"{made.bytes:,} bytes"
                 raise UserError(Problem(f"{name} is damaged", f"{saw:,} bytes", want, str(folder)))
         parts = [_map_array(folder / name, side.dtype) for name in side.file_names(IDS)]
         of_documents = {

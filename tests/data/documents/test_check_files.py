@@ -62,6 +62,9 @@ def test_a_text_about_pointers_is_a_text(root: Path):
         (["wiki.train.tokens.txt", "wiki.valid.tokens.txt"], ["validation"]),
         (["openwebtext_train.jsonl.zst", "openwebtext_val.jsonl.zst"], ["validation"]),
         (["a.txt", "eval.jsonl.gz"], ["validation"]),
+        (["my.v1.train.txt", "my.v1.test.txt"], ["test"]),
+        (["reviews.train.jsonl", "reviews.test.jsonl.gz", "reviews.dev.00000-of-00001.jsonl"], ["test", "validation"]),
+        (["a.txt", "a.test.of.time.txt"], []),
         (["test-0.parquet", "test-1.parquet"], []),  # asked for
         (["train-0.parquet", "train-1.parquet"], []),
         (["the-test-of-time.txt", "contest.txt", "devotion.txt"], []),

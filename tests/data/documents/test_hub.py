@@ -14,7 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from smoltrain.config.schema import DataSection
-from smoltrain.data.documents.hub import HUB_ANSWER_TIMEOUT_S, fetch_dataset_commit, hub_problem
+from smoltrain.data.documents.hub import (
+    HUB_ANSWER_TIMEOUT_S,
+    fetch_dataset_commit,
+    hub_name_problem,
+    hub_problem,
+    is_hub_repo_name,
+)
 from smoltrain.data.rows.open_loader import open_loader
 from smoltrain.data.tokenizers.tokenizer import Tokenizer
 from smoltrain.data.tokens.prepare import prepare_run_data
@@ -269,6 +275,26 @@ def test_what_cannot_be_a_name_is_no_silence_of_the_hub(name: str):
     assert str(error.value) == (
         f"no dataset of the Hub can have this name: saw '{name}', want OWNER/NAME, which is the end of its page's URL; "
         "change data.hub"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [("a/b", True), ("A-1/b_c.d", True), ("a", False), ("a/b/c", False), ("./a", False), ("/a", False), ("", False)],
+)
+def test_the_form_of_a_name(name: str, is_one: bool):
+    assert is_hub_repo_name(name) is is_one
+
+
+def test_a_name_without_an_owner_is_for_the_hub_to_understand():
+    """As wikitext, a dataset of before there were owners."""
+    assert hub_name_problem("wikitext", "dataset", "data.hub") is None
+
+
+def test_what_is_wrong_with_a_name_that_has_an_owner_is_said_in_the_words_of_the_hub():
+    assert str(hub_name_problem("me/a--b", "repository", "the REPO argument")) == (
+        "no repository of the Hub can have this name: saw 'me/a--b', want OWNER/NAME as the Hub allows it "
+        "(Cannot have -- or .. in repo_id); change the REPO argument"
     )
 
 

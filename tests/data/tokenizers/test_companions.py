@@ -98,6 +98,45 @@ def test_the_end_of_a_turn_stays_the_eos_token_that_a_template_spells(tmp_path: 
     assert (first / "generation_config.json").read_bytes() == (again / "generation_config.json").read_bytes()
 
 
+@pytest.mark.parametrize("bos_token", ["<|begin|>", None])
+def test_weights_from_scratch_know_no_beginning_but_the_separator(
+    tmp_path: Path, believed: None, bos_token: str | None
+):
+    """Nor does whoever asks the export's tokenizer what begins a text: bos_token, or eos_token if it has none."""
+    ids = folders.chat(tmp_path / "chat", bos_token=bos_token, eos_token="<|turn|>")
+    words = (*SHAPE, f"tokenizer.name={tmp_path / 'chat'}", "tokenizer.vocab_size=null")
+    scratch = folders.run_of(tiny.load(tmp_path / "a", *words))
+    told: list[str] = []
+    out = export.export_model(str(scratch), tmp_path / "out", say=told.append)
+    assert told[1] == f"documents began behind {folders.SEPARATOR} in training, so it is the bos_token"
+    separator = ids[folders.SEPARATOR]
+    assert (
+        read(out / "config.json")["bos_token_id"] == read(out / "generation_config.json")["bos_token_id"] == separator
+    )
+    theirs: Any = AutoTokenizer.from_pretrained(out)
+    assert (theirs.bos_token_id, theirs.eos_token) == (separator, "<|turn|>")
+    assert theirs("a king")["input_ids"] == load_trained_model(str(scratch)).tokenizer.encode("a king")
+    again = export.export_model(str(out), tmp_path / "again", say=lambda line: None)
+    assert facts(out) == facts(again)
+    taken = export.export_model(str(continued(tmp_path / "b", out)), tmp_path / "taken", say=lambda line: None)
+    assert read(taken / "config.json")["bos_token_id"] == separator
+
+
+def test_the_beginning_that_weights_were_trained_with_is_kept_over_several_runs(tmp_path: Path, believed: None):
+    ids = folders.chat(tmp_path / "chat")
+    (tmp_path / "chat" / "generation_config.json").unlink()  # only the tokenizer's files say it
+    first = continued(tmp_path / "a", tmp_path / "chat")
+    settings = tiny.load(tmp_path / "b", *SHAPE, f"init.from={first}", f"tokenizer.name={tmp_path / 'chat'}",
+                         "tokenizer.vocab_size=null")  # fmt: skip
+    second = folders.run_of(settings)
+    copy_generation_config(settings.init.source, settings, load_prepared_data(settings).tokenizer, print)
+    out = export.export_model(str(second), tmp_path / "out", say=lambda line: None)
+    assert read(out / "config.json")["bos_token_id"] == read(out / "generation_config.json")["bos_token_id"]
+    assert read(out / "config.json")["bos_token_id"] == ids["<|begin|>"] != ids[folders.SEPARATOR]
+    theirs: Any = AutoTokenizer.from_pretrained(out)
+    assert theirs.bos_token == "<|begin|>"
+
+
 def test_text_has_the_ids_it_was_trained_with(tmp_path: Path, believed: None):
     folders.chat(tmp_path / "chat")
     trained = export.export_model(str(continued(tmp_path, tmp_path / "chat")), tmp_path / "out", say=lambda line: None)

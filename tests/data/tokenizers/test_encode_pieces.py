@@ -142,5 +142,5 @@ def test_the_limits_are_those_of_the_page_about_data():
     page = " ".join((Path(__file__).parents[3] / "docs" / "data.md").read_text(encoding="utf-8").split())
     assert f"if there is neither in {tokenizer.SEAM_SEARCH_CHARACTERS:,} characters" in page
     assert f"a word is cut at {MAX_TRAINING_WORD} bytes" in page
-    assert f"once its different words come to {MAX_DISTINCT_BYTES // 2**20} MiB" in page
+    assert f"different words come to more than {MAX_DISTINCT_BYTES // 2**20} MiB" in page
     assert f"from {LOST_SHARE_TO_WARN * 100:g} % on there is a warning" in page

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from smoltrain.data.tokens import plan_preparation
 from smoltrain.data.tokens import tokenise as tokenise_module
 from smoltrain.data.tokens.prepare import prepare_run_data
 from smoltrain.errors import UserError
+from smoltrain.run import run_lock
 from tests import tiny
 from tests.data.tokens.test_tokenise import contents, make, problem, snapshot
 
@@ -135,6 +137,11 @@ def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert Path(folder).parent.parent == tmp_path / "cache"
     monkeypatch.setattr(retry, "read_records_with_retry", None)
     assert CliRunner().invoke(app, ["prepare", "data", "quickstart", *words]).stdout == result.stdout
+    with run_lock.hold_run_lock(tiny.load(tmp_path)):
+        monkeypatch.setattr(run_lock, "lock_run_folder", partial(run_lock.lock_run_folder, patience_s=0.0))
+        refused = CliRunner().invoke(app, ["prepare", "data", "quickstart", *words])
+    assert isinstance(refused.exception, UserError), "a run that is prepared or trained is not prepared by another one"
+    assert "another process trains this run, or prepares its data" in str(refused.exception)
 
 
 # ---- streams
@@ -165,7 +172,7 @@ def test_cached_tokens_know_no_streams(root: Path):
 # ---- several sources
 
 
-def test_a_bpe_is_trained_on_the_first_documents_of_each_source(root: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_bpe_is_trained_on_documents_of_each_shard_of_each_source(root: Path, monkeypatch: pytest.MonkeyPatch):
     seen: list[str] = []
     train_bpe = Tokenizer.train_bpe
 
@@ -180,10 +187,12 @@ def test_a_bpe_is_trained_on_the_first_documents_of_each_source(root: Path, monk
     monkeypatch.setattr(plan_preparation, "MAX_AUTO_CACHED_MIB", 0)
     monkeypatch.setattr(train_bpe_module, "CHARACTERS_TO_TRAIN_ON", 4000)
     prepare_run_data(mixed(root, "stream", run__name="b", **bpe))
-    for name, share in (("poems", 3000), ("code", 1000)):
+    for name, share, num_shards in (("poems", 3000, 3), ("code", 1000, 2)):
         some = [text for text in seen if name in text]
-        assert sum(map(len, some[:-1])) < share <= sum(map(len, some))
-        assert some[0].startswith(f"This is {name} 0 of shard 0.")
+        assert sum(map(len, some)) == pytest.approx(share, rel=0.05)
+        for shard in range(num_shards):
+            first = f"This is {name} 0 of shard {shard}."
+            assert sum(text.startswith(first) for text in some) == 1
 
 
 # ---- other data

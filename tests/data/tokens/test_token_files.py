@@ -115,7 +115,7 @@ def test_a_file_of_another_size_is_refused(tmp_path: Path):
             MappedTokens.open(tmp_path, about)
         (tmp_path / name).write_bytes(raw)
     (tmp_path / "train-00000.bin").unlink()
-    with pytest.raises(UserError, match="saw 0 bytes"):
+    with pytest.raises(UserError, match="is missing: saw no such file"):
         MappedTokens.open(tmp_path, about)
 
 
