@@ -276,4 +276,6 @@ def test_a_new_recipe_trains_as_written(
     losses = [line["train/loss_nats_per_token"] for line in lines if "train/loss_nats_per_token" in line]
     assert losses[-1] < losses[0]
     warnings = [line for line in log.read_text().splitlines() if "WARNING" in line]
-    assert not [line for line in warnings if "communication" not in line], "a busy machine alone is warned of"
+    of_busy_machine = ("communication", "more rows per step")  # which a narrow screen has on two lines
+    others = [line for line in warnings if not any(words in line for words in of_busy_machine)]
+    assert not others, "a busy machine alone is warned of"
