@@ -230,7 +230,7 @@ def test_packed_documents_are_those_documents_one_by_one(
     assert set(found[2]) == set(dict(model.named_parameters()))
 
 
-@pytest.mark.parametrize("shape", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("shape", [LLAMA, pytest.param(GPT2, marks=pytest.mark.slow)], ids=["llama", "gpt2"])
 @settings(max_examples=25)
 @given(layout=layouts())
 def test_so_they_are_however_rows_are_cut(shape: dict[str, Any], layout: Layout):

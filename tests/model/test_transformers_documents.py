@@ -27,7 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("model_type", SHAPES)
 @pytest.mark.parametrize("kernel", ["sdpa", "math"])
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", pytest.param("full", marks=pytest.mark.slow)])
 def test_packed_documents_are_those_documents_one_by_one(
     model_type: str, kernel: Any, checkpointing: Literal["none", "full"]
 ):
