@@ -36,6 +36,11 @@ def expand_home(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
+def name_missing_path(path: Path) -> str:
+    """The path, and in which folder it was looked for if it does not say so: train.sh changes into its own."""
+    return str(path) if path.is_absolute() else f"{path} in {Path.cwd()}"
+
+
 def fsync_path(path: Path) -> None:
     """Force a file's or folder's content to the disk (man 2 fsync: a new name needs its folder synced too)."""
     handle = os.open(path, os.O_RDONLY)

@@ -23,6 +23,7 @@ from smoltrain.config.schema import Config, ExportSection, GenerationSection
 from smoltrain.config.wandb_env import read_wandb_environment
 from smoltrain.config.yaml_text import apply_override, dump_yaml, read_yaml
 from smoltrain.errors import Problem, UserError, problem_from_pydantic, suggest_choice
+from smoltrain.files import name_missing_path
 from smoltrain.redact import redact_tree
 
 RECIPES_FOLDER = Path(__file__).parents[1] / "recipes"  # inside the package, so that a wheel has them too
@@ -192,8 +193,7 @@ def _find_recipe(recipe: str) -> Path:
             return path
         is_shipped = path.stem in shipped and len(path.parts) == 1
         want = f"{path.stem!r}, the shipped one, or an existing YAML file" if is_shipped else "an existing YAML file"
-        saw = str(path) if path.is_absolute() else f"{path} in {Path.cwd()}"  # train.sh goes to its own folder
-        raise UserError(Problem("the recipe file is missing", saw, want, "the first argument"))
+        raise UserError(Problem("the recipe file is missing", name_missing_path(path), want, "the first argument"))
     if recipe in ("-", "/dev/stdin") or path.is_fifo() or path.is_char_device():
         want = "a .yaml file, which each rank and each later start can read again"
         raise UserError(Problem("a recipe is not read from a stream", repr(recipe), want, "the first argument"))

@@ -1,4 +1,4 @@
-"""What of DeepSpeed's JSON is refused: switches that would do nothing here, or make something untrue that a run says.
+"""What of DeepSpeed's JSON is refused: slips in a key, and switches that do nothing, or make a run's words untrue.
 
 DeepSpeed would accept each of them, and some of them silently: gradients that are reduced once per step never pass
 through its own forward and step (once_per_step.py).
@@ -64,10 +64,9 @@ TOP_KEYS = (
     "gradient_clipping", "gradient_predivide_factor", "hybrid_engine", "log_level", "managed_gradient_accumulation",
     "memory_breakdown", "optimizer", "pipeline", "prescale_gradients", "scheduler",
     "seq_parallel_communication_data_type", "sequence_parallel_size", "steps_per_print", "tensor_parallel",
-    "tensorboard", "timers", "torch_autocast",
-    "train_batch_size", "train_micro_batch_size_per_gpu", "use_data_before_expert_parallelism", "vocabulary_size",
-    "wall_clock_breakdown", "wandb", "weight_quantization", "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer", "zero_optimization",
+    "tensorboard", "timers", "torch_autocast", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "use_data_before_expert_parallelism", "vocabulary_size", "wall_clock_breakdown", "wandb",
+    "weight_quantization", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 )  # fmt: skip
 NEAR = 0.85  # of difflib's ratio: a slip of the keyboard
 

@@ -75,6 +75,7 @@ class HuggingFaceModel(LanguageModel):
         """
         assert cache is None or positions_BT is None, "a cache continues one text, not packed documents"
         T = ids_BT.size(1)
+        cache_argument = self.cache_argument if self.uses_cache else None
         options: dict[str, Any] = {}
         if positions_BT is not None:
             options |= self._document_arguments(positions_BT, num_documents)
@@ -84,17 +85,15 @@ class HuggingFaceModel(LanguageModel):
             options["use_cache"] = False
         if cache is not None:
             cache.length += T
-            if self.uses_cache:
-                assert self.cache_argument is not None
-                options |= {self.cache_argument: cache.past, "use_cache": True}
+            if cache_argument is not None:
+                options |= {cache_argument: cache.past, "use_cache": True}
             else:  # state-space and old classes have no such cache: the whole text is run again
                 if cache.ids_BT is not None:
                     ids_BT = torch.cat((cache.ids_BT, ids_BT), dim=1)
                 cache.ids_BT = ids_BT
         out = self.inner(input_ids=ids_BT, return_dict=True, **options)
-        if cache is not None and self.uses_cache:
-            assert self.cache_argument is not None
-            cache.past = getattr(out, self.cache_argument)
+        if cache is not None and cache_argument is not None:
+            cache.past = getattr(out, cache_argument)
         if labels_BT is None:
             return out.logits[:, -1:] if last_only else out.logits[:, -T:]
         return summed_cross_entropy_of_logits(out.logits.flatten(0, 1), labels_BT.flatten(), self._z_loss)

@@ -27,7 +27,7 @@ from smoltrain.data.documents.folders import first_wildcard, glob_files
 from smoltrain.data.documents.readers import describe_formats, find_format
 from smoltrain.data.documents.shard import Shard, printable_name
 from smoltrain.errors import Problem, UserError, abbreviate_list, exception_message
-from smoltrain.files import expand_home
+from smoltrain.files import expand_home, name_missing_path
 from smoltrain.redact import is_redacted
 
 PROTOCOL_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}  # those that need one more package
@@ -88,9 +88,7 @@ def _find_local_files(path: Path, pattern: str, option: str, key: str) -> FoundF
         return _find_files_below(path.parent, glob.escape(path.name), option)
     wildcard = first_wildcard(path.parts)
     if wildcard is None:
-        saw = str(path) if path.is_absolute() else f"{path} in {Path.cwd()}"  # train.sh goes to its own folder
-        if path.exists():
-            saw = f"{path}, which is no regular file"
+        saw = f"{path}, which is no regular file" if path.exists() else name_missing_path(path)
         raise _missing_data_error(printable_name(saw), option)
     return _find_files_below(Path(*path.parts[:wildcard]), "/".join(path.parts[wildcard:]), option)
 
